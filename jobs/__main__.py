@@ -1,0 +1,5 @@
+"""``python -m jobs`` is ``unet-jobs``."""
+
+from jobs.cli import main
+
+main()

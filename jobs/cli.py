@@ -1,0 +1,202 @@
+"""The command line: the only place that reads arguments and prints. Imports stay inside the verbs,
+so that ``--help`` and a wrong config cost less than a second."""
+
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unet_core import __version__
+from unet_core.config import ConfigT, PredictConfig, TrainConfig, build, load
+from unet_core.errors import ConfigError, UnetJobsError
+
+if TYPE_CHECKING:
+    from jobs.predict import Outcome
+    from unet_core.metrics import Totals
+
+STOPPED = 130
+OVERRIDES = "[SECTION.KEY=VALUE]..."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="unet-jobs")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens to shards and actors.")
+def cli(verbose: bool) -> None:
+    """Segment images with a U-Net, on this machine or on a Ray cluster, into Parquet."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s %(message)s",
+    )
+
+
+def main() -> None:
+    """Run a verb; errors of this project become one message and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UnetJobsError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command continues where this one ended", err=True)
+        sys.exit(STOPPED)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@cli.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="CONFIG.toml|IMAGES")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--model", help="Checkpoint, where IMAGES is given.  [default: builtin:nuclei]")
+@click.option("--out", help="Run folder, where IMAGES is given.")
+def predict(source: str, overrides: tuple[str, ...], model: str | None, out: str | None) -> None:
+    """Segment everything that is not committed yet. Run it again to continue."""
+    config = _predict_config(source, overrides, model, out)
+    from jobs.predict import predict as run_predict
+
+    outcome = run_predict(config)
+    _show_outcome(outcome)
+    if outcome.set_aside or not outcome.totals.is_reconciled:
+        sys.exit(1)
+
+
+@cli.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="CONFIG.toml|IMAGES")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--model", help="Checkpoint, where IMAGES is given.")
+@click.option("--out", help="Run folder, where IMAGES is given.")
+def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | None) -> None:
+    """Show what predict would do. Writes nothing."""
+    config = _predict_config(source, overrides, model, out)
+    from jobs.inspect import plan as make_plan
+
+    made = make_plan(config)
+    size = sum(shard.bytes for shard in made.shards)
+    left = sum(shard.bytes for shard in made.left)
+    _show(
+        run=made.uri + (" (finished)" if made.is_finished else ""),
+        input=f"{config.input.uri} ({made.format})",
+        shards=f"{len(made.shards):,}, {len(made.left):,} left",
+        images="known when the tars are read" if made.images is None else f"{made.images:,}",
+        bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
+        workers=made.workers,
+    )
+
+
+@cli.command()
+@click.argument("run")
+def status(run: str) -> None:
+    """Show how a run stands."""
+    from jobs.inspect import status as read_status
+
+    found = read_status(run)
+    state = "finished" if found.is_finished else "not finished: run predict again to continue"
+    _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
+    _show_totals(found.totals)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--deep", is_flag=True, help="Also recount the input and every mask.")
+def verify(run: str, deep: bool) -> None:
+    """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
+    from unet_core.verify import verify as check
+
+    findings = check(run, deep)
+    _show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
+    _show_totals(findings.totals)
+    for note in findings.notes:
+        click.echo(f"note: {note}")
+    for problem in findings.problems:
+        click.echo(f"problem: {problem}")
+    if findings.problems:
+        sys.exit(1)
+    click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+
+
+@cli.command()
+@click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
+def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
+    """Train a network on images with masks."""
+    config = _train_config(source, list(overrides), out)
+    from unet_core.fit import BEST, fit
+
+    for epoch in fit(config):
+        shown = ", ".join(
+            f"{name} {value:.3f}" if value is not None else f"{name} –"
+            for name, value in zip(config.model.classes, epoch.iou, strict=True)
+        )
+        click.echo(
+            f"epoch {epoch.number + 1}/{config.train.epochs}  loss {epoch.loss:.4f}  "
+            f"val IoU: {shown}  {epoch.seconds:.1f} s"
+        )
+    click.echo(f"trained: {config.output.uri}/{BEST}")
+
+
+def _predict_config(
+    source: str, overrides: tuple[str, ...], model: str | None, out: str | None
+) -> PredictConfig:
+    if source.endswith(".toml"):
+        if model or out:
+            raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
+        return load(PredictConfig, source, list(overrides))
+    if not out and not any(o.startswith("output.uri=") for o in overrides):
+        raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
+    table: dict[str, Any] = {"input": {"uri": source}, "output": {}}
+    if model:
+        table["model"] = {"checkpoint": model}
+    if out:
+        table["output"]["uri"] = out
+    return build(PredictConfig, table, list(overrides), source="command line")
+
+
+def _train_config(source: str, overrides: list[str], out: str | None) -> TrainConfig:
+    if source.endswith(".toml"):
+        if out:
+            raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
+        return load(TrainConfig, source, overrides)
+    if not overrides or "=" in overrides[0] or not out:
+        raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
+    masks = overrides.pop(0)
+    pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
+    table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
+    return build(TrainConfig, table, overrides, source="command line")
+
+
+def _show_outcome(outcome: "Outcome") -> None:
+    run = outcome.run.store.uri()
+    if outcome.was_finished:
+        click.echo(f"{run} is finished already; nothing was written")
+    _show_totals(outcome.totals)
+    _show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
+    for shard_id, reason in outcome.set_aside.items():
+        click.echo(f"not committed: shard {shard_id} kills its actors: {reason}", err=True)
+
+
+def _show_totals(totals: "Totals") -> None:
+    balance = "=" if totals.is_reconciled else "≠"
+    _show(
+        images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
+    )
+    for code, count in totals.errors.items():
+        click.echo(f"            {count:,} × {code}")
+    if totals.with_truth:
+        _show(truth=f"{totals.with_truth:,} images")
+        for class_id, score in enumerate(totals.scores):
+            if score.iou is not None and score.dice is not None:
+                click.echo(f"            class {class_id}: Dice {score.dice:.4f}, "
+                           f"IoU {score.iou:.4f}")  # fmt: skip
+
+
+def _show(**lines: str) -> None:
+    for name, text in lines.items():
+        click.echo(f"{name + ':':<10}{text}")

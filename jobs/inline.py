@@ -1,0 +1,51 @@
+"""The workers of ``workers.count = "inline"``: one replica on threads of this process, no Ray."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from jobs.dispatch import PREFETCH, Attempt, Done, Event, Ready
+from unet_core.compute import Compute, ReplicaSpec
+from unet_core.replica import Replica
+from unet_core.timings import ShardResult
+
+NAME = "inline"
+WAIT_S = 0.5
+
+
+class InlineWorkers:
+    """One actor that cannot die without this process."""
+
+    def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
+        self._replica = Replica(spec)
+        self._on_image = on_image
+        self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
+        self._futures: dict[Future[ShardResult], Attempt] = {}
+        self._is_new = True
+
+    def probe(self) -> Compute:
+        """The ``compute`` section of this machine."""
+        return self._replica.probe()
+
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+        """Fix what the run has decided."""
+        self._replica.configure(compute, footer, self._on_image)
+
+    def submit(self, actor: str, attempt: Attempt) -> None:
+        """Begin a shard on a thread of its own."""
+        self._futures[self._threads.submit(self._replica.segment, attempt.shard)] = attempt
+
+    def events(self) -> Iterator[Event]:
+        """Ready once; then every shard that was committed. Errors are raised as they are."""
+        if self._is_new:
+            self._is_new = False
+            yield Ready(NAME)
+            return
+        done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            attempt = self._futures.pop(future)
+            yield Done(NAME, attempt.shard.shard_id, future.result())
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for what has; uncommitted shards are done again."""
+        self._replica.cancel()
+        self._threads.shutdown(wait=True, cancel_futures=True)

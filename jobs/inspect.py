@@ -1,0 +1,78 @@
+"""``plan`` and ``status``: what a run would do, and how one stands. They write nothing."""
+
+import os
+from dataclasses import dataclass
+
+from jobs import session
+from jobs.job import prepare
+from unet_core.config import PredictConfig
+from unet_core.metrics import Totals
+from unet_core.run import open_existing
+from unet_core.shards import Shard
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``predict`` would do with a config now."""
+
+    uri: str
+    format: str
+    shards: list[Shard]
+    committed: set[str]
+    is_finished: bool
+    workers: str
+
+    @property
+    def images(self) -> int | None:
+        """Images of the whole input; None where only reading tells."""
+        counts = [shard.count for shard in self.shards]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def left(self) -> list[Shard]:
+        """Shards that are not committed."""
+        return [shard for shard in self.shards if shard.shard_id not in self.committed]
+
+
+def plan(config: PredictConfig) -> Plan:
+    """Look at input, run folder and cluster; raises what ``predict`` would raise."""
+    job = prepare(config)
+    return Plan(
+        uri=job.run.store.uri(),
+        format=job.source.format,
+        shards=job.run.manifest() or job.source.list_shards(),
+        committed=job.run.committed(),
+        is_finished=job.run.is_finished,
+        workers=_describe_workers(config),
+    )
+
+
+def _describe_workers(config: PredictConfig) -> str:
+    if session.is_inline(config.workers):
+        return f"inline, {session.local_cpus(config.workers):g} CPU cores"
+    if not session.is_cluster_named():
+        return f"{config.workers.count} actors on a local Ray cluster"
+    with session.connected():
+        placement = session.place(config.workers)
+    where = os.environ["RAY_ADDRESS"]
+    return f"{placement.actors} actors of {placement.gpus:g} GPU, {placement.cpus:g} CPU on {where}"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    uri: str
+    shards: int
+    committed: int
+    is_finished: bool
+    totals: Totals
+
+
+def status(uri: str) -> Status:
+    """Read a run folder; raises StoreError if there is none."""
+    run, _ = open_existing(uri)
+    shards = run.manifest() or []
+    committed = run.committed()
+    totals = run.finished_totals() if run.is_finished else run.totals(committed)
+    return Status(run.store.uri(), len(shards), len(committed), run.is_finished, totals)

@@ -1,0 +1,66 @@
+"""A config, checked against its checkpoint, its input and its run folder; still no torch, no Ray."""
+
+from dataclasses import dataclass
+
+from unet_core import checkpoint, schema
+from unet_core.checkpoint import Header
+from unet_core.compute import Compute, ReplicaSpec
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.run import Record, Run, identity
+from unet_core.shards import Source, open_source
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked config: what is to be segmented, with what, and where to."""
+
+    config: PredictConfig
+    header: Header
+    model_sha256: str
+    source: Source
+    run: Run
+
+    def record(self, compute: Compute) -> Record:
+        """What ``run.json`` will say."""
+        return Record(
+            identity=identity(self.config, self.source, self.model_sha256, self.header),
+            compute=compute,
+            config=self.config.model_dump(mode="json"),
+            class_names=self.header.class_names,
+            palette=self.header.palette,
+        )
+
+    def replica(self, cpus: float) -> ReplicaSpec:
+        """What it takes to build one replica on ``cpus`` cores."""
+        return ReplicaSpec(self.config, self.source, self.model_sha256, max(1, int(cpus)))
+
+    def footer(self, record: Record) -> dict[str, str]:
+        """What every part says of the run."""
+        return schema.footer(self.header, self.model_sha256, record.fingerprint)
+
+
+def prepare(config: PredictConfig) -> Job:
+    """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
+    header = checkpoint.read_header(config.model.checkpoint)
+    _check_tile_size(config.tile.size, header)
+    sha256 = checkpoint.digest(config.model.checkpoint)
+    source = open_source(config.input)
+    run = Run(config.output.uri)
+    run.require_same(identity(config, source, sha256, header))
+    return Job(config, header, sha256, source, run)
+
+
+def _check_tile_size(size: int, header: Header) -> None:
+    stride, smallest = header.spec.stride, 2 * header.halo + header.spec.stride
+    if size < smallest:
+        raise ConfigError(
+            f"tile.size is {size}, but this network needs {smallest} or more: a halo of "
+            f"{header.halo} pixels on both sides, and {stride} to keep"
+        )
+    if size % stride:
+        low = size // stride * stride
+        raise ConfigError(
+            f"tile.size is {size}, but this network needs a multiple of {stride}; "
+            f"{low} and {low + stride} are possible"
+        )

@@ -1,0 +1,181 @@
+"""Checkpoints: one safetensors file with everything that prediction needs in its metadata.
+
+The only place that loads weights. The header alone (no torch) settles classes, channels and
+legal sizes before any machine is used.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from unet_core.errors import CheckpointError, StoreError
+from unet_core.geometry import reach, round_up
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import UNetSpec
+from unet_core.store import read_file, read_range
+
+if TYPE_CHECKING:
+    from unet_core.unet import UNet
+
+FORMAT = "unet-jobs/1"
+MAX_HEADER_BYTES = 16 * 2**20
+DEFAULT_COLORS = (
+    (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
+    (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+)  # fmt: skip
+"""Okabe and Ito's palette, which people with colour blindness can tell apart."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of itself."""
+
+    spec: UNetSpec
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """RGB of each class id."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How it came about: command, seed, data, scores."""
+
+    @property
+    def classes(self) -> int:
+        """Ids that a mask may hold: two for a one-logit network."""
+        return max(2, self.spec.classes)
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a tile that make its inner part exact, a multiple of the stride."""
+        return round_up(reach(self.spec.depth), self.spec.stride)
+
+
+def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Default colours for ``classes`` ids."""
+    return tuple(DEFAULT_COLORS[i % len(DEFAULT_COLORS)] for i in range(classes))
+
+
+def locate(checkpoint: str) -> str:
+    """The path of a checkpoint: ``builtin:NAME`` is a file of this package."""
+    if not checkpoint.startswith("builtin:"):
+        return checkpoint
+    folder = importlib.resources.files("unet_core") / "builtin"
+    name = checkpoint.removeprefix("builtin:")
+    known = sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir())
+    if name not in known:
+        shipped = ", ".join(f"builtin:{k}" for k in known if not k.startswith("_"))
+        raise CheckpointError(f"model.checkpoint: {checkpoint} does not exist; shipped: {shipped}")
+    return str(folder / f"{name}.safetensors")
+
+
+def read_header(checkpoint: str) -> Header:
+    """Read the metadata by two range reads, without torch.
+
+    Raises CheckpointError if it is not a safetensors file of this project.
+    """
+    path = locate(checkpoint)
+    try:
+        prefix = read_range(path, 0, 8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
+        metadata = json.loads(read_range(path, 8, 8 + length)).get("__metadata__", {})
+    except StoreError as error:
+        raise CheckpointError(f"model.checkpoint: {error}") from error
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
+    return _parse(checkpoint, metadata)
+
+
+def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
+            "train it with `unet-jobs train`"
+        )
+    try:
+        header = Header(
+            spec=UNetSpec(**json.loads(metadata["model"])),
+            class_names=tuple(json.loads(metadata["classes"])),
+            preprocessing=Preprocessing.model_validate_json(metadata["preprocessing"]),
+            palette=tuple(tuple(rgb) for rgb in json.loads(metadata["palette"])),
+            training=json.loads(metadata.get("training", "{}")),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {error}") from error
+    if len(header.class_names) != header.classes:
+        raise CheckpointError(
+            f"{checkpoint}: {len(header.class_names)} class names, but {header.classes} classes"
+        )
+    if header.preprocessing.channels != header.spec.in_channels:
+        raise CheckpointError(
+            f"{checkpoint}: {header.preprocessing.color} images have "
+            f"{header.preprocessing.channels} channels, the network takes "
+            f"{header.spec.in_channels}"
+        )
+    return header
+
+
+def digest(checkpoint: str) -> str:
+    """SHA-256 of the whole file, hex."""
+    return hashlib.sha256(_bytes(checkpoint)).hexdigest()
+
+
+def load(checkpoint: str, sha256: str | None = None) -> tuple["UNet", Header]:
+    """The network in eval mode, float32 on the CPU, weights strict; and its header.
+
+    Raises CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
+    """
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    from unet_core.unet import UNet
+
+    data = _bytes(checkpoint)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
+    header = read_header(checkpoint)
+    network = UNet(header.spec)
+    try:
+        tensors = {k: v.float() for k, v in safetensors.torch.load(data).items()}
+        for name, buffer in network.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                tensors[name] = buffer  # counts training steps; not kept
+        network.load_state_dict(tensors, strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
+    return network.eval(), header
+
+
+def serialise(network: "UNet", header: Header, half: bool = False) -> bytes:
+    """The bytes of a checkpoint file; ``half`` stores weights as float16."""
+    import safetensors.torch
+    import torch
+
+    tensors = {
+        name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+        for name, value in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    metadata = {
+        "format": FORMAT,
+        "model": json.dumps(dataclasses.asdict(header.spec)),
+        "classes": json.dumps(header.class_names),
+        "preprocessing": header.preprocessing.model_dump_json(),
+        "palette": json.dumps(header.palette or palette_of(header.classes)),
+        "training": json.dumps(header.training, sort_keys=True),
+    }
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _bytes(checkpoint: str) -> bytes:
+    try:
+        return read_file(locate(checkpoint))
+    except StoreError as error:
+        raise CheckpointError(f"model.checkpoint: {error}") from error

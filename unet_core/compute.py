@@ -1,0 +1,52 @@
+"""What a replica is built from, and what it computes with. No torch, for the driver's sake."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from unet_core.config import PredictConfig
+from unet_core.errors import RunMismatchError
+from unet_core.shards import Source
+
+
+class Compute(BaseModel):
+    """What decides the bits of a mask besides the config; found once, then kept in ``run.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    """Model of the device, and for CPUs the instruction set that torch uses."""
+    precision: str
+    backend: str
+    batch_pixels: int
+    """Pixels (N·H·W) that a batch holds at most, unless a single tile is larger."""
+    versions: dict[str, str]
+
+    def batch_of(self, height: int, width: int) -> int:
+        """How many tiles of a shape make a batch."""
+        return max(1, self.batch_pixels // (height * width))
+
+    def require(self, other: "Compute") -> None:
+        """Refuse a device or versions that differ; raises RunMismatchError that names them."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        differing = [
+            f"compute.{key}: the run has {mine[key]}, this actor {theirs[key]}"
+            for key in ("device", "precision", "backend", "versions")
+            if mine[key] != theirs[key]
+        ]
+        if differing:
+            raise RunMismatchError(
+                "masks could differ in their last bits:\n" + "\n".join(differing)
+                + "\nuse the same machines and versions, or set workers.mixed_devices = true"
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What it takes to build a replica; travels to the actors."""
+
+    config: PredictConfig
+    source: Source
+    model_sha256: str
+    threads: int
+    """CPU cores for decoding, encoding and, without a GPU, the network."""

@@ -1,0 +1,343 @@
+"""What people write: TOML files and ``section.key=value`` overrides, checked before anything runs.
+
+Imports pydantic and nothing heavier, so that a mistake costs less than a second.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from unet_core.errors import ConfigError
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+PROTOCOLS = ("file", "local", "memory")
+
+
+class Section(BaseModel):
+    """A TOML table: unknown keys are refused, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputConfig(Section):
+    """Where the images are and how they are grouped into shards."""
+
+    uri: str
+    """Folder, tar, or image; a local path in this version."""
+    format: Literal["auto", "folder", "webdataset"] = "auto"
+    """``folder``: loose images at any depth; ``webdataset``: tars, a shard each."""
+    shard_images: Count = 256
+    """Loose images per shard."""
+    masks: str = ""
+    """Truth. Tar: member suffix (``mask.png``). Folder: another folder if it holds a ``/``,
+    else a stem suffix (``_mask``). Empty: no truth."""
+    label_map: dict[int, int] = {}
+    """Mask value → class id, applied to truth; values not named stay as they are."""
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
+    """Truth pixels of this value (after ``label_map``) count nowhere."""
+    max_pixels: Count = 2**27
+    """Height × width above which an image becomes a failed row instead of being decoded."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_allowed(cls, uri: str) -> str:
+        return _allowed_uri(uri)
+
+    @field_validator("masks")
+    @classmethod
+    def _masks_allowed(cls, masks: str) -> str:
+        return _allowed_uri(masks) if masks else masks
+
+
+class ModelConfig(Section):
+    """Which network segments the images."""
+
+    checkpoint: str = "builtin:nuclei"
+    """``builtin:NAME``, or the path of a ``.safetensors`` file."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """One-logit models: foreground where sigmoid(logit) is above this."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """``auto``: a GPU if there is one."""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _checkpoint_allowed(cls, checkpoint: str) -> str:
+        return checkpoint if checkpoint.startswith("builtin:") else _allowed_uri(checkpoint)
+
+
+class TileConfig(Section):
+    """How large images are cut and how tiles are stacked."""
+
+    size: Annotated[int, Field(strict=True, ge=16)] = 1024
+    """Side of the window in pixels, halo included; an image that fits is one tile."""
+    batch: Auto | Count = "auto"
+    """Full-size tiles per batch; smaller tiles fill the same number of pixels."""
+
+
+class OutputConfig(Section):
+    """Where the run folder is and how masks are stored in it."""
+
+    uri: str
+    """The run folder."""
+    encoding: Literal["raw", "png"] = "raw"
+    """``raw``: C-order bytes, compressed by Parquet; ``png``: what dataset viewers show."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_allowed(cls, uri: str) -> str:
+        return _allowed_uri(uri)
+
+
+class WorkersConfig(Section):
+    """Who does the work; never part of a run's identity."""
+
+    count: Auto | Literal["inline"] | Count = "auto"
+    """Actors. ``inline``: this process, no Ray. ``auto``: one per GPU of the cluster, or inline
+    where there is at most one GPU and no cluster."""
+    gpus: Auto | Number = "auto"
+    """GPUs per actor, fractions allowed; 0 means CPU."""
+    cpus: Auto | Number = "auto"
+    """CPU cores per actor."""
+    mixed_devices: bool = False
+    """Let actors whose device or versions differ from those in ``run.json`` take part."""
+
+
+class PredictConfig(Section):
+    """Everything that ``unet-jobs predict`` needs."""
+
+    input: InputConfig
+    model: ModelConfig = ModelConfig()
+    tile: TileConfig = TileConfig()
+    output: OutputConfig
+    workers: WorkersConfig = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _output_apart_from_input(self) -> "PredictConfig":
+        _refuse_nesting("output.uri", self.output.uri, "input.uri", self.input.uri)
+        return self
+
+
+class DataConfig(Section):
+    """Images with truth, for training and for validation."""
+
+    train: InputConfig
+    val: InputConfig | None = None
+    """If absent, ``val_fraction`` of ``train`` is set aside."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ``train`` used for validation, chosen by a hash of the image id."""
+
+    @model_validator(mode="after")
+    def _truth_is_named(self) -> "DataConfig":
+        for name, part in (("train", self.train), ("val", self.val)):
+            if part is not None and not part.masks:
+                raise ValueError(f"{name}.masks is empty, but training needs the truth")
+        return self
+
+
+class NetworkConfig(Section):
+    """The network to train."""
+
+    preset: Literal["padded", "plain"] = "padded"
+    width: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
+    """Channels of the first level; each pool doubles them."""
+    depth: Annotated[int, Field(strict=True, ge=1, le=8)] = 4
+    """Pools."""
+    color: Literal["gray", "rgb"] = "gray"
+    """What images are converted to: 1 or 3 input channels."""
+    normalisation: Literal["percentile", "range", "zscore"] = "percentile"
+    """Per image and channel: 1st to 99.8th percentile, the type's full range, or mean and sd."""
+    classes: Annotated[list[str], Field(min_length=2, max_length=256)] = [
+        "background",
+        "foreground",
+    ]
+    """Class names by id; two classes make a one-logit network."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+
+class FitConfig(Section):
+    """The training loop."""
+
+    epochs: Count = 40
+    batch: Count = 8
+    """Crops per step."""
+    crop: Annotated[int, Field(strict=True, ge=16)] = 192
+    """Side of the training crop in pixels."""
+    crops_per_image: Count = 1
+    """Crops taken from each image in an epoch."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
+    """Peak of a cosine schedule with one twentieth of warm-up (AdamW)."""
+    weight_decay: Number = 1e-4
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
+
+
+class TrainConfig(Section):
+    """Everything that ``unet-jobs train`` needs."""
+
+    data: DataConfig
+    model: NetworkConfig = NetworkConfig()
+    train: FitConfig = FitConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _crop_fits_network(self) -> "TrainConfig":
+        stride = 2**self.model.depth
+        if self.train.crop % stride:
+            low = self.train.crop // stride * stride
+            near = " and ".join(str(n) for n in (low, low + stride) if n)
+            raise ValueError(
+                f"train.crop is {self.train.crop}, but a network with {self.model.depth} pools "
+                f"needs a multiple of {stride}; {near} are possible"
+            )
+        return self
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load(kind: type[ConfigT], path: str, overrides: list[str]) -> ConfigT:
+    """Read a TOML file, apply ``section.key=value`` overrides and check the whole.
+
+    Raises ConfigError that lists every problem, one a line, each with where, what and what is
+    allowed.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    return build(kind, table, overrides, source=path)
+
+
+def build(
+    kind: type[ConfigT], table: dict[str, Any], overrides: list[str], source: str = "config"
+) -> ConfigT:
+    """Apply overrides to a table and check it, as ``load`` does for a file."""
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        problems = _sentences(kind, error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{source}: {p}" for p in problems)) from error
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value``; the value is TOML, or else a plain string."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys) or len(keys) < 2:
+        raise ConfigError(f"{override}: not an override; write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{override}: {key} is a value, not a section")
+    table[keys[-1]] = value
+
+
+def _sentences(kind: type[BaseModel], findings: list[Any]) -> list[str]:
+    """What pydantic found in our own words, one sentence for each key."""
+    by_key: dict[tuple[int | str, ...], list[Any]] = {}
+    for finding in findings:
+        key = tuple(part for part in finding["loc"] if not _is_branch(part))
+        by_key.setdefault(key, []).append(finding)
+    return [_sentence(kind, key, found) for key, found in by_key.items()]
+
+
+def _sentence(kind: type[BaseModel], key: tuple[int | str, ...], found: list[Any]) -> str:
+    where = ".".join(str(part) for part in key)
+    got = found[0]["input"]
+    match found[0]["type"]:
+        case "missing":
+            return f"{where}: is required"
+        case "extra_forbidden":
+            known = _keys_at(kind, key[:-1])
+            near = difflib.get_close_matches(str(key[-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
+            return f"{where}: unknown key; {hint}"
+        case "value_error":
+            text = str(found[0]["ctx"]["error"])
+            return f"{where}: {text}" if where else text
+    allowed = " or ".join(dict.fromkeys(_allowed(finding) for finding in found))
+    shown = "a section" if isinstance(got, dict) else repr(got)
+    return f"{where}: got {shown}, allowed: {allowed}"
+
+
+_LIMITS = {
+    "greater_than_equal": ("ge", "a number of {} or more"),
+    "greater_than": ("gt", "a number above {}"),
+    "less_than_equal": ("le", "a number of {} or less"),
+    "less_than": ("lt", "a number below {}"),
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text in quotes",
+    "list": "a list",
+    "dict": "a section of keys",
+    "model": "a section of keys",
+}
+
+
+def _allowed(finding: Any) -> str:
+    """What would have been right where pydantic found something wrong."""
+    kind = str(finding["type"])
+    if kind == "literal_error":
+        return str(finding["ctx"]["expected"]).replace("'", '"')
+    if kind in _LIMITS:
+        name, text = _LIMITS[kind]
+        return text.format(finding["ctx"][name])
+    return _KINDS.get(kind.partition("_")[0], str(finding["msg"]))
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a location part names an arm of a union rather than a key."""
+    text = str(part)
+    return "[" in text or text in {"int", "float", "constrained-int", "constrained-float"}
+
+
+def _keys_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at ``location`` has."""
+    for part in location:
+        field = kind.model_fields[str(part)].annotation
+        options = [field, *getattr(field, "__args__", ())]
+        kind = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(kind.model_fields)
+
+
+def _allowed_uri(uri: str) -> str:
+    """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols."""
+    if not uri.strip():
+        raise ValueError("is empty; give a path")
+    if "::" in uri:
+        raise ValueError(f"got {uri!r}, but chained URIs (::) are not allowed")
+    protocol, separator, _ = uri.partition("://")
+    if separator and protocol not in PROTOCOLS:
+        raise ValueError(
+            f"got {uri!r}, but {protocol}:// is not possible in this version; "
+            f"allowed: plain paths, {', '.join(p + '://' for p in PROTOCOLS)}"
+        )
+    if separator and ".." in uri.split("/"):
+        raise ValueError(f"got {uri!r}, but '..' is not allowed in a URI")
+    return uri
+
+
+def _refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
+    """Output inside input would be read as input on the next run, and the other way round."""
+    path, root = (
+        Path(p) if p.startswith("memory:") else Path(p.removeprefix("file://")).resolve()
+        for p in (uri, other)
+    )
+    if path == root or root in path.parents or path in root.parents:
+        raise ValueError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")

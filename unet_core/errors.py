@@ -1,0 +1,64 @@
+"""The exception tree. Decisions go by class, never by the words of a message.
+
+    UnetJobsError
+    ├── ConfigError          a key, type or value in the config            exit 2
+    ├── CheckpointError      a model file that cannot be used              exit 2
+    ├── RunMismatchError     the run folder belongs to another run         exit 2
+    ├── StoreError           storage refused or failed                     exit 3
+    ├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
+    ├── WorkersError         actors cannot be placed or keep dying         exit 1
+    ├── StoppedError         someone asked to stop                         exit 130
+    └── ImageError           one image; becomes one failed row, never stops a run
+"""
+
+
+class UnetJobsError(Exception):
+    """Base of every error that this project raises on purpose; the text is for people."""
+
+    exit_code = 1
+
+
+class ConfigError(UnetJobsError):
+    """The config is wrong; the message lists every problem, one a line."""
+
+    exit_code = 2
+
+
+class CheckpointError(UnetJobsError):
+    """A checkpoint is missing, damaged, foreign or of a shape that its header denies."""
+
+    exit_code = 2
+
+
+class RunMismatchError(UnetJobsError):
+    """The run folder was made with another fingerprint or on another device."""
+
+    exit_code = 2
+
+
+class StoreError(UnetJobsError):
+    """A path is missing, not readable or not writable."""
+
+    exit_code = 3
+
+
+class CommitConflictError(UnetJobsError):
+    """A shard is already committed with other bytes: repeatability is broken, so stop."""
+
+
+class WorkersError(UnetJobsError):
+    """The actors asked for cannot be placed, or die whatever is tried."""
+
+
+class StoppedError(UnetJobsError):
+    """Work was given up because someone asked for it; the same command continues."""
+
+    exit_code = 130
+
+
+class ImageError(UnetJobsError):
+    """One image cannot be segmented. ``code`` goes to the row's ``error_code``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,243 @@
+"""The training loop: one process, no Ray. Whole images in memory, random crops, best kept."""
+
+import hashlib
+import io
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from unet_core import checkpoint
+from unet_core.checkpoint import Header, palette_of
+from unet_core.config import TrainConfig
+from unet_core.engine import Batch, Engine, choose_device
+from unet_core.errors import ConfigError
+from unet_core.geometry import tiles
+from unet_core.losses import cross_entropy, dice
+from unet_core.metrics import confusion, mean, scores_of
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import preset
+from unet_core.samples import LabelledImage, random_crop, read_labelled
+from unet_core.segment import window
+from unet_core.store import Store
+from unet_core.unet import UNet
+
+log = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+HISTORY = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int32()),
+        ("split", pa.string()),
+        ("name", pa.string()),
+        ("class", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+VALIDATION_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave."""
+
+    number: int
+    loss: float
+    iou: tuple[float | None, ...]
+    """Micro IoU per class on the validation images; None where a class never occurs."""
+    seconds: float
+
+    @property
+    def foreground_iou(self) -> float:
+        """Mean IoU of the classes but the first; what "best" means."""
+        return mean(self.iou[1:]) or 0.0
+
+
+@dataclass
+class Training:
+    """A network on its way, and what was seen so far."""
+
+    network: UNet
+    header: Header
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -1.0
+    step: int = 0
+
+
+def fit(config: TrainConfig) -> Iterator[Epoch]:
+    """Train; yields after each epoch. ``best.safetensors`` and the history lie in the output.
+
+    Raises ConfigError for unusable data and for a loss that is no longer a number.
+    """
+    output = Store(config.output.uri)
+    if output.exists(BEST):
+        raise ConfigError(f"output.uri: {output.uri()} holds a trained model; choose a new folder")
+    header = new_header(config)
+    train, val = load_data(config, header)
+    torch.manual_seed(config.train.seed)
+    device = choose_device(config.model.device)
+    network = UNet(header.spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+    training = Training(network, header)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), config.train.learning_rate, weight_decay=config.train.weight_decay
+    )
+    steps = config.train.epochs * _steps_per_epoch(config, len(train))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, steps))
+    for number in range(config.train.epochs):
+        start = time.perf_counter()
+        loss = _train_epoch(config, training, optimiser, schedule, train, number)
+        iou = evaluate(training, val, config)
+        epoch = Epoch(number, loss, iou, time.perf_counter() - start)
+        _record(training, epoch, output, config)
+        yield epoch
+    output.publish("_SUCCESS", b"{}\n")
+
+
+def new_header(config: TrainConfig) -> Header:
+    """The header of the checkpoint that a config will make."""
+    model = config.model
+    wanted = Preprocessing(color=model.color, normalisation=model.normalisation)
+    names = tuple(model.classes)
+    logits = 1 if len(names) == 2 else len(names)
+    spec = preset(
+        model.preset,
+        in_channels=wanted.channels,
+        classes=logits,
+        width=model.width,
+        depth=model.depth,
+    )
+    return Header(spec, names, wanted, palette_of(len(names)))
+
+
+def load_data(
+    config: TrainConfig, header: Header
+) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """Training and validation images; without ``data.val`` a share by a hash of the image id."""
+    data, wanted = config.data, header.preprocessing
+    train = list(read_labelled(data.train, wanted, header.classes))
+    if data.val is not None:
+        val = list(read_labelled(data.val, wanted, header.classes))
+    else:
+        val = [image for image in train if _share(image.image_id) < data.val_fraction]
+        train = [image for image in train if _share(image.image_id) >= data.val_fraction]
+    if not train or not val:
+        raise ConfigError(
+            f"data: {len(train)} images for training and {len(val)} for validation; both need one"
+        )
+    return train, val
+
+
+def _share(image_id: str) -> float:
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:6], "big") / 2**48
+
+
+def _steps_per_epoch(config: TrainConfig, images: int) -> int:
+    return math.ceil(images * config.train.crops_per_image / config.train.batch)
+
+
+def _warm_cosine(step: int, steps: int) -> float:
+    """Linear warm-up over a twentieth of the steps, then half a cosine down to zero."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _train_epoch(
+    config: TrainConfig,
+    training: Training,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    images: list[LabelledImage],
+    number: int,
+) -> float:
+    """One pass; returns the mean loss."""
+    options, ignore = config.train, config.data.train.ignore_index
+    random = np.random.default_rng([options.seed, number])
+    order = random.permutation(np.repeat(np.arange(len(images)), options.crops_per_image))
+    training.network.train()
+    losses = []
+    for at in range(0, len(order), options.batch):
+        chosen = [images[i] for i in order[at : at + options.batch]]
+        crops = [random_crop(image, options.crop, ignore, random) for image in chosen]
+        x_NCHW, labels_NHW = (torch.stack(column) for column in zip(*crops, strict=True))
+        device = next(training.network.parameters()).device
+        logits = training.network(x_NCHW.to(device, memory_format=torch.channels_last))
+        labels = labels_NHW.to(device)
+        loss = cross_entropy(logits, labels, ignore) + dice(logits, labels, ignore)
+        if not math.isfinite(loss.item()):
+            names = ", ".join(image.image_id for image in chosen)
+            raise ConfigError(f"the loss is {loss.item()} at step {training.step}; images: {names}")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(training.network.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        training.step += 1
+        losses.append(loss.item())
+    return math.fsum(losses) / len(losses)
+
+
+def evaluate(
+    training: Training, images: list[LabelledImage], config: TrainConfig
+) -> tuple[float | None, ...]:
+    """Micro IoU per class, segmented as ``predict`` does it."""
+    header = training.header
+    copy = UNet(header.spec)
+    copy.load_state_dict(training.network.state_dict())
+    device = next(training.network.parameters()).device
+    engine = Engine(copy, header, device, threshold=0.5)
+    ignore = (config.data.val or config.data.train).ignore_index
+    matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
+    for image in images:
+        mask_HW = _mask(engine, image)
+        matrix += confusion(image.labels_HW, mask_HW, header.classes, ignore)
+    return tuple(score.iou for score in scores_of(matrix))
+
+
+def _mask(engine: Engine, image: LabelledImage) -> Any:
+    header = engine.header
+    height, width = image.labels_HW.shape
+    mask_HW = np.zeros((height, width), dtype=np.uint16)
+    size = max(VALIDATION_TILE, 2 * header.halo + header.spec.stride)
+    for tile in tiles(height, width, size, header.halo, header.spec.stride):
+        batch = Batch(
+            window(image.pixels_CHW, tile)[None], image.offset[None], image.scale[None], [tile]
+        )
+        kept = slice(tile.y.keep_start, tile.y.keep_stop), slice(tile.x.keep_start, tile.x.keep_stop)
+        mask_HW[kept] = engine.run(batch)[0].mask_HW
+    return mask_HW
+
+
+def _record(training: Training, epoch: Epoch, output: Store, config: TrainConfig) -> None:
+    """Publish the history so far, and the network if it is the best yet."""
+    names = training.header.class_names
+    row = {"step": training.step, "epoch": epoch.number}
+    training.history.append(
+        {**row, "split": "train", "name": "loss", "class": None, "value": epoch.loss}
+    )
+    for name, value in zip(names, epoch.iou, strict=True):
+        training.history.append(
+            {**row, "split": "val", "name": "iou", "class": name, "value": value}
+        )
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(training.history, schema=HISTORY), sink)
+    output.publish("history/00000.parquet", sink.getvalue())
+    if epoch.foreground_iou > training.best:
+        training.best = epoch.foreground_iou
+        about = {
+            "epoch": epoch.number,
+            "val_iou": dict(zip(names, epoch.iou, strict=True)),
+            "config": config.model_dump(mode="json"),
+        }
+        header = replace(training.header, training=about)
+        output.publish(BEST, checkpoint.serialise(training.network, header))

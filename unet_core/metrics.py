@@ -1,0 +1,135 @@
+"""Counts and what follows from them. Counts are integers and add up in any order; ratios are
+derived at the end, and a ratio without a denominator is None, never 0 or 1."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Labels = npt.NDArray[np.integer[Any]]
+Ints = npt.NDArray[np.int64]
+
+
+def confusion(truth_HW: Labels, mask_HW: Labels, classes: int, ignore_index: int) -> Ints:
+    """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index``."""
+    counted = truth_HW != ignore_index
+    pairs = truth_HW[counted].astype(np.int64) * classes + mask_HW[counted]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def ratio(part: int, whole: int) -> float | None:
+    """``part / whole``; None where there is nothing to divide by."""
+    return part / whole if whole else None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the defined values; None if there is none."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """tp, fp and fn pixels of one class."""
+
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+
+    @property
+    def iou(self) -> float | None:
+        """Intersection over union: tp / (tp + fp + fn)."""
+        return ratio(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def dice(self) -> float | None:
+        """Dice coefficient: 2 tp / (2 tp + fp + fn)."""
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+
+def scores_of(confusion_KK: Ints) -> list[Scores]:
+    """Scores per class of a confusion matrix (truth × prediction)."""
+    tp = confusion_KK.diagonal()
+    columns = zip(tp, confusion_KK.sum(axis=0) - tp, confusion_KK.sum(axis=1) - tp, strict=True)
+    return [Scores(int(t), int(p), int(n)) for t, p, n in columns]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The sums of a shard or of a whole run; ``a + b`` is the totals of both."""
+
+    shards: int = 0
+    images_seen: int = 0
+    ok: int = 0
+    failed: int = 0
+    pixels: int = 0
+    with_truth: int = 0
+    ignored_pixels: int = 0
+    confidence_sum: int = 0
+    class_pixels: tuple[int, ...] = ()
+    tp: tuple[int, ...] = ()
+    fp: tuple[int, ...] = ()
+    fn: tuple[int, ...] = ()
+    errors: dict[str, int] = field(default_factory=dict)
+    """Rows by error code; a code on an ``ok`` row speaks of its truth."""
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(**{f.name: _add(getattr(self, f.name), getattr(other, f.name))
+                         for f in fields(self)})  # fmt: skip
+
+    @property
+    def is_reconciled(self) -> bool:
+        """Whether every image that a reader saw has its row."""
+        return self.images_seen == self.ok + self.failed
+
+    @property
+    def scores(self) -> list[Scores]:
+        """Micro scores per class, over all images with truth."""
+        return [Scores(*counts) for counts in zip(self.tp, self.fp, self.fn, strict=True)]
+
+    @classmethod
+    def of_rows(cls, rows: pa.Table, images_seen: int) -> "Totals":
+        """Totals of one metrics part."""
+        is_ok = pc.equal(rows["status"], "ok")
+        ok = rows.filter(is_ok)
+        pixels = pc.sum(pc.multiply(ok["height"].cast("int64"), ok["width"].cast("int64")))
+        errors = Counter(code for code in rows["error_code"].to_pylist() if code)
+        return cls(
+            shards=1,
+            images_seen=images_seen,
+            ok=ok.num_rows,
+            failed=rows.num_rows - ok.num_rows,
+            pixels=pixels.as_py() or 0,
+            with_truth=rows.num_rows - rows["tp"].null_count,
+            ignored_pixels=pc.sum(rows["ignored_pixels"]).as_py() or 0,
+            confidence_sum=pc.sum(rows["confidence_sum"]).as_py() or 0,
+            class_pixels=_sum_lists(rows["class_pixels"]),
+            tp=_sum_lists(rows["tp"]),
+            fp=_sum_lists(rows["fp"]),
+            fn=_sum_lists(rows["fn"]),
+            errors=dict(sorted(errors.items())),
+        )
+
+
+def _add(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return dict(sorted((Counter(a) + Counter(b)).items()))
+    if isinstance(a, tuple):
+        return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+    return a + b
+
+
+def _sum_lists(column: pa.ChunkedArray) -> tuple[int, ...]:
+    """Element-wise sum of equally long lists; nulls add nothing."""
+    known = column.drop_null()
+    if not len(known):
+        return ()
+    width = len(known[0])
+    flat = np.asarray(pc.list_flatten(known)).reshape(-1, width)
+    return tuple(int(total) for total in flat.sum(axis=0))

@@ -1,0 +1,132 @@
+"""The two Parquet parts of a shard: masks first, metrics last. The metrics part is the commit."""
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core import schema
+from unet_core.errors import CommitConflictError, StoreError
+from unet_core.metrics import Totals
+from unet_core.store import Store
+
+ROW_GROUP_BYTES = 32 * 2**20
+SPOOL_BYTES = 128 * 2**20
+COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index": False}
+
+
+def masks_name(shard_id: str) -> str:
+    """Name of a shard's masks part in the run folder."""
+    return f"masks/{shard_id}.parquet"
+
+
+def metrics_name(shard_id: str) -> str:
+    """Name of a shard's metrics part in the run folder."""
+    return f"metrics/{shard_id}.parquet"
+
+
+class MasksPart:
+    """A masks part while it is being built, spooled to local disk once it is large.
+
+    Row groups are cut by uncompressed bytes, so the file depends on its rows alone.
+    """
+
+    def __init__(self, encoding: str, footer: Mapping[str, str]) -> None:
+        columns = schema.masks(encoding)
+        self.schema = columns.with_metadata({**(columns.metadata or {}), **footer})
+        self.encoding = encoding
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed by close()
+        payload = "mask" if encoding == "raw" else "mask.bytes"
+        self._writer = pq.ParquetWriter(
+            self._file,
+            self.schema,
+            use_dictionary=[c for c in columns.names if c != "mask"],
+            write_statistics=[c for c in columns.names if c not in ("mask", payload)],
+            **COMPRESSION,
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one mask window; ``row["mask"]`` is its encoded bytes."""
+        self._bytes += len(row["mask"])
+        if self.encoding == "png":
+            row = {**row, "mask": {"bytes": row["mask"], "path": None}}
+        self._rows.append(row)
+        if self._bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def finish(self) -> tuple[BinaryIO, str, int]:
+        """The complete file with its SHA-256 and its size in bytes."""
+        self._flush()
+        self._writer.close()
+        self._file.seek(0)
+        sha256 = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
+        return cast(BinaryIO, self._file), sha256, self._file.tell()
+
+    def close(self) -> None:
+        """Drop the spooled file."""
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.schema))
+            self._rows, self._bytes = [], 0
+
+
+def metrics_part(rows: list[dict[str, Any]], footer: Mapping[str, str]) -> bytes:
+    """The bytes of a metrics part."""
+    table = pa.Table.from_pylist(rows, schema=schema.METRICS.with_metadata(dict(footer)))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **COMPRESSION)
+    return sink.getvalue()
+
+
+def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> None:
+    """Publish both parts, masks first; the metrics part, exclusive and last, is the commit.
+
+    A shard that is committed already is left alone. Raises CommitConflictError if its commit has
+    other bytes than this one.
+    """
+    name = metrics_name(shard_id)
+    if not store.exists(name):
+        store.publish(masks_name(shard_id), masks)
+        if store.publish_exclusively(name, metrics):
+            return
+    if store.read(name) != metrics:
+        raise CommitConflictError(
+            f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
+            f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
+        )
+
+
+def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
+    """Rows and footer of a metrics part.
+
+    Raises StoreError if it is not a Parquet file that this project wrote.
+    """
+    return _read(store, metrics_name(shard_id))
+
+
+def read_masks(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
+    """Rows and footer of a masks part."""
+    return _read(store, masks_name(shard_id))
+
+
+def read_totals(store: Store, shard_id: str) -> Totals:
+    """Totals of a committed shard."""
+    rows, footer = read_metrics(store, shard_id)
+    return Totals.of_rows(rows, int(footer["images_seen"]))
+
+
+def _read(store: Store, name: str) -> tuple[pa.Table, dict[str, str]]:
+    try:
+        table = pq.read_table(io.BytesIO(store.read(name)))
+    except pa.ArrowException as error:
+        raise StoreError(f"{store.uri(name)}: not a Parquet file: {error}") from error
+    metadata = table.schema.metadata or {}
+    return table, {key.decode(): value.decode() for key, value in metadata.items()}

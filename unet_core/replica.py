@@ -1,0 +1,59 @@
+"""One replica of the model with everything around it: what an actor is, without Ray."""
+
+from collections.abc import Callable
+
+import torch
+
+from unet_core import checkpoint
+from unet_core.compute import Compute, ReplicaSpec
+from unet_core.engine import Engine, choose_device
+from unet_core.segment import Segmenter, Settings
+from unet_core.shards import Shard
+from unet_core.store import Store
+from unet_core.timings import ShardResult
+
+
+class Replica:
+    """Loads the network, says what it computes with, then segments shards."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.spec = spec
+        torch.set_num_threads(max(1, spec.threads))
+        config = spec.config
+        network, header = checkpoint.load(config.model.checkpoint, spec.model_sha256)
+        self.engine = Engine(
+            network, header, choose_device(config.model.device), config.model.threshold
+        )
+        self._segmenter: Segmenter | None = None
+
+    def probe(self) -> Compute:
+        """This replica's ``compute`` section."""
+        return self.engine.probe(self.spec.config.tile.size, self.spec.config.tile.batch)
+
+    def configure(
+        self, compute: Compute, footer: dict[str, str], on_image: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fix what the run has decided. Raises RunMismatchError if this replica differs."""
+        if not self.spec.config.workers.mixed_devices:
+            compute.require(self.probe())
+        settings = Settings(
+            source=self.spec.source,
+            output=Store(self.spec.config.output.uri),
+            compute=compute,
+            footer=footer,
+            tile_size=self.spec.config.tile.size,
+            encoding=self.spec.config.output.encoding,
+            threads=max(2, self.spec.threads),
+            on_image=on_image,
+        )
+        self._segmenter = Segmenter(self.engine, settings)
+
+    def segment(self, shard: Shard) -> ShardResult:
+        """Segment and commit one shard; two calls may overlap."""
+        assert self._segmenter is not None, "configure first"
+        return self._segmenter.segment(shard)
+
+    def cancel(self) -> None:
+        """Give up the shards under way, soon; they raise StoppedError."""
+        if self._segmenter is not None:
+            self._segmenter.cancel()

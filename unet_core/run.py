@@ -1,0 +1,235 @@
+"""The run folder: what a run is, what it has to do, what it has done.
+
+``run.json`` and the manifest are published exclusively; the metrics parts are the only record of
+progress. Running the same command again is the resume.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core import __version__, schema
+from unet_core.checkpoint import Header
+from unet_core.compute import Compute
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.metrics import Totals
+from unet_core.parts import read_totals
+from unet_core.shards import Member, Shard, Source
+from unet_core.store import Store
+
+RUN_JSON = "run.json"
+SUCCESS = "_SUCCESS"
+MANIFEST_NAME = "manifest/00000.parquet"
+READ_THREADS = 16
+
+Identity = dict[str, Any]
+
+
+def identity(config: PredictConfig, source: Source, model_sha256: str, header: Header) -> Identity:
+    """What makes two runs the same run, by the names that people know from the config.
+
+    Whatever changes masks, and nothing else: not workers, not where the output lies.
+    """
+    return {
+        "schema_version": schema.SCHEMA_VERSION,
+        "input.uri": source.root.uri(),
+        "input.names": list(source.names),
+        "input.format": source.format,
+        "input.shard_images": config.input.shard_images,
+        "input.masks": _absolute(config.input.masks),
+        "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
+        "input.ignore_index": config.input.ignore_index,
+        "input.max_pixels": config.input.max_pixels,
+        "model.sha256": model_sha256,
+        "model.preprocessing": header.preprocessing.model_dump(),
+        "model.threshold": config.model.threshold,
+        "tile.size": config.tile.size,
+        "tile.batch": config.tile.batch,
+        "output.encoding": config.output.encoding,
+    }
+
+
+def _absolute(masks: str) -> str:
+    return Store(masks).uri() if "/" in masks else masks
+
+
+@dataclass(frozen=True)
+class Record:
+    """``run.json``."""
+
+    identity: Identity
+    compute: Compute
+    config: dict[str, Any]
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    version: str = __version__
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that changes masks."""
+        parts = {
+            **self.identity,
+            "compute.precision": self.compute.precision,
+            "compute.backend": self.compute.backend,
+            "compute.batch_pixels": self.compute.batch_pixels,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The bytes of ``run.json``."""
+        table = {
+            "fingerprint": self.fingerprint,
+            **dataclasses.asdict(self),
+            "compute": self.compute.model_dump(),
+        }
+        return json.dumps(table, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Record":
+        """Parse ``run.json``; raises StoreError if it is damaged or from another version."""
+        try:
+            table = json.loads(data)
+            return cls(
+                identity=table["identity"],
+                compute=Compute.model_validate(table["compute"]),
+                config=table["config"],
+                class_names=tuple(table["class_names"]),
+                palette=tuple(tuple(rgb) for rgb in table["palette"]),
+                version=table["version"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
+
+
+class Run:
+    """One output folder."""
+
+    def __init__(self, uri: str) -> None:
+        self.store = Store(uri)
+        self.record: Record | None = None
+        if self.store.exists(RUN_JSON):
+            self.record = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all shards were committed and the totals written."""
+        return self.store.exists(SUCCESS)
+
+    def require_same(self, wanted: Identity) -> None:
+        """Refuse to mix two runs in one folder.
+
+        Raises RunMismatchError with the keys that differ, ConfigError if the folder holds
+        something else.
+        """
+        if self.record is None:
+            self._require_empty()
+            return
+        mine = self.record.identity
+        differing = [
+            f"  {key}: the run has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
+            for key in sorted({*mine, *wanted})
+            if mine.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise RunMismatchError(
+                f"{self.store.uri()} holds another run:\n" + "\n".join(differing)
+                + "\ngive output.uri a new folder, or restore these keys"
+            )  # fmt: skip
+
+    def establish(self, record: Record) -> Record:
+        """Publish ``run.json``; if another driver was first, its record counts."""
+        assert self.record is None
+        if self.store.publish_exclusively(RUN_JSON, record.to_json()):
+            self.record = record
+            return record
+        winner = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+        self.record = winner
+        self.require_same(record.identity)
+        return winner
+
+    def manifest(self) -> list[Shard] | None:
+        """All shards of the run as they were found when it began; None before that."""
+        names = [e.name for e in self.store.list("manifest") if not e.name.startswith("_")]
+        if not names:
+            return None
+        return [s for name in names for s in _shards_of(self.store.read(f"manifest/{name}"))]
+
+    def make_manifest(self, shards: list[Shard]) -> None:
+        """Publish the manifest, unless there is one.
+
+        Raises RunMismatchError if another driver has just made one of other shards.
+        """
+        rows = [dataclasses.asdict(shard) for shard in shards]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.MANIFEST), sink, compression="zstd")
+        if self.store.publish_exclusively(MANIFEST_NAME, sink.getvalue()):
+            return
+        if self.manifest() != shards:
+            raise RunMismatchError(
+                f"{self.store.uri()}: another driver made this run of another state of the input; "
+                "run the command again to join it"
+            )
+
+    def committed(self) -> set[str]:
+        """Ids of the shards whose metrics part is there. One listing."""
+        names = (entry.name for entry in self.store.list("metrics"))
+        return {n.removesuffix(".parquet") for n in names if not n.startswith("_")}
+
+    def totals(self, shard_ids: set[str]) -> Totals:
+        """Sum over committed shards, read from their metrics parts."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            parts = pool.map(lambda shard_id: read_totals(self.store, shard_id), sorted(shard_ids))
+            return sum(parts, Totals())
+
+    def finish(self, totals: Totals) -> None:
+        """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""
+        for folder in ("masks", "metrics"):
+            for entry in self.store.list(folder):
+                if entry.name.startswith("_"):
+                    self.store.remove(f"{folder}/{entry.name}")
+        text = json.dumps(dataclasses.asdict(totals), indent=1)
+        self.store.publish(SUCCESS, text.encode() + b"\n")
+
+    def finished_totals(self) -> Totals:
+        """The totals in ``_SUCCESS``."""
+        table = json.loads(self.store.read(SUCCESS))
+        return Totals(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+
+    def _require_empty(self) -> None:
+        if not self.store.exists():
+            return
+        there = [e.name for e in self.store.list() if not e.name.rpartition("/")[2].startswith("_")]
+        if there:
+            raise ConfigError(
+                f"output.uri: {self.store.uri()} holds other files ({there[0]}) and no run; "
+                "choose a new folder"
+            )
+
+
+def open_existing(uri: str) -> tuple[Run, Record]:
+    """A run folder that must already be one; raises StoreError if it is not."""
+    run = Run(uri)
+    if run.record is None:
+        raise StoreError(f"{uri} is not a run folder: it has no {RUN_JSON}")
+    return run, run.record
+
+
+def _shards_of(data: bytes) -> list[Shard]:
+    rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    return [
+        Shard(**{**row, "members": tuple(Member(**m) for m in row["members"])}) for row in rows
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

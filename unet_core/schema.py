@@ -1,0 +1,100 @@
+"""The Parquet files of a run: their columns and footers. The public contract; see docs/formats.md.
+
+``SCHEMA_VERSION`` changes on its own schedule, whenever a reader would notice.
+"""
+
+import json
+
+import pyarrow as pa
+
+from unet_core.checkpoint import Header
+
+SCHEMA_VERSION = "1"
+
+MEMBER = pa.struct(
+    [("key", pa.string()), ("bytes", pa.int64()), ("etag", pa.string()), ("mask", pa.string())]
+)
+
+MANIFEST = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("first", pa.int64()),
+        ("count", pa.int64()),
+        ("members", pa.list_(MEMBER)),
+    ]
+)
+
+METRICS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("key", pa.string()),
+        ("source_uri", pa.string()),
+        ("status", pa.string()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("class_pixels", pa.list_(pa.int64())),
+        ("confidence_sum", pa.int64()),
+        ("tp", pa.list_(pa.int64())),
+        ("fp", pa.list_(pa.int64())),
+        ("fn", pa.list_(pa.int64())),
+        ("confusion", pa.list_(pa.int64())),
+        ("ignored_pixels", pa.int64()),
+    ]
+)
+
+TIMINGS = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("actor", pa.string()),
+        ("finished", pa.timestamp("ms", tz="UTC")),
+        ("images", pa.int64()),
+        ("pixels", pa.int64()),
+        ("waiting_s", pa.float64()),
+        ("decoding_s", pa.float64()),
+        ("device_s", pa.float64()),
+        ("encoding_s", pa.float64()),
+        ("writing_s", pa.float64()),
+    ]
+)
+
+MAX_CONFUSION_CLASSES = 64
+
+
+def masks(encoding: str) -> pa.Schema:
+    """Columns of a masks part; PNG masks are marked as images for dataset viewers."""
+    mask: pa.DataType = pa.binary()
+    metadata: dict[str, str] = {}
+    if encoding == "png":
+        mask = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        metadata = {"huggingface": json.dumps({"info": {"features": {"mask": {"_type": "Image"}}}})}
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("y", pa.int32()),
+            ("x", pa.int32()),
+            ("height", pa.int32()),
+            ("width", pa.int32()),
+            ("image_height", pa.int32()),
+            ("image_width", pa.int32()),
+            ("encoding", pa.string()),
+            ("mask", mask),
+        ],
+        metadata=metadata,
+    )
+
+
+def footer(header: Header, model_sha256: str, fingerprint: str) -> dict[str, str]:
+    """Key-value metadata that every part carries."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "model_sha256": model_sha256,
+        "class_names": json.dumps(header.class_names),
+        "palette": json.dumps(header.palette),
+    }

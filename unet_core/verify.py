@@ -1,0 +1,206 @@
+"""Does a run folder hold what it claims? Reads every part; ``deep`` also recounts the input and the
+masks with code that shares nothing with the writing side."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from unet_core.errors import StoreError
+from unet_core.metrics import Totals
+from unet_core.parts import read_metrics
+from unet_core.run import Record, Run, open_existing
+from unet_core.shards import Shard
+
+TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+
+
+@dataclass
+class Findings:
+    """What ``verify`` saw."""
+
+    shards: int = 0
+    committed: int = 0
+    totals: Totals = field(default_factory=Totals)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is not wrong, but worth knowing."""
+
+
+def verify(uri: str, deep: bool = False) -> Findings:
+    """Check digests, footers, rows against windows, reconciliation and orphans of a run.
+
+    Raises StoreError if there is no run at ``uri``.
+    """
+    run, record = open_existing(uri)
+    shards = run.manifest()
+    if shards is None:
+        return Findings(notes=["the run has no manifest yet; run predict again"])
+    findings = Findings(shards=len(shards))
+    committed = run.committed()
+    findings.committed = len(committed)
+    expected = {shard.shard_id for shard in shards}
+    _check_orphans(run, expected, committed, findings)
+    image_ids: Counter[str] = Counter()
+    for shard in shards:
+        if shard.shard_id in committed:
+            findings.problems += _check_shard(run, record, shard, deep, findings, image_ids)
+    twice = [image_id for image_id, count in image_ids.items() if count > 1]
+    findings.problems += [f"image {image_id} has ok rows in two shards" for image_id in twice]
+    _check_success(run, expected - committed, findings)
+    return findings
+
+
+def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
+    for shard_id in sorted(committed - expected):
+        findings.problems.append(f"metrics/{shard_id}.parquet belongs to no shard of the manifest")
+    masks = {e.name for e in run.store.list("masks")}
+    uncommitted = sorted(
+        name for name in masks
+        if not name.startswith("_") and name.removesuffix(".parquet") not in committed
+    )  # fmt: skip
+    unknown = [n for n in uncommitted if n.removesuffix(".parquet") not in expected]
+    findings.problems += [f"masks/{name} belongs to no shard of the manifest" for name in unknown]
+    waiting = len(uncommitted) - len(unknown)
+    if waiting:
+        findings.notes.append(f"{waiting} masks parts without a commit; predict will redo them")
+    leftovers = sum(e.name.rpartition("/")[2].startswith("_") for e in run.store.list("masks"))
+    if leftovers:
+        findings.notes.append(f"{leftovers} temporary files of killed attempts in masks/")
+
+
+def _check_shard(
+    run: Run, record: Record, shard: Shard, deep: bool, findings: Findings, ids: Counter[str]
+) -> list[str]:
+    """Problems of one committed shard."""
+    name = shard.shard_id
+    try:
+        rows, footer = read_metrics(run.store, name)
+        masks_bytes = run.store.read(f"masks/{name}.parquet")
+    except StoreError as error:
+        return [f"shard {name}: {error}"]
+    problems = []
+    seen = int(footer.get("images_seen", -1))
+    totals = Totals.of_rows(rows, seen)
+    findings.totals += totals
+    if footer.get("fingerprint") != record.fingerprint:
+        problems.append("metrics part has the fingerprint of another run")
+    if not totals.is_reconciled:
+        problems.append(f"{seen} images seen, but {totals.ok} ok + {totals.failed} failed rows")
+    if shard.count is not None and shard.count != seen:
+        problems.append(f"the manifest has {shard.count} images, the commit {seen}")
+    if hashlib.sha256(masks_bytes).hexdigest() != footer.get("masks_sha256"):
+        problems.append("masks part has another SHA-256 than its commit says")
+    else:
+        windows = pq.read_table(io.BytesIO(masks_bytes))
+        problems += _check_windows(rows, windows)
+        if deep:
+            problems += _recount_masks(rows, windows)
+    if deep:
+        problems += _recount_input(record, shard, rows)
+    ids.update(row["image_id"] for row in rows.to_pylist() if row["status"] == "ok")
+    return [f"shard {name}: {problem}" for problem in problems]
+
+
+def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
+    """Every ok row's mask windows cover its image, and no other image has any."""
+    area: Counter[str] = Counter()
+    for window in windows.select(["image_id", "height", "width"]).to_pylist():
+        area[window["image_id"]] += window["height"] * window["width"]
+    problems = []
+    for row in rows.to_pylist():
+        if row["status"] != "ok":
+            continue
+        pixels = row["height"] * row["width"]
+        if area.pop(row["image_id"], 0) != pixels:
+            problems.append(f"image {row['image_id']}: its mask windows do not cover it")
+        if sum(row["class_pixels"]) != pixels:
+            problems.append(f"image {row['image_id']}: class_pixels do not sum to its pixels")
+    return problems + [f"image {image_id} has a mask but no ok row" for image_id in area]
+
+
+def _recount_masks(rows: pa.Table, windows: pa.Table) -> list[str]:
+    """Count the classes of every mask again, from its bytes."""
+    counted: dict[str, Any] = {}
+    for window in windows.to_pylist():
+        ids = _decode_window(window)
+        counts = np.bincount(ids.ravel(), minlength=1)
+        known = counted.get(window["image_id"], np.zeros(0, dtype=np.int64))
+        size = max(len(known), len(counts))
+        counted[window["image_id"]] = np.pad(known, (0, size - len(known))) + np.pad(
+            counts, (0, size - len(counts))
+        )
+    problems = []
+    for row in rows.to_pylist():
+        if row["status"] == "ok":
+            counts = np.trim_zeros(counted.get(row["image_id"], np.zeros(0)), "b")
+            if counts.tolist() != np.trim_zeros(row["class_pixels"], "b"):
+                problems.append(f"image {row['image_id']}: class_pixels are not those of its mask")
+    return problems
+
+
+def _decode_window(window: dict[str, Any]) -> Any:
+    shape = (window["height"], window["width"])
+    if window["encoding"] == "png":
+        return np.asarray(Image.open(io.BytesIO(window["mask"]["bytes"])))
+    dtype = np.uint8 if len(window["mask"]) == shape[0] * shape[1] else np.dtype("<u2")
+    return np.frombuffer(window["mask"], dtype=dtype).reshape(shape)
+
+
+def _recount_input(record: Record, shard: Shard, rows: pa.Table) -> list[str]:
+    """Count a shard's images again, from the input itself."""
+    root = Path(record.identity["input.uri"])
+    if not root.exists():
+        return [f"the input {root} is gone; it cannot be recounted"]
+    there = Counter(_names_in(root, shard, record.identity["input.masks"]))
+    mine = Counter(row["image_id"] for row in rows.to_pylist() if row["error_code"] != "tar")
+    problems = [f"{name} is in the input but has no row" for name in sorted(there - mine)]
+    return problems + [f"{name} has a row but is not in the input" for name in sorted(mine - there)]
+
+
+def _names_in(root: Path, shard: Shard, masks: str) -> Iterator[str]:
+    """Image ids of a shard by plain means: file names, or the tar's own index."""
+    if not shard.uri:
+        yield from (m.key for m in shard.members if os.path.exists(root / m.key))
+        return
+    suffix = masks.lstrip(".")
+    try:
+        with tarfile.open(root / shard.uri) as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                stem, extension = os.path.splitext(name)
+                if member.isdir() or extension.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if suffix and name.endswith(f".{suffix}"):
+                    continue
+                if os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES:
+                    continue
+                yield f"{shard.uri}/{stem}"
+    except (tarfile.TarError, EOFError):
+        return  # cut short: its own failed row says so
+
+
+def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
+    if not run.is_finished:
+        findings.notes.append(f"not finished: {len(missing)} shards are not committed")
+        return
+    findings.problems += [f"finished, but shard {s} is not committed" for s in sorted(missing)]
+    try:
+        claimed = run.finished_totals()
+    except (json.JSONDecodeError, TypeError) as error:
+        findings.problems.append(f"_SUCCESS cannot be read: {error}")
+        return
+    if claimed != findings.totals:
+        findings.problems.append("the totals in _SUCCESS are not the sums of the metrics parts")
