@@ -59,7 +59,7 @@ class SegmentActor:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec
-        self._replica: "Replica | None" = None
+        self._replica: Replica | None = None
 
     def start(self) -> Started | Failure:
         """Load the model."""
@@ -73,7 +73,7 @@ class SegmentActor:
 
         return _recorded(load)
 
-    def configure(self, compute: Compute, footer: dict[str, str]) -> None | Failure:
+    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
@@ -152,7 +152,7 @@ class RayActors:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
             self._heard = time.monotonic()
         elif not self._nodes and time.monotonic() - self._heard > PLACING_WARNING_S:
-            log.warning("no actor is ready yet: the cluster is still making room for %d actors",
+            log.warning("no actor is ready yet: %d are being placed or loaded",
                         len(self._handles))  # fmt: skip
             self._heard = time.monotonic()
         for reference in ready:

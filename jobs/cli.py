@@ -1,15 +1,17 @@
 """The command line: the only place that reads arguments and prints. Imports stay inside the verbs,
-so that ``--help`` and a wrong config cost less than a second."""
+so that ``--help`` and a wrong config cost less than a second.
+"""
 
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from unet_core import __version__
-from unet_core.config import ConfigT, PredictConfig, TrainConfig, build, load
+from unet_core.config import PredictConfig, TrainConfig, build, load
 from unet_core.errors import ConfigError, UnetJobsError
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from unet_core.metrics import Totals
 
 STOPPED = 130
+READING = """\
+read it:  import pyarrow.dataset as ds
+          print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 
 
@@ -142,6 +147,23 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
     click.echo(f"trained: {config.output.uri}/{BEST}")
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="demo")
+@click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
+def demo(folder: Path, data_only: bool) -> None:
+    """Try it: sample images, a run on two local Ray actors, a picture."""
+    from jobs.demo import demo as run_demo
+    from jobs.demo import write_data
+
+    if data_only:
+        click.echo(f"wrote {folder}/images and {write_data(folder)}")
+        return
+    shown = run_demo(folder)
+    _show_outcome(shown.outcome)
+    _show(config=str(shown.config), look_at=str(shown.sheet))
+    click.echo(READING.format(run=shown.outcome.run.store.uri()))
+
+
 def _predict_config(
     source: str, overrides: tuple[str, ...], model: str | None, out: str | None
 ) -> PredictConfig:
@@ -199,4 +221,4 @@ def _show_totals(totals: "Totals") -> None:
 
 def _show(**lines: str) -> None:
     for name, text in lines.items():
-        click.echo(f"{name + ':':<10}{text}")
+        click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")

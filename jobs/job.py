@@ -1,4 +1,4 @@
-"""A config, checked against its checkpoint, its input and its run folder; still no torch, no Ray."""
+"""A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,5 @@
 """What people see while a run goes on: a bar on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import threading
 import time
 
@@ -83,7 +82,7 @@ class RunProgress:
             self._show()
         elif time.monotonic() - self._said >= LINE_S:
             self._said = time.monotonic()
-            print(f"segmenting: {self._text()}", file=sys.stderr, flush=True)
+            self._console.print(f"segmenting: {self._text()}", highlight=False, soft_wrap=True)
 
     def _total(self) -> tuple[float | None, bool]:
         """Images of this session and whether that is known rather than estimated."""

@@ -39,7 +39,8 @@ def local_cpus(workers: WorkersConfig) -> float:
 
 def is_inline(workers: WorkersConfig) -> bool:
     """Whether this process does the work itself: asked for, or ``auto`` with nothing to share it
-    with (no cluster is named, and there is at most one GPU)."""
+    with (no cluster is named, and there is at most one GPU).
+    """
     if workers.count != "auto":
         return workers.count == "inline"
     if is_cluster_named() or workers.gpus not in ("auto", 0):
@@ -53,9 +54,10 @@ def is_inline(workers: WorkersConfig) -> bool:
 def connected() -> Iterator[None]:
     """Be a driver of a Ray cluster; a session of this process that exists already is used.
 
-    Pixels never enter the object store, so a local one is small.
+    Array never enter the object store, so a local one is small.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a busy machine
     import ray
 
     if ray.is_initialized():

@@ -13,10 +13,10 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-import numpy.typing as npt
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from unet_core.arrays import Array
 from unet_core.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
@@ -26,16 +26,14 @@ MAX_LABEL = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit
 
-Pixels = npt.NDArray[np.generic]
-Labels = npt.NDArray[np.integer[Any]]
-
 
 @dataclass(frozen=True)
 class Raster:
     """One decoded image: HWC; uint8, uint16 or float32 in native byte order; 1 or 3 channels
-    (gray or RGB, alpha dropped)."""
+    (gray or RGB, alpha dropped).
+    """
 
-    pixels_HWC: Pixels
+    pixels_HWC: Array
 
     @property
     def height(self) -> int:
@@ -70,7 +68,7 @@ def decode_image(data: bytes, max_pixels: int) -> Raster:
 
 def decode_labels(
     data: bytes, max_pixels: int, label_map: Mapping[int, int], classes: int, ignore_index: int
-) -> Labels:
+) -> Array:
     """Decode a label mask into class ids HW; palette masks are indices, ids are never scaled.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
@@ -83,7 +81,9 @@ def decode_labels(
     if labels.dtype.kind == "f":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
     if labels.min() < 0 or labels.max() > MAX_LABEL:
-        raise ImageError("labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids")
+        raise ImageError(
+            "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
+        )
     present = np.flatnonzero(np.bincount(labels.ravel()))
     mapped = {int(value): label_map.get(int(value), int(value)) for value in present}
     unknown = [v for v, to in mapped.items() if not 0 <= to < classes and to != ignore_index]
@@ -100,7 +100,7 @@ def decode_labels(
     return table[labels]
 
 
-def encode_mask(mask_HW: Labels, encoding: str) -> bytes:
+def encode_mask(mask_HW: Array, encoding: str) -> bytes:
     """Bytes of a mask: ``raw`` C-order, little endian, or ``png``."""
     if encoding == "raw":
         return np.ascontiguousarray(mask_HW, dtype=mask_HW.dtype.newbyteorder("<")).tobytes()
@@ -204,7 +204,9 @@ def _decode_tiff(data: bytes, max_pixels: int, as_labels: bool) -> Any:
 def _check_samples(page: Any) -> None:
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("frames", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
-    if page.samplesperpixel > 4 or (_name(page.photometric) == "CMYK" and page.samplesperpixel != 4):
+    if page.samplesperpixel > 4 or (
+        _name(page.photometric) == "CMYK" and page.samplesperpixel != 4
+    ):
         raise ImageError("channels", f"the TIFF has {page.samplesperpixel} channels")
 
 
@@ -234,7 +236,7 @@ def _name(tag: Any) -> str:
     return str(getattr(tag, "name", tag))
 
 
-def _native(pixels: Any) -> Pixels:
+def _native(pixels: Any) -> Array:
     """uint8, uint16 or float32 in native byte order; wider types become float32."""
     if pixels.dtype.kind not in "uif":
         raise ImageError("mode", f"pixels of type {pixels.dtype} are not supported")

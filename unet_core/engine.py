@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unet_core.arrays import Array
 from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError
 from unet_core.geometry import Tile
-from unet_core.unet import UNet, fold_batchnorm
+from unet_core.unet import UNet, fold_batchnorm, widen_head
 
 CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 256 * 2**20
@@ -29,9 +29,9 @@ VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
 class Batch:
     """Tiles of one shape and dtype, with what normalises each."""
 
-    tiles_NCHW: npt.NDArray[np.generic]
-    offset_NC: npt.NDArray[np.float32]
-    scale_NC: npt.NDArray[np.float32]
+    tiles_NCHW: Array
+    offset_NC: Array
+    scale_NC: Array
     keep: Sequence[Tile]
     """Which part of each tile the mask takes."""
 
@@ -40,7 +40,7 @@ class Batch:
 class Segmented:
     """The kept part of one tile."""
 
-    mask_HW: npt.NDArray[np.unsignedinteger]
+    mask_HW: Array
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class over the kept part."""
 
@@ -74,6 +74,8 @@ class Engine:
         self.device = device
         self.threshold = threshold
         folded = fold_batchnorm(network.eval())
+        if device.type == "cpu":
+            folded = widen_head(folded)
         self.network = folded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
         self.mask_dtype = torch.uint8 if header.classes <= 256 else torch.int32
 
@@ -95,7 +97,8 @@ class Engine:
         offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
         scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
         x_NCHW = (x_NCHW.float() - offset) * scale
-        logits_NKHW = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
+        wide_NKHW = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
+        logits_NKHW = wide_NKHW[:, : self.header.spec.classes]
         ids_NHW, confidence_NHW = self._classify(logits_NKHW)
         sums = []
         for index, tile in enumerate(batch.keep):

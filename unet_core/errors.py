@@ -1,14 +1,14 @@
 """The exception tree. Decisions go by class, never by the words of a message.
 
-    UnetJobsError
-    ├── ConfigError          a key, type or value in the config            exit 2
-    ├── CheckpointError      a model file that cannot be used              exit 2
-    ├── RunMismatchError     the run folder belongs to another run         exit 2
-    ├── StoreError           storage refused or failed                     exit 3
-    ├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
-    ├── WorkersError         actors cannot be placed or keep dying         exit 1
-    ├── StoppedError         someone asked to stop                         exit 130
-    └── ImageError           one image; becomes one failed row, never stops a run
+UnetJobsError
+├── ConfigError          a key, type or value in the config            exit 2
+├── CheckpointError      a model file that cannot be used              exit 2
+├── RunMismatchError     the run folder belongs to another run         exit 2
+├── StoreError           storage refused or failed                     exit 3
+├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
+├── WorkersError         actors cannot be placed or keep dying         exit 1
+├── StoppedError         someone asked to stop                         exit 130
+└── ImageError           one image; becomes one failed row, never stops a run
 """
 
 

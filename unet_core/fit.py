@@ -18,16 +18,16 @@ from torch import nn
 from unet_core import checkpoint
 from unet_core.checkpoint import Header, palette_of
 from unet_core.config import TrainConfig
-from unet_core.engine import Batch, Engine, choose_device
+from unet_core.engine import Engine, choose_device
 from unet_core.errors import ConfigError
-from unet_core.geometry import tiles
 from unet_core.losses import cross_entropy, dice
 from unet_core.metrics import confusion, mean, scores_of
+from unet_core.picture import Picture
 from unet_core.preprocessing import Preprocessing
 from unet_core.presets import preset
-from unet_core.samples import LabelledImage, random_crop, read_labelled
-from unet_core.segment import window
+from unet_core.samples import random_crop, read_labelled
 from unet_core.store import Store
+from unet_core.tiling import Canvas, stack
 from unet_core.unet import UNet
 
 log = logging.getLogger(__name__)
@@ -118,17 +118,15 @@ def new_header(config: TrainConfig) -> Header:
     return Header(spec, names, wanted, palette_of(len(names)))
 
 
-def load_data(
-    config: TrainConfig, header: Header
-) -> tuple[list[LabelledImage], list[LabelledImage]]:
+def load_data(config: TrainConfig, header: Header) -> tuple[list[Picture], list[Picture]]:
     """Training and validation images; without ``data.val`` a share by a hash of the image id."""
     data, wanted = config.data, header.preprocessing
     train = list(read_labelled(data.train, wanted, header.classes))
     if data.val is not None:
         val = list(read_labelled(data.val, wanted, header.classes))
     else:
-        val = [image for image in train if _share(image.image_id) < data.val_fraction]
-        train = [image for image in train if _share(image.image_id) >= data.val_fraction]
+        val = [image for image in train if _share(image.sample.image_id) < data.val_fraction]
+        train = [image for image in train if _share(image.sample.image_id) >= data.val_fraction]
     if not train or not val:
         raise ConfigError(
             f"data: {len(train)} images for training and {len(val)} for validation; both need one"
@@ -157,7 +155,7 @@ def _train_epoch(
     training: Training,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    images: list[LabelledImage],
+    images: list[Picture],
     number: int,
 ) -> float:
     """One pass; returns the mean loss."""
@@ -168,17 +166,17 @@ def _train_epoch(
     losses = []
     for at in range(0, len(order), options.batch):
         chosen = [images[i] for i in order[at : at + options.batch]]
-        crops = [random_crop(image, options.crop, ignore, random) for image in chosen]
+        crops = [random_crop(image, options.crop, random) for image in chosen]
         x_NCHW, labels_NHW = (torch.stack(column) for column in zip(*crops, strict=True))
         device = next(training.network.parameters()).device
         logits = training.network(x_NCHW.to(device, memory_format=torch.channels_last))
         labels = labels_NHW.to(device)
         loss = cross_entropy(logits, labels, ignore) + dice(logits, labels, ignore)
         if not math.isfinite(loss.item()):
-            names = ", ".join(image.image_id for image in chosen)
+            names = ", ".join(image.sample.image_id for image in chosen)
             raise ConfigError(f"the loss is {loss.item()} at step {training.step}; images: {names}")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         nn.utils.clip_grad_norm_(training.network.parameters(), 1.0)
         optimiser.step()
         schedule.step()
@@ -188,7 +186,7 @@ def _train_epoch(
 
 
 def evaluate(
-    training: Training, images: list[LabelledImage], config: TrainConfig
+    training: Training, images: list[Picture], config: TrainConfig
 ) -> tuple[float | None, ...]:
     """Micro IoU per class, segmented as ``predict`` does it."""
     header = training.header
@@ -198,24 +196,14 @@ def evaluate(
     engine = Engine(copy, header, device, threshold=0.5)
     ignore = (config.data.val or config.data.train).ignore_index
     matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
-    for image in images:
-        mask_HW = _mask(engine, image)
-        matrix += confusion(image.labels_HW, mask_HW, header.classes, ignore)
-    return tuple(score.iou for score in scores_of(matrix))
-
-
-def _mask(engine: Engine, image: LabelledImage) -> Any:
-    header = engine.header
-    height, width = image.labels_HW.shape
-    mask_HW = np.zeros((height, width), dtype=np.uint16)
     size = max(VALIDATION_TILE, 2 * header.halo + header.spec.stride)
-    for tile in tiles(height, width, size, header.halo, header.spec.stride):
-        batch = Batch(
-            window(image.pixels_CHW, tile)[None], image.offset[None], image.scale[None], [tile]
-        )
-        kept = slice(tile.y.keep_start, tile.y.keep_stop), slice(tile.x.keep_start, tile.x.keep_stop)
-        mask_HW[kept] = engine.run(batch)[0].mask_HW
-    return mask_HW
+    for index, picture in enumerate(images):
+        canvas = Canvas(index, picture, header, size)
+        for tile in canvas.tiles:
+            canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0])
+        assert picture.truth_HW is not None
+        matrix += confusion(picture.truth_HW, canvas.mask_HW, header.classes, ignore)
+    return tuple(score.iou for score in scores_of(matrix))
 
 
 def _record(training: Training, epoch: Epoch, output: Store, config: TrainConfig) -> None:

@@ -21,7 +21,8 @@ def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor, ignore_index: int) ->
 
 def dice(logits_NKHW: Tensor, labels_NHW: Tensor, ignore_index: int) -> Tensor:
     """1 − mean soft Dice of the foreground classes over the whole batch (Milletari et al. 2016,
-    arXiv 1606.04797, eq. 2, with the squares left out)."""
+    arXiv 1606.04797, eq. 2, with the squares left out).
+    """
     counted_NHW = labels_NHW != ignore_index
     if logits_NKHW.shape[1] == 1:
         p_NKHW = torch.sigmoid(logits_NKHW)

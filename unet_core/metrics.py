@@ -1,5 +1,6 @@
 """Counts and what follows from them. Counts are integers and add up in any order; ratios are
-derived at the end, and a ratio without a denominator is None, never 0 or 1."""
+derived at the end, and a ratio without a denominator is None, never 0 or 1.
+"""
 
 import math
 from collections import Counter
@@ -8,15 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Labels = npt.NDArray[np.integer[Any]]
-Ints = npt.NDArray[np.int64]
+from unet_core.arrays import Array
 
 
-def confusion(truth_HW: Labels, mask_HW: Labels, classes: int, ignore_index: int) -> Ints:
+def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
     """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index``."""
     counted = truth_HW != ignore_index
     pairs = truth_HW[counted].astype(np.int64) * classes + mask_HW[counted]
@@ -53,7 +52,7 @@ class Scores:
         return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
 
-def scores_of(confusion_KK: Ints) -> list[Scores]:
+def scores_of(confusion_KK: Array) -> list[Scores]:
     """Scores per class of a confusion matrix (truth × prediction)."""
     tp = confusion_KK.diagonal()
     columns = zip(tp, confusion_KK.sum(axis=0) - tp, confusion_KK.sum(axis=1) - tp, strict=True)

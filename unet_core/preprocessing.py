@@ -7,14 +7,11 @@ The checkpoint says what it wants. Nothing here rounds or clips the pixels: a ne
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from unet_core.arrays import Array
 from unet_core.codec import Raster
 from unet_core.errors import ImageError
-
-Pixels = npt.NDArray[np.generic]
-Floats = npt.NDArray[np.float32]
 
 
 class Preprocessing(BaseModel):
@@ -37,7 +34,7 @@ class Preprocessing(BaseModel):
         return 1 if self.color == "gray" else 3
 
 
-def to_color(raster: Raster, color: str) -> Pixels:
+def to_color(raster: Raster, color: str) -> Array:
     """Pixels CHW in the colours that a network wants, of the image's own dtype."""
     pixels_HWC = raster.pixels_HWC
     channels = pixels_HWC.shape[2]
@@ -52,7 +49,7 @@ def to_color(raster: Raster, color: str) -> Pixels:
     )
 
 
-def _luma(pixels_HWC: Pixels) -> Pixels:
+def _luma(pixels_HWC: Array) -> Array:
     """ITU-R 601 luma, rounded to nearest for integers (weights in 1/65536, which sum to one)."""
     red, green, blue = (pixels_HWC[..., channel] for channel in range(3))
     if pixels_HWC.dtype.kind == "f":
@@ -65,7 +62,7 @@ def _luma(pixels_HWC: Pixels) -> Pixels:
     return total.astype(pixels_HWC.dtype)
 
 
-def offset_and_scale(pixels_CHW: Pixels, wanted: Preprocessing) -> tuple[Floats, Floats]:
+def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, Array]:
     """Per channel: what to subtract from the pixels, then what to multiply with; float32 (C,).
 
     From integer counts, so the same on every machine. A constant channel becomes all zeros.
@@ -83,7 +80,7 @@ def offset_and_scale(pixels_CHW: Pixels, wanted: Preprocessing) -> tuple[Floats,
     return offset, scale
 
 
-def _percentiles(plane_HW: Pixels, low: float, high: float) -> tuple[float, float]:
+def _percentiles(plane_HW: Array, low: float, high: float) -> tuple[float, float]:
     """The value at the low percentile, and the distance from there to the high one."""
     ranks = [max(1, int(np.ceil(plane_HW.size * q / 100))) for q in (low, high)]
     if plane_HW.dtype.kind == "u":
@@ -95,7 +92,7 @@ def _percentiles(plane_HW: Pixels, low: float, high: float) -> tuple[float, floa
     return bottom, top - bottom
 
 
-def _mean_and_deviation(plane_HW: Pixels) -> tuple[float, float]:
+def _mean_and_deviation(plane_HW: Array) -> tuple[float, float]:
     """Mean and standard deviation; integers are summed exactly."""
     if plane_HW.dtype.kind == "u":
         wide = plane_HW.ravel().astype(np.uint64)

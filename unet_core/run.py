@@ -11,7 +11,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -201,8 +201,9 @@ class Run:
 
     def finished_totals(self) -> Totals:
         """The totals in ``_SUCCESS``."""
-        table = json.loads(self.store.read(SUCCESS))
-        return Totals(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+        table: dict[str, Any] = json.loads(self.store.read(SUCCESS))
+        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        return Totals(**cast(Any, as_tuples))
 
     def _require_empty(self) -> None:
         if not self.store.exists():
@@ -225,9 +226,7 @@ def open_existing(uri: str) -> tuple[Run, Record]:
 
 def _shards_of(data: bytes) -> list[Shard]:
     rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    return [
-        Shard(**{**row, "members": tuple(Member(**m) for m in row["members"])}) for row in rows
-    ]
+    return [Shard(**{**row, "members": tuple(Member(**m) for m in row["members"])}) for row in rows]
 
 
 def _short(value: Any) -> str:

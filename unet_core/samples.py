@@ -1,46 +1,22 @@
 """Images with truth for training: decoded as prediction decodes them, cropped and augmented."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unet_core.codec import decode_image, decode_labels
 from unet_core.config import InputConfig
-from unet_core.errors import ConfigError, ImageError
-from unet_core.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.errors import ConfigError
+from unet_core.picture import Picture, Rejected, decode
+from unet_core.preprocessing import Preprocessing
 from unet_core.shards import open_source
 
 Random = np.random.Generator
 
 
-@dataclass(frozen=True)
-class LabelledImage:
-    """One image in the network's colours, not yet normalised, and its class ids."""
-
-    image_id: str
-    pixels_CHW: npt.NDArray[np.generic]
-    offset: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float32]
-    labels_HW: npt.NDArray[np.integer]
-
-    def normalised(self) -> npt.NDArray[np.float32]:
-        """Float32 CHW as the network receives it."""
-        shape = (-1, 1, 1)
-        pixels = self.pixels_CHW.astype(np.float32)
-        normalised: npt.NDArray[np.float32] = (
-            pixels - self.offset.reshape(shape)
-        ) * self.scale.reshape(shape)
-        return normalised
-
-
-def read_labelled(
-    config: InputConfig, wanted: Preprocessing, classes: int
-) -> Iterator[LabelledImage]:
+def read_labelled(config: InputConfig, wanted: Preprocessing, classes: int) -> Iterator[Picture]:
     """All images of an input that have truth, in shard order.
 
     Raises ConfigError that names the first image which cannot be used: training on what is left
@@ -49,46 +25,30 @@ def read_labelled(
     source = open_source(config)
     for shard in source.list_shards():
         for sample in source.read(shard):
-            if sample.read_mask is None:
-                continue
-            try:
-                if sample.failure is not None:
-                    raise sample.failure
-                raster = decode_image(sample.read(), config.max_pixels)
-                pixels_CHW = to_color(raster, wanted.color)
-                labels_HW = decode_labels(
-                    sample.read_mask(),
-                    config.max_pixels,
-                    config.label_map,
-                    classes,
-                    config.ignore_index,
-                )
-                if labels_HW.shape != pixels_CHW.shape[1:]:
-                    raise ImageError(
-                        "labels",
-                        f"the mask has shape {labels_HW.shape}, the image {pixels_CHW.shape[1:]}",
-                    )
-            except ImageError as failure:
-                raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}") from failure
-            offset, scale = offset_and_scale(pixels_CHW, wanted)
-            yield LabelledImage(sample.image_id, pixels_CHW, offset, scale, labels_HW)
+            image = decode(sample, wanted, classes, config)
+            failure = image.failure if isinstance(image, Rejected) else image.truth_failure
+            if failure is not None:
+                raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}")
+            if isinstance(image, Picture) and image.truth_HW is not None:
+                yield image
 
 
-def random_crop(
-    image: LabelledImage, side: int, ignore_index: int, random: Random
-) -> tuple[Tensor, Tensor]:
+def random_crop(image: Picture, side: int, random: Random) -> tuple[Tensor, Tensor]:
     """A square crop CHW with its labels HW: random place, scale (¾ to 4⁄3), flip and quarter turn.
 
-    Where the image is smaller than the crop it is mirrored. Labels are only ever taken by nearest.
+    Where the image is smaller than the crop it is mirrored. Array are only ever taken by nearest.
     """
-    taken = int(round(side * float(np.exp(random.uniform(np.log(0.75), np.log(4 / 3))))))
-    pixels_CHW, labels_HW = image.normalised(), image.labels_HW
+    taken = round(side * float(np.exp(random.uniform(np.log(0.75), np.log(4 / 3)))))
+    pixels_CHW, labels_HW = image.pixels_CHW, image.truth_HW
+    assert labels_HW is not None
     below, right = (max(0, taken - length) for length in labels_HW.shape)
     if below or right:
         pixels_CHW = np.pad(pixels_CHW, ((0, 0), (0, below), (0, right)), mode="reflect")
         labels_HW = np.pad(labels_HW, ((0, below), (0, right)), mode="reflect")
     y, x = (int(random.integers(length - taken + 1)) for length in labels_HW.shape)
-    crop_CHW = torch.from_numpy(pixels_CHW[:, y : y + taken, x : x + taken].copy())
+    cut_CHW = pixels_CHW[:, y : y + taken, x : x + taken].astype(np.float32)
+    cut_CHW = (cut_CHW - image.offset[:, None, None]) * image.scale[:, None, None]
+    crop_CHW = torch.from_numpy(cut_CHW)
     cut_HW = torch.from_numpy(labels_HW[y : y + taken, x : x + taken].astype(np.int64))
     size = (side, side)
     crop_CHW = F.interpolate(crop_CHW[None], size, mode="bilinear", align_corners=False)[0]

@@ -113,7 +113,7 @@ def open_source(config: InputConfig) -> Source:
     if root.is_file():
         folder, name = split(root.uri())
         root, names = Store(folder), (name,)
-    wanted = config.format
+    wanted: str = config.format
     if wanted == "auto":
         wanted = _detect(config, names or tuple(entry.name for entry in root.list()))
     return Source(config, wanted, root, names)
@@ -243,7 +243,7 @@ class _TarMember(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_TarMember":
         try:
-            return super().fromtarfile(tarfile_)  # type: ignore[return-value]  # stub says TarInfo
+            return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing from the stubs
             tarfile_.has_end_mark = True  # type: ignore[attr-defined]  # ours
             raise
@@ -251,7 +251,8 @@ class _TarMember(tarfile.TarInfo):
 
 def _read_tar(source: Source, shard: Shard) -> Iterator[Sample]:
     """Stream a tar once. Members of one sample are neighbours and share the name up to a suffix;
-    a tar that is cut short or damaged ends with a failed sample of its own."""
+    a tar that is cut short or damaged ends with a failed sample of its own.
+    """
     uri = source.root.uri(shard.uri)
     group: list[tuple[str, str, bytes | ImageError]] = []
     with source.root.open(shard.uri) as stream:

@@ -69,8 +69,6 @@ class TimingsLog:
         if self._rows:
             sink = io.BytesIO()
             pq.write_table(pa.Table.from_pylist(self._rows, schema=TIMINGS), sink)
-            self._store.publish(
-                f"timings/{self._start}-{self._files:05d}.parquet", sink.getvalue()
-            )
+            self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", sink.getvalue())
             self._files += 1
         self._rows, self._flushed = [], time.monotonic()

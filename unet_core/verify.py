@@ -1,5 +1,6 @@
 """Does a run folder hold what it claims? Reads every part; ``deep`` also recounts the input and the
-masks with code that shares nothing with the writing side."""
+masks with code that shares nothing with the writing side.
+"""
 
 import hashlib
 import io

@@ -1,0 +1,42 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+FOLDER ?= demo
+
+.PHONY: help install demo data predict train test lint types clean
+
+help:  ## Print this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed  ## Make .venv from the pinned constraints
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install  ## Segment sample images on two local Ray actors and draw them
+	$(BIN)/unet-jobs demo $(FOLDER)
+
+data: install  ## Only write the sample images and their config to FOLDER=demo
+	$(BIN)/unet-jobs demo --data-only $(FOLDER)
+
+predict: install  ## Segment: make predict CONFIG=predict.toml
+	$(BIN)/unet-jobs predict $(CONFIG)
+
+train: install  ## Train: make train CONFIG=train.toml
+	$(BIN)/unet-jobs train $(CONFIG)
+
+test: lint types  ## Lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+clean:  ## Remove the environment, the sample data and caches
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,97 @@
+"""Work on threads with results in order: read and decode ahead, give back as they were asked."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Full, Queue
+from typing import Generic, TypeVar
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+RETRY_S = 0.2
+
+
+class Prefetch(Generic[ItemT, ResultT]):
+    """Draws items from an iterator on a thread of its own, works on them in a pool, and gives the
+    results in the order of the items. At most ``ahead`` results wait.
+
+    A context manager: the reading begins when it is entered and ends when it is left. Errors of
+    the iterator or of the work are raised where the results are used.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        work: Callable[[ItemT], ResultT],
+        items: Iterator[ItemT],
+        ahead: int,
+    ) -> None:
+        self.seen = 0
+        """Items drawn so far."""
+        self._pool, self._work, self._items = pool, work, items
+        self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
+
+    def __enter__(self) -> "Prefetch[ItemT, ResultT]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[ResultT]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item.result()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                self.seen += 1
+                if not self._put(self._pool.submit(self._work, item)):
+                    return
+            self._put(None)
+        except BaseException as error:  # raised again where the results are used
+            self._put(error)
+
+    def _put(self, item: Future[ResultT] | BaseException | None) -> bool:
+        """Wait for a place in the queue; False if nobody reads it any more."""
+        while not self._left.is_set():
+            try:
+                self._queue.put(item, timeout=RETRY_S)
+                return True
+            except Full:
+                continue
+        return False
+
+
+class InOrder(Generic[ResultT]):
+    """Takes numbered futures in any order and gives their results by number."""
+
+    def __init__(self) -> None:
+        self._early: dict[int, Future[ResultT]] = {}
+        self._line: deque[Future[ResultT]] = deque()
+        self._following = 0
+
+    def add(self, number: int, future: Future[ResultT]) -> None:
+        """Numbers begin at 0 and none may be left out."""
+        self._early[number] = future
+        while self._following in self._early:
+            self._line.append(self._early.pop(self._following))
+            self._following += 1
+
+    def ready(self) -> Iterator[ResultT]:
+        """What can be given without waiting."""
+        while self._line and self._line[0].done():
+            yield self._line.popleft().result()
+
+    def rest(self) -> Iterator[ResultT]:
+        """Everything else; all numbers must have been added."""
+        assert not self._early, f"number {self._following} is missing"
+        while self._line:
+            yield self._line.popleft().result()
