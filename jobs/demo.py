@@ -9,9 +9,9 @@ from jobs.predict import Outcome, predict
 from unet_core.codec import decode_image, decode_labels
 from unet_core.config import PredictConfig, load
 from unet_core.contact_sheet import Entry, contact_sheet, stretch
+from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.metrics import Scores
 from unet_core.parts import read_masks, read_metrics
-from unet_core.shards import open_source
 from unet_core.synthetic import write_webdataset
 
 IMAGES, SHARDS, SHOWN = 64, 8, 8
@@ -65,13 +65,13 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
     run, record = outcome.run, outcome.run.record
     assert record is not None
     source = open_source(config.input)
-    shard = source.list_shards()[0]
+    shard = list_shards(source)[0]
     rows, _ = read_metrics(run.store, shard.shard_id)
     windows, _ = read_masks(run.store, shard.shard_id)
     masks = {w["image_id"]: w for w in windows.to_pylist()}
     scores = {r["image_id"]: Scores(r["tp"][1], r["fp"][1], r["fn"][1]) for r in rows.to_pylist()}
     entries = []
-    for sample in list(source.read(shard))[:SHOWN]:
+    for sample in list(read_shard(source, shard))[:SHOWN]:
         window, iou = masks[sample.image_id], scores[sample.image_id].iou
         mask_HW = np.frombuffer(window["mask"], np.uint8).reshape(window["height"], window["width"])
         assert sample.read_mask is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jobs import session
 from jobs.job import prepare
 from unet_core.config import PredictConfig
+from unet_core.inputs import list_shards
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
 from unet_core.shards import Shard
@@ -40,7 +41,7 @@ def plan(config: PredictConfig) -> Plan:
     return Plan(
         uri=job.run.store.uri(),
         format=job.source.format,
-        shards=job.run.manifest() or job.source.list_shards(),
+        shards=job.run.manifest() or list_shards(job.source),
         committed=job.run.committed(),
         is_finished=job.run.is_finished,
         workers=_describe_workers(config),

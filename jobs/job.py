@@ -7,8 +7,9 @@ from unet_core.checkpoint import Header
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
+from unet_core.inputs import open_source
 from unet_core.run import Record, Run, identity
-from unet_core.shards import Source, open_source
+from unet_core.shards import Source
 
 
 @dataclass(frozen=True)

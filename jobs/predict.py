@@ -9,6 +9,7 @@ from jobs.dispatch import Attempt, Board, Workers, dispatch
 from jobs.job import Job, prepare
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig
+from unet_core.inputs import list_shards
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
@@ -36,7 +37,7 @@ def predict(config: PredictConfig) -> Outcome:
     run = job.run
     if run.is_finished:
         return Outcome(run, run.finished_totals(), was_finished=True)
-    shards = run.manifest() or job.source.list_shards()
+    shards = run.manifest() or list_shards(job.source)
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]

@@ -46,6 +46,11 @@ class Raster:
         return int(self.pixels_HWC.shape[1])
 
 
+def is_image(name: str) -> bool:
+    """Whether a file's extension is one that is decoded."""
+    return name.lower().endswith(EXTENSIONS)
+
+
 def decode_image(data: bytes, max_pixels: int) -> Raster:
     """Decode one encoded image by its content, whatever its name says.
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError
+from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.picture import Picture, Rejected, decode
 from unet_core.preprocessing import Preprocessing
-from unet_core.shards import open_source
 
 Random = np.random.Generator
 
@@ -23,8 +23,8 @@ def read_labelled(config: InputConfig, wanted: Preprocessing, classes: int) -> I
     would hide it.
     """
     source = open_source(config)
-    for shard in source.list_shards():
-        for sample in source.read(shard):
+    for shard in list_shards(source):
+        for sample in read_shard(source, shard):
             image = decode(sample, wanted, classes, config)
             failure = image.failure if isinstance(image, Rejected) else image.truth_failure
             if failure is not None:

@@ -21,6 +21,7 @@ from unet_core.compute import Compute
 from unet_core.engine import Engine
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
+from unet_core.inputs import read_shard
 from unet_core.metrics import confusion, scores_of
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
@@ -112,7 +113,7 @@ class Segmenter:
     def _samples(self, shard: Shard) -> Iterator[tuple[int, Sample]]:
         """The shard's images, numbered; a second image with the same id is a failure."""
         seen: set[str] = set()
-        for index, sample in enumerate(self.settings.source.read(shard)):
+        for index, sample in enumerate(read_shard(self.settings.source, shard)):
             if sample.image_id in seen:
                 failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
                 yield index, dataclasses.replace(sample, failure=failure)

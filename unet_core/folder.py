@@ -1,0 +1,99 @@
+"""``format = "folder"``: loose images at any depth, in fixed groups, each with its mask by stem."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+
+from unet_core.codec import is_image
+from unet_core.errors import ConfigError
+from unet_core.shards import Member, Sample, Shard, Source, make_shard
+from unet_core.store import Entry, Store
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3
+
+
+def list_shards(source: Source) -> list[Shard]:
+    """Groups of ``input.shard_images`` images, by name.
+
+    Raises ConfigError if masks are asked for and none fits any image.
+    """
+    members = _pair(source, [entry for entry in source.entries() if is_image(entry.name)])
+    step = source.config.shard_images
+    return [_group(members[at : at + step], at) for at in range(0, len(members), step)]
+
+
+def read(source: Source, shard: Shard) -> Iterator[Sample]:
+    """The images of one shard, by name; bytes are read when they are asked for."""
+    masks = source.config.masks
+    mask_root = Store(masks) if "/" in masks else source.root
+    for member in shard.members:
+        yield Sample(
+            image_id=member.key,
+            key=_stem(PurePosixPath(member.key).name),
+            source_uri=source.root.uri(member.key),
+            read=_reader(source.root, member.key),
+            read_mask=_reader(mask_root, member.mask) if member.mask else None,
+        )
+
+
+def _group(members: list[Member], first: int) -> Shard:
+    size = sum(member.bytes for member in members)
+    return make_shard("", size, None, first, len(members), tuple(members))
+
+
+def _pair(source: Source, entries: list[Entry]) -> list[Member]:
+    """Give every image its mask by exactly equal stems, and take the masks out of the images."""
+    masks = source.config.masks
+    members = [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
+    if not masks:
+        return members
+    if "/" in masks:
+        below = _path_below(Store(masks).uri(), source.root.uri())
+        members = [m for m in members if not (below and m.key.startswith(below))]
+        by_stem = _by_stem([e.name for e in Store(masks).list() if is_image(e.name)], masks)
+    else:
+        is_mask = [_stem(m.key).endswith(masks) for m in members]
+        found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
+        members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
+        by_stem = {s.removesuffix(masks): name for s, name in _by_stem(found, masks).items()}
+    paired = [dataclasses.replace(m, mask=by_stem.get(_stem(m.key))) for m in members]
+    _say_unmatched([m.key for m in paired if m.mask is None], len(paired), by_stem, masks)
+    return paired
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _path_below(path: str, root: str) -> str:
+    """``path`` relative to ``root`` with a trailing slash, or nothing if it lies elsewhere."""
+    return f"{path[len(root) + 1 :]}/" if path.startswith(f"{root}/") else ""
+
+
+def _by_stem(names: list[str], masks: str) -> dict[str, str]:
+    by_stem: dict[str, str] = {}
+    for name in names:
+        other = by_stem.setdefault(_stem(name), name)
+        if other != name:
+            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {other}, {name}")
+    return by_stem
+
+
+def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], masks: str) -> None:
+    if not lonely:
+        return
+    shown = ", ".join(lonely[:SHOWN])
+    if len(lonely) == images:
+        there = ", ".join(list(by_stem.values())[:SHOWN]) or "no images at all"
+        raise ConfigError(
+            f"input.masks: none of {images} images has a mask with the same stem in {masks!r}; "
+            f"images: {shown}; masks: {there}"
+        )
+    log.warning("%d of %d images have no mask in %r: %s", len(lonely), images, masks, shown)
+
+
+def _reader(store: Store, name: str) -> Callable[[], bytes]:
+    return lambda: store.read(name)
