@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP")
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 MAX_ENCODED_BYTES = 2**31 - 1
 MAX_LABEL = 2**16 - 1
@@ -120,10 +121,10 @@ def _decode(data: bytes, max_pixels: int, as_labels: bool) -> Any:
     if len(data) > MAX_ENCODED_BYTES:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if data.startswith(TIFF_MAGICS):
+            return _decode_tiff(data, max_pixels, as_labels)
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
-            if image.format == "TIFF":
-                return _decode_tiff(data, max_pixels, as_labels)
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
@@ -133,7 +134,7 @@ def _decode(data: bytes, max_pixels: int, as_labels: bool) -> Any:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("decode", f"not an image of {', '.join(FORMATS)}") from error
+        raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
     except MemoryError as error:
         raise ImageError("out_of_memory", "not enough memory to decode the image") from error
     except Exception as error:  # decoders share no base class, and a bad file is only a failed row
@@ -210,7 +211,7 @@ def _check_samples(page: Any) -> None:
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("frames", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
     if page.samplesperpixel > 4 or (
-        _name(page.photometric) == "CMYK" and page.samplesperpixel != 4
+        _name(page.photometric) == "SEPARATED" and page.samplesperpixel != 4
     ):
         raise ImageError("channels", f"the TIFF has {page.samplesperpixel} channels")
 
@@ -227,7 +228,7 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
             return (np.moveaxis(page.colormap, 0, -1)[pixels] >> 8).astype(np.uint8)
         case "YCBCR" if _name(page.compression) == "JPEG":
             pass  # the JPEG decoder has already made RGB of it
-        case "CMYK" if pixels.dtype == np.uint8:
+        case "SEPARATED" if pixels.dtype == np.uint8:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
             raise ImageError("mode", f"TIFF colours {other} at {bits} bits are not supported")

@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavier, so that a mistake costs less than a second.
 """
 
+import copy
 import difflib
 import tomllib
 from pathlib import Path
@@ -219,6 +220,7 @@ def build(
     kind: type[ConfigT], table: dict[str, Any], overrides: list[str], source: str = "config"
 ) -> ConfigT:
     """Apply overrides to a table and check it, as ``load`` does for a file."""
+    table = copy.deepcopy(table)
     for override in overrides:
         _apply(table, override)
     try:

@@ -1,0 +1,93 @@
+"""Small data of our own, a tiny checkpoint, and the suite's one Ray session."""
+
+import os
+
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data import write_folder, write_tars
+from unet_core import checkpoint
+from unet_core.checkpoint import Header, palette_of
+from unet_core.config import PredictConfig, build
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import preset
+from unet_core.unet import UNet
+
+ConfigMaker = Callable[..., PredictConfig]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 loose images of several sizes in ``images``, with masks in ``masks``."""
+    return write_folder(tmp_path_factory.mktemp("loose"))
+
+
+@pytest.fixture(scope="session")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of ``folder`` in 6 tars."""
+    return write_tars(tmp_path_factory.mktemp("tars"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network with random weights that gives a mix of both classes."""
+    torch.manual_seed(1)
+    spec = preset("padded", in_channels=1, classes=1, width=4)
+    header = Header(
+        spec,
+        ("background", "nucleus"),
+        Preprocessing(color="gray", normalisation="percentile"),
+        palette_of(2),
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    path.write_bytes(checkpoint.serialise(UNet(spec).eval(), header))
+    return str(path)
+
+
+@pytest.fixture
+def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
+    """A config for the tars, inline, with overrides."""
+
+    def make(*overrides: str, out: str = "run", **table: Any) -> PredictConfig:
+        base: dict[str, Any] = {
+            "input": {"uri": str(tars), "masks": "mask.png"},
+            "model": {"checkpoint": tiny_model},
+            "tile": {"size": 256},
+            "output": {"uri": str(tmp_path / out)},
+            "workers": {"count": "inline"},
+        }
+        for section, keys in table.items():
+            base[section] = {**base.get(section, {}), **keys}
+        return build(PredictConfig, base, list(overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with four pretended GPUs, for every test that needs one."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=4,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+        )
+    yield
+    ray.shutdown()

@@ -1,0 +1,57 @@
+"""What tests read: small synthetic images, as loose files and as tars."""
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from unet_core.synthetic import nuclei, png
+
+SIZES = ((64, 64), (50, 70), (96, 64), (33, 40), (300, 270), (64, 64))
+IMAGES = 12
+
+
+def pictures() -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Named images with masks; one is larger than the tile that tests use."""
+    made = []
+    for number in range(IMAGES):
+        random = np.random.default_rng(number)
+        made.append((f"cell{number:02d}", *nuclei(*SIZES[number % len(SIZES)], random)))
+    return made
+
+
+def write_folder(root: Path) -> Path:
+    for name, image, mask in pictures():
+        for kind, pixels in (("images", image), ("masks", mask)):
+            (root / kind).mkdir(exist_ok=True)
+            (root / kind / f"{name}.png").write_bytes(png(pixels))
+    return root
+
+
+def write_tars(root: Path) -> Path:
+    made = pictures()
+    for number in range(6):
+        members = {}
+        for name, image, mask in made[number::6]:
+            members |= {f"{name}.png": png(image), f"{name}.mask.png": png(mask)}
+        write_tar(root / f"shard-{number}.tar", members)
+    return root
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def digests(run: str | Path) -> dict[str, str]:
+    """SHA-256 of every part of a run, by name."""
+    return {
+        f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for kind in ("masks", "metrics")
+        for path in sorted((Path(run) / kind).glob("*"))
+    }

@@ -1,0 +1,188 @@
+import io
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from unet_core.codec import decode_image, decode_labels
+from unet_core.errors import ImageError
+
+LIMIT = 10_000
+RANDOM = np.random.default_rng(0)
+GRAY8 = RANDOM.integers(0, 256, (24, 31), dtype=np.uint8)
+RGB8 = RANDOM.integers(0, 256, (24, 31, 3), dtype=np.uint8)
+GRAY16 = RANDOM.integers(0, 65536, (24, 31), dtype=np.uint16)
+RGB16 = RANDOM.integers(0, 65536, (24, 31, 3), dtype=np.uint16)
+FLOAT = RANDOM.normal(size=(24, 31)).astype(np.float32)
+BITS = RANDOM.integers(0, 2, (24, 31)).astype(bool)
+INDICES = RANDOM.integers(0, 4, (24, 31), dtype=np.uint8)
+COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [9, 8, 7]], dtype=np.uint8)
+
+
+def saved(pixels, kind="PNG", mode=None, **options):
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels) if mode is None else Image.fromarray(pixels).convert(mode)
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(pixels, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def palette_png():
+    image = Image.fromarray(INDICES, mode="P")
+    image.putpalette(COLORS.ravel().tolist())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def alpha(pixels):
+    return np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 99, pixels.dtype)], axis=2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (saved(GRAY8), GRAY8),
+        (saved(RGB8), RGB8),
+        (saved(alpha(RGB8)), RGB8),
+        (saved(alpha(GRAY8[..., None])), GRAY8),
+        (saved(GRAY16), GRAY16),
+        (imagecodecs.png_encode(RGB16), RGB16),
+        (imagecodecs.png_encode(alpha(RGB16)), RGB16),
+        (palette_png(), COLORS[INDICES]),
+        (saved(BITS), BITS * np.uint8(255)),
+        (saved(GRAY8, "BMP"), GRAY8),
+        (saved(RGB8, "WEBP", lossless=True), RGB8),
+        (tiff(GRAY8), GRAY8),
+        (tiff(GRAY16, byteorder=">"), GRAY16),
+        (tiff(RGB16, photometric="rgb"), RGB16),
+        (tiff(np.moveaxis(RGB8, 2, 0), photometric="rgb", planarconfig="separate"), RGB8),
+        (tiff(RGB8, photometric="rgb", compression="lzw"), RGB8),
+        (tiff(GRAY16, compression="deflate", tile=(16, 16)), GRAY16),
+        (tiff(GRAY8, photometric="miniswhite"), 255 - GRAY8),
+        (tiff(FLOAT), FLOAT),
+        (tiff(FLOAT.astype(np.float64)), FLOAT),
+        (tiff(GRAY16.astype(np.int32)), GRAY16.astype(np.float32)),
+    ],
+)
+def test_pixels_are_what_was_stored(data, expected):
+    pixels = decode_image(data, LIMIT).pixels_HWC
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.dtype == expected.dtype
+    assert pixels.dtype.isnative
+
+
+def test_lossy_and_cmyk_images_become_rgb():
+    smooth = np.repeat(np.linspace(0, 255, 24).astype(np.uint8)[:, None, None], 31, 1).repeat(3, 2)
+    for data in (saved(smooth, "JPEG", quality=95), saved(smooth, "JPEG", mode="CMYK", quality=95),
+                 tiff(smooth, photometric="rgb", compression="jpeg"),
+                 saved(smooth, "TIFF", mode="CMYK")):  # fmt: skip
+        pixels = decode_image(data, LIMIT).pixels_HWC
+        assert pixels.shape == smooth.shape
+        assert np.abs(pixels.astype(int) - smooth).max() <= 12
+
+
+def test_exif_orientation_is_left_alone():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(RGB8, "JPEG", exif=exif.tobytes(), quality=95)
+    assert decode_image(data, LIMIT).pixels_HWC.shape == RGB8.shape
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty"),
+        (b"not an image at all", "decode"),
+        (saved(RGB8)[:-40], "decode"),
+        (saved(GRAY8)[:-40], "decode"),
+        (saved(RGB8, "JPEG")[:-200], "decode"),
+        (tiff(GRAY8)[:-100], "decode"),
+        (saved(GRAY8, "GIF"), "decode"),
+        (saved(np.zeros((200, 200), np.uint8)), "too_large"),
+        (tiff(np.zeros((200, 200), np.uint8)), "too_large"),
+        (tiff(np.zeros((3, 24, 31), np.uint8), photometric="minisblack"), "frames"),
+        (tiff(np.array([[0.0, np.nan]], np.float32)), "not_finite"),
+        (tiff(np.array([[0.0, np.inf]], np.float32)), "not_finite"),
+        (tiff(np.zeros((24, 31, 5), np.uint8), photometric="minisblack", planarconfig="contig"),
+         "channels"),
+        (tiff(np.zeros((24, 31), np.complex64)), "mode"),
+        (saved(RGB8, "TIFF", mode="LAB"), "mode"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(data, code):
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(ImageError) as caught:
+            decode_image(data, LIMIT)
+        assert caught.value.code == code
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (saved(INDICES), INDICES),
+        (palette_png(), INDICES),
+        (saved(BITS), BITS),
+        (saved(GRAY16), GRAY16),
+        (saved(np.repeat(INDICES[..., None], 3, axis=2)), INDICES),
+        (tiff(GRAY16), GRAY16),
+        (imagecodecs.png_encode(INDICES), INDICES),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_labels_are_ids_and_never_scaled(data, expected):
+    labels = decode_labels(data, LIMIT, {}, classes=65536, ignore_index=65535)
+    np.testing.assert_array_equal(labels, expected.astype(np.uint16))
+
+
+def test_labels_of_two_and_four_bits_are_not_stretched():
+    for bits in (2, 4):
+        values = RANDOM.integers(0, 2**bits, (24, 32), dtype=np.uint8)
+        packed = values.reshape(24, -1, 8 // bits)
+        shifts = np.arange(8 // bits)[::-1] * bits
+        rows = np.left_shift(packed, shifts).sum(-1).astype(np.uint8)
+        data = _png_of_rows(rows, 32, 24, bits)
+        labels = decode_labels(data, LIMIT, {}, 16, 255)
+        np.testing.assert_array_equal(labels, values)
+        stretched = values * (255 // (2**bits - 1))
+        np.testing.assert_array_equal(decode_image(data, LIMIT).pixels_HWC[..., 0], stretched)
+
+
+def _png_of_rows(rows, width, height, bits):
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(
+            ">I", zlib.crc32(kind + body)
+        )  # fmt: skip
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    start = b"\x89PNG\r\n\x1a\n"
+    return start + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def test_label_values_are_mapped_and_strangers_are_named():
+    mask = np.array([[0, 255], [7, 255]], np.uint8)
+    labels = decode_labels(saved(mask), LIMIT, {255: 1, 7: 9}, 2, ignore_index=9)
+    assert labels.tolist() == [[0, 1], [9, 1]]
+    with pytest.raises(ImageError, match="holds 7, 255, but classes are 0 to 1"):
+        decode_labels(saved(mask), LIMIT, {}, 2, ignore_index=9)
+    with pytest.raises(ImageError, match="coloured"):
+        decode_labels(saved(RGB8), LIMIT, {}, 2, 255)
+    with pytest.raises(ImageError, match="float32"):
+        decode_labels(tiff(FLOAT), LIMIT, {}, 2, 255)

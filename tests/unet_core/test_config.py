@@ -1,0 +1,92 @@
+import pytest
+
+from unet_core.config import PredictConfig, TrainConfig, build, load
+from unet_core.errors import ConfigError
+
+GOOD = {"input": {"uri": "in"}, "output": {"uri": "out"}}
+
+
+def problems(table, *overrides, kind=PredictConfig):
+    with pytest.raises(ConfigError) as caught:
+        build(kind, table, list(overrides), source="job.toml")
+    return str(caught.value).splitlines()
+
+
+def test_every_problem_is_told_at_once_with_what_is_allowed():
+    lines = problems(
+        {
+            "input": {"uri": "in", "formatt": "x", "shard_images": 0},
+            "model": {"threshold": 2},
+            "tile": {"size": "big", "batch": "x"},
+            "output": {"encoding": "jpg"},
+            "workers": {"count": "all", "gpus": -1},
+            "nonsense": {},
+        }
+    )
+    assert lines == [
+        "job.toml: input.shard_images: got 0, allowed: a number of 1 or more",
+        "job.toml: input.formatt: unknown key; did you mean format?",
+        "job.toml: model.threshold: got 2, allowed: a number below 1.0",
+        "job.toml: tile.size: got 'big', allowed: a whole number",
+        "job.toml: tile.batch: got 'x', allowed: \"auto\" or a whole number",
+        "job.toml: output.uri: is required",
+        'job.toml: output.encoding: got \'jpg\', allowed: "raw" or "png"',
+        'job.toml: workers.count: got \'all\', allowed: "auto" or "inline" or a whole number',
+        'job.toml: workers.gpus: got -1, allowed: "auto" or a number of 0.0 or more',
+        "job.toml: nonsense: unknown key; allowed here: input, model, tile, output, workers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("input.uri", "http://169.254.169.254/latest", "http:// is not possible"),
+        ("input.uri", "dir::file:///etc", "chained URIs"),
+        ("input.uri", "file:///data/../etc", "'..' is not allowed"),
+        ("input.uri", "", "is empty"),
+        ("output.uri", "in/masks", "must not contain each other"),
+        ("output.uri", ".", "must not contain each other"),
+        ("model.checkpoint", "http://x/y.safetensors", "http:// is not possible"),
+    ],
+)
+def test_places_that_no_job_should_touch_are_refused(key, value, reason):
+    (line,) = problems(GOOD, f'{key}="{value}"')
+    assert reason in line
+    assert key in line
+
+
+def test_overrides_are_toml_and_else_plain_text():
+    config = build(
+        PredictConfig,
+        GOOD,
+        ["tile.size=512", "input.label_map={255=1}", "workers.count=inline", "workers.gpus=0.5"],
+    )
+    assert config.tile.size == 512
+    assert config.input.label_map == {255: 1}
+    assert config.workers.count == "inline"
+    assert config.workers.gpus == 0.5
+
+
+@pytest.mark.parametrize("override", ["size=3", "tile.size", "=3", "input.uri.deep=3"])
+def test_a_malformed_override_is_named(override):
+    (line,) = problems({"input": {"uri": "x"}}, override)
+    assert override in line
+
+
+def test_a_broken_file_is_named_with_the_line(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text("[input\n")
+    with pytest.raises(ConfigError, match=r"job\.toml: not valid TOML.*line 1"):
+        load(PredictConfig, str(path), [])
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        load(PredictConfig, str(tmp_path / "none.toml"), [])
+
+
+def test_training_without_truth_and_crops_that_do_not_fit_are_refused():
+    table = {"data": {"train": {"uri": "in"}}, "train": {"crop": 100}, "output": {"uri": "out"}}
+    (line,) = problems(table, kind=TrainConfig)
+    assert "train.masks is empty" in line
+    table["data"]["train"]["masks"] = "masks/"
+    (line,) = problems(table, kind=TrainConfig)
+    assert "train.crop is 100" in line
+    assert "96 and 112 are possible" in line

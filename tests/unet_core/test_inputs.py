@@ -1,0 +1,140 @@
+import logging
+
+import pytest
+
+from tests.data import write_tar
+from unet_core.config import InputConfig
+from unet_core.errors import ConfigError, StoreError
+from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.synthetic import nuclei, png
+
+IMAGE, MASK = b"image", b"mask"
+
+
+def read_all(**keys):
+    source = open_source(InputConfig(**{k: str(v) if k == "uri" else v for k, v in keys.items()}))
+    shards = list_shards(source)
+    return shards, [list(read_shard(source, shard)) for shard in shards]
+
+
+def write(root, *names, data=IMAGE):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+def test_loose_images_are_grouped_by_name_at_any_depth(tmp_path):
+    write(tmp_path, "b/2.png", "a/1.JPG", "c.tiff", "notes.txt", "deep/er/3.png", ".hidden.png")
+    shards, samples = read_all(uri=tmp_path, shard_images=3)
+    assert [(shard.first, shard.count) for shard in shards] == [(0, 3), (3, 1)]
+    ids = [(s.image_id, s.key) for group in samples for s in group]
+    assert ids == [("a/1.JPG", "1"), ("b/2.png", "2"), ("c.tiff", "c"), ("deep/er/3.png", "3")]
+    assert samples[0][0].read() == IMAGE
+
+
+def test_a_shard_id_changes_with_its_content_and_with_nothing_else(tmp_path):
+    write(tmp_path, "1.png", "2.png")
+    (before,), _ = read_all(uri=tmp_path)
+    (same,), _ = read_all(uri=f"{tmp_path}/")
+    assert before == same
+    write(tmp_path, "2.png", data=b"other bytes")
+    (after,), _ = read_all(uri=tmp_path)
+    assert after.shard_id != before.shard_id
+
+
+def test_masks_are_found_by_exactly_equal_stems(tmp_path, caplog):
+    write(tmp_path, "im/a1.png", "im/a10.png", "im/sub/b.jpg", "im/lonely.png")
+    write(tmp_path, "truth/a1.tif", "truth/a10.png", "truth/sub/b.png", data=MASK)
+    with caplog.at_level(logging.WARNING):
+        _, (samples,) = read_all(uri=tmp_path / "im", masks=f"{tmp_path}/truth")
+    assert "1 of 4 images have no mask" in caplog.text
+    assert "lonely.png" in caplog.text
+    found = {s.key: s.read_mask and s.read_mask() for s in samples}
+    assert found == {"a1": MASK, "a10": MASK, "b": MASK, "lonely": None}
+
+
+def test_masks_below_the_input_or_with_a_suffix_are_not_images(tmp_path):
+    write(tmp_path / "x", "a.png", "b.png", "masks/a.png", "masks/b.png")
+    _, (samples,) = read_all(uri=tmp_path / "x", masks=f"{tmp_path}/x/masks/")
+    assert [s.image_id for s in samples] == ["a.png", "b.png"]
+    write(tmp_path / "y", "a.png", "a_mask.png", "b.png", "b_mask.tif")
+    _, (samples,) = read_all(uri=tmp_path / "y", masks="_mask")
+    assert [(s.image_id, s.read_mask is not None) for s in samples] == [
+        ("a.png", True),
+        ("b.png", True),
+    ]
+
+
+def test_masks_that_fit_no_image_are_refused_with_examples(tmp_path):
+    write(tmp_path, "im/a.png", "truth/z.png")
+    with pytest.raises(ConfigError, match=r"none of 1 images.*images: a\.png; masks: z\.png"):
+        read_all(uri=tmp_path / "im", masks=f"{tmp_path}/truth")
+    write(tmp_path, "truth/a.png", "truth/a.tif")
+    with pytest.raises(ConfigError, match="two masks of one name"):
+        read_all(uri=tmp_path / "im", masks=f"{tmp_path}/truth")
+
+
+def test_what_the_input_is_must_be_clear(tmp_path):
+    with pytest.raises(StoreError, match="there is nothing at"):
+        read_all(uri=tmp_path / "nowhere")
+    write(tmp_path, "readme.txt")
+    with pytest.raises(StoreError, match=r"no tars .* and no images"):
+        read_all(uri=tmp_path)
+    write(tmp_path, "a.png")
+    write_tar(tmp_path / "a.tar", {"b.png": IMAGE})
+    with pytest.raises(ConfigError, match="1 tars and 1 images; say which"):
+        read_all(uri=tmp_path)
+    assert len(read_all(uri=tmp_path, format="webdataset")[0]) == 1
+    _, ((sample,),) = read_all(uri=tmp_path / "a.png")
+    assert sample.image_id == "a.png"
+    _, ((sample,),) = read_all(uri=tmp_path / "a.tar")
+    assert sample.image_id == "a.tar/b"
+
+
+def test_tar_masks_are_never_images_and_order_within_a_key_is_free(tmp_path):
+    write_tar(
+        tmp_path / "t.tar",
+        {
+            "d/a.mask.png": MASK,
+            "d/a.png": IMAGE,
+            "b.png": IMAGE,
+            "b.json": b"{}",
+            "b.mask.png": MASK,
+            "c.d.1.jpg": IMAGE,
+            "e.seg.png": MASK,
+        },
+    )
+    _, (samples,) = read_all(uri=tmp_path, masks="mask.png")
+    found = [(s.image_id, s.key, s.read_mask is not None) for s in samples]
+    assert found == [
+        ("t.tar/d/a", "a", True),
+        ("t.tar/b", "b", True),
+        ("t.tar/c.d.1", "c.d.1", False),
+    ]
+    _, (samples,) = read_all(uri=tmp_path)
+    assert [s.key for s in samples] == ["a", "b", "c.d.1"]
+
+
+@pytest.mark.parametrize("keep", [600, 512 * 5, -1024 * 9])
+def test_a_tar_cut_short_adds_a_failure_and_keeps_what_came_before(tmp_path, keep):
+    image = png(nuclei(40, 40, __import__("numpy").random.default_rng(0))[0])
+    write_tar(tmp_path / "t.tar", {"a.png": image, "b.png": image, "c.png": image})
+    whole = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(whole[:keep])
+    _, (samples,) = read_all(uri=tmp_path)
+    *images, last = samples
+    assert last.failure.code == "tar"
+    assert last.image_id == "t.tar"
+    assert all(sample.read() == image for sample in images)
+    assert len(images) < 3 or keep < 0
+
+
+def test_links_in_a_tar_are_failures_and_never_followed(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        link = tarfile.TarInfo("passwd.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    _, ((sample,),) = read_all(uri=tmp_path)
+    assert sample.failure.code == "not_a_file"

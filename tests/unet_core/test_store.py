@@ -1,0 +1,68 @@
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from unet_core.errors import StoreError
+from unet_core.store import Store, read_range
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(str(tmp_path / "root") if request.param == "local" else "memory://root")
+
+
+def test_published_files_are_whole_replaced_and_listed(store):
+    store.publish("a/one", b"first")
+    store.publish("a/one", io.BytesIO(b"second"))
+    store.publish("b", b"x" * 10)
+    assert store.read("a/one") == b"second"
+    assert [(entry.name, entry.bytes) for entry in store.list()] == [("a/one", 6), ("b", 10)]
+    store.remove("b")
+    store.remove("b")
+    assert not store.exists("b")
+    store.remove("a/one")
+
+
+def test_an_exclusive_publication_has_one_winner(tmp_path):
+    store = Store(str(tmp_path))
+    for attempt in range(20):
+        barrier = threading.Barrier(8)
+
+        def publish(number, name=f"commit{attempt}", barrier=barrier):
+            barrier.wait()
+            return store.publish_exclusively(name, str(number).encode())
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(publish, range(8)))
+        assert sum(won) == 1
+        assert store.read(f"commit{attempt}") == str(won.index(True)).encode()
+    assert len(store.list()) == 20  # no temporary file is left
+
+
+def test_a_source_that_breaks_publishes_nothing(tmp_path):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(28, "No space left on device")
+
+    store = Store(str(tmp_path))
+    with pytest.raises(StoreError, match=r"cannot write .*part: No space left on device"):
+        store.publish("part", Broken(b"data"))
+    assert store.list() == []
+
+
+def test_what_is_missing_is_told_by_path(store):
+    assert store.list("nothing") == []
+    with pytest.raises(StoreError, match=r"cannot read .*nothing: there is no such file or folder"):
+        store.read("nothing")
+    with pytest.raises(StoreError, match="no such file"):
+        read_range(store.uri("nothing"), 0, 8)
+
+
+def test_hidden_files_are_not_listed_and_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_bytes(b"a")
+    (tmp_path / "real" / "._a.png").write_bytes(b"resource fork")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    assert len(Store(str(tmp_path)).list()) == 1
