@@ -1,0 +1,92 @@
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from unet_core import checkpoint
+from unet_core.errors import CheckpointError
+
+
+def rewritten(path, tmp_path, change):
+    """The checkpoint with its JSON header changed."""
+    data = Path(path).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return str(bad)
+
+
+def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
+    network, header = checkpoint.load(tiny_model)
+    again, same = checkpoint.load(tiny_model, checkpoint.digest(tiny_model))
+    assert header == same == checkpoint.read_header(tiny_model)
+    assert header.halo == 112
+    x = torch.randn(1, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(network(x), again(x))
+    assert not network.training
+
+
+def test_the_built_in_checkpoint_is_small_and_loads():
+    assert len(Path(checkpoint.locate("builtin:nuclei")).read_bytes()) <= 4_000_000
+    network, header = checkpoint.load("builtin:nuclei")
+    assert header.class_names == ("background", "nucleus")
+    assert network.spec.in_channels == 1
+    with pytest.raises(CheckpointError, match="shipped: builtin:nuclei"):
+        checkpoint.load("builtin:cells")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not a safetensors file"),
+        (b"PK\x03\x04 a zipped pickle", "not a safetensors file"),
+        (struct.pack("<Q", 2**40) + b"{}", "not a safetensors file"),
+        (struct.pack("<Q", 10) + b"{ damaged ", "header is damaged"),
+        (struct.pack("<Q", 2) + b"{}", "format is None"),
+    ],
+)
+def test_foreign_files_are_refused_without_torch(tmp_path, data, reason):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoint.read_header(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("format", "unet-jobs/9", "format is 'unet-jobs/9'"),
+        ("classes", '["a","b","c"]', "3 class names, but 2 classes"),
+        ("model", '{"width": 4, "nonsense": 1}', "metadata is damaged"),
+        ("preprocessing", '{"color": "rgb", "normalisation": "range"}', "takes 1"),
+        ("preprocessing", '{"color": "purple"}', "metadata is damaged"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(tiny_model, tmp_path, key, value, reason):
+    bad = rewritten(
+        tiny_model, tmp_path, lambda header: header["__metadata__"].update({key: value})
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoint.read_header(bad)
+
+
+def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
+    spec = '{"in_channels": 1, "classes": 1, "width": 8}'
+    bad = rewritten(tiny_model, tmp_path, lambda h: h["__metadata__"].update({"model": spec}))
+    with pytest.raises(CheckpointError, match=r"tensors do not fit its header: .*size mismatch"):
+        checkpoint.load(bad)
+    bad = rewritten(tiny_model, tmp_path, lambda h: h.update(extra=h.pop("head.bias")))
+    with pytest.raises(CheckpointError, match=r"Missing key.*head\.bias.*Unexpected key.*extra"):
+        checkpoint.load(bad)
+    with pytest.raises(CheckpointError, match="changed since the run was made"):
+        checkpoint.load(tiny_model, "0" * 64)
+    whole = Path(tiny_model).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="do not fit"):
+        checkpoint.load(str(tmp_path / "cut.safetensors"))
