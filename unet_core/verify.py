@@ -191,6 +191,8 @@ def _names_in(root: Path, shard: Shard, masks: str) -> Iterator[str]:
                 yield f"{shard.uri}/{stem}"
     except (tarfile.TarError, EOFError):
         return  # cut short: its own failed row says so
+    except FileNotFoundError:
+        return  # gone: all its rows will be told
 
 
 def _check_success(run: Run, missing: set[str], findings: Findings) -> None:

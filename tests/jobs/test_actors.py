@@ -1,0 +1,97 @@
+"""The same job on real Ray actors. One session for the suite; the GPUs are pretended."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.predict import predict
+from tests.data import digests, write_tars
+from unet_core.errors import CheckpointError, RunMismatchError, WorkersError
+from unet_core.verify import verify
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+
+
+def actor_pids():
+    """Processes of segmenting actors on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::SegmentActor"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def kill_one_actor_after(commits, run, killed):
+    while len(list((run / "metrics").glob("[!_]*"))) < commits:
+        time.sleep(0.005)
+    for pid in actor_pids()[:1]:
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+
+def test_any_number_of_actors_writes_the_same_bytes(make_config, tmp_path):
+    predict(make_config(out="inline"))
+    expected = digests(tmp_path / "inline")
+    for actors in (1, 2, 4):
+        config = make_config(out=f"run{actors}", workers={"count": actors, "gpus": 1, "cpus": 1})
+        assert predict(config).totals.images_seen == 12
+        assert digests(tmp_path / f"run{actors}") == expected
+    assert verify(str(tmp_path / "run4"), deep=True).problems == []
+
+
+def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config, tmp_path):
+    (tmp_path / "tars").mkdir()
+    tars = write_tars(tmp_path / "tars")
+    for number in range(6, 24):  # more work, so that the kill comes in the middle
+        copy = tars / f"shard-{number:02d}.tar"
+        copy.write_bytes((tars / f"shard-{number % 6}.tar").read_bytes())
+    shared = {"input": {"uri": str(tars)}}
+    predict(make_config(out="undisturbed", **shared))
+    killed: list[int] = []
+    run = tmp_path / "run"
+    threading.Thread(target=kill_one_actor_after, args=(2, run, killed), daemon=True).start()
+    outcome = predict(make_config(workers={"count": 2, "gpus": 1, "cpus": 1}, **shared))
+    assert killed
+    assert outcome.totals.images_seen == 48
+    assert outcome.set_aside == {}
+    assert digests(run) == digests(tmp_path / "undisturbed")
+    assert verify(str(run), deep=True).problems == []
+
+
+def test_more_than_the_cluster_has_is_refused_with_what_it_has(make_config):
+    with pytest.raises(WorkersError, match=r"9 actors of 1 GPU .* cluster has 4 GPU"):
+        predict(make_config(workers={"count": 9, "gpus": 1}))
+
+
+def test_an_actor_s_refusal_reaches_the_person(make_config, tiny_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    whole = Path(tiny_model).read_bytes()
+    path.write_bytes(whole[:-100])
+    config = make_config(model={"checkpoint": str(path)}, workers={"count": 1, "gpus": 1})
+    with pytest.raises(CheckpointError, match="tensors do not fit its header"):
+        predict(config)
+
+
+def test_an_actor_with_other_versions_is_refused_unless_allowed(make_config, tmp_path):
+    config = make_config()
+    predict(config)
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    next((tmp_path / "run" / "metrics").glob("*")).unlink()
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"torch": "', '"torch": "9.'))
+    workers = {"count": 1, "gpus": 1, "cpus": 1}
+    with pytest.raises(RunMismatchError, match=r"compute\.versions"):
+        predict(make_config(workers=workers))
+    outcome = predict(make_config(workers=workers | {"mixed_devices": True}))
+    assert outcome.totals.images_seen == 12

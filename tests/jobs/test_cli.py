@@ -1,0 +1,95 @@
+import pytest
+from click.testing import CliRunner
+
+from jobs import cli
+from unet_core.synthetic import nuclei, png
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Run a command line; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["unet-jobs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("verb", ["", "predict", "plan", "status", "verify", "train", "demo"])
+def test_help_tells_every_verb(verb):
+    result = CliRunner().invoke(cli.cli, [*verb.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_plain_paths_work_from_images_to_verified_masks(run_cli, folder, tiny_model, tmp_path):
+    out = tmp_path / "run"
+    images = ("predict", folder / "images", "--model", tiny_model, "--out", out)
+    more = ("tile.size=256", "workers.count=inline")
+    code, text, _ = run_cli("plan", *images[1:], *more)
+    assert code == 0
+    assert "images:   12" in text
+    assert not out.exists()
+    code, text, _ = run_cli(*images, *more)
+    assert code == 0
+    assert "12 seen = 12 ok + 0 failed" in text
+    code, text, _ = run_cli(*images, *more)
+    assert code == 0
+    assert "finished already; nothing was written" in text
+    code, text, _ = run_cli("status", out)
+    assert "1 of 1 committed" in text
+    code, text, _ = run_cli("verify", out, "--deep")
+    assert code == 0
+    assert "nothing is off" in text
+    next((out / "masks").glob("*")).unlink()
+    code, text, _ = run_cli("verify", out)
+    assert code == 1
+    assert "problem: shard" in text
+
+
+def test_mistakes_cost_one_message_and_an_exit_code(run_cli, tmp_path):
+    code, _, errors = run_cli("predict", tmp_path / "images")
+    assert code == 2
+    assert "--out RUN" in errors
+    code, _, errors = run_cli("predict", tmp_path / "nothing", "--out", tmp_path / "run")
+    assert code == 3
+    assert "there is nothing at" in errors
+    code, _, errors = run_cli("predict", tmp_path, "tile.sise=3", "--out", tmp_path / "run")
+    assert code == 2
+    assert "did you mean size?" in errors
+    code, _, errors = run_cli("status", tmp_path)
+    assert code == 3
+    assert "not a run folder" in errors
+    code, _, errors = run_cli("segment")
+    assert code == 2
+    assert "No such command" in errors
+
+
+def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
+    import numpy as np
+
+    for number in range(6):
+        image, mask = nuclei(48, 48, np.random.default_rng(number))
+        for kind, pixels in (("images", image), ("masks", mask)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / f"{number}.png").write_bytes(png(pixels))
+    model = tmp_path / "model"
+    options = ("train.epochs=8", "train.crop=48", "model.width=4", "model.depth=2",
+               "train.batch=2", "train.crops_per_image=4", "data.val_fraction=0.4")  # fmt: skip
+    pair = (tmp_path / "images", tmp_path / "masks")
+    code, text, errors = run_cli("train", *pair, "--out", model, *options)
+    assert code == 0, errors
+    assert "epoch 8/8" in text
+    code, _, errors = run_cli("train", *pair, "--out", model, *options)
+    assert code == 2
+    assert "holds a trained model" in errors
+    code, text, errors = run_cli(
+        "predict", tmp_path / "images", f"input.masks={tmp_path}/masks",
+        "--model", model / "best.safetensors", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "6 seen = 6 ok + 0 failed" in text

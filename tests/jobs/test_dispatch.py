@@ -1,0 +1,126 @@
+"""The dispatcher against scripted workers: what each shard does to its actor on each attempt."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.dispatch import PREFETCH, Board, Died, Done, Ready, dispatch
+from unet_core.errors import WorkersError
+from unet_core.metrics import Totals
+from unet_core.shards import Shard
+from unet_core.timings import Seconds, ShardResult
+
+
+def shard(name: str, size: int = 1) -> Shard:
+    return Shard(name, name, size, None, None, None)
+
+
+class ScriptedWorkers:
+    """Actors that finish the older shard they hold, unless a script says that it kills them."""
+
+    def __init__(self, actors: int, killers: dict[str, int], dead_on_arrival: int = 0) -> None:
+        self.killers = dict(killers)
+        self.dead_on_arrival = dead_on_arrival
+        self.held: dict[str, list] = {}
+        self.fresh = [f"actor-{n}" for n in range(actors)]
+        self.placed = actors
+        self.started: list[tuple[str, bool]] = []
+
+    def submit(self, actor, attempt) -> None:
+        self.held[actor].append(attempt)
+        self.started.append((attempt.shard.shard_id, attempt.alone))
+        assert len(self.held[actor]) <= PREFETCH
+        assert not (attempt.alone and len(self.held[actor]) > 1)
+
+    def replace(self) -> None:
+        self.fresh.append(f"actor-{self.placed}")
+        self.placed += 1
+
+    def events(self) -> Iterator[object]:
+        if self.fresh:
+            actor = self.fresh.pop()
+            if self.dead_on_arrival:
+                self.dead_on_arrival -= 1
+                self.replace()
+                yield Died(actor, "cannot load")
+            else:
+                self.held[actor] = []
+                yield Ready(actor)
+            return
+        actor = max(self.held, key=lambda name: len(self.held[name]))
+        killer = next((a for a in self.held[actor] if self.killers.get(a.shard.shard_id)), None)
+        if killer is not None:
+            self.killers[killer.shard.shard_id] -= 1
+            del self.held[actor]
+            self.replace()
+            yield Died(actor, f"killed by {killer.shard.shard_id}")
+        elif self.held[actor]:
+            name = self.held[actor].pop(0).shard.shard_id
+            yield Done(actor, name, ShardResult(name, Totals(), Seconds()))
+
+
+def run(names, actors=2, killers=None, dead_on_arrival=0):
+    board = Board.of([shard(name) for name in names])
+    workers = ScriptedWorkers(actors, killers or {}, dead_on_arrival)
+    done: list[str] = []
+    dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    return board, workers, done
+
+
+def test_every_shard_is_done_once_the_largest_first():
+    board = Board.of([shard("small", 1), shard("large", 9), shard("middle", 5)])
+    assert [s.shard_id for s in board.waiting] == ["large", "middle", "small"]
+    _, workers, done = run("abcdefgh", actors=3)
+    assert sorted(done) == list("abcdefgh")
+    assert len(workers.started) == 8
+
+
+def test_a_single_death_charges_nobody_and_suspects_run_alone():
+    board, workers, done = run("abcdef", actors=1, killers={"b": 1})
+    assert sorted(done) == list("abcdef")
+    assert board.charged == {}
+    again = Counter(name for name, _ in workers.started)
+    assert {name for name, count in again.items() if count == 2} == {"a", "b"}
+    assert all(alone for name, alone in workers.started[2:4])
+
+
+def test_a_poisoned_shard_is_set_aside_after_two_deaths_alone_and_its_neighbour_is_not():
+    board, workers, done = run("abcdef", actors=2, killers={"c": 99})
+    assert sorted(done) == list("abdef")
+    assert board.set_aside == {"c": "killed by c"}
+    assert board.charged == {"c": 2}
+    assert Counter(name for name, _ in workers.started)["c"] == 3
+
+
+def test_a_lost_node_charges_nobody():
+    board = Board.of([shard("a")])
+    for actor in ("first", "second", "third"):
+        board.in_flight[actor] = []
+        assert board.next_for(actor) is not None
+        board.died(Died(actor, "node lost", blameless=True))
+    assert board.charged == {}
+    assert [s.shard_id for s in board.waiting] == ["a"]
+
+
+def test_actors_that_never_become_ready_stop_the_run():
+    with pytest.raises(WorkersError, match="3 actors died while starting: cannot load"):
+        run("abc", actors=1, dead_on_arrival=3)
+    _, _, done = run("abc", actors=1, dead_on_arrival=2)
+    assert sorted(done) == list("abc")
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.dictionaries(st.integers(0, 11), st.sampled_from([1, 2, 99]), max_size=3),
+)
+def test_whatever_kills_actors_every_shard_is_done_or_set_aside(shards, actors, killers):
+    names = [f"s{n:02d}" for n in range(shards)]
+    scripted = {names[n]: times for n, times in killers.items() if n < shards}
+    board, _, done = run(names, actors, scripted)
+    assert sorted([*done, *board.set_aside]) == names
+    assert set(board.set_aside) <= set(scripted)
+    assert {name for name, times in scripted.items() if times == 99} <= set(board.set_aside)

@@ -1,0 +1,150 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.inspect import plan, status
+from jobs.predict import predict
+from tests.data import digests
+from tests.dying_driver import STAGES
+from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
+from unet_core.verify import verify
+
+
+def snapshot(run):
+    return {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def write_toml(config, path):
+    lines = []
+    for section, keys in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [f"{k} = {json.dumps(v)}" for k, v in keys.items() if k != "label_map"]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_a_run_accounts_for_every_image(make_config, tmp_path):
+    outcome = predict(make_config())
+    totals = outcome.totals
+    assert (totals.images_seen, totals.ok, totals.failed, totals.with_truth) == (12, 12, 0, 12)
+    assert json.loads((tmp_path / "run" / "_SUCCESS").read_text())["images_seen"] == 12
+    (timings,) = (tmp_path / "run" / "timings").glob("*")
+    rows = pq.read_table(timings).to_pylist()
+    assert len(rows) == 6
+    assert all(row["attempt"] == 1 and row["device_s"] > 0 for row in rows)
+
+
+def test_a_second_run_writes_nothing(make_config, tmp_path):
+    predict(make_config())
+    before = snapshot(tmp_path / "run")
+    again = predict(make_config("workers.cpus=1"))
+    assert again.was_finished
+    assert again.totals.images_seen == 12
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("output.encoding=png", "output.encoding"),
+        ("model.checkpoint=builtin:nuclei", "model.sha256"),
+        ("model.threshold=0.4", "model.threshold"),
+        ("tile.size=512", "tile.size"),
+        ("tile.batch=2", "tile.batch"),
+        ("input.ignore_index=254", "input.ignore_index"),
+        ("input.masks=''", "input.masks"),
+    ],
+)
+def test_a_run_of_something_else_is_refused_by_key(make_config, tmp_path, override, key):
+    predict(make_config())
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(RunMismatchError, match=key):
+        predict(make_config(override))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_other_people_s_folders_are_left_alone(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("please keep")
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis\.tex\)"):
+        predict(make_config())
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "reason"),
+    [
+        ("tile.size=128", ConfigError, "needs 240 or more"),
+        ("tile.size=250", ConfigError, "240 and 256 are possible"),
+        ("model.checkpoint=none.safetensors", CheckpointError, "there is no such file"),
+        ("input.uri=nowhere", StoreError, "there is nothing at"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    make_config, tmp_path, override, error, reason
+):
+    with pytest.raises(error, match=reason):
+        predict(make_config(override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_and_status_tell_how_things_stand_and_write_nothing(make_config, tmp_path, folder):
+    config = make_config()
+    made = plan(config)
+    assert (len(made.shards), len(made.left), made.images) == (6, 6, None)
+    assert not (tmp_path / "run").exists()
+    loose = plan(make_config(input={"uri": str(folder / "images"), "masks": "", "shard_images": 5}))
+    assert (len(loose.shards), loose.images) == (3, 12)
+    predict(config)
+    before = snapshot(tmp_path / "run")
+    assert plan(config).left == []
+    found = status(str(tmp_path / "run"))
+    assert (found.shards, found.committed, found.is_finished) == (6, 6, True)
+    assert found.totals.images_seen == 12
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_driver_killed_anywhere_loses_and_repeats_nothing(make_config, tmp_path, stage):
+    predict(make_config(out="undisturbed"))
+    config = make_config(out="run")
+    toml = write_toml(config, tmp_path / "job.toml")
+    command = [sys.executable, "-m", "tests.dying_driver", stage, "3", toml]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    committed = snapshot(tmp_path / "run")
+    committed = {p: t for p, t in committed.items() if p.parent.name == "metrics"}
+    assert verify(str(tmp_path / "run")).problems == []
+    outcome = predict(config)
+    assert outcome.totals.images_seen == 12
+    after = snapshot(tmp_path / "run")
+    kept = {path: when for path, when in committed.items() if not path.name.startswith("_")}
+    assert kept.items() <= after.items()  # what was committed was not computed again
+    assert digests(tmp_path / "run") == digests(tmp_path / "undisturbed")
+    findings = verify(str(tmp_path / "run"), deep=True)
+    assert findings.problems == findings.notes == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
+    config = make_config("tile.size=240")
+    toml = write_toml(config, tmp_path / "job.toml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "predict", toml],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "run" / "metrics").glob("[!_]*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    finished_first = (tmp_path / "run" / "_SUCCESS").exists()
+    assert process.returncode == (0 if finished_first else 130)
+    assert finished_first or "the same command continues" in errors
+    assert predict(config).totals.images_seen == 12

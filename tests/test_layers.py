@@ -1,0 +1,76 @@
+"""Who may import whom: the layers of docs/design.md, held by walking the imports."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    f"{path.parent.name}.{path.stem}": path
+    for package in ("unet_core", "jobs")
+    for path in sorted((ROOT / package).glob("*.py"))
+}
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Modules that a file imports, at its top level or everywhere."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def users_of(package: str) -> set[str]:
+    return {
+        name
+        for name, path in MODULES.items()
+        if any(found.partition(".")[0] == package for found in imports(path))
+    }
+
+
+def test_unet_core_knows_nothing_of_ray_or_jobs():
+    for package in ("ray", "jobs"):
+        assert not {user for user in users_of(package) if user.startswith("unet_core")}
+
+
+@pytest.mark.parametrize(
+    ("package", "doors"),
+    [
+        ("fsspec", {"unet_core.store"}),
+        ("ray", {"jobs.session", "jobs.actors"}),
+        ("safetensors", {"unet_core.checkpoint"}),
+        ("click", {"jobs.cli"}),
+        ("rich", {"jobs.progress"}),
+    ],
+)
+def test_there_is_one_door_to_each_library(package, doors):
+    assert users_of(package) == doors
+
+
+def test_there_is_no_circle_of_imports():
+    graph = {
+        name: {found for found in imports(path, everywhere=False) if found in MODULES}
+        for name, path in MODULES.items()
+    }
+    while graph:
+        free = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert free, f"these import each other: {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+@pytest.mark.parametrize("module", ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict"])
+def test_the_driver_starts_without_torch_and_ray(module):
+    code = f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", code]))
+    assert not {"torch", "ray"} & set(loaded)
+    if module == "jobs.cli":
+        assert not {"numpy", "pyarrow", "fsspec"} & set(loaded)
