@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+import torch
+
 from jobs.dispatch import PREFETCH, Attempt, Done, Event, Ready
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.replica import Replica
@@ -16,6 +18,7 @@ class InlineWorkers:
     """One actor that cannot die without this process."""
 
     def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
+        self._threads_before = torch.get_num_threads()
         self._replica = Replica(spec)
         self._on_image = on_image
         self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
@@ -49,3 +52,4 @@ class InlineWorkers:
         """Drop what has not begun and wait for what has; uncommitted shards are done again."""
         self._replica.cancel()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._threads_before)

@@ -20,7 +20,8 @@ from unet_core.geometry import Tile
 from unet_core.unet import UNet, fold_batchnorm, widen_head
 
 CONFIDENCE_UNIT = 65535
-CPU_BATCH_BYTES = 256 * 2**20
+CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
+CPU_LANES_BYTES = 4 * 2**30
 GPU_BATCH_BYTES = 4 * 2**30
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
 
@@ -77,7 +78,18 @@ class Engine:
         if device.type == "cpu":
             folded = widen_head(folded)
         self.network = folded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+        self.lanes = 1
+        """Batches that run side by side, each on a thread of its own."""
         self.mask_dtype = torch.uint8 if header.classes <= 256 else torch.int32
+
+    def share_cores(self, cores: int, tile_size: int) -> None:
+        """On a CPU, let single-threaded lanes share the cores instead of every operation: no
+        barriers, and the same bits. Large tiles of wide networks get fewer lanes, for memory.
+        """
+        if self.device.type == "cpu":
+            affordable = CPU_LANES_BYTES // (tile_size**2 * self._bytes_per_pixel)
+            self.lanes = max(1, min(cores, affordable))
+        torch.set_num_threads(max(1, cores // self.lanes))
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
@@ -123,13 +135,18 @@ class Engine:
             chosen_NHW, ids_NHW = torch.softmax(logits_NKHW, dim=1).max(dim=1)
         return ids_NHW, (chosen_NHW * CONFIDENCE_UNIT).round_().to(torch.int32)
 
+    @property
+    def _bytes_per_pixel(self) -> int:
+        """At the widest place about 4·width float32 values live for each pixel."""
+        return 4 * 4 * self.header.spec.width
+
     def _affordable_pixels(self) -> int:
-        """How many pixels fit the byte budget: about 4·width float32 values live per pixel."""
+        """How many pixels fit the byte budget of a batch."""
         budget = CPU_BATCH_BYTES
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = min(free // 2, GPU_BATCH_BYTES)
-        return int(budget // (4 * 4 * self.header.spec.width))
+        return int(budget // self._bytes_per_pixel)
 
 
 def _kept(tile: Tile) -> tuple[slice, slice]:

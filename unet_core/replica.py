@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from unet_core import checkpoint
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.engine import Engine, choose_device
@@ -18,12 +16,12 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
-        torch.set_num_threads(max(1, spec.threads))
         config = spec.config
         network, header = checkpoint.load(config.model.checkpoint, spec.model_sha256)
         self.engine = Engine(
             network, header, choose_device(config.model.device), config.model.threshold
         )
+        self.engine.share_cores(spec.threads, config.tile.size)
         self._segmenter: Segmenter | None = None
 
     def probe(self) -> Compute:

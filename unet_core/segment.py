@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from unet_core.arrays import Array
 from unet_core.codec import encode_mask
 from unet_core.compute import Compute
-from unet_core.engine import Engine
+from unet_core.engine import Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.inputs import read_shard
@@ -80,6 +81,7 @@ class Segmenter:
         self.engine = engine
         self.settings = settings
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
+        self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
         self._cancelled = threading.Event()
 
@@ -101,10 +103,9 @@ class Segmenter:
         ahead = 2 * self.settings.threads + 2
         try:
             with Prefetch(self._pool, self._decode, self._samples(shard), ahead) as images:
-                with self._device:
-                    for index, future in self._compute(images, seconds):
-                        encoded.add(index, future)
-                        self._append(encoded.ready(), rows, part, seconds)
+                for index, future in self._compute(images, seconds):
+                    encoded.add(index, future)
+                    self._append(encoded.ready(), rows, part, seconds)
                 self._append(encoded.rest(), rows, part, seconds)
                 return self._commit(shard, rows, part, images.seen, seconds)
         finally:
@@ -131,31 +132,43 @@ class Segmenter:
     def _compute(
         self, images: Iterable[Decoded], seconds: Seconds
     ) -> Iterator[tuple[int, Future[Encoded]]]:
-        """Run every batch; yield each image's number and its rows to come once it is complete."""
-        queue = TileQueue(self.settings.compute)
-        for decoded in _timed(images, seconds):
-            if self._cancelled.is_set():
-                raise StoppedError("stopped")
-            seconds.decoding += decoded.decode_s
-            if isinstance(decoded.image, Rejected):
-                yield decoded.index, self._pool.submit(self._encode_rejected, decoded.image)
-                continue
-            canvas = Canvas(
-                decoded.index, decoded.image, self.engine.header, self.settings.tile_size
-            )
-            for pieces in queue.add(canvas):
-                yield from self._run(pieces, seconds)
-        for pieces in queue.rest():
-            yield from self._run(pieces, seconds)
+        """Run every batch; yield each image's number and its rows to come once it is complete.
 
-    def _run(self, pieces: list[Piece], seconds: Seconds) -> Iterator[tuple[int, Future[Encoded]]]:
+        The next shard gets the device when the last batch of this one is under way.
+        """
+        queue, running = TileQueue(self.settings.compute), _Running()
+        with self._device:
+            for decoded in running.timed(images, seconds, self.engine.lanes):
+                if self._cancelled.is_set():
+                    raise StoppedError("stopped")
+                seconds.decoding += decoded.decode_s
+                if isinstance(decoded.image, Rejected):
+                    yield decoded.index, self._pool.submit(self._encode_rejected, decoded.image)
+                    continue
+                canvas = Canvas(
+                    decoded.index, decoded.image, self.engine.header, self.settings.tile_size
+                )
+                for pieces in queue.add(canvas):
+                    running.add(pieces, self._lanes.submit(self._run, pieces))
+                    yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
+            for pieces in queue.rest():
+                running.add(pieces, self._lanes.submit(self._run, pieces))
+                yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
+        yield from self._paste(running.finished(0), seconds)
+
+    def _run(self, pieces: list[Piece]) -> tuple[list[Segmented], float]:
         start = time.perf_counter()
-        results = self.engine.run(stack(pieces))
-        seconds.device += time.perf_counter() - start
-        for (canvas, tile), result in zip(pieces, results, strict=True):
-            canvas.paste(tile, result)
-            if canvas.is_complete:
-                yield canvas.index, self._pool.submit(self._encode, canvas)
+        return self.engine.run(stack(pieces)), time.perf_counter() - start
+
+    def _paste(
+        self, finished: Iterator[tuple[list[Piece], list[Segmented], float]], seconds: Seconds
+    ) -> Iterator[tuple[int, Future[Encoded]]]:
+        for pieces, results, device_s in finished:
+            seconds.device += device_s
+            for (canvas, tile), result in zip(pieces, results, strict=True):
+                canvas.paste(tile, result)
+                if canvas.is_complete:
+                    yield canvas.index, self._pool.submit(self._encode, canvas)
 
     def _encode(self, canvas: Canvas) -> Encoded:
         start = time.perf_counter()
@@ -243,16 +256,33 @@ def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
     }
 
 
-def _timed(images: Iterable[Decoded], seconds: Seconds) -> Iterator[Decoded]:
-    """Count the time in which the device waits for the next image."""
-    iterator = iter(images)
-    while True:
-        start = time.perf_counter()
-        image = next(iterator, None)
-        seconds.waiting += time.perf_counter() - start
-        if image is None:
-            return
-        yield image
+class _Running:
+    """Batches on the device's lanes, in the order in which they were submitted."""
+
+    def __init__(self) -> None:
+        self._line: deque[tuple[list[Piece], Future[tuple[list[Segmented], float]]]] = deque()
+
+    def add(self, pieces: list[Piece], future: Future[tuple[list[Segmented], float]]) -> None:
+        self._line.append((pieces, future))
+
+    def finished(self, keep: int) -> Iterator[tuple[list[Piece], list[Segmented], float]]:
+        """What is done; waits until at most ``keep`` batches are under way."""
+        while self._line and (len(self._line) > keep or self._line[0][1].done()):
+            pieces, future = self._line.popleft()
+            yield pieces, *future.result()
+
+    def timed(self, images: Iterable[Decoded], seconds: Seconds, lanes: int) -> Iterator[Decoded]:
+        """Count the time in which a lane of the device is idle because no image is decoded."""
+        iterator = iter(images)
+        while True:
+            busy = sum(not future.done() for _, future in self._line)
+            start = time.perf_counter()
+            image = next(iterator, None)
+            if busy < lanes:
+                seconds.waiting += time.perf_counter() - start
+            if image is None:
+                return
+            yield image
 
 
 def _utf8(text: str) -> str:

@@ -19,10 +19,10 @@ FLUSH_S = 60.0
 
 @dataclass
 class Seconds:
-    """Where a shard's time went; decoding and encoding are summed over threads."""
+    """Where a shard's time went; decoding, device and encoding are summed over threads."""
 
     waiting: float = 0.0
-    """The device had nothing to do."""
+    """The device, or one of its lanes, had nothing to do."""
     decoding: float = 0.0
     device: float = 0.0
     encoding: float = 0.0
