@@ -104,7 +104,7 @@ def status(run: str) -> None:
     found = read_status(run)
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
-    _show_totals(found.totals)
+    _show_totals(found.totals, found.class_names)
 
 
 @cli.command()
@@ -116,7 +116,7 @@ def verify(run: str, deep: bool) -> None:
 
     findings = check(run, deep)
     _show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
-    _show_totals(findings.totals)
+    _show_totals(findings.totals, findings.class_names)
     for note in findings.notes:
         click.echo(f"note: {note}")
     for problem in findings.problems:
@@ -161,7 +161,7 @@ def demo(folder: Path, data_only: bool) -> None:
     shown = run_demo(folder)
     _show_outcome(shown.outcome)
     _show(config=str(shown.config), look_at=str(shown.sheet))
-    click.echo(READING.format(run=shown.outcome.run.store.uri()))
+    click.echo(READING.format(run=shown.outcome.run.uri))
 
 
 def _predict_config(
@@ -195,28 +195,27 @@ def _train_config(source: str, overrides: list[str], out: str | None) -> TrainCo
 
 
 def _show_outcome(outcome: "Outcome") -> None:
-    run = outcome.run.store.uri()
+    run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
-    _show_totals(outcome.totals)
+    _show_totals(outcome.totals, record.class_names if record else ())
     _show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
     for shard_id, reason in outcome.set_aside.items():
         click.echo(f"not committed: shard {shard_id} kills its actors: {reason}", err=True)
 
 
-def _show_totals(totals: "Totals") -> None:
+def _show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     balance = "=" if totals.is_reconciled else "≠"
     _show(
         images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
     )
     for code, count in totals.errors.items():
-        click.echo(f"            {count:,} × {code}")
+        click.echo(f"{'':<10}{count:,} x {code}")
     if totals.with_truth:
         _show(truth=f"{totals.with_truth:,} images")
-        for class_id, score in enumerate(totals.scores):
+        for name, score in zip(class_names, totals.scores, strict=True):
             if score.iou is not None and score.dice is not None:
-                click.echo(f"            class {class_id}: Dice {score.dice:.4f}, "
-                           f"IoU {score.iou:.4f}")  # fmt: skip
+                click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
 
 
 def _show(**lines: str) -> None:

@@ -150,8 +150,9 @@ def dispatch(
     workers: Workers,
     on_done: Callable[[ShardResult, Attempt, str], None],
     on_event: Callable[[Event], None] = lambda event: None,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the board until nothing is left to try.
+    """Run the board until nothing is left to try; ``on_tick`` is called about once a second.
 
     Raises WorkersError when actors die again and again before they are ready.
     """
@@ -170,6 +171,7 @@ def dispatch(
                     board.died(event)
                     if failed_starts >= MAX_FAILED_STARTS:
                         raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
+        on_tick()
         for actor in board.in_flight:
             while (attempt := board.next_for(actor)) is not None:
                 workers.submit(actor, attempt)

@@ -39,7 +39,7 @@ def plan(config: PredictConfig) -> Plan:
     """Look at input, run folder and cluster; raises what ``predict`` would raise."""
     job = prepare(config)
     return Plan(
-        uri=job.run.store.uri(),
+        uri=job.run.uri,
         format=job.source.format,
         shards=job.run.manifest() or list_shards(job.source),
         committed=job.run.committed(),
@@ -68,12 +68,13 @@ class Status:
     committed: int
     is_finished: bool
     totals: Totals
+    class_names: tuple[str, ...]
 
 
 def status(uri: str) -> Status:
     """Read a run folder; raises StoreError if there is none."""
-    run, _ = open_existing(uri)
+    run, record = open_existing(uri)
     shards = run.manifest() or []
     committed = run.committed()
     totals = run.finished_totals() if run.is_finished else run.totals(committed)
-    return Status(run.store.uri(), len(shards), len(committed), run.is_finished, totals)
+    return Status(uri, len(shards), len(committed), run.is_finished, totals, record.class_names)

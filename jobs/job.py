@@ -1,5 +1,6 @@
 """A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
 
+import logging
 from dataclasses import dataclass
 
 from unet_core import checkpoint, schema
@@ -10,6 +11,8 @@ from unet_core.errors import ConfigError
 from unet_core.inputs import open_source
 from unet_core.run import Record, Run, identity
 from unet_core.shards import Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,10 @@ def _check_tile_size(size: int, header: Header) -> None:
             f"tile.size is {size}, but this network needs a multiple of {stride}; "
             f"{low} and {low + stride} are possible"
         )
+    kept = size - 2 * header.halo
+    if 4 * kept < size:
+        log.warning(
+            "tile.size = %d keeps only the inner %d pixels of each tile: images larger than that "
+            "are computed %.0f times over; take 1024 if memory allows",
+            size, kept, (size / kept) ** 2,
+        )  # fmt: skip

@@ -56,7 +56,7 @@ def predict(config: PredictConfig) -> Outcome:
                 progress.on_done(result)
 
             try:
-                dispatch(board, workers, on_done, progress.on_event)
+                dispatch(board, workers, on_done, progress.on_event, progress.tick)
             finally:
                 timings.flush()
     if not board.set_aside:

@@ -65,7 +65,6 @@ class RunProgress:
         """Something happened to an actor."""
         self._actors += isinstance(event, Ready)
         self._actors -= isinstance(event, Died)
-        self.tick()
 
     def on_done(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -74,7 +73,6 @@ class RunProgress:
             self._provisional = max(0, self._provisional - result.totals.images_seen)
             self._done_bytes += self._sizes[result.shard_id]
             self._done_shards += 1
-        self.tick()
 
     def tick(self) -> None:
         """Refresh the bar, or say a line if it is time for one."""

@@ -114,6 +114,8 @@ class Run:
     """One output folder."""
 
     def __init__(self, uri: str) -> None:
+        self.uri = uri
+        """As people wrote it."""
         self.store = Store(uri)
         self.record: Record | None = None
         if self.store.exists(RUN_JSON):

@@ -35,6 +35,7 @@ class Findings:
     shards: int = 0
     committed: int = 0
     totals: Totals = field(default_factory=Totals)
+    class_names: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is not wrong, but worth knowing."""
@@ -49,7 +50,7 @@ def verify(uri: str, deep: bool = False) -> Findings:
     shards = run.manifest()
     if shards is None:
         return Findings(notes=["the run has no manifest yet; run predict again"])
-    findings = Findings(shards=len(shards))
+    findings = Findings(shards=len(shards), class_names=record.class_names)
     committed = run.committed()
     findings.committed = len(committed)
     expected = {shard.shard_id for shard in shards}

@@ -1,0 +1,79 @@
+"""What the documents show works: every command parses, every config loads, every snippet runs."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import cli
+from jobs.predict import predict
+from unet_core.config import PredictConfig, TrainConfig, build, load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "cluster" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+COMMANDS = [
+    line.partition("unet-jobs ")[2].partition("#")[0]
+    for path in DOCUMENTS
+    for block in blocks("sh", path.read_text())
+    for line in block.splitlines()
+    if "unet-jobs " in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shown_is_one_that_parses(command):
+    verb, *arguments = shlex.split(command)
+    assert cli.commands[verb].make_context(verb, list(arguments))
+
+
+def test_the_config_shown_has_every_key_and_its_default():
+    table = tomllib.loads(blocks("toml")[0])
+    config = build(PredictConfig, table, [])
+    for section, fields in config.model_dump(mode="json").items():
+        assert set(table[section]) == set(fields), section
+    required = {"input": {"uri": "photos"}, "output": {"uri": "runs/first"}}
+    assert config == build(PredictConfig, required, [])
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_snippet_runs_on_a_run(number, make_config, tmp_path, monkeypatch, capsys):
+    predict(make_config(out="runs/first"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(blocks("python")[number], names)
+    if "iou" in names:
+        assert len(names["iou"]) == 12
+    elif "mask" in names:
+        assert names["mask"].size == names["row"]["image_height"] * names["row"]["image_width"]
+    else:
+        assert "images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes").glob("*.toml")), ids=str)
+def test_every_recipe_loads(path):
+    assert load(TrainConfig, str(path), [])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_make_prints_every_target_that_the_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)", README):
+        assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE)
