@@ -30,7 +30,7 @@ class RunProgress:
         self._done_bytes = 0
         self._sizes = {shard.shard_id: shard.bytes for shard in plan}
         self._provisional = 0
-        self._actors = 0
+        self._actors: set[str] = set()
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._said = time.monotonic()
@@ -63,8 +63,12 @@ class RunProgress:
 
     def on_event(self, event: Event) -> None:
         """Something happened to an actor."""
-        self._actors += isinstance(event, Ready)
-        self._actors -= isinstance(event, Died)
+        if isinstance(event, Ready):
+            if not self._actors and not self._done.shards:
+                self._started = time.monotonic()  # loading the model is not the rate's business
+            self._actors.add(event.actor)
+        elif isinstance(event, Died):
+            self._actors.discard(event.actor)
 
     def on_done(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -86,6 +90,8 @@ class RunProgress:
         """Images of this session and whether that is known rather than estimated."""
         if self._known is not None:
             return float(self._known), True
+        if self._done_shards == self._shards:
+            return float(self._done.images_seen), True
         if self._done_bytes:
             return self._done.images_seen * self._left_bytes / self._done_bytes, False
         return None, False
@@ -107,5 +113,5 @@ class RunProgress:
         failed = self._before.failed + self._done.failed
         return (
             f"{before + done:,} of {of} images, {rate} images/s, {failed} failed, "
-            f"{self._done_shards}/{self._shards} shards, {self._actors} actors"
+            f"{self._done_shards}/{self._shards} shards, {len(self._actors)} actors"
         )

@@ -63,6 +63,7 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
     options = {"logging_level": logging.WARNING, "log_to_driver": True}
     try:
         if is_cluster_named():
