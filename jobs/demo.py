@@ -64,7 +64,7 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
     """A contact sheet of the run's first shard."""
     run, record = outcome.run, outcome.run.record
     assert record is not None
-    source = open_source(config.input)
+    source = open_source(config.input, config.storage)
     shard = list_shards(source)[0]
     rows, _ = read_metrics(run.store, shard.shard_id)
     windows, _ = read_masks(run.store, shard.shard_id)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jobs import session
 from jobs.job import prepare
-from unet_core.config import PredictConfig
+from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs import list_shards
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
@@ -71,9 +71,9 @@ class Status:
     class_names: tuple[str, ...]
 
 
-def status(uri: str) -> Status:
+def status(uri: str, storage: StorageConfig | None = None) -> Status:
     """Read a run folder; raises StoreError if there is none."""
-    run, record = open_existing(uri)
+    run, record = open_existing(uri, storage)
     shards = run.manifest() or []
     committed = run.committed()
     totals = run.finished_totals() if run.is_finished else run.totals(committed)

@@ -46,11 +46,11 @@ class Job:
 
 def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
-    header = checkpoint.read_header(config.model.checkpoint)
+    header = checkpoint.read_header(config.model.checkpoint, config.storage)
     _check_tile_size(config.tile.size, header)
-    sha256 = checkpoint.digest(config.model.checkpoint)
-    source = open_source(config.input)
-    run = Run(config.output.uri)
+    sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
+    source = open_source(config.input, config.storage)
+    run = Run(config.output.uri, config.storage)
     run.require_same(identity(config, source, sha256, header))
     return Job(config, header, sha256, source, run)
 

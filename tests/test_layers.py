@@ -45,7 +45,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
 @pytest.mark.parametrize(
     ("package", "doors"),
     [
-        ("fsspec", {"unet_core.store"}),
+        ("fsspec", {"unet_core.object_stores"}),
         ("ray", {"jobs.session", "jobs.actors"}),
         ("safetensors", {"unet_core.checkpoint"}),
         ("click", {"jobs.cli"}),
@@ -54,6 +54,11 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
 )
 def test_there_is_one_door_to_each_library(package, doors):
     assert users_of(package) == doors
+
+
+def test_only_the_store_knows_the_stores():
+    users = {n for n, path in MODULES.items() if "unet_core.object_stores" in imports(path)}
+    assert users == {"unet_core.store"}
 
 
 def test_there_is_no_circle_of_imports():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, StoreError
 from unet_core.geometry import reach, round_up
 from unet_core.preprocessing import Preprocessing
@@ -73,18 +74,18 @@ def locate(checkpoint: str) -> str:
     return str(folder / f"{name}.safetensors")
 
 
-def read_header(checkpoint: str) -> Header:
+def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
     """Read the metadata by two range reads, without torch.
 
     Raises CheckpointError if it is not a safetensors file of this project.
     """
     path = locate(checkpoint)
     try:
-        prefix = read_range(path, 0, 8)
+        prefix = read_range(path, 0, 8, storage)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
-        metadata = json.loads(read_range(path, 8, 8 + length)).get("__metadata__", {})
+        metadata = json.loads(read_range(path, 8, 8 + length, storage)).get("__metadata__", {})
     except StoreError as error:
         raise CheckpointError(f"model.checkpoint: {error}") from error
     except (ValueError, AttributeError) as error:
@@ -121,12 +122,14 @@ def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
     return header
 
 
-def digest(checkpoint: str) -> str:
+def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
     """SHA-256 of the whole file, hex."""
-    return hashlib.sha256(_bytes(checkpoint)).hexdigest()
+    return hashlib.sha256(_bytes(checkpoint, storage)).hexdigest()
 
 
-def load(checkpoint: str, sha256: str | None = None) -> tuple["UNet", Header]:
+def load(
+    checkpoint: str, sha256: str | None = None, storage: StorageConfig | None = None
+) -> tuple["UNet", Header]:
     """The network in eval mode, float32 on the CPU, weights strict; and its header.
 
     Raises CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
@@ -136,10 +139,10 @@ def load(checkpoint: str, sha256: str | None = None) -> tuple["UNet", Header]:
 
     from unet_core.unet import UNet
 
-    data = _bytes(checkpoint)
+    data = _bytes(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
-    header = read_header(checkpoint)
+    header = read_header(checkpoint, storage)
     network = UNet(header.spec)
     try:
         tensors = {k: v.float() for k, v in safetensors.torch.load(data).items()}
@@ -174,8 +177,8 @@ def serialise(network: "UNet", header: Header, half: bool = False) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def _bytes(checkpoint: str) -> bytes:
+def _bytes(checkpoint: str, storage: StorageConfig | None) -> bytes:
     try:
-        return read_file(locate(checkpoint))
+        return read_file(locate(checkpoint), storage)
     except StoreError as error:
         raise CheckpointError(f"model.checkpoint: {error}") from error

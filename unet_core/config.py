@@ -17,7 +17,7 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-PROTOCOLS = ("file", "local", "memory")
+PROTOCOLS = ("file", "local", "memory", "s3", "gs", "abfs")
 
 
 class Section(BaseModel):
@@ -30,7 +30,7 @@ class InputConfig(Section):
     """Where the images are and how they are grouped into shards."""
 
     uri: str
-    """Folder, tar, or image; a local path in this version."""
+    """Folder, prefix, tar or image: a path, or ``s3://``, ``gs://``, ``abfs://``."""
     format: Literal["auto", "folder", "webdataset"] = "auto"
     """``folder``: loose images at any depth; ``webdataset``: tars, a shard each."""
     shard_images: Count = 256
@@ -109,6 +109,38 @@ class WorkersConfig(Section):
     """Let actors whose device or versions differ from those in ``run.json`` take part."""
 
 
+class StorageConfig(Section):
+    """How object storage is reached. Credentials come from the environment or the provider chain
+    (variables, profiles, instance roles) and are never written here.
+    """
+
+    endpoint_url: str = ""
+    """For stores other than AWS, e.g. ``http://minio:9000``."""
+    region: str = ""
+    profile: str = ""
+    """Name of a profile in the shared AWS configuration."""
+    anonymous: bool = False
+    """Public buckets, without credentials."""
+    requester_pays: bool = False
+    encryption: Literal["", "AES256", "aws:kms"] = ""
+    """Server-side encryption of what is written."""
+    kms_key: str = ""
+    """Key id for ``aws:kms``; empty: the bucket's default."""
+    role: str = ""
+    """ARN of a role to assume with the credentials at hand."""
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    """How long one read or write is tried again while the store is busy or away."""
+    shared: bool = False
+    """Plain paths are one file system, seen by every node of the cluster (NFS and the like)."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_credentials_in_url(cls, url: str) -> str:
+        if "@" in url:
+            raise ValueError("holds credentials; give them in the environment instead")
+        return url
+
+
 class PredictConfig(Section):
     """Everything that ``unet-jobs predict`` needs."""
 
@@ -117,6 +149,7 @@ class PredictConfig(Section):
     tile: TileConfig = TileConfig()
     output: OutputConfig
     workers: WorkersConfig = WorkersConfig()
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
@@ -184,6 +217,7 @@ class TrainConfig(Section):
     model: NetworkConfig = NetworkConfig()
     train: FitConfig = FitConfig()
     output: OutputConfig
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "TrainConfig":
@@ -256,7 +290,7 @@ def _allowed_uri(uri: str) -> str:
     protocol, separator, _ = uri.partition("://")
     if separator and protocol not in PROTOCOLS:
         raise ValueError(
-            f"got {uri!r}, but {protocol}:// is not possible in this version; "
+            f"got {uri!r}, but {protocol}:// is not one of the protocols that are read; "
             f"allowed: plain paths, {', '.join(p + '://' for p in PROTOCOLS)}"
         )
     if separator and ".." in uri.split("/"):

@@ -78,7 +78,7 @@ def fit(config: TrainConfig) -> Iterator[Epoch]:
 
     Raises ConfigError for unusable data and for a loss that is no longer a number.
     """
-    output = Store(config.output.uri)
+    output = Store(config.output.uri, config.storage)
     if output.exists(BEST):
         raise ConfigError(f"output.uri: {output.uri()} holds a trained model; choose a new folder")
     header = new_header(config)
@@ -121,9 +121,9 @@ def new_header(config: TrainConfig) -> Header:
 def load_data(config: TrainConfig, header: Header) -> tuple[list[Picture], list[Picture]]:
     """Training and validation images; without ``data.val`` a share by a hash of the image id."""
     data, wanted = config.data, header.preprocessing
-    train = list(read_labelled(data.train, wanted, header.classes))
+    train = list(read_labelled(data.train, wanted, header.classes, config.storage))
     if data.val is not None:
-        val = list(read_labelled(data.val, wanted, header.classes))
+        val = list(read_labelled(data.val, wanted, header.classes, config.storage))
     else:
         val = [image for image in train if _share(image.sample.image_id) < data.val_fraction]
         train = [image for image in train if _share(image.sample.image_id) >= data.val_fraction]

@@ -28,7 +28,7 @@ def list_shards(source: Source) -> list[Shard]:
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
     masks = source.config.masks
-    mask_root = Store(masks) if "/" in masks else source.root
+    mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
     for member in shard.members:
         yield Sample(
             image_id=member.key,
@@ -51,9 +51,10 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
     if not masks:
         return members
     if "/" in masks:
-        below = _path_below(Store(masks).uri(), source.root.uri())
+        store = Store(masks, source.root.storage)
+        below = _path_below(store.uri(), source.root.uri())
         members = [m for m in members if not (below and m.key.startswith(below))]
-        by_stem = _by_stem([e.name for e in Store(masks).list() if is_image(e.name)], masks)
+        by_stem = _by_stem([e.name for e in store.list() if is_image(e.name)], masks)
     else:
         is_mask = [_stem(m.key).endswith(masks) for m in members]
         found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from unet_core import folder, webdataset
 from unet_core.codec import EXTENSIONS, is_image
-from unet_core.config import InputConfig
+from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.shards import Sample, Shard, Source
 from unet_core.store import Store, split
@@ -14,18 +14,22 @@ from unet_core.store import Store, split
 FORMATS = {"folder": folder, "webdataset": webdataset}
 
 
-def open_source(config: InputConfig) -> Source:
+def open_source(config: InputConfig, storage: StorageConfig | None = None) -> Source:
     """Find out what the input is; ``format = "auto"`` looks at the names below the root.
 
     Raises StoreError if nothing is there, ConfigError if images and tars are mixed.
     """
-    root = Store(config.uri)
-    if not root.exists():
-        raise StoreError(f"input.uri: there is nothing at {config.uri}")
+    root = Store(config.uri, storage)
     names: tuple[str, ...] = ()
-    if root.is_file():
+    if root.size is not None:
         folder, name = split(root.uri())
-        root, names = Store(folder), (name,)
+        root, names = Store(folder, storage), (name,)
+    elif not root.exists():
+        raise StoreError(
+            f"input.uri: there is nothing at {config.uri}; check the bucket's name and the prefix"
+            if "://" in config.uri
+            else f"input.uri: there is nothing at {config.uri}"
+        )
     wanted: str = config.format
     if wanted == "auto":
         wanted = _detect(config, names or tuple(entry.name for entry in root.list()))

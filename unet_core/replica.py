@@ -17,7 +17,9 @@ class Replica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
         config = spec.config
-        network, header = checkpoint.load(config.model.checkpoint, spec.model_sha256)
+        network, header = checkpoint.load(
+            config.model.checkpoint, spec.model_sha256, config.storage
+        )
         self.engine = Engine(
             network, header, choose_device(config.model.device), config.model.threshold
         )
@@ -36,7 +38,7 @@ class Replica:
             compute.require(self.probe())
         settings = Settings(
             source=self.spec.source,
-            output=Store(self.spec.config.output.uri),
+            output=Store(self.spec.config.output.uri, self.spec.config.storage),
             compute=compute,
             footer=footer,
             tile_size=self.spec.config.tile.size,

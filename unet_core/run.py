@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from unet_core import __version__, schema
 from unet_core.checkpoint import Header
 from unet_core.compute import Compute
-from unet_core.config import PredictConfig
+from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.metrics import Totals
 from unet_core.parts import read_totals
@@ -45,7 +45,7 @@ def identity(config: PredictConfig, source: Source, model_sha256: str, header: H
         "input.names": list(source.names),
         "input.format": source.format,
         "input.shard_images": config.input.shard_images,
-        "input.masks": _absolute(config.input.masks),
+        "input.masks": _absolute(config),
         "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
         "input.ignore_index": config.input.ignore_index,
         "input.max_pixels": config.input.max_pixels,
@@ -58,8 +58,9 @@ def identity(config: PredictConfig, source: Source, model_sha256: str, header: H
     }
 
 
-def _absolute(masks: str) -> str:
-    return Store(masks).uri() if "/" in masks else masks
+def _absolute(config: PredictConfig) -> str:
+    masks = config.input.masks
+    return Store(masks, config.storage).uri() if "/" in masks else masks
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ class Record:
 class Run:
     """One output folder."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         self.uri = uri
         """As people wrote it."""
-        self.store = Store(uri)
+        self.store = Store(uri, storage)
         self.record: Record | None = None
         if self.store.exists(RUN_JSON):
             self.record = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
@@ -218,9 +219,9 @@ class Run:
             )
 
 
-def open_existing(uri: str) -> tuple[Run, Record]:
+def open_existing(uri: str, storage: StorageConfig | None = None) -> tuple[Run, Record]:
     """A run folder that must already be one; raises StoreError if it is not."""
-    run = Run(uri)
+    run = Run(uri, storage)
     if run.record is None:
         raise StoreError(f"{uri} is not a run folder: it has no {RUN_JSON}")
     return run, run.record

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unet_core.config import InputConfig
+from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.picture import Picture, Rejected, decode
@@ -16,13 +16,15 @@ from unet_core.preprocessing import Preprocessing
 Random = np.random.Generator
 
 
-def read_labelled(config: InputConfig, wanted: Preprocessing, classes: int) -> Iterator[Picture]:
+def read_labelled(
+    config: InputConfig, wanted: Preprocessing, classes: int, storage: StorageConfig
+) -> Iterator[Picture]:
     """All images of an input that have truth, in shard order.
 
     Raises ConfigError that names the first image which cannot be used: training on what is left
     would hide it.
     """
-    source = open_source(config)
+    source = open_source(config, storage)
     for shard in list_shards(source):
         for sample in read_shard(source, shard):
             image = decode(sample, wanted, classes, config)

@@ -5,19 +5,26 @@ exclusive create is not exclusive on local disk. So a file is always built compl
 then published whole, here and nowhere else.
 """
 
+import errno
+import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
+from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
+from unet_core.object_stores import connect, persist, refused
+
+ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
+LIST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -32,99 +39,239 @@ class Entry:
 class Store:
     """A folder or prefix; names are relative to it and use ``/``.
 
-    Every method raises StoreError for what storage refuses.
+    Every method raises StoreError for what storage refuses; what it may grant later is tried again
+    until ``storage.deadline_s``. Travels to other processes as its URI and connects again there.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.fs, path = _resolve(uri)
+    def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
+        self.storage = storage or StorageConfig()
+        self._given = uri
+        self.fs, path = connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
-        self.is_local = _is_local(self.fs)
+        self.is_local = "file" in _protocols(self.fs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self._given, self.storage)
 
     def uri(self, name: str = "") -> str:
         """Where an object is, as people and other programs write it."""
         path = self._path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def is_file(self) -> bool:
-        """Whether the root itself is one object."""
-        return bool(self.fs.isfile(self.root))
+    @cached_property
+    def size(self) -> int | None:
+        """Bytes of the root, if it is itself one object; None for a folder or nothing."""
+        try:
+            info = self._try("look at", "", lambda: self.fs.info(self.root))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such an object or folder."""
-        return bool(self.fs.exists(self._path(name)))
+        return bool(self._try("look at", name, lambda: self.fs.exists(self._path(name))))
 
-    def read(self, name: str) -> bytes:
-        """All bytes of one object."""
-        return _read(self.fs, self._path(name))
-
-    def open(self, name: str) -> BinaryIO:
-        """An object as a stream that is read once, from front to back."""
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """All bytes of one object, or those in [start, stop)."""
         path = self._path(name)
         try:
-            options = {} if self.is_local else {"block_size": COPY_BYTES, "cache_type": "readahead"}
-            stream: BinaryIO = self.fs.open(path, "rb", **options)
-            return stream
-        except OSError as error:
-            raise _refused("open", path, error) from error
+            return bytes(
+                self._try("read", name, lambda: self.fs.cat_file(path, start=start, end=stop))
+            )
+        except FileNotFoundError as error:
+            raise refused("read", self.uri(name), error) from error
+
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """An object as a stream, read once from front to back in large pieces."""
+        return cast(BinaryIO, io.BufferedReader(self.open_raw(name, size), COPY_BYTES))
+
+    def open_raw(self, name: str, size: int | None = None) -> io.RawIOBase:
+        """An object as a file without a buffer: each read is one request."""
+        if self.is_local:
+            try:
+                return open(self._path(name), "rb", buffering=0)
+            except OSError as error:
+                raise refused("open", self.uri(name), error) from error
+        if size is None:
+            size = self._size_of(name)
+        return _Ranges(self, name, size)
 
     def list(self, folder: str = "") -> list[Entry]:
         """All objects below a folder at any depth, by name; hidden ones (``.name``) are skipped."""
         path = self._path(folder)
         try:
-            found = _walk(path) if self.is_local else self._find(path)
+            found = self._walk(path) if self.is_local else self._find(path)
             return sorted(found, key=lambda entry: entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise _refused("list", path, error) from error
+            raise refused("list", self.uri(folder), error) from error
 
     def publish(self, name: str, source: bytes | BinaryIO) -> None:
         """Make an object appear whole, replacing any earlier one."""
         path = self._path(name)
-        try:
-            if self.is_local:
-                with _TemporaryTwin(path, source) as twin:
-                    os.replace(twin, path)
-            else:
-                self.fs.pipe_file(path, _all_bytes(source))
-        except OSError as error:
-            raise _refused("write", path, error) from error
+        if self.is_local:
+            self._locally(name, source, os.replace)
+        else:
+            data = _all_bytes(source)
+            self._write(name, lambda: self.fs.pipe_file(path, data))
 
     def publish_exclusively(self, name: str, source: bytes | BinaryIO) -> bool:
-        """Make an object appear whole if there is none; False if there was one."""
+        """Make an object appear whole if there is none; False if there was one.
+
+        False too where an earlier try of this very call got through and only its answer was lost:
+        whoever cares compares the bytes.
+        """
         path = self._path(name)
         try:
             if self.is_local:
-                with _TemporaryTwin(path, source) as twin:
-                    os.link(twin, path)
+                self._locally(name, source, os.link)
             else:
-                self.fs.pipe_file(path, _all_bytes(source), mode="create")
+                data = _all_bytes(source)
+                self._write(name, lambda: self._create(path, data))
         except FileExistsError:
             return False
-        except OSError as error:
-            raise _refused("write", path, error) from error
         return True
 
     def remove(self, name: str) -> None:
         """Delete one object; none there is fine."""
         path = self._path(name)
         try:
-            if self.fs.exists(path):
-                self.fs.rm_file(path)
+            if self.exists(name):
+                self._try("remove", name, lambda: self.fs.rm_file(path))
         except FileNotFoundError:
             pass
-        except OSError as error:
-            raise _refused("remove", path, error) from error
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
+    def _try(self, verb: str, name: str, call: Callable[[], ResultT]) -> ResultT:
+        """Persist on an object store; on local disk once is enough."""
+        if self.is_local:
+            try:
+                return call()
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except OSError as error:
+                raise refused(verb, self.uri(name), error) from error
+        return persist(call, verb, self.uri(name), self.storage.deadline_s)
+
+    def _write(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            self._try("write", name, call)
+        except FileNotFoundError as error:
+            raise refused("write", self.uri(name), error) from error
+
+    def _size_of(self, name: str) -> int:
+        path = self._path(name)
+        try:
+            return int(self._try("open", name, lambda: self.fs.info(path))["size"])
+        except FileNotFoundError as error:
+            raise refused("open", self.uri(name), error) from error
+
+    def _locally(
+        self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None]
+    ) -> None:
+        path = self._path(name)
+        try:
+            with _TemporaryTwin(path, source) as twin:
+                settle(twin, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise refused("write", self.uri(name), error) from error
+
+    def _create(self, path: str, data: bytes) -> None:
+        """Exclusive create; some stores refuse with a bare 412 that s3fs calls EINVAL."""
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno == errno.EINVAL and self.fs.exists(path):
+                raise FileExistsError(path) from error
+            raise
+
     def _find(self, path: str) -> Iterator[Entry]:
-        for key, info in self.fs.find(path, detail=True).items():
-            name = key[len(path.rstrip("/")) + 1 :]
-            if not any(part.startswith(".") for part in name.split("/")):
-                etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
-                yield Entry(name, int(info["size"]), str(etag).strip('"'))
+        """List an object store, the prefixes of each level side by side."""
+        with ThreadPoolExecutor(LIST_THREADS) as pool:
+            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path)}
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for level in done:
+                    for info in level.result():
+                        name = info["name"][len(path.rstrip("/")) + 1 :]
+                        if not name or any(part.startswith(".") for part in name.split("/")):
+                            continue
+                        if info["type"] == "directory":
+                            pending.add(pool.submit(self._level, info["name"]))
+                        elif not name.endswith("/"):
+                            etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
+                            yield Entry(name, int(info["size"]), str(etag).strip('"'))
+
+    def _level(self, path: str) -> Sequence[dict[str, Any]]:
+        """What lies directly below a prefix."""
+        where = str(self.fs.unstrip_protocol(path))
+        found: list[dict[str, Any]] = persist(
+            lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
+        )
+        return [info for info in found if info["name"].rstrip("/") != path.rstrip("/")]
+
+    def _walk(self, root: str) -> Iterator[Entry]:
+        """Files below a local folder; links to folders are followed, each real folder once."""
+        seen: set[tuple[int, int]] = set()
+        folders = [Path(root)]
+        while folders:
+            folder = folders.pop()
+            stat = folder.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            with os.scandir(folder) as items:
+                for item in items:
+                    if item.name.startswith("."):
+                        continue
+                    if item.is_dir():
+                        folders.append(Path(item.path))
+                    elif item.is_file():
+                        info = item.stat()
+                        name = os.path.relpath(item.path, root).replace(os.sep, "/")
+                        yield Entry(name, info.st_size, f"{info.st_mtime_ns}-{info.st_size}")
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file whose every read is one ranged request, tried again by itself."""
+
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self._store, self._name, self._size, self._at = store, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._store.read(self._name, self._at, stop)
+        if len(data) != stop - self._at:
+            raise StoreError(
+                f"{self._store.uri(self._name)} changed while it was read: {stop - self._at} bytes "
+                f"were asked for, {len(data)} came"
+            )
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -133,58 +280,18 @@ def split(uri: str) -> tuple[str, str]:
     return (folder or ("/" if uri.startswith("/") else "."), name)
 
 
-def read_file(uri: str) -> bytes:
+def read_file(uri: str, storage: StorageConfig | None = None) -> bytes:
     """All bytes of one file given by path or URI."""
-    return _read(*_resolve(uri))
+    return Store(uri, storage).read("")
 
 
-def read_range(uri: str, start: int, stop: int) -> bytes:
+def read_range(uri: str, start: int, stop: int, storage: StorageConfig | None = None) -> bytes:
     """Bytes [start, stop) of one file given by path or URI."""
-    fs, path = _resolve(uri)
-    try:
-        return bytes(fs.cat_file(path, start=start, end=stop))
-    except OSError as error:
-        raise _refused("read", path, error) from error
+    return Store(uri, storage).read("", start, stop)
 
 
-def _resolve(uri: str) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri))
-    except (ValueError, ImportError) as error:
-        raise StoreError(f"{uri}: not a path or URI that can be used: {error}") from error
-    return fs, str(path)
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-
-
-def _read(fs: Any, path: str) -> bytes:
-    try:
-        return bytes(fs.cat_file(path))
-    except OSError as error:
-        raise _refused("read", path, error) from error
-
-
-def _walk(root: str) -> Iterator[Entry]:
-    """Files below a local folder; links to folders are followed, each real folder once."""
-    seen: set[tuple[int, int]] = set()
-    folders = [Path(root)]
-    while folders:
-        folder = folders.pop()
-        stat = folder.stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        for item in os.scandir(folder):
-            if item.name.startswith("."):
-                continue
-            if item.is_dir():
-                folders.append(Path(item.path))
-            elif item.is_file():
-                info = item.stat()
-                name = os.path.relpath(item.path, root).replace(os.sep, "/")
-                yield Entry(name, info.st_size, f"{info.st_mtime_ns}-{info.st_size}")
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
 
 
 class _TemporaryTwin:
@@ -221,10 +328,3 @@ def _all_bytes(source: bytes | BinaryIO) -> bytes:
         return source
     source.seek(0)
     return source.read()
-
-
-def _refused(verb: str, path: str, error: OSError) -> StoreError:
-    reason = error.strerror or str(error) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        reason = "there is no such file or folder"
-    return StoreError(f"cannot {verb} {path}: {reason}")

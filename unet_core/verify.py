@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
@@ -41,12 +42,12 @@ class Findings:
     """What is not wrong, but worth knowing."""
 
 
-def verify(uri: str, deep: bool = False) -> Findings:
+def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -> Findings:
     """Check digests, footers, rows against windows, reconciliation and orphans of a run.
 
     Raises StoreError if there is no run at ``uri``.
     """
-    run, record = open_existing(uri)
+    run, record = open_existing(uri, storage)
     shards = run.manifest()
     if shards is None:
         return Findings(notes=["the run has no manifest yet; run predict again"])

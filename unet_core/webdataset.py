@@ -38,7 +38,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """
     uri = source.root.uri(shard.uri)
     group: list[tuple[str, str, bytes | ImageError]] = []
-    with source.root.open(shard.uri) as stream:
+    with source.root.open(shard.uri, shard.bytes) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_TarMember) as tar:
                 for info in tar:

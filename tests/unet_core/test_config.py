@@ -33,20 +33,21 @@ def test_every_problem_is_told_at_once_with_what_is_allowed():
         'job.toml: output.encoding: got \'jpg\', allowed: "raw" or "png"',
         'job.toml: workers.count: got \'all\', allowed: "auto" or "inline" or a whole number',
         'job.toml: workers.gpus: got -1, allowed: "auto" or a number of 0.0 or more',
-        "job.toml: nonsense: unknown key; allowed here: input, model, tile, output, workers",
+        "job.toml: nonsense: unknown key; "
+        "allowed here: input, model, tile, output, workers, storage",
     ]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("input.uri", "http://169.254.169.254/latest", "http:// is not possible"),
+        ("input.uri", "http://169.254.169.254/latest", "http:// is not one of"),
         ("input.uri", "dir::file:///etc", "chained URIs"),
         ("input.uri", "file:///data/../etc", "'..' is not allowed"),
         ("input.uri", "", "is empty"),
         ("output.uri", "in/masks", "must not contain each other"),
         ("output.uri", ".", "must not contain each other"),
-        ("model.checkpoint", "http://x/y.safetensors", "http:// is not possible"),
+        ("model.checkpoint", "http://x/y.safetensors", "http:// is not one of"),
     ],
 )
 def test_places_that_no_job_should_touch_are_refused(key, value, reason):

@@ -54,7 +54,9 @@ def test_a_source_that_breaks_publishes_nothing(tmp_path):
 
 def test_what_is_missing_is_told_by_path(store):
     assert store.list("nothing") == []
-    with pytest.raises(StoreError, match=r"cannot read .*nothing: there is no such file or folder"):
+    with pytest.raises(
+        StoreError, match=r"cannot read .*nothing: there is no such file, folder or bucket"
+    ):
         store.read("nothing")
     with pytest.raises(StoreError, match="no such file"):
         read_range(store.uri("nothing"), 0, 8)

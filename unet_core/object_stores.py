@@ -1,0 +1,185 @@
+"""How object stores are reached, and what their errors mean. Only ``store`` uses this.
+
+Credentials are found by the store's own library; nothing here reads, keeps or prints one.
+"""
+
+import asyncio
+import errno
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+
+from unet_core.config import StorageConfig
+from unet_core.errors import StoreError
+
+ResultT = TypeVar("ResultT")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
+EXTRAS = {"gs": "gcs", "abfs": "azure"}
+
+
+def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI, and the path in it. Connects to nothing yet.
+
+    Raises StoreError if the library for its protocol is not installed.
+    """
+    protocol = uri.partition("://")[0] if "://" in uri else "file"
+    try:
+        options = _s3_options(storage) if protocol == "s3" else {}
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri), **options)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol, protocol)
+        raise StoreError(
+            f"{protocol}:// needs a library: pip install 'unet-jobs[{extra}]'"
+        ) from error
+    except ValueError as error:
+        raise StoreError(f"{uri}: not a path or URI that can be used: {error}") from error
+    if protocol == "s3":
+        fs.retries = 1  # our own deadline decides
+    return fs, str(path)
+
+
+def _s3_options(storage: StorageConfig) -> dict[str, Any]:
+    written = {"ServerSideEncryption": storage.encryption, "SSEKMSKeyId": storage.kms_key}
+    options: dict[str, Any] = {
+        "anon": storage.anonymous,
+        "requester_pays": storage.requester_pays,
+        "use_listings_cache": False,
+        "max_concurrency": 1,  # one request a read: no size is asked for first
+        "config_kwargs": {
+            "retries": {"mode": "standard", "max_attempts": 2},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        },
+        "s3_additional_kwargs": {key: value for key, value in written.items() if value},
+    }
+    if storage.endpoint_url:
+        options["endpoint_url"] = storage.endpoint_url
+    if storage.region:
+        options["client_kwargs"] = {"region_name": storage.region}
+    if storage.role:
+        options["session"] = _role_session(storage)
+    elif storage.profile:
+        options["profile"] = storage.profile
+    return options
+
+
+def _role_session(storage: StorageConfig) -> Any:
+    """A session whose credentials are those of a role, renewed before they expire."""
+    from aiobotocore.credentials import (
+        AioAssumeRoleCredentialFetcher,
+        AioDeferredRefreshableCredentials,
+    )
+    from aiobotocore.session import AioSession
+    from botocore.credentials import Credentials
+
+    own = AioSession(profile=storage.profile or None)
+    region = storage.region or own.get_config_variable("region")
+
+    def create_client(service: str, **options: Any) -> Any:
+        options |= {"region_name": region, "endpoint_url": storage.endpoint_url or None}
+        return own.create_client(service, **options)
+
+    class Fetcher(AioAssumeRoleCredentialFetcher):  # type: ignore[misc]  # it has no types
+        """Finds the credentials at hand only when the role is assumed."""
+
+        async def _get_credentials(self) -> Any:
+            found = await own.get_credentials()
+            if found is None:
+                raise PermissionError(f"no credentials to assume {storage.role} with")
+            frozen = await found.get_frozen_credentials()
+            self._source_credentials = Credentials(*frozen)
+            return await super()._get_credentials()
+
+        async def _create_client(self) -> Any:
+            frozen = self._source_credentials
+            return create_client(
+                "sts",
+                aws_access_key_id=frozen.access_key,
+                aws_secret_access_key=frozen.secret_key,
+                aws_session_token=frozen.token,
+            )
+
+    fetcher = Fetcher(create_client, None, storage.role, {"RoleSessionName": "unet-jobs"})
+    session = AioSession()
+    session._credentials = AioDeferredRefreshableCredentials(
+        fetcher.fetch_credentials, method="assume-role"
+    )
+    return session
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later: busy, away, or cut off."""
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
+        return False
+    if isinstance(error, TimeoutError | ConnectionError | asyncio.TimeoutError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in BUSY or isinstance(error.__cause__, ConnectionError)
+    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3") and (
+        not _is_about_credentials(error)
+    )
+
+
+def _is_about_credentials(error: BaseException) -> bool:
+    from botocore import exceptions
+
+    return isinstance(
+        error,
+        exceptions.NoCredentialsError
+        | exceptions.PartialCredentialsError
+        | exceptions.CredentialRetrievalError
+        | exceptions.ProfileNotFound
+        | exceptions.NoRegionError
+        | exceptions.ParamValidationError
+        | exceptions.ClientError,
+    )
+
+
+def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: float) -> ResultT:
+    """Call; while the store is busy or away try again, with growing pauses, until the deadline.
+
+    Raises FileNotFoundError and FileExistsError as they are, StoreError for everything else.
+    """
+    end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:  # the libraries of the stores share no base class
+            if not is_transient(error):
+                raise refused(verb, where, error) from error
+            if time.monotonic() + pause > end:
+                raise StoreError(
+                    f"cannot {verb} {where}: tried for {deadline_s:g} s, last: {_reason(error)}; "
+                    "the same command continues once the store answers"
+                ) from error
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def refused(verb: str, where: str, error: BaseException) -> StoreError:
+    """What a permanent refusal means, and what to do next."""
+    reason = _reason(error)
+    hint = ""
+    if isinstance(error, FileNotFoundError):
+        reason, hint = "there is no such file, folder or bucket", ""
+    elif "://" in where and isinstance(error, PermissionError):
+        hint = "; check the credentials, the bucket's policy and whether a token expired"
+    elif type(error).__module__.startswith("botocore") and _is_about_credentials(error):
+        hint = (
+            "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or "
+            "storage.anonymous = true for a public bucket"
+        )
+    return StoreError(f"cannot {verb} {where}: {reason}{hint}")
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]
