@@ -71,6 +71,7 @@ def connected() -> Iterator[None]:
         else:
             ray.init(
                 address="local",
+                _node_ip_address="127.0.0.1",  # nobody else's business
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 **options,
