@@ -1,7 +1,7 @@
 """The workers of a Ray cluster: one replica in each actor, placed at once, replaced when it dies.
 
-An actor never raises: what stops a run travels back as a record, since exceptions that do not
-pickle lose their cause.
+An actor raises only bugs: what stops a run, or makes the actor useless, travels back as a record,
+since exceptions that do not pickle lose their cause.
 """
 
 import logging
@@ -46,6 +46,13 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Crash:
+    """Something went wrong with the process rather than with the run: memory, or the device."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Started:
     """What an actor says when its replica is loaded."""
 
@@ -61,7 +68,7 @@ class SegmentActor:
         self._spec = spec
         self._replica: Replica | None = None
 
-    def start(self) -> Started | Failure:
+    def start(self) -> Started | Failure | Crash:
         """Load the model."""
 
         def load() -> Started:
@@ -73,24 +80,27 @@ class SegmentActor:
 
         return _recorded(load)
 
-    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | None:
+    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
         return _recorded(lambda: replica.configure(compute, footer))
 
-    def segment(self, shard: Shard) -> ShardResult | Failure:
+    def segment(self, shard: Shard) -> ShardResult | Failure | Crash:
         """Segment and commit one shard."""
         assert self._replica is not None
         replica = self._replica
         return _recorded(lambda: replica.segment(shard))
 
 
-def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure:
+def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
     try:
         return call()
     except UnetJobsError as error:
         return Failure(type(error).__name__, str(error))
+    except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
+        log.exception("the actor cannot go on")
+        return Crash(f"{type(error).__name__}: {error}")
 
 
 class RayActors:
@@ -181,11 +191,14 @@ class RayActors:
         except ray.exceptions.RayTaskError:
             raise  # a bug of ours: its traceback is the message
         except ray.exceptions.RayError as error:
-            yield self._bury(name, error)
+            yield self._bury(name, str(error))
             return
         del self._calls[reference]
         if isinstance(answer, Failure):
             answer.raise_again()
+        elif isinstance(answer, Crash):
+            ray.kill(self._handles[name], no_restart=True)
+            yield self._bury(name, answer.reason)
         elif what == START:
             self._started[name] = answer
             self._nodes[name] = answer.node_id
@@ -196,14 +209,14 @@ class RayActors:
         else:
             yield Done(name, what, answer)
 
-    def _bury(self, name: str, error: Exception) -> Died:
+    def _bury(self, name: str, reason: str) -> Died:
         """Forget a dead actor and place another."""
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
         del self._handles[name]
         self._started.pop(name, None)
         node = self._nodes.pop(name, None)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(reason.split())[:300]
         log.warning("actor died actor=%s reason=%s", name, reason)
         self._place()
         return Died(name, reason, blameless=node is not None and node not in alive)

@@ -48,7 +48,10 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command continues where this one ended", err=True)
+        hint = (
+            "" if "train" in sys.argv[1:2] else "; the same command continues where this one ended"
+        )
+        click.echo(f"stopped{hint}", err=True)
         sys.exit(STOPPED)
 
 
@@ -212,7 +215,7 @@ def _show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     for code, count in totals.errors.items():
         click.echo(f"{'':<10}{count:,} x {code}")
     if totals.with_truth:
-        _show(truth=f"{totals.with_truth:,} images")
+        _show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
         for name, score in zip(class_names, totals.scores, strict=True):
             if score.iou is not None and score.dice is not None:
                 click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")

@@ -65,7 +65,7 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
     run, record = outcome.run, outcome.run.record
     assert record is not None
     source = open_source(config.input, config.storage)
-    shard = list_shards(source)[0]
+    shard = next(iter(list_shards(source)))
     rows, _ = read_metrics(run.store, shard.shard_id)
     windows, _ = read_masks(run.store, shard.shard_id)
     masks = {w["image_id"]: w for w in windows.to_pylist()}

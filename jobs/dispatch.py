@@ -167,9 +167,9 @@ def dispatch(
                 case Done(actor, shard_id, result):
                     on_done(result, board.done(actor, shard_id), actor)
                 case Died(actor, reason):
-                    failed_starts += actor not in board.in_flight
+                    failed_starts += actor not in board.in_flight and not event.blameless
                     board.died(event)
-                    if failed_starts >= MAX_FAILED_STARTS:
+                    if failed_starts >= MAX_FAILED_STARTS and not board.in_flight:
                         raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
         on_tick()
         for actor in board.in_flight:

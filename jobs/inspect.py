@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 
 from jobs import session
-from jobs.job import prepare
+from jobs.job import Job, prepare
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs import list_shards
+from unet_core.manifest import draft
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
 from unet_core.shards import Shard
@@ -41,11 +42,16 @@ def plan(config: PredictConfig) -> Plan:
     return Plan(
         uri=job.run.uri,
         format=job.source.format,
-        shards=job.run.manifest() or list_shards(job.source),
+        shards=job.run.manifest() or _shards_of(job),
         committed=job.run.committed(),
         is_finished=job.run.is_finished,
         workers=_describe_workers(config),
     )
+
+
+def _shards_of(job: Job) -> list[Shard]:
+    with draft(list_shards(job.source)) as found:
+        return found.heads
 
 
 def _describe_workers(config: PredictConfig) -> str:

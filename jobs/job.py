@@ -48,11 +48,21 @@ def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
     header = checkpoint.read_header(config.model.checkpoint, config.storage)
     _check_tile_size(config.tile.size, header)
+    _check_ignore_index(config, header)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
     source = open_source(config.input, config.storage)
     run = Run(config.output.uri, config.storage)
     run.require_same(identity(config, source, sha256, header))
     return Job(config, header, sha256, source, run)
+
+
+def _check_ignore_index(config: PredictConfig, header: Header) -> None:
+    given = "ignore_index" in config.input.model_fields_set
+    if config.input.masks and not given and config.input.ignore_index < header.classes:
+        raise ConfigError(
+            f"input.ignore_index is {config.input.ignore_index} by default, which is a class of "
+            f"this network of {header.classes}; set it to another value, e.g. 65535"
+        )
 
 
 def _check_tile_size(size: int, header: Header) -> None:
@@ -75,3 +85,21 @@ def _check_tile_size(size: int, header: Header) -> None:
             "are computed %.0f times over; take 1024 if memory allows",
             size, kept, (size / kept) ** 2,
         )  # fmt: skip
+
+
+def require_reachable(job: Job, nodes: int) -> None:
+    """Refuse places that the actors of a cluster cannot see.
+
+    Raises ConfigError that names the first one.
+    """
+    config = job.config
+    for key, store in (("input.uri", job.source.root), ("output.uri", job.run.store)):
+        if "memory" in store.uri().partition("://")[0]:
+            raise ConfigError(
+                f"{key}: memory:// lives in one process; set workers.count = 'inline'"
+            )
+        if store.is_local and nodes > 1 and not config.storage.shared:
+            raise ConfigError(
+                f"{key}: {store.uri()} is a plain path, and the cluster has {nodes} nodes; if all "
+                "of them see it there, set storage.shared = true, else use an object store"
+            )

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 from jobs import session
 from jobs.dispatch import Attempt, Board, Workers, dispatch
-from jobs.job import Job, prepare
+from jobs.job import Job, prepare, require_reachable
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig
 from unet_core.inputs import list_shards
+from unet_core.manifest import Draft
+from unet_core.manifest import draft as make_draft
 from unet_core.metrics import Totals
 from unet_core.run import Run
+from unet_core.shards import Shard
 from unet_core.timings import ShardResult, TimingsLog
 
 
@@ -37,7 +40,17 @@ def predict(config: PredictConfig) -> Outcome:
     run = job.run
     if run.is_finished:
         return Outcome(run, run.finished_totals(), was_finished=True)
-    shards = run.manifest() or list_shards(job.source)
+    with contextlib.ExitStack() as stack:
+        known = run.manifest()
+        draft = None
+        if known is None:
+            draft = stack.enter_context(make_draft(list_shards(job.source)))
+        return _segment(job, draft.heads if draft is not None else known or [], draft)
+
+
+def _segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
+    """Place workers, and let them do what is left of the shards."""
+    run = job.run
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
@@ -46,7 +59,8 @@ def predict(config: PredictConfig) -> Outcome:
         timings = TimingsLog(run.store)
         with RunProgress(shards, plan, totals) as progress, _workers(job, progress) as workers:
             record = run.record or run.establish(job.record(workers.probe()))
-            run.make_manifest(shards)
+            if draft is not None:
+                run.publish_manifest(draft)
             workers.configure(record.compute, job.footer(record))
 
             def on_done(result: ShardResult, attempt: Attempt, actor: str) -> None:
@@ -80,6 +94,7 @@ def _workers(job: Job, progress: RunProgress) -> Iterator[Workers]:
         from jobs.actors import RayActors
 
         with session.connected():
+            require_reachable(job, session.node_count())
             placement = session.place(workers)
             actors = RayActors(job.replica(placement.cpus), placement)
             try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,26 +87,59 @@ def connected() -> Iterator[None]:
 
 
 def place(workers: WorkersConfig) -> Placement:
-    """Settle ``auto`` against what the cluster has.
+    """Settle ``auto`` against what the nodes of the cluster have.
 
     Raises WorkersError if the actors that were asked for cannot fit, with what there is.
     """
     import ray
 
-    has = ray.cluster_resources()
-    cluster_gpus, cluster_cpus = has.get("GPU", 0.0), has.get("CPU", 0.0)
-    gpus = workers.gpus if workers.gpus != "auto" else (1.0 if cluster_gpus >= 1 else 0.0)
-    if workers.count in ("auto", "inline"):
-        by_cpus = int(cluster_cpus // (workers.cpus or 1)) if workers.cpus != "auto" else 1
-        actors = int(cluster_gpus / gpus) if gpus else max(1, by_cpus)
-    else:
-        actors = int(workers.count)
-    cpus = workers.cpus if workers.cpus != "auto" else max(1.0, cluster_cpus // max(1, actors))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return settle(workers, [(n.get("GPU", 0.0), n.get("CPU", 0.0)) for n in nodes])
+
+
+def settle(workers: WorkersConfig, nodes: list[tuple[float, float]]) -> Placement:
+    """Actors, and GPUs and CPUs for each, on nodes of (GPUs, CPUs).
+
+    An actor lies on one node, and a fraction of a GPU on one GPU. Raises WorkersError if the actors
+    that were asked for do not fit.
+    """
+    has_gpus = any(gpus >= 1 for gpus, _ in nodes)
+    gpus = workers.gpus if workers.gpus != "auto" else (1.0 if has_gpus else 0.0)
+    cpus = workers.cpus if workers.cpus != "auto" else _cpus_each(workers, gpus, nodes)
+    room = sum(_fitting(gpus, cpus, node) for node in nodes)
+    actors = room if workers.count in ("auto", "inline") else int(workers.count)
     asked = f"{actors} actors of {gpus:g} GPU and {cpus:g} CPU each"
-    if not actors or actors * gpus > cluster_gpus or actors * cpus > cluster_cpus:
+    if not actors or actors > room:
+        has = ", ".join(f"{g:g} GPU + {c:g} CPU" for g, c in nodes)
         raise WorkersError(
-            f"{asked} do not fit: the cluster has {cluster_gpus:g} GPU and {cluster_cpus:g} CPU; "
+            f"{asked} do not fit: the cluster has {len(nodes)} nodes with {has}, room for {room}; "
             "lower workers.count, workers.gpus or workers.cpus"
         )
     log.info("placing %s", asked)
     return Placement(actors, gpus, cpus)
+
+
+def _cpus_each(workers: WorkersConfig, gpus: float, nodes: list[tuple[float, float]]) -> float:
+    """A fair share of a node's cores: by its GPUs, or by the number of actors asked for."""
+    if gpus:
+        shares = [c // (g / gpus) for g, c in nodes if g >= gpus]
+        return max(1.0, min(shares, default=1.0))
+    if workers.count in ("auto", "inline"):
+        return max(1.0, min(c for _, c in nodes if c) if any(c for _, c in nodes) else 1.0)
+    each = -(-int(workers.count) // len(nodes))
+    return max(1.0, min(c for _, c in nodes) // each)
+
+
+def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
+    """How many actors one node can hold."""
+    by_gpus = math.inf if not gpus else node[0] // gpus if gpus >= 1 else node[0] * (1 // gpus)
+    by_cpus = math.inf if not cpus else node[1] // cpus
+    least = min(by_gpus, by_cpus)
+    return int(least) if math.isfinite(least) else 1
+
+
+def node_count() -> int:
+    """Nodes of the cluster that take work."""
+    import ray
+
+    return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())

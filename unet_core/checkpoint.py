@@ -149,6 +149,9 @@ def load(
         for name, buffer in network.named_buffers():
             if name.endswith("num_batches_tracked"):
                 tensors[name] = buffer  # counts training steps; not kept
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise CheckpointError(f"{checkpoint}: NaN or infinite weights in {', '.join(bad[:3])}")
         network.load_state_dict(tensors, strict=True)
     except (RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())

@@ -80,11 +80,13 @@ def decode_labels(
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
     labels = _decode(data, max_pixels, as_labels=True)
+    if labels.ndim == 3 and labels.shape[2] in (1, 2):
+        labels = labels[..., 0]  # the rest is alpha
     if labels.ndim == 3:
         if not (labels[..., :1] == labels[..., :3]).all():
             raise ImageError("labels", "the mask is coloured; a mask holds one class id per pixel")
         labels = labels[..., 0]
-    if labels.dtype.kind == "f":
+    if labels.dtype.kind not in "uib":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
     if labels.min() < 0 or labels.max() > MAX_LABEL:
         raise ImageError(
@@ -126,17 +128,17 @@ def _decode(data: bytes, max_pixels: int, as_labels: bool) -> Any:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
                 raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
-            if not as_labels and _is_plain_colour_png(image, data):
+            if _is_plain_colour_png(image, data):
                 return imagecodecs.png_decode(data)
             return _labels_of(image, data) if as_labels else _pixels_of(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
-    except MemoryError as error:
-        raise ImageError("out_of_memory", "not enough memory to decode the image") from error
+    except MemoryError:
+        raise  # of this moment, not of the image: another attempt may have more
     except Exception as error:  # decoders share no base class, and a bad file is only a failed row
         raise ImageError("decode", _one_line(error)) from error
 
@@ -194,26 +196,37 @@ def _decode_tiff(data: bytes, max_pixels: int, as_labels: bool) -> Any:
         pages = [page for page in tiff.pages if not getattr(page, "is_reduced", False)]
         if len(pages) > 1:
             raise ImageError("frames", f"the TIFF holds {len(pages)} pages; give them one by one")
-        page = tiff.pages.first
+        page: Any = pages[0] if pages else tiff.pages.first
         _check_size(page.imagewidth, page.imagelength * page.imagedepth, max_pixels)
-        _check_samples(page)
+        alpha = _alpha_samples(page)
         pixels = page.asarray()
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
+    if alpha:
+        pixels = pixels[..., :-alpha]
+    is_palette = _name(page.photometric) == "PALETTE"
     if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * (1 if as_labels else 255)
-    if as_labels:
-        return pixels
-    return _tiff_colors(page, pixels)
+        pixels = pixels.astype(np.uint8) * (1 if as_labels or is_palette else 255)
+    return pixels if as_labels else _tiff_colors(page, pixels)
 
 
-def _check_samples(page: Any) -> None:
+def _alpha_samples(page: Any) -> int:
+    """How many of the page's last samples are declared as alpha.
+
+    Raises ImageError for axes and channels that are not gray, RGB or CMYK, with or without alpha.
+    """
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("frames", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
-    if page.samplesperpixel > 4 or (
-        _name(page.photometric) == "SEPARATED" and page.samplesperpixel != 4
-    ):
-        raise ImageError("channels", f"the TIFF has {page.samplesperpixel} channels")
+    alpha = sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
+    colors = page.samplesperpixel - alpha
+    wanted = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4}.get(_name(page.photometric), 1)
+    if colors != wanted or alpha > 1:
+        raise ImageError(
+            "channels",
+            f"the TIFF has {page.samplesperpixel} channels that it calls "
+            f"{_name(page.photometric)} with {alpha} alpha, allowed: gray, RGB, CMYK, one alpha",
+        )
+    return alpha
 
 
 def _tiff_colors(page: Any, pixels: Any) -> Any:
@@ -222,7 +235,7 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     match _name(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
-        case "MINISWHITE":
+        case "MINISWHITE" if pixels.dtype.kind == "u":
             pixels = (2**bits - 1 if bits > 1 else 255) - pixels
         case "PALETTE":
             return (np.moveaxis(page.colormap, 0, -1)[pixels] >> 8).astype(np.uint8)

@@ -31,17 +31,25 @@ class InputConfig(Section):
 
     uri: str
     """Folder, prefix, tar or image: a path, or ``s3://``, ``gs://``, ``abfs://``."""
-    format: Literal["auto", "folder", "webdataset"] = "auto"
-    """``folder``: loose images at any depth; ``webdataset``: tars, a shard each."""
+    format: Literal["auto", "folder", "webdataset", "parquet", "list"] = "auto"
+    """``folder``: loose images at any depth; ``webdataset``: tars, a shard each; ``parquet``:
+    images in a column; ``list``: a Parquet or CSV list of URIs, or an S3 Inventory (said, never
+    found by ``auto``)."""
     shard_images: Count = 256
     """Loose images per shard."""
     masks: str = ""
     """Truth. Tar: member suffix (``mask.png``). Folder: another folder if it holds a ``/``,
-    else a stem suffix (``_mask``). Empty: no truth."""
+    else a stem suffix (``_mask``). Parquet and lists: column. Empty: no truth."""
     label_map: dict[int, int] = {}
     """Mask value → class id, applied to truth; values not named stay as they are."""
     ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
     """Truth pixels of this value (after ``label_map``) count nowhere."""
+    image_column: str = "image"
+    """Parquet: the column of encoded images, binary or ``struct<bytes, path>``."""
+    id_column: str = ""
+    """Parquet: the column of image ids; empty: ``<file>#<row>``."""
+    allow: list[str] = []
+    """Lists: prefixes below which their URIs must lie; empty: the folder of the list."""
     max_pixels: Count = 2**27
     """Height × width above which an image becomes a failed row instead of being decoded."""
 
@@ -154,6 +162,8 @@ class PredictConfig(Section):
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
         _refuse_nesting("output.uri", self.output.uri, "input.uri", self.input.uri)
+        if "/" in self.input.masks:
+            _refuse_nesting("output.uri", self.output.uri, "input.masks", self.input.masks)
         return self
 
 
@@ -200,7 +210,7 @@ class FitConfig(Section):
     epochs: Count = 40
     batch: Count = 8
     """Crops per step."""
-    crop: Annotated[int, Field(strict=True, ge=16)] = 192
+    crop: Annotated[int, Field(strict=True, ge=2)] = 192
     """Side of the training crop in pixels."""
     crops_per_image: Count = 1
     """Crops taken from each image in an epoch."""
@@ -222,12 +232,12 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "TrainConfig":
         stride = 2**self.model.depth
-        if self.train.crop % stride:
-            low = self.train.crop // stride * stride
-            near = " and ".join(str(n) for n in (low, low + stride) if n)
+        if self.train.crop % stride or self.train.crop < 2 * stride:
+            low = max(2 * stride, self.train.crop // stride * stride)
+            near = f"{low} and {low + stride}"
             raise ValueError(
                 f"train.crop is {self.train.crop}, but a network with {self.model.depth} pools "
-                f"needs a multiple of {stride}; {near} are possible"
+                f"needs a multiple of {stride}, twice that or more; {near} are possible"
             )
         return self
 
@@ -298,11 +308,18 @@ def _allowed_uri(uri: str) -> str:
     return uri
 
 
+def _is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith(("file://", "local://"))
+
+
+def _plain(uri: str) -> str:
+    return uri.removeprefix("file://").removeprefix("local://")
+
+
 def _refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
     """Output inside input would be read as input on the next run, and the other way round."""
     path, root = (
-        Path(p) if p.startswith("memory:") else Path(p.removeprefix("file://")).resolve()
-        for p in (uri, other)
+        Path(p) if _is_remote(p) else Path(_plain(p)).expanduser().resolve() for p in (uri, other)
     )
     if path == root or root in path.parents or path in root.parents:
         raise ValueError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")

@@ -4,6 +4,7 @@ Shapes: N tiles, C channels, H×W pixels, K logits.
 """
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError
 from unet_core.geometry import Tile
-from unet_core.unet import UNet, fold_batchnorm, widen_head
+from unet_core.unet import UNet, fold_batchnorm
 
 CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
-CPU_LANES_BYTES = 4 * 2**30
 GPU_BATCH_BYTES = 4 * 2**30
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
 
@@ -44,6 +44,8 @@ class Segmented:
     mask_HW: Array
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class over the kept part."""
+    is_finite: bool
+    """Whether the network gave numbers everywhere in the tile."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -75,21 +77,22 @@ class Engine:
         self.device = device
         self.threshold = threshold
         folded = fold_batchnorm(network.eval())
-        if device.type == "cpu":
-            folded = widen_head(folded)
         self.network = folded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
         self.mask_dtype = torch.uint8 if header.classes <= 256 else torch.int32
 
     def share_cores(self, cores: int, tile_size: int) -> None:
-        """On a CPU, let single-threaded lanes share the cores instead of every operation: no
-        barriers, and the same bits. Large tiles of wide networks get fewer lanes, for memory.
+        """On a CPU, let lanes of one thread each share the cores, as many as fit in memory.
+
+        One thread an operation, always: with more, some convolutions split their sums by threads
+        and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
-            affordable = CPU_LANES_BYTES // (tile_size**2 * self._bytes_per_pixel)
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            affordable = memory // 4 // (tile_size**2 * self._bytes_per_pixel)
             self.lanes = max(1, min(cores, affordable))
-        torch.set_num_threads(max(1, cores // self.lanes))
+            torch.set_num_threads(1)
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
@@ -109,8 +112,8 @@ class Engine:
         offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
         scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
         x_NCHW = (x_NCHW.float() - offset) * scale
-        wide_NKHW = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
-        logits_NKHW = wide_NKHW[:, : self.header.spec.classes]
+        logits_NKHW = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
+        finite_N = torch.isfinite(logits_NKHW).flatten(1).all(dim=1).tolist()
         ids_NHW, confidence_NHW = self._classify(logits_NKHW)
         sums = []
         for index, tile in enumerate(batch.keep):
@@ -121,7 +124,7 @@ class Engine:
             ids = ids.astype(np.uint16)
         totals = torch.stack(sums).tolist()
         return [
-            Segmented(ids[index][_kept(tile)], int(totals[index]))
+            Segmented(ids[index][_kept(tile)], int(totals[index]), finite_N[index])
             for index, tile in enumerate(batch.keep)
         ]
 

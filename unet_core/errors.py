@@ -5,6 +5,8 @@ UnetJobsError
 ├── CheckpointError      a model file that cannot be used              exit 2
 ├── RunMismatchError     the run folder belongs to another run         exit 2
 ├── StoreError           storage refused or failed                     exit 3
+│   ├── NotFoundError        there is no such object
+│   └── ParquetDamagedError  not a Parquet file, or a damaged one
 ├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
 ├── WorkersError         actors cannot be placed or keep dying         exit 1
 ├── StoppedError         someone asked to stop                         exit 130
@@ -40,6 +42,14 @@ class StoreError(UnetJobsError):
     """A path is missing, not readable or not writable."""
 
     exit_code = 3
+
+
+class NotFoundError(StoreError):
+    """There is no such object."""
+
+
+class ParquetDamagedError(StoreError):
+    """A file is no Parquet file, or a damaged one."""
 
 
 class CommitConflictError(UnetJobsError):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 from unet_core.codec import is_image
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, NotFoundError, StoreError
 from unet_core.shards import Member, Sample, Shard, Source, make_shard
 from unet_core.store import Entry, Store
 
@@ -15,14 +15,15 @@ log = logging.getLogger(__name__)
 SHOWN = 3
 
 
-def list_shards(source: Source) -> list[Shard]:
+def list_shards(source: Source) -> Iterator[Shard]:
     """Groups of ``input.shard_images`` images, by name.
 
     Raises ConfigError if masks are asked for and none fits any image.
     """
     members = _pair(source, [entry for entry in source.entries() if is_image(entry.name)])
     step = source.config.shard_images
-    return [_group(members[at : at + step], at) for at in range(0, len(members), step)]
+    for at in range(0, len(members), step):
+        yield group(members[at : at + step], at)
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -39,7 +40,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
         )
 
 
-def _group(members: list[Member], first: int) -> Shard:
+def group(members: list[Member], first: int) -> Shard:
+    """A shard of loose images."""
     size = sum(member.bytes for member in members)
     return make_shard("", size, None, first, len(members), tuple(members))
 
@@ -56,7 +58,11 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         members = [m for m in members if not (below and m.key.startswith(below))]
         by_stem = _by_stem([e.name for e in store.list() if is_image(e.name)], masks)
     else:
-        is_mask = [_stem(m.key).endswith(masks) for m in members]
+        stems = {_stem(m.key) for m in members}
+        is_mask = [
+            stem.endswith(masks) and stem.removesuffix(masks) in stems
+            for stem in (_stem(m.key) for m in members)
+        ]
         found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
         members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
         by_stem = {s.removesuffix(masks): name for s, name in _by_stem(found, masks).items()}
@@ -97,4 +103,12 @@ def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], mask
 
 
 def _reader(store: Store, name: str) -> Callable[[], bytes]:
-    return lambda: store.read(name)
+    def read() -> bytes:
+        try:
+            return store.read(name)
+        except NotFoundError:
+            if store.exists():
+                raise
+            raise StoreError(f"{store.uri()} is gone; was it unmounted?") from None
+
+    return read

@@ -4,14 +4,19 @@
 
 from collections.abc import Iterator
 
-from unet_core import folder, webdataset
+from unet_core import folder, listing, parquet, webdataset
 from unet_core.codec import EXTENSIONS, is_image
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.shards import Sample, Shard, Source
+from unet_core.shards import Sample, Shard, Source, readable_name
 from unet_core.store import Store, split
 
-FORMATS = {"folder": folder, "webdataset": webdataset}
+FORMATS = {
+    "folder": folder,
+    "webdataset": webdataset,
+    "parquet": parquet,
+    "list": listing,
+}
 
 
 def open_source(config: InputConfig, storage: StorageConfig | None = None) -> Source:
@@ -36,12 +41,20 @@ def open_source(config: InputConfig, storage: StorageConfig | None = None) -> So
     return Source(config, wanted, root, names)
 
 
-def list_shards(source: Source) -> list[Shard]:
-    """All shards of the input, by name. One listing; nothing is opened.
+def list_shards(source: Source) -> Iterator[Shard]:
+    """All shards of the input, by name, one after the other: they may be many.
 
     Raises ConfigError if masks are asked for and none fits any image.
     """
-    return FORMATS[source.format].list_shards(source)
+    is_empty = True
+    for shard in FORMATS[source.format].list_shards(source):
+        for name in (shard.uri, *(member.key for member in shard.members)):
+            if readable_name(name) != name:
+                raise StoreError(f"{name!r} below {source.config.uri} is not UTF-8; rename it")
+        is_empty = False
+        yield shard
+    if is_empty:
+        raise StoreError(f"input.uri: nothing of format {source.format!r} at {source.config.uri}")
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -50,16 +63,17 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
-    tars = sum(name.endswith(webdataset.EXTENSIONS) for name in names)
-    images = sum(is_image(name) for name in names)
-    if tars and images:
-        raise ConfigError(
-            f"input.format: {config.uri} holds {tars} tars and {images} images; say which to "
-            'read: "webdataset" or "folder"'
-        )
-    if not tars and not images:
-        raise StoreError(
-            f"input.uri: no tars ({', '.join(webdataset.EXTENSIONS)}) and no images "
-            f"({', '.join(EXTENSIONS)}) below {config.uri}"
-        )
-    return "webdataset" if tars else "folder"
+    """The format whose files are there, if it is only one."""
+    found = {
+        "webdataset": [name for name in names if name.endswith(webdataset.EXTENSIONS)],
+        "folder": [name for name in names if is_image(name)],
+        "parquet": [name for name in names if name.endswith(parquet.EXTENSIONS)],
+    }
+    there = {kind: matching for kind, matching in found.items() if matching}
+    if len(there) > 1:
+        shown = ", ".join(f"{len(m)} for {kind!r} ({m[0]})" for kind, m in there.items())
+        raise ConfigError(f"input.format: {config.uri} holds files {shown}; say which to read")
+    if not there:
+        endings = ", ".join((*EXTENSIONS, *webdataset.EXTENSIONS, *parquet.EXTENSIONS))
+        raise StoreError(f"input.uri: no images, tars or Parquet files ({endings}) at {config.uri}")
+    return next(iter(there))

@@ -70,6 +70,7 @@ class MasksPart:
 
     def close(self) -> None:
         """Drop the spooled file."""
+        self._writer.close()
         self._file.close()
 
     def _flush(self) -> None:

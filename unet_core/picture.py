@@ -1,11 +1,12 @@
 """One image between its bytes and its tiles: decoded, in the network's colours, with its truth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from unet_core.arrays import Array
 from unet_core.codec import decode_image, decode_labels
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError
+from unet_core.errors import ImageError, NotFoundError
 from unet_core.preprocessing import Preprocessing, offset_and_scale, to_color
 from unet_core.shards import Sample
 
@@ -48,7 +49,7 @@ def decode(
     try:
         if sample.failure is not None:
             raise sample.failure
-        raster = decode_image(sample.read(), config.max_pixels)
+        raster = decode_image(_present(sample.read), config.max_pixels)
         pixels_CHW = to_color(raster, wanted.color)
     except ImageError as failure:
         return Rejected(sample, failure)
@@ -56,10 +57,20 @@ def decode(
     truth_HW, truth_failure = None, None
     if sample.read_mask is not None:
         try:
-            truth_HW = _decode_truth(sample.read_mask(), pixels_CHW.shape[1:], classes, config)
+            truth_HW = _decode_truth(
+                _present(sample.read_mask), pixels_CHW.shape[1:], classes, config
+            )
         except ImageError as failure:
             truth_failure = ImageError("truth", f"the mask cannot be used: {failure}")
     return Picture(sample, pixels_CHW, offset, scale, truth_HW, truth_failure)
+
+
+def _present(read: Callable[[], bytes]) -> bytes:
+    """The bytes; an object that the manifest names and that is gone is a matter of this image."""
+    try:
+        return read()
+    except NotFoundError as error:
+        raise ImageError("missing", f"{error}; it was there when the run began") from error
 
 
 def _decode_truth(data: bytes, shape: tuple[int, ...], classes: int, config: InputConfig) -> Array:

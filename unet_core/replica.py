@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 from unet_core import checkpoint
 from unet_core.compute import Compute, ReplicaSpec
+from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
+from unet_core.manifest import with_members
+from unet_core.run import MANIFEST_NAME
 from unet_core.segment import Segmenter, Settings
 from unet_core.shards import Shard
 from unet_core.store import Store
@@ -21,7 +24,7 @@ class Replica:
             config.model.checkpoint, spec.model_sha256, config.storage
         )
         self.engine = Engine(
-            network, header, choose_device(config.model.device), config.model.threshold
+            network, header, choose_device(_wanted_device(config)), config.model.threshold
         )
         self.engine.share_cores(spec.threads, config.tile.size)
         self._segmenter: Segmenter | None = None
@@ -51,9 +54,17 @@ class Replica:
     def segment(self, shard: Shard) -> ShardResult:
         """Segment and commit one shard; two calls may overlap."""
         assert self._segmenter is not None, "configure first"
+        if shard.has_members:
+            shard = with_members(self._segmenter.settings.output, MANIFEST_NAME, shard)
         return self._segmenter.segment(shard)
 
     def cancel(self) -> None:
         """Give up the shards under way, soon; they raise StoppedError."""
         if self._segmenter is not None:
             self._segmenter.cancel()
+
+
+def _wanted_device(config: PredictConfig) -> str:
+    """``workers.gpus = 0`` means CPU, also inline."""
+    wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"
+    return "cpu" if wants_cpu else config.model.device

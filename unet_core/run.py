@@ -6,24 +6,21 @@ progress. Running the same command again is the resume.
 
 import dataclasses
 import hashlib
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from unet_core import __version__, schema
 from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.manifest import Draft, read_heads
 from unet_core.metrics import Totals
 from unet_core.parts import read_totals
-from unet_core.shards import Member, Shard, Source
+from unet_core.shards import Shard, Source
 from unet_core.store import Store
 
 RUN_JSON = "run.json"
@@ -48,6 +45,9 @@ def identity(config: PredictConfig, source: Source, model_sha256: str, header: H
         "input.masks": _absolute(config),
         "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
         "input.ignore_index": config.input.ignore_index,
+        "input.image_column": config.input.image_column,
+        "input.id_column": config.input.id_column,
+        "input.allow": config.input.allow,
         "input.max_pixels": config.input.max_pixels,
         "model.sha256": model_sha256,
         "model.preprocessing": header.preprocessing.model_dump(),
@@ -160,23 +160,21 @@ class Run:
         return winner
 
     def manifest(self) -> list[Shard] | None:
-        """All shards of the run as they were found when it began; None before that."""
-        names = [e.name for e in self.store.list("manifest") if not e.name.startswith("_")]
-        if not names:
+        """All shards of the run as they were found when it began, without their members; None
+        before that.
+        """
+        if not self.store.exists(MANIFEST_NAME):
             return None
-        return [s for name in names for s in _shards_of(self.store.read(f"manifest/{name}"))]
+        return read_heads(self.store.read(MANIFEST_NAME))
 
-    def make_manifest(self, shards: list[Shard]) -> None:
+    def publish_manifest(self, draft: Draft) -> None:
         """Publish the manifest, unless there is one.
 
         Raises RunMismatchError if another driver has just made one of other shards.
         """
-        rows = [dataclasses.asdict(shard) for shard in shards]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema.MANIFEST), sink, compression="zstd")
-        if self.store.publish_exclusively(MANIFEST_NAME, sink.getvalue()):
+        if self.store.publish_exclusively(MANIFEST_NAME, draft.file):
             return
-        if self.manifest() != shards:
+        if self.manifest() != draft.heads:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver made this run of another state of the input; "
                 "run the command again to join it"
@@ -225,11 +223,6 @@ def open_existing(uri: str, storage: StorageConfig | None = None) -> tuple[Run, 
     if run.record is None:
         raise StoreError(f"{uri} is not a run folder: it has no {RUN_JSON}")
     return run, run.record
-
-
-def _shards_of(data: bytes) -> list[Shard]:
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    return [Shard(**{**row, "members": tuple(Member(**m) for m in row["members"])}) for row in rows]
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,13 @@ from unet_core.checkpoint import Header
 SCHEMA_VERSION = "1"
 
 MEMBER = pa.struct(
-    [("key", pa.string()), ("bytes", pa.int64()), ("etag", pa.string()), ("mask", pa.string())]
+    [
+        ("key", pa.string()),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("mask", pa.string()),
+        ("uri", pa.string()),
+    ]
 )
 
 MANIFEST = pa.schema(

@@ -173,6 +173,9 @@ class Segmenter:
     def _encode(self, canvas: Canvas) -> Encoded:
         start = time.perf_counter()
         picture = canvas.picture
+        if not canvas.is_finite:
+            failure = ImageError("not_finite", "the network's output is NaN or infinite here")
+            return self._encode_rejected(Rejected(picture.sample, failure))
         row = _row(picture.sample, "ok", picture.truth_failure)
         row |= self._counts(canvas)
         masks = self._windows(row["image_id"], canvas.mask_HW)
@@ -247,12 +250,12 @@ class Segmenter:
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
     return {
-        "image_id": _utf8(sample.image_id),
-        "key": _utf8(sample.key),
-        "source_uri": _utf8(sample.source_uri),
+        "image_id": sample.image_id,
+        "key": sample.key,
+        "source_uri": sample.source_uri,
         "status": status,
         "error_code": failure.code if failure else None,
-        "error_message": _utf8(str(failure)) if failure else None,
+        "error_message": str(failure) if failure else None,
     }
 
 
@@ -283,8 +286,3 @@ class _Running:
             if image is None:
                 return
             yield image
-
-
-def _utf8(text: str) -> str:
-    """Text that Parquet can hold: bytes that are no UTF-8 are shown as escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

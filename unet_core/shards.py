@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, StoreError
+from unet_core.errors import ImageError
 from unet_core.store import Entry, Store
 
 
@@ -22,7 +22,9 @@ class Member:
     bytes: int
     etag: str
     mask: str | None = None
-    """Path of its truth below the masks' root."""
+    """Path of its truth below the masks' root; in a list its URI."""
+    uri: str | None = None
+    """Where it lies, if not at ``key`` below the input root."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Shard:
     count: int | None
     """Images; None where only reading tells."""
     members: tuple[Member, ...] = ()
+    """Only while it is read: the driver holds shards without them."""
+    row: int = 0
+    """Where the manifest has it; no part of its identity."""
+
+    @property
+    def has_members(self) -> bool:
+        """Whether its images are loose objects that the manifest names."""
+        return not self.uri
 
 
 @dataclass(frozen=True)
@@ -65,26 +75,33 @@ class Source:
     """The only names of the root that count, if ``input.uri`` is itself a file."""
 
     def entries(self) -> list[Entry]:
-        """All files of the input, by name. One listing.
-
-        Raises StoreError for a name that no manifest can hold.
-        """
+        """All files of the input, by name. One listing."""
         entries = self.root.list()
-        for entry in entries:
-            if any("\ud800" <= character <= "\udfff" for character in entry.name):
-                raise StoreError(f"{entry.name!r} below {self.config.uri} is not UTF-8; rename it")
         return [e for e in entries if e.name in self.names] if self.names else entries
+
+
+def readable_name(name: str) -> str:
+    """A name that Parquet can hold: bytes that are no UTF-8 are shown as escapes, and then a
+    backslash as two, so that different names stay different.
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        escaped = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
+        return escaped.decode("utf-8", "backslashreplace")
+    return name
 
 
 def make_shard(
     uri: str,
     size: int,
     etag: str | None,
-    first: int | None,
-    count: int | None,
-    members: tuple[Member, ...],
+    first: int | None = None,
+    count: int | None = None,
+    members: tuple[Member, ...] = (),
 ) -> Shard:
     """A shard with the id that its content gives it."""
-    identity = [uri, size, etag, [[m.key, m.bytes, m.etag] for m in members]]
+    range_ = [first, count] if uri else []  # a group of loose images is named by its members
+    identity = [uri, size, etag, range_, [[m.key, m.bytes, m.etag] for m in members]]
     shard_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     return Shard(shard_id, uri, size, etag, first, count, members)

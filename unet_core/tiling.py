@@ -16,7 +16,9 @@ from unet_core.geometry import Tile, tiles
 from unet_core.picture import Picture
 
 PENDING_BATCHES = 8
-"""Tiles of shapes that do not fill a batch wait for at most this many batches of pixels."""
+"""Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""
+PENDING_IMAGES = 64
+"""and for at most this many images: finished masks wait behind them."""
 
 
 class Canvas:
@@ -30,6 +32,7 @@ class Canvas:
             picture.shape, dtype=np.uint8 if header.classes <= 256 else np.uint16
         )
         self.confidence_sum = 0
+        self.is_finite = True
         self._missing = len(self.tiles)
 
     @property
@@ -42,6 +45,7 @@ class Canvas:
         rows, columns = (slice(span.keep_start, span.keep_stop) for span in (tile.y, tile.x))
         self.mask_HW[rows, columns] = result.mask_HW
         self.confidence_sum += result.confidence_sum
+        self.is_finite &= result.is_finite
         self._missing -= 1
 
 
@@ -69,8 +73,15 @@ class TileQueue:
             self._pixels += tile.shape[0] * tile.shape[1]
             if len(group) >= self._compute.batch_of(*tile.shape):
                 yield self._take(key)
-            elif self._pixels > PENDING_BATCHES * self._compute.batch_pixels:
+            elif self._is_late(canvas):
                 yield self._take(next(iter(self._groups)))
+
+    def _is_late(self, canvas: Canvas) -> bool:
+        """Whether the group that waits longest has waited enough."""
+        oldest, _ = next(iter(self._groups.values()))[0]
+        waiting = canvas.index - oldest.index
+        too_many = self._pixels > PENDING_BATCHES * self._compute.batch_pixels
+        return too_many or waiting > PENDING_IMAGES
 
     def rest(self) -> Iterator[list[Piece]]:
         """What is left when the shard ends."""

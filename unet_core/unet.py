@@ -87,20 +87,3 @@ def fold_batchnorm(network: UNet) -> UNet:
                 module[index] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
                 module[index + 1] = nn.Identity()
     return network
-
-
-def widen_head(network: UNet, multiple: int = 16) -> UNet:
-    """Round the head's output channels up with zeros, in place; the first ``classes`` count.
-
-    A CPU computes a 1×1 convolution to fewer than 16 channels with another kernel, which splits
-    the sum by threads: logits then differ by 1e-6 between 1 and 2 threads (oneDNN, torch 2.13).
-    """
-    narrow = network.head
-    channels = -(-narrow.out_channels // multiple) * multiple
-    if channels != narrow.out_channels:
-        wide = nn.Conv2d(narrow.in_channels, channels, 1)
-        with torch.no_grad():
-            for ours, theirs in zip(wide.parameters(), narrow.parameters(), strict=True):
-                ours.zero_()[: narrow.out_channels] = theirs
-        network.head = wide.to(narrow.weight.device)
-    return network

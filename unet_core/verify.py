@@ -2,15 +2,17 @@
 masks with code that shares nothing with the writing side.
 """
 
+import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,12 @@ from PIL import Image
 
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
+from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
-from unet_core.run import Record, Run, open_existing
-from unet_core.shards import Shard
+from unet_core.run import MANIFEST_NAME, Record, Run, open_existing
+from unet_core.shards import Shard, readable_name
+from unet_core.store import Store
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
@@ -62,8 +66,32 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
             findings.problems += _check_shard(run, record, shard, deep, findings, image_ids)
     twice = [image_id for image_id, count in image_ids.items() if count > 1]
     findings.problems += [f"image {image_id} has ok rows in two shards" for image_id in twice]
+    if deep:
+        _check_input_unchanged(record, shards, run, findings)
     _check_success(run, expected - committed, findings)
     return findings
+
+
+def _check_input_unchanged(
+    record: Record, shards: list[Shard], run: Run, findings: Findings
+) -> None:
+    """Note what was added, rewritten or deleted in the input since the run began."""
+    if record.identity["input.format"] not in ("folder", "webdataset"):
+        return
+    known: dict[str, str | None] = {}
+    for shard in shards:
+        whole = with_members(run.store, MANIFEST_NAME, shard) if shard.has_members else shard
+        known.update((m.key, m.etag) for m in whole.members)
+        if shard.uri:
+            known[shard.uri] = shard.etag
+    entries = Store(record.identity["input.uri"], run.store.storage).list()
+    there = {entry.name: entry.etag for entry in entries}
+    gone = sum(name not in there for name in known)
+    changed = sum(there.get(name, etag) != etag for name, etag in known.items())
+    if gone or changed:
+        findings.notes.append(
+            f"the input changed since the run began: {changed} objects rewritten, {gone} deleted"
+        )
 
 
 def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
@@ -112,7 +140,8 @@ def _check_shard(
         if deep:
             problems += _recount_masks(rows, windows)
     if deep:
-        problems += _recount_input(record, shard, rows)
+        whole = with_members(run.store, MANIFEST_NAME, shard) if shard.has_members else shard
+        problems += _recount_input(record, whole, rows, run.store.storage)
     ids.update(row["image_id"] for row in rows.to_pylist() if row["status"] == "ok")
     return [f"shard {name}: {problem}" for problem in problems]
 
@@ -162,39 +191,84 @@ def _decode_window(window: dict[str, Any]) -> Any:
     return np.frombuffer(window["mask"], dtype=dtype).reshape(shape)
 
 
-def _recount_input(record: Record, shard: Shard, rows: pa.Table) -> list[str]:
+def _recount_input(
+    record: Record, shard: Shard, rows: pa.Table, storage: StorageConfig
+) -> list[str]:
     """Count a shard's images again, from the input itself."""
-    root = Path(record.identity["input.uri"])
-    if not root.exists():
-        return [f"the input {root} is gone; it cannot be recounted"]
-    there = Counter(_names_in(root, shard, record.identity["input.masks"]))
+    root = Store(record.identity["input.uri"], storage)
+    masks = record.identity["input.masks"]
+    if record.identity["input.format"] == "webdataset":
+        there = Counter(_names_in_tar(root, shard, masks))
+    elif shard.has_members:
+        there = Counter(member.key for member in shard.members)
+    else:
+        there = Counter()  # row ranges: the count in the manifest is that of the footer
+        return []
     mine = Counter(row["image_id"] for row in rows.to_pylist() if row["error_code"] != "tar")
     problems = [f"{name} is in the input but has no row" for name in sorted(there - mine)]
     return problems + [f"{name} has a row but is not in the input" for name in sorted(mine - there)]
 
 
-def _names_in(root: Path, shard: Shard, masks: str) -> Iterator[str]:
-    """Image ids of a shard by plain means: file names, or the tar's own index."""
-    if not shard.uri:
-        yield from (m.key for m in shard.members if os.path.exists(root / m.key))
-        return
+def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
+    """Image ids of a tar by its headers alone, walked 512 bytes at a time."""
     suffix = masks.lstrip(".")
     try:
-        with tarfile.open(root / shard.uri) as tar:
-            for member in tar:
-                name = member.name.removeprefix("./")
-                stem, extension = os.path.splitext(name)
-                if member.isdir() or extension.lower() not in IMAGE_SUFFIXES:
-                    continue
-                if suffix and name.endswith(f".{suffix}"):
-                    continue
-                if os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES:
-                    continue
-                yield f"{shard.uri}/{stem}"
-    except (tarfile.TarError, EOFError):
-        return  # cut short: its own failed row says so
-    except FileNotFoundError:
-        return  # gone: all its rows will be told
+        data = root.read(shard.uri)
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (StoreError, OSError, EOFError, zlib.error):
+        return  # gone: all its rows will be told; cut short: its own failed row says so
+    for name in _headers(data):
+        stem, extension = os.path.splitext(name)
+        base = os.path.basename(name)
+        if extension.lower() not in IMAGE_SUFFIXES or base.startswith("."):
+            continue
+        if suffix and name.endswith(f".{suffix}"):
+            continue
+        if os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES:
+            continue
+        yield f"{shard.uri}/{stem}"
+
+
+def _headers(data: bytes) -> Iterator[str]:
+    """Names of the members whose content is whole; long names (GNU and pax) included."""
+    at, long_name = 0, None
+    while at + 512 <= len(data):
+        block = data[at : at + 512]
+        at += 512
+        if not _is_header(block):
+            continue
+        try:
+            size = tarfile.nti(block[124:136])  # type: ignore[attr-defined]  # missing from the stubs
+        except tarfile.HeaderError:
+            continue
+        kind, content = block[156:157], data[at : at + size]
+        if size < 0 or len(content) < size:
+            return
+        at += -(-size // 512) * 512
+        if kind == b"L":
+            long_name = content.rstrip(b"\0")
+            continue
+        if kind in (b"x", b"g", b"K"):
+            found = re.search(rb"\d+ path=([^\n]*)\n", content)
+            long_name = found.group(1) if found and kind == b"x" else long_name
+            continue
+        prefix = block[345:500].rstrip(b"\0") if block[257:263] == b"ustar\0" else b""
+        plain = block[:100].partition(b"\0")[0]
+        raw = long_name or (prefix + b"/" + plain if prefix else plain)
+        long_name = None
+        if kind != b"5":
+            name = raw.decode("utf-8", "surrogateescape").removeprefix("./")
+            yield readable_name(name)
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether a block's checksum is right."""
+    try:
+        claimed = int(block[148:156].strip(b" \0") or b"-1", 8)
+    except ValueError:
+        return False
+    return claimed == sum(block[:148]) + 8 * 32 + sum(block[156:])
 
 
 def _check_success(run: Run, missing: set[str], findings: Findings) -> None:

@@ -1,86 +1,148 @@
 """``format = "webdataset"``: tars, a shard each, streamed once from front to back."""
 
+import gzip
+import io
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
 
 from unet_core.codec import MAX_ENCODED_BYTES, is_image
-from unet_core.errors import ImageError, StoreError
-from unet_core.shards import Sample, Shard, Source, make_shard
+from unet_core.errors import ConfigError, ImageError, StoreError
+from unet_core.shards import Sample, Shard, Source, make_shard, readable_name
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
 
 
-def list_shards(source: Source) -> list[Shard]:
-    """A shard for every tar, by name; nothing is opened."""
-    tars = [entry for entry in source.entries() if entry.name.endswith(EXTENSIONS)]
-    return [make_shard(e.name, e.bytes, e.etag, None, None, ()) for e in tars]
+def list_shards(source: Source) -> Iterator[Shard]:
+    """A shard for every tar, by name; nothing is opened.
+
+    Raises ConfigError for ``input.masks`` that cannot be a member suffix.
+    """
+    _mask_suffix(source)
+    for entry in source.entries():
+        if entry.name.endswith(EXTENSIONS):
+            yield make_shard(entry.name, entry.bytes, entry.etag)
 
 
 class _TarMember(tarfile.TarInfo):
-    """A tar header that remembers whether the archive's end mark was read."""
+    """A tar header; notes in its archive whether the end mark came, and whether blocks between
+    the members are no headers.
+    """
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_TarMember":
+    def fromtarfile(cls, tarfile_: Any) -> "_TarMember":
         try:
-            return super().fromtarfile(tarfile_)
+            member = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing from the stubs
-            tarfile_.has_end_mark = True  # type: ignore[attr-defined]  # ours
+            tarfile_.has_end_mark = True
             raise
+        except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]  # missing from the stubs
+            tarfile_.has_strange_blocks = True
+            raise
+        tarfile_.has_end_mark = False
+        return member
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
-    """Stream a tar once. Members of one sample are neighbours and share the name up to a suffix;
-    a tar that is cut short or damaged ends with a failed sample of its own.
+    """Stream a tar once, to its very end. Members of one sample are neighbours and share the name
+    up to a suffix; a tar that is cut short or damaged has a failed sample of its own, the last.
+
+    Raises StoreError if storage fails.
     """
     uri = source.root.uri(shard.uri)
-    group: list[tuple[str, str, bytes | ImageError]] = []
+    mask_suffix = _mask_suffix(source)
+    group: list[_Found] = []
+    failure: ImageError | None = None
     with source.root.open(shard.uri, shard.bytes) as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_TarMember) as tar:
-                for info in tar:
-                    if info.isdir() or not is_image(info.name):
-                        continue
-                    key, suffix = _split_member(info.name, source.config.masks)
-                    if group and group[0][0] != key:
-                        yield from _samples_of(source, shard, uri, group)
-                        group = []
-                    group.append((key, suffix, _member_bytes(tar, info)))
-                if not getattr(tar, "has_end_mark", False):
-                    raise tarfile.ReadError("the archive has no end mark")
-        except (tarfile.TarError, zlib.error, EOFError) as error:
-            yield from _samples_of(source, shard, uri, group)
-            reason = " ".join(str(error).split())
-            yield Sample(
-                image_id=shard.uri,
-                key="",
-                source_uri=uri,
-                read=bytes,
-                failure=ImageError("tar", f"the tar is cut short or damaged: {reason}"),
-            )
-            return
-        except OSError as error:
-            raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
-    yield from _samples_of(source, shard, uri, group)
+        members = _members(stream, uri)
+        while True:
+            try:
+                info, data = next(members)
+            except StopIteration:
+                break
+            except ImageError as error:
+                failure = error
+                break
+            key, suffix = _split_member(info, mask_suffix)
+            if group and group[0].key != key:
+                yield from _samples_of(shard, uri, group, mask_suffix)
+                group = []
+            group.append(_Found(key, suffix, data))
+    yield from _samples_of(shard, uri, group, mask_suffix)
+    if failure is not None:
+        yield Sample(shard.uri, "", uri, bytes, failure=failure)
 
 
-def _split_member(name: str, masks: str) -> tuple[str, str]:
-    """A member's key, and its suffix if it is a mask: ``a.mask.png`` → (``a``, ``mask.png``)."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
+def _mask_suffix(source: Source) -> str:
+    """``input.masks`` as a member suffix without its first dot.
+
+    Raises ConfigError if it cannot be one.
+    """
+    masks = source.config.masks
     suffix = masks.removeprefix(".")
-    if suffix and base.endswith(f".{suffix}"):
-        return folder + slash + base.removesuffix(f".{suffix}"), suffix
-    stem = base.rpartition(".")[0]
-    before, _, word = stem.rpartition(".")
-    if before and word in MASK_WORDS:
-        return folder + slash + before, base[len(before) + 1 :]
-    return folder + slash + stem, ""
+    if masks and ("/" in suffix or "." not in suffix):
+        raise ConfigError(
+            f"input.masks: got {masks!r}; in tars it is a member suffix such as 'mask.png', "
+            "which makes KEY.mask.png the truth of KEY"
+        )
+    return suffix
 
 
-def _member_bytes(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:
+@dataclass(frozen=True)
+class _Found:
+    """A member that may be an image (no suffix) or a mask."""
+
+    key: str
+    suffix: str
+    data: bytes | ImageError
+
+
+def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageError]]:
+    """Names and contents of the image members. Raises ImageError where the tar is damaged."""
+    try:
+        with tarfile.open(
+            fileobj=_unpacked(stream),
+            mode="r|",
+            tarinfo=_TarMember,
+            ignore_zeros=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        ) as tar:
+            for info in tar:
+                name = readable_name(info.name.removeprefix("./"))
+                hidden = name.rpartition("/")[2].startswith(".")
+                if not info.isdir() and is_image(name) and not hidden:
+                    yield name, _content(tar, info)
+            if not getattr(tar, "has_end_mark", False):
+                raise tarfile.ReadError("it has no end mark")
+            if getattr(tar, "has_strange_blocks", False):
+                raise tarfile.ReadError("blocks between its members are no headers")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise _damaged(error) from error
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
+    except Exception as error:  # tarfile raises whatever a hostile header leads to
+        raise _damaged(error) from error
+
+
+def _unpacked(stream: BinaryIO) -> BinaryIO:
+    """The tar's own bytes; gzip is known by its magic number, and its checksum is checked."""
+    magic = cast(io.BufferedReader, stream).peek(2)[:2]
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if magic == b"\x1f\x8b" else stream
+
+
+def _damaged(error: Exception) -> ImageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError("tar", f"the tar is cut short or damaged: {reason}")
+
+
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:
     if not info.isreg():
         return ImageError("not_a_file", "the tar member is a link or a device, not a file")
     if info.size > MAX_ENCODED_BYTES:
@@ -89,23 +151,31 @@ def _member_bytes(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageE
     return file.read() if file is not None else b""
 
 
-def _samples_of(
-    source: Source, shard: Shard, uri: str, group: list[tuple[str, str, bytes | ImageError]]
-) -> Iterator[Sample]:
+def _split_member(name: str, mask_suffix: str) -> tuple[str, str]:
+    """A member's key, and its suffix if it is a mask: ``a.mask.png`` → (``a``, ``mask.png``)."""
+    folder, slash, base = name.rpartition("/")
+    if mask_suffix and base.endswith(f".{mask_suffix}"):
+        return folder + slash + base.removesuffix(f".{mask_suffix}"), mask_suffix
+    stem = base.rpartition(".")[0]
+    before, _, word = stem.rpartition(".")
+    if before and word in MASK_WORDS:
+        return folder + slash + before, base[len(before) + 1 :]
+    return folder + slash + stem, ""
+
+
+def _samples_of(shard: Shard, uri: str, group: list[_Found], mask_suffix: str) -> Iterator[Sample]:
     """The images among the members of one key; the mask asked for is theirs."""
-    wanted = source.config.masks.removeprefix(".")
-    mask = next((data for _, suffix, data in group if suffix and suffix == wanted), None)
-    for key, suffix, data in group:
-        if suffix:
+    mask = next((f.data for f in group if f.suffix and f.suffix == mask_suffix), None)
+    for found in group:
+        if found.suffix:
             continue
-        failure = data if isinstance(data, ImageError) else None
         yield Sample(
-            image_id=f"{shard.uri}/{key}",
-            key=PurePosixPath(key).name,
+            image_id=f"{shard.uri}/{found.key}",
+            key=PurePosixPath(found.key).name,
             source_uri=uri,
-            read=_giver(data),
+            read=_giver(found.data),
             read_mask=_giver(mask) if mask is not None else None,
-            failure=failure,
+            failure=found.data if isinstance(found.data, ImageError) else None,
         )
 
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -30,14 +32,19 @@ def make_batch(count=2, height=96, width=144):
     )
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3])
-def test_the_bits_do_not_depend_on_the_number_of_threads(classes):
-    engine, batch, before = make_engine(classes), make_batch(), torch.get_num_threads()
+@pytest.mark.parametrize(("classes", "width"), [(1, 12), (3, 24)])
+def test_the_bits_do_not_depend_on_the_number_of_cores(classes, width):
+    engine, batch, before = (
+        make_engine(classes, width=width),
+        make_batch(1),
+        torch.get_num_threads(),
+    )
     seen = set()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results = engine.run(batch)
-        seen.add(tuple((r.mask_HW.tobytes(), r.confidence_sum) for r in results))
+    for cores in (1, 2, 8):
+        engine.share_cores(cores, 2048)
+        with ThreadPoolExecutor(engine.lanes) as lanes:
+            for results in lanes.map(engine.run, [batch] * engine.lanes):
+                seen.add(tuple((r.mask_HW.tobytes(), r.confidence_sum) for r in results))
     torch.set_num_threads(before)
     assert len(seen) == 1
 

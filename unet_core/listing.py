@@ -1,0 +1,218 @@
+"""``format = "list"``: a list of URIs, as Parquet, as CSV, or as an S3 Inventory.
+
+Only what lies below an allowed prefix is ever opened: a URI in data is data, not an order.
+"""
+
+import csv
+import gzip
+import io
+import json
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any
+
+from unet_core.codec import is_image
+from unet_core.config import PROTOCOLS, InputConfig
+from unet_core.errors import ConfigError
+from unet_core.folder import group
+from unet_core.shards import Member, Sample, Shard, Source
+from unet_core.store import Store, split
+
+PARQUET = (".parquet", ".pq")
+INVENTORY = "manifest.json"
+BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a list."""
+
+    uri: str
+    mask: str | None = None
+    bytes: int = 0
+    etag: str = ""
+    id: str | None = None
+
+
+def list_shards(source: Source) -> Iterator[Shard]:
+    """Groups of ``input.shard_images`` rows, in the order of the list. Nothing listed is opened.
+
+    Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
+    """
+    members = (_member(source, line) for line in _lines(source))
+    first = 0
+    while some := list(islice(members, source.config.shard_images)):
+        yield group(some, first)
+        first += len(some)
+
+
+def read(source: Source, shard: Shard) -> Iterator[Sample]:
+    """The images of one shard, in the order of the list; bytes are read when asked for."""
+    for member in shard.members:
+        assert member.uri is not None
+        yield Sample(
+            image_id=member.key,
+            key=PurePosixPath(member.key).stem,
+            source_uri=member.uri,
+            read=_Reader(source, member.uri),
+            read_mask=_Reader(source, member.mask) if member.mask else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one listed object."""
+
+    source: Source
+    uri: str
+
+    def __call__(self) -> bytes:
+        prefix = _allowed_prefix(self.source, self.uri)
+        return _store_of(prefix, self.source.root).read(self.uri[len(prefix) :].lstrip("/"))
+
+
+@lru_cache(maxsize=64)
+def _store_of(prefix: str, root: Store) -> Store:
+    """One store for each allowed prefix, with the storage options of the input."""
+    return Store(prefix, root.storage)
+
+
+def _member(source: Source, line: Line) -> Member:
+    uri = _absolute(source, line.uri)
+    prefix = _allowed_prefix(source, uri)
+    mask = _absolute(source, line.mask) if line.mask else None
+    if mask is not None:
+        _allowed_prefix(source, mask)
+    image_id = line.id if line.id is not None else uri[len(prefix) :].lstrip("/")
+    return Member(image_id, line.bytes, line.etag, mask, uri)
+
+
+def _absolute(source: Source, uri: str) -> str:
+    """A URI as it stands, or below the folder of the list if it is relative."""
+    if "://" in uri or uri.startswith("/"):
+        return uri.removeprefix("file://")
+    return f"{source.root.uri()}/{uri}"
+
+
+def _allowed_prefix(source: Source, uri: str) -> str:
+    """The allowed prefix above a URI; raises ConfigError if there is none."""
+    protocol, separator, _ = uri.partition("://")
+    is_plain = "::" not in uri and ".." not in uri.split("/") and "\\" not in uri
+    if is_plain and (not separator or protocol in PROTOCOLS):
+        for prefix in _allowed(source.config, source.root.uri()):
+            if uri.startswith(f"{prefix}/"):
+                return prefix
+    allowed = ", ".join(_allowed(source.config, source.root.uri()))
+    raise ConfigError(f"input.allow: the list names {uri!r}; allowed is what lies below {allowed}")
+
+
+def _allowed(config: InputConfig, folder: str) -> list[str]:
+    prefixes = config.allow or [folder]
+    return [prefix.removeprefix("file://").rstrip("/") for prefix in prefixes]
+
+
+# --- the kinds of lists ---------------------------------------------------------------------
+
+
+def _lines(source: Source) -> Iterator[Line]:
+    for entry in source.entries():
+        if entry.name.endswith(PARQUET):
+            yield from _parquet_lines(source, entry.name, entry.bytes)
+        elif entry.name.endswith((".csv", ".csv.gz")):
+            yield from _csv_lines(source, entry.name)
+        elif entry.name.endswith(INVENTORY):
+            yield from _inventory_lines(source, entry.name)
+
+
+def _parquet_lines(source: Source, name: str, size: int | None) -> Iterator[Line]:
+    with source.root.open_parquet(name, size) as file:
+        columns = _columns(source, file.schema_arrow.names, source.root.uri(name))
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            fields = [columns[column] for column in batch.schema.names]
+            values = (column.to_pylist() for column in batch.columns)
+            for row in zip(*values, strict=True):
+                yield _line(dict(zip(fields, row, strict=True)))
+
+
+def _csv_lines(source: Source, name: str) -> Iterator[Line]:
+    with source.root.open(name) as stream:
+        rows = csv.reader(_text(name, stream))
+        header = next(rows, [])
+        columns = _columns(source, header, source.root.uri(name))
+        fields = [columns.get(column) for column in header]
+        for row in rows:
+            yield _line({f: v for f, v in zip(fields, row, strict=False) if f and v})
+
+
+def _text(name: str, stream: Any) -> io.TextIOWrapper:
+    plain = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
+    return io.TextIOWrapper(plain, encoding="utf-8", newline="")
+
+
+def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
+    """Columns of the list → fields of a line."""
+    if "uri" not in names:
+        raise ConfigError(f"{where}: a list needs a column 'uri'; it has: {', '.join(names)}")
+    mask = source.config.masks
+    if mask and mask not in names:
+        raise ConfigError(
+            f"input.masks: {where} has no column {mask!r}; it has: {', '.join(names)}"
+        )
+    wanted = {"uri": "uri", "bytes": "bytes", "etag": "etag", "id": "id"}
+    if mask:
+        wanted[mask] = "mask"
+    return {column: field for column, field in wanted.items() if column in names}
+
+
+def _line(values: dict[str, Any]) -> Line:
+    known = {name: value for name, value in values.items() if value is not None}
+    known["bytes"] = int(known.get("bytes", 0))
+    return Line(**known)
+
+
+def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
+    """An S3 Inventory: ``manifest.json`` names its files and, for CSV, their columns.
+
+    Its files lie in the bucket of the inventory, by their whole keys; only images are taken.
+    """
+    where = source.root.uri(name)
+    try:
+        manifest = json.loads(source.root.read(name))
+        bucket = str(manifest["sourceBucket"])
+        files = [str(file["key"]) for file in manifest["files"]]
+        columns = [column.strip() for column in str(manifest["fileSchema"]).split(",")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: not the manifest.json of an S3 Inventory: {error}") from error
+    home = Store(_bucket_of(where), source.root.storage)
+    for file in files:
+        for row in _inventory_rows(home, file, columns):
+            if is_image(row["Key"]):
+                yield Line(
+                    f"s3://{bucket}/{row['Key']}",
+                    bytes=int(row.get("Size") or 0),
+                    etag=row.get("ETag") or "",
+                )
+
+
+def _bucket_of(uri: str) -> str:
+    protocol, separator, path = uri.partition("://")
+    return f"{protocol}://{path.partition('/')[0]}" if separator else split(uri)[0]
+
+
+def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
+    if file.endswith(".parquet"):
+        with home.open_parquet(file) as opened:
+            wanted = {"key": "Key", "size": "Size", "e_tag": "ETag"}
+            there = [column for column in wanted if column in opened.schema_arrow.names]
+            for batch in opened.iter_batches(BATCH_ROWS, columns=there):
+                for row in batch.to_pylist():
+                    yield {wanted[key]: value for key, value in row.items()}
+        return
+    with home.open(file) as stream:
+        for row in csv.reader(_text(file, stream)):
+            named = dict(zip(columns, row, strict=False))
+            yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}

@@ -1,0 +1,95 @@
+"""The manifest: every shard of a run, on disk. Members are many, so the driver keeps only heads.
+
+Written once into a file of its own, row group by row group; read again without members by the
+driver, and the members of one shard by the actor that segments it.
+"""
+
+import dataclasses
+import io
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, islice
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core.schema import MANIFEST, MEMBER
+from unet_core.shards import Member, Shard
+from unet_core.store import Store
+
+SHARDS_PER_GROUP = 16
+SPOOL_BYTES = 64 * 2**20
+HEADS = [name for name in MANIFEST.names if name != "members"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A manifest that is complete but not yet published."""
+
+    heads: list[Shard]
+    file: BinaryIO
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def draft(shards: Iterable[Shard]) -> Draft:
+    """Write shards, as they come, into a temporary file."""
+    file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115  # the draft owns it
+    heads: list[Shard] = []
+    iterator = iter(shards)
+    with pq.ParquetWriter(file, MANIFEST, compression="zstd", use_dictionary=False) as writer:
+        while group := list(islice(iterator, SHARDS_PER_GROUP)):
+            writer.write_batch(_batch(group))
+            for shard in group:
+                heads.append(dataclasses.replace(shard, members=(), row=len(heads)))
+    return Draft(heads, file)
+
+
+def _batch(shards: list[Shard]) -> pa.RecordBatch:
+    """Rows of the manifest, built by column: members may be fifty million."""
+    columns = [pa.array([getattr(shard, name) for shard in shards]) for name in HEADS]
+    members = [member for shard in shards for member in shard.members]
+    fields = [
+        pa.array([getattr(member, f.name) for member in members], f.type) for f in MEMBER.fields
+    ]
+    offsets = [0, *accumulate(len(shard.members) for shard in shards)]
+    lists = pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(fields, fields=MEMBER.fields)
+    )
+    arrays = [c.cast(MANIFEST.field(n).type) for c, n in zip(columns, HEADS, strict=True)]
+    return pa.RecordBatch.from_arrays([*arrays, lists], schema=MANIFEST)
+
+
+def read_heads(file: BinaryIO | bytes) -> list[Shard]:
+    """All shards of a manifest, without their members."""
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    return list(_heads(pq.ParquetFile(source)))
+
+
+def _heads(file: pq.ParquetFile) -> Iterator[Shard]:
+    row = 0
+    for batch in file.iter_batches(columns=HEADS):
+        for head in batch.to_pylist():
+            yield Shard(**head, row=row)
+            row += 1
+
+
+def with_members(store: Store, name: str, shard: Shard) -> Shard:
+    """The shard with its members, read from the manifest ``name``."""
+    group, index = divmod(shard.row, SHARDS_PER_GROUP)
+    return dataclasses.replace(shard, members=_members(store, name, group)[index])
+
+
+@lru_cache(maxsize=4)
+def _members(store: Store, name: str, group: int) -> list[tuple[Member, ...]]:
+    """The members of every shard in one row group."""
+    with store.open_parquet(name) as file:
+        column = file.read_row_group(group, columns=["members"])["members"].to_pylist()
+    return [tuple(Member(**member) for member in members) for members in column]

@@ -1,0 +1,159 @@
+"""``format = "parquet"``: encoded images in a column; runs of whole row groups are shards."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError
+from unet_core.shards import Sample, Shard, Source, make_shard
+from unet_core.store import Entry
+
+EXTENSIONS = (".parquet", ".pq")
+MAX_ROW_GROUP_BYTES = 2**30
+"""Uncompressed bytes of the columns that are read; a row group is read as one."""
+SHARD_BYTES = 2**28
+BATCH_ROWS = 16
+FOOTER_THREADS = 16
+
+
+def list_shards(source: Source) -> Iterator[Shard]:
+    """Row ranges of about ``input.shard_images`` rows, made of whole row groups. Reads footers.
+
+    Raises ConfigError for a column that is not there, StoreError for a file that is no Parquet or
+    has row groups that do not fit memory.
+    """
+    files = [entry for entry in source.entries() if entry.name.endswith(EXTENSIONS)]
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):
+            yield from _ranges(source, entry, footer)
+
+
+def read(source: Source, shard: Shard) -> Iterator[Sample]:
+    """The images of one row range. What is damaged inside the file fails the rows that are left."""
+    assert shard.first is not None
+    assert shard.count is not None
+    row = shard.first
+    try:
+        with source.root.open_parquet(shard.uri) as file:
+            groups = list(_groups_between(file.metadata, shard.first, shard.first + shard.count))
+            columns = list(_columns(source))
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+                for values in batch.to_pylist():
+                    yield _sample(source, shard, row, values)
+                    row += 1
+    except ParquetDamagedError as error:
+        reason = " ".join(str(error).split())[:200]
+        for number in range(row, shard.first + shard.count):
+            failure = ImageError("parquet", f"the file is damaged here: {reason}")
+            uri = source.root.uri(shard.uri)
+            yield Sample(f"{shard.uri}#{number}", str(number), uri, bytes, failure=failure)
+
+
+def _footer(source: Source, entry: Entry) -> pq.FileMetaData:
+    where = source.root.uri(entry.name)
+    with source.root.open_parquet(entry.name, entry.bytes) as file:
+        _check_columns(source, file.schema_arrow, where)
+        _check_row_groups(source, file.metadata, where)
+        return file.metadata
+
+
+def _columns(source: Source) -> dict[str, str]:
+    """The columns to read, each with the key of the config that names it."""
+    config = source.config
+    wanted = {
+        config.image_column: "input.image_column",
+        config.masks: "input.masks",
+        config.id_column: "input.id_column",
+    }
+    return {column: key for column, key in wanted.items() if column}
+
+
+def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
+    for column, key in _columns(source).items():
+        if column not in schema.names:
+            there = ", ".join(schema.names)
+            raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
+    for column in (source.config.image_column, source.config.masks):
+        if column and not _holds_bytes(schema.field(column).type):
+            raise ConfigError(
+                f"{_columns(source)[column]}: {column!r} in {where} is "
+                f"{schema.field(column).type}, allowed: binary, or struct<bytes, path>"
+            )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _check_row_groups(source: Source, metadata: pq.FileMetaData, where: str) -> None:
+    for number in range(metadata.num_row_groups):
+        size = _size_of(metadata.row_group(number), source)
+        if size > MAX_ROW_GROUP_BYTES:
+            raise StoreError(
+                f"{where}: row group {number} holds {size / 2**30:.1f} GiB of images, allowed: "
+                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
+            )
+
+
+def _size_of(group: Any, source: Source) -> int:
+    """Uncompressed bytes of the columns that are read."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    wanted = _columns(source)
+    return sum(
+        c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted
+    )
+
+
+def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator[Shard]:
+    """Join row groups until there are enough rows or bytes."""
+    first = rows = size = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if rows and (rows >= source.config.shard_images or size >= SHARD_BYTES):
+            yield make_shard(entry.name, size, entry.etag, first, rows)
+            first, rows, size = first + rows, 0, 0
+        rows += group.num_rows
+        size += _size_of(group, source)
+    if rows:
+        yield make_shard(entry.name, size, entry.etag, first, rows)
+
+
+def _groups_between(metadata: pq.FileMetaData, first: int, stop: int) -> Iterator[int]:
+    row = 0
+    for number in range(metadata.num_row_groups):
+        if first <= row < stop:
+            yield number
+        row += metadata.row_group(number).num_rows
+
+
+def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> Sample:
+    config = source.config
+    data, path = _payload(values[config.image_column])
+    given = values.get(config.id_column) if config.id_column else None
+    image_id = f"{shard.uri}#{row}" if given is None else str(given)
+    failure = None
+    if data is None:
+        failure = ImageError("empty", "the row has no bytes; paths inside data are not followed")
+    mask = _payload(values[config.masks])[0] if config.masks else None
+    name = path or (str(given) if given is not None else str(row))
+    return Sample(
+        image_id=image_id,
+        key=PurePosixPath(name).stem if path or "/" in name else name,
+        source_uri=source.root.uri(shard.uri),
+        read=lambda: data or b"",
+        read_mask=(lambda: mask) if mask is not None else None,
+        failure=failure,
+    )
+
+
+def _payload(value: Any) -> tuple[bytes | None, str | None]:
+    """Bytes and path of a cell: binary, or the struct that dataset libraries write."""
+    if isinstance(value, dict):
+        return value.get("bytes"), value.get("path")
+    return value, None
