@@ -76,7 +76,8 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
     else:
         pairs = [_mean_and_deviation(plane) for plane in pixels_CHW]
     offset = np.array([offset for offset, _ in pairs], dtype=np.float32)
-    scale = np.array([1 / span if span > 0 else 0.0 for _, span in pairs], dtype=np.float32)
+    with np.errstate(over="ignore"):  # the network's output then tells that this is no image
+        scale = np.array([1 / span if span > 0 else 0.0 for _, span in pairs], dtype=np.float32)
     return offset, scale
 
 

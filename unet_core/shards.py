@@ -81,15 +81,8 @@ class Source:
 
 
 def readable_name(name: str) -> str:
-    """A name that Parquet can hold: bytes that are no UTF-8 are shown as escapes, and then a
-    backslash as two, so that different names stay different.
-    """
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        escaped = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
-        return escaped.decode("utf-8", "backslashreplace")
-    return name
+    """A name that Parquet can hold: bytes that are no UTF-8 are shown as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def make_shard(

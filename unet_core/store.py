@@ -110,7 +110,7 @@ class Store:
             try:
                 with pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file:
                     yield file
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:  # Arrow calls bad pages I/O errors
                 reason = " ".join(str(error).split())
                 raise ParquetDamagedError(
                     f"{self.uri(name)} is not a whole Parquet file: {reason}"

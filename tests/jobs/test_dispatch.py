@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.dispatch import PREFETCH, Board, Died, Done, Ready, dispatch
+from jobs.session import Placement, settle
+from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.metrics import Totals
 from unet_core.shards import Shard
@@ -110,6 +112,37 @@ def test_actors_that_never_become_ready_stop_the_run():
         run("abc", actors=1, dead_on_arrival=3)
     _, _, done = run("abc", actors=1, dead_on_arrival=2)
     assert sorted(done) == list("abc")
+
+
+def test_actors_lost_with_their_node_while_starting_stop_nothing():
+    board, workers = Board.of([shard("a")]), ScriptedWorkers(1, {})
+    deaths = [Died(f"lost-{n}", "node lost", blameless=True) for n in range(5)]
+    events = workers.events
+    workers.events = lambda: iter([deaths.pop()]) if deaths else events()
+    done: list[str] = []
+    dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    assert done == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "placed"),
+    [
+        ({}, [(0, 64), (1, 8), (1, 8)], Placement(2, 1, 8)),
+        ({}, [(8, 96)], Placement(8, 1, 12)),
+        ({}, [(0, 16), (0, 16)], Placement(2, 0, 16)),
+        ({"count": 4}, [(0, 8), (0, 8)], Placement(4, 0, 4)),
+        ({"gpus": 0.3}, [(2, 12)], Placement(6, 0.3, 1)),
+        ({"gpus": 0.5, "cpus": 1}, [(2, 12)], Placement(4, 0.5, 1)),
+        ({"count": 2, "gpus": 0, "cpus": 1}, [(4, 4)], Placement(2, 0, 1)),
+    ],
+)
+def test_actors_are_placed_on_nodes_that_can_hold_them(keys, nodes, placed):
+    assert settle(WorkersConfig(**keys), nodes) == placed
+
+
+def test_actors_that_fit_no_node_are_refused_with_what_there_is():
+    with pytest.raises(WorkersError, match=r"room for 2; lower"):
+        settle(WorkersConfig(count=3, gpus=1, cpus=8), [(1, 8), (1, 8), (1, 4)])
 
 
 @given(

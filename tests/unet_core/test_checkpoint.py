@@ -86,6 +86,12 @@ def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
         checkpoint.load(bad)
     with pytest.raises(CheckpointError, match="changed since the run was made"):
         checkpoint.load(tiny_model, "0" * 64)
+    network, header = checkpoint.load(tiny_model)
+    with torch.no_grad():
+        network.head.bias[0] = torch.nan
+    (tmp_path / "nan.safetensors").write_bytes(checkpoint.serialise(network, header))
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in head\.bias"):
+        checkpoint.load(str(tmp_path / "nan.safetensors"))
     whole = Path(tiny_model).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match="do not fit"):

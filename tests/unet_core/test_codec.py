@@ -117,6 +117,9 @@ def test_exif_orientation_is_left_alone():
          "channels"),
         (tiff(np.zeros((24, 31), np.complex64)), "mode"),
         (saved(RGB8, "TIFF", mode="LAB"), "mode"),
+        (tiff(GRAY8[..., None].repeat(2, 2), photometric="minisblack", planarconfig="contig"),
+         "channels"),
+        (tiff(FLOAT, photometric="miniswhite"), "mode"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(data, code):
@@ -140,6 +143,8 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
         (saved(np.repeat(INDICES[..., None], 3, axis=2)), INDICES),
         (tiff(GRAY16), GRAY16),
         (imagecodecs.png_encode(INDICES), INDICES),
+        (imagecodecs.png_encode(GRAY16[..., None].repeat(3, 2)), GRAY16),
+        (saved(alpha(INDICES[..., None])), INDICES),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -184,5 +189,19 @@ def test_label_values_are_mapped_and_strangers_are_named():
         decode_labels(saved(mask), LIMIT, {}, 2, ignore_index=9)
     with pytest.raises(ImageError, match="coloured"):
         decode_labels(saved(RGB8), LIMIT, {}, 2, 255)
-    with pytest.raises(ImageError, match="float32"):
-        decode_labels(tiff(FLOAT), LIMIT, {}, 2, 255)
+    for dtype in (np.float32, np.complex64):
+        with pytest.raises(ImageError, match=np.dtype(dtype).name):
+            decode_labels(tiff(FLOAT.astype(dtype)), LIMIT, {}, 2, 255)
+
+
+def test_the_image_of_a_tiff_is_not_its_thumbnail():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(GRAY8[:8, :8], subfiletype=1)
+        writer.write(GRAY8)
+    np.testing.assert_array_equal(decode_image(buffer.getvalue(), LIMIT).pixels_HWC[..., 0], GRAY8)
+
+
+def test_declared_alpha_of_a_tiff_is_dropped():
+    data = tiff(alpha(RGB8), photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(decode_image(data, LIMIT).pixels_HWC, RGB8)

@@ -47,6 +47,7 @@ def test_every_problem_is_told_at_once_with_what_is_allowed():
         ("input.uri", "", "is empty"),
         ("output.uri", "in/masks", "must not contain each other"),
         ("output.uri", ".", "must not contain each other"),
+        ("output.uri", "local://in/masks", "must not contain each other"),
         ("model.checkpoint", "http://x/y.safetensors", "http:// is not one of"),
     ],
 )

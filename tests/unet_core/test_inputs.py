@@ -1,4 +1,7 @@
+import gzip
+import io
 import logging
+import tarfile
 
 import pytest
 
@@ -129,9 +132,95 @@ def test_a_tar_cut_short_adds_a_failure_and_keeps_what_came_before(tmp_path, kee
     assert len(images) < 3 or keep < 0
 
 
-def test_links_in_a_tar_are_failures_and_never_followed(tmp_path):
-    import tarfile
+def tar_bytes(tmp_path, *names):
+    write_tar(tmp_path / "scratch.tar_", dict.fromkeys(names, IMAGE))
+    return (tmp_path / "scratch.tar_").read_bytes()
 
+
+def test_whatever_a_tar_is_made_of_its_images_are_read_or_told(tmp_path):
+    whole = tar_bytes(tmp_path, "a.png", "b.png", "c.png")
+    zeroed = whole[:1024] + bytes(512) + whole[1536:]
+    packed = gzip.compress(whole)
+    broken = bytearray(gzip.compress(whole, compresslevel=0))
+    broken[600] ^= 1
+    cases = {
+        "whole": (whole, ["a", "b", "c"]),
+        "joined": (whole + tar_bytes(tmp_path, "d.png"), ["a", "b", "c", "d"]),
+        "zeroed": (zeroed, ["a", "c", ""]),
+        "packed": (packed, ["a", "b", "c"]),
+        "packed in two": (
+            gzip.compress(whole[:1000]) + gzip.compress(whole[1000:]),
+            ["a", "b", "c"],
+        ),
+        "packed without its end": (packed[:-8], ["a", "b", "c", ""]),
+        "packed and broken": (bytes(broken), None),
+        "empty": (b"", [""]),
+        "no tar": (b"hello" * 500, [""]),
+    }
+    for number, (name, (data, keys)) in enumerate(cases.items()):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "t.tar").write_bytes(data)
+        _, (samples,) = read_all(uri=tmp_path / f"{number}")
+        if keys is None:
+            assert samples[-1].failure.code == "tar", name
+        else:
+            assert [sample.key for sample in samples] == keys, name
+            assert [sample.failure is not None for sample in samples] == [not k for k in keys], name
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"GNU.sparse.map": "x,y"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}],
+)
+def test_a_hostile_header_is_a_failure_of_its_tar(tmp_path, headers):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size, info.pax_headers = len(IMAGE), headers
+        tar.addfile(info, io.BytesIO(IMAGE))
+    _, (samples,) = read_all(uri=tmp_path)
+    assert samples[-1].failure.code == "tar"
+
+
+def test_resource_forks_are_no_images_and_part_no_mask_from_its_image(tmp_path):
+    write_tar(
+        tmp_path / "t.tar",
+        {"._a.png": b"fork", "a.png": IMAGE, "._a.mask.png": b"fork", "a.mask.png": MASK},
+    )
+    _, ((sample,),) = read_all(uri=tmp_path, masks="mask.png")
+    assert sample.key == "a"
+    assert sample.read_mask() == MASK
+
+
+def test_names_of_any_kind_become_text(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a\udce9.png", "b c'd\"\n😀%.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    _, (samples,) = read_all(uri=tmp_path)
+    ids = [sample.image_id for sample in samples]
+    assert ids == ["t.tar/a\\xe9", "t.tar/b c'd\"\n😀%"]
+
+
+@pytest.mark.parametrize("masks", ["png", "_mask", "masks/"])
+def test_a_mask_suffix_that_cannot_be_one_is_refused_for_tars(tmp_path, masks):
+    write_tar(tmp_path / "t.tar", {"a.png": IMAGE})
+    with pytest.raises(ConfigError, match="a member suffix such as"):
+        read_all(uri=tmp_path, masks=masks)
+
+
+def test_an_image_that_only_looks_like_a_mask_is_an_image(tmp_path):
+    write(tmp_path, "a.png", "a_mask.png", "gas_mask.png")
+    _, (samples,) = read_all(uri=tmp_path, masks="_mask")
+    assert [sample.image_id for sample in samples] == ["a.png", "gas_mask.png"]
+
+
+def test_an_input_without_anything_of_its_format_is_refused(tmp_path):
+    write(tmp_path, "notes.txt")
+    for kind in ("folder", "webdataset", "parquet", "list"):
+        with pytest.raises(StoreError, match=f"nothing of format '{kind}'"):
+            read_all(uri=tmp_path, format=kind)
+
+
+def test_links_in_a_tar_are_failures_and_never_followed(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         link = tarfile.TarInfo("passwd.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"

@@ -1,10 +1,12 @@
 """Whole shards against the obvious twin, and everything a shard can meet."""
 
 import io
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +21,7 @@ from unet_core.picture import Picture
 from unet_core.preprocessing import offset_and_scale
 from unet_core.shards import Sample
 from unet_core.synthetic import nuclei, png
-from unet_core.tiling import Canvas, TileQueue, stack
+from unet_core.tiling import PENDING_IMAGES, Canvas, TileQueue, stack
 
 
 def table(run, kind):
@@ -135,6 +137,38 @@ def test_every_image_has_its_row_whatever_is_wrong_with_it(make_config, tmp_path
     totals = outcome.totals
     assert (totals.images_seen, totals.ok, totals.failed) == (10, 5, 5)
     assert totals.errors == {"decode": 2, "duplicate_id": 2, "empty": 1, "truth": 2}
+
+
+def test_an_image_that_vanished_is_a_failed_row(make_config, folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    (images / "dangling.png").symlink_to("nowhere.png")
+    outcome = predict(make_config(input={"uri": str(images), "masks": ""}))
+    assert (outcome.totals.ok, outcome.totals.errors) == (12, {"missing": 1})
+
+
+@pytest.mark.parametrize("pixels", [3e38, 1e-41])
+def test_numbers_that_a_network_cannot_hold_fail_their_image(make_config, tmp_path, pixels):
+    (tmp_path / "in").mkdir()
+    wide = np.linspace(-pixels, pixels, 32 * 32, dtype=np.float32).reshape(32, 32)
+    tifffile.imwrite(tmp_path / "in" / "wide.tif", wide)
+    outcome = predict(make_config(input={"uri": str(tmp_path / "in"), "masks": ""}))
+    assert outcome.totals.errors == {"not_finite": 1}
+
+
+def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
+    _, header = checkpoint.load(tiny_model)
+    compute = Compute(device="", precision="", backend="", batch_pixels=64 * 64 * 4, versions={})
+    queue, waiting, most = TileQueue(compute), {0}, 0
+    for index in range(500):
+        side = 48 if index == 0 else 16
+        pixels = np.zeros((1, side, side), np.uint8)
+        picture = Picture(Sample("", "", "", bytes), pixels, np.zeros(1), np.ones(1))
+        waiting.add(index)
+        for pieces in queue.add(Canvas(index, picture, header, 240)):
+            waiting -= {canvas.index for canvas, _ in pieces}
+        most = max(most, index - min(waiting, default=index))
+    assert most <= PENDING_IMAGES + 1
 
 
 def test_png_masks_are_the_raw_ones(make_config, tmp_path):
