@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from tests.data import write_folder, write_tars
+from tests.s3 import S3
+from tests.s3 import start as start_s3
 from unet_core import checkpoint
 from unet_core.checkpoint import Header, palette_of
 from unet_core.config import PredictConfig, build
@@ -72,6 +74,23 @@ def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
         return build(PredictConfig, base, list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """An object store that checks signatures, for the whole suite."""
+    s3, server = start_s3()
+    yield s3
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The object store, with credentials in the environment and nothing counted yet."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    s3_server.requests.clear()
+    return s3_server
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,167 @@
+"""The same job with its input and its run folder in an object store that checks signatures."""
+
+import hashlib
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from s3fs import S3FileSystem
+
+from jobs.predict import predict
+from tests.data import digests, pictures
+from tests.jobs.test_predict import write_toml
+from tests.s3 import BUCKET
+from tests.unet_core.test_parquet import write_parquet
+from unet_core.config import StorageConfig
+from unet_core.errors import StoreError
+from unet_core.parts import read_masks, read_metrics
+from unet_core.run import Run
+from unet_core.store import Store
+from unet_core.verify import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
+
+
+@pytest.fixture
+def prefix():
+    """A place of its own in the bucket."""
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+def masks_by_key(run):
+    found = {}
+    for shard_id in run.committed():
+        keys = {r["image_id"]: r["key"] for r in read_metrics(run.store, shard_id)[0].to_pylist()}
+        for window in read_masks(run.store, shard_id)[0].to_pylist():
+            found[keys[window["image_id"]]] = window["mask"]
+    return found
+
+
+def part_digests(s3, prefix):
+    return {
+        name: hashlib.sha256(data).hexdigest()
+        for name, data in s3.objects(prefix).items()
+        if name.startswith(("masks/", "metrics/"))
+    }
+
+
+@pytest.fixture
+def sources(s3, prefix, folder, tars, tmp_path):
+    """The same pictures in every format: format → input section."""
+    (tmp_path / "parquet").mkdir()
+    write_parquet(tmp_path / "parquet" / "a.parquet")
+    loose = s3.upload(folder, f"{prefix}/loose")
+    (tmp_path / "list").mkdir()
+    names = [name for name, _, _ in pictures()]
+    listed = {
+        "uri": [f"{loose}/images/{name}.png" for name in names],
+        "truth": [f"{loose}/masks/{name}.png" for name in names],
+    }
+    pq.write_table(pa.table(listed), tmp_path / "list" / "list.parquet")
+    return {
+        "folder": {"uri": f"{loose}/images", "masks": f"{loose}/masks", "shard_images": 5},
+        "webdataset": {"uri": s3.upload(tars, f"{prefix}/tars"), "masks": "mask.png"},
+        "parquet": {"uri": s3.upload(tmp_path / "parquet", f"{prefix}/pq"), "masks": "truth"},
+        "list": {
+            "uri": s3.upload(tmp_path / "list", f"{prefix}/list"),
+            "format": "list",
+            "masks": "truth",
+            "allow": [loose],
+        },
+    }
+
+
+def test_every_format_in_the_store_gives_the_masks_of_local_tars(
+    make_config, s3, prefix, sources, tmp_path
+):
+    predict(make_config(out="local"))
+    expected = masks_by_key(Run(str(tmp_path / "local")))
+    storage = {"endpoint_url": s3.url}
+    for kind, section in sources.items():
+        out = f"s3://{BUCKET}/{prefix}/run-{kind}"
+        config = make_config(input=section, output={"uri": out}, storage=storage)
+        s3.requests.clear()
+        outcome = predict(config)
+        assert (outcome.totals.ok, outcome.totals.with_truth) == (12, 12), kind
+        assert masks_by_key(outcome.run) == expected, kind
+        reads = Counter(path for method, path in s3.requests if method == "GET")
+        check_reads(kind, prefix, reads)
+        findings = verify(out, deep=True, storage=StorageConfig(**storage))
+        assert findings.problems == findings.notes == [], kind
+        before = s3.objects(f"{prefix}/run-{kind}")
+        assert predict(config).was_finished
+        assert s3.objects(f"{prefix}/run-{kind}") == before
+
+
+def check_reads(kind, prefix, reads):
+    """Nothing is read twice, and nothing is listed for an image."""
+    images = {path: n for path, n in reads.items() if re.search(r"\.png$", path)}
+    tars = {path: n for path, n in reads.items() if path.endswith(".tar")}
+    if kind in ("folder", "list"):
+        assert len(images) == 24
+        assert set(images.values()) == {1}
+    if kind == "webdataset":
+        assert len(tars) == 6
+        assert set(tars.values()) == {1}
+    if kind == "parquet":
+        assert reads[f"/{BUCKET}/{prefix}/pq/a.parquet"] <= 6  # footers, and one read a range
+    listings = reads[f"/{BUCKET}"] + reads[f"/{BUCKET}/"]
+    assert listings <= 40, listings
+
+
+@pytest.mark.parametrize("stage", ["device", "between masks and metrics", "before the manifest"])
+def test_a_driver_killed_with_its_run_in_the_store_continues(
+    make_config, s3, prefix, tmp_path, stage
+):
+    predict(make_config(out="undisturbed"))
+    config = make_config(
+        output={"uri": f"s3://{BUCKET}/{prefix}/run"}, storage={"endpoint_url": s3.url}
+    )
+    toml = write_toml(config, tmp_path / "job.toml")
+    command = [sys.executable, "-m", "tests.dying_driver", stage, "3", toml]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    outcome = predict(config)
+    assert outcome.totals.images_seen == 12
+    assert part_digests(s3, f"{prefix}/run") == digests(tmp_path / "undisturbed")
+
+
+def test_wrong_credentials_and_missing_places_stop_with_one_sentence(
+    make_config, s3, prefix, monkeypatch
+):
+    def refusal(uri, **storage):
+        S3FileSystem.clear_instance_cache()
+        section = {"uri": uri, "masks": ""}
+        with pytest.raises(StoreError) as caught:
+            predict(make_config(input=section, storage={"endpoint_url": s3.url, **storage}))
+        assert s3.secret not in str(caught.value)
+        return str(caught.value)
+
+    assert "check the bucket's name and the prefix" in refusal(f"s3://{BUCKET}/{prefix}/nothing")
+    assert "check the bucket's name and the prefix" in refusal("s3://no-such-bucket/x")
+    away = refusal(f"s3://{BUCKET}/x", endpoint_url="http://127.0.0.1:9", deadline_s=1)
+    assert "tried for 1 s" in away
+    assert "the same command continues once the store answers" in away
+    assert "could not be found" in refusal(f"s3://{BUCKET}/x", profile="nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert "check the credentials" in refusal(f"s3://{BUCKET}/x")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    assert "set AWS_ACCESS_KEY_ID" in refusal(f"s3://{BUCKET}/x")
+    S3FileSystem.clear_instance_cache()
+
+
+def test_the_options_of_storage_reach_the_store(s3, prefix):
+    storage = StorageConfig(endpoint_url=s3.url, region="us-east-1", encryption="AES256")
+    store = Store(f"s3://{BUCKET}/{prefix}", storage)
+    store.publish("secret", b"x")
+    head = s3.client().head_object(Bucket=BUCKET, Key=f"{prefix}/secret")
+    assert head["ServerSideEncryption"] == "AES256"
+    assert store.publish_exclusively("once", b"1")
+    assert not store.publish_exclusively("once", b"2")
+    assert store.read("once") == b"1"

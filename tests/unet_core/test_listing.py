@@ -1,0 +1,106 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from unet_core.config import InputConfig
+from unet_core.errors import ConfigError
+from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.listing import _lines
+from unet_core.manifest import draft, with_members
+from unet_core.shards import Source
+from unet_core.store import Store
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Four objects in two folders."""
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/m3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def read_all(path, **keys):
+    source = open_source(InputConfig(uri=str(path), format="list", **keys))
+    shards = list(list_shards(source))
+    return shards, [sample for shard in shards for sample in read_shard(source, shard)]
+
+
+def test_csv_and_parquet_lists_read_what_they_name(images):
+    rows = {
+        "uri": ["a/1.png", f"{images}/a/2.png", f"file://{images}/b/3.png"],
+        "id": [None, "second", None],
+        "truth": [None, None, "b/m3.png"],
+        "bytes": [7, None, 7],
+    }
+    pq.write_table(pa.table(rows), images / "list.parquet")
+    lines = [",".join("" if v is None else str(v) for v in row) for row in zip(*rows.values())]  # noqa: B905
+    text = "\n".join([",".join(rows), *lines])
+    (images / "list.csv").write_text(text)
+    (images / "list.csv.gz").write_bytes(gzip.compress(text.encode()))
+    seen = []
+    for name in ("list.parquet", "list.csv", "list.csv.gz"):
+        shards, samples = read_all(images / name, shard_images=2, masks="truth")
+        assert [shard.count for shard in shards] == [2, 1]
+        assert [s.image_id for s in samples] == ["a/1.png", "second", "b/3.png"]
+        assert [s.read() for s in samples] == [b"a/1.png", b"a/2.png", b"b/3.png"]
+        assert samples[2].read_mask() == b"b/m3.png"
+        seen.append([shard.shard_id for shard in shards])
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["/etc/passwd", "../x.png", "http://169.254.169.254/x", "dir::file:///etc/x", "s3://other/x.png",
+     "file:///etc/passwd", "{root}/a/../../x.png", "{root}x/1.png"],
+)  # fmt: skip
+def test_nothing_outside_the_allowed_prefixes_is_opened(images, uri):
+    (images / "list.csv").write_text("uri\n" + uri.format(root=images) + "\n")
+    with pytest.raises(ConfigError, match=r"input\.allow: the list names"):
+        read_all(images / "list.csv", allow=[f"{images}/a", "s3://bucket/prefix"])
+
+
+def test_a_list_without_uris_or_masks_is_refused_with_its_columns(images):
+    (images / "list.csv").write_text("path,mask\na/1.png,b\n")
+    with pytest.raises(ConfigError, match="needs a column 'uri'; it has: path, mask"):
+        read_all(images / "list.csv")
+    (images / "list.csv").write_text("uri\na/1.png\n")
+    with pytest.raises(ConfigError, match="has no column 'truth'"):
+        read_all(images / "list.csv", masks="truth")
+
+
+def test_an_inventory_names_its_files_and_their_columns(images):
+    (images / "data").mkdir()
+    rows = '"pictures","a/x+y%201.png","10","e1"\n"pictures","a/notes.txt","1","e2"\n'
+    (images / "data" / "1.csv.gz").write_bytes(gzip.compress(rows.encode()))
+    table = pa.table({"key": ["b/2.png"], "size": [5], "e_tag": ["e3"]})
+    pq.write_table(table, images / "data" / "2.parquet")
+    manifest = {
+        "sourceBucket": "pictures",
+        "fileSchema": "Bucket, Key, Size, ETag",
+        "files": [{"key": "data/1.csv.gz"}, {"key": "data/2.parquet"}],
+    }
+    (images / "manifest.json").write_text(json.dumps(manifest))
+    source = Source(InputConfig(uri=str(images), format="list"), "list", Store(str(images)),
+                    ("manifest.json",))  # fmt: skip
+    found = [(line.uri, line.bytes, line.etag) for line in _lines(source)]
+    assert found == [("s3://pictures/a/x y 1.png", 10, "e1"), ("s3://pictures/b/2.png", 5, "e3")]
+    (images / "manifest.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"not the manifest\.json of an S3 Inventory"):
+        list(_lines(source))
+
+
+def test_the_driver_holds_heads_and_members_come_from_the_manifest(images):
+    (images / "list.csv").write_text("uri,bytes\n" + "".join(f"a/{n}.png,3\n" for n in range(100)))
+    source = open_source(InputConfig(uri=str(images / "list.csv"), format="list", shard_images=3))
+    whole = list(list_shards(source))
+    store = Store(str(images / "run"))
+    with draft(whole) as made:
+        store.publish("manifest/00000.parquet", made.file)
+        assert all(head.members == () for head in made.heads)
+        for shard, head in zip(whole, made.heads, strict=True):
+            again = with_members(store, "manifest/00000.parquet", head)
+            assert (again.members, again.shard_id) == (shard.members, shard.shard_id)
