@@ -13,6 +13,7 @@ from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.metrics import Scores
 from unet_core.parts import read_masks, read_metrics
 from unet_core.synthetic import write_webdataset
+from unet_core.tiff import Rules
 
 IMAGES, SHARDS, SHOWN = 64, 8, 8
 
@@ -75,7 +76,7 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
         window, iou = masks[sample.image_id], scores[sample.image_id].iou
         mask_HW = np.frombuffer(window["mask"], np.uint8).reshape(window["height"], window["width"])
         assert sample.read_mask is not None
-        truth_HW = decode_labels(sample.read_mask(), config.input.max_pixels, {}, 2, 255)
+        truth_HW = decode_labels(sample.read_mask(), Rules(config.input.max_pixels), {}, 2, 255)
         image_HW = decode_image(sample.read(), config.input.max_pixels).pixels_HWC[..., 0]
         caption = f"{sample.image_id}   {mask_HW.shape[0]} x {mask_HW.shape[1]}   IoU {iou:.3f}"
         entries.append(Entry(caption, stretch(image_HW), truth_HW, mask_HW))

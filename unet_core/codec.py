@@ -13,11 +13,11 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
+from unet_core.tiff import Rules, check_size, decode_tiff
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -30,8 +30,8 @@ Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's ow
 
 @dataclass(frozen=True)
 class Raster:
-    """One decoded image: HWC; uint8, uint16 or float32 in native byte order; 1 or 3 channels
-    (gray or RGB, alpha dropped).
+    """One decoded image: HWC; uint8, uint16 or float32 in native byte order; gray, RGB or more
+    channels, alpha dropped.
     """
 
     pixels_HWC: Array
@@ -52,19 +52,32 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def decode_image(data: bytes, max_pixels: int) -> Raster:
-    """Decode one encoded image by its content, whatever its name says.
+def decode_images(data: bytes, rules: Rules) -> list[Raster]:
+    """Decode one encoded file by its content, whatever its name says; one image unless it has
+    pages that are expanded.
 
-    Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``mode`` or
-    ``not_finite``.
+    Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``axes``,
+    ``mode``, ``channels`` or ``not_finite``.
     """
-    pixels = _decode(data, max_pixels, as_labels=False)
+    return [_raster(pixels, rules) for pixels in _decode(data, rules, as_labels=False)]
+
+
+def decode_image(data: bytes, max_pixels: int) -> Raster:
+    """Decode a file that holds one image."""
+    return decode_images(data, Rules(max_pixels))[0]
+
+
+def _raster(pixels: Any, rules: Rules) -> Raster:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.shape[2] in (2, 4):
-        pixels = pixels[..., :-1]  # alpha
-    if pixels.shape[2] not in (1, 3):
-        raise ImageError("channels", f"the image has {pixels.shape[2]} channels, allowed: 1 to 4")
+    if rules.channels:
+        if max(rules.channels) >= pixels.shape[2]:
+            raise ImageError(
+                "channels",
+                f"the image has {pixels.shape[2]} channels, input.channels asks for number "
+                f"{max(rules.channels)} (they count from 0)",
+            )
+        pixels = pixels[..., list(rules.channels)]
     pixels = _native(pixels)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = int(np.size(pixels) - np.isfinite(pixels).sum())
@@ -73,13 +86,21 @@ def decode_image(data: bytes, max_pixels: int) -> Raster:
 
 
 def decode_labels(
-    data: bytes, max_pixels: int, label_map: Mapping[int, int], classes: int, ignore_index: int
+    data: bytes,
+    rules: Rules,
+    label_map: Mapping[int, int],
+    classes: int,
+    ignore_index: int,
+    page: int = 0,
 ) -> Array:
     """Decode a label mask into class ids HW; palette masks are indices, ids are never scaled.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
-    labels = _decode(data, max_pixels, as_labels=True)
+    pages = _decode(data, rules, as_labels=True)
+    if page >= len(pages):
+        raise ImageError("labels", f"it has {len(pages)} pages, the image more")
+    labels = pages[page]
     if labels.ndim == 3 and labels.shape[2] in (1, 2):
         labels = labels[..., 0]  # the rest is alpha
     if labels.ndim == 3:
@@ -117,40 +138,36 @@ def encode_mask(mask_HW: Array, encoding: str) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(data: bytes, max_pixels: int, as_labels: bool) -> Any:
+def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
+    """Arrays HW or HWC, one for each page; alpha is gone unless channels are chosen."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     try:
         if data.startswith(TIFF_MAGICS):
-            return _decode_tiff(data, max_pixels, as_labels)
-        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            _check_size(image.width, image.height, max_pixels)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
-                raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
-            if _is_plain_colour_png(image, data):
-                return imagecodecs.png_decode(data)
-            return _labels_of(image, data) if as_labels else _pixels_of(image)
-    except ImageError:
-        raise
+            return decode_tiff(data, rules, as_labels)
+        pixels = _decode_single(data, rules, as_labels)
+    except (ImageError, MemoryError):
+        raise  # memory is a matter of this moment, not of the image: another attempt may have more
     except UnidentifiedImageError as error:
         raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
-    except MemoryError:
-        raise  # of this moment, not of the image: another attempt may have more
     except Exception as error:  # decoders share no base class, and a bad file is only a failed row
         raise ImageError("decode", _one_line(error)) from error
+    has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
+    return [pixels[..., :-1] if has_alpha and not rules.channels else pixels]
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ImageError(
-            "too_large",
-            f"{height} × {width} pixels, allowed: {max_pixels} in all; raise input.max_pixels",
-        )
-    if not width or not height:
-        raise ImageError("decode", f"an image of {height} × {width} pixels has nothing to segment")
+def _decode_single(data: bytes, rules: Rules, as_labels: bool) -> Any:
+    """Whatever Pillow opens."""
+    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+        check_size(image.width, image.height, rules.max_pixels)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
+            raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
+        if _is_plain_colour_png(image, data):
+            return imagecodecs.png_decode(data)
+        return _labels_of(image, data) if as_labels else _pixels_of(image)
 
 
 def _is_plain_colour_png(image: Image.Image, data: bytes) -> bool:
@@ -189,70 +206,6 @@ def _labels_of(image: Image.Image, data: bytes) -> Any:
     if image.mode == "L" and depth in (2, 4):
         return labels // (85 if depth == 2 else 17)
     return labels
-
-
-def _decode_tiff(data: bytes, max_pixels: int, as_labels: bool) -> Any:
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        pages = [page for page in tiff.pages if not getattr(page, "is_reduced", False)]
-        if len(pages) > 1:
-            raise ImageError("frames", f"the TIFF holds {len(pages)} pages; give them one by one")
-        page: Any = pages[0] if pages else tiff.pages.first
-        _check_size(page.imagewidth, page.imagelength * page.imagedepth, max_pixels)
-        alpha = _alpha_samples(page)
-        pixels = page.asarray()
-    if page.axes == "SYX":
-        pixels = np.moveaxis(pixels, 0, -1)
-    if alpha:
-        pixels = pixels[..., :-alpha]
-    is_palette = _name(page.photometric) == "PALETTE"
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * (1 if as_labels or is_palette else 255)
-    return pixels if as_labels else _tiff_colors(page, pixels)
-
-
-def _alpha_samples(page: Any) -> int:
-    """How many of the page's last samples are declared as alpha.
-
-    Raises ImageError for axes and channels that are not gray, RGB or CMYK, with or without alpha.
-    """
-    if page.axes not in ("YX", "YXS", "SYX"):
-        raise ImageError("frames", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
-    alpha = sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
-    colors = page.samplesperpixel - alpha
-    wanted = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4}.get(_name(page.photometric), 1)
-    if colors != wanted or alpha > 1:
-        raise ImageError(
-            "channels",
-            f"the TIFF has {page.samplesperpixel} channels that it calls "
-            f"{_name(page.photometric)} with {alpha} alpha, allowed: gray, RGB, CMYK, one alpha",
-        )
-    return alpha
-
-
-def _tiff_colors(page: Any, pixels: Any) -> Any:
-    """Gray or RGB, with or without alpha, from the colours that the TIFF declares."""
-    bits = page.bitspersample
-    match _name(page.photometric):
-        case "MINISBLACK" | "RGB" | "0":
-            pass
-        case "MINISWHITE" if pixels.dtype.kind == "u":
-            pixels = (2**bits - 1 if bits > 1 else 255) - pixels
-        case "PALETTE":
-            return (np.moveaxis(page.colormap, 0, -1)[pixels] >> 8).astype(np.uint8)
-        case "YCBCR" if _name(page.compression) == "JPEG":
-            pass  # the JPEG decoder has already made RGB of it
-        case "SEPARATED" if pixels.dtype == np.uint8:
-            return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
-        case other:
-            raise ImageError("mode", f"TIFF colours {other} at {bits} bits are not supported")
-    if bits in (2, 4):
-        pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
-    return pixels
-
-
-def _name(tag: Any) -> str:
-    """Name of a TIFF tag's value; tifffile leaves a number where the tag is absent or unknown."""
-    return str(getattr(tag, "name", tag))
 
 
 def _native(pixels: Any) -> Array:

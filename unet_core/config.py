@@ -50,6 +50,12 @@ class InputConfig(Section):
     """Parquet: the column of image ids; empty: ``<file>#<row>``."""
     allow: list[str] = []
     """Lists: prefixes below which their URIs must lie; empty: the folder of the list."""
+    channels: list[Annotated[int, Field(strict=True, ge=0)]] = []
+    """Which channels count, from 0, as stored; empty: gray or RGB without alpha, or all."""
+    pages: Literal["refuse", "expand"] = "refuse"
+    """Several pages of a TIFF: a failed row, or an image each (``<image_id>#<page>``)."""
+    axes: Annotated[str, Field(pattern="^[A-Z]*$")] = ""
+    """Axes of TIFFs whose metadata do not say them, e.g. ``CYX``: pages are channels."""
     max_pixels: Count = 2**27
     """Height × width above which an image becomes a failed row instead of being decoded."""
 
@@ -192,10 +198,14 @@ class NetworkConfig(Section):
     """Channels of the first level; each pool doubles them."""
     depth: Annotated[int, Field(strict=True, ge=1, le=8)] = 4
     """Pools."""
-    color: Literal["gray", "rgb"] = "gray"
-    """What images are converted to: 1 or 3 input channels."""
+    color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
+    """What images are converted to; a number: that many channels as they are."""
     normalisation: Literal["percentile", "range", "zscore"] = "percentile"
-    """Per image and channel: 1st to 99.8th percentile, the type's full range, or mean and sd."""
+    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
+    low: float | None = None
+    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    high: float | None = None
+    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
     classes: Annotated[list[str], Field(min_length=2, max_length=256)] = [
         "background",
         "foreground",

@@ -105,7 +105,9 @@ def fit(config: TrainConfig) -> Iterator[Epoch]:
 def new_header(config: TrainConfig) -> Header:
     """The header of the checkpoint that a config will make."""
     model = config.model
-    wanted = Preprocessing(color=model.color, normalisation=model.normalisation)
+    wanted = Preprocessing(
+        color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
+    )
     names = tuple(model.classes)
     logits = 1 if len(names) == 2 else len(names)
     spec = preset(

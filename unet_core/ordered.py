@@ -28,8 +28,6 @@ class Prefetch(Generic[ItemT, ResultT]):
         items: Iterator[ItemT],
         ahead: int,
     ) -> None:
-        self.seen = 0
-        """Items drawn so far."""
         self._pool, self._work, self._items = pool, work, items
         self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
         self._left = threading.Event()
@@ -52,7 +50,6 @@ class Prefetch(Generic[ItemT, ResultT]):
     def _read(self) -> None:
         try:
             for item in self._items:
-                self.seen += 1
                 if not self._put(self._pool.submit(self._work, item)):
                     return
             self._put(None)
@@ -77,10 +74,13 @@ class InOrder(Generic[ResultT]):
         self._early: dict[int, Future[ResultT]] = {}
         self._line: deque[Future[ResultT]] = deque()
         self._following = 0
+        self.numbers = 0
+        """Results that were announced."""
 
     def add(self, number: int, future: Future[ResultT]) -> None:
         """Numbers begin at 0 and none may be left out."""
         self._early[number] = future
+        self.numbers += 1
         while self._following in self._early:
             self._line.append(self._early.pop(self._following))
             self._following += 1

@@ -1,14 +1,16 @@
 """One image between its bytes and its tiles: decoded, in the network's colours, with its truth."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from unet_core.arrays import Array
-from unet_core.codec import decode_image, decode_labels
+from unet_core.codec import Raster, decode_images, decode_labels
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, NotFoundError
 from unet_core.preprocessing import Preprocessing, offset_and_scale, to_color
 from unet_core.shards import Sample
+from unet_core.tiff import Rules
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,69 @@ class Rejected:
 
 def decode(
     sample: Sample, wanted: Preprocessing, classes: int, config: InputConfig
-) -> Picture | Rejected:
-    """Decode an image and its truth. A truth that cannot be used does not spoil the image.
+) -> list[Picture | Rejected]:
+    """Decode a file and its truth: one image, or one for each page that is expanded.
 
-    Raises StoreError if the bytes cannot be read.
+    A truth that cannot be used does not spoil the image. Raises StoreError if the bytes cannot be
+    read.
     """
+    rules = Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
     try:
         if sample.failure is not None:
             raise sample.failure
-        raster = decode_image(_present(sample.read), config.max_pixels)
+        rasters = decode_images(_present(sample.read), rules)
+    except ImageError as failure:
+        return [Rejected(sample, failure)]
+    truth = _truth_of(sample)
+    if len(rasters) == 1:
+        return [_picture(sample, rasters[0], truth, 0, wanted, classes, config, rules)]
+    return [
+        _picture(_page_of(sample, page), raster, truth, page, wanted, classes, config, rules)
+        for page, raster in enumerate(rasters)
+    ]
+
+
+def _page_of(sample: Sample, page: int) -> Sample:
+    image_id, key = f"{sample.image_id}#{page}", f"{sample.key}#{page}"
+    return dataclasses.replace(sample, image_id=image_id, key=key)
+
+
+def _truth_of(sample: Sample) -> bytes | ImageError | None:
+    try:
+        return _present(sample.read_mask) if sample.read_mask is not None else None
+    except ImageError as failure:
+        return failure
+
+
+def _picture(
+    sample: Sample,
+    raster: Raster,
+    truth: bytes | ImageError | None,
+    page: int,
+    wanted: Preprocessing,
+    classes: int,
+    config: InputConfig,
+    rules: Rules,
+) -> Picture | Rejected:
+    try:
         pixels_CHW = to_color(raster, wanted.color)
     except ImageError as failure:
         return Rejected(sample, failure)
     offset, scale = offset_and_scale(pixels_CHW, wanted)
     truth_HW, truth_failure = None, None
-    if sample.read_mask is not None:
-        try:
-            truth_HW = _decode_truth(
-                _present(sample.read_mask), pixels_CHW.shape[1:], classes, config
+    try:
+        if isinstance(truth, ImageError):
+            raise truth
+        if truth is not None:
+            truth_HW = decode_labels(
+                truth, rules, config.label_map, classes, config.ignore_index, page
             )
-        except ImageError as failure:
-            truth_failure = ImageError("truth", f"the mask cannot be used: {failure}")
+            if truth_HW.shape != pixels_CHW.shape[1:]:
+                shape = pixels_CHW.shape[1:]
+                raise ImageError("labels", f"it has shape {truth_HW.shape}, the image {shape}")
+    except ImageError as failure:
+        truth_HW = None
+        truth_failure = ImageError("truth", f"the mask cannot be used: {failure}")
     return Picture(sample, pixels_CHW, offset, scale, truth_HW, truth_failure)
 
 
@@ -71,12 +115,3 @@ def _present(read: Callable[[], bytes]) -> bytes:
         return read()
     except NotFoundError as error:
         raise ImageError("missing", f"{error}; it was there when the run began") from error
-
-
-def _decode_truth(data: bytes, shape: tuple[int, ...], classes: int, config: InputConfig) -> Array:
-    labels_HW = decode_labels(
-        data, config.max_pixels, config.label_map, classes, config.ignore_index
-    )
-    if labels_HW.shape != shape:
-        raise ImageError("labels", f"it has shape {labels_HW.shape}, the image {shape}")
-    return labels_HW

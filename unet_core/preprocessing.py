@@ -4,10 +4,10 @@ The checkpoint says what it wants. Nothing here rounds or clips the pixels: a ne
 ``(pixels - offset) * scale`` in float32, computed on the device from the image's own integers.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from unet_core.arrays import Array
 from unet_core.codec import Raster
@@ -19,33 +19,35 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    color: Literal["gray", "rgb"]
+    color: Literal["gray", "rgb"] | Annotated[int, Field(ge=1)]
     """``gray``: RGB becomes luma (0.299 R + 0.587 G + 0.114 B, ITU-R 601); ``rgb``: gray is
-    repeated three times. Alpha is dropped before either."""
+    repeated three times; a number: that many channels as they are. Alpha is dropped before."""
     normalisation: Literal["percentile", "range", "zscore"]
-    low: float = 1.0
-    """Percentile that becomes 0."""
-    high: float = 99.8
-    """Percentile that becomes 1."""
+    low: float | None = None
+    """What becomes 0: a percentile (1), or a pixel value (0)."""
+    high: float | None = None
+    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
 
     @property
     def channels(self) -> int:
         """Input channels of the network."""
-        return 1 if self.color == "gray" else 3
+        return self.color if isinstance(self.color, int) else {"gray": 1, "rgb": 3}[self.color]
 
 
-def to_color(raster: Raster, color: str) -> Array:
+def to_color(raster: Raster, color: str | int) -> Array:
     """Pixels CHW in the colours that a network wants, of the image's own dtype."""
     pixels_HWC = raster.pixels_HWC
     channels = pixels_HWC.shape[2]
-    if channels == (1 if color == "gray" else 3):
+    if channels == (color if isinstance(color, int) else {"gray": 1, "rgb": 3}[color]):
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
-    if channels == 1:
+    if channels == 1 and color == "rgb":
         return np.repeat(pixels_HWC.transpose(2, 0, 1), 3, axis=0)
-    if channels == 3:
+    if channels == 3 and color == "gray":
         return _luma(pixels_HWC)[None]
     raise ImageError(
-        "channels", f"the image has {channels} channels, but the model wants {color} pixels"
+        "channels",
+        f"the image has {channels} channels, but the model wants {color}; choose some with "
+        "input.channels",
     )
 
 
@@ -70,9 +72,13 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
     if wanted.normalisation == "range":
         is_integer = pixels_CHW.dtype.kind == "u"
         full = float(np.iinfo(pixels_CHW.dtype).max) if is_integer else 1.0
-        pairs = [(0.0, full)] * len(pixels_CHW)
+        low = 0.0 if wanted.low is None else wanted.low
+        high = full if wanted.high is None else wanted.high
+        pairs = [(low, high - low)] * len(pixels_CHW)
     elif wanted.normalisation == "percentile":
-        pairs = [_percentiles(plane, wanted.low, wanted.high) for plane in pixels_CHW]
+        low = 1.0 if wanted.low is None else wanted.low
+        high = 99.8 if wanted.high is None else wanted.high
+        pairs = [_percentiles(plane, low, high) for plane in pixels_CHW]
     else:
         pairs = [_mean_and_deviation(plane) for plane in pixels_CHW]
     offset = np.array([offset for offset, _ in pairs], dtype=np.float32)

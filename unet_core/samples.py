@@ -27,12 +27,12 @@ def read_labelled(
     source = open_source(config, storage)
     for shard in list_shards(source):
         for sample in read_shard(source, shard):
-            image = decode(sample, wanted, classes, config)
-            failure = image.failure if isinstance(image, Rejected) else image.truth_failure
-            if failure is not None:
-                raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}")
-            if isinstance(image, Picture) and image.truth_HW is not None:
-                yield image
+            for image in decode(sample, wanted, classes, config):
+                failure = image.failure if isinstance(image, Rejected) else image.truth_failure
+                if failure is not None:
+                    raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}")
+                if isinstance(image, Picture) and image.truth_HW is not None:
+                    yield image
 
 
 def random_crop(image: Picture, side: int, random: Random) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ bytes.
 """
 
 import dataclasses
+import itertools
 import logging
 import threading
 import time
@@ -58,8 +59,7 @@ class Settings:
 class Decoded:
     """What a decoding thread hands over."""
 
-    index: int
-    image: Picture | Rejected
+    images: list[Picture | Rejected]
     decode_s: float
 
 
@@ -107,27 +107,26 @@ class Segmenter:
                     encoded.add(index, future)
                     self._append(encoded.ready(), rows, part, seconds)
                 self._append(encoded.rest(), rows, part, seconds)
-                return self._commit(shard, rows, part, images.seen, seconds)
+                return self._commit(shard, rows, part, encoded.numbers, seconds)
         finally:
             part.close()
 
-    def _samples(self, shard: Shard) -> Iterator[tuple[int, Sample]]:
-        """The shard's images, numbered; a second image with the same id is a failure."""
+    def _samples(self, shard: Shard) -> Iterator[Sample]:
+        """The shard's images; a second image with the same id is a failure."""
         seen: set[str] = set()
-        for index, sample in enumerate(read_shard(self.settings.source, shard)):
+        for sample in read_shard(self.settings.source, shard):
             if sample.image_id in seen:
                 failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
-                yield index, dataclasses.replace(sample, failure=failure)
+                yield dataclasses.replace(sample, failure=failure)
             else:
                 seen.add(sample.image_id)
-                yield index, sample
+                yield sample
 
-    def _decode(self, numbered: tuple[int, Sample]) -> Decoded:
-        index, sample = numbered
+    def _decode(self, sample: Sample) -> Decoded:
         start = time.perf_counter()
         header = self.engine.header
-        image = decode(sample, header.preprocessing, header.classes, self.settings.source.config)
-        return Decoded(index, image, time.perf_counter() - start)
+        images = decode(sample, header.preprocessing, header.classes, self.settings.source.config)
+        return Decoded(images, time.perf_counter() - start)
 
     def _compute(
         self, images: Iterable[Decoded], seconds: Seconds
@@ -136,21 +135,21 @@ class Segmenter:
 
         The next shard gets the device when the last batch of this one is under way.
         """
-        queue, running = TileQueue(self.settings.compute), _Running()
+        queue, running, numbers = TileQueue(self.settings.compute), _Running(), itertools.count()
         with self._device:
             for decoded in running.timed(images, seconds, self.engine.lanes):
                 if self._cancelled.is_set():
                     raise StoppedError("stopped")
                 seconds.decoding += decoded.decode_s
-                if isinstance(decoded.image, Rejected):
-                    yield decoded.index, self._pool.submit(self._encode_rejected, decoded.image)
-                    continue
-                canvas = Canvas(
-                    decoded.index, decoded.image, self.engine.header, self.settings.tile_size
-                )
-                for pieces in queue.add(canvas):
-                    running.add(pieces, self._lanes.submit(self._run, pieces))
-                    yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
+                for image in decoded.images:
+                    index = next(numbers)
+                    if isinstance(image, Rejected):
+                        yield index, self._pool.submit(self._encode_rejected, image)
+                        continue
+                    canvas = Canvas(index, image, self.engine.header, self.settings.tile_size)
+                    for pieces in queue.add(canvas):
+                        running.add(pieces, self._lanes.submit(self._run, pieces))
+                        yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
             for pieces in queue.rest():
                 running.add(pieces, self._lanes.submit(self._run, pieces))
                 yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
