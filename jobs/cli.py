@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unet_core import __version__
-from unet_core.config import PredictConfig, TrainConfig, build, load
+from unet_core.config import PredictConfig, StorageConfig, TrainConfig, build, load
 from unet_core.errors import ConfigError, UnetJobsError
 
 if TYPE_CHECKING:
@@ -100,11 +100,13 @@ def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | 
 
 @cli.command()
 @click.argument("run")
-def status(run: str) -> None:
+@click.argument("overrides", nargs=-1, metavar="[STORAGE.KEY=VALUE]...")
+def status(run: str, overrides: tuple[str, ...]) -> None:
     """Show how a run stands."""
+    storage = _storage(overrides)
     from jobs.inspect import status as read_status
 
-    found = read_status(run)
+    found = read_status(run, storage)
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
     _show_totals(found.totals, found.class_names)
@@ -112,12 +114,14 @@ def status(run: str) -> None:
 
 @cli.command()
 @click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[STORAGE.KEY=VALUE]...")
 @click.option("--deep", is_flag=True, help="Also recount the input and every mask.")
-def verify(run: str, deep: bool) -> None:
+def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
+    storage = _storage(overrides)
     from unet_core.verify import verify as check
 
-    findings = check(run, deep)
+    findings = check(run, deep, storage)
     _show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
     _show_totals(findings.totals, findings.class_names)
     for note in findings.notes:
@@ -127,6 +131,25 @@ def verify(run: str, deep: bool) -> None:
     if findings.problems:
         sys.exit(1)
     click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("destination")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--format", "kind", type=click.Choice(["webdataset", "parquet"]), required=True)
+@click.option("--shard-mb", default=256, show_default=True, help="Size of a shard in megabytes.")
+def pack(
+    source: str, destination: str, overrides: tuple[str, ...], kind: str, shard_mb: int
+) -> None:
+    """Pack loose images, and their masks (input.masks=...), into balanced shards."""
+    table = {"input": {"uri": source}, "output": {"uri": destination}}
+    config = build(PredictConfig, table, list(overrides), source="command line")
+    from jobs.pack import pack as run_pack
+
+    packed = run_pack(config, kind, shard_mb * 10**6)
+    _show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
+    _show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
 
 
 @cli.command()
@@ -195,6 +218,15 @@ def _train_config(source: str, overrides: list[str], out: str | None) -> TrainCo
     pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
     table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
     return build(TrainConfig, table, overrides, source="command line")
+
+
+def _storage(overrides: tuple[str, ...]) -> StorageConfig:
+    """The storage section that overrides make."""
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"{override}: only storage.key=value goes here")
+    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
+    return build(PredictConfig, places, list(overrides), source="command line").storage
 
 
 def _show_outcome(outcome: "Outcome") -> None:

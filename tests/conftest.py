@@ -94,19 +94,23 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """A local Ray with four pretended GPUs, for every test that needs one."""
-    import ray
+def ray_session(s3_server: S3) -> Iterator[None]:
+    """A Ray cluster of two nodes with two pretended GPUs each, for every test that needs one.
 
-    with warnings.catch_warnings():
+    Its nodes have the credentials of the object store in their environment, as real nodes have.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_server.environment().items():
+            environment.setenv(name, value)
         warnings.simplefilter("ignore")  # Ray's own
-        ray.init(
-            address="local",
-            num_cpus=4,
-            num_gpus=4,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            log_to_driver=False,
-        )
+        node = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 100 * 2**20}
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        cluster.add_node(**node)
+        ray.init(address=cluster.address, log_to_driver=False)
     yield
     ray.shutdown()
+    cluster.shutdown()
+    Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """``format = "folder"``: loose images at any depth, in fixed groups, each with its mask by stem."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -66,7 +65,7 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
         members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
         by_stem = {s.removesuffix(masks): name for s, name in _by_stem(found, masks).items()}
-    paired = [dataclasses.replace(m, mask=by_stem.get(_stem(m.key))) for m in members]
+    paired = [m._replace(mask=by_stem.get(_stem(m.key))) for m in members]
     _say_unmatched([m.key for m in paired if m.mask is None], len(paired), by_stem, masks)
     return paired
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from unet_core.codec import is_image
-from unet_core.config import PROTOCOLS, InputConfig
 from unet_core.errors import ConfigError
 from unet_core.folder import group
 from unet_core.shards import Member, Sample, Shard, Source
@@ -27,14 +26,13 @@ INVENTORY = "manifest.json"
 BATCH_ROWS = 65_536
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a list."""
+class Line(NamedTuple):
+    """One row of a list; None where the list does not say."""
 
     uri: str
     mask: str | None = None
-    bytes: int = 0
-    etag: str = ""
+    bytes: int | None = None
+    etag: str | None = None
     id: str | None = None
 
 
@@ -43,7 +41,8 @@ def list_shards(source: Source) -> Iterator[Shard]:
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """
-    members = (_member(source, line) for line in _lines(source))
+    allowed = Allowed.of(source)
+    members = (allowed.member(line) for line in _lines(source))
     first = 0
     while some := list(islice(members, source.config.shard_images)):
         yield group(some, first)
@@ -71,7 +70,7 @@ class _Reader:
     uri: str
 
     def __call__(self) -> bytes:
-        prefix = _allowed_prefix(self.source, self.uri)
+        prefix = Allowed.of(self.source).prefix_of(self.uri)
         return _store_of(prefix, self.source.root).read(self.uri[len(prefix) :].lstrip("/"))
 
 
@@ -81,38 +80,53 @@ def _store_of(prefix: str, root: Store) -> Store:
     return Store(prefix, root.storage)
 
 
-def _member(source: Source, line: Line) -> Member:
-    uri = _absolute(source, line.uri)
-    prefix = _allowed_prefix(source, uri)
-    mask = _absolute(source, line.mask) if line.mask else None
-    if mask is not None:
-        _allowed_prefix(source, mask)
-    image_id = line.id if line.id is not None else uri[len(prefix) :].lstrip("/")
-    return Member(image_id, line.bytes, line.etag, mask, uri)
+@dataclass(frozen=True)
+class Allowed:
+    """Where the objects of a list may lie."""
+
+    folder: str
+    """The folder of the list, from which relative URIs start."""
+    prefixes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> "Allowed":
+        """``input.allow``, or the folder of the list."""
+        folder = source.root.uri()
+        given = source.config.allow or [folder]
+        return cls(folder, tuple(p.removeprefix("file://").rstrip("/") + "/" for p in given))
+
+    def member(self, line: Line) -> Member:
+        """The loose image that a line names; raises ConfigError if it may not be opened."""
+        uri = self._absolute(line.uri)
+        prefix = self.prefix_of(uri)
+        mask = None
+        if line.mask:
+            mask = self._absolute(line.mask)
+            self.prefix_of(mask)
+        image_id = uri[len(prefix) :] if line.id is None else line.id
+        return Member(image_id, line.bytes or 0, line.etag or "", mask, uri)
+
+    def prefix_of(self, uri: str) -> str:
+        """The allowed prefix above a URI; raises ConfigError if there is none."""
+        for prefix in self.prefixes:
+            if uri.startswith(prefix):
+                rest = uri[len(prefix) :]
+                if "::" not in rest and "\\" not in rest and not _climbs(rest):
+                    return prefix
+        raise ConfigError(
+            f"input.allow: the list names {uri!r}; allowed is what lies below "
+            f"{', '.join(self.prefixes)}"
+        )
+
+    def _absolute(self, uri: str) -> str:
+        """A URI as it stands, or below the folder of the list if it is relative."""
+        if "://" in uri or uri.startswith("/"):
+            return uri.removeprefix("file://")
+        return f"{self.folder}/{uri}"
 
 
-def _absolute(source: Source, uri: str) -> str:
-    """A URI as it stands, or below the folder of the list if it is relative."""
-    if "://" in uri or uri.startswith("/"):
-        return uri.removeprefix("file://")
-    return f"{source.root.uri()}/{uri}"
-
-
-def _allowed_prefix(source: Source, uri: str) -> str:
-    """The allowed prefix above a URI; raises ConfigError if there is none."""
-    protocol, separator, _ = uri.partition("://")
-    is_plain = "::" not in uri and ".." not in uri.split("/") and "\\" not in uri
-    if is_plain and (not separator or protocol in PROTOCOLS):
-        for prefix in _allowed(source.config, source.root.uri()):
-            if uri.startswith(f"{prefix}/"):
-                return prefix
-    allowed = ", ".join(_allowed(source.config, source.root.uri()))
-    raise ConfigError(f"input.allow: the list names {uri!r}; allowed is what lies below {allowed}")
-
-
-def _allowed(config: InputConfig, folder: str) -> list[str]:
-    prefixes = config.allow or [folder]
-    return [prefix.removeprefix("file://").rstrip("/") for prefix in prefixes]
+def _climbs(path: str) -> bool:
+    return ".." in path and ".." in path.split("/")
 
 
 # --- the kinds of lists ---------------------------------------------------------------------
@@ -132,10 +146,10 @@ def _parquet_lines(source: Source, name: str, size: int | None) -> Iterator[Line
     with source.root.open_parquet(name, size) as file:
         columns = _columns(source, file.schema_arrow.names, source.root.uri(name))
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-            fields = [columns[column] for column in batch.schema.names]
-            values = (column.to_pylist() for column in batch.columns)
-            for row in zip(*values, strict=True):
-                yield _line(dict(zip(fields, row, strict=True)))
+            fields = {columns[name]: batch[name].to_pylist() for name in batch.schema.names}
+            nothing = [None] * batch.num_rows
+            values = (fields.get(field, nothing) for field in Line._fields)
+            yield from map(Line, *values)
 
 
 def _csv_lines(source: Source, name: str) -> Iterator[Line]:
@@ -145,7 +159,9 @@ def _csv_lines(source: Source, name: str) -> Iterator[Line]:
         columns = _columns(source, header, source.root.uri(name))
         fields = [columns.get(column) for column in header]
         for row in rows:
-            yield _line({f: v for f, v in zip(fields, row, strict=False) if f and v})
+            known = {f: v for f, v in zip(fields, row, strict=False) if f and v}
+            size = known.pop("bytes", None)
+            yield Line(**known, bytes=int(size) if size else None)
 
 
 def _text(name: str, stream: Any) -> io.TextIOWrapper:
@@ -166,12 +182,6 @@ def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
     if mask:
         wanted[mask] = "mask"
     return {column: field for column, field in wanted.items() if column in names}
-
-
-def _line(values: dict[str, Any]) -> Line:
-    known = {name: value for name, value in values.items() if value is not None}
-    known["bytes"] = int(known.get("bytes", 0))
-    return Line(**known)
 
 
 def _inventory_lines(source: Source, name: str) -> Iterator[Line]:

@@ -56,9 +56,8 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     """Rows of the manifest, built by column: members may be fifty million."""
     columns = [pa.array([getattr(shard, name) for shard in shards]) for name in HEADS]
     members = [member for shard in shards for member in shard.members]
-    fields = [
-        pa.array([getattr(member, f.name) for member in members], f.type) for f in MEMBER.fields
-    ]
+    values = zip(*members, strict=True) if members else [()] * len(MEMBER.fields)
+    fields = [pa.array(v, f.type) for v, f in zip(values, MEMBER.fields, strict=True)]
     offsets = [0, *accumulate(len(shard.members) for shard in shards)]
     lists = pa.ListArray.from_arrays(
         pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(fields, fields=MEMBER.fields)

@@ -7,15 +7,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
 from unet_core.store import Entry, Store
 
 
-@dataclass(frozen=True)
-class Member:
-    """One loose image of a shard."""
+class Member(NamedTuple):
+    """One loose image of a shard; a tuple, because there may be fifty million."""
 
     key: str
     """Path below the input root."""
@@ -95,6 +95,6 @@ def make_shard(
 ) -> Shard:
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
-    identity = [uri, size, etag, range_, [[m.key, m.bytes, m.etag] for m in members]]
+    identity = [uri, size, etag, range_, [m[:3] for m in members]]
     shard_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     return Shard(shard_id, uri, size, etag, first, count, members)

@@ -10,7 +10,9 @@ import pytest
 
 from jobs.predict import predict
 from tests.data import digests, write_tars
-from unet_core.errors import CheckpointError, RunMismatchError, WorkersError
+from tests.s3 import BUCKET
+from unet_core.config import StorageConfig
+from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
 from unet_core.verify import verify
 
 pytestmark = [
@@ -18,6 +20,9 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
+
+
+SHARED = {"shared": True}
 
 
 def actor_pids():
@@ -44,7 +49,8 @@ def test_any_number_of_actors_writes_the_same_bytes(make_config, tmp_path):
     predict(make_config(out="inline"))
     expected = digests(tmp_path / "inline")
     for actors in (1, 2, 4):
-        config = make_config(out=f"run{actors}", workers={"count": actors, "gpus": 1, "cpus": 1})
+        workers = {"count": actors, "gpus": 1, "cpus": 1}
+        config = make_config(out=f"run{actors}", workers=workers, storage=SHARED)
         assert predict(config).totals.images_seen == 12
         assert digests(tmp_path / f"run{actors}") == expected
     assert verify(str(tmp_path / "run4"), deep=True).problems == []
@@ -61,7 +67,8 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config,
     killed: list[int] = []
     run = tmp_path / "run"
     threading.Thread(target=kill_one_actor_after, args=(2, run, killed), daemon=True).start()
-    outcome = predict(make_config(workers={"count": 2, "gpus": 1, "cpus": 1}, **shared))
+    workers = {"count": 2, "gpus": 1, "cpus": 1}
+    outcome = predict(make_config(workers=workers, storage=SHARED, **shared))
     assert killed
     assert outcome.totals.images_seen == 48
     assert outcome.set_aside == {}
@@ -70,15 +77,17 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config,
 
 
 def test_more_than_the_cluster_has_is_refused_with_what_it_has(make_config):
-    with pytest.raises(WorkersError, match=r"9 actors of 1 GPU .* cluster has 4 GPU"):
-        predict(make_config(workers={"count": 9, "gpus": 1}))
+    with pytest.raises(WorkersError, match=r"9 actors of 1 GPU .* has 2 nodes .* room for 4"):
+        predict(make_config(workers={"count": 9, "gpus": 1}, storage=SHARED))
 
 
 def test_an_actor_s_refusal_reaches_the_person(make_config, tiny_model, tmp_path):
     path = tmp_path / "model.safetensors"
     whole = Path(tiny_model).read_bytes()
     path.write_bytes(whole[:-100])
-    config = make_config(model={"checkpoint": str(path)}, workers={"count": 1, "gpus": 1})
+    config = make_config(
+        model={"checkpoint": str(path)}, workers={"count": 1, "gpus": 1}, storage=SHARED
+    )
     with pytest.raises(CheckpointError, match="tensors do not fit its header"):
         predict(config)
 
@@ -92,6 +101,29 @@ def test_an_actor_with_other_versions_is_refused_unless_allowed(make_config, tmp
     record.write_text(record.read_text().replace('"torch": "', '"torch": "9.'))
     workers = {"count": 1, "gpus": 1, "cpus": 1}
     with pytest.raises(RunMismatchError, match=r"compute\.versions"):
-        predict(make_config(workers=workers))
-    outcome = predict(make_config(workers=workers | {"mixed_devices": True}))
+        predict(make_config(workers=workers, storage=SHARED))
+    outcome = predict(make_config(workers=workers | {"mixed_devices": True}, storage=SHARED))
     assert outcome.totals.images_seen == 12
+
+
+def test_a_plain_path_on_several_nodes_must_be_declared_shared(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"input\.uri: .* is a plain path, .* has 2 nodes"):
+        predict(make_config(workers={"count": 2, "gpus": 1}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_the_store_needs_no_shared_path(make_config, s3, tmp_path, tars):
+    prefix = f"ray-{tmp_path.name}"
+    config = make_config(
+        input={"uri": s3.upload(tars, f"{prefix}/tars")},
+        output={"uri": f"s3://{BUCKET}/{prefix}/run"},
+        storage={"endpoint_url": s3.url},
+        workers={"count": 4, "gpus": 1, "cpus": 1},
+    )
+    assert predict(config).totals.images_seen == 12
+    parts = s3.objects(f"{prefix}/run")
+    assert sum(name.startswith("metrics/") for name in parts) == 6
+    findings = verify(
+        f"s3://{BUCKET}/{prefix}/run", deep=True, storage=StorageConfig(endpoint_url=s3.url)
+    )
+    assert findings.problems == findings.notes == []

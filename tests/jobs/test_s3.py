@@ -1,6 +1,7 @@
 """The same job with its input and its run folder in an object store that checks signatures."""
 
 import hashlib
+import pickle
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import uuid
 from collections import Counter
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,7 @@ from s3fs import S3FileSystem
 from jobs.predict import predict
 from tests.data import digests, pictures
 from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET
+from tests.s3 import BUCKET, POLICY
 from tests.unet_core.test_parquet import write_parquet
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
@@ -154,6 +156,18 @@ def test_wrong_credentials_and_missing_places_stop_with_one_sentence(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     assert "set AWS_ACCESS_KEY_ID" in refusal(f"s3://{BUCKET}/x")
     S3FileSystem.clear_instance_cache()
+
+
+def test_a_role_is_assumed_with_the_credentials_at_hand(s3, prefix):
+    iam = boto3.client("iam", endpoint_url=s3.url)
+    iam.create_role(RoleName="segmenter", AssumeRolePolicyDocument=POLICY)
+    iam.put_role_policy(RoleName="segmenter", PolicyName="all", PolicyDocument=POLICY)
+    role = "arn:aws:iam::123456789012:role/segmenter"
+    storage = StorageConfig(endpoint_url=s3.url, region="us-east-1", role=role, deadline_s=5)
+    store = Store(f"s3://{BUCKET}/{prefix}", storage)
+    store.publish("a", b"by the role")
+    assert pickle.loads(pickle.dumps(store)).read("a") == b"by the role"
+    assert s3.requests[0] != ("PUT", f"/{BUCKET}/{prefix}/a")  # the role was assumed first
 
 
 def test_the_options_of_storage_reach_the_store(s3, prefix):

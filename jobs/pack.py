@@ -1,0 +1,151 @@
+"""``unet-jobs pack``: loose images and their masks into balanced shards that stream well.
+
+A shard is written whole or not at all, and is named by what it holds: running the same command
+again writes only what is missing.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.shards import Member, Sample, Shard, make_shard
+from unet_core.store import Store
+
+READ_THREADS = 16
+ROW_GROUP_ROWS = 64
+ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was done."""
+
+    shards: int = 0
+    kept: int = 0
+    images: int = 0
+    masks: int = 0
+
+
+def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
+    """Pack ``config.input`` (loose images or a list) into ``config.output.uri``.
+
+    Raises ConfigError if the input is packed already, or if two images would get one key.
+    """
+    source = open_source(config.input, config.storage)
+    if source.format not in ("folder", "list"):
+        raise ConfigError(
+            f"pack {config.input.uri}: it is {source.format} already, not loose images"
+        )
+    members = [member for shard in list_shards(source) for member in shard.members]
+    _require_distinct_keys(members)
+    output = Store(config.output.uri, config.storage)
+    packed = Packed()
+    for shard in _balanced(members, shard_bytes):
+        name = f"{shard.shard_id}.{ENDINGS[kind]}"
+        is_there = output.exists(name)
+        if not is_there:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                samples = list(read_shard(source, shard))
+                contents = list(pool.map(_contents, samples))
+            write = _tar if kind == "webdataset" else _parquet
+            output.publish(name, write(list(zip(samples, contents, strict=True))))
+        packed = Packed(
+            packed.shards + (not is_there),
+            packed.kept + is_there,
+            packed.images + len(shard.members),
+            packed.masks + sum(member.mask is not None for member in shard.members),
+        )
+    return packed
+
+
+def _require_distinct_keys(members: list[Member]) -> None:
+    seen: dict[str, str] = {}
+    for member in members:
+        key = _key(member.key)
+        if key in seen:
+            raise ConfigError(
+                f"pack: {seen[key]} and {member.key} would both be {key!r} in a shard; rename one"
+            )
+        seen[key] = member.key
+
+
+def _key(name: str) -> str:
+    """A name without its ending, dots turned to dashes: a tar's key ends at its first dot."""
+    return str(PurePosixPath(name).with_suffix("")).replace(".", "-")
+
+
+def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
+    """Neighbours in equal shares: as many shards as the bytes need, alike in bytes."""
+    total = sum(member.bytes for member in members)
+    count = max(1, min(len(members), -(-total // shard_bytes)))
+    group: list[Member] = []
+    done = filled = 0
+    for member in members:
+        group.append(member)
+        done += member.bytes
+        if done * count >= total * (filled + 1) and filled < count - 1:
+            yield _shard(group)
+            group, filled = [], filled + 1
+    if group:
+        yield _shard(group)
+
+
+def _shard(members: list[Member]) -> Shard:
+    size = sum(member.bytes for member in members)
+    return make_shard("", size, None, 0, len(members), tuple(members))
+
+
+def _contents(sample: Sample) -> tuple[bytes, bytes | None]:
+    return sample.read(), sample.read_mask() if sample.read_mask is not None else None
+
+
+Packing = list[tuple[Sample, tuple[bytes, bytes | None]]]
+
+
+def _tar(packing: Packing) -> bytes:
+    """``KEY.ext`` and ``KEY.mask.ext``, with nothing of this machine or moment in the headers."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample, (image, mask) in packing:
+            key, ending = _key(sample.image_id), PurePosixPath(sample.image_id).suffix.lower()
+            _add(tar, f"{key}{ending}", image)
+            if mask is not None:
+                _add(tar, f"{key}.mask.png", mask)
+    return sink.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _parquet(packing: Packing) -> bytes:
+    """Columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
+    cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("image", cell), ("mask", pa.binary())])
+    rows = [
+        {
+            "id": sample.image_id,
+            "image": {"bytes": image, "path": PurePosixPath(sample.image_id).name},
+            "mask": mask,
+        }
+        for sample, (image, mask) in packing
+    ]
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema),
+        sink,
+        compression="none",  # images are compressed already
+        row_group_size=ROW_GROUP_ROWS,
+    )
+    return sink.getvalue()

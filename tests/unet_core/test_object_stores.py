@@ -1,0 +1,69 @@
+import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+from unet_core import object_stores
+from unet_core.errors import StoreError
+from unet_core.object_stores import is_transient, persist
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """A clock that the pauses move, so that no test sleeps."""
+    now = [0.0]
+    monkeypatch.setattr(object_stores.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(object_stores.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    return now
+
+
+def failing(errors):
+    """A call that raises one error after the other, then answers."""
+    left = list(errors)
+
+    def call():
+        if left:
+            raise left.pop(0)
+        return "answer"
+
+    return call
+
+
+BUSY = OSError(16, "Please reduce your request rate.")
+AWAY = EndpointConnectionError(endpoint_url="http://store")
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (BUSY, True),
+        (AWAY, True),
+        (OSError(5, "502"), True),
+        (OSError(121, "We encountered an internal error"), True),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (PermissionError("ExpiredToken"), False),
+        (FileNotFoundError(), False),
+        (FileExistsError(), False),
+        (OSError(22, "Bad Request"), False),
+        (NoCredentialsError(), False),
+        (ValueError("a bug"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_what_will_not(error, transient):
+    assert is_transient(error) is transient
+
+
+def test_a_store_that_is_busy_for_a_while_is_asked_again(no_waiting):
+    assert persist(failing([BUSY, AWAY, BUSY]), "read", "s3://b/x", 60) == "answer"
+    assert 0 < no_waiting[0] < 60
+
+
+def test_a_store_that_stays_away_ends_at_the_deadline(no_waiting):
+    with pytest.raises(StoreError, match=r"tried for 60 s, last: Please reduce.*same command"):
+        persist(failing([BUSY] * 1000), "read", "s3://b/x", 60)
+    assert 30 < no_waiting[0] <= 60
+
+
+def test_what_will_not_pass_is_asked_once(no_waiting):
+    with pytest.raises(StoreError, match=r"cannot read s3://b/x: ExpiredToken; check the cred"):
+        persist(failing([PermissionError("ExpiredToken"), BUSY]), "read", "s3://b/x", 60)
+    assert no_waiting[0] == 0
