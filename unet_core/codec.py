@@ -19,9 +19,13 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.tiff import Rules, check_size, decode_tiff
 
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif",
+    ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif", ".heic", ".svs",
+)  # fmt: skip
+"""What is an image by its name; those that are not decoded become failed rows, not gaps."""
 MAX_ENCODED_BYTES = 2**31 - 1
 MAX_LABEL = 2**16 - 1
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from unet_core.codec import EXTENSIONS
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
 from unet_core.manifest import with_members
@@ -30,7 +31,6 @@ from unet_core.shards import Shard, readable_name
 from unet_core.store import Store
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 
 
 @dataclass
@@ -225,7 +225,7 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
     for name in _headers(data):
         stem, extension = os.path.splitext(name)
         base = os.path.basename(name)
-        if extension.lower() not in IMAGE_SUFFIXES or base.startswith("."):
+        if extension.lower() not in EXTENSIONS or base.startswith("."):
             continue
         if suffix and name.endswith(f".{suffix}"):
             continue

@@ -2,17 +2,23 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import ray
 
 from jobs.predict import predict
 from tests.data import digests, write_tars
+from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
+from unet_core.store import Store
 from unet_core.verify import verify
 
 pytestmark = [
@@ -37,8 +43,19 @@ def actor_pids():
     return found
 
 
+def write_many_tars(root):
+    """Enough work that a kill comes in the middle: 24 tars, 48 images."""
+    (root / "tars").mkdir()
+    tars = write_tars(root / "tars")
+    for number in range(6, 24):
+        copy = tars / f"shard-{number:02d}.tar"
+        copy.write_bytes((tars / f"shard-{number % 6}.tar").read_bytes())
+    return tars
+
+
 def kill_one_actor_after(commits, run, killed):
-    while len(list((run / "metrics").glob("[!_]*"))) < commits:
+    store = Store(str(run), StorageConfig(endpoint_url=os.environ.get("AWS_ENDPOINT_URL", "")))
+    while sum(not entry.name.startswith("_") for entry in store.list("metrics")) < commits:
         time.sleep(0.005)
     for pid in actor_pids()[:1]:
         os.kill(pid, signal.SIGKILL)
@@ -57,11 +74,7 @@ def test_any_number_of_actors_writes_the_same_bytes(make_config, tmp_path):
 
 
 def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config, tmp_path):
-    (tmp_path / "tars").mkdir()
-    tars = write_tars(tmp_path / "tars")
-    for number in range(6, 24):  # more work, so that the kill comes in the middle
-        copy = tars / f"shard-{number:02d}.tar"
-        copy.write_bytes((tars / f"shard-{number % 6}.tar").read_bytes())
+    tars = write_many_tars(tmp_path)
     shared = {"input": {"uri": str(tars)}}
     predict(make_config(out="undisturbed", **shared))
     killed: list[int] = []
@@ -112,17 +125,50 @@ def test_a_plain_path_on_several_nodes_must_be_declared_shared(make_config, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_in_the_store_needs_no_shared_path(make_config, s3, tmp_path, tars):
+def test_memory_belongs_to_one_process(make_config):
+    config = make_config(output={"uri": "memory://run"}, workers={"count": 1}, storage=SHARED)
+    with pytest.raises(ConfigError, match=r"output\.uri: memory:// lives in one process"):
+        predict(config)
+
+
+def test_a_cluster_named_by_the_environment_is_used(make_config, tmp_path):
+    workers = {"count": "auto", "cpus": 1}
+    toml = write_toml(make_config(workers=workers, storage=SHARED), tmp_path / "job.toml")
+    address = ray.get_runtime_context().gcs_address
+    for verb in ("plan", "predict"):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs", verb, toml],
+            env={**os.environ, "RAY_ADDRESS": address},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        if verb == "plan":
+            assert f"4 actors of 1 GPU, 1 CPU on {address}" in done.stdout
+    assert "12 seen = 12 ok + 0 failed" in done.stdout
+    (timings,) = (tmp_path / "run" / "timings").glob("*")
+    assert set(pq.read_table(timings)["actor"].to_pylist()) <= {f"actor-{n}" for n in range(1, 5)}
+
+
+def test_an_actor_killed_with_the_run_in_the_store_loses_nothing(
+    make_config, s3, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    killed: list[int] = []
     prefix = f"ray-{tmp_path.name}"
     config = make_config(
-        input={"uri": s3.upload(tars, f"{prefix}/tars")},
+        input={"uri": s3.upload(write_many_tars(tmp_path), f"{prefix}/tars")},
         output={"uri": f"s3://{BUCKET}/{prefix}/run"},
         storage={"endpoint_url": s3.url},
-        workers={"count": 4, "gpus": 1, "cpus": 1},
+        workers={"count": 2, "gpus": 1, "cpus": 1},
     )
-    assert predict(config).totals.images_seen == 12
+    arguments = (1, f"s3://{BUCKET}/{prefix}/run", killed)
+    threading.Thread(target=kill_one_actor_after, args=arguments, daemon=True).start()
+    assert predict(config).totals.images_seen == 48
+    assert killed
     parts = s3.objects(f"{prefix}/run")
-    assert sum(name.startswith("metrics/") for name in parts) == 6
+    assert sum(name.startswith("metrics/") for name in parts) == 24
     findings = verify(
         f"s3://{BUCKET}/{prefix}/run", deep=True, storage=StorageConfig(endpoint_url=s3.url)
     )

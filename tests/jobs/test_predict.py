@@ -69,6 +69,12 @@ def test_a_run_of_something_else_is_refused_by_key(make_config, tmp_path, overri
     assert snapshot(tmp_path / "run") == before
 
 
+def test_a_run_in_memory_works_inline(make_config, tmp_path):
+    outcome = predict(make_config(output={"uri": "memory://run-in-memory"}))
+    assert outcome.totals.images_seen == 12
+    assert verify("memory://run-in-memory", deep=True).problems == []
+
+
 def test_other_people_s_folders_are_left_alone(make_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("please keep")
