@@ -138,7 +138,13 @@ def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
 @click.argument("destination")
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--format", "kind", type=click.Choice(["webdataset", "parquet"]), required=True)
-@click.option("--shard-mb", default=256, show_default=True, help="Size of a shard in megabytes.")
+@click.option(
+    "--shard-mb",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Size of a shard in megabytes.",
+)
 def pack(
     source: str, destination: str, overrides: tuple[str, ...], kind: str, shard_mb: int
 ) -> None:

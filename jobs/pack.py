@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unet_core.codec import is_image
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs import list_shards, open_source, read_shard
@@ -22,6 +23,9 @@ from unet_core.store import Store
 
 READ_THREADS = 16
 ROW_GROUP_ROWS = 64
+ROW_GROUP_BYTES = 2**28
+UNKNOWN_BYTES = 2**18
+"""What an image is taken for in a list that does not say its size."""
 ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
 
 
@@ -38,7 +42,8 @@ class Packed:
 def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     """Pack ``config.input`` (loose images or a list) into ``config.output.uri``.
 
-    Raises ConfigError if the input is packed already, or if two images would get one key.
+    Raises ConfigError if the input is packed already, if two images would get one key, or if the
+    destination holds anything else.
     """
     source = open_source(config.input, config.storage)
     if source.format not in ("folder", "list"):
@@ -48,10 +53,16 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     members = [member for shard in list_shards(source) for member in shard.members]
     _require_distinct_keys(members)
     output = Store(config.output.uri, config.storage)
+    plan = {f"{s.shard_id}.{ENDINGS[kind]}": s for s in _balanced(members, shard_bytes)}
+    there = {entry.name for entry in output.list() if not entry.name.startswith("_")}
+    if strange := sorted(there - plan.keys()):
+        raise ConfigError(
+            f"pack: {config.output.uri} holds {strange[0]}, which is no shard of this input; "
+            "choose a new destination, or images would be there twice"
+        )
     packed = Packed()
-    for shard in _balanced(members, shard_bytes):
-        name = f"{shard.shard_id}.{ENDINGS[kind]}"
-        is_there = output.exists(name)
+    for name, shard in plan.items():
+        is_there = name in there
         if not is_there:
             with ThreadPoolExecutor(READ_THREADS) as pool:
                 samples = list(read_shard(source, shard))
@@ -70,6 +81,8 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
 def _require_distinct_keys(members: list[Member]) -> None:
     seen: dict[str, str] = {}
     for member in members:
+        if not is_image(member.uri or member.key):
+            raise ConfigError(f"pack: {member.uri or member.key} has no ending of an image")
         key = _key(member.key)
         if key in seen:
             raise ConfigError(
@@ -80,18 +93,18 @@ def _require_distinct_keys(members: list[Member]) -> None:
 
 def _key(name: str) -> str:
     """A name without its ending, dots turned to dashes: a tar's key ends at its first dot."""
-    return str(PurePosixPath(name).with_suffix("")).replace(".", "-")
+    return (name.rpartition(".")[0] if is_image(name) else name).replace(".", "-")
 
 
 def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
     """Neighbours in equal shares: as many shards as the bytes need, alike in bytes."""
-    total = sum(member.bytes for member in members)
+    total = sum(member.bytes or UNKNOWN_BYTES for member in members)
     count = max(1, min(len(members), -(-total // shard_bytes)))
     group: list[Member] = []
     done = filled = 0
     for member in members:
         group.append(member)
-        done += member.bytes
+        done += member.bytes or UNKNOWN_BYTES
         if done * count >= total * (filled + 1) and filled < count - 1:
             yield _shard(group)
             group, filled = [], filled + 1
@@ -116,7 +129,7 @@ def _tar(packing: Packing) -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample, (image, mask) in packing:
-            key, ending = _key(sample.image_id), PurePosixPath(sample.image_id).suffix.lower()
+            key, ending = _key(sample.image_id), PurePosixPath(sample.source_uri).suffix.lower()
             _add(tar, f"{key}{ending}", image)
             if mask is not None:
                 _add(tar, f"{key}.mask.png", mask)
@@ -142,10 +155,11 @@ def _parquet(packing: Packing) -> bytes:
         for sample, (image, mask) in packing
     ]
     sink = io.BytesIO()
+    largest = max(len(image) + len(mask or b"") for _, (image, mask) in packing)
     pq.write_table(
         pa.Table.from_pylist(rows, schema=schema),
         sink,
         compression="none",  # images are compressed already
-        row_group_size=ROW_GROUP_ROWS,
+        row_group_size=max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, largest))),
     )
     return sink.getvalue()

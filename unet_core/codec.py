@@ -111,7 +111,9 @@ def decode_labels(
         if not (labels[..., :1] == labels[..., :3]).all():
             raise ImageError("labels", "the mask is coloured; a mask holds one class id per pixel")
         labels = labels[..., 0]
-    if labels.dtype.kind not in "uib":
+    if labels.dtype == bool:
+        labels = labels.astype(np.uint8)
+    if labels.dtype.kind not in "ui":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
     if labels.min() < 0 or labels.max() > MAX_LABEL:
         raise ImageError(

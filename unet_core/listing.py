@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from unet_core.codec import is_image
 from unet_core.errors import ConfigError
 from unet_core.folder import group
@@ -71,7 +73,7 @@ class _Reader:
 
     def __call__(self) -> bytes:
         prefix = Allowed.of(self.source).prefix_of(self.uri)
-        return _store_of(prefix, self.source.root).read(self.uri[len(prefix) :].lstrip("/"))
+        return _store_of(prefix, self.source.root).read(self.uri[len(prefix) :])
 
 
 @lru_cache(maxsize=64)
@@ -103,7 +105,7 @@ class Allowed:
         if line.mask:
             mask = self._absolute(line.mask)
             self.prefix_of(mask)
-        image_id = uri[len(prefix) :] if line.id is None else line.id
+        image_id = line.id or uri[len(prefix) :]
         return Member(image_id, line.bytes or 0, line.etag or "", mask, uri)
 
     def prefix_of(self, uri: str) -> str:
@@ -111,7 +113,7 @@ class Allowed:
         for prefix in self.prefixes:
             if uri.startswith(prefix):
                 rest = uri[len(prefix) :]
-                if "::" not in rest and "\\" not in rest and not _climbs(rest):
+                if _is_plain(rest):
                     return prefix
         raise ConfigError(
             f"input.allow: the list names {uri!r}; allowed is what lies below "
@@ -125,8 +127,11 @@ class Allowed:
         return f"{self.folder}/{uri}"
 
 
-def _climbs(path: str) -> bool:
-    return ".." in path and ".." in path.split("/")
+def _is_plain(path: str) -> bool:
+    """Whether a path below a prefix names one object and leads nowhere else."""
+    if not path or path.endswith("/") or "::" in path or "\\" in path or "\0" in path:
+        return False
+    return ".." not in path or ".." not in path.split("/")
 
 
 # --- the kinds of lists ---------------------------------------------------------------------
@@ -143,30 +148,49 @@ def _lines(source: Source) -> Iterator[Line]:
 
 
 def _parquet_lines(source: Source, name: str, size: int | None) -> Iterator[Line]:
+    where = source.root.uri(name)
     with source.root.open_parquet(name, size) as file:
-        columns = _columns(source, file.schema_arrow.names, source.root.uri(name))
+        columns = _columns(source, file.schema_arrow.names, where)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-            fields = {columns[name]: batch[name].to_pylist() for name in batch.schema.names}
+            fields = {columns[c]: _cast(batch[c], c, where) for c in batch.schema.names}
+            if fields["uri"].null_count:
+                raise ConfigError(f"{where}: a row has no uri")
+            lists = {field: column.to_pylist() for field, column in fields.items()}
             nothing = [None] * batch.num_rows
-            values = (fields.get(field, nothing) for field in Line._fields)
-            yield from map(Line, *values)
+            yield from map(Line, *(lists.get(field, nothing) for field in Line._fields))
+
+
+def _cast(column: pa.Array, name: str, where: str) -> pa.Array:
+    try:
+        return column.cast(pa.int64() if name == "bytes" else pa.string())
+    except pa.ArrowException as error:
+        raise ConfigError(f"{where}: column {name!r} is {column.type}: {error}") from error
 
 
 def _csv_lines(source: Source, name: str) -> Iterator[Line]:
-    with source.root.open(name) as stream:
-        rows = csv.reader(_text(name, stream))
-        header = next(rows, [])
-        columns = _columns(source, header, source.root.uri(name))
-        fields = [columns.get(column) for column in header]
-        for row in rows:
-            known = {f: v for f, v in zip(fields, row, strict=False) if f and v}
-            size = known.pop("bytes", None)
-            yield Line(**known, bytes=int(size) if size else None)
+    """Rows of a CSV file with a header; empty lines count nothing."""
+    where, number = source.root.uri(name), 1
+    with source.root.open(name) as stream, _text(name, stream) as text:
+        try:
+            rows = csv.reader(text)
+            header = next(rows, [])
+            columns = _columns(source, header, where)
+            fields = [columns.get(column) for column in header]
+            for number, row in enumerate(rows, start=2):
+                known = {f: v for f, v in zip(fields, row, strict=False) if f and v}
+                if not known:
+                    continue
+                if "uri" not in known:
+                    raise ConfigError(f"{where}: line {number} has no uri")
+                size = known.pop("bytes", None)
+                yield Line(**known, bytes=int(size) if size else None)
+        except (ValueError, csv.Error, EOFError, gzip.BadGzipFile) as error:
+            raise ConfigError(f"{where}: line {number} cannot be read: {error}") from error
 
 
 def _text(name: str, stream: Any) -> io.TextIOWrapper:
     plain = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
-    return io.TextIOWrapper(plain, encoding="utf-8", newline="")
+    return io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
 
 
 def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
@@ -195,17 +219,26 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
         bucket = str(manifest["sourceBucket"])
         files = [str(file["key"]) for file in manifest["files"]]
         columns = [column.strip() for column in str(manifest["fileSchema"]).split(",")]
+        kind = manifest.get("fileFormat", "CSV")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: not the manifest.json of an S3 Inventory: {error}") from error
+    if kind not in ("CSV", "Parquet"):
+        raise ConfigError(f"{where}: the inventory is {kind}, allowed: CSV, Parquet")
     home = Store(_bucket_of(where), source.root.storage)
     for file in files:
         for row in _inventory_rows(home, file, columns):
-            if is_image(row["Key"]):
+            if is_image(row["Key"]) and _is_current(row):
                 yield Line(
                     f"s3://{bucket}/{row['Key']}",
                     bytes=int(row.get("Size") or 0),
                     etag=row.get("ETag") or "",
                 )
+
+
+def _is_current(row: dict[str, Any]) -> bool:
+    """Not an older version, not a deletion."""
+    latest, deleted = row.get("IsLatest"), row.get("IsDeleteMarker")
+    return str(latest).lower() != "false" and str(deleted).lower() != "true"
 
 
 def _bucket_of(uri: str) -> str:
@@ -216,13 +249,19 @@ def _bucket_of(uri: str) -> str:
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
     if file.endswith(".parquet"):
         with home.open_parquet(file) as opened:
-            wanted = {"key": "Key", "size": "Size", "e_tag": "ETag"}
+            wanted = {
+                "key": "Key",
+                "size": "Size",
+                "e_tag": "ETag",
+                "is_latest": "IsLatest",
+                "is_delete_marker": "IsDeleteMarker",
+            }
             there = [column for column in wanted if column in opened.schema_arrow.names]
             for batch in opened.iter_batches(BATCH_ROWS, columns=there):
                 for row in batch.to_pylist():
                     yield {wanted[key]: value for key, value in row.items()}
         return
-    with home.open(file) as stream:
-        for row in csv.reader(_text(file, stream)):
+    with home.open(file) as stream, _text(file, stream) as text:
+        for row in csv.reader(text):
             named = dict(zip(columns, row, strict=False))
             yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}

@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unet_core.errors import ConfigError, ParquetDamagedError
 from unet_core.schema import MANIFEST, MEMBER
 from unet_core.shards import Member, Shard
 from unet_core.store import Store
@@ -40,16 +41,34 @@ class Draft:
 
 
 def draft(shards: Iterable[Shard]) -> Draft:
-    """Write shards, as they come, into a temporary file."""
+    """Write shards, as they come, into a temporary file.
+
+    Raises ConfigError if two shards are the same.
+    """
     file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115  # the draft owns it
+    try:
+        return Draft(_write(iter(shards), file), file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _write(shards: Iterator[Shard], file: BinaryIO) -> list[Shard]:
+    """Write all shards; returns their heads."""
     heads: list[Shard] = []
-    iterator = iter(shards)
+    ids: set[str] = set()
     with pq.ParquetWriter(file, MANIFEST, compression="zstd", use_dictionary=False) as writer:
-        while group := list(islice(iterator, SHARDS_PER_GROUP)):
+        while group := list(islice(shards, SHARDS_PER_GROUP)):
             writer.write_batch(_batch(group))
             for shard in group:
+                if shard.shard_id in ids:
+                    raise ConfigError(
+                        f"input: shard {shard.shard_id} comes twice: the same objects are named "
+                        "twice, in the same order; take them out of the list"
+                    )
+                ids.add(shard.shard_id)
                 heads.append(dataclasses.replace(shard, members=(), row=len(heads)))
-    return Draft(heads, file)
+    return heads
 
 
 def _batch(shards: list[Shard]) -> pa.RecordBatch:
@@ -67,9 +86,15 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
 
 
 def read_heads(file: BinaryIO | bytes) -> list[Shard]:
-    """All shards of a manifest, without their members."""
+    """All shards of a manifest, without their members.
+
+    Raises ParquetDamagedError if it is damaged.
+    """
     source = io.BytesIO(file) if isinstance(file, bytes) else file
-    return list(_heads(pq.ParquetFile(source)))
+    try:
+        return list(_heads(pq.ParquetFile(source)))
+    except (pa.ArrowException, OSError) as error:
+        raise ParquetDamagedError(f"the manifest is damaged: {error}") from error
 
 
 def _heads(file: pq.ParquetFile) -> Iterator[Shard]:

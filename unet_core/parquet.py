@@ -39,12 +39,14 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     row = shard.first
     try:
         with source.root.open_parquet(shard.uri) as file:
-            groups = list(_groups_between(file.metadata, shard.first, shard.first + shard.count))
+            groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
                 for values in batch.to_pylist():
                     yield _sample(source, shard, row, values)
                     row += 1
+            if row != shard.first + shard.count:
+                raise ParquetDamagedError("it has fewer rows than when the run began")
     except ParquetDamagedError as error:
         reason = " ".join(str(error).split())[:200]
         for number in range(row, shard.first + shard.count):
@@ -74,6 +76,8 @@ def _columns(source: Source) -> dict[str, str]:
 
 def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
     for column, key in _columns(source).items():
+        if schema.names.count(column) > 1:
+            raise ConfigError(f"{key}: {where} has several columns {column!r}")
         if column not in schema.names:
             there = ", ".join(schema.names)
             raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
@@ -124,12 +128,21 @@ def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator
         yield make_shard(entry.name, size, entry.etag, first, rows)
 
 
-def _groups_between(metadata: pq.FileMetaData, first: int, stop: int) -> Iterator[int]:
-    row = 0
+def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
+    """The row groups that are exactly rows [first, first + count).
+
+    Raises ParquetDamagedError if there are none: the file was written again.
+    """
+    row, groups, rows = 0, [], 0
     for number in range(metadata.num_row_groups):
-        if first <= row < stop:
-            yield number
-        row += metadata.row_group(number).num_rows
+        size = metadata.row_group(number).num_rows
+        if first <= row < first + count:
+            groups.append(number)
+            rows += size
+        row += size
+    if rows != count or sum(metadata.row_group(n).num_rows for n in range(groups[0])) != first:
+        raise ParquetDamagedError("its row groups are not those of when the run began")
+    return groups
 
 
 def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> Sample:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core import schema
-from unet_core.errors import CommitConflictError, StoreError
+from unet_core.errors import CommitConflictError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.store import Store
 
@@ -108,7 +108,7 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> None
 def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
     """Rows and footer of a metrics part.
 
-    Raises StoreError if it is not a Parquet file that this project wrote.
+    Raises ParquetDamagedError if it is not a Parquet file.
     """
     return _read(store, metrics_name(shard_id))
 
@@ -121,13 +121,16 @@ def read_masks(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
 def read_totals(store: Store, shard_id: str) -> Totals:
     """Totals of a committed shard."""
     rows, footer = read_metrics(store, shard_id)
+    if "images_seen" not in footer:
+        where = store.uri(metrics_name(shard_id))
+        raise ParquetDamagedError(f"{where}: not a metrics part: it counts no images")
     return Totals.of_rows(rows, int(footer["images_seen"]))
 
 
 def _read(store: Store, name: str) -> tuple[pa.Table, dict[str, str]]:
     try:
         table = pq.read_table(io.BytesIO(store.read(name)))
-    except pa.ArrowException as error:
-        raise StoreError(f"{store.uri(name)}: not a Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ParquetDamagedError(f"{store.uri(name)}: not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}
     return table, {key.decode(): value.decode() for key, value in metadata.items()}

@@ -4,7 +4,6 @@ Reading, decoding and encoding run on threads beside the device; every attempt w
 bytes.
 """
 
-import dataclasses
 import itertools
 import logging
 import threading
@@ -102,7 +101,9 @@ class Segmenter:
         encoded: InOrder[Encoded] = InOrder()
         ahead = 2 * self.settings.threads + 2
         try:
-            with Prefetch(self._pool, self._decode, self._samples(shard), ahead) as images:
+            with Prefetch(
+                self._pool, self._decode, read_shard(self.settings.source, shard), ahead
+            ) as images:
                 for index, future in self._compute(images, seconds):
                     encoded.add(index, future)
                     self._append(encoded.ready(), rows, part, seconds)
@@ -110,17 +111,6 @@ class Segmenter:
                 return self._commit(shard, rows, part, encoded.numbers, seconds)
         finally:
             part.close()
-
-    def _samples(self, shard: Shard) -> Iterator[Sample]:
-        """The shard's images; a second image with the same id is a failure."""
-        seen: set[str] = set()
-        for sample in read_shard(self.settings.source, shard):
-            if sample.image_id in seen:
-                failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
-                yield dataclasses.replace(sample, failure=failure)
-            else:
-                seen.add(sample.image_id)
-                yield sample
 
     def _decode(self, sample: Sample) -> Decoded:
         start = time.perf_counter()
@@ -136,13 +126,14 @@ class Segmenter:
         The next shard gets the device when the last batch of this one is under way.
         """
         queue, running, numbers = TileQueue(self.settings.compute), _Running(), itertools.count()
+        ids: set[str] = set()
         with self._device:
             for decoded in running.timed(images, seconds, self.engine.lanes):
                 if self._cancelled.is_set():
                     raise StoppedError("stopped")
                 seconds.decoding += decoded.decode_s
-                for image in decoded.images:
-                    index = next(numbers)
+                for decoded_image in decoded.images:
+                    image, index = _unless_seen(decoded_image, ids), next(numbers)
                     if isinstance(image, Rejected):
                         yield index, self._pool.submit(self._encode_rejected, image)
                         continue
@@ -256,6 +247,15 @@ def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
         "error_code": failure.code if failure else None,
         "error_message": str(failure) if failure else None,
     }
+
+
+def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
+    """The image, or its rejection if the shard has an earlier one with its id."""
+    if image.sample.image_id in ids:
+        failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
+        return Rejected(image.sample, failure)
+    ids.add(image.sample.image_id)
+    return image
 
 
 class _Running:

@@ -76,8 +76,9 @@ class Source:
 
     def entries(self) -> list[Entry]:
         """All files of the input, by name. One listing."""
-        entries = self.root.list()
-        return [e for e in entries if e.name in self.names] if self.names else entries
+        if self.names:
+            return [self.root.entry(name) for name in self.names]
+        return self.root.list()
 
 
 def readable_name(name: str) -> str:
@@ -95,6 +96,6 @@ def make_shard(
 ) -> Shard:
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
-    identity = [uri, size, etag, range_, [m[:3] for m in members]]
+    identity = [uri, size, etag, range_, [list(m) for m in members]]
     shard_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     return Shard(shard_id, uri, size, etag, first, count, members)

@@ -71,6 +71,18 @@ class Store:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
+    def entry(self, name: str) -> Entry:
+        """One object as a listing would give it. Raises StoreError if it is not there."""
+        path = self._path(name)
+        try:
+            if self.is_local:
+                stat = os.stat(path)
+                return Entry(name, stat.st_size, _local_etag(stat))
+            info = self._try("look at", name, lambda: self.fs.info(path))
+            return Entry(name, int(info["size"]), _etag_of(info))
+        except FileNotFoundError as error:
+            raise refused("look at", self.uri(name), error) from error
+
     def exists(self, name: str = "") -> bool:
         """Whether there is such an object or folder."""
         return bool(self._try("look at", name, lambda: self.fs.exists(self._path(name))))
@@ -223,15 +235,25 @@ class Store:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for level in done:
-                    for info in level.result():
+                    for info in self._result(level, path):
                         name = info["name"][len(path.rstrip("/")) + 1 :]
                         if not name or any(part.startswith(".") for part in name.split("/")):
                             continue
                         if info["type"] == "directory":
                             pending.add(pool.submit(self._level, info["name"]))
                         elif not name.endswith("/"):
-                            etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
-                            yield Entry(name, int(info["size"]), str(etag).strip('"'))
+                            yield Entry(name, int(info["size"]), _etag_of(info))
+
+    def _result(
+        self, level: "Future[Sequence[dict[str, Any]]]", root: str
+    ) -> Sequence[dict[str, Any]]:
+        """A level; one that is gone since it was seen is empty, unless nothing is there at all."""
+        try:
+            return level.result()
+        except FileNotFoundError:
+            if self.fs.exists(root):
+                return []
+            raise
 
     def _level(self, path: str) -> Sequence[dict[str, Any]]:
         """What lies directly below a prefix."""
@@ -239,6 +261,12 @@ class Store:
         found: list[dict[str, Any]] = persist(
             lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
         )
+        for info in found:
+            if info["type"] == "directory" and info["name"].rstrip("/") == path.rstrip("/"):
+                raise StoreError(
+                    f"{where} holds keys with an empty part ('//'), which cannot be listed by "
+                    "prefix; name them in a list (input.format = 'list')"
+                )
         return [info for info in found if info["name"].rstrip("/") != path.rstrip("/")]
 
     def _walk(self, root: str) -> Iterator[Entry]:
@@ -247,7 +275,12 @@ class Store:
         folders = [Path(root)]
         while folders:
             folder = folders.pop()
-            stat = folder.stat()
+            try:
+                stat = folder.stat()
+            except FileNotFoundError:
+                if str(folder) == root:
+                    raise
+                continue  # deleted since it was listed
             if (stat.st_dev, stat.st_ino) in seen:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
@@ -258,9 +291,12 @@ class Store:
                     if item.is_dir():
                         folders.append(Path(item.path))
                     elif item.is_file() or item.is_symlink():
-                        info = item.stat(follow_symlinks=item.is_file())
+                        try:
+                            info = item.stat(follow_symlinks=item.is_file())
+                        except FileNotFoundError:
+                            continue  # a temporary file that was there a moment ago
                         name = os.path.relpath(item.path, root).replace(os.sep, "/")
-                        yield Entry(name, info.st_size, f"{info.st_mtime_ns}-{info.st_size}")
+                        yield Entry(name, info.st_size, _local_etag(info))
 
 
 class _Ranges(io.RawIOBase):
@@ -312,6 +348,15 @@ def read_file(uri: str, storage: StorageConfig | None = None) -> bytes:
 def read_range(uri: str, start: int, stop: int, storage: StorageConfig | None = None) -> bytes:
     """Bytes [start, stop) of one file given by path or URI."""
     return Store(uri, storage).read("", start, stop)
+
+
+def _etag_of(info: dict[str, Any]) -> str:
+    etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
+    return str(etag).strip('"')
+
+
+def _local_etag(info: os.stat_result) -> str:
+    return f"{info.st_mtime_ns}-{info.st_size}"
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from unet_core.errors import ImageError
 
-MAX_VALUES_PER_PIXEL = 256
-"""Channels times pages of one file; more is refused before it is decoded."""
+VALUES_PER_PIXEL = 8
+"""A file's pages and channels together hold at most this many times ``max_pixels`` values."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,41 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
     """Arrays HW or HWC, one for each page.
 
-    Raises ImageError for pages that are refused and axes that are not understood.
+    Raises ImageError for pages that are refused, and axes or colours that are not understood.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
         pages = pages or [tiff.pages.first]
         for page in pages:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, rules.max_pixels)
-        if len(pages) > 1 and (rules.axes or tiff.is_ome or tiff.is_imagej):
-            stacks = _stacks(tiff, rules)
-        else:
-            _require_allowed(len(pages), rules)
-            stacks = [_page(page, rules, as_labels) for page in pages]
-        return stacks
+        series = [
+            s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)
+        ]
+        is_declared = bool(rules.axes or tiff.is_ome or tiff.is_imagej)
+        _check_values(pages, series, rules)
+        if (len(pages) > 1 and is_declared) or sum(map(_planes, series)) > len(pages):
+            stacks = [page for one in series for page in _stack(one, len(series), rules, as_labels)]
+            _require_allowed(len(stacks), rules)
+            return stacks
+        _require_allowed(len(pages), rules)
+        return [_page(page, rules, as_labels) for page in pages]
+
+
+def _check_values(pages: list[Any], series: list[Any], rules: Rules) -> None:
+    """All pages and channels together, before any is decoded."""
+    by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
+    values = max(by_pages, sum(int(np.prod(s.shape, dtype=np.int64)) for s in series))
+    allowed = VALUES_PER_PIXEL * rules.max_pixels
+    if values > allowed:
+        raise ImageError(
+            "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
+        )
+
+
+def _planes(series: Any) -> int:
+    """How many images of Y and X a series has, samples apart."""
+    sizes = zip(series.shape, series.axes, strict=True)
+    return int(np.prod([size for size, axis in sizes if axis not in "YXS"]))
 
 
 def _require_allowed(pages: int, rules: Rules) -> None:
@@ -68,31 +90,43 @@ def _require_allowed(pages: int, rules: Rules) -> None:
         )
 
 
-def _stacks(tiff: Any, rules: Rules) -> list[Any]:
-    """Pages whose meaning is declared: channels are joined, every other axis is pages."""
-    series = tiff.series[0]
+def _stack(series: Any, number_of_series: int, rules: Rules, as_labels: bool) -> list[Any]:
+    """Planes whose meaning is declared: channels are joined, every other axis is pages."""
     axes, shape = rules.axes or series.axes, series.shape
-    if len(axes) != len(shape) or "Y" not in axes or "X" not in axes:
-        raise ImageError(
-            "axes", f"the TIFF has shape {shape} and axes {series.axes}, which are not {axes}"
-        )
-    depth = int(np.prod([n for n, axis in zip(shape, axes, strict=True) if axis not in "YX"]))
-    if depth > MAX_VALUES_PER_PIXEL:
-        raise ImageError(
-            "too_large", f"{depth} pages and channels, allowed: {MAX_VALUES_PER_PIXEL}"
-        )
+    is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
+    if is_wrong or (rules.axes and number_of_series > 1):
+        found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
+        raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
+    _require_plain(series)
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
     order = [*others, axes.index("Y"), axes.index("X"), *channels]
     pixels = np.transpose(series.asarray(), order)
     height, width = pixels.shape[len(others) : len(others) + 2]
-    pages_NHWC = pixels.reshape(-1, height, width, depth // max(1, _count(shape, others)))
-    _require_allowed(len(pages_NHWC), rules)
+    depth = int(np.prod([shape[i] for i in channels]))
+    pages_NHWC = pixels.reshape(-1, height, width, depth)
+    if _alpha_of(series.keyframe) and "C" not in axes and not rules.channels:
+        pages_NHWC = pages_NHWC[..., :-1]
+    if pages_NHWC.dtype == bool:
+        pages_NHWC = pages_NHWC.astype(np.uint8) * (1 if as_labels else 255)
     return list(pages_NHWC)
 
 
-def _count(shape: tuple[int, ...], axes: list[int]) -> int:
-    return int(np.prod([shape[axis] for axis in axes]))
+def _require_plain(series: Any) -> None:
+    """Raise ImageError for a stack of colours that only single pages may have, or with gaps."""
+    page = series.keyframe
+    colors = _name(page.photometric)
+    if colors not in ("MINISBLACK", "RGB", "0") or page.bitspersample in (2, 4):
+        raise ImageError(
+            "mode", f"a stack of {colors} at {page.bitspersample} bits is not supported"
+        )
+    if any(plane is None for plane in series.pages):
+        raise ImageError("frames", "planes of the stack are missing; they lie in other files")
+
+
+def _alpha_of(page: Any) -> int:
+    """How many of a page's last samples are declared as alpha."""
+    return sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
 
 
 def _page(page: Any, rules: Rules, as_labels: bool) -> Any:
@@ -102,7 +136,7 @@ def _page(page: Any, rules: Rules, as_labels: bool) -> Any:
     pixels = page.asarray()
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
-    alpha = sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
+    alpha = _alpha_of(page)
     if alpha and not rules.channels:
         pixels = pixels[..., :-alpha]
     is_palette = _name(page.photometric) == "PALETTE"

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -208,21 +208,23 @@ def _recount_input(
     mine = Counter(row["image_id"] for row in rows.to_pylist() if row["error_code"] != "tar")
     if record.identity["input.pages"] == "expand":
         there = Counter(dict.fromkeys(there, 1))
-        mine = Counter({re.sub(r"#\d+$", "", image_id): 1 for image_id in mine})
+        files = {i if i in there else re.sub(r"#\d+$", "", i) for i in mine}
+        mine = Counter(dict.fromkeys(files, 1))
     problems = [f"{name} is in the input but has no row" for name in sorted(there - mine)]
     return problems + [f"{name} has a row but is not in the input" for name in sorted(mine - there)]
 
 
 def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
-    """Image ids of a tar by its headers alone, walked 512 bytes at a time."""
+    """Image ids of a tar by its headers alone, one block after the other."""
     suffix = masks.lstrip(".")
     try:
-        data = root.read(shard.uri)
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (StoreError, OSError, EOFError, zlib.error):
-        return  # gone: all its rows will be told; cut short: its own failed row says so
-    for name in _headers(data):
+        with root.open(shard.uri) as stream:
+            is_packed = cast(io.BufferedReader, stream).peek(2)[:2] == b"\x1f\x8b"
+            plain = gzip.GzipFile(fileobj=stream) if is_packed else stream
+            names = list(_headers(cast(BinaryIO, plain)))
+    except StoreError:
+        return  # gone: all its rows will be told
+    for name in names:
         stem, extension = os.path.splitext(name)
         base = os.path.basename(name)
         if extension.lower() not in EXTENSIONS or base.startswith("."):
@@ -234,36 +236,50 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
         yield f"{shard.uri}/{stem}"
 
 
-def _headers(data: bytes) -> Iterator[str]:
+def _headers(stream: BinaryIO) -> Iterator[str]:
     """Names of the members whose content is whole; long names (GNU and pax) included."""
-    at, long_name = 0, None
-    while at + 512 <= len(data):
-        block = data[at : at + 512]
-        at += 512
-        if not _is_header(block):
-            continue
-        try:
-            size = tarfile.nti(block[124:136])  # type: ignore[attr-defined]  # missing from the stubs
-        except tarfile.HeaderError:
-            continue
-        kind, content = block[156:157], data[at : at + size]
-        if size < 0 or len(content) < size:
-            return
-        at += -(-size // 512) * 512
-        if kind == b"L":
-            long_name = content.rstrip(b"\0")
-            continue
-        if kind in (b"x", b"g", b"K"):
-            found = re.search(rb"\d+ path=([^\n]*)\n", content)
-            long_name = found.group(1) if found and kind == b"x" else long_name
-            continue
-        prefix = block[345:500].rstrip(b"\0") if block[257:263] == b"ustar\0" else b""
-        plain = block[:100].partition(b"\0")[0]
-        raw = long_name or (prefix + b"/" + plain if prefix else plain)
-        long_name = None
-        if kind != b"5":
-            name = raw.decode("utf-8", "surrogateescape").removeprefix("./")
-            yield readable_name(name)
+    long_name = None
+    try:
+        while len(block := stream.read(512)) == 512:
+            if not _is_header(block):
+                continue
+            size, kind = int(tarfile.nti(block[124:136])), block[156:157]  # type: ignore[attr-defined]  # missing from the stubs
+            content = _skip(stream, size, keep=kind in (b"L", b"K", b"x", b"g"))
+            if content is None:
+                return
+            if kind == b"L":
+                long_name = content.rstrip(b"\0")
+            elif kind == b"x":
+                found = re.search(rb"\d+ path=([^\n]*)\n", content)
+                long_name = found.group(1) if found else long_name
+            elif kind not in (b"K", b"g"):
+                if kind != b"5":
+                    name = (long_name or _short_name(block)).decode("utf-8", "surrogateescape")
+                    yield readable_name(name.removeprefix("./"))
+                long_name = None
+    except (tarfile.HeaderError, OSError, EOFError, zlib.error):
+        return  # cut short or damaged: its own failed row says so
+
+
+def _short_name(block: bytes) -> bytes:
+    prefix = block[345:500].rstrip(b"\0") if block[257:263] == b"ustar\0" else b""
+    plain = block[:100].partition(b"\0")[0]
+    return prefix + b"/" + plain if prefix else plain
+
+
+def _skip(stream: BinaryIO, size: int, keep: bool) -> bytes | None:
+    """Pass over a member's content and padding; its bytes if they are kept, None if cut short."""
+    if size < 0:
+        return None
+    kept, left = b"", size
+    while left:
+        piece = stream.read(min(left, 2**20))
+        if not piece:
+            return None
+        left -= len(piece)
+        kept += piece if keep else b""
+    stream.read(-size % 512)
+    return kept
 
 
 def _is_header(block: bytes) -> bool:

@@ -24,6 +24,13 @@ def test_packed_images_give_the_masks_of_loose_ones(make_config, folder, tmp_pat
     assert masks_by_key(Run(str(tmp_path / "run"))) == masks_by_key(Run(str(tmp_path / "loose")))
 
 
+def test_a_destination_with_other_shards_is_refused(make_config, folder, tmp_path):
+    loose = {"uri": str(folder / "images"), "masks": f"{folder}/masks"}
+    pack(make_config(out="packed", input=loose | {"masks": ""}), "webdataset", 10**6)
+    with pytest.raises(ConfigError, match="is no shard of this input"):
+        pack(make_config(out="packed", input=loose), "webdataset", 10**6)
+
+
 def test_what_is_packed_or_would_lose_a_name_is_refused(make_config, tars, tmp_path):
     with pytest.raises(ConfigError, match="it is webdataset already"):
         pack(make_config(out="packed", input={"uri": str(tars)}), "parquet", 10**6)

@@ -20,8 +20,9 @@ from tests.data import digests, pictures
 from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET, POLICY
 from tests.unet_core.test_parquet import write_parquet
-from unet_core.config import StorageConfig
+from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import StoreError
+from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.parts import read_masks, read_metrics
 from unet_core.run import Run
 from unet_core.store import Store
@@ -168,6 +169,21 @@ def test_a_role_is_assumed_with_the_credentials_at_hand(s3, prefix):
     store.publish("a", b"by the role")
     assert pickle.loads(pickle.dumps(store)).read("a") == b"by the role"
     assert s3.requests[0] != ("PUT", f"/{BUCKET}/{prefix}/a")  # the role was assumed first
+
+
+def test_keys_that_cannot_be_listed_are_told_and_a_list_reads_them(s3, prefix, tmp_path):
+    client = s3.client()
+    for key in ("a/b.png", "a//b.png"):
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=key.encode())
+    storage = StorageConfig(endpoint_url=s3.url)
+    with pytest.raises(StoreError, match="keys with an empty part"):
+        Store(f"s3://{BUCKET}/{prefix}", storage).list()
+    (tmp_path / "list.csv").write_text(f"uri\ns3://{BUCKET}/{prefix}/a//b.png\n")
+    config = InputConfig(uri=f"{tmp_path}/list.csv", format="list", allow=[f"s3://{BUCKET}"])
+    source = open_source(config, storage)
+    (shard,) = list_shards(source)
+    (sample,) = read_shard(source, shard)
+    assert sample.read() == b"a//b.png"
 
 
 def test_the_options_of_storage_reach_the_store(s3, prefix):

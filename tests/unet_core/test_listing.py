@@ -93,6 +93,62 @@ def test_an_inventory_names_its_files_and_their_columns(images):
         list(_lines(source))
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"uri,id\n,one\n", "line 2 has no uri"),
+        (b"uri,bytes\na/1.png,12.0\n", "line 2 cannot be read"),
+        (b"uri\na/\xe9.png\n", "cannot be read"),
+        (b"uri\na/\n", "the list names"),
+        (b"uri\na/\0.png\n", "the list names"),
+    ],
+)
+def test_a_broken_list_is_told_by_line(images, text, reason):
+    (images / "list.csv").write_bytes(text)
+    with pytest.raises(ConfigError, match=reason):
+        read_all(images / "list.csv")
+
+
+def test_marks_and_empty_lines_of_a_csv_count_nothing(images):
+    (images / "list.csv").write_bytes(b"\xef\xbb\xbfuri\n\na/1.png\n\n")
+    _, samples = read_all(images / "list.csv")
+    assert [s.image_id for s in samples] == ["a/1.png"]
+
+
+def test_numbers_are_ids_too_and_a_row_without_uri_is_refused(images):
+    pq.write_table(pa.table({"uri": ["a/1.png"], "id": [7]}), images / "list.parquet")
+    assert read_all(images / "list.parquet")[1][0].image_id == "7"
+    pq.write_table(pa.table({"uri": ["a/1.png", None]}), images / "list.parquet")
+    with pytest.raises(ConfigError, match="a row has no uri"):
+        read_all(images / "list.parquet")
+
+
+def test_other_objects_are_other_shards_and_the_same_ones_twice_are_refused(images):
+    (images / "list.csv").write_text("uri,id\na/1.png,x\na/2.png,x\n")
+    shards, _ = read_all(images / "list.csv", shard_images=1)
+    assert len({shard.shard_id for shard in shards}) == 2
+    (images / "list.csv").write_text("uri\na/1.png\na/1.png\n")
+    shards, _ = read_all(images / "list.csv", shard_images=1)
+    with pytest.raises(ConfigError, match="comes twice"):
+        draft(shards)
+
+
+def test_older_versions_and_deletions_of_an_inventory_are_left_out(images):
+    rows = (
+        '"p","a/1.png","true","true"\n"p","a/2.png","false","false"\n"p","b/3.png","true","false"\n'
+    )
+    (images / "1.csv").write_text(rows)
+    manifest = {"sourceBucket": "p", "fileSchema": "Bucket, Key, IsLatest, IsDeleteMarker",
+                "files": [{"key": "1.csv"}]}  # fmt: skip
+    (images / "manifest.json").write_text(json.dumps(manifest))
+    config = InputConfig(uri=str(images), format="list")
+    source = Source(config, "list", Store(str(images)), ("manifest.json",))
+    assert [line.uri for line in _lines(source)] == ["s3://p/b/3.png"]
+    (images / "manifest.json").write_text(json.dumps({**manifest, "fileFormat": "ORC"}))
+    with pytest.raises(ConfigError, match="the inventory is ORC"):
+        list(_lines(source))
+
+
 def test_the_driver_holds_heads_and_members_come_from_the_manifest(images):
     (images / "list.csv").write_text("uri,bytes\n" + "".join(f"a/{n}.png,3\n" for n in range(100)))
     source = open_source(InputConfig(uri=str(images / "list.csv"), format="list", shard_images=3))

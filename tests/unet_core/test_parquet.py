@@ -92,6 +92,18 @@ def test_damage_inside_fails_the_rows_that_are_left(tmp_path):
     assert samples[-1].failure.code == "parquet"
 
 
+@pytest.mark.parametrize("change", [{"rows": 4}, {"row_group_size": 5}])
+def test_a_file_written_again_fails_its_rows_instead_of_losing_them(tmp_path, change):
+    write_parquet(tmp_path / "a.parquet")
+    source = open_source(InputConfig(uri=str(tmp_path), shard_images=4))
+    shards = list(list_shards(source))
+    write_parquet(tmp_path / "a.parquet", **change)
+    for shard in shards[1:]:
+        samples = list(read_shard(source, shard))
+        assert len(samples) == shard.count
+        assert {s.failure.code for s in samples} == {"parquet"}
+
+
 def test_parquet_gives_the_masks_that_tars_give(make_config, tmp_path):
     from tests.unet_core.test_segment import masks_of, table
 

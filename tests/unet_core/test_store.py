@@ -62,6 +62,27 @@ def test_what_is_missing_is_told_by_path(store):
         read_range(store.uri("nothing"), 0, 8)
 
 
+def test_a_listing_is_whole_while_files_come_and_go(tmp_path):
+    store = Store(str(tmp_path))
+    for number in range(50):
+        store.publish(f"part-{number}", b"x")
+    stop = threading.Event()
+
+    def churn():
+        while not stop.is_set():
+            store.publish("busy", b"y")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(50):
+            names = {entry.name for entry in store.list()}
+            assert sum(name.startswith("part-") for name in names) == 50
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_hidden_files_are_not_listed_and_linked_folders_are_read_once(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_bytes(b"a")

@@ -59,7 +59,7 @@ def test_pages_and_channels_are_what_the_axes_say(data, rules, expected):
         (tiff(PAGES_QYX, ome=True, metadata={"axes": "ZYX"}), {}, "frames"),
         (tiff(PAGES_QYX, photometric="minisblack"), {"axes": "TCYX"}, "axes"),
         (tiff(FIVE_CYX, ome=True, metadata={"axes": "CYX"}), {"channels": (5,)}, "channels"),
-        (tiff(np.zeros((300, 4, 4), np.uint8), photometric="minisblack"), {"axes": "CYX"},
+        (tiff(np.zeros((300, 24, 31), np.uint8), photometric="minisblack"), {"axes": "CYX"},
          "too_large"),
     ],
 )  # fmt: skip
@@ -67,6 +67,39 @@ def test_what_the_rules_do_not_allow_is_refused(data, rules, code):
     with pytest.raises(ImageError) as caught:
         decode_images(data, Rules(LIMIT, **rules))
     assert caught.value.code == code
+
+
+def several_series():
+    """An OME-TIFF of three positions, two of one size."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, ome=True) as writer:
+        for shape in ((32, 32), (40, 48), (40, 48)):
+            writer.write(np.full(shape, shape[0], np.uint8), metadata={"axes": "YX"})
+    return buffer.getvalue()
+
+
+def truncated_stack():
+    """Five planes behind a single page, as ImageJ writes large stacks."""
+    return tiff(FIVE_CYX, imagej=True, metadata={"axes": "ZYX"}, truncate=True)
+
+
+def test_nothing_behind_the_first_page_is_overlooked():
+    for data, count in ((several_series(), 3), (truncated_stack(), 5)):
+        with pytest.raises(ImageError, match=f"holds {count} pages"):
+            decode_images(data, Rules(LIMIT))
+        assert len(decode_images(data, Rules(LIMIT, pages="expand"))) == count
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff(PAGES_QYX, photometric="miniswhite"),
+        tiff(PAGES_QYX, photometric="palette", colormap=np.zeros((3, 256), np.uint16)),
+    ],
+)
+def test_a_stack_of_odd_colours_is_refused(data):
+    with pytest.raises(ImageError, match="a stack of"):
+        decode_images(data, Rules(LIMIT, axes="CYX"))
 
 
 def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_config, tmp_path):
@@ -101,13 +134,14 @@ def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "a.tif", PAGES_QYX, photometric="minisblack")
     tifffile.imwrite(tmp_path / "in" / "b.tif", PAGES_QYX[0])
+    tifffile.imwrite(tmp_path / "in" / "a.tif#1.tif", PAGES_QYX[0])
     section = {"uri": str(tmp_path / "in"), "masks": "", "pages": "expand"}
     outcome = predict(make_config(input=section))
     from tests.unet_core.test_segment import masks_of
     from unet_core.verify import verify
 
     masks = masks_of(tmp_path / "run")
-    assert list(masks) == ["a.tif#0", "a.tif#1", "a.tif#2", "b.tif"]
+    assert list(masks) == ["a.tif#0", "a.tif#1", "a.tif#2", "a.tif#1.tif", "b.tif"]
     assert (masks["a.tif#0"] == masks["b.tif"]).all()
-    assert outcome.totals.images_seen == 4
+    assert outcome.totals.images_seen == 5
     assert verify(str(tmp_path / "run"), deep=True).problems == []

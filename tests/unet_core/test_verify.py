@@ -69,6 +69,12 @@ def damage_metrics(run):
     part(run, "metrics").write_bytes(b"PAR1 damaged")
 
 
+def flip_metrics(run):
+    data = bytearray(part(run, "metrics").read_bytes())
+    data[30] ^= 255
+    part(run, "metrics").write_bytes(bytes(data))
+
+
 def lose_commit(run):
     part(run, "metrics").unlink()
 
@@ -108,6 +114,7 @@ def lose_tar(run):
         (change_masks, "another SHA-256"),
         (lose_masks, "cannot read"),
         (damage_metrics, "not a Parquet file"),
+        (flip_metrics, "not a Parquet file"),
         (lose_commit, "is not committed"),
         (add_orphan, "belongs to no shard of the manifest"),
         (swap_parts, "ok rows in two shards"),
