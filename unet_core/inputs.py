@@ -49,7 +49,7 @@ def list_shards(source: Source) -> Iterator[Shard]:
     is_empty = True
     for shard in FORMATS[source.format].list_shards(source):
         for name in (shard.uri, *(member.key for member in shard.members)):
-            if readable_name(name) != name:
+            if not name.isascii() and readable_name(name) != name:
                 raise StoreError(f"{name!r} below {source.config.uri} is not UTF-8; rename it")
         is_empty = False
         yield shard

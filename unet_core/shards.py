@@ -96,6 +96,6 @@ def make_shard(
 ) -> Shard:
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
-    identity = [uri, size, etag, range_, [list(m) for m in members]]
+    identity = [uri, size, etag, range_, members]
     shard_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     return Shard(shard_id, uri, size, etag, first, count, members)
