@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from unet_core.config import StorageConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, StoreError
 from unet_core.object_stores import connect, persist, refused
+from unet_core.ranges import Ranges
 
 ResultT = TypeVar("ResultT")
 
@@ -110,7 +111,7 @@ class Store:
                 raise refused("open", self.uri(name), error) from error
         if size is None:
             size = self._size_of(name)
-        return _Ranges(self, name, size)
+        return Ranges(lambda start, stop: self.read(name, start, stop), size, self.uri(name))
 
     @contextlib.contextmanager
     def open_parquet(self, name: str, size: int | None = None) -> Iterator[pq.ParquetFile]:
@@ -297,41 +298,6 @@ class Store:
                             continue  # a temporary file that was there a moment ago
                         name = os.path.relpath(item.path, root).replace(os.sep, "/")
                         yield Entry(name, info.st_size, _local_etag(info))
-
-
-class _Ranges(io.RawIOBase):
-    """An object as a file whose every read is one ranged request, tried again by itself."""
-
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._at = store, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._size)
-        if stop <= self._at:
-            return 0
-        data = self._store.read(self._name, self._at, stop)
-        if len(data) != stop - self._at:
-            raise StoreError(
-                f"{self._store.uri(self._name)} changed while it was read: {stop - self._at} bytes "
-                f"were asked for, {len(data)} came"
-            )
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def split(uri: str) -> tuple[str, str]:

@@ -1,0 +1,49 @@
+"""An object as a file: seeking is free, every read is one ranged request."""
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+from unet_core.errors import StoreError
+
+
+class Ranges(io.RawIOBase):
+    """A read-only file of ``size`` bytes whose pieces ``read(start, stop)`` brings."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, where: str) -> None:
+        self._read, self._size, self._where = read, size, where
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins, in bytes."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move without a request."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer by one request. Raises StoreError if the object has become shorter."""
+        stop = min(self._at + len(buffer), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._read(self._at, stop)
+        if len(data) != stop - self._at:
+            raise StoreError(
+                f"{self._where} changed while it was read: {stop - self._at} bytes were asked for, "
+                f"{len(data)} came"
+            )
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
