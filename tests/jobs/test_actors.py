@@ -31,12 +31,23 @@ pytestmark = [
 SHARED = {"shared": True}
 
 
+def is_ours(pid):
+    """Whether a process descends from this one: nobody else's actors are ever touched."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return False
+
+
 def actor_pids():
-    """Processes of segmenting actors on this machine."""
+    """Processes of the segmenting actors of this suite."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::SegmentActor"):
+            is_actor = path.read_bytes().startswith(b"ray::SegmentActor")
+            if is_actor and is_ours(int(path.parent.name)):
                 found.append(int(path.parent.name))
         except OSError:
             continue
