@@ -55,7 +55,7 @@ def _segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
     board = Board.of(plan)
-    if plan or run.record is None:
+    if plan or draft is not None:
         timings = TimingsLog(run.store)
         with RunProgress(shards, plan, totals) as progress, _workers(job, progress) as workers:
             record = run.record or run.establish(job.record(workers.probe()))

@@ -75,12 +75,16 @@ class InOrder(Generic[ResultT]):
         self._line: deque[Future[ResultT]] = deque()
         self._following = 0
         self.numbers = 0
-        """Results that were announced."""
+        """How many numbers were given out, whether or not their results have come."""
+
+    def number(self) -> int:
+        """The number of the next thing to be worked on, from 0; its result must be added."""
+        self.numbers += 1
+        return self.numbers - 1
 
     def add(self, number: int, future: Future[ResultT]) -> None:
-        """Numbers begin at 0 and none may be left out."""
+        """The result to come of a number."""
         self._early[number] = future
-        self.numbers += 1
         while self._following in self._early:
             self._line.append(self._early.pop(self._following))
             self._following += 1
@@ -91,7 +95,7 @@ class InOrder(Generic[ResultT]):
             yield self._line.popleft().result()
 
     def rest(self) -> Iterator[ResultT]:
-        """Everything else; all numbers must have been added."""
-        assert not self._early, f"number {self._following} is missing"
+        """Everything else; every number that was given out must have been added."""
+        assert self._following == self.numbers, f"number {self._following} is missing"
         while self._line:
             yield self._line.popleft().result()

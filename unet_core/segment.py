@@ -4,7 +4,6 @@ Reading, decoding and encoding run on threads beside the device; every attempt w
 bytes.
 """
 
-import itertools
 import logging
 import threading
 import time
@@ -104,7 +103,7 @@ class Segmenter:
             with Prefetch(
                 self._pool, self._decode, read_shard(self.settings.source, shard), ahead
             ) as images:
-                for index, future in self._compute(images, seconds):
+                for index, future in self._compute(images, encoded, seconds):
                     encoded.add(index, future)
                     self._append(encoded.ready(), rows, part, seconds)
                 self._append(encoded.rest(), rows, part, seconds)
@@ -119,13 +118,14 @@ class Segmenter:
         return Decoded(images, time.perf_counter() - start)
 
     def _compute(
-        self, images: Iterable[Decoded], seconds: Seconds
+        self, images: Iterable[Decoded], encoded: InOrder[Encoded], seconds: Seconds
     ) -> Iterator[tuple[int, Future[Encoded]]]:
         """Run every batch; yield each image's number and its rows to come once it is complete.
 
-        The next shard gets the device when the last batch of this one is under way.
+        Images are numbered, and so counted, as they come from the reader, before anything can
+        happen to them. The next shard gets the device when the last batch of this one is under way.
         """
-        queue, running, numbers = TileQueue(self.settings.compute), _Running(), itertools.count()
+        queue, running = TileQueue(self.settings.compute), _Running()
         ids: set[str] = set()
         with self._device:
             for decoded in running.timed(images, seconds, self.engine.lanes):
@@ -133,7 +133,7 @@ class Segmenter:
                     raise StoppedError("stopped")
                 seconds.decoding += decoded.decode_s
                 for decoded_image in decoded.images:
-                    image, index = _unless_seen(decoded_image, ids), next(numbers)
+                    image, index = _unless_seen(decoded_image, ids), encoded.number()
                     if isinstance(image, Rejected):
                         yield index, self._pool.submit(self._encode_rejected, image)
                         continue

@@ -75,7 +75,7 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
 def _check_input_unchanged(
     record: Record, shards: list[Shard], run: Run, findings: Findings
 ) -> None:
-    """Note what was added, rewritten or deleted in the input since the run began."""
+    """Note what was rewritten or deleted in the input since the run began."""
     if record.identity["input.format"] not in ("folder", "webdataset"):
         return
     known: dict[str, str | None] = {}

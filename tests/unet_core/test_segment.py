@@ -171,6 +171,14 @@ def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
     assert most <= PENDING_IMAGES + 1
 
 
+def test_an_image_lost_on_the_way_is_never_a_silent_gap(make_config, tmp_path, monkeypatch):
+    rest = TileQueue.rest
+    monkeypatch.setattr(TileQueue, "rest", lambda queue: list(rest(queue))[:-1])
+    with pytest.raises(AssertionError, match="is missing"):
+        predict(make_config())
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
+
+
 def test_png_masks_are_the_raw_ones(make_config, tmp_path):
     predict(make_config(out="raw"))
     predict(make_config("output.encoding=png", out="png"))
