@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from jobs.predict import Outcome, predict
 from unet_core.codec import decode_image, decode_labels
 from unet_core.config import PredictConfig, load
 from unet_core.contact_sheet import Entry, contact_sheet, stretch
 from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.metrics import Scores
-from unet_core.parts import read_masks, read_metrics
+from unet_core.parts import read_metrics
+from unet_core.results import read_mask
 from unet_core.synthetic import write_webdataset
 from unet_core.tiff import Rules
 
@@ -68,13 +67,10 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
     source = open_source(config.input, config.storage)
     shard = next(iter(list_shards(source)))
     rows, _ = read_metrics(run.store, shard.shard_id)
-    windows, _ = read_masks(run.store, shard.shard_id)
-    masks = {w["image_id"]: w for w in windows.to_pylist()}
     scores = {r["image_id"]: Scores(r["tp"][1], r["fp"][1], r["fn"][1]) for r in rows.to_pylist()}
     entries = []
     for sample in list(read_shard(source, shard))[:SHOWN]:
-        window, iou = masks[sample.image_id], scores[sample.image_id].iou
-        mask_HW = np.frombuffer(window["mask"], np.uint8).reshape(window["height"], window["width"])
+        mask_HW, iou = read_mask(run.uri, sample.image_id), scores[sample.image_id].iou
         assert sample.read_mask is not None
         truth_HW = decode_labels(sample.read_mask(), Rules(config.input.max_pixels), {}, 2, 255)
         image_HW = decode_image(sample.read(), config.input.max_pixels).pixels_HWC[..., 0]

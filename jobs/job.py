@@ -1,6 +1,5 @@
 """A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
 
-import logging
 from dataclasses import dataclass
 
 from unet_core import checkpoint, schema
@@ -11,8 +10,7 @@ from unet_core.errors import ConfigError
 from unet_core.inputs import open_source
 from unet_core.run import Record, Run, identity
 from unet_core.shards import Source
-
-log = logging.getLogger(__name__)
+from unet_core.windows import Windows, windows_for
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,14 @@ class Job:
     model_sha256: str
     source: Source
     run: Run
+    windows: Windows
 
     def record(self, compute: Compute) -> Record:
         """What ``run.json`` will say."""
         return Record(
-            identity=identity(self.config, self.source, self.model_sha256, self.header),
+            identity=identity(
+                self.config, self.source, self.model_sha256, self.header, self.windows
+            ),
             compute=compute,
             config=self.config.model_dump(mode="json"),
             class_names=self.header.class_names,
@@ -41,19 +42,21 @@ class Job:
 
     def footer(self, record: Record) -> dict[str, str]:
         """What every part says of the run."""
-        return schema.footer(self.header, self.model_sha256, record.fingerprint)
+        kept = self.config.output.probabilities
+        return schema.footer(self.header, self.model_sha256, record.fingerprint, kept)
 
 
 def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
     header = checkpoint.read_header(config.model.checkpoint, config.storage)
-    _check_tile_size(config.tile.size, header)
+    checkpoint.require_factory(config.model.checkpoint, header, config.model.factory)
+    windows = windows_for(config.tile, header.tiling)
     _check_ignore_index(config, header)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
     source = open_source(config.input, config.storage)
     run = Run(config.output.uri, config.storage)
-    run.require_same(identity(config, source, sha256, header))
-    return Job(config, header, sha256, source, run)
+    run.require_same(identity(config, source, sha256, header, windows))
+    return Job(config, header, sha256, source, run, windows)
 
 
 def _check_ignore_index(config: PredictConfig, header: Header) -> None:
@@ -63,28 +66,6 @@ def _check_ignore_index(config: PredictConfig, header: Header) -> None:
             f"input.ignore_index is {config.input.ignore_index} by default, which is a class of "
             f"this network of {header.classes}; set it to another value, e.g. 65535"
         )
-
-
-def _check_tile_size(size: int, header: Header) -> None:
-    stride, smallest = header.spec.stride, 2 * header.halo + header.spec.stride
-    if size < smallest:
-        raise ConfigError(
-            f"tile.size is {size}, but this network needs {smallest} or more: a halo of "
-            f"{header.halo} pixels on both sides, and {stride} to keep"
-        )
-    if size % stride:
-        low = size // stride * stride
-        raise ConfigError(
-            f"tile.size is {size}, but this network needs a multiple of {stride}; "
-            f"{low} and {low + stride} are possible"
-        )
-    kept = size - 2 * header.halo
-    if 4 * kept < size:
-        log.warning(
-            "tile.size = %d keeps only the inner %d pixels of each tile: images larger than that "
-            "are computed %.0f times over; take 1024 if memory allows",
-            size, kept, (size / kept) ** 2,
-        )  # fmt: skip
 
 
 def require_reachable(job: Job, nodes: int) -> None:

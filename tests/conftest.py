@@ -24,6 +24,7 @@ from unet_core.checkpoint import Header, palette_of
 from unet_core.config import PredictConfig, build
 from unet_core.preprocessing import Preprocessing
 from unet_core.presets import preset
+from unet_core.reach import tiling_of
 from unet_core.unet import UNet
 
 ConfigMaker = Callable[..., PredictConfig]
@@ -48,6 +49,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     spec = preset("padded", in_channels=1, classes=1, width=4)
     header = Header(
         spec,
+        tiling_of(spec),
         ("background", "nucleus"),
         Preprocessing(color="gray", normalisation="percentile"),
         palette_of(2),

@@ -6,11 +6,45 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
+from unet_core import checkpoint
+from unet_core.checkpoint import Header, palette_of
+from unet_core.networks import build, tiling
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import NetworkSpec
 from unet_core.synthetic import nuclei, png
 
 SIZES = ((64, 64), (50, 70), (96, 64), (33, 40), (300, 270), (64, 64))
 IMAGES = 12
+
+
+def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = None) -> str:
+    """A checkpoint with random weights, and statistics as if it had been trained."""
+    torch.manual_seed(1)
+    network = build(spec) if network is None else network
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    network.eval()
+    measured = tiling(spec, network)
+    with torch.no_grad():
+        x_NCHW = torch.rand(1, spec.in_channels, *[measured.sides.at_least(320)] * 2)
+        *_, last = (p for name, p in network.named_parameters() if name.endswith("bias"))
+        last -= network(x_NCHW).median(dim=3).values.median(dim=2).values[0]  # all classes occur
+    names = ("background", "nucleus", *(f"class {n}" for n in range(2, spec.classes)))
+    header = Header(
+        spec,
+        measured,
+        names,
+        Preprocessing(color="gray", normalisation="percentile"),
+        palette_of(len(names)),
+    )
+    path.write_bytes(checkpoint.serialise(network, header))
+    return str(path)
 
 
 def pictures() -> list[tuple[str, np.ndarray, np.ndarray]]:

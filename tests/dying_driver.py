@@ -8,8 +8,8 @@ import signal
 import sys
 
 from jobs.cli import main
-from unet_core import segment
 from unet_core.engine import Engine
+from unet_core.picture import Decoder
 from unet_core.store import Store
 
 
@@ -29,7 +29,7 @@ def die_at(owner, name, is_there, n):
 
 
 STAGES = {
-    "decoding": lambda n: die_at(segment, "decode", lambda *_: True, n),
+    "decoding": lambda n: die_at(Decoder, "decode", lambda *_: True, n),
     "device": lambda n: die_at(Engine, "run", lambda *_: True, n),
     "before masks": lambda n: die_at(
         Store, "publish", lambda _, name, *__: name.startswith("masks"), n

@@ -47,9 +47,9 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
     [
         ("fsspec", {"unet_core.object_stores"}),
         ("ray", {"jobs.session", "jobs.actors"}),
-        ("safetensors", {"unet_core.checkpoint"}),
+        ("safetensors", {"unet_core.checkpoint", "unet_core.weights"}),
         ("click", {"jobs.cli"}),
-        ("rich", {"jobs.progress"}),
+        ("rich", {"jobs.progress", "jobs.describe", "jobs.cli"}),
     ],
 )
 def test_there_is_one_door_to_each_library(package, doors):

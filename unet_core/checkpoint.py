@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from unet_core.config import StorageConfig
-from unet_core.errors import CheckpointError, StoreError
-from unet_core.geometry import reach, round_up
+from unet_core.errors import CheckpointError, ConfigError, StoreError
+from unet_core.geometry import Sides, Tiling
 from unet_core.preprocessing import Preprocessing
-from unet_core.presets import UNetSpec
+from unet_core.presets import Factory, NetworkSpec, UNetSpec
 from unet_core.store import read_file, read_range
 
 if TYPE_CHECKING:
-    from unet_core.unet import UNet
+    from torch import nn
 
 FORMAT = "unet-jobs/1"
 MAX_HEADER_BYTES = 16 * 2**20
@@ -37,7 +37,9 @@ DEFAULT_COLORS = (
 class Header:
     """What a checkpoint says of itself."""
 
-    spec: UNetSpec
+    network: NetworkSpec
+    tiling: Tiling
+    """Measured when the checkpoint was made."""
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     palette: tuple[tuple[int, int, int], ...] = ()
@@ -48,12 +50,7 @@ class Header:
     @property
     def classes(self) -> int:
         """Ids that a mask may hold: two for a one-logit network."""
-        return max(2, self.spec.classes)
-
-    @property
-    def halo(self) -> int:
-        """Pixels around a tile that make its inner part exact, a multiple of the stride."""
-        return round_up(reach(self.spec.depth), self.spec.stride)
+        return max(2, self.network.classes)
 
 
 def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
@@ -97,29 +94,49 @@ def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
-            "train it with `unet-jobs train`"
+            "train it with `unet-jobs train`, or bring weights from elsewhere with "
+            "`unet-jobs import-weights`"
         )
     try:
+        model, tiling = json.loads(metadata["model"]), json.loads(metadata["tiling"])
         header = Header(
-            spec=UNetSpec(**json.loads(metadata["model"])),
+            network=Factory(**model) if "factory" in model else UNetSpec(**model),
+            tiling=Tiling(**{**tiling, "sides": Sides(**tiling["sides"])}),
             class_names=tuple(json.loads(metadata["classes"])),
             preprocessing=Preprocessing.model_validate_json(metadata["preprocessing"]),
             palette=tuple(tuple(rgb) for rgb in json.loads(metadata["palette"])),
             training=json.loads(metadata.get("training", "{}")),
         )
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError, ValidationError) as error:
         raise CheckpointError(f"{checkpoint}: its metadata is damaged: {error}") from error
     if len(header.class_names) != header.classes:
         raise CheckpointError(
             f"{checkpoint}: {len(header.class_names)} class names, but {header.classes} classes"
         )
-    if header.preprocessing.channels != header.spec.in_channels:
+    if header.preprocessing.channels != header.network.in_channels:
         raise CheckpointError(
             f"{checkpoint}: {header.preprocessing.color} images have "
             f"{header.preprocessing.channels} channels, the network takes "
-            f"{header.spec.in_channels}"
+            f"{header.network.in_channels}"
         )
     return header
+
+
+def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
+    """Let a checkpoint run a function of its choice only if the user named the same one.
+
+    Raises CheckpointError otherwise: a file from elsewhere must not decide what is imported.
+    """
+    network = header.network
+    named = network.factory if isinstance(network, Factory) else ""
+    if named == allowed:
+        return
+    if not named:
+        raise CheckpointError(f"model.factory is {allowed}, but {checkpoint} is a U-Net of presets")
+    raise CheckpointError(
+        f"{checkpoint} is made for a network that {named} builds; if you trust that function, say "
+        f"model.factory = {named!r} (now it is {allowed!r})"
+    )
 
 
 def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
@@ -128,24 +145,29 @@ def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
 
 
 def load(
-    checkpoint: str, sha256: str | None = None, storage: StorageConfig | None = None
-) -> tuple["UNet", Header]:
+    checkpoint: str,
+    sha256: str | None = None,
+    storage: StorageConfig | None = None,
+    factory: str = "",
+) -> tuple["nn.Module", Header]:
     """The network in eval mode, float32 on the CPU, weights strict; and its header.
 
-    Raises CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
+    ``factory`` is the function that the user allows to build a network of somebody else. Raises
+    CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
     """
     import safetensors.torch
     from safetensors import SafetensorError
 
-    from unet_core.unet import UNet
+    from unet_core.networks import build
 
     data = _bytes(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
     header = read_header(checkpoint, storage)
-    network = UNet(header.spec)
+    require_factory(checkpoint, header, factory)
+    network = build(header.network)
     try:
-        tensors = {k: v.float() for k, v in safetensors.torch.load(data).items()}
+        tensors = safetensors.torch.load(data)
         for name, buffer in network.named_buffers():
             if name.endswith("num_batches_tracked"):
                 tensors[name] = buffer  # counts training steps; not kept
@@ -159,19 +181,28 @@ def load(
     return network.eval(), header
 
 
-def serialise(network: "UNet", header: Header, half: bool = False) -> bytes:
+def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
+    """The network of a checkpoint, ready for inference: NCHW float32, already normalised, to
+    logits NKHW. ``builtin:NAME``, a path or a URI.
+    """
+    return load(checkpoint, factory=factory)[0]
+
+
+def serialise(network: "nn.Module", header: Header, half: bool = False) -> bytes:
     """The bytes of a checkpoint file; ``half`` stores weights as float16."""
     import safetensors.torch
     import torch
 
-    tensors = {
-        name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
-        for name, value in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    wanted = torch.float16 if half else torch.float32
+    tensors = {}
+    for name, value in network.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            dtype = wanted if value.is_floating_point() else value.dtype
+            tensors[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
     metadata = {
         "format": FORMAT,
-        "model": json.dumps(dataclasses.asdict(header.spec)),
+        "model": json.dumps(dataclasses.asdict(header.network)),
+        "tiling": json.dumps(dataclasses.asdict(header.tiling)),
         "classes": json.dumps(header.class_names),
         "preprocessing": header.preprocessing.model_dump_json(),
         "palette": json.dumps(header.palette or palette_of(header.classes)),

@@ -63,7 +63,7 @@ def decode_images(data: bytes, rules: Rules) -> list[Raster]:
     Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``axes``,
     ``mode``, ``channels`` or ``not_finite``.
     """
-    return [_raster(pixels, rules) for pixels in _decode(data, rules, as_labels=False)]
+    return [raster_of(pixels, rules) for pixels in _decode(data, rules, as_labels=False)]
 
 
 def decode_image(data: bytes, max_pixels: int) -> Raster:
@@ -71,7 +71,11 @@ def decode_image(data: bytes, max_pixels: int) -> Raster:
     return decode_images(data, Rules(max_pixels))[0]
 
 
-def _raster(pixels: Any, rules: Rules) -> Raster:
+def raster_of(pixels: Any, rules: Rules) -> Raster:
+    """Decoded pixels HW or HWC with the channels that count, in a type that networks take.
+
+    Raises ImageError with code ``channels``, ``mode`` or ``not_finite``.
+    """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if rules.channels:
@@ -104,7 +108,16 @@ def decode_labels(
     pages = _decode(data, rules, as_labels=True)
     if page >= len(pages):
         raise ImageError("labels", f"it has {len(pages)} pages, the image more")
-    labels = pages[page]
+    return class_ids(pages[page], label_map, classes, ignore_index)
+
+
+def class_ids(
+    labels: Array, label_map: Mapping[int, int], classes: int, ignore_index: int
+) -> Array:
+    """Class ids HW of stored label values, HW or HWC.
+
+    Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
+    """
     if labels.ndim == 3 and labels.shape[2] in (1, 2):
         labels = labels[..., 0]  # the rest is alpha
     if labels.ndim == 3:
@@ -144,6 +157,14 @@ def encode_mask(mask_HW: Array, encoding: str) -> bytes:
     return buffer.getvalue()
 
 
+def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array:
+    """Class ids HW, as ``encode_mask`` wrote them."""
+    if encoding == "png":
+        return np.asarray(Image.open(io.BytesIO(payload)))
+    dtype = np.uint8 if len(payload) == height * width else np.dtype("<u2")
+    return np.frombuffer(payload, dtype).reshape(height, width)
+
+
 def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
     """Arrays HW or HWC, one for each page; alpha is gone unless channels are chosen."""
     if not data:
@@ -159,7 +180,7 @@ def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
     except UnidentifiedImageError as error:
         raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
     except Exception as error:  # decoders share no base class, and a bad file is only a failed row
-        raise ImageError("decode", _one_line(error)) from error
+        raise ImageError("decode", one_line(error)) from error
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     return [pixels[..., :-1] if has_alpha and not rules.channels else pixels]
 
@@ -223,7 +244,7 @@ def _native(pixels: Any) -> Array:
     return np.ascontiguousarray(pixels, dtype=np.float32)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """A decoder's words without what changes from run to run: rows must be repeatable."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]

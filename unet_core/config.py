@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from unet_core.errors import ConfigError
 from unet_core.findings import sentences
+from unet_core.presets import Factory, NetworkSpec, UNetSpec, preset
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -75,6 +76,8 @@ class ModelConfig(Section):
 
     checkpoint: str = "builtin:nuclei"
     """``builtin:NAME``, or the path of a ``.safetensors`` file."""
+    factory: str = ""
+    """``package.module:function``, where the checkpoint names one: leave to run it."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """One-logit models: foreground where sigmoid(logit) is above this."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -89,24 +92,37 @@ class ModelConfig(Section):
 class TileConfig(Section):
     """How large images are cut and how tiles are stacked."""
 
-    size: Annotated[int, Field(strict=True, ge=16)] = 1024
-    """Side of the window in pixels, halo included; an image that fits is one tile."""
+    size: Auto | Annotated[int, Field(strict=True, ge=16)] = "auto"
+    """Side of the window in pixels, halo included; an image that fits is one tile. ``auto``: about
+    1024, more where the network sees far."""
     batch: Auto | Count = "auto"
     """Full-size tiles per batch; smaller tiles fill the same number of pixels."""
+    mode: Literal["exact", "blend"] = "exact"
+    """``exact``: as one pass over the whole image; ``blend``: tiles overlap by half and are
+    averaged with Gaussian weights, as networks that cannot be exact always are."""
+    tta: Literal["none", "flips", "dihedral"] = "none"
+    """Mean over 4 flips, or over the 8 symmetries of the square; that many times the work."""
 
 
-class OutputConfig(Section):
-    """Where the run folder is and how masks are stored in it."""
+class FolderConfig(Section):
+    """Where results go."""
 
     uri: str
     """The run folder."""
-    encoding: Literal["raw", "png"] = "raw"
-    """``raw``: C-order bytes, compressed by Parquet; ``png``: what dataset viewers show."""
 
     @field_validator("uri")
     @classmethod
     def _uri_allowed(cls, uri: str) -> str:
         return _allowed_uri(uri)
+
+
+class OutputConfig(FolderConfig):
+    """Where the run folder is and how masks are stored in it."""
+
+    encoding: Literal["raw", "png"] = "raw"
+    """``raw``: C-order bytes, compressed by Parquet; ``png``: what dataset viewers show."""
+    probabilities: Literal["none", "uint8", "float16"] = "none"
+    """Keep them beside the masks, one plane per logit; ``uint8`` is round(255 p)."""
 
 
 class WorkersConfig(Section):
@@ -193,11 +209,16 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network to train."""
 
-    preset: Literal["padded", "plain"] = "padded"
+    preset: str = "padded"
+    """See ``unet-jobs model`` for all."""
     width: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
     """Channels of the first level; each pool doubles them."""
-    depth: Annotated[int, Field(strict=True, ge=1, le=8)] = 4
-    """Pools."""
+    depth: Auto | Annotated[int, Field(strict=True, ge=1, le=8)] = "auto"
+    """Pools; ``auto``: the preset's."""
+    factory: str = ""
+    """``package.module:function`` that makes another network instead: NCHW to logits NKHW."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
     color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
     """What images are converted to; a number: that many channels as they are."""
     normalisation: Literal["percentile", "range", "zscore"] = "percentile"
@@ -212,6 +233,24 @@ class NetworkConfig(Section):
     ]
     """Class names by id; two classes make a one-logit network."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What is trained; two classes make one logit."""
+        channels = self.color if isinstance(self.color, int) else {"gray": 1, "rgb": 3}[self.color]
+        logits = 1 if len(self.classes) == 2 else len(self.classes)
+        if self.factory:
+            return Factory(self.factory, self.arguments, channels, logits)
+        depth = {} if self.depth == "auto" else {"depth": self.depth}
+        return preset(self.preset, in_channels=channels, classes=logits, width=self.width, **depth)
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> "NetworkConfig":
+        try:
+            assert self.spec
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class FitConfig(Section):
@@ -236,20 +275,84 @@ class TrainConfig(Section):
     data: DataConfig
     model: NetworkConfig = NetworkConfig()
     train: FitConfig = FitConfig()
-    output: OutputConfig
+    output: FolderConfig
     storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "TrainConfig":
-        stride = 2**self.model.depth
-        if self.train.crop % stride or self.train.crop < 2 * stride:
-            low = max(2 * stride, self.train.crop // stride * stride)
-            near = f"{low} and {low + stride}"
+        spec = self.model.spec
+        if isinstance(spec, UNetSpec):
+            crop, lost = self.train.crop, 2 * spec.margin
+            sides = spec.sides
+            smallest = sides.at_least(2 * spec.stride + lost)  # BatchNorm needs several values
+            if crop + lost not in sides or crop + lost < smallest:
+                near = sides.at_most(max(crop + lost, smallest)) - lost
+                raise ValueError(
+                    f"train.crop is {crop}, but {self.model.preset} cannot give that; {near} and "
+                    f"{near + sides.step} are possible"
+                )
+        return self
+
+
+class ForeignConfig(Section):
+    """What weights from elsewhere do not say of themselves."""
+
+    layout: str = ""
+    """Whose key names they have; empty: found by the keys."""
+    factory: str = ""
+    """``package.module:function`` that makes the network; empty: a U-Net of a known layout."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+    stride: Auto | Count = "auto"
+    """Pixels by which the input of the factory's network must move for its output to move along;
+    ``auto``: found by trying."""
+    color: Auto | Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
+    """What images are converted to; a number: that many channels as they are; ``auto``: by the
+    network's input channels, which a factory does not tell."""
+    normalisation: Literal["percentile", "range", "zscore"] = "range"
+    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
+    low: float | None = None
+    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    high: float | None = None
+    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    classes: Annotated[list[str], Field(max_length=65536)] = []
+    """Class names by id; empty: background and foreground, or numbers."""
+
+    @model_validator(mode="after")
+    def _factory_goes_alone(self) -> "ForeignConfig":
+        if self.factory and self.layout:
+            raise ValueError("layout and factory exclude each other; give one of them")
+        if not self.factory and (self.arguments or self.stride != "auto"):
+            raise ValueError("arguments and stride belong to a factory; give model.factory too")
+        if self.factory and self.color == "auto":
             raise ValueError(
-                f"train.crop is {self.train.crop}, but a network with {self.model.depth} pools "
-                f"needs a multiple of {stride}, twice that or more; {near} are possible"
+                "color is 'auto', but a factory does not tell its channels; give model.color: "
+                "gray, rgb or their number"
             )
         return self
+
+
+class ImportConfig(Section):
+    """Everything that ``unet-jobs import-weights`` needs."""
+
+    source: str
+    """The file to read: ``.safetensors``, or a ``state_dict`` that ``torch.save`` wrote."""
+    destination: str
+    """The checkpoint to write, ``.safetensors``."""
+    model: ForeignConfig = ForeignConfig()
+    storage: StorageConfig = StorageConfig()
+
+    @field_validator("source", "destination")
+    @classmethod
+    def _uri_allowed(cls, uri: str) -> str:
+        return _allowed_uri(uri)
+
+    @field_validator("destination")
+    @classmethod
+    def _is_safetensors(cls, uri: str) -> str:
+        if not uri.endswith(".safetensors"):
+            raise ValueError(f"got {uri!r}, but checkpoints end with .safetensors")
+        return uri
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -284,16 +387,26 @@ def build(
         raise ConfigError("\n".join(f"{source}: {p}" for p in problems)) from error
 
 
+def override_values(overrides: list[str]) -> dict[str, Any]:
+    """``key=value`` words as a table; a value is TOML, or else a plain string."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{override}: not an option; write key=value")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = text
+    return values
+
+
 def _apply(table: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value``; the value is TOML, or else a plain string."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys) or len(keys) < 2:
+    """Set one ``section.key=value``."""
+    ((path, value),) = override_values([override]).items()
+    keys = path.split(".")
+    if not all(keys) or len(keys) < 2:
         raise ConfigError(f"{override}: not an override; write section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):

@@ -3,26 +3,40 @@
 Shapes: N tiles, C channels, H×W pixels, K logits.
 """
 
+import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unet_core.arrays import Array
 from unet_core.checkpoint import Header
 from unet_core.compute import Compute
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
-from unet_core.unet import UNet, fold_batchnorm
+from unet_core.unet import fold_batchnorm
+
+log = logging.getLogger(__name__)
 
 CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
+CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
+SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
+    "none": [((), False)],
+    "flips": [((), False), ((-1,), False), ((-2,), False), ((-2, -1), False)],
+    "dihedral": [
+        (axes, turned) for turned in (False, True) for axes in ((), (-1,), (-2,), (-2, -1))
+    ],
+}
+"""By ``tile.tta``: the axes to flip, and whether rows and columns then change places."""
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
 
 
@@ -36,16 +50,51 @@ class Batch:
     keep: Sequence[Tile]
     """Which part of each tile the mask takes."""
 
+    @property
+    def pixels(self) -> int:
+        """N·H·W."""
+        count, _, height, width = self.tiles_NCHW.shape
+        return int(count * height * width)
+
+    def part(self, of: slice) -> "Batch":
+        """Some of its tiles."""
+        return Batch(self.tiles_NCHW[of], self.offset_NC[of], self.scale_NC[of], self.keep[of])
+
 
 @dataclass(frozen=True)
 class Segmented:
     """The kept part of one tile."""
 
-    mask_HW: Array
+    mask_HW: Array | None
+    """None where tiles are blended: only their mean decides."""
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class over the kept part."""
     is_finite: bool
     """Whether the network gave numbers everywhere in the tile."""
+    probabilities_KHW: Array | None = None
+    """As ``output.probabilities`` wants them, or float32 where tiles are blended."""
+
+
+class Room:
+    """So many pixels may be under way at once; who finds too few left waits."""
+
+    def __init__(self, pixels: int) -> None:
+        self._all = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Room for a batch; one that is larger than all there is gets all."""
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -67,7 +116,14 @@ class Engine:
     """One replica of a network, ready for batches; BatchNorm folded, channels last."""
 
     def __init__(
-        self, network: UNet, header: Header, device: torch.device, threshold: float
+        self,
+        network: nn.Module,
+        header: Header,
+        device: torch.device,
+        threshold: float = 0.5,
+        tta: str = "none",
+        probabilities: str = "none",
+        blends: bool = False,
     ) -> None:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = False
@@ -76,22 +132,31 @@ class Engine:
         self.header = header
         self.device = device
         self.threshold = threshold
+        self.tta = tta
+        self.probabilities_kept = probabilities
+        self.probabilities = "float32" if blends else probabilities
+        self.blends = blends
+        self.most_pixels: int | None = None
+        """What a batch may hold since one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
         self.network = folded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
+        self._room = Room(2**62)
         self.mask_dtype = torch.uint8 if header.classes <= 256 else torch.int32
 
     def share_cores(self, cores: int, tile_size: int) -> None:
-        """On a CPU, let lanes of one thread each share the cores, as many as fit in memory.
+        """On a CPU, let lanes of one thread each share the cores; their batches together hold a
+        megapixel for each core, or one tile.
 
         One thread an operation, always: with more, some convolutions split their sums by threads
         and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            affordable = memory // 4 // (tile_size**2 * self._bytes_per_pixel)
-            self.lanes = max(1, min(cores, affordable))
+            affordable = memory // 4 // self._bytes_per_pixel
+            self.lanes = max(1, cores)
+            self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
@@ -105,43 +170,91 @@ class Engine:
             versions={name: importlib.metadata.version(name) for name in VERSIONED},
         )
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[Segmented]:
-        """Segment one batch. The same batch gives the same bits, whatever ran before."""
-        x_NCHW = torch.from_numpy(batch.tiles_NCHW).to(self.device)
-        offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
-        scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
-        x_NCHW = (x_NCHW.float() - offset) * scale
-        logits_NKHW = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
-        finite_N = torch.isfinite(logits_NKHW).flatten(1).all(dim=1).tolist()
-        ids_NHW, confidence_NHW = self._classify(logits_NKHW)
-        sums = []
-        for index, tile in enumerate(batch.keep):
-            rows, columns = _kept(tile)
-            sums.append(confidence_NHW[index, rows, columns].sum())
+        """Segment one batch. The same batch gives the same bits, whatever ran before, unless it
+        had to be split for memory.
+
+        Raises WorkersError if a single tile does not fit.
+        """
+        count = len(batch.keep)
+        if count == 1 or self.most_pixels is None or batch.pixels <= self.most_pixels:
+            try:
+                with self._room.taken(batch.pixels):
+                    return self._segment(batch)
+            except torch.OutOfMemoryError as error:
+                if count == 1:
+                    height, width = batch.tiles_NCHW.shape[2:]
+                    raise WorkersError(
+                        f"{self.device} runs out of memory with a single tile of {height} × "
+                        f"{width} pixels; lower tile.size"
+                    ) from error
+            self.most_pixels = batch.pixels // 2
+            log.warning("batch split for memory: most_pixels=%d", self.most_pixels)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = (count + 1) // 2
+        return [*self.run(batch.part(slice(half))), *self.run(batch.part(slice(half, None)))]
+
+    @torch.inference_mode()
+    def _segment(self, batch: Batch) -> list[Segmented]:
+        p_NKHW, finite_N = self._probabilities(self._normalised(batch))
+        kept = [(index, *tile.kept(self.header.tiling.margin)) for index, tile in
+                enumerate(batch.keep)]  # fmt: skip
+        wanted = self._wanted(p_NKHW) if self.probabilities != "none" else None
+        shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
+        if self.blends:
+            return [Segmented(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
+        ids_NHW, confidence_NHW = self._classify(p_NKHW)
+        totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
         ids = ids_NHW.to(self.mask_dtype).cpu().numpy()
         if ids.dtype != np.uint8:
             ids = ids.astype(np.uint16)
-        totals = torch.stack(sums).tolist()
         return [
-            Segmented(ids[index][_kept(tile)], int(totals[index]), finite_N[index])
-            for index, tile in enumerate(batch.keep)
+            Segmented(ids[at], int(totals[at[0]]), finite_N[at[0]], shown[at[0]]) for at in kept
         ]
 
-    def _classify(self, logits_NKHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalised(self, batch: Batch) -> Tensor:
+        x_NCHW = torch.from_numpy(batch.tiles_NCHW).to(self.device)
+        offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
+        scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
+        return (x_NCHW.float() - offset) * scale
+
+    def _probabilities(self, x_NCHW: Tensor) -> tuple[Tensor, list[bool]]:
+        """Mean over the symmetries, and which tiles gave numbers only."""
+        means, is_finite_N = None, torch.ones(len(x_NCHW), dtype=torch.bool, device=self.device)
+        for axes, turned in SYMMETRIES[self.tta]:
+            seen = x_NCHW.flip(axes)
+            seen = (seen.mT if turned else seen).contiguous(memory_format=torch.channels_last)
+            logits_NKHW = self.network(seen)
+            is_finite_N &= torch.isfinite(logits_NKHW).flatten(1).all(dim=1)
+            is_one = logits_NKHW.shape[1] == 1
+            p_NKHW = torch.sigmoid(logits_NKHW) if is_one else torch.softmax(logits_NKHW, dim=1)
+            p_NKHW = (p_NKHW.mT if turned else p_NKHW).flip(axes)
+            means = p_NKHW if means is None else means + p_NKHW
+        assert means is not None
+        return means / len(SYMMETRIES[self.tta]), is_finite_N.tolist()
+
+    def _wanted(self, p_NKHW: Tensor) -> Array:
+        if self.probabilities == "uint8":
+            p_NKHW = (p_NKHW * 255).round().to(torch.uint8)
+        elif self.probabilities == "float16":
+            p_NKHW = p_NKHW.half()
+        return p_NKHW.cpu().numpy()
+
+    def _classify(self, p_NKHW: Tensor) -> tuple[Tensor, Tensor]:
         """Class ids NHW, and the chosen class's probability in 1/65535 as integers."""
-        if logits_NKHW.shape[1] == 1:
-            p_NHW = torch.sigmoid(logits_NKHW[:, 0])
+        if p_NKHW.shape[1] == 1:
+            p_NHW = p_NKHW[:, 0]
             ids_NHW = p_NHW > self.threshold
             chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
         else:
-            chosen_NHW, ids_NHW = torch.softmax(logits_NKHW, dim=1).max(dim=1)
+            chosen_NHW, ids_NHW = p_NKHW.max(dim=1)
         return ids_NHW, (chosen_NHW * CONFIDENCE_UNIT).round_().to(torch.int32)
 
     @property
     def _bytes_per_pixel(self) -> int:
-        """At the widest place about 4·width float32 values live for each pixel."""
-        return 4 * 4 * self.header.spec.width
+        """About four of the widest maps live at once, in float32."""
+        return 4 * 4 * self.header.tiling.channels
 
     def _affordable_pixels(self) -> int:
         """How many pixels fit the byte budget of a batch."""
@@ -150,15 +263,6 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = min(free // 2, GPU_BATCH_BYTES)
         return int(budget // self._bytes_per_pixel)
-
-
-def _kept(tile: Tile) -> tuple[slice, slice]:
-    """The kept part in the tile's own coordinates."""
-    y, x = tile.y, tile.x
-    return (
-        slice(y.keep_start - y.start, y.keep_stop - y.start),
-        slice(x.keep_start - x.start, x.keep_stop - x.start),
-    )
 
 
 def _device_model(device: torch.device) -> str:

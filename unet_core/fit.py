@@ -1,5 +1,6 @@
 """The training loop: one process, no Ray. Whole images in memory, random crops, best kept."""
 
+import copy
 import hashlib
 import io
 import logging
@@ -16,19 +17,20 @@ import torch
 from torch import nn
 
 from unet_core import checkpoint
+from unet_core.canvas import Canvas, Look
 from unet_core.checkpoint import Header, palette_of
-from unet_core.config import TrainConfig
+from unet_core.config import TileConfig, TrainConfig
 from unet_core.engine import Engine, choose_device
 from unet_core.errors import ConfigError
 from unet_core.losses import cross_entropy, dice
 from unet_core.metrics import confusion, mean, scores_of
+from unet_core.networks import build, tiling
 from unet_core.picture import Picture
 from unet_core.preprocessing import Preprocessing
-from unet_core.presets import preset
 from unet_core.samples import random_crop, read_labelled
 from unet_core.store import Store
-from unet_core.tiling import Canvas, stack
-from unet_core.unet import UNet
+from unet_core.tiling import stack
+from unet_core.windows import windows_for
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,6 @@ HISTORY = pa.schema(
         ("value", pa.float64()),
     ]
 )
-VALIDATION_TILE = 1024
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Epoch:
 class Training:
     """A network on its way, and what was seen so far."""
 
-    network: UNet
+    network: nn.Module
     header: Header
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -1.0
@@ -81,11 +82,12 @@ def fit(config: TrainConfig) -> Iterator[Epoch]:
     output = Store(config.output.uri, config.storage)
     if output.exists(BEST):
         raise ConfigError(f"output.uri: {output.uri()} holds a trained model; choose a new folder")
-    header = new_header(config)
-    train, val = load_data(config, header)
     torch.manual_seed(config.train.seed)
+    network = build(config.model.spec)
+    header = new_header(config, network)
+    train, val = load_data(config, header)
     device = choose_device(config.model.device)
-    network = UNet(header.spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
     training = Training(network, header)
     optimiser = torch.optim.AdamW(
         network.parameters(), config.train.learning_rate, weight_decay=config.train.weight_decay
@@ -102,22 +104,15 @@ def fit(config: TrainConfig) -> Iterator[Epoch]:
     output.publish("_SUCCESS", b"{}\n")
 
 
-def new_header(config: TrainConfig) -> Header:
-    """The header of the checkpoint that a config will make."""
+def new_header(config: TrainConfig, network: nn.Module) -> Header:
+    """The header of the checkpoint that a config will make of a network."""
     model = config.model
     wanted = Preprocessing(
         color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
     )
     names = tuple(model.classes)
-    logits = 1 if len(names) == 2 else len(names)
-    spec = preset(
-        model.preset,
-        in_channels=wanted.channels,
-        classes=logits,
-        width=model.width,
-        depth=model.depth,
-    )
-    return Header(spec, names, wanted, palette_of(len(names)))
+    measured = tiling(model.spec, network)
+    return Header(model.spec, measured, names, wanted, palette_of(len(names)))
 
 
 def load_data(config: TrainConfig, header: Header) -> tuple[list[Picture], list[Picture]]:
@@ -168,7 +163,8 @@ def _train_epoch(
     losses = []
     for at in range(0, len(order), options.batch):
         chosen = [images[i] for i in order[at : at + options.batch]]
-        crops = [random_crop(image, options.crop, random) for image in chosen]
+        margin = training.header.tiling.margin
+        crops = [random_crop(image, options.crop, margin, random) for image in chosen]
         x_NCHW, labels_NHW = (torch.stack(column) for column in zip(*crops, strict=True))
         device = next(training.network.parameters()).device
         logits = training.network(x_NCHW.to(device, memory_format=torch.channels_last))
@@ -192,19 +188,19 @@ def evaluate(
 ) -> tuple[float | None, ...]:
     """Micro IoU per class, segmented as ``predict`` does it."""
     header = training.header
-    copy = UNet(header.spec)
-    copy.load_state_dict(training.network.state_dict())
     device = next(training.network.parameters()).device
-    engine = Engine(copy, header, device, threshold=0.5)
+    windows = windows_for(TileConfig(), header.tiling)
+    engine = Engine(copy.deepcopy(training.network), header, device, blends=windows.blends)
+    look = Look(header.network.classes)
     ignore = (config.data.val or config.data.train).ignore_index
     matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
-    size = max(VALIDATION_TILE, 2 * header.halo + header.spec.stride)
     for index, picture in enumerate(images):
-        canvas = Canvas(index, picture, header, size)
+        canvas = Canvas(index, picture, windows, look)
+        assert picture.truth is not None
         for tile in canvas.tiles:
-            canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0])
-        assert picture.truth_HW is not None
-        matrix += confusion(picture.truth_HW, canvas.mask_HW, header.classes, ignore)
+            for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
+                truth_HW = picture.truth.read(*area.box)[0]
+                matrix += confusion(truth_HW, area.mask_HW, header.classes, ignore)
     return tuple(score.iou for score in scores_of(matrix))
 
 

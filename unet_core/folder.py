@@ -1,17 +1,21 @@
 """``format = "folder"``: loose images at any depth, in fixed groups, each with its mask by stem."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 from unet_core.codec import is_image
 from unet_core.errors import ConfigError, NotFoundError, StoreError
-from unet_core.shards import Member, Sample, Shard, Source, make_shard
+from unet_core.shards import Member, Ranged, Sample, Shard, Source, make_shard
 from unet_core.store import Entry, Store
 
 log = logging.getLogger(__name__)
 
 SHOWN = 3
+LARGE_FILE_BYTES = 64 * 2**20
+"""Above this, a file is looked at before it is read whole: it may be read by window."""
 
 
 def list_shards(source: Source) -> Iterator[Shard]:
@@ -30,13 +34,26 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     masks = source.config.masks
     mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
     for member in shard.members:
-        yield Sample(
-            image_id=member.key,
-            key=_stem(PurePosixPath(member.key).name),
-            source_uri=source.root.uri(member.key),
-            read=_reader(source.root, member.key),
-            read_mask=_reader(mask_root, member.mask) if member.mask else None,
+        image = File(source.root, member.key)
+        mask = File(mask_root, member.mask) if member.mask else None
+        yield sample_of(
+            member, _stem(PurePosixPath(member.key).name), source.root.uri(member.key), image, mask
         )
+
+
+def sample_of(
+    member: Member, key: str, source_uri: str, image: "File", mask: "File | None"
+) -> Sample:
+    """A loose image with its truth."""
+    return Sample(
+        image_id=member.key,
+        key=key,
+        source_uri=source_uri,
+        read=image.read,
+        read_mask=mask.read if mask is not None else None,
+        open=image.open if member.bytes > LARGE_FILE_BYTES else None,
+        open_mask=mask.open if mask is not None else None,
+    )
 
 
 def group(members: list[Member], first: int) -> Shard:
@@ -101,13 +118,22 @@ def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], mask
     log.warning("%d of %d images have no mask in %r: %s", len(lonely), images, masks, shown)
 
 
-def _reader(store: Store, name: str) -> Callable[[], bytes]:
-    def read() -> bytes:
-        try:
-            return store.read(name)
-        except NotFoundError:
-            if store.exists():
-                raise
-            raise StoreError(f"{store.uri()} is gone; was it unmounted?") from None
+@dataclass(frozen=True)
+class File:
+    """A loose object, to be read whole or in pieces."""
 
-    return read
+    store: Store
+    name: str
+
+    def read(self) -> bytes:
+        """All bytes; raises StoreError, NotFoundError only if the rest is still there."""
+        try:
+            return self.store.read(self.name)
+        except NotFoundError:
+            if self.store.exists():
+                raise
+            raise StoreError(f"{self.store.uri()} is gone; was it unmounted?") from None
+
+    def open(self) -> Ranged:
+        """Its size, and pieces of it."""
+        return Ranged(self.store.entry(self.name).bytes, partial(self.store.read, self.name))

@@ -1,17 +1,90 @@
 """Tile and size arithmetic, one axis at a time.
 
-A padded U-Net with p pools moves with its input in steps of ``stride = 2**p`` pixels, and an
-output pixel sees at most ``reach`` pixels to each side. A window that begins at a multiple of the
-stride and carries a halo of at least ``reach`` pixels therefore reproduces the whole-image pass,
-if windows at the image's edge are shifted inward instead of being mirrored.
+A network moves with its input in steps of ``stride`` pixels, loses ``margin`` pixels on each side
+(valid convolutions), and what it gives within ``halo`` pixels of a window's inner edge differs
+from what a pass over the whole image gives there. So windows begin at multiples of the stride,
+keep what lies a halo away from their inner edges, and are shifted inward at the image's edge.
+Beyond the image lies its mirror: whoever cuts a window fills that part by reflection.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+Slices = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The lengths that a network takes: ``smallest``, and every ``step`` pixels from there."""
+
+    smallest: int
+    step: int
+
+    def __contains__(self, side: object) -> bool:
+        if not isinstance(side, int) or side < self.smallest:
+            return False
+        return (side - self.smallest) % self.step == 0
+
+    def at_least(self, side: int) -> int:
+        """The smallest allowed length that is not below ``side``."""
+        return self.smallest + round_up(max(side - self.smallest, 0), self.step)
+
+    def at_most(self, side: int) -> int:
+        """The largest allowed length that is not above ``side``; ``smallest`` if there is none."""
+        return max(self.smallest, self.smallest + (side - self.smallest) // self.step * self.step)
+
+    def near(self, side: int) -> str:
+        """Allowed lengths around one that is not, for a message."""
+        low, high = self.at_most(side), self.at_least(side)
+        return f"{low} and {high} are possible" if low != high else f"{high} is the smallest"
+
+    def __str__(self) -> str:
+        if self.step == 1:
+            return f"{self.smallest} or more"
+        if self.smallest == self.step:
+            return f"multiples of {self.step}"
+        return f"{self.smallest}, {self.smallest + self.step}, … (steps of {self.step})"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What windows a network takes, and what of their logits is as in a pass over the whole."""
+
+    sides: Sides
+    stride: int
+    margin: int
+    """Pixels lost on each side of a window."""
+    halo: int
+    """Logits at a window's inner edge that differ; a multiple of the stride."""
+    receptive_field: int
+    """Pixels along an axis that one logit depends on, at most; 0 if on all of them."""
+    is_exact: bool
+    """Whether windows can reproduce the whole-image pass at all."""
+    channels: int
+    """Float values per pixel at the widest place; what memory a batch takes follows from it."""
+
+    @property
+    def window_sides(self) -> Sides:
+        """The sides of windows, all the same modulo the stride also where a network takes any."""
+        if self.sides.step >= self.stride:
+            return self.sides
+        return Sides(round_up(self.sides.smallest, self.stride), self.stride)
+
+    @property
+    def smallest_window(self) -> int:
+        """The smallest side of a window that keeps a stride of pixels between its halos."""
+        return self.window_sides.at_least(2 * (self.margin + self.halo) + self.stride)
+
+    def aligned(self) -> "Tiling":
+        """The same network on sides that stay what they are when images are flipped."""
+        return replace(self, sides=self.window_sides)
 
 
 @dataclass(frozen=True)
 class Span:
-    """One window along one axis, in pixels: compute [start, stop), keep [keep_start, keep_stop)."""
+    """One window along one axis, in pixels of the image: compute [start, stop), which may lie
+    beyond the image, keep the logits of [keep_start, keep_stop).
+    """
 
     start: int
     stop: int
@@ -31,85 +104,111 @@ class Tile:
         """Height and width of the window in pixels."""
         return self.y.stop - self.y.start, self.x.stop - self.x.start
 
+    def kept(self, margin: int) -> Slices:
+        """The kept part in the coordinates of the window's logits."""
+        y, x = self.y.start + margin, self.x.start + margin
+        rows, columns = self.target
+        return slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x)
+
+    @property
+    def target(self) -> Slices:
+        """The kept part in the coordinates of the image."""
+        y, x = self.y, self.x
+        return slice(y.keep_start, y.keep_stop), slice(x.keep_start, x.keep_stop)
+
 
 def round_up(length: int, multiple: int) -> int:
     """The smallest multiple that is not below ``length``."""
     return -(-length // multiple) * multiple
 
 
-def reach(depth: int) -> int:
-    """How far, in pixels, an output pixel of a same-padded U-Net with ``depth`` pools sees.
+def exact_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
+    """Cut an axis of ``length`` pixels into windows of ``size`` whose kept parts cover it once.
 
-    Follows the interval of inputs that one output pixel needs down through the network (two 3×3
-    convolutions a block, 2×2 pools, 2×2 transposed convolutions), for each of the 2**depth phases.
+    One window if the axis fits. Otherwise all windows have the same size; the last may be shorter
+    where the network takes any. Raises ValueError if ``size`` leaves nothing to keep.
     """
-
-    def needs(low: int, high: int, level: int) -> tuple[int, int]:
-        low, high = low - 2, high + 2  # the decoder block, or the bottom block
-        if level == depth:
-            return low, high
-        deep_low, deep_high = needs(low // 2, high // 2, level + 1)
-        encoded = min(low, 2 * deep_low), max(high, 2 * deep_high + 1)
-        return encoded[0] - 2, encoded[1] + 2  # the encoder block, which feeds skip and pool
-
-    spans = [(phase, *needs(phase, phase, 0)) for phase in range(2**depth)]
-    return max(max(at - low, high - at) for at, low, high in spans)
-
-
-def spans(length: int, size: int, halo: int, stride: int) -> list[Span]:
-    """Cut an axis of ``length`` pixels (a multiple of ``stride``) into windows of ``size``.
-
-    One window if the axis fits. Otherwise all windows have the same size, begin at multiples of
-    the stride, and the last is shifted inward; each keeps what lies a halo away from its inner
-    edges, so that the kept parts cover the axis once.
-    """
-    if length <= size:
-        return [Span(0, length, 0, length)]
-    step = size - 2 * halo
-    if step < stride or size % stride or halo % stride or length % stride:
-        raise ValueError(f"no exact windows: {length=} {size=} {halo=} {stride=}")
+    margin, halo, stride = tiling.margin, tiling.halo, tiling.stride
+    total = tiling.sides.at_least(length + 2 * margin)
+    if total <= size:
+        return [Span(-margin, total - margin, 0, length)]
+    if size not in tiling.window_sides or size < tiling.smallest_window:
+        raise ValueError(f"no exact windows: {length=} {size=} {tiling=}")
+    last = round_up(total - size, stride)
     result: list[Span] = []
     kept = 0
     while kept < length:
-        start = min(max(kept - halo, 0), length - size)
-        stop = start + size
-        keep_stop = length if stop == length else stop - halo
-        result.append(Span(start, stop, kept, keep_stop))
+        start = min(max(kept - halo, 0) // stride * stride, last)
+        stop = min(start + size, total)
+        inner = stop - 2 * margin - halo
+        keep_stop = length if stop == total else min(inner, length)
+        result.append(Span(start - margin, stop - margin, kept, keep_stop))
         kept = keep_stop
     return result
 
 
-def tiles(height: int, width: int, size: int, halo: int, stride: int) -> list[Tile]:
-    """Windows over an image of ``height`` × ``width`` pixels, row by row.
+def overlapping_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
+    """Cut an axis into windows of ``size`` that overlap by half and keep all that they give."""
+    margin = tiling.margin
+    total = tiling.sides.at_least(length + 2 * margin)
+    if total <= size:
+        return [Span(-margin, total - margin, 0, length)]
+    out = size - 2 * margin
+    starts = [*range(0, total - size, max(1, out // 2)), total - size]
+    return [
+        Span(start - margin, start - margin + size, start, min(start + out, length))
+        for start in starts
+        if start < length
+    ]
 
-    Spans may end beyond the image: an axis is first rounded up to the stride, and whoever cuts the
-    window fills that rest by reflection. Kept parts end at the image.
-    """
 
-    def axis(length: int) -> list[Span]:
-        return [
-            Span(s.start, s.stop, s.keep_start, min(s.keep_stop, length))
-            for s in spans(round_up(length, stride), size, halo, stride)
-            if s.keep_start < length
-        ]
-
-    return [Tile(y, x) for y in axis(height) for x in axis(width)]
+def tiles(height: int, width: int, size: int, tiling: Tiling, blends: bool = False) -> list[Tile]:
+    """Windows over an image of ``height`` × ``width`` pixels, row by row."""
+    cut = overlapping_spans if blends else exact_spans
+    columns = cut(width, size, tiling)
+    return [Tile(y, x) for y in cut(height, size, tiling) for x in columns]
 
 
 MASK_WINDOW_PIXELS = 64 * 2**20
 MASK_WINDOW_SIDE = 4096
 
 
-def mask_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Rows of the masks part for one image as (y, x, height, width), in pixels.
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    def shared(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
+        """What it shares with rows and columns, counted from its corner and from theirs; empty
+        where they do not meet.
+        """
+        here, there = [], []
+        for at, length, other in ((self.y, self.height, rows), (self.x, self.width, columns)):
+            start = max(at, other.start)
+            stop = max(start, min(at + length, other.stop))
+            here.append(slice(start - at, stop - at))
+            there.append(slice(start - other.start, stop - other.start))
+        return (here[0], here[1]), (there[0], there[1])
+
+
+def mask_windows(height: int, width: int) -> list[Box]:
+    """What one image is in the masks part, a row each.
 
     An image up to 64 Mpx is one window; a larger one is cut into windows of 4096² from (0, 0).
     """
     if height * width <= MASK_WINDOW_PIXELS:
-        return [(0, 0, height, width)]
+        return [Box(0, 0, height, width)]
     side = MASK_WINDOW_SIDE
     return [
-        (y, x, min(side, height - y), min(side, width - x))
+        Box(y, x, min(side, height - y), min(side, width - x))
         for y in range(0, height, side)
         for x in range(0, width, side)
     ]

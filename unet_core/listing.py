@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from unet_core.codec import is_image
 from unet_core.errors import ConfigError
-from unet_core.folder import group
+from unet_core.folder import File, group, sample_of
 from unet_core.shards import Member, Sample, Shard, Source
 from unet_core.store import Store, split
 
@@ -55,25 +55,15 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, in the order of the list; bytes are read when asked for."""
     for member in shard.members:
         assert member.uri is not None
-        yield Sample(
-            image_id=member.key,
-            key=PurePosixPath(member.key).stem,
-            source_uri=member.uri,
-            read=_Reader(source, member.uri),
-            read_mask=_Reader(source, member.mask) if member.mask else None,
-        )
+        image = _file(source, member.uri)
+        mask = _file(source, member.mask) if member.mask else None
+        yield sample_of(member, PurePosixPath(member.key).stem, member.uri, image, mask)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads one listed object."""
-
-    source: Source
-    uri: str
-
-    def __call__(self) -> bytes:
-        prefix = Allowed.of(self.source).prefix_of(self.uri)
-        return _store_of(prefix, self.source.root).read(self.uri[len(prefix) :])
+def _file(source: Source, uri: str) -> File:
+    """One listed object, below the prefix that allows it."""
+    prefix = Allowed.of(source).prefix_of(uri)
+    return File(_store_of(prefix, source.root), uri[len(prefix) :])
 
 
 @lru_cache(maxsize=64)

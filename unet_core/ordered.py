@@ -15,7 +15,8 @@ RETRY_S = 0.2
 
 class Prefetch(Generic[ItemT, ResultT]):
     """Draws items from an iterator on a thread of its own, works on them in a pool, and gives the
-    results in the order of the items. At most ``ahead`` results wait.
+    results in the order of the items. At most ``ahead`` results wait, and no more work begins
+    while those that wait weigh more than ``budget``.
 
     A context manager: the reading begins when it is entered and ends when it is left. Errors of
     the iterator or of the work are raised where the results are used.
@@ -27,8 +28,13 @@ class Prefetch(Generic[ItemT, ResultT]):
         work: Callable[[ItemT], ResultT],
         items: Iterator[ItemT],
         ahead: int,
+        weigh: Callable[[ResultT], int] = lambda _: 0,
+        budget: int = 0,
     ) -> None:
         self._pool, self._work, self._items = pool, work, items
+        self._weigh, self._budget = weigh, budget
+        self._waiting = 0
+        self._weighed = threading.Condition()
         self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
@@ -45,16 +51,34 @@ class Prefetch(Generic[ItemT, ResultT]):
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item.result()
+            result = item.result()
+            self._add(-self._weigh(result))
+            yield result
 
     def _read(self) -> None:
         try:
             for item in self._items:
-                if not self._put(self._pool.submit(self._work, item)):
+                self._wait_for_room()
+                if not self._put(self._pool.submit(self._worked, item)):
                     return
             self._put(None)
         except BaseException as error:  # raised again where the results are used
             self._put(error)
+
+    def _worked(self, item: ItemT) -> ResultT:
+        result = self._work(item)
+        self._add(self._weigh(result))
+        return result
+
+    def _add(self, weight: int) -> None:
+        with self._weighed:
+            self._waiting += weight
+            self._weighed.notify()
+
+    def _wait_for_room(self) -> None:
+        with self._weighed:
+            while self._waiting > self._budget and not self._left.is_set():
+                self._weighed.wait(RETRY_S)
 
     def _put(self, item: Future[ResultT] | BaseException | None) -> bool:
         """Wait for a place in the queue; False if nobody reads it any more."""

@@ -35,25 +35,27 @@ class MasksPart:
     Row groups are cut by uncompressed bytes, so the file depends on its rows alone.
     """
 
-    def __init__(self, encoding: str, footer: Mapping[str, str]) -> None:
-        columns = schema.masks(encoding)
+    def __init__(
+        self, encoding: str, footer: Mapping[str, str], has_probabilities: bool = False
+    ) -> None:
+        columns = schema.masks(encoding, has_probabilities)
         self.schema = columns.with_metadata({**(columns.metadata or {}), **footer})
         self.encoding = encoding
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed by close()
-        payload = "mask" if encoding == "raw" else "mask.bytes"
+        payloads = ("mask", "mask.bytes", "probabilities")
         self._writer = pq.ParquetWriter(
             self._file,
             self.schema,
-            use_dictionary=[c for c in columns.names if c != "mask"],
-            write_statistics=[c for c in columns.names if c not in ("mask", payload)],
+            use_dictionary=[c for c in columns.names if c not in payloads],
+            write_statistics=[c for c in columns.names if c not in payloads],
             **COMPRESSION,
         )
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one mask window; ``row["mask"]`` is its encoded bytes."""
-        self._bytes += len(row["mask"])
+        """Append one mask window; ``mask`` and ``probabilities`` are bytes."""
+        self._bytes += len(row["mask"]) + len(row.get("probabilities", b""))
         if self.encoding == "png":
             row = {**row, "mask": {"bytes": row["mask"], "path": None}}
         self._rows.append(row)

@@ -1,16 +1,65 @@
-"""One image between its bytes and its tiles: decoded, in the network's colours, with its truth."""
+"""One image between its bytes and its tiles: decoded, in the network's colours, with its truth.
+
+Large TIFFs are not decoded whole: their pixels and their truth are read by window.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.codec import Raster, decode_images, decode_labels
+from unet_core.codec import Raster, class_ids, decode_images, decode_labels
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, NotFoundError
-from unet_core.preprocessing import Preprocessing, offset_and_scale, to_color
-from unet_core.shards import Sample
-from unet_core.tiff import Rules
+from unet_core.large_tiff import LargeTiff, open_large
+from unet_core.preprocessing import (
+    Preprocessing,
+    offset_and_scale,
+    offset_and_scale_by_rows,
+    to_color,
+)
+from unet_core.shards import Ranged, Sample
+from unet_core.tiff import Rules, check_size
+
+MOST_LARGE = 256
+"""An image that is read by window has at most this many times ``max_pixels`` pixels."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of an image in the network's colours, in memory or not."""
+
+    channels: int
+    height: int
+    width: int
+    dtype: np.dtype[Any]
+    """The image's own: uint8, uint16 or float32."""
+    read: Callable[[int, int, int, int], Array]
+    """CHW of a window (y, x, height, width) inside the image; raises ImageError."""
+    held_bytes: int = 0
+    """Memory that they take."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    @classmethod
+    def of(cls, pixels_CHW: Array) -> "Pixels":
+        """Pixels in memory."""
+
+        def read(y: int, x: int, height: int, width: int) -> Array:
+            return pixels_CHW[:, y : y + height, x : x + width]
+
+        channels, rows, columns = pixels_CHW.shape
+        return cls(channels, rows, columns, pixels_CHW.dtype, read, pixels_CHW.nbytes)
+
+    def whole(self) -> Array:
+        """All of them, CHW."""
+        return self.read(0, 0, self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -18,19 +67,13 @@ class Picture:
     """A decoded image."""
 
     sample: Sample
-    pixels_CHW: Array
-    """Of the image's own dtype: uint8, uint16 or float32."""
+    pixels: Pixels
     offset: Array
     """Float32 (C,); the network receives ``(pixels - offset) * scale``."""
     scale: Array
-    truth_HW: Array | None = None
-    """Class ids and ``ignore_index``; None if there is no truth or it cannot be used."""
+    truth: Pixels | None = None
+    """Class ids and ``ignore_index`` (1HW); None if there is no truth or it cannot be used."""
     truth_failure: ImageError | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.pixels_CHW.shape[1], self.pixels_CHW.shape[2]
 
 
 @dataclass(frozen=True)
@@ -41,28 +84,112 @@ class Rejected:
     failure: ImageError
 
 
-def decode(
-    sample: Sample, wanted: Preprocessing, classes: int, config: InputConfig
-) -> list[Picture | Rejected]:
-    """Decode a file and its truth: one image, or one for each page that is expanded.
+@dataclass(frozen=True)
+class Decoder:
+    """Turns samples into pictures for one network and one input."""
 
-    A truth that cannot be used does not spoil the image. Raises StoreError if the bytes cannot be
-    read.
-    """
-    rules = Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
-    try:
-        if sample.failure is not None:
-            raise sample.failure
-        rasters = decode_images(_present(sample.read), rules)
-    except ImageError as failure:
-        return [Rejected(sample, failure)]
-    truth = _truth_of(sample)
-    if len(rasters) == 1:
-        return [_picture(sample, rasters[0], truth, 0, wanted, classes, config, rules)]
-    return [
-        _picture(_page_of(sample, page), raster, truth, page, wanted, classes, config, rules)
-        for page, raster in enumerate(rasters)
-    ]
+    wanted: Preprocessing
+    classes: int
+    config: InputConfig
+
+    @property
+    def rules(self) -> Rules:
+        """How files are read."""
+        config = self.config
+        return Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
+
+    def decode(self, sample: Sample) -> list[Picture | Rejected]:
+        """Decode a file and its truth: one image, or one for each page that is expanded.
+
+        A truth that cannot be used does not spoil the image. Raises StoreError if the bytes cannot
+        be read.
+        """
+        try:
+            if sample.failure is not None:
+                raise sample.failure
+            images = self._images(sample)
+        except ImageError as failure:
+            return [Rejected(sample, failure)]
+        samples = [sample]
+        if len(images) > 1:
+            samples = [_page_of(sample, page) for page in range(len(images))]
+        truths = self._truths(sample, images)
+        return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
+
+    def _images(self, sample: Sample) -> list[Raster | LargeTiff]:
+        ranged = sample.open() if sample.open is not None else None
+        large, data = _opened(sample.read, ranged, self.rules, as_labels=False)
+        return [large] if large is not None else [*decode_images(data, self.rules)]
+
+    def _picture(
+        self, sample: Sample, image: Raster | LargeTiff, truth: Pixels | ImageError | None
+    ) -> Picture | Rejected:
+        try:
+            if isinstance(image, LargeTiff):
+                pixels, offset, scale = self._by_window(image)
+            else:
+                pixels = Pixels.of(to_color(image, self.wanted.color))
+                offset, scale = offset_and_scale(pixels.whole(), self.wanted)
+        except ImageError as failure:
+            return Rejected(sample, failure)
+        if isinstance(truth, Pixels) and truth.shape != pixels.shape:
+            truth = _unusable(f"it has shape {truth.shape}, the image {pixels.shape}")
+        if isinstance(truth, ImageError):
+            return Picture(sample, pixels, offset, scale, None, truth)
+        return Picture(sample, pixels, offset, scale, truth)
+
+    def _by_window(self, image: LargeTiff) -> tuple[Pixels, Array, Array]:
+        color = self.wanted.color
+        check_size(image.shape[1], image.shape[0], MOST_LARGE * self.config.max_pixels)
+
+        def read(y: int, x: int, height: int, width: int) -> Array:
+            return to_color(Raster(image.read(y, x, height, width)), color)
+
+        corner_CHW = read(0, 0, 1, 1)
+        height, width = image.shape
+        pixels = Pixels(len(corner_CHW), height, width, corner_CHW.dtype, read, image.cache_bytes)
+        offset, scale = offset_and_scale_by_rows(
+            lambda start, stop: read(start, 0, stop - start, width), height, width, self.wanted
+        )
+        return pixels, offset, scale
+
+    def _truths(
+        self, sample: Sample, images: list[Raster | LargeTiff]
+    ) -> list[Pixels | ImageError | None]:
+        """One for each page; why not, where it cannot be used."""
+        if sample.read_mask is None:
+            return [None] * len(images)
+        is_large = isinstance(images[0], LargeTiff)
+        try:
+            ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
+            large, data = _opened(sample.read_mask, ranged, self.rules, as_labels=True)
+        except ImageError as failure:
+            return [_unusable(failure)] * len(images)
+        if large is not None:
+            return [self._labels_by_window(large)] * len(images)
+        return [self._labels(data, page) for page in range(len(images))]
+
+    def _labels(self, data: bytes, page: int) -> Pixels | ImageError:
+        config = self.config
+        try:
+            labels_HW = decode_labels(
+                data, self.rules, config.label_map, self.classes, config.ignore_index, page
+            )
+        except ImageError as failure:
+            return _unusable(failure)
+        return Pixels.of(labels_HW[None])
+
+    def _labels_by_window(self, large: LargeTiff) -> Pixels:
+        config = self.config
+
+        def read(y: int, x: int, height: int, width: int) -> Array:
+            try:
+                stored = large.read(y, x, height, width)
+                return class_ids(stored, config.label_map, self.classes, config.ignore_index)[None]
+            except ImageError as failure:
+                raise _unusable(failure) from failure
+
+        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.cache_bytes)
 
 
 def _page_of(sample: Sample, page: int) -> Sample:
@@ -70,48 +197,23 @@ def _page_of(sample: Sample, page: int) -> Sample:
     return dataclasses.replace(sample, image_id=image_id, key=key)
 
 
-def _truth_of(sample: Sample) -> bytes | ImageError | None:
-    try:
-        return _present(sample.read_mask) if sample.read_mask is not None else None
-    except ImageError as failure:
-        return failure
+def _unusable(why: object) -> ImageError:
+    return ImageError("truth", f"the mask cannot be used: {why}")
 
 
-def _picture(
-    sample: Sample,
-    raster: Raster,
-    truth: bytes | ImageError | None,
-    page: int,
-    wanted: Preprocessing,
-    classes: int,
-    config: InputConfig,
-    rules: Rules,
-) -> Picture | Rejected:
-    try:
-        pixels_CHW = to_color(raster, wanted.color)
-    except ImageError as failure:
-        return Rejected(sample, failure)
-    offset, scale = offset_and_scale(pixels_CHW, wanted)
-    truth_HW, truth_failure = None, None
-    try:
-        if isinstance(truth, ImageError):
-            raise truth
-        if truth is not None:
-            truth_HW = decode_labels(
-                truth, rules, config.label_map, classes, config.ignore_index, page
-            )
-            if truth_HW.shape != pixels_CHW.shape[1:]:
-                shape = pixels_CHW.shape[1:]
-                raise ImageError("labels", f"it has shape {truth_HW.shape}, the image {shape}")
-    except ImageError as failure:
-        truth_HW = None
-        truth_failure = ImageError("truth", f"the mask cannot be used: {failure}")
-    return Picture(sample, pixels_CHW, offset, scale, truth_HW, truth_failure)
+def _opened(
+    read: Callable[[], bytes], ranged: Ranged | None, rules: Rules, as_labels: bool
+) -> tuple[LargeTiff | None, bytes]:
+    """A file that is read by window, or else all its bytes.
 
-
-def _present(read: Callable[[], bytes]) -> bytes:
-    """The bytes; an object that the manifest names and that is gone is a matter of this image."""
+    An object that the manifest names and that is gone is a matter of its image.
+    """
     try:
-        return read()
+        if ranged is not None:
+            large = open_large(ranged.read, ranged.size, rules, as_labels)
+            if large is not None:
+                return large, b""
+        data = read()
     except NotFoundError as error:
         raise ImageError("missing", f"{error}; it was there when the run began") from error
+    return open_large(lambda start, stop: data[start:stop], len(data), rules, as_labels), data

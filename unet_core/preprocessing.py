@@ -4,7 +4,10 @@ The checkpoint says what it wants. Nothing here rounds or clips the pixels: a ne
 ``(pixels - offset) * scale`` in float32, computed on the device from the image's own integers.
 """
 
-from typing import Annotated, Literal
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from unet_core.arrays import Array
 from unet_core.codec import Raster
 from unet_core.errors import ImageError
+
+BAND_ROWS = 256
+"""An image too large for memory is counted in bands of so many rows,"""
+BAND_BYTES = 64 * 2**20
+"""fewer where they take more than this."""
+PIECE = 2**20
 
 
 class Preprocessing(BaseModel):
@@ -70,42 +79,172 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
     From integer counts, so the same on every machine. A constant channel becomes all zeros.
     """
     if wanted.normalisation == "range":
-        is_integer = pixels_CHW.dtype.kind == "u"
-        full = float(np.iinfo(pixels_CHW.dtype).max) if is_integer else 1.0
-        low = 0.0 if wanted.low is None else wanted.low
-        high = full if wanted.high is None else wanted.high
-        pairs = [(low, high - low)] * len(pixels_CHW)
+        pairs = [_range(pixels_CHW.dtype, wanted)] * len(pixels_CHW)
+    elif pixels_CHW.dtype.kind == "u":
+        pairs = [_of_counts(_counts(plane), wanted) for plane in pixels_CHW]
     elif wanted.normalisation == "percentile":
-        low = 1.0 if wanted.low is None else wanted.low
-        high = 99.8 if wanted.high is None else wanted.high
-        pairs = [_percentiles(plane, low, high) for plane in pixels_CHW]
+        pairs = [_percentiles(plane, wanted) for plane in pixels_CHW]
     else:
         pairs = [_mean_and_deviation(plane) for plane in pixels_CHW]
+    return _as_arrays(pairs)
+
+
+def offset_and_scale_by_rows(
+    read_CHW: Callable[[int, int], Array], height: int, width: int, wanted: Preprocessing
+) -> tuple[Array, Array]:
+    """The same for an image too large for memory, whose rows [start, stop) are read in bands: once
+    for integers and ``zscore``, twice for percentiles of floats, only the first for ``range``.
+
+    Equal to the last bit, but for ``zscore`` of floats: its sums are those of the rows, so they
+    are rounded otherwise, though always alike.
+    """
+    first_CHW = read_CHW(0, 1)
+    if wanted.normalisation == "range":
+        return offset_and_scale(first_CHW, wanted)
+    row_bytes = width * max(3, len(first_CHW)) * first_CHW.itemsize
+    rows = max(1, min(BAND_ROWS, BAND_BYTES // row_bytes))
+    rows = 2 ** (rows.bit_length() - 1)  # as the sides of tiles
+
+    def bands() -> Iterator[Array]:
+        for start in range(0, height, rows):
+            yield read_CHW(start, min(start + rows, height))
+
+    if first_CHW.dtype.kind == "u":
+        counts = _total([_counts(plane) for plane in band] for band in bands())
+        pairs = [_of_counts(of_channel, wanted) for of_channel in counts]
+    elif wanted.normalisation == "percentile":
+        pairs = _percentiles_by_bits(bands, _ranks(height * width, wanted))
+    else:
+        moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
+        pairs = [_of_rows(of_channel, width) for of_channel in moments]
+    return _as_arrays(pairs)
+
+
+def _range(dtype: np.dtype[Any], wanted: Preprocessing) -> tuple[float, float]:
+    full = float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
+    low = 0.0 if wanted.low is None else wanted.low
+    high = full if wanted.high is None else wanted.high
+    return low, high - low
+
+
+def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
+    """Offsets and scales of channels from their offsets and spans."""
     offset = np.array([offset for offset, _ in pairs], dtype=np.float32)
     with np.errstate(over="ignore"):  # the network's output then tells that this is no image
         scale = np.array([1 / span if span > 0 else 0.0 for _, span in pairs], dtype=np.float32)
     return offset, scale
 
 
-def _percentiles(plane_HW: Array, low: float, high: float) -> tuple[float, float]:
+def _ranks(values: int, wanted: Preprocessing) -> list[int]:
+    """The low and the high percentile among so many ordered values, counted from 1."""
+    low = 1.0 if wanted.low is None else wanted.low
+    high = 99.8 if wanted.high is None else wanted.high
+    return [max(1, int(np.ceil(values * q / 100))) for q in (low, high)]
+
+
+def _counts(plane_HW: Array) -> Array:
+    """How often each value of the type occurs."""
+    bins = int(np.iinfo(plane_HW.dtype).max) + 1
+    return _total(np.bincount(piece, minlength=bins) for piece in _pieces(plane_HW))
+
+
+def _total(arrays: Iterable[Any]) -> Array:
+    return functools.reduce(np.add, arrays, np.zeros((), dtype=np.int64))
+
+
+def _pieces(plane_HW: Array) -> Iterator[Array]:
+    """Values in pieces small enough for copies eight times as wide."""
+    flat = plane_HW.ravel()
+    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
+
+
+def _of_counts(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
+    """Offset and span of integers, from exact sums."""
+    size = int(counts.sum())
+    if wanted.normalisation == "percentile":
+        bottom, top = (float(_at_rank(counts, rank)[0]) for rank in _ranks(size, wanted))
+        return bottom, top - bottom
+    exact = [(int(value), int(counts[value])) for value in np.flatnonzero(counts)]
+    mean = sum(value * count for value, count in exact) / size
+    variance = sum(value * value * count for value, count in exact) / size - mean * mean
+    return mean, float(np.sqrt(max(variance, 0.0)))
+
+
+def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
+    """The value at a rank, and the rank among the equal ones."""
+    cumulative = np.cumsum(counts)
+    value = int(np.searchsorted(cumulative, rank))
+    return value, rank - int(cumulative[value] - counts[value])
+
+
+def _percentiles(plane_HW: Array, wanted: Preprocessing) -> tuple[float, float]:
     """The value at the low percentile, and the distance from there to the high one."""
-    ranks = [max(1, int(np.ceil(plane_HW.size * q / 100))) for q in (low, high)]
-    if plane_HW.dtype.kind == "u":
-        cumulative = np.cumsum(np.bincount(plane_HW.ravel()))
-        bottom, top = (float(np.searchsorted(cumulative, rank)) for rank in ranks)
-    else:
-        ordered = np.partition(plane_HW.ravel(), [rank - 1 for rank in ranks])
-        bottom, top = (float(ordered[rank - 1]) for rank in ranks)
+    ranks = _ranks(plane_HW.size, wanted)
+    ordered = np.partition(plane_HW.ravel(), [rank - 1 for rank in ranks])
+    bottom, top = (float(ordered[rank - 1]) for rank in ranks)
     return bottom, top - bottom
 
 
+def _percentiles_by_bits(
+    bands: Callable[[], Iterator[Array]], ranks: list[int]
+) -> list[tuple[float, float]]:
+    """The same by counting: first the upper 16 bits of all values, then the lower ones of those
+    that share their upper bits with the value at a rank.
+    """
+    upper = _total([_key_counts(plane) for plane in band] for band in bands())
+    found = [[_at_rank(counts, rank) for rank in ranks] for counts in upper]
+
+    def lower_of(band_CHW: Array) -> list[list[Array]]:
+        planes = zip(band_CHW, found, strict=True)
+        return [[_key_counts(plane, top) for top, _ in tops] for plane, tops in planes]
+
+    pairs = []
+    for tops, counts_of_tops in zip(found, _total(map(lower_of, bands())), strict=True):
+        chosen = zip(tops, counts_of_tops, strict=True)
+        keys = [(top << 16) + _at_rank(counts, rank)[0] for (top, rank), counts in chosen]
+        low, high = map(float, _values_of(np.array(keys, dtype=np.uint32)))
+        pairs.append((low, high - low))
+    return pairs
+
+
+def _key_counts(plane_HW: Array, top: int | None = None) -> Array:
+    """How often the upper halves of keys occur, or the lower halves of keys with this upper one."""
+    counts = np.zeros(2**16, dtype=np.int64)
+    for values in _pieces(plane_HW):
+        keys = _keys(values)
+        chosen = keys >> 16 if top is None else keys[keys >> 16 == top] & 0xFFFF
+        counts += np.bincount(chosen, minlength=counts.size)
+    return counts
+
+
+def _keys(values: Array) -> Array:
+    """Unsigned integers in the order of float32 values; both zeros are one."""
+    bits = (values + np.float32(0)).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | 0x80000000)
+
+
+def _values_of(keys: Array) -> Array:
+    """Float32 values of their keys."""
+    return np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
+
+
 def _mean_and_deviation(plane_HW: Array) -> tuple[float, float]:
-    """Mean and standard deviation; integers are summed exactly."""
-    if plane_HW.dtype.kind == "u":
-        wide = plane_HW.ravel().astype(np.uint64)
-        mean = int(wide.sum()) / wide.size
-        variance = int((wide * wide).sum()) / wide.size - mean * mean
-    else:
-        wide = plane_HW.ravel().astype(np.float64)
-        mean, variance = float(wide.mean()), float(wide.var())
-    return mean, float(np.sqrt(max(variance, 0.0)))
+    """Mean and standard deviation of floats."""
+    wide = plane_HW.ravel().astype(np.float64)
+    return float(wide.mean()), float(np.sqrt(max(float(wide.var()), 0.0)))
+
+
+def _row_moments(band_CHW: Array) -> Array:
+    """Means and sums of squared distances from them, of each row: (C, H, 2)."""
+    rows = (row.astype(np.float64) for plane in band_CHW for row in plane)
+    moments = [(row.mean(), row.var() * row.size) for row in rows]
+    return np.array(moments).reshape(*band_CHW.shape[:2], 2)
+
+
+def _of_rows(moments: Array, width: int) -> tuple[float, float]:
+    """Mean and standard deviation of rows of one width, after Chan, Golub and LeVeque (1979)."""
+    means, squares = moments.T
+    mean = math.fsum(means) / means.size
+    between = width * math.fsum((means - mean) ** 2)
+    variance = (math.fsum(squares) + between) / (means.size * width)
+    return mean, math.sqrt(variance)

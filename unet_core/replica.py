@@ -2,16 +2,23 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from unet_core import checkpoint
+from unet_core.checkpoint import Header
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
+from unet_core.errors import CheckpointError
 from unet_core.manifest import with_members
+from unet_core.presets import Factory
+from unet_core.reach import is_exact
 from unet_core.run import MANIFEST_NAME
 from unet_core.segment import Segmenter, Settings
 from unet_core.shards import Shard
 from unet_core.store import Store
 from unet_core.timings import ShardResult
+from unet_core.windows import windows_for
 
 
 class Replica:
@@ -21,17 +28,25 @@ class Replica:
         self.spec = spec
         config = spec.config
         network, header = checkpoint.load(
-            config.model.checkpoint, spec.model_sha256, config.storage
+            config.model.checkpoint, spec.model_sha256, config.storage, config.model.factory
         )
+        _require_tiling(network, header)
+        self.windows = windows_for(config.tile, header.tiling)
         self.engine = Engine(
-            network, header, choose_device(_wanted_device(config)), config.model.threshold
+            network,
+            header,
+            choose_device(_wanted_device(config)),
+            config.model.threshold,
+            config.tile.tta,
+            config.output.probabilities,
+            self.windows.blends,
         )
-        self.engine.share_cores(spec.threads, config.tile.size)
+        self.engine.share_cores(spec.threads, self.windows.size)
         self._segmenter: Segmenter | None = None
 
     def probe(self) -> Compute:
         """This replica's ``compute`` section."""
-        return self.engine.probe(self.spec.config.tile.size, self.spec.config.tile.batch)
+        return self.engine.probe(self.windows.size, self.spec.config.tile.batch)
 
     def configure(
         self, compute: Compute, footer: dict[str, str], on_image: Callable[[], None] = lambda: None
@@ -44,7 +59,7 @@ class Replica:
             output=Store(self.spec.config.output.uri, self.spec.config.storage),
             compute=compute,
             footer=footer,
-            tile_size=self.spec.config.tile.size,
+            windows=self.windows,
             encoding=self.spec.config.output.encoding,
             threads=max(2, self.spec.threads),
             on_image=on_image,
@@ -62,6 +77,17 @@ class Replica:
         """Give up the shards under way, soon; they raise StoppedError."""
         if self._segmenter is not None:
             self._segmenter.cancel()
+
+
+def _require_tiling(network: nn.Module, header: Header) -> None:
+    """Hold a network of somebody else to what was measured when its weights were imported."""
+    if not isinstance(header.network, Factory) or not header.tiling.is_exact:
+        return
+    if not is_exact(network, header.network.in_channels, header.tiling):
+        raise CheckpointError(
+            f"model.factory: {header.network.factory} now builds a network whose tiles are not "
+            "exact; import its weights again"
+        )
 
 
 def _wanted_device(config: PredictConfig) -> str:

@@ -22,6 +22,7 @@ from unet_core.metrics import Totals
 from unet_core.parts import read_totals
 from unet_core.shards import Shard, Source
 from unet_core.store import Store
+from unet_core.windows import Windows
 
 RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
@@ -31,7 +32,9 @@ READ_THREADS = 16
 Identity = dict[str, Any]
 
 
-def identity(config: PredictConfig, source: Source, model_sha256: str, header: Header) -> Identity:
+def identity(
+    config: PredictConfig, source: Source, model_sha256: str, header: Header, windows: Windows
+) -> Identity:
     """What makes two runs the same run, by the names that people know from the config.
 
     Whatever changes masks, and nothing else: not workers, not where the output lies.
@@ -55,9 +58,12 @@ def identity(config: PredictConfig, source: Source, model_sha256: str, header: H
         "model.sha256": model_sha256,
         "model.preprocessing": header.preprocessing.model_dump(),
         "model.threshold": config.model.threshold,
-        "tile.size": config.tile.size,
+        "tile.size": windows.size,
         "tile.batch": config.tile.batch,
+        "tile.mode": "blend" if windows.blends else "exact",
+        "tile.tta": config.tile.tta,
         "output.encoding": config.output.encoding,
+        "output.probabilities": config.output.probabilities,
     }
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs import list_shards, open_source, read_shard
-from unet_core.picture import Picture, Rejected, decode
+from unet_core.picture import Decoder, Picture, Rejected
 from unet_core.preprocessing import Preprocessing
 
 Random = np.random.Generator
@@ -24,25 +24,31 @@ def read_labelled(
     Raises ConfigError that names the first image which cannot be used: training on what is left
     would hide it.
     """
-    source = open_source(config, storage)
+    source, decoder = open_source(config, storage), Decoder(wanted, classes, config)
     for shard in list_shards(source):
         for sample in read_shard(source, shard):
-            for image in decode(sample, wanted, classes, config):
+            for image in decoder.decode(sample):
                 failure = image.failure if isinstance(image, Rejected) else image.truth_failure
                 if failure is not None:
                     raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}")
-                if isinstance(image, Picture) and image.truth_HW is not None:
+                if isinstance(image, Picture) and image.truth is not None:
                     yield image
 
 
-def random_crop(image: Picture, side: int, random: Random) -> tuple[Tensor, Tensor]:
+def random_crop(image: Picture, crop: int, margin: int, random: Random) -> tuple[Tensor, Tensor]:
     """A square crop CHW with its labels HW: random place, scale (¾ to 4⁄3), flip and quarter turn.
 
-    Where the image is smaller than the crop it is mirrored. Array are only ever taken by nearest.
+    The labels have ``crop`` pixels a side, the pixels a ``margin`` of context around them. Where
+    the image is too small it is mirrored. Labels are only ever taken by nearest.
     """
+    assert image.truth is not None
+    side = crop + 2 * margin
     taken = round(side * float(np.exp(random.uniform(np.log(0.75), np.log(4 / 3)))))
-    pixels_CHW, labels_HW = image.pixels_CHW, image.truth_HW
-    assert labels_HW is not None
+    pixels_CHW, labels_HW = image.pixels.whole(), image.truth.whole()[0]
+    if context := -(-margin * taken // side):
+        around = (context, context)
+        pixels_CHW = np.pad(pixels_CHW, ((0, 0), around, around), mode="reflect")
+        labels_HW = np.pad(labels_HW, (around, around), mode="reflect")
     below, right = (max(0, taken - length) for length in labels_HW.shape)
     if below or right:
         pixels_CHW = np.pad(pixels_CHW, ((0, 0), (0, below), (0, right)), mode="reflect")
@@ -59,7 +65,7 @@ def random_crop(image: Picture, side: int, random: Random) -> tuple[Tensor, Tens
     crop_CHW, cut_HW = torch.rot90(crop_CHW, turns, (1, 2)), torch.rot90(cut_HW, turns, (0, 1))
     if random.integers(2):
         crop_CHW, cut_HW = crop_CHW.flip(2), cut_HW.flip(1)
-    return vary_gray(crop_CHW, random), cut_HW
+    return vary_gray(crop_CHW, random), cut_HW[margin : side - margin, margin : side - margin]
 
 
 def vary_gray(crop_CHW: Tensor, random: Random) -> Tensor:

@@ -72,7 +72,7 @@ TIMINGS = pa.schema(
 MAX_CONFUSION_CLASSES = 64
 
 
-def masks(encoding: str) -> pa.Schema:
+def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
     """Columns of a masks part; PNG masks are marked as images for dataset viewers."""
     mask: pa.DataType = pa.binary()
     metadata: dict[str, str] = {}
@@ -90,12 +90,15 @@ def masks(encoding: str) -> pa.Schema:
             ("image_width", pa.int32()),
             ("encoding", pa.string()),
             ("mask", mask),
+            *([("probabilities", pa.binary())] if has_probabilities else []),
         ],
         metadata=metadata,
     )
 
 
-def footer(header: Header, model_sha256: str, fingerprint: str) -> dict[str, str]:
+def footer(
+    header: Header, model_sha256: str, fingerprint: str, probabilities: str
+) -> dict[str, str]:
     """Key-value metadata that every part carries."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -103,4 +106,5 @@ def footer(header: Header, model_sha256: str, fingerprint: str) -> dict[str, str
         "model_sha256": model_sha256,
         "class_names": json.dumps(header.class_names),
         "palette": json.dumps(header.palette),
+        "probabilities": probabilities,
     }

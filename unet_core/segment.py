@@ -11,30 +11,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
-from unet_core.arrays import Array
-from unet_core.codec import encode_mask
+from unet_core.canvas import Canvas, Look
 from unet_core.compute import Compute
-from unet_core.engine import Engine, Segmented
+from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
-from unet_core.geometry import mask_windows
 from unet_core.inputs import read_shard
-from unet_core.metrics import confusion, scores_of
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
-from unet_core.picture import Picture, Rejected, decode
-from unet_core.schema import MAX_CONFUSION_CLASSES
+from unet_core.picture import Decoder, Picture, Rejected
+from unet_core.rows import Encoded, Encoder, Row
 from unet_core.shards import Sample, Shard, Source
 from unet_core.store import Store
-from unet_core.tiling import Canvas, Piece, TileQueue, stack
+from unet_core.tiling import Piece, TileQueue, stack
 from unet_core.timings import Seconds, ShardResult
+from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+DECODED_BYTES = 256 * 2**20
+"""No further image is decoded while those that wait hold more than this."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Settings:
     output: Store
     compute: Compute
     footer: dict[str, str]
-    tile_size: int
+    windows: Windows
     encoding: str
     threads: int = 2
     """For decoding and encoding."""
@@ -60,14 +56,10 @@ class Decoded:
     images: list[Picture | Rejected]
     decode_s: float
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """One image's rows, ready to be written."""
-
-    metrics: Row
-    masks: list[Row]
-    encode_s: float
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the pixels take."""
+        return sum(i.pixels.held_bytes for i in self.images if isinstance(i, Picture))
 
 
 class Segmenter:
@@ -76,8 +68,12 @@ class Segmenter:
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        header, config = engine.header, settings.source.config
         self.engine = engine
         self.settings = settings
+        self._decoder = Decoder(header.preprocessing, header.classes, config)
+        self._encoder = Encoder(header.classes, settings.encoding, config.ignore_index)
+        self._look = Look(header.network.classes, engine.threshold, engine.probabilities_kept)
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
         self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
@@ -94,14 +90,16 @@ class Segmenter:
         bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
         exception.
         """
-        part = MasksPart(self.settings.encoding, self.settings.footer)
+        has_probabilities = self._look.probabilities != "none"
+        part = MasksPart(self.settings.encoding, self.settings.footer, has_probabilities)
         seconds = Seconds()
         rows: list[Row] = []
         encoded: InOrder[Encoded] = InOrder()
         ahead = 2 * self.settings.threads + 2
         try:
+            samples = read_shard(self.settings.source, shard)
             with Prefetch(
-                self._pool, self._decode, read_shard(self.settings.source, shard), ahead
+                self._pool, self._decode, samples, ahead, lambda d: d.held_bytes, DECODED_BYTES
             ) as images:
                 for index, future in self._compute(images, encoded, seconds):
                     encoded.add(index, future)
@@ -113,8 +111,7 @@ class Segmenter:
 
     def _decode(self, sample: Sample) -> Decoded:
         start = time.perf_counter()
-        header = self.engine.header
-        images = decode(sample, header.preprocessing, header.classes, self.settings.source.config)
+        images = self._decoder.decode(sample)
         return Decoded(images, time.perf_counter() - start)
 
     def _compute(
@@ -135,20 +132,28 @@ class Segmenter:
                 for decoded_image in decoded.images:
                     image, index = _unless_seen(decoded_image, ids), encoded.number()
                     if isinstance(image, Rejected):
-                        yield index, self._pool.submit(self._encode_rejected, image)
+                        row = self._encoder.rejected(image)
+                        yield index, self._pool.submit(Encoded, row, ())
                         continue
-                    canvas = Canvas(index, image, self.engine.header, self.settings.tile_size)
+                    canvas = Canvas(index, image, self.settings.windows, self._look)
                     for pieces in queue.add(canvas):
-                        running.add(pieces, self._lanes.submit(self._run, pieces))
+                        self._start(pieces, running)
                         yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
             for pieces in queue.rest():
-                running.add(pieces, self._lanes.submit(self._run, pieces))
+                self._start(pieces, running)
                 yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
         yield from self._paste(running.finished(0), seconds)
 
-    def _run(self, pieces: list[Piece]) -> tuple[list[Segmented], float]:
+    def _start(self, pieces: list[Piece], running: "_Running") -> None:
+        if self._cancelled.is_set():
+            raise StoppedError("stopped")
+        batch = self._pool.submit(stack, pieces)
+        running.add(pieces, self._lanes.submit(self._run, batch))
+
+    def _run(self, batch: Future[Batch]) -> tuple[list[Segmented], float]:
+        ready = batch.result()
         start = time.perf_counter()
-        return self.engine.run(stack(pieces)), time.perf_counter() - start
+        return self.engine.run(ready), time.perf_counter() - start
 
     def _paste(
         self, finished: Iterator[tuple[list[Piece], list[Segmented], float]], seconds: Seconds
@@ -156,59 +161,11 @@ class Segmenter:
         for pieces, results, device_s in finished:
             seconds.device += device_s
             for (canvas, tile), result in zip(pieces, results, strict=True):
-                canvas.paste(tile, result)
+                for area in canvas.paste(tile, result):
+                    encoding = self._pool.submit(self._encoder.area, canvas, area)
+                    canvas.encoded.append(encoding)
                 if canvas.is_complete:
-                    yield canvas.index, self._pool.submit(self._encode, canvas)
-
-    def _encode(self, canvas: Canvas) -> Encoded:
-        start = time.perf_counter()
-        picture = canvas.picture
-        if not canvas.is_finite:
-            failure = ImageError("not_finite", "the network's output is NaN or infinite here")
-            return self._encode_rejected(Rejected(picture.sample, failure))
-        row = _row(picture.sample, "ok", picture.truth_failure)
-        row |= self._counts(canvas)
-        masks = self._windows(row["image_id"], canvas.mask_HW)
-        return Encoded(row, masks, time.perf_counter() - start)
-
-    def _encode_rejected(self, image: Rejected) -> Encoded:
-        return Encoded(_row(image.sample, "failed", image.failure), [], 0.0)
-
-    def _counts(self, canvas: Canvas) -> Row:
-        mask_HW, classes = canvas.mask_HW, self.engine.header.classes
-        row: Row = {
-            "height": mask_HW.shape[0],
-            "width": mask_HW.shape[1],
-            "class_pixels": np.bincount(mask_HW.ravel(), minlength=classes).tolist(),
-            "confidence_sum": canvas.confidence_sum,
-        }
-        truth_HW = canvas.picture.truth_HW
-        if truth_HW is not None:
-            ignore_index = self.settings.source.config.ignore_index
-            matrix = confusion(truth_HW, mask_HW, classes, ignore_index)
-            scores = scores_of(matrix)
-            row |= {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
-            row["ignored_pixels"] = mask_HW.size - int(matrix.sum())
-            if classes <= MAX_CONFUSION_CLASSES:
-                row["confusion"] = matrix.ravel().tolist()
-        return row
-
-    def _windows(self, image_id: str, mask_HW: Array) -> list[Row]:
-        encoding = self.settings.encoding
-        return [
-            {
-                "image_id": image_id,
-                "y": y,
-                "x": x,
-                "height": height,
-                "width": width,
-                "image_height": mask_HW.shape[0],
-                "image_width": mask_HW.shape[1],
-                "encoding": encoding,
-                "mask": encode_mask(mask_HW[y : y + height, x : x + width], encoding),
-            }
-            for y, x, height, width in mask_windows(*mask_HW.shape)
-        ]
+                    yield canvas.index, self._pool.submit(self._encoder.image, canvas)
 
     def _append(
         self, images: Iterable[Encoded], rows: list[Row], part: MasksPart, seconds: Seconds
@@ -236,17 +193,6 @@ class Segmenter:
         seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return ShardResult(shard.shard_id, totals, seconds)
-
-
-def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
-    return {
-        "image_id": sample.image_id,
-        "key": sample.key,
-        "source_uri": sample.source_uri,
-        "status": status,
-        "error_code": failure.code if failure else None,
-        "error_message": str(failure) if failure else None,
-    }
 
 
 def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:

@@ -52,8 +52,17 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Ranged:
+    """A file that may be read in pieces, by several threads at once."""
+
+    size: int
+    read: Callable[[int, int], bytes]
+    """Bytes [start, stop); raises StoreError."""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One image as it was found: named, not yet decoded. ``read`` raises StoreError."""
+    """One image as it was found: named, not yet decoded. Reading raises StoreError."""
 
     image_id: str
     key: str
@@ -62,6 +71,9 @@ class Sample:
     read_mask: Callable[[], bytes] | None = None
     failure: ImageError | None = None
     """Set where the reader already knows that there is nothing to decode."""
+    open: Callable[[], Ranged] | None = None
+    """Where the image is a file of its own, which need not be read whole."""
+    open_mask: Callable[[], Ranged] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others
 """
 
 import io
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from unet_core.errors import ImageError
 
 VALUES_PER_PIXEL = 8
 """A file's pages and channels together hold at most this many times ``max_pixels`` values."""
+MAX_PLANES = 2**20
+"""OME metadata may claim at most this many planes: their list alone takes memory."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,40 @@ def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
         pages = pages or [tiff.pages.first]
         for page in pages:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, rules.max_pixels)
-        series = [
-            s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)
-        ]
-        is_declared = bool(rules.axes or tiff.is_ome or tiff.is_imagej)
+        series = full_series(tiff)
         _check_values(pages, series, rules)
-        if (len(pages) > 1 and is_declared) or sum(map(_planes, series)) > len(pages):
+        if is_stack(tiff, len(pages), series, rules):
             stacks = [page for one in series for page in _stack(one, len(series), rules, as_labels)]
-            _require_allowed(len(stacks), rules)
+            require_allowed(len(stacks), rules)
             return stacks
-        _require_allowed(len(pages), rules)
+        require_allowed(len(pages), rules)
         return [_page(page, rules, as_labels) for page in pages]
+
+
+def full_series(tiff: Any) -> list[Any]:
+    """The series of a file, without those that repeat another one at a smaller size."""
+    if tiff.is_ome:
+        _check_planes(tiff.ome_metadata or "")
+    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
+
+
+def _check_planes(ome_xml: str) -> None:
+    """Raise ImageError for metadata that claims more planes than memory has room to list."""
+    sizes = [
+        math.prod(int(size) for size in re.findall(r"Size[CZT]\s*=\s*[\"'](\d+)", pixels))
+        for pixels in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", ome_xml)
+    ]
+    counts = map(int, re.findall(r"(?:PlaneCount|NumPlanes)\s*=\s*[\"'](\d+)", ome_xml))
+    most = max([*sizes, *counts], default=0)
+    if most > MAX_PLANES:
+        raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
+
+
+def is_stack(tiff: Any, number_of_pages: int, series: list[Any], rules: Rules) -> bool:
+    """Whether pages are planes of something whose axes are declared, or lie behind one page."""
+    is_declared = bool(rules.axes or tiff.is_ome or tiff.is_imagej)
+    is_many = number_of_pages > 1 and is_declared
+    return is_many or sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
 
 
 def _check_values(pages: list[Any], series: list[Any], rules: Rules) -> None:
@@ -75,13 +102,14 @@ def _check_values(pages: list[Any], series: list[Any], rules: Rules) -> None:
         )
 
 
-def _planes(series: Any) -> int:
-    """How many images of Y and X a series has, samples apart."""
-    sizes = zip(series.shape, series.axes, strict=True)
-    return int(np.prod([size for size, axis in sizes if axis not in "YXS"]))
+def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
+    """How many planes with such axes there are."""
+    sizes = zip(shape, axes, strict=True)
+    return int(np.prod([size for size, axis in sizes if axis not in axes_of_a_plane]))
 
 
-def _require_allowed(pages: int, rules: Rules) -> None:
+def require_allowed(pages: int, rules: Rules) -> None:
+    """Raise ImageError for several pages, unless each may be an image."""
     if pages > 1 and rules.pages == "refuse":
         raise ImageError(
             "frames",
@@ -92,12 +120,7 @@ def _require_allowed(pages: int, rules: Rules) -> None:
 
 def _stack(series: Any, number_of_series: int, rules: Rules, as_labels: bool) -> list[Any]:
     """Planes whose meaning is declared: channels are joined, every other axis is pages."""
-    axes, shape = rules.axes or series.axes, series.shape
-    is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
-    if is_wrong or (rules.axes and number_of_series > 1):
-        found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
-        raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
-    _require_plain(series)
+    axes, shape = stack_axes(series, number_of_series, rules), series.shape
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
     order = [*others, axes.index("Y"), axes.index("X"), *channels]
@@ -107,21 +130,35 @@ def _stack(series: Any, number_of_series: int, rules: Rules, as_labels: bool) ->
     pages_NHWC = pixels.reshape(-1, height, width, depth)
     if _alpha_of(series.keyframe) and "C" not in axes and not rules.channels:
         pages_NHWC = pages_NHWC[..., :-1]
-    if pages_NHWC.dtype == bool:
-        pages_NHWC = pages_NHWC.astype(np.uint8) * (1 if as_labels else 255)
-    return list(pages_NHWC)
+    return list(from_bits(pages_NHWC, as_labels))
+
+
+def stack_axes(series: Any, number_of_series: int, rules: Rules) -> str:
+    """The declared axes of a stack. Raises ImageError for those that cannot be, and odd colours."""
+    axes, shape = rules.axes or series.axes, series.shape
+    is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
+    if is_wrong or (rules.axes and number_of_series > 1):
+        found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
+        raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
+    _require_plain(series)
+    return str(axes)
 
 
 def _require_plain(series: Any) -> None:
     """Raise ImageError for a stack of colours that only single pages may have, or with gaps."""
     page = series.keyframe
-    colors = _name(page.photometric)
-    if colors not in ("MINISBLACK", "RGB", "0") or page.bitspersample in (2, 4):
+    if not is_plain(page) or page.bitspersample in (2, 4):
+        colors = _name(page.photometric)
         raise ImageError(
             "mode", f"a stack of {colors} at {page.bitspersample} bits is not supported"
         )
     if any(plane is None for plane in series.pages):
         raise ImageError("frames", "planes of the stack are missing; they lie in other files")
+
+
+def is_plain(page: Any) -> bool:
+    """Whether each sample of a page is a channel of its own, as it is."""
+    return _name(page.photometric) in ("MINISBLACK", "RGB", "0")
 
 
 def _alpha_of(page: Any) -> int:
@@ -136,13 +173,21 @@ def _page(page: Any, rules: Rules, as_labels: bool) -> Any:
     pixels = page.asarray()
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
+    return page_pixels(page, pixels, rules, as_labels)
+
+
+def page_pixels(page: Any, pixels: Any, rules: Rules, as_labels: bool) -> Any:
+    """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
     alpha = _alpha_of(page)
     if alpha and not rules.channels:
         pixels = pixels[..., :-alpha]
-    is_palette = _name(page.photometric) == "PALETTE"
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * (1 if as_labels or is_palette else 255)
+    pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
     return pixels if as_labels else _tiff_colors(page, pixels)
+
+
+def from_bits(pixels: Any, as_labels: bool) -> Any:
+    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
+    return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
 
 
 def _tiff_colors(page: Any, pixels: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Cutting pictures into tiles, grouping tiles into batches, and stitching masks together again.
+"""Grouping tiles into batches, and cutting what a batch holds.
 
 Which tiles share a batch depends on the shard and the run's ``compute`` section alone.
 """
@@ -9,45 +9,17 @@ from typing import Any
 import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.checkpoint import Header
+from unet_core.canvas import Canvas
 from unet_core.compute import Compute
-from unet_core.engine import Batch, Segmented
-from unet_core.geometry import Tile, tiles
-from unet_core.picture import Picture
+from unet_core.engine import Batch
+from unet_core.errors import ImageError
+from unet_core.geometry import Span, Tile
+from unet_core.picture import Pixels
 
 PENDING_BATCHES = 8
 """Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""
 PENDING_IMAGES = 64
 """and for at most this many images: finished masks wait behind them."""
-
-
-class Canvas:
-    """A picture and the mask that its tiles fill."""
-
-    def __init__(self, index: int, picture: Picture, header: Header, tile_size: int) -> None:
-        self.index = index
-        self.picture = picture
-        self.tiles = tiles(*picture.shape, tile_size, header.halo, header.spec.stride)
-        self.mask_HW = np.empty(
-            picture.shape, dtype=np.uint8 if header.classes <= 256 else np.uint16
-        )
-        self.confidence_sum = 0
-        self.is_finite = True
-        self._missing = len(self.tiles)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every tile was pasted."""
-        return self._missing == 0
-
-    def paste(self, tile: Tile, result: Segmented) -> None:
-        """Take the kept part of one tile."""
-        rows, columns = (slice(span.keep_start, span.keep_stop) for span in (tile.y, tile.x))
-        self.mask_HW[rows, columns] = result.mask_HW
-        self.confidence_sum += result.confidence_sum
-        self.is_finite &= result.is_finite
-        self._missing -= 1
-
 
 Piece = tuple[Canvas, Tile]
 
@@ -67,7 +39,7 @@ class TileQueue:
     def add(self, canvas: Canvas) -> Iterator[list[Piece]]:
         """Queue the tiles of a picture; yield the batches that are due."""
         for tile in canvas.tiles:
-            key = (tile.shape, canvas.picture.pixels_CHW.dtype.str)
+            key = (tile.shape, canvas.picture.pixels.dtype.str)
             group = self._groups.setdefault(key, [])
             group.append((canvas, tile))
             self._pixels += tile.shape[0] * tile.shape[1]
@@ -95,24 +67,45 @@ class TileQueue:
 
 
 def stack(pieces: list[Piece]) -> Batch:
-    """The batch of some tiles of one shape and type."""
+    """The batch of some tiles of one shape and type.
+
+    A window that turns out to be damaged fails its image, and is zeros here.
+    """
     pictures = [canvas.picture for canvas, _ in pieces]
     return Batch(
-        tiles_NCHW=np.stack([window(c.picture.pixels_CHW, tile) for c, tile in pieces]),
+        tiles_NCHW=np.stack([_cut(canvas, tile) for canvas, tile in pieces]),
         offset_NC=np.stack([picture.offset for picture in pictures]),
         scale_NC=np.stack([picture.scale for picture in pictures]),
         keep=[tile for _, tile in pieces],
     )
 
 
-def window(pixels_CHW: Array, tile: Tile) -> Array:
-    """Cut a tile; what lies below or to the right of the image is its reflection."""
-    height, width = pixels_CHW.shape[1:]
-    cut_CHW = pixels_CHW[
-        :, tile.y.start : min(tile.y.stop, height), tile.x.start : min(tile.x.stop, width)
-    ]
-    below = tile.shape[0] - cut_CHW.shape[1]
-    right = tile.shape[1] - cut_CHW.shape[2]
-    if below or right:
-        return np.pad(cut_CHW, ((0, 0), (0, below), (0, right)), mode="reflect")
-    return cut_CHW
+def _cut(canvas: Canvas, tile: Tile) -> Array:
+    pixels = canvas.picture.pixels
+    try:
+        return window(pixels, tile)
+    except ImageError as failure:
+        canvas.failure = canvas.failure or failure
+        return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
+
+
+def window(pixels: Pixels, tile: Tile) -> Array:
+    """Cut a tile CHW; what lies beyond the image is its reflection."""
+    rows, columns = (
+        _mirrored(span, length) for span, length in zip((tile.y, tile.x), pixels.shape, strict=True)
+    )
+    top, left = int(rows.min()), int(columns.min())
+    height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
+    cut_CHW = pixels.read(top, left, height, width)
+    if (height, width) == tile.shape:
+        return cut_CHW
+    return cut_CHW[:, rows - top][:, :, columns - left]
+
+
+def _mirrored(span: Span, length: int) -> Array:
+    """Where each pixel of a span comes from: mirrored at both ends as often as need be, the end
+    itself not repeated; a single pixel is repeated.
+    """
+    period = max(1, 2 * (length - 1))
+    at = np.arange(span.start, span.stop) % period
+    return np.where(at >= length, period - at, at)

@@ -3,52 +3,83 @@
 Shapes: N images, C channels, H×W pixels, K logits.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unet_core.presets import UNetSpec, preset
 
+DROPOUT = 0.5
 
-class DoubleConv(nn.Sequential):
-    """Two padded 3×3 convolutions, each followed by BatchNorm (if asked for) and ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: bool) -> None:
-        layers: list[nn.Module] = []
-        for channels in (in_channels, out_channels):
-            layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
-            if norm:
-                layers.append(nn.BatchNorm2d(out_channels))
-            layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers)
+def _resize(x_NCHW: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x_NCHW, like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def _crop(decoder: Tensor, skip: Tensor, to_even: bool) -> tuple[Tensor, Tensor]:
+    """Cut the centre of the skip; half a pixel rounds down, or to an even offset."""
+    for axis in (-2, -1):
+        spare = skip.shape[axis] - decoder.shape[axis]
+        half = spare // 2
+        offset = half + (spare % 2) * (half % 2) if to_even else half
+        skip = skip.narrow(axis, offset, decoder.shape[axis])
+    return decoder, skip
+
+
+def _pad(decoder: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    """Surround the decoder's map with zeros, half a pixel less at the left and the top."""
+    below, right = (skip.shape[axis] - decoder.shape[axis] for axis in (-2, -1))
+    pads = [right // 2, right - right // 2, below // 2, below - below // 2]
+    return F.pad(decoder, pads), skip
+
+
+JOINS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "equal": lambda decoder, skip: (decoder, skip),
+    "crop": partial(_crop, to_even=False),
+    "crop_even": partial(_crop, to_even=True),
+    "pad": _pad,
+    "resize": lambda decoder, skip: (decoder, _resize(skip, decoder)),
+}
 
 
 class UNet(nn.Module):
-    """Contracting path, bottom, expanding path with skips, 1×1 head.
+    """Contracting path, bottom, expanding path with skips, head.
 
-    ``forward`` maps NCHW (float, already normalised, H and W multiples of ``spec.stride``) to
-    NKHW logits; softmax and sigmoid belong to the caller.
+    ``forward`` maps NCHW (float, already normalised, H and W as ``spec.sides`` allows) to NKHW
+    logits, ``2 * spec.margin`` pixels smaller; softmax and sigmoid belong to the caller.
     """
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.spec = spec
-        widths = [spec.width * 2**level for level in range(spec.depth + 1)]
+        widths = [spec.width * 2**level for level in range(spec.depth)]
+        bottom = widths[-1] * (2 if spec.bottom == "double" else 1)
         inputs = [spec.in_channels, *widths]
+        self.pool = nn.MaxPool2d(2, ceil_mode=spec.ceil_pool)
         self.encoder = nn.ModuleList(
-            DoubleConv(inputs[level], widths[level], spec.norm) for level in range(spec.depth)
-        )
-        self.bottom = DoubleConv(inputs[spec.depth], widths[spec.depth], spec.norm)
-        self.pool = nn.MaxPool2d(2)
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(widths[level + 1], widths[level], 2, stride=2)
+            _block(spec, inputs[level], widths[level], dilation=spec.dilation,
+                   dropout=level == spec.depth - 1)
             for level in range(spec.depth)
+        )  # fmt: skip
+        self.bottom = _block(spec, widths[-1], bottom, dropout=True)
+        # what leaves each decoder block; without a convolution the up-sampling halves nothing
+        outputs = widths if spec.bottom == "double" else [spec.width, *widths[:-1]]
+        below = [*outputs[1:], bottom]
+        self.up = nn.ModuleList(
+            _up(spec, below[level], widths[level]) for level in range(spec.depth)
         )
         self.decoder = nn.ModuleList(
-            DoubleConv(2 * widths[level], widths[level], spec.norm) for level in range(spec.depth)
-        )
-        self.head = nn.Conv2d(spec.width, spec.classes, 1)
+            _block(spec, 2 * widths[level], outputs[level],
+                   middle=widths[level] if spec.decoder_middle == "wide" else outputs[level])
+            for level in range(spec.depth)
+        )  # fmt: skip
+        self.head = _head(spec)
+        _initialise(self, spec.init)
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> "UNet":
@@ -57,29 +88,100 @@ class UNet(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits NKHW of images NCHW."""
-        x, skips = x_NCHW, []
+        spec, x, skips = self.spec, x_NCHW, []
         for block in self.encoder:
             x = block(x)
-            skips.append(x)
-            x = self.pool(x)
+            pooled = self.pool(x)
+            skips.append(x if spec.skip == "encoded" else pooled)
+            x = pooled
         x = self.bottom(x)
-        for level in reversed(range(self.spec.depth)):
-            x = self.up[level](x)
-            pair = (x, skips[level])
-            if self.spec.concat == "skip_decoder":
-                pair = (skips[level], x)
-            x = self.decoder[level](torch.cat(pair, dim=1))
+        for level in reversed(range(spec.depth)):
+            x = self.decoder[level](self._joined(self.up[level](x), skips.pop()))
         logits: Tensor = self.head(x)
-        return logits
+        return _resize(logits, x_NCHW) if spec.resize_logits else logits
+
+    def _joined(self, decoder: Tensor, skip: Tensor) -> Tensor:
+        """Both maps in one; they are let go here, before the next convolution needs memory."""
+        pair = JOINS[self.spec.join](decoder, skip)
+        return torch.cat(pair[::-1] if self.spec.concat == "skip_decoder" else pair, dim=1)
 
 
-def fold_batchnorm(network: UNet) -> UNet:
+def _block(
+    spec: UNetSpec, channels: int, out: int, middle: int = 0, dilation: int = 1,
+    dropout: bool = False,
+) -> nn.Sequential:  # fmt: skip
+    """Two 3×3 convolutions, each with ReLU and (if asked for) BatchNorm."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    padding = dilation if spec.padding == "same" else 0
+    middle = middle or out
+    for number, (before, after) in enumerate(((channels, middle), (middle, out)), start=1):
+        conv = nn.Conv2d(before, after, 3, padding=padding, dilation=dilation, bias=spec.bias)
+        layers[f"conv{number}"] = conv
+        if spec.norm == "before_relu":
+            layers[f"norm{number}"] = nn.BatchNorm2d(after)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        if spec.norm == "after_relu":
+            layers[f"norm{number}"] = nn.BatchNorm2d(after)
+    if dropout and spec.dropout != "none":
+        layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(DROPOUT)
+    return nn.Sequential(layers)
+
+
+def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
+    """Twice the size; ``out`` channels, unless nothing is convolved."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if spec.up.startswith("bilinear"):
+        layers["resize"] = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    match spec.up:
+        case "transpose":
+            layers["conv"] = nn.ConvTranspose2d(channels, out, 2, stride=2)
+        case "transpose3":
+            layers["conv"] = nn.ConvTranspose2d(
+                channels, out, 3, stride=2, padding=1, output_padding=1
+            )
+        case "bilinear_conv":
+            layers["conv"] = nn.Conv2d(channels, out, 1)
+    if spec.up_relu:
+        layers["relu"] = nn.ReLU(inplace=True)
+    return nn.Sequential(layers)
+
+
+def _head(spec: UNetSpec) -> nn.Sequential:
+    size = 1 if spec.head == "1x1" else 3
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv"] = nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
+    if spec.head == "3x3_relu_norm":
+        layers["relu"] = nn.ReLU(inplace=True)
+        layers["norm"] = nn.BatchNorm2d(spec.classes)
+    return nn.Sequential(layers)
+
+
+def _initialise(network: UNet, init: str) -> None:
+    """He's normal by fan-in for every convolution with a bias of zero, or Xavier's."""
+    if init == "torch":
+        return
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            continue
+        if init == "xavier":
+            nn.init.xavier_normal_(module.weight)
+        else:
+            # each output of a 2×2 transposed convolution of stride 2 has one tap per channel
+            is_up = isinstance(module, nn.ConvTranspose2d)
+            taps = 1 if is_up else module.kernel_size[0] * module.kernel_size[1]
+            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def fold_batchnorm(network: nn.Module) -> nn.Module:
     """Merge every BatchNorm that directly follows a convolution into it, in place.
 
     For inference: w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β. The network must be in eval mode.
+    Only plain ``nn.Sequential`` is looked into: what else a module does is its own matter.
     """
     for module in network.modules():
-        if not isinstance(module, nn.Sequential):
+        if type(module) is not nn.Sequential:
             continue
         for index in range(len(module) - 1):
             conv, norm = module[index], module[index + 1]

@@ -85,7 +85,7 @@ def test_other_people_s_folders_are_left_alone(make_config, tmp_path):
 @pytest.mark.parametrize(
     ("override", "error", "reason"),
     [
-        ("tile.size=128", ConfigError, "needs 240 or more"),
+        ("tile.size=128", ConfigError, "needs 208 or more"),
         ("tile.size=250", ConfigError, "240 and 256 are possible"),
         ("model.checkpoint=none.safetensors", CheckpointError, "there is no such file"),
         ("input.uri=nowhere", StoreError, "there is nothing at"),

@@ -2,21 +2,29 @@
 
 import numpy as np
 import torch
+from torch import nn
 
 from unet_core.checkpoint import Header
 from unet_core.codec import decode_image
+from unet_core.geometry import Tiling
 from unet_core.preprocessing import offset_and_scale, to_color
-from unet_core.unet import UNet
 
 
-def logits_of(network: UNet, header: Header, data: bytes) -> np.ndarray:
+def logits_of(network: nn.Module, header: Header, data: bytes) -> np.ndarray:
     """Logits KHW of an encoded image."""
     pixels_CHW = to_color(decode_image(data, 2**30), header.preprocessing.color)
     offset, scale = offset_and_scale(pixels_CHW, header.preprocessing)
     x_CHW = (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
-    height, width = x_CHW.shape[1:]
-    stride = header.spec.stride
-    pads = ((0, 0), (0, -height % stride), (0, -width % stride))
+    return whole_pass(network, header.tiling, x_CHW)
+
+
+def whole_pass(network: nn.Module, tiling: Tiling, x_CHW: np.ndarray) -> np.ndarray:
+    """Logits KHW of the image with mirrored context, filled up to a side that the network takes."""
+    margin, (height, width) = tiling.margin, x_CHW.shape[1:]
+    pads = [(0, 0)]
+    for length in (height, width):
+        total = tiling.sides.at_least(length + 2 * margin)
+        pads.append((margin, total - margin - length))
     padded_CHW = np.pad(x_CHW, pads, mode="reflect")
     with torch.inference_mode():
         return network(torch.from_numpy(padded_CHW)[None])[0, :, :height, :width].numpy()

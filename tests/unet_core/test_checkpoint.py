@@ -25,7 +25,7 @@ def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
     network, header = checkpoint.load(tiny_model)
     again, same = checkpoint.load(tiny_model, checkpoint.digest(tiny_model))
     assert header == same == checkpoint.read_header(tiny_model)
-    assert header.halo == 112
+    assert header.tiling.halo == 96
     x = torch.randn(1, 1, 32, 32)
     with torch.inference_mode():
         assert torch.equal(network(x), again(x))
@@ -81,16 +81,16 @@ def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
     bad = rewritten(tiny_model, tmp_path, lambda h: h["__metadata__"].update({"model": spec}))
     with pytest.raises(CheckpointError, match=r"tensors do not fit its header: .*size mismatch"):
         checkpoint.load(bad)
-    bad = rewritten(tiny_model, tmp_path, lambda h: h.update(extra=h.pop("head.bias")))
-    with pytest.raises(CheckpointError, match=r"Missing key.*head\.bias.*Unexpected key.*extra"):
+    bad = rewritten(tiny_model, tmp_path, lambda h: h.update(extra=h.pop("head.conv.bias")))
+    with pytest.raises(CheckpointError, match=r"Missing.*head\.conv\.bias.*Unexpected.*extra"):
         checkpoint.load(bad)
     with pytest.raises(CheckpointError, match="changed since the run was made"):
         checkpoint.load(tiny_model, "0" * 64)
     network, header = checkpoint.load(tiny_model)
     with torch.no_grad():
-        network.head.bias[0] = torch.nan
+        network.head.conv.bias[0] = torch.nan
     (tmp_path / "nan.safetensors").write_bytes(checkpoint.serialise(network, header))
-    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in head\.bias"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in head\.conv\.bias"):
         checkpoint.load(str(tmp_path / "nan.safetensors"))
     whole = Path(tiny_model).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])

@@ -27,7 +27,7 @@ def test_every_problem_is_told_at_once_with_what_is_allowed():
         "job.toml: input.shard_images: got 0, allowed: a number of 1 or more",
         "job.toml: input.formatt: unknown key; did you mean format?",
         "job.toml: model.threshold: got 2, allowed: a number below 1.0",
-        "job.toml: tile.size: got 'big', allowed: a whole number",
+        "job.toml: tile.size: got 'big', allowed: \"auto\" or a whole number",
         "job.toml: tile.batch: got 'x', allowed: \"auto\" or a whole number",
         "job.toml: output.uri: is required",
         'job.toml: output.encoding: got \'jpg\', allowed: "raw" or "png"',

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,20 +7,21 @@ import torch
 
 from unet_core.checkpoint import Header, palette_of
 from unet_core.engine import CONFIDENCE_UNIT, Batch, Engine, choose_device
-from unet_core.errors import ConfigError, RunMismatchError
+from unet_core.errors import ConfigError, RunMismatchError, WorkersError
 from unet_core.geometry import tiles
 from unet_core.preprocessing import Preprocessing
 from unet_core.presets import preset
+from unet_core.reach import tiling_of
 from unet_core.unet import UNet
 
 
-def make_engine(classes=1, threshold=0.5, width=8):
+def make_engine(classes=1, threshold=0.5, width=8, **options):
     torch.manual_seed(classes)
     spec = preset("padded", in_channels=1, classes=classes, width=width)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
     wanted = Preprocessing(color="gray", normalisation="range")
-    header = Header(spec, names, wanted, palette_of(len(names)))
-    return Engine(UNet(spec), header, torch.device("cpu"), threshold)
+    header = Header(spec, tiling_of(spec), names, wanted, palette_of(len(names)))
+    return Engine(UNet(spec), header, torch.device("cpu"), threshold, **options)
 
 
 def make_batch(count=2, height=96, width=144):
@@ -28,7 +30,7 @@ def make_batch(count=2, height=96, width=144):
         pixels,
         np.zeros((count, 1), np.float32),
         np.full((count, 1), 1 / 255, np.float32),
-        tiles(height, width, 1024, 112, 16) * count,
+        tiles(height, width, 1024, tiling_of(preset("padded"))) * count,
     )
 
 
@@ -80,3 +82,60 @@ def test_batches_hold_a_number_of_pixels():
     assert compute.batch_of(512, 512) == 2
     assert compute.batch_of(256, 256) == 8
     assert compute.batch_of(2048, 2048) == 1
+
+
+@pytest.mark.parametrize("tta", ["flips", "dihedral"])
+def test_a_mean_over_symmetries_does_not_care_how_the_image_lies(tta):
+    batch = make_batch(1, 96, 96)
+    engine = make_engine(3, tta=tta, probabilities="float16")
+    upright = engine.run(batch)[0]
+    for turn in ([-1], [-2], [-1, -2]):
+        turned = replace(batch, tiles_NCHW=np.flip(batch.tiles_NCHW, turn).copy())
+        back = np.flip(engine.run(turned)[0].probabilities_KHW, turn)
+        assert np.abs(back - upright.probabilities_KHW).max() <= 1e-3
+    if tta == "dihedral":
+        turned = replace(batch, tiles_NCHW=batch.tiles_NCHW.swapaxes(2, 3).copy())
+        back = engine.run(turned)[0].probabilities_KHW.swapaxes(1, 2)
+        assert np.abs(back - upright.probabilities_KHW).max() <= 1e-3
+    plain = make_engine(3, probabilities="float16").run(batch)[0]
+    assert np.abs(plain.probabilities_KHW - upright.probabilities_KHW).max() > 1e-3
+
+
+def test_probabilities_are_those_that_decide():
+    batch = make_batch(2, 32, 48)
+    for result in make_engine(3, probabilities="uint8").run(batch):
+        assert result.probabilities_KHW.shape == (3, 32, 48)
+        assert result.probabilities_KHW.dtype == np.uint8
+        top = result.probabilities_KHW.max(0)
+        chosen = np.take_along_axis(result.probabilities_KHW, result.mask_HW[None].astype(int), 0)
+        assert (chosen[0] == top).all()
+        assert result.confidence_sum / 65535 == pytest.approx(top.sum() / 255, rel=0.01)
+
+
+class Narrow(torch.nn.Module):
+    """A network on a device that holds only so many tiles."""
+
+    def __init__(self, network, most):
+        super().__init__()
+        self.network, self.most, self.tried = network, most, []
+
+    def forward(self, x_NCHW):
+        self.tried.append(len(x_NCHW))
+        if len(x_NCHW) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.network(x_NCHW)
+
+
+def test_a_batch_that_does_not_fit_is_split_and_the_size_remembered():
+    engine, batch = make_engine(), make_batch(7, 32, 32)
+    whole = engine.run(batch)
+    engine.network = Narrow(engine.network, most=2)
+    split = engine.run(batch)
+    assert [r.mask_HW.tobytes() for r in split] == [r.mask_HW.tobytes() for r in whole]
+    assert engine.network.tried[0] == 7
+    engine.network.tried.clear()
+    engine.run(batch)
+    assert max(engine.network.tried) <= 2
+    engine.network = Narrow(engine.network, most=0)
+    with pytest.raises(WorkersError, match=r"single tile of 32 × 32 pixels; lower tile\.size"):
+        engine.run(batch)

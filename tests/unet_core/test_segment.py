@@ -15,13 +15,16 @@ from jobs.predict import predict
 from tests.data import digests, pictures, write_tar
 from tests.reference.whole_image import logits_of
 from unet_core import checkpoint
+from unet_core.canvas import Canvas, Look
 from unet_core.compute import Compute
+from unet_core.config import TileConfig
 from unet_core.engine import Engine, choose_device
-from unet_core.picture import Picture
+from unet_core.picture import Picture, Pixels
 from unet_core.preprocessing import offset_and_scale
 from unet_core.shards import Sample
 from unet_core.synthetic import nuclei, png
-from unet_core.tiling import PENDING_IMAGES, Canvas, TileQueue, stack
+from unet_core.tiling import PENDING_IMAGES, TileQueue, stack
+from unet_core.windows import Windows, windows_for
 
 
 def table(run, kind):
@@ -76,14 +79,16 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
         device="", precision="", backend="", batch_pixels=batch * size**2, versions={}
     )
     offset, scale = offset_and_scale(image[None], header.preprocessing)
-    picture = Picture(Sample("", "", "", bytes), image[None], offset, scale)
-    canvas, queue = Canvas(0, picture, header, size), TileQueue(compute)
+    picture = Picture(Sample("", "", "", bytes), Pixels.of(image[None]), offset, scale)
+    windows = windows_for(TileConfig(size=size), header.tiling)
+    canvas, queue = Canvas(0, picture, windows, Look(1)), TileQueue(compute)
+    areas = []
     for pieces in [*queue.add(canvas), *queue.rest()]:
         for (_, tile), result in zip(pieces, engine.run(stack(pieces)), strict=True):
-            canvas.paste(tile, result)
+            areas += canvas.paste(tile, result)
     assert canvas.is_complete
     clear = np.abs(expected) > 1e-4
-    assert ((expected > 0) == canvas.mask_HW)[clear].all()
+    assert ((expected > 0) == areas[0].mask_HW)[clear].all()
 
 
 def test_every_image_has_its_row_whatever_is_wrong_with_it(make_config, tmp_path):
@@ -163,9 +168,9 @@ def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
     for index in range(500):
         side = 48 if index == 0 else 16
         pixels = np.zeros((1, side, side), np.uint8)
-        picture = Picture(Sample("", "", "", bytes), pixels, np.zeros(1), np.ones(1))
+        picture = Picture(Sample("", "", "", bytes), Pixels.of(pixels), np.zeros(1), np.ones(1))
         waiting.add(index)
-        for pieces in queue.add(Canvas(index, picture, header, 240)):
+        for pieces in queue.add(Canvas(index, picture, Windows(240, header.tiling), Look(1))):
             waiting -= {canvas.index for canvas, _ in pieces}
         most = max(most, index - min(waiting, default=index))
     assert most <= PENDING_IMAGES + 1

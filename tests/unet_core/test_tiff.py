@@ -121,7 +121,7 @@ def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_confi
     }  # fmt: skip
     list(fit(build(TrainConfig, table, [])))
     best = str(tmp_path / "model" / "best.safetensors")
-    assert checkpoint.read_header(best).spec.in_channels == 2
+    assert checkpoint.read_header(best).network.in_channels == 2
     totals = predict(make_config(input=data, model={"checkpoint": best})).totals
     assert (totals.ok, totals.with_truth) == (6, 6)
     assert totals.scores[1].iou > 0.6

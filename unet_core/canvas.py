@@ -1,0 +1,178 @@
+"""A picture and the mask that its tiles fill, one mask window after the other.
+
+A mask window is let go as soon as its last tile is pasted, so that an image may be larger than
+memory: only the windows that tiles are working on exist.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.engine import CONFIDENCE_UNIT, Segmented
+from unet_core.errors import ImageError
+from unet_core.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
+from unet_core.picture import Picture
+from unet_core.spool import Spool
+from unet_core.windows import Windows
+
+SIGMA = 1 / 8
+"""Of the Gaussian importance of a blended tile, as a share of its side."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What masks of a run look like."""
+
+    logits: int
+    """1 means one sigmoid for two classes."""
+    threshold: float = 0.5
+    probabilities: str = "none"
+
+    @property
+    def mask_dtype(self) -> Any:
+        """uint8, or uint16 above 256 classes."""
+        return np.uint8 if self.logits <= 256 else np.uint16
+
+
+@dataclass(frozen=True)
+class Area:
+    """One finished mask window."""
+
+    box: Box
+    mask_HW: Array
+    confidence_sum: int
+    """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
+    probabilities_KHW: Array | None
+
+
+class Canvas:
+    """One image on its way from tiles to mask windows."""
+
+    def __init__(self, index: int, picture: Picture, windows: Windows, look: Look) -> None:
+        self.index = index
+        self.picture = picture
+        self.tiles = windows.over(*picture.pixels.shape)
+        self.confidence_sum = 0
+        self.failure: ImageError | None = None
+        self.encoded: list[Future[Any]] = []
+        """The rows to come of every area that is finished."""
+        self._blends = windows.blends
+        self._look = look
+        self._boxes = mask_windows(*picture.pixels.shape)
+        self.spool = Spool() if len(self._boxes) > 1 else None
+        """Where the bytes of finished areas wait until the image is known to be good."""
+        self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
+        self._open: dict[Box, _ExactArea | _BlendedArea] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tile was pasted."""
+        return not self._missing
+
+    def paste(self, tile: Tile, result: Segmented) -> Iterator[Area]:
+        """Take the kept part of one tile; yield the areas that it completes."""
+        self.confidence_sum += result.confidence_sum
+        if not result.is_finite and self.failure is None:
+            self.failure = ImageError("not_finite", "the network's output is NaN or infinite here")
+        for box in self._under(tile):
+            if box not in self._open:
+                self._open[box] = self._opened(box)
+            self._open[box].paste(tile, result)
+            self._missing[box] -= 1
+            if not self._missing[box]:
+                del self._missing[box]
+                yield self._open.pop(box).finished()
+
+    def _opened(self, box: Box) -> "_ExactArea | _BlendedArea":
+        if not self._blends:
+            return _ExactArea(box, self._look)
+        return _BlendedArea(box, self._look, is_alone=len(self.tiles) == 1)
+
+    def _under(self, tile: Tile) -> list[Box]:
+        """The mask windows that a tile's kept part touches."""
+        if len(self._boxes) == 1:
+            return self._boxes
+        rows, columns = (
+            range(span.start // MASK_WINDOW_SIDE, (span.stop - 1) // MASK_WINDOW_SIDE + 1)
+            for span in tile.target
+        )
+        across = round_up(self.picture.pixels.width, MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
+        return [self._boxes[row * across + column] for row in rows for column in columns]
+
+
+class _ExactArea:
+    """A mask window whose pixels come from one tile each."""
+
+    def __init__(self, box: Box, look: Look) -> None:
+        self._box = box
+        self._mask_HW = np.empty(box.shape, dtype=look.mask_dtype)
+        self._probabilities_KHW: Array | None = None
+        if look.probabilities != "none":
+            shape = (look.logits, *box.shape)
+            self._probabilities_KHW = np.empty(shape, dtype=look.probabilities)
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        here, there = self._box.shared(*tile.target)
+        assert result.mask_HW is not None
+        self._mask_HW[here] = result.mask_HW[there]
+        if self._probabilities_KHW is not None and result.probabilities_KHW is not None:
+            self._probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
+
+    def finished(self) -> Area:
+        return Area(self._box, self._mask_HW, 0, self._probabilities_KHW)
+
+
+class _BlendedArea:
+    """A mask window whose pixels are weighted means over tiles."""
+
+    def __init__(self, box: Box, look: Look, is_alone: bool) -> None:
+        self._box, self._look, self._is_alone = box, look, is_alone
+        self._sum_KHW = np.zeros((look.logits, *box.shape), dtype=np.float32)
+        self._weight_HW = np.zeros(box.shape, dtype=np.float32)
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        here, there = self._box.shared(*tile.target)
+        assert result.probabilities_KHW is not None
+        weight_HW = np.float32(1) if self._is_alone else importance(*tile.shape)[there]
+        self._sum_KHW[:, *here] += result.probabilities_KHW[:, *there] * weight_HW
+        self._weight_HW[here] += weight_HW
+
+    def finished(self) -> Area:
+        p_KHW = self._sum_KHW / self._weight_HW
+        mask_HW, chosen_HW = _classes(p_KHW, self._look)
+        confidence = np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum()
+        kept = quantised(p_KHW, self._look.probabilities)
+        return Area(self._box, mask_HW, int(confidence), kept)
+
+
+def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
+    """Class ids, and the probability of each chosen class."""
+    if look.logits == 1:
+        is_foreground = p_KHW[0] > look.threshold
+        chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
+        return is_foreground.astype(look.mask_dtype), chosen_HW
+    return p_KHW.argmax(axis=0).astype(look.mask_dtype), p_KHW.max(axis=0)
+
+
+def quantised(p_KHW: Array, kind: str) -> Array | None:
+    """Probabilities as they are stored: round(p · 255), or half precision."""
+    if kind == "none":
+        return None
+    return np.rint(p_KHW * 255).astype(np.uint8) if kind == "uint8" else p_KHW.astype(np.float16)
+
+
+@functools.lru_cache(maxsize=16)
+def importance(height: int, width: int) -> Array:
+    """Gaussian weights of a tile's pixels, largest at its centre, nowhere zero; float32 HW."""
+
+    def bell(length: int) -> Array:
+        at = (np.arange(length) - (length - 1) / 2) / (length * SIGMA)
+        return np.exp(-0.5 * at * at)
+
+    return np.maximum(np.outer(bell(height), bell(width)), 1e-6).astype(np.float32)

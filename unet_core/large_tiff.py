@@ -1,0 +1,212 @@
+"""Windows of TIFFs that are too large to decode whole.
+
+The header is read once. A window then takes the strips and tiles that it touches and nothing else,
+and is what decoding the whole image gives there. The image may be of any size: whoever opens it
+limits its pixels.
+
+P planes (pages, or separate samples of one) · H W a window · S samples of a plane.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from unet_core.arrays import Array
+from unet_core.codec import TIFF_MAGICS, one_line, raster_of
+from unet_core.errors import ImageError, UnetJobsError
+from unet_core.geometry import MASK_WINDOW_PIXELS
+from unet_core.ranges import Ranges
+from unet_core.tiff import (
+    Rules,
+    from_bits,
+    full_series,
+    is_plain,
+    is_stack,
+    page_pixels,
+    planes,
+    require_allowed,
+    stack_axes,
+)
+from unet_core.tiff_segments import Cache, ReadRange, Segments, segments_of
+
+SMALL_PIXELS = MASK_WINDOW_PIXELS
+"""Files whose first image has at most this many are decoded whole."""
+CACHE_BYTES = 256 * 2**20
+HEADER_BYTES = 256 * 2**20
+"""What may be fetched to understand a header,"""
+TAG_BYTES = 32 * 2**20
+"""and for one of its values, so that there are at most 8 million segments."""
+READ_BYTES = 2**18
+EXTRAS = {"thumbnail", "label", "macro", "map", "overview"}
+"""What slide scanners store beside the slide."""
+
+
+class LargeTiff:
+    """An image that is read by window; threads may share it.
+
+    Keeps decoded segments of ``cache_bytes``. Strips are as wide as the image: walk row by row, and
+    let the cache hold the rows of a window at that width, or each window decodes them again.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        wanted: list[int],
+        finish: Callable[[Array], Array],
+        cache_bytes: int,
+    ) -> None:
+        self.cache_bytes = cache_bytes
+        self.shape = segments.shape
+        """Height and width in pixels."""
+        self._segments, self._wanted, self._finish = segments, wanted, finish
+        self._cache = Cache(segments.load, cache_bytes)
+        pixel = finish(_joined(self._blank(1, 1)))
+        self.channels = 1 if pixel.ndim == 2 else int(pixel.shape[2])
+        self.dtype: np.dtype[Any] = pixel.dtype
+
+    def read(self, y: int, x: int, height: int, width: int) -> Array:
+        """A window inside the image: HWC as decoded images have it, or stored labels HW or HWC.
+
+        Raises ImageError with code ``decode`` for segments that are damaged or missing, and
+        ``not_finite`` for NaN and infinity in this window.
+        """
+        if not (0 <= y < y + height <= self.shape[0] and 0 <= x < x + width <= self.shape[1]):
+            raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
+        stored_PHWS = self._blank(height, width)
+        for plane in self._wanted:
+            self._fill(stored_PHWS[plane], plane, y, x)
+        return self._finish(_joined(stored_PHWS))
+
+    def _blank(self, height: int, width: int) -> Array:
+        """Zeros; planes that nobody wants stay untouched and take no memory."""
+        segments = self._segments
+        return np.zeros((segments.planes, height, width, segments.samples), segments.dtype)
+
+    def _fill(self, window_HWS: Array, plane: int, y: int, x: int) -> None:
+        rows, columns = self._segments.side
+        height, width = window_HWS.shape[:2]
+        for i in range(y // rows, -(-(y + height) // rows)):
+            for j in range(x // columns, -(-(x + width) // columns)):
+                segment_HWS = self._cache.get((plane, i, j))
+                top, left = i * rows - y, j * columns - x
+                target = window_HWS[max(top, 0) : top + rows, max(left, 0) : left + columns]
+                if segment_HWS is None:
+                    target[...] = self._segments.nodata
+                else:
+                    source = segment_HWS[max(-top, 0) :, max(-left, 0) :]
+                    target[...] = source[: target.shape[0], : target.shape[1]]
+
+
+def _joined(stored_PHWS: Array) -> Array:
+    """HWC: planes and their samples side by side."""
+    height, width = stored_PHWS.shape[1:3]
+    return stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
+
+
+def open_large(
+    read_range: ReadRange,
+    size: int,
+    rules: Rules,
+    as_labels: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> LargeTiff | None:
+    """A TIFF of ``size`` bytes to be read by window; None for what is better decoded whole: small
+    images, other formats, several images in a file, and layouts that have no small segments.
+
+    Raises ImageError as decoding the whole does for several pages, axes, channels and colours, and
+    for headers that lie.
+    """
+    with _Header(Ranges(_metered(read_range), size, "the TIFF"), READ_BYTES) as header:
+        if not header.read(4).startswith(TIFF_MAGICS):
+            return None
+        header.seek(0)
+        try:
+            with tifffile.TiffFile(header) as tiff:
+                pages, is_stacked = _pages_of(tiff, rules)
+                if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
+                    return None
+                segments = segments_of(pages, read_range, size, cache_bytes)
+                if segments is None:
+                    return None
+                wanted = _wanted(segments, pages[0].keyframe, rules, as_labels)
+                page = None if is_stacked else pages[0]
+                finish = partial(_finished, page, rules, as_labels)
+                return LargeTiff(segments, wanted, finish, cache_bytes)
+        except (UnetJobsError, MemoryError):
+            raise
+        except Exception as error:  # tifffile's errors share no base class
+            raise ImageError("decode", f"the TIFF's header: {one_line(error)}") from error
+
+
+def _pages_of(tiff: Any, rules: Rules) -> tuple[list[Any], bool]:
+    """The page of a large image, or those of its channels and True; none for anything else."""
+    first = tiff.pages.first
+    if first.imagewidth * first.imagelength <= SMALL_PIXELS:
+        return [], False
+    series = full_series(tiff)
+    images = series[:1] + [one for one in series[1:] if not _is_extra(one)]
+    pages = [page for one in images for page in one.pages]
+    if is_stack(tiff, len(pages), images, rules):
+        return _channels_of(images, rules), True
+    require_allowed(len(pages), rules)
+    return (pages if len(pages) == 1 else []), False
+
+
+def _channels_of(images: list[Any], rules: Rules) -> list[Any]:
+    """The pages of a stack, if each is a channel of the same image."""
+    axes = [stack_axes(one, len(images), rules) for one in images]
+    count = sum(planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
+    require_allowed(count, rules)
+    first, pages = images[0], list(images[0].pages)
+    is_channels = axes[0] == f"C{first.keyframe.axes}" and len(pages) == first.shape[0]
+    return pages if count == 1 and is_channels and first.transform is None else []
+
+
+def _is_extra(series: Any) -> bool:
+    kind = (series.name or "").lower().removesuffix(" image")
+    return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
+
+
+def _wanted(segments: Segments, page: Any, rules: Rules, as_labels: bool) -> list[int]:
+    """Planes that must be read: all, unless channels are chosen that are planes as they are."""
+    if rules.channels and not as_labels and is_plain(page):
+        return sorted({channel // segments.samples for channel in rules.channels})
+    return list(range(segments.planes))
+
+
+def _finished(page: Any, rules: Rules, as_labels: bool, stored_HWC: Array) -> Array:
+    """Stored values as decoding the whole makes an image or labels of them; no page: a stack."""
+    if page is None:
+        pixels = from_bits(stored_HWC, as_labels)
+    else:
+        stored = stored_HWC[..., 0] if page.axes == "YX" else stored_HWC
+        pixels = page_pixels(page, stored, rules, as_labels)
+    return pixels if as_labels else raster_of(pixels, rules).pixels_HWC
+
+
+def _metered(read_range: ReadRange) -> ReadRange:
+    left = HEADER_BYTES
+
+    def read(start: int, stop: int) -> bytes:
+        nonlocal left
+        left -= stop - start
+        if left < 0:
+            raise ImageError("too_large", f"the TIFF's header takes more than {HEADER_BYTES} bytes")
+        return read_range(start, stop)
+
+    return read
+
+
+class _Header(io.BufferedReader):
+    """Refuses to bring large pieces: a header's values are small."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most ``TAG_BYTES``."""
+        if size is None or not 0 <= size <= TAG_BYTES:
+            raise ImageError("too_large", f"a header value of {size} bytes, allowed: {TAG_BYTES}")
+        return super().read(size)

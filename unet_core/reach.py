@@ -1,0 +1,235 @@
+"""How far a network sees, measured: what its tiles must carry to be exact.
+
+The reach is where the gradient of a logit with respect to the input is not zero. It is found for
+all inputs of a stride at once by the response to an impulse, in a copy with positive weights.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from unet_core.errors import CheckpointError
+from unet_core.geometry import Sides, Tiling, exact_spans, round_up
+from unet_core.presets import UNetSpec
+from unet_core.unet import UNet
+
+LONGEST = 4096
+"""Sides of the strips on which reaches are looked for, in pixels; whoever sees farther sees all."""
+STRIDES = (1, 2, 4, 8, 16, 32, 64)
+MANY_LAYERS = 60
+"""From there on, paths weigh too little for single precision."""
+TOLERANCE = 1e-9
+
+Reaches = list[tuple[int, int]]
+"""For each phase of the stride: the first and the last input pixel that logit 0 depends on."""
+
+
+@functools.cache
+def tiling_of(spec: UNetSpec) -> Tiling:
+    """The tiling of a U-Net; it does not depend on widths and channels, which are measured as 1."""
+    with torch.random.fork_rng(devices=()):  # whoever seeded something does not notice
+        thin = UNet(replace(spec, in_channels=1, classes=1, width=1))
+    reaches = _reaches(thin, 1, spec.sides, spec.stride, spec.margin)
+    tiling = _tiling(reaches, spec.sides, spec.stride, spec.margin)
+    with torch.device("meta"):
+        widest = _widest(UNet(replace(spec, init="torch")).eval(), spec.in_channels, spec.sides)
+    return replace(tiling, is_exact=tiling.is_exact and spec.moves_with_input, channels=widest)
+
+
+def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = None) -> Tiling:
+    """The tiling of any network whose logits have its input's size, found by trying.
+
+    ``stride``: if its author knows it. Raises CheckpointError for a network that does not give
+    logits NKHW of its input's size.
+    """
+    found = None
+    for candidate in [stride] if stride else STRIDES:
+        sides = _sides_of(network, in_channels, candidate)
+        if sides is None:
+            continue
+        reaches = _reaches(network, in_channels, sides, candidate, margin=0)
+        tiling = _tiling(reaches, sides, candidate, margin=0)
+        if tiling.is_exact and not is_exact(network, in_channels, tiling):
+            tiling = replace(tiling, is_exact=False)
+        found = tiling if found is None or tiling.is_exact else found
+        if tiling.is_exact:
+            break
+    if found is None:
+        tried = f"multiples of {stride or STRIDES[-1]}"
+        raise CheckpointError(
+            f"the network does not give logits N×K×H×W for N×{in_channels}×H×W with sides that are "
+            f"{tried}; wrap it so that it does, or declare its stride"
+        )
+    return replace(found, channels=_widest(network, in_channels, found.sides))
+
+
+@torch.inference_mode()
+def is_exact(network: nn.Module, in_channels: int, tiling: Tiling) -> bool:
+    """Whether windows reproduce the pass over the whole, on random strips along both axes.
+
+    Outside of the window in question the strip holds no numbers at all, so that a logit which
+    depends on anything there, however little, is found.
+    """
+    network = copy.deepcopy(network).cpu().double().eval()
+    window, margin = tiling.smallest_window, tiling.margin
+    length = tiling.sides.at_least(window + 2 * tiling.stride + 1) - 2 * margin
+    shape = (1, in_channels, tiling.sides.smallest, length + 2 * margin)
+    strip = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    for axis in (-1, -2):
+        x_NCHW = strip if axis == -1 else strip.mT
+        for span in exact_spans(length, window, tiling):
+            inside = slice(span.start + margin, span.stop + margin)
+            alone = torch.full_like(strip, torch.nan)
+            alone[..., inside] = strip[..., inside]
+            whole = network(alone if axis == -1 else alone.mT)
+            cut = network(x_NCHW.narrow(axis, inside.start, span.stop - span.start))
+            kept = span.keep_stop - span.keep_start
+            mine = cut.narrow(axis, span.keep_start - span.start - margin, kept)
+            theirs = whole.narrow(axis, span.keep_start, kept)
+            if not (mine - theirs).abs().max() <= TOLERANCE * (1 + mine.abs().max()):
+                return False
+    return True
+
+
+def _tiling(reaches: Reaches | None, sides: Sides, stride: int, margin: int) -> Tiling:
+    tiling = Tiling(sides, stride, margin, 0, 0, is_exact=False, channels=1)
+    if reaches is None:
+        return tiling
+    right = _right(reaches, stride, margin, tiling.window_sides.smallest)
+    halo = round_up(max(_wrong(_left(reaches, stride)), _wrong(right)), stride)
+    field = max(last - first + 1 for first, last in reaches)
+    return replace(tiling, halo=halo, receptive_field=field, is_exact=True)
+
+
+def _left(reaches: Reaches, stride: int) -> Iterator[bool]:
+    """Whether the logits from a window's first one on see nothing before the window."""
+    for at in range(LONGEST):
+        yield at + reaches[at % stride][0] >= 0
+
+
+def _right(reaches: Reaches, stride: int, margin: int, end: int) -> Iterator[bool]:
+    """Whether the logits from a window's last one back see nothing behind the window's ``end``."""
+    for back in range(LONGEST):
+        at = end - 2 * margin - 1 - back
+        yield at + reaches[at % stride][1] < end
+
+
+def _wrong(are_right: Iterator[bool]) -> int:
+    """How many logits there are up to the last that is not right."""
+    return max((at + 1 for at, is_right in enumerate(are_right) if not is_right), default=0)
+
+
+def _reaches(
+    network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int
+) -> Reaches | None:
+    """Union over both axes; None if some logit depends on all that there is."""
+    positive = _positive(network)
+    result = [(0, 0)] * stride
+    for axis in (-1, -2):
+        length = _length(positive, in_channels, sides, stride, margin, axis)
+        if length is None:
+            return None
+        for phase, at in _lit(positive, in_channels, sides, length, stride, axis):
+            first, last = result[at % stride]
+            result[at % stride] = min(first, phase - at), max(last, phase - at)
+    return result
+
+
+def _length(
+    network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int, axis: int
+) -> int | None:
+    """The side of a strip whose ends have no part in what an impulse at its middle does."""
+    length, before = sides.at_least(2 * margin + 16 * stride), None
+    while length <= LONGEST:
+        lit = _lit(network, in_channels, sides, length, stride, axis, phases=1)
+        if lit and (lit[0], lit[-1]) == before:
+            return length
+        before = (lit[0], lit[-1]) if lit else None
+        length = sides.at_least(length * 3 // 2)
+    return None
+
+
+@torch.inference_mode()
+def _lit(
+    network: nn.Module, in_channels: int, sides: Sides, length: int, stride: int, axis: int,
+    phases: int | None = None,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Pairs of an input line and a logit that depends on it, counted from the strip's middle; none
+    if an end of the strip is among them.
+
+    A line of ones among zeros lights up exactly the logits that depend on it: with positive
+    weights nothing cancels, and a maximum finds it.
+    """
+    middle = length // 2 // stride * stride
+    phases = phases or stride
+    dtype = next(network.parameters()).dtype
+    strips = torch.zeros(phases + 1, in_channels, sides.smallest, length, dtype=dtype)
+    for phase in range(phases):
+        strips[phase, ..., middle + phase] = 1
+    logits = network(strips if axis == -1 else strips.mT)
+    lit = (logits != logits[-1:]).any(dim=1).any(dim=-2 if axis == -1 else -1)[:-1]
+    if lit[:, 0].any() or lit[:, -1].any():
+        return []
+    return [(phase, at - middle) for phase, at in lit.nonzero().tolist()]
+
+
+def _positive(network: nn.Module) -> nn.Module:
+    """A copy whose weights are positive, and neither fade nor explode over many layers."""
+    network = copy.deepcopy(network).cpu().eval()
+    convolutions = sum(parameter.ndim >= 2 for parameter in network.parameters())
+    network = network.double() if convolutions > MANY_LAYERS else network.float()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim >= 2:
+                taps = parameter[0, 0].numel() if parameter.ndim > 2 else 1
+                parameter.fill_(taps**0.5 / parameter[0].numel())
+            else:
+                parameter.fill_(0 if name.endswith("bias") else 1)
+        for name, buffer in network.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.zero_()
+            elif name.endswith("running_var"):
+                buffer.fill_(1)
+    return network
+
+
+@torch.inference_mode()
+def _sides_of(network: nn.Module, in_channels: int, stride: int) -> Sides | None:
+    """The sides that a network takes if its stride is this one; None if it is not."""
+    network = network.eval()
+    device = next(network.parameters()).device
+    for smallest in (stride, 2 * stride, 4 * stride):
+        try:
+            for side in (smallest, smallest + stride):
+                logits = network(torch.zeros(1, in_channels, side, side + stride, device=device))
+                if logits.shape[-2:] != (side, side + stride):
+                    break
+            else:
+                return Sides(smallest, stride)
+        except Exception:  # a network says in its own way which sizes it does not take
+            continue
+    return None
+
+
+@torch.inference_mode()
+def _widest(network: nn.Module, in_channels: int, sides: Sides) -> int:
+    """The most values per input pixel that any layer gives."""
+    height, width = sides.smallest, sides.smallest + sides.step
+    seen = [1]
+
+    def look(_: nn.Module, __: object, given: object) -> None:
+        if isinstance(given, Tensor):
+            seen.append(-(-given[0].numel() // (height * width)))
+
+    hooks = [module.register_forward_hook(look) for module in network.modules()]
+    try:
+        parameter = next(network.parameters())
+        network(torch.zeros(1, in_channels, height, width, device=parameter.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(seen)

@@ -1,0 +1,132 @@
+"""From a finished image to its rows: one in the metrics part, one for each mask window."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.canvas import Area, Canvas
+from unet_core.codec import encode_mask
+from unet_core.errors import ImageError
+from unet_core.metrics import confusion, scores_of
+from unet_core.picture import Pixels, Rejected
+from unet_core.schema import MAX_CONFUSION_CLASSES
+from unet_core.shards import Sample
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image's rows, ready to be written."""
+
+    metrics: Row
+    masks: Iterable[Row]
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncodedArea:
+    """One mask window of an image: what it counts, and its row without the bytes."""
+
+    row: Row
+    payload: Callable[[], dict[str, bytes]]
+    class_pixels: Array
+    confusion_KK: Array | None
+    truth_failure: ImageError | None
+    confidence_sum: int
+    encode_s: float
+
+    def finished(self) -> Row:
+        """The row with its bytes."""
+        return self.row | self.payload()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes rows; the same for all images of a run."""
+
+    classes: int
+    encoding: str
+    ignore_index: int
+
+    def area(self, canvas: Canvas, area: Area) -> EncodedArea:
+        """Encode and count one mask window; its bytes wait on disk if there are many of them."""
+        start = time.perf_counter()
+        box = area.box
+        payload = {"mask": encode_mask(area.mask_HW, self.encoding)}
+        if area.probabilities_KHW is not None:
+            payload["probabilities"] = area.probabilities_KHW.tobytes()
+        height, width = canvas.picture.pixels.shape
+        row = {
+            "image_id": canvas.picture.sample.image_id,
+            **box._asdict(),
+            "image_height": height,
+            "image_width": width,
+            "encoding": self.encoding,
+        }
+        matrix, failure = self._compare(canvas.picture.truth, area)
+        return EncodedArea(
+            row,
+            canvas.spool.keep(payload) if canvas.spool is not None else lambda: payload,
+            np.bincount(area.mask_HW.ravel(), minlength=self.classes),
+            matrix,
+            failure,
+            area.confidence_sum,
+            time.perf_counter() - start,
+        )
+
+    def _compare(self, truth: Pixels | None, area: Area) -> tuple[Array | None, ImageError | None]:
+        if truth is None:
+            return None, None
+        try:
+            truth_HW = truth.read(*area.box)[0]
+        except ImageError as failure:
+            return None, failure
+        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index), None
+
+    def image(self, canvas: Canvas) -> Encoded:
+        """The rows of an image whose areas are all encoded or about to be."""
+        areas = sorted((f.result() for f in canvas.encoded), key=lambda a: (a.row["y"], a.row["x"]))
+        picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
+        if canvas.failure is not None:
+            return Encoded(self.rejected(Rejected(picture.sample, canvas.failure)), (), encode_s)
+        failures = [picture.truth_failure, *(area.truth_failure for area in areas)]
+        failure = next((f for f in failures if f is not None), None)
+        height, width = picture.pixels.shape
+        row = _row(picture.sample, "ok", failure) | {
+            "height": height,
+            "width": width,
+            "class_pixels": sum(area.class_pixels for area in areas).tolist(),
+            "confidence_sum": canvas.confidence_sum + sum(area.confidence_sum for area in areas),
+        }
+        if picture.truth is not None and failure is None:
+            matrix = sum(area.confusion_KK for area in areas)
+            row |= self._scores(matrix, height * width)
+        return Encoded(row, (area.finished() for area in areas), encode_s)
+
+    def rejected(self, image: Rejected) -> Row:
+        """The row of an image that failed."""
+        return _row(image.sample, "failed", image.failure)
+
+    def _scores(self, matrix: Array, pixels: int) -> Row:
+        scores = scores_of(matrix)
+        row: Row = {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
+        row["ignored_pixels"] = pixels - int(matrix.sum())
+        if self.classes <= MAX_CONFUSION_CLASSES:
+            row["confusion"] = matrix.ravel().tolist()
+        return row
+
+
+def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
+    return {
+        "image_id": sample.image_id,
+        "key": sample.key,
+        "source_uri": sample.source_uri,
+        "status": status,
+        "error_code": failure.code if failure else None,
+        "error_message": str(failure) if failure else None,
+    }

@@ -1,0 +1,233 @@
+"""Strips and tiles of TIFFs as ranges of a file: where they lie, what they hold, which are kept.
+
+Nothing here has a position in the file, so threads may load segments side by side. What headers
+claim is checked before it is believed: a segment is never read or decoded to more than its limit.
+"""
+
+import io
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from unet_core.arrays import Array
+from unet_core.codec import one_line
+from unet_core.errors import ImageError, StoreError, UnetJobsError
+
+ReadRange = Callable[[int, int], bytes]
+"""Bytes [start, stop) of the file; called by several threads at once."""
+Key = tuple[int, int, int]
+"""A segment: its plane, and its row and column among the plane's segments."""
+
+STRIP_BYTES = 64 * 2**20
+"""Compressed strips are segments if they decode to at most this,"""
+SEGMENT_BYTES = 256 * 2**20
+"""and tiles to at most this; encoded segments are no longer either."""
+BAND_ROWS = 4096
+"""Uncompressed rows are read whole where the cache holds this many, else in pieces"""
+PIECE_COLUMNS = 4096
+"""of this many pixels, which costs one read a row."""
+BLOCK_BYTES = 2**20
+SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
+"""Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
+
+
+class Segments:
+    """How planes of one layout are cut, and where the pieces come from."""
+
+    side: tuple[int, int]
+    """Rows and columns of a segment; those at the lower and right edge may be shorter."""
+
+    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
+        layout = pages[0].keyframe
+        self.shape: tuple[int, int] = (layout.imagelength, layout.imagewidth)
+        self.separate, self.samples = int(layout.shaped[0]), int(layout.shaped[4])
+        self.planes = len(pages) * self.separate
+        self.dtype: np.dtype[Any] = layout.dtype
+        self.nodata = layout.nodata
+        self._pages, self._read_range, self._size = pages, read_range, size
+
+    def load(self, key: Key) -> Array | None:
+        """A segment HWS; None where the file stores none. Raises ImageError."""
+        raise NotImplementedError
+
+    def _read(self, start: int, stop: int) -> bytes:
+        """Raises ImageError for what the file never had, StoreError for what it has no more."""
+        if stop > self._size:
+            raise ImageError("decode", f"a segment ends at byte {stop}, the file at {self._size}")
+        data = self._read_range(start, stop)
+        if len(data) != stop - start:
+            raise StoreError(
+                f"the TIFF changed while it was read: {stop - start} bytes were asked for, "
+                f"{len(data)} came"
+            )
+        return data
+
+
+class Raw(Segments):
+    """Uncompressed rows that follow each other, in blocks of about 1 MiB."""
+
+    def __init__(
+        self, pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
+    ) -> None:
+        super().__init__(pages, read_range, size)
+        self._stored = self.dtype.newbyteorder(pages[0].keyframe.parent.byteorder)
+        self._pixel_bytes = self.dtype.itemsize * self.samples
+        self._row_bytes = self.shape[1] * self._pixel_bytes
+        fits = BAND_ROWS * self._row_bytes * self.planes <= cache_bytes
+        columns = self.shape[1] if fits else min(self.shape[1], PIECE_COLUMNS)
+        self.side = max(1, BLOCK_BYTES // (columns * self._pixel_bytes)), columns
+        for page in pages:
+            stop = page.dataoffsets[0] + self.separate * self.shape[0] * self._row_bytes
+            if stop > size:
+                raise ImageError("decode", f"the pixels end at byte {stop}, the file at {size}")
+
+    def load(self, key: Key) -> Array:
+        """One read, or one for each row where segments are narrower than the image."""
+        plane, y, x = key[0], key[1] * self.side[0], key[2] * self.side[1]
+        height, width = min(self.side[0], self.shape[0] - y), min(self.side[1], self.shape[1] - x)
+        page, sample = divmod(plane, self.separate)
+        length = width * self._pixel_bytes
+        start = self._pages[page].dataoffsets[0] + x * self._pixel_bytes
+        start += (sample * self.shape[0] + y) * self._row_bytes
+        if width == self.shape[1]:
+            data = self._read(start, start + height * length)
+        else:
+            starts = (start + row * self._row_bytes for row in range(height))
+            data = b"".join(self._read(at, at + length) for at in starts)
+        return np.frombuffer(data, self._stored).reshape(height, width, self.samples)
+
+
+class Encoded(Segments):
+    """Strips or tiles as the file has them, decoded by tifffile."""
+
+    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
+        super().__init__(pages, read_range, size)
+        layout = pages[0].keyframe
+        self.side = _side(layout)
+        self._down, self._across = (
+            -(-length // side) for length, side in zip(self.shape, self.side, strict=True)
+        )
+        needed = self.separate * self._down * self._across
+        found = min(min(len(page.dataoffsets), len(page.databytecounts)) for page in pages)
+        if found < needed:
+            raise ImageError("decode", f"{found} strips or tiles, but the image has {needed}")
+        self._decode = layout.decode
+        self._is_sniffed = layout.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
+
+    def load(self, key: Key) -> Array | None:
+        """Read and decode."""
+        page, sample = divmod(key[0], self.separate)
+        index = (sample * self._down + key[1]) * self._across + key[2]
+        start = self._pages[page].dataoffsets[index]
+        count = self._pages[page].databytecounts[index]
+        if not start or not count:
+            return None
+        if count > SEGMENT_BYTES:
+            raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
+        data = self._read(start, start + count)
+        try:
+            return self._decoded(data, index, self._pages[page].jpegtables)
+        except (UnetJobsError, MemoryError):
+            raise
+        except Exception as error:  # codecs share no base class
+            y, x = key[1] * self.side[0], key[2] * self.side[1]
+            reason = f"the segment at row {y}, column {x}: {one_line(error)}"
+            raise ImageError("decode", reason) from error
+
+    def _decoded(self, data: bytes, index: int, tables: bytes | None) -> Array:
+        if self._is_sniffed:
+            _check_sniffed(data, self.side)
+        segment_DHWS, _, _ = self._decode(data, index, jpegtables=tables)
+        return segment_DHWS[0]
+
+
+def segments_of(
+    pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
+) -> Raw | Encoded | None:
+    """Segments of pages of one layout; None where they are too large, or offsets mean other things.
+
+    Raises ImageError for headers that lie.
+    """
+    page = pages[0].keyframe
+    # restart markers of one JPEG (NDPI), planes behind a page (LSM, STK), volumes
+    is_odd = page.jpegheader is not None or page.is_lsm or page.is_stk or page.tiledepth > 1
+    if is_odd or page.dtype is None:
+        return None
+    if all(one.is_final for one in pages):
+        return Raw(pages, read_range, size, cache_bytes)
+    decoded_bytes = math.prod(_side(page)) * int(page.shaped[4]) * page.dtype.itemsize
+    if page.is_tiled and decoded_bytes > SEGMENT_BYTES:
+        raise ImageError("too_large", f"tiles of {decoded_bytes} bytes, allowed: {SEGMENT_BYTES}")
+    is_small = page.is_tiled or decoded_bytes <= STRIP_BYTES
+    return Encoded(pages, read_range, size) if is_small else None
+
+
+class Cache:
+    """Decoded segments, those used last; one thread decodes a segment while others wait for it."""
+
+    def __init__(self, load: Callable[[Key], Array | None], budget_bytes: int) -> None:
+        self._load, self._left = load, budget_bytes
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Key, Array | None] = OrderedDict()
+        self._pending: dict[Key, Future[Array | None]] = {}
+
+    def get(self, key: Key) -> Array | None:
+        """A segment HWS, not to be written to; None where the file stores none."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+            future = self._pending.get(key)
+            if future is None:
+                mine = self._pending[key] = Future()
+        return future.result() if future is not None else self._fulfil(key, mine)
+
+    def _fulfil(self, key: Key, future: "Future[Array | None]") -> Array | None:
+        try:
+            segment_HWS = self._load(key)
+        except BaseException as error:
+            with self._lock:
+                del self._pending[key]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._pending[key]
+            self._hold(key, segment_HWS)
+        future.set_result(segment_HWS)
+        return segment_HWS
+
+    def _hold(self, key: Key, segment_HWS: Array | None) -> None:
+        self._held[key] = segment_HWS
+        self._left -= _cost(segment_HWS)
+        while self._left < 0:
+            _, oldest_HWS = self._held.popitem(last=False)
+            self._left += _cost(oldest_HWS)
+
+
+def _cost(segment_HWS: Array | None) -> int:
+    """Bytes that a segment takes in the cache, with its entry."""
+    return 512 + (0 if segment_HWS is None else segment_HWS.nbytes)
+
+
+def _side(page: Any) -> tuple[int, int]:
+    if page.is_tiled:
+        return page.tilelength, page.tilewidth
+    return page.rowsperstrip, page.imagewidth
+
+
+def _check_sniffed(data: bytes, side: tuple[int, int]) -> None:
+    """Raise ImageError for an image in a segment that is far larger than the segment."""
+    try:
+        with Image.open(io.BytesIO(data), formats=SNIFFED) as image:
+            width, height = image.size
+    except UnidentifiedImageError:
+        return
+    if width * height > 4 * math.prod(side):
+        raise ImageError("decode", f"{height} × {width} pixels in a segment of {side}")
