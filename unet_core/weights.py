@@ -1,0 +1,320 @@
+"""Weights from elsewhere: read, recognised by their keys, and written as a checkpoint of ours.
+
+A file from elsewhere runs nothing: pickles are read for their tensors alone, and a network that is
+not ours comes from a function that the user names.
+"""
+
+import io
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unet_core import checkpoint, networks
+from unet_core.checkpoint import Header
+from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
+from unet_core.errors import CheckpointError, ConfigError
+from unet_core.layouts import DEPTHS, LAYOUTS, Layout
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.store import Store, read_file
+from unet_core.unet import UNet
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+PICKLES = (b"PK\x03\x04", b"\x80")
+"""What files of ``torch.save`` begin with, since 1.6 and before."""
+SHOWN = 3
+
+
+def import_weights(config: ImportConfig) -> Header:
+    """Write a checkpoint that gives the same logits as the source's network.
+
+    Raises CheckpointError for weights that fit no network, ConfigError for a destination that is
+    there already and for class names or colours that do not fit the network.
+    """
+    destination = Store(config.destination, config.storage)
+    if destination.exists():
+        raise ConfigError(f"{config.destination} exists already; remove it, or give another name")
+    tensors = read_tensors(config.source, config.storage)
+    network, spec = _network_with(tensors, config)
+    header = _header(network, spec, config)
+    destination.publish("", checkpoint.serialise(network, header))
+    return header
+
+
+def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a ``state_dict`` that ``torch.save`` wrote, under
+    their names; whatever training wrapped around them is taken off.
+
+    Raises CheckpointError for a file that is neither, or holds something else.
+    """
+    data = read_file(source, storage)
+    is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
+    with _naming(source):
+        found = _unwrapped(_safetensors(data) if is_safetensors else _unpickled(data))
+        for name, value in found.items():
+            if reason := _why_not(name, value, len(data)):
+                raise CheckpointError(f"{name} {reason}")
+        if not found:
+            raise CheckpointError("holds no tensors")
+    return _without_prefixes(found)
+
+
+def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, UNetSpec]:
+    """Whose weights these are, by their names; channels, width and classes by their shapes.
+
+    Raises CheckpointError unless exactly one layout (of those called ``layout``, if given) has
+    these names; ConfigError if there is no such layout.
+    """
+    keys = {name for name in tensors if not _is_counter(name)}
+    readings = list(_readings(layout))
+    fitting = [reading for reading in readings if reading.keys == keys]
+    if not fitting:
+        raise CheckpointError(_nearest(readings, sorted(keys)))
+    if len(fitting) > 1:
+        names = ", ".join(reading.layout.name for reading in fitting)
+        raise CheckpointError(f"several networks have these keys; say which with --layout: {names}")
+    return fitting[0].layout, fitting[0].spec(tensors)
+
+
+def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
+    """Tensors under our names, in float32.
+
+    Raises CheckpointError, with the source's name, for one of another shape or with NaN.
+    """
+    with torch.device("meta"):
+        wanted = UNet(
+            replace(spec, init="torch")
+        ).state_dict()  # other initial weights take seconds
+    names = layout.names(spec.depth, spec.bias)
+    return {ours: _sound(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A layout with what its names alone leave open."""
+
+    layout: Layout
+    depth: int
+    bias: bool
+    names: dict[str, str]
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self.names.values())
+
+    def spec(self, tensors: Mapping[str, Tensor]) -> UNetSpec:
+        first, last = self.names["encoder.0.conv1.weight"], self.names["head.conv.weight"]
+        for key in (first, last):
+            if tensors[key].ndim != 4 or not tensors[key].numel():
+                got = list(tensors[key].shape)
+                raise CheckpointError(f"{key} has the shape {got}, which is none of a convolution")
+        (width, channels), classes = tensors[first].shape[:2], tensors[last].shape[0]
+        return replace(
+            self.layout.spec, depth=self.depth, bias=self.bias, width=width, in_channels=channels,
+            classes=classes,
+        )  # fmt: skip
+
+
+def _readings(name: str) -> Iterator[_Reading]:
+    allowed = dict.fromkeys(layout.name for layout in LAYOUTS)
+    if name and name not in allowed:
+        raise ConfigError(f"model.layout: got {name!r}, allowed: {', '.join(allowed)}")
+    for layout in LAYOUTS:
+        if name in ("", layout.name):
+            for depth in DEPTHS:
+                for bias in (True, False):
+                    yield _Reading(layout, depth, bias, layout.names(depth, bias))
+
+
+def _nearest(readings: list[_Reading], keys: list[str]) -> str:
+    """What keeps the keys from being those of the layout with the largest share in common."""
+    found = set(keys)
+    near = max(readings, key=lambda r: len(r.keys & found) / len(r.keys | found))
+    return (
+        f"no known network has these keys; the nearest is {near.layout.name} with {near.depth} "
+        f"pools: {_difference(list(near.names.values()), keys)}; give model.factory for another one"
+    )
+
+
+def _difference(wanted: Collection[str], got: Collection[str]) -> str:
+    """The first few keys on either side, and how many more there are."""
+    missing = [key for key in wanted if key not in got]
+    unexpected = [key for key in got if key not in wanted]
+    found = {"missing": missing, "unexpected": unexpected}
+    return ", ".join(f"{what} {_few(keys)}" for what, keys in found.items() if keys)
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def _network_with(
+    tensors: dict[str, Tensor], config: ImportConfig
+) -> tuple[nn.Module, NetworkSpec]:
+    """The network with these weights; how many classes a factory's has is not known yet."""
+    model = config.model
+    if not model.factory:
+        with _naming(config.source):
+            layout, spec = recognise(tensors, model.layout)
+            network = UNet(spec)
+            network.load_state_dict(convert(tensors, layout, spec))
+            return network.eval(), spec
+    made_by = Factory(model.factory, model.arguments, _preprocessing(model, 0).channels)
+    foreign = networks.build(made_by)
+    with _naming(config.source):
+        _fill(foreign, tensors)
+    return foreign.eval(), made_by
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a network of somebody else its weights, strictly but for counters of batches."""
+    wanted = {key: value for key, value in network.state_dict().items() if not _is_counter(key)}
+    given = {key: tensor for key, tensor in tensors.items() if not _is_counter(key)}
+    if different := _difference(wanted, given):
+        raise CheckpointError(f"not the weights of the factory's network: {different}")
+    network.load_state_dict({key: _sound(key, given[key], wanted[key]) for key in wanted})
+
+
+def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """A tensor in float32; whole numbers only where the network has them too."""
+    if tensor.shape != wanted.shape:
+        got, needed = list(tensor.shape), list(wanted.shape)
+        raise CheckpointError(f"{key} has the shape {got}, but its network needs {needed}")
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        raise CheckpointError(f"{key} holds {tensor.dtype}, but its network needs {wanted.dtype}")
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{key} holds NaN or infinite numbers")
+    return tensor
+
+
+def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Header:
+    model = config.model
+    stride = model.stride if isinstance(model.stride, int) else None
+    tiling = networks.tiling(spec, network, stride)
+    if isinstance(spec, Factory):
+        spec = replace(spec, classes=_classes_of(network, spec.in_channels, tiling.sides.smallest))
+    preprocessing = _preprocessing(model, spec.in_channels)
+    if preprocessing.channels != spec.in_channels:
+        raise ConfigError(
+            f"model.color: {model.color} images have {preprocessing.channels} channels, but the "
+            f"network takes {spec.in_channels}"
+        )
+    names = _class_names(spec.classes, model.classes)
+    return Header(spec, tiling, names, preprocessing, training={"imported_from": config.source})
+
+
+@torch.inference_mode()
+def _classes_of(network: nn.Module, in_channels: int, side: int) -> int:
+    logits = network(torch.zeros(1, in_channels, side, side))
+    if logits.ndim != 4:
+        raise CheckpointError(
+            f"the network gives {list(logits.shape)} for one image of {side}×{side} pixels, but "
+            "logits N×K×H×W are needed; wrap it so that it does"
+        )
+    return int(logits.shape[1])
+
+
+def _class_names(logits: int, given: list[str]) -> tuple[str, ...]:
+    count = max(2, logits)
+    numbered = ["background", *(f"class {number}" for number in range(1, count))]
+    names = given or (["background", "foreground"] if count == 2 else numbered)
+    if len(names) != count:
+        raise ConfigError(f"model.classes: got {len(names)} names, but the network has {count}")
+    return tuple(names)
+
+
+def _preprocessing(model: ForeignConfig, channels: int) -> Preprocessing:
+    given = model.model_dump(include={"color", "normalisation", "low", "high"})
+    if model.color == "auto":
+        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
+    return Preprocessing.model_validate(given)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Let errors say which file they are about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _safetensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"a damaged safetensors file: {_first(error)}") from error
+
+
+def _unpickled(data: bytes) -> Any:
+    if not data.startswith(PICKLES):
+        raise CheckpointError("neither safetensors nor a file that torch.save wrote")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"holds {_objects(data)} instead of tensors alone; where it was made, save its "
+            "state_dict: torch.save(model.state_dict(), path)"
+        ) from error
+    except Exception as error:  # whatever a damaged or hostile pickle brings about
+        raise CheckpointError(
+            f"damaged, or no state_dict that torch.save wrote: {_first(error)}"
+        ) from error
+
+
+def _objects(data: bytes) -> str:
+    """What a pickle asks for and does not get, strangers first."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # too old, or too damaged to tell
+        found = []
+    found.sort(key=lambda name: (name.startswith("torch."), name))
+    return _few(found) or "objects of Python, or damage,"
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of an error that is not ours."""
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return text or type(error).__name__
+
+
+def _unwrapped(found: Any) -> dict[Any, Any]:
+    """What is in ``state_dict`` and the like, without what milesial's training adds."""
+    for _ in WRAPPERS:
+        inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and key in found]
+        found = inner[0] if inner else found
+    if not isinstance(found, dict):
+        raise CheckpointError(f"holds {type(found).__name__}, not a state_dict")
+    return {key: value for key, value in found.items() if key != "mask_values"}
+
+
+def _why_not(key: object, value: object, file_bytes: int) -> str:
+    """What is wrong with an entry; a tensor that claims more than its file holds is an attack."""
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, not a tensor with a name"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():
+        return f"is a {value.layout} tensor of {value.dtype} on {value.device}, not a plain one"
+    if value.numel() * value.element_size() > file_bytes:
+        return f"claims the shape {list(value.shape)}, more than the file holds"
+    return ""
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DataParallel and torch.compile put before all of them."""
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
