@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unet_core import __version__
-from unet_core.config import PredictConfig, StorageConfig, TrainConfig, build, load
+from unet_core.config import (
+    ImportConfig,
+    PredictConfig,
+    StorageConfig,
+    TrainConfig,
+    build,
+    load,
+)
 from unet_core.errors import ConfigError, UnetJobsError
 
 if TYPE_CHECKING:
@@ -177,6 +184,84 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
             f"val IoU: {shown}  {epoch.seconds:.1f} s"
         )
     click.echo(f"trained: {config.output.uri}/{BEST}")
+
+
+@cli.command(options_metavar="[OPTIONS]")
+@click.argument("name", metavar="[PRESET|CHECKPOINT]", default="")
+@click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--factory", default="", help="The function that a checkpoint names, if you trust it."
+)
+def model(name: str, options: tuple[str, ...], factory: str) -> None:
+    """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
+
+    Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
+    """
+    from rich.console import Console
+
+    from jobs.describe import describe, layers_table, presets_table, sentences
+
+    if not name:
+        Console().print(presets_table())
+        return
+    described = describe(name, list(options), factory)
+    Console().print(layers_table(described))
+    _show(**sentences(described.tiling))
+
+
+@cli.command("import-weights")
+@click.argument("source")
+@click.argument("destination")
+@click.argument("overrides", nargs=-1, metavar="[MODEL.KEY=VALUE]...")
+@click.option("--layout", help="Which published U-Net, where the keys fit several.")
+@click.option("--factory", help="package.module:function that makes another network.")
+def import_weights(
+    source: str,
+    destination: str,
+    overrides: tuple[str, ...],
+    layout: str | None,
+    factory: str | None,
+) -> None:
+    """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
+
+    Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
+    0..1) or others, and model.classes='["background", "cell"]'.
+    """
+    chosen = {"layout": layout, "factory": factory}
+    table = {
+        "source": source,
+        "destination": destination,
+        "model": {key: value for key, value in chosen.items() if value},
+    }
+    config = build(ImportConfig, table, list(overrides), source="command line")
+    from unet_core.weights import import_weights as run_import
+
+    header = run_import(config)
+    wanted, tiling = header.preprocessing, header.tiling
+    kind = "exact tiles" if tiling.is_exact else "blended tiles"
+    _show(
+        wrote=destination,
+        network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
+        images=f"{wanted.color}, {wanted.normalisation}",
+        tiles=f"{kind}, halo {tiling.halo}, sides {tiling.sides}",
+    )
+
+
+@cli.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="RUN|CHECKPOINT")
+@click.argument("overrides", nargs=-1, metavar="[STORAGE.KEY=VALUE]...")
+@click.option("--format", "kind", type=click.Choice(["onnx"]), required=True)
+@click.option("--out", required=True, help="The file to write.")
+@click.option(
+    "--factory", default="", help="The function that a checkpoint names, if you trust it."
+)
+def export(source: str, overrides: tuple[str, ...], kind: str, out: str, factory: str) -> None:
+    """Write a run's or a checkpoint's network as ONNX, with its logits compared."""
+    storage = _storage(overrides)
+    from jobs.export import export_onnx
+
+    size = export_onnx(source, out, storage, factory)
+    _show(wrote=f"{out} ({kind}, {size / 1e6:.1f} MB); the same logits under onnxruntime")
 
 
 @cli.command()

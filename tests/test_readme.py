@@ -28,8 +28,8 @@ COMMANDS = [
     line.partition("unet-jobs ")[2].partition("#")[0]
     for path in DOCUMENTS
     for block in blocks("sh", path.read_text())
-    for line in block.splitlines()
-    if "unet-jobs " in line
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("unet-jobs ")
 ]
 
 
@@ -56,6 +56,9 @@ def test_every_snippet_runs_on_a_run(number, make_config, tmp_path, monkeypatch,
     exec(blocks("python")[number], names)
     if "iou" in names:
         assert len(names["iou"]) == 12
+    elif "corner" in names:
+        assert names["corner"].shape == (100, 100)
+        assert not names["network"].training
     elif "mask" in names:
         assert names["mask"].size == names["row"]["image_height"] * names["row"]["image_width"]
     else:

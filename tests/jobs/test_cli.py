@@ -1,7 +1,14 @@
+import re
+import warnings
+
+import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 
 from jobs import cli
+from jobs.predict import predict
+from tests.foreign import small
 from unet_core.synthetic import nuclei, png
 
 
@@ -19,7 +26,21 @@ def run_cli(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("verb", ["", "predict", "plan", "status", "verify", "train", "demo"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "",
+        "predict",
+        "plan",
+        "status",
+        "verify",
+        "train",
+        "demo",
+        "model",
+        "import-weights",
+        "export",
+    ],
+)
 def test_help_tells_every_verb(verb):
     result = CliRunner().invoke(cli.cli, [*verb.split(), "--help"])
     assert result.exit_code == 0
@@ -93,3 +114,56 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     )  # fmt: skip
     assert code == 0, errors
     assert "6 seen = 6 ok + 0 failed" in text
+
+
+def test_networks_are_shown_whole_and_layer_by_layer(run_cli, tiny_model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, text, _ = run_cli("model")
+    assert code == 0
+    assert re.search(r"paper .* 31,030,658 .*188, 204, … .* 204 .* 0 ", text)
+    assert re.search(r"dilated .* 31,031,810 .*233 or more .* blended ", text)
+    code, text, _ = run_cli("model", "paper", "side=572")
+    assert re.search(r"bottom.conv2 .* 1024 × 28 × 28 .* 9,438,208 .* 14.80", text)
+    assert "300.9" in text  # GFLOP, as published
+    code, text, _ = run_cli("model", tiny_model)
+    assert "windows from 208, starts at multiples of 16" in text
+    for words, reason in (
+        (("paper", "side=310"), "300 and 316 are possible"),
+        (("paper", "width=big"), "width: got 'big', allowed: like 64"),
+        (("paper", "wide=3"), "wide is no option"),
+        (("unet",), "there is no such file"),
+    ):
+        code, _, error = run_cli("model", *words)
+        assert (code, reason in error) == (2, True), error
+
+
+def test_weights_from_elsewhere_become_a_checkpoint_that_predicts(run_cli, tmp_path, folder):
+    torch.manual_seed(0)
+    torch.save({"state_dict": small(1, 2).state_dict()}, tmp_path / "theirs.pth")
+    made = tmp_path / "made.safetensors"
+    imported = ("import-weights", tmp_path / "theirs.pth", made, "--factory", "tests.foreign:small")
+    code, text, _ = run_cli(*imported, "model.color=gray", "model.arguments.classes=2")
+    assert code == 0
+    assert "exact tiles, halo 2, sides multiples of 2" in text
+    out = ("predict", folder / "images", "--model", made, "--out", tmp_path / "run")
+    code, _, error = run_cli(*out, "workers.count=inline")
+    assert code == 2
+    assert "model.factory = 'tests.foreign:small'" in error
+    code, text, _ = run_cli(*out, "workers.count=inline", "model.factory=tests.foreign:small")
+    assert code == 0
+    assert "12 seen = 12 ok" in text
+    code, _, error = run_cli("import-weights", tmp_path / "no.pth", tmp_path / "x.safetensors")
+    assert code == 3
+
+
+def test_a_runs_network_is_exported(run_cli, make_config, tmp_path):
+    predict(make_config())
+    out = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        code, text, _ = run_cli("export", tmp_path / "run", "--format", "onnx", "--out", out)
+    assert code == 0
+    assert "the same logits under onnxruntime" in text
+    assert onnx.load(out).graph.input[0].name == "image"
+    code, _, error = run_cli("export", tmp_path / "run", "--format", "onnx", "--out", out)
+    assert (code, "choose another name" in error) == (2, True)

@@ -1,0 +1,170 @@
+"""``unet-jobs model``: what a network is made of, what it sees, what it costs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from unet_core import checkpoint
+from unet_core.config import override_values
+from unet_core.errors import ConfigError
+from unet_core.geometry import Tiling
+from unet_core.networks import build
+from unet_core.presets import PRESETS, NetworkSpec, UNetSpec, preset
+from unet_core.reach import tiling_of
+
+USUAL_SIDE = 512
+UNSHOWN = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer at a given image size."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    """C×H×W that it gives."""
+    parameters: int
+    flop: int
+    """Two for each multiply-add of a convolution; the rest is not counted."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network, layer by layer."""
+
+    title: str
+    layers: list[Layer]
+    tiling: Tiling
+    sides: tuple[int, int]
+    """In and out, in pixels."""
+
+    @property
+    def parameters(self) -> int:
+        """Trained values."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def gflop(self) -> float:
+        """For one square image of ``sides[0]`` pixels."""
+        return sum(layer.flop for layer in self.layers) / 1e9
+
+
+def describe(name: str, overrides: list[str], factory: str = "") -> Description:
+    """A preset with options, or a checkpoint; ``side=PIXELS`` chooses the image.
+
+    Raises ConfigError for options that there are not and sides that the network cannot take.
+    """
+    options = override_values(overrides)
+    side = options.pop("side", None)
+    if name in PRESETS:
+        spec: NetworkSpec = preset(name, **_typed(options))
+        tiling = tiling_of(spec)
+        with torch.device("meta"):
+            network = build(spec)
+    elif options:
+        raise ConfigError(f"{next(iter(options))}: options go with a preset: {', '.join(PRESETS)}")
+    else:
+        network, header = checkpoint.load(name, factory=factory)
+        spec, tiling = header.network, header.tiling
+    side = side or tiling.sides.at_least(USUAL_SIDE)
+    if side not in tiling.sides:
+        raise ConfigError(f"side: {side} is not possible with {name}; {tiling.sides.near(side)}")
+    layers = list(_layers(network.eval(), spec.in_channels, side))
+    title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
+    return Description(title, layers, tiling, (side, side - 2 * tiling.margin))
+
+
+def _typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the type that the preset's field has."""
+    for field in fields(UNetSpec):
+        wanted, given = type(field.default), options.get(field.name)
+        if given is not None and type(given) is not wanted:
+            raise ConfigError(f"{field.name}: got {given!r}, allowed: like {field.default!r}")
+    return options
+
+
+@torch.inference_mode()
+def _layers(network: nn.Module, channels: int, side: int) -> Iterator[Layer]:
+    network = network.to("meta")
+    found: list[Layer] = []
+
+    def look(name: str, module: nn.Module, x: Tensor, given: Tensor) -> None:
+        if not isinstance(module, UNSHOWN):
+            parameters = sum(p.numel() for p in module.parameters())
+            shape, flop = tuple(given.shape[1:]), _flop(module, x, given)
+            found.append(Layer(name, type(module).__name__, shape, parameters, flop))
+
+    for name, module in network.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(
+                lambda module, x, given, name=name: look(name, module, x[0], given)
+            )
+    network(torch.zeros(1, channels, side, side, device="meta"))
+    yield from found
+
+
+def _flop(module: nn.Module, x_NCHW: Tensor, given_NCHW: Tensor) -> int:
+    """2 · taps · channels in · channels out · positions, per image."""
+    if isinstance(module, nn.Conv2d):
+        return 2 * module.weight[0].numel() * given_NCHW[0].numel()
+    if isinstance(module, nn.ConvTranspose2d):
+        return 2 * module.weight[0].numel() * x_NCHW[0].numel()
+    return 0
+
+
+def layers_table(described: Description) -> Table:
+    """A row per layer, and the whole below."""
+    side, out = described.sides
+    table = Table(title=f"{described.title}, {side}² in, {out}² out", show_footer=True)
+    table.add_column("layer", footer="whole")
+    table.add_column("kind")
+    table.add_column("C × H × W")
+    table.add_column("parameters", f"{described.parameters:,}", justify="right")
+    table.add_column("GFLOP", f"{described.gflop:,.1f}", justify="right")
+    for layer in described.layers:
+        gflop = f"{layer.flop / 1e9:,.2f}" if layer.flop else ""
+        count = f"{layer.parameters:,}" if layer.parameters else ""
+        table.add_row(layer.name, layer.kind, " × ".join(map(str, layer.shape)), count, gflop)
+    return table
+
+
+def sentences(tiling: Tiling) -> dict[str, str]:
+    """What the tiling means, by a name for each line."""
+    sees = (
+        f"{tiling.receptive_field} pixels along an axis"
+        if tiling.receptive_field
+        else "the whole window"
+    )
+    exact = f"exact: windows from {tiling.smallest_window}, starts at multiples of {tiling.stride}"
+    return {
+        "sides": str(tiling.sides),
+        "margin": f"{tiling.margin} pixels lost on each side",
+        "sees": sees,
+        "halo": f"{tiling.halo} pixels" if tiling.is_exact else "none",
+        "tiles": exact if tiling.is_exact else "blended: the output depends on the whole window",
+    }
+
+
+def presets_table() -> Table:
+    """A row per preset, as it is without options."""
+    table = Table(title="presets")
+    for name in ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo"):
+        table.add_column(name, justify="right" if name == "parameters" else "left")
+    for name, spec in PRESETS.items():
+        described = describe(name, [])
+        tiling, (side, out) = described.tiling, described.sides
+        table.add_row(
+            name,
+            f"{spec.in_channels} → {spec.classes}",
+            f"{described.parameters:,}",
+            str(tiling.sides),
+            f"{side} → {out}",
+            str(tiling.receptive_field or "window"),
+            str(tiling.halo) if tiling.is_exact else "blended",
+        )
+    return table

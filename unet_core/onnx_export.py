@@ -1,0 +1,78 @@
+"""A checkpoint's network as ONNX, written only if it gives the same logits there."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from unet_core.checkpoint import Header
+from unet_core.errors import CheckpointError, ConfigError
+from unet_core.geometry import Tiling
+
+TOLERANCE = 1e-4
+
+
+def to_onnx(network: nn.Module, header: Header) -> bytes:
+    """The file: ``image`` (N×C×H×W float32, normalised) to ``logits`` (N×K×H'×W'), all sizes that
+    the network takes; class names, preprocessing and tiling are in its metadata.
+
+    Raises ConfigError if the extra is not installed, CheckpointError if the network cannot be
+    exported or differs under onnxruntime.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError("onnx is not installed: pip install 'unet-jobs[onnx]'") from error
+    channels, tiling = header.network.in_channels, header.tiling
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    try:
+        program = torch.onnx.export(
+            network, (_sample(2, channels, tiling, 2),), dynamo=True, dynamic_shapes=(free,),
+            input_names=["image"], output_names=["logits"], verbose=False,
+        )  # fmt: skip
+        assert program is not None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            program.save(str(path), external_data=False)
+            model = onnx.load(str(path))
+    except Exception as error:  # exporters share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the network cannot be exported to ONNX: {reason}") from error
+    onnx.helper.set_model_props(model, _about(header))
+    data: bytes = model.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    for count, steps in ((1, 3), (3, 1)):
+        x_NCHW = _sample(count, channels, tiling, steps)
+        theirs = session.run(None, {"image": x_NCHW.numpy()})[0]
+        with torch.inference_mode():
+            _require_equal(network(x_NCHW).numpy(), theirs)
+    return data
+
+
+def _sample(count: int, channels: int, tiling: Tiling, steps: int) -> torch.Tensor:
+    """Random images of a legal size, higher than wide."""
+    width = tiling.sides.at_least(2 * tiling.margin + steps * tiling.stride)
+    height = tiling.sides.at_least(width + 1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, channels, height, width, generator=generator)
+
+
+def _require_equal(mine: np.ndarray, theirs: np.ndarray) -> None:
+    if not np.allclose(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE):
+        difference = np.abs(mine - theirs).max()
+        raise CheckpointError(f"ONNX gives other logits: they differ by up to {difference:.2g}")
+
+
+def _about(header: Header) -> dict[str, str]:
+    tiling = header.tiling
+    return {
+        "classes": json.dumps(header.class_names),
+        "preprocessing": header.preprocessing.model_dump_json(),
+        "tiling": json.dumps({"stride": tiling.stride, "margin": tiling.margin,
+                              "halo": tiling.halo, "smallest": tiling.sides.smallest,
+                              "step": tiling.sides.step}),
+    }  # fmt: skip
