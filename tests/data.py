@@ -11,7 +11,7 @@ from torch import nn
 
 from unet_core import checkpoint
 from unet_core.checkpoint import Header, palette_of
-from unet_core.networks import build, tiling
+from unet_core.networks import build, measured
 from unet_core.preprocessing import Preprocessing
 from unet_core.presets import NetworkSpec
 from unet_core.synthetic import nuclei, png
@@ -30,15 +30,15 @@ def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = 
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)
     network.eval()
-    measured = tiling(spec, network)
+    spec, tiling = measured(spec, network)
     with torch.no_grad():
-        x_NCHW = torch.rand(1, spec.in_channels, *[measured.sides.at_least(320)] * 2)
+        x_NCHW = torch.rand(1, spec.in_channels, *[tiling.sides.at_least(320)] * 2)
         *_, last = (p for name, p in network.named_parameters() if name.endswith("bias"))
         last -= network(x_NCHW).median(dim=3).values.median(dim=2).values[0]  # all classes occur
     names = ("background", "nucleus", *(f"class {n}" for n in range(2, spec.classes)))
     header = Header(
         spec,
-        measured,
+        tiling,
         names,
         Preprocessing(color="gray", normalisation="percentile"),
         palette_of(len(names)),

@@ -24,7 +24,7 @@ from unet_core.engine import Engine, choose_device
 from unet_core.errors import ConfigError
 from unet_core.losses import cross_entropy, dice
 from unet_core.metrics import confusion, mean, scores_of
-from unet_core.networks import build, tiling
+from unet_core.networks import build, measured
 from unet_core.picture import Picture
 from unet_core.preprocessing import Preprocessing
 from unet_core.samples import random_crop, read_labelled
@@ -111,8 +111,12 @@ def new_header(config: TrainConfig, network: nn.Module) -> Header:
         color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
     )
     names = tuple(model.classes)
-    measured = tiling(model.spec, network)
-    return Header(model.spec, measured, names, wanted, palette_of(len(names)))
+    spec, tiling = measured(model.spec, network)
+    if spec.classes not in {len(names), 1 if len(names) == 2 else len(names)}:
+        raise ConfigError(
+            f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
+        )
+    return Header(spec, tiling, names, wanted, palette_of(len(names)))
 
 
 def load_data(config: TrainConfig, header: Header) -> tuple[list[Picture], list[Picture]]:

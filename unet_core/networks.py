@@ -1,7 +1,11 @@
 """From data to a network: our own U-Nets, and whatever a user's function makes."""
 
 import importlib
+import os
+import sys
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from unet_core.errors import CheckpointError
@@ -16,15 +20,32 @@ def build(spec: NetworkSpec) -> nn.Module:
     return UNet(spec) if isinstance(spec, UNetSpec) else _made_by(spec)
 
 
-def tiling(spec: NetworkSpec, network: nn.Module, stride: int | None = None) -> Tiling:
-    """How the network may be tiled, measured; ``stride`` if the author of a factory knows it."""
+def measured(
+    spec: NetworkSpec, network: nn.Module, stride: int | None = None
+) -> tuple[NetworkSpec, Tiling]:
+    """How the network may be tiled, and its spec with the logits that it really gives.
+
+    ``stride``: of a factory's network, if its author knows it. Raises CheckpointError for a network
+    whose logits are not N×K×H×W.
+    """
     if isinstance(spec, UNetSpec):
-        return tiling_of(spec)
-    return tiling_of_module(network, spec.in_channels, stride)
+        return spec, tiling_of(spec)
+    tiling = tiling_of_module(network, spec.in_channels, stride)
+    height, width = tiling.sides.smallest, tiling.sides.smallest + tiling.sides.step
+    with torch.inference_mode():
+        shape = network.eval()(torch.zeros(1, spec.in_channels, height, width)).shape
+    if len(shape) != 4:
+        raise CheckpointError(
+            f"the network gives {list(shape)} for one image of {height}×{width} pixels, but "
+            "logits N×K×H×W are needed; wrap it so that it does"
+        )
+    return replace(spec, classes=int(shape[1])), tiling
 
 
 def _made_by(spec: Factory) -> nn.Module:
     module, _, function = spec.factory.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not see the user's own modules
     arguments = {key: None if v == "null" else v for key, v in spec.arguments.items()}
     try:
         made = getattr(importlib.import_module(module), function)(**arguments)

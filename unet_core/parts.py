@@ -15,7 +15,7 @@ from unet_core.metrics import Totals
 from unet_core.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
-SPOOL_BYTES = 128 * 2**20
+SPOOL_BYTES = 32 * 2**20
 COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index": False}
 
 

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-IN_MEMORY_BYTES = 64 * 2**20
+IN_MEMORY_BYTES = 8 * 2**20
 
 
 class Spool:

@@ -200,9 +200,7 @@ def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
 def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Header:
     model = config.model
     stride = model.stride if isinstance(model.stride, int) else None
-    tiling = networks.tiling(spec, network, stride)
-    if isinstance(spec, Factory):
-        spec = replace(spec, classes=_classes_of(network, spec.in_channels, tiling.sides.smallest))
+    spec, tiling = networks.measured(spec, network, stride)
     preprocessing = _preprocessing(model, spec.in_channels)
     if preprocessing.channels != spec.in_channels:
         raise ConfigError(
@@ -211,17 +209,6 @@ def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Head
         )
     names = _class_names(spec.classes, model.classes)
     return Header(spec, tiling, names, preprocessing, training={"imported_from": config.source})
-
-
-@torch.inference_mode()
-def _classes_of(network: nn.Module, in_channels: int, side: int) -> int:
-    logits = network(torch.zeros(1, in_channels, side, side))
-    if logits.ndim != 4:
-        raise CheckpointError(
-            f"the network gives {list(logits.shape)} for one image of {side}×{side} pixels, but "
-            "logits N×K×H×W are needed; wrap it so that it does"
-        )
-    return int(logits.shape[1])
 
 
 def _class_names(logits: int, given: list[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from jobs.predict import predict
 from tests.data import write_tar
 from unet_core import checkpoint
 from unet_core.config import TrainConfig, build
@@ -36,6 +37,38 @@ def test_training_learns_and_keeps_the_best(folder, tmp_path):
     history = pq.read_table(tmp_path / "model" / "history").to_pylist()
     losses = [row["value"] for row in history if row["name"] == "loss"]
     assert losses == [epoch.loss for epoch in epochs]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model.preset=paper", "train.crop=36", "model.width=4", "model.depth=2"),
+     ("model.preset=dilated", "train.crop=140", "model.width=4", "model.depth=3"),
+     ("model.factory=tests.foreign:small", "model.arguments.classes=2"),
+     ("model.factory=monai.networks.nets:BasicUNet", "model.arguments.spatial_dims=2",
+      "model.arguments.in_channels=1", "model.arguments.out_channels=2",
+      "model.arguments.features=[8,8,8,8,8,8]")],
+    ids=lambda overrides: overrides[0],
+)  # fmt: skip
+def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config, overrides):
+    config = config_of(folder, tmp_path, "train.epochs=3", *overrides)
+    epochs = list(fit(config))
+    assert epochs[-1].loss < epochs[0].loss
+    model = {"checkpoint": str(tmp_path / "model" / "best.safetensors"),
+             "factory": config.model.factory}  # fmt: skip
+    outcome = predict(make_config(model=model, tile={"size": "auto"}))
+    assert outcome.totals.ok == 12
+
+
+def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(folder, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"crop is 64, but paper .* 52 and 68 are possible"
+    ):
+        config_of(folder, tmp_path, "model.preset=paper", "model.depth=4")
+    with pytest.raises(ConfigError, match=r"train\.crop is 70, but padded .* 68 and 72 are"):
+        config_of(folder, tmp_path, "train.crop=70")
+    overrides = ("model.factory=tests.foreign:small", "model.arguments.classes=5")
+    with pytest.raises(ConfigError, match=r"names 2, but tests\.foreign:small gives 5 logits"):
+        list(fit(config_of(folder, tmp_path, *overrides)))
 
 
 def test_the_same_seed_gives_the_same_losses(folder, tmp_path):
