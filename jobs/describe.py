@@ -61,6 +61,8 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     """
     options = override_values(overrides)
     side = options.pop("side", None)
+    if side is not None and (type(side) is not int or side < 1):
+        raise ConfigError(f"side: got {side!r}, allowed: a number of 1 or more")
     if name in PRESETS:
         spec: NetworkSpec = preset(name, **_typed(options))
         tiling = tiling_of(spec)

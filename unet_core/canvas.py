@@ -21,6 +21,8 @@ from unet_core.picture import Picture
 from unet_core.spool import Spool
 from unet_core.windows import Windows
 
+BAND_ROWS = 256
+"""Blended areas are finished in bands, which keeps what lies beside them small."""
 SIGMA = 1 / 8
 """Of the Gaussian importance of a blended tile, as a share of its side."""
 
@@ -59,10 +61,10 @@ class Canvas:
         self.picture = picture
         self.tiles = windows.over(*picture.pixels.shape)
         self.confidence_sum = 0
-        self.failure: ImageError | None = None
+        self._failures: list[tuple[int, int, int, ImageError]] = []
         self.encoded: list[Future[Any]] = []
         """The rows to come of every area that is finished."""
-        self._blends = windows.blends
+        self._blends, self._margin = windows.blends, windows.tiling.margin
         self._look = look
         self._boxes = mask_windows(*picture.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
@@ -78,8 +80,9 @@ class Canvas:
     def paste(self, tile: Tile, result: Segmented) -> Iterator[Area]:
         """Take the kept part of one tile; yield the areas that it completes."""
         self.confidence_sum += result.confidence_sum
-        if not result.is_finite and self.failure is None:
-            self.failure = ImageError("not_finite", "the network's output is NaN or infinite here")
+        if not result.is_finite:
+            reason = "the network's output is NaN or infinite here"
+            self.fail(tile, ImageError("not_finite", reason), rank=1)
         for box in self._under(tile):
             if box not in self._open:
                 self._open[box] = self._opened(box)
@@ -89,10 +92,21 @@ class Canvas:
                 del self._missing[box]
                 yield self._open.pop(box).finished()
 
+    def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
+        """Let the image fail; threads may find several reasons, in any order."""
+        self._failures.append((rank, tile.y.start, tile.x.start, failure))
+
+    @property
+    def failure(self) -> ImageError | None:
+        """Why the image fails: the first reason by place, whenever it was found."""
+        found = min(self._failures, key=lambda failure: failure[:3], default=None)
+        return found[3] if found is not None else None
+
     def _opened(self, box: Box) -> "_ExactArea | _BlendedArea":
         if not self._blends:
             return _ExactArea(box, self._look)
-        return _BlendedArea(box, self._look, is_alone=len(self.tiles) == 1)
+        is_alone = len(self.tiles) == 1
+        return _BlendedArea(box, self._look, self._margin, is_alone)
 
     def _under(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""
@@ -131,24 +145,33 @@ class _ExactArea:
 class _BlendedArea:
     """A mask window whose pixels are weighted means over tiles."""
 
-    def __init__(self, box: Box, look: Look, is_alone: bool) -> None:
-        self._box, self._look, self._is_alone = box, look, is_alone
+    def __init__(self, box: Box, look: Look, margin: int, is_alone: bool) -> None:
+        self._box, self._look = box, look
+        self._margin, self._is_alone = margin, is_alone
         self._sum_KHW = np.zeros((look.logits, *box.shape), dtype=np.float32)
         self._weight_HW = np.zeros(box.shape, dtype=np.float32)
 
     def paste(self, tile: Tile, result: Segmented) -> None:
         here, there = self._box.shared(*tile.target)
         assert result.probabilities_KHW is not None
-        weight_HW = np.float32(1) if self._is_alone else importance(*tile.shape)[there]
+        logits = (side - 2 * self._margin for side in tile.shape)
+        weight_HW = np.float32(1) if self._is_alone else importance(*logits)[there]
         self._sum_KHW[:, *here] += result.probabilities_KHW[:, *there] * weight_HW
         self._weight_HW[here] += weight_HW
 
     def finished(self) -> Area:
-        p_KHW = self._sum_KHW / self._weight_HW
-        mask_HW, chosen_HW = _classes(p_KHW, self._look)
-        confidence = np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum()
-        kept = quantised(p_KHW, self._look.probabilities)
-        return Area(self._box, mask_HW, int(confidence), kept)
+        mask_HW, confidence = np.empty(self._box.shape, self._look.mask_dtype), 0
+        kept_KHW = None
+        if self._look.probabilities != "none":
+            kept_KHW = np.empty(self._sum_KHW.shape, self._look.probabilities)
+        for start in range(0, self._box.height, BAND_ROWS):
+            rows = slice(start, start + BAND_ROWS)
+            p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
+            mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
+            confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
+            if kept_KHW is not None:
+                kept_KHW[:, rows] = quantised(p_KHW, self._look.probabilities)
+        return Area(self._box, mask_HW, confidence, kept_KHW)
 
 
 def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
@@ -160,16 +183,14 @@ def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
     return p_KHW.argmax(axis=0).astype(look.mask_dtype), p_KHW.max(axis=0)
 
 
-def quantised(p_KHW: Array, kind: str) -> Array | None:
+def quantised(p_KHW: Array, kind: str) -> Array:
     """Probabilities as they are stored: round(p · 255), or half precision."""
-    if kind == "none":
-        return None
     return np.rint(p_KHW * 255).astype(np.uint8) if kind == "uint8" else p_KHW.astype(np.float16)
 
 
 @functools.lru_cache(maxsize=16)
 def importance(height: int, width: int) -> Array:
-    """Gaussian weights of a tile's pixels, largest at its centre, nowhere zero; float32 HW."""
+    """Gaussian weights of a tile's logits, largest at its centre, nowhere zero; float32 HW."""
 
     def bell(length: int) -> Array:
         at = (np.arange(length) - (length - 1) / 2) / (length * SIGMA)

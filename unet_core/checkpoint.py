@@ -24,7 +24,7 @@ from unet_core.store import read_file, read_range
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = "unet-jobs/1"
+FORMAT = "unet-jobs/2"
 MAX_HEADER_BYTES = 16 * 2**20
 DEFAULT_COLORS = (
     (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
@@ -131,11 +131,11 @@ def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
     named = network.factory if isinstance(network, Factory) else ""
     if named == allowed:
         return
-    if not named:
+    if not isinstance(network, Factory):
         raise CheckpointError(f"model.factory is {allowed}, but {checkpoint} is a U-Net of presets")
     raise CheckpointError(
-        f"{checkpoint} is made for a network that {named} builds; if you trust that function, say "
-        f"model.factory = {named!r} (now it is {allowed!r})"
+        f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
+        f"called with {network.arguments}, say model.factory = {named!r} (now it is {allowed!r})"
     )
 
 

@@ -17,6 +17,8 @@ from unet_core.presets import Factory, NetworkSpec, UNetSpec, preset
 Auto = Literal["auto"]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
+"""``package.module:function``, or empty."""
 
 PROTOCOLS = ("file", "local", "memory", "s3", "gs", "abfs")
 
@@ -58,7 +60,8 @@ class InputConfig(Section):
     axes: Annotated[str, Field(pattern="^[A-Z]*$")] = ""
     """Axes of TIFFs whose metadata do not say them, e.g. ``CYX``: pages are channels."""
     max_pixels: Count = 2**27
-    """Height × width above which an image becomes a failed row instead of being decoded."""
+    """Height × width above which an image is not decoded whole: a large TIFF is read by window (up
+    to 256 times as many), others become failed rows."""
 
     @field_validator("uri")
     @classmethod
@@ -76,7 +79,7 @@ class ModelConfig(Section):
 
     checkpoint: str = "builtin:nuclei"
     """``builtin:NAME``, or the path of a ``.safetensors`` file."""
-    factory: str = ""
+    factory: FactoryName = ""
     """``package.module:function``, where the checkpoint names one: leave to run it."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """One-logit models: foreground where sigmoid(logit) is above this."""
@@ -215,7 +218,7 @@ class NetworkConfig(Section):
     """Channels of the first level; each pool doubles them."""
     depth: Auto | Annotated[int, Field(strict=True, ge=1, le=8)] = "auto"
     """Pools; ``auto``: the preset's."""
-    factory: str = ""
+    factory: FactoryName = ""
     """``package.module:function`` that makes another network instead: NCHW to logits NKHW."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
@@ -299,7 +302,7 @@ class ForeignConfig(Section):
 
     layout: str = ""
     """Whose key names they have; empty: found by the keys."""
-    factory: str = ""
+    factory: FactoryName = ""
     """``package.module:function`` that makes the network; empty: a U-Net of a known layout."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the factory."""

@@ -21,6 +21,8 @@ from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
+from unet_core.networks import origin
+from unet_core.presets import Factory
 from unet_core.unet import fold_batchnorm
 
 log = logging.getLogger(__name__)
@@ -161,13 +163,16 @@ class Engine:
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        if isinstance(self.header.network, Factory):
+            versions["model.factory"] = origin(self.header.network)
         pixels = self._affordable_pixels() if batch == "auto" else int(batch) * tile_size**2
         return Compute(
             device=_device_model(self.device),
             precision="float32",
             backend="eager",
             batch_pixels=pixels,
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            versions=versions,
         )
 
     def run(self, batch: Batch) -> list[Segmented]:

@@ -116,6 +116,9 @@ def new_header(config: TrainConfig, network: nn.Module) -> Header:
         raise ConfigError(
             f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
         )
+    crop, sides = config.train.crop, tiling.sides
+    if crop + 2 * tiling.margin not in sides:
+        raise ConfigError(f"train.crop: {crop} is not possible here; {sides.near(crop)}")
     return Header(spec, tiling, names, wanted, palette_of(len(names)))
 
 

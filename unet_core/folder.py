@@ -1,21 +1,30 @@
 """``format = "folder"``: loose images at any depth, in fixed groups, each with its mask by stem."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from unet_core.codec import is_image
 from unet_core.errors import ConfigError, NotFoundError, StoreError
-from unet_core.shards import Member, Ranged, Sample, Shard, Source, make_shard
+from unet_core.shards import (
+    LARGE_FILE_BYTES,
+    Member,
+    Ranged,
+    Sample,
+    Shard,
+    Source,
+    make_shard,
+)
 from unet_core.store import Entry, Store
 
 log = logging.getLogger(__name__)
 
+ResultT = TypeVar("ResultT")
+
 SHOWN = 3
-LARGE_FILE_BYTES = 64 * 2**20
-"""Above this, a file is looked at before it is read whole: it may be read by window."""
 
 
 def list_shards(source: Source) -> Iterator[Shard]:
@@ -34,8 +43,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     masks = source.config.masks
     mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
     for member in shard.members:
-        image = File(source.root, member.key)
-        mask = File(mask_root, member.mask) if member.mask else None
+        image = File(source.root, member.key, source.root)
+        mask = File(mask_root, member.mask, mask_root) if member.mask else None
         yield sample_of(
             member, _stem(PurePosixPath(member.key).name), source.root.uri(member.key), image, mask
         )
@@ -44,14 +53,17 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 def sample_of(
     member: Member, key: str, source_uri: str, image: "File", mask: "File | None"
 ) -> Sample:
-    """A loose image with its truth."""
+    """A loose image with its truth; lists may not know how large it is."""
+    may_be_large = member.bytes > LARGE_FILE_BYTES or (
+        not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
+    )
     return Sample(
         image_id=member.key,
         key=key,
         source_uri=source_uri,
         read=image.read,
         read_mask=mask.read if mask is not None else None,
-        open=image.open if member.bytes > LARGE_FILE_BYTES else None,
+        open=image.open if may_be_large else None,
         open_mask=mask.open if mask is not None else None,
     )
 
@@ -124,16 +136,22 @@ class File:
 
     store: Store
     name: str
+    root: Store
+    """Where the input lies; if that is gone, it is not the object that is missing."""
 
     def read(self) -> bytes:
         """All bytes; raises StoreError, NotFoundError only if the rest is still there."""
-        try:
-            return self.store.read(self.name)
-        except NotFoundError:
-            if self.store.exists():
-                raise
-            raise StoreError(f"{self.store.uri()} is gone; was it unmounted?") from None
+        return self._unless_gone(lambda: self.store.read(self.name))
 
     def open(self) -> Ranged:
-        """Its size, and pieces of it."""
-        return Ranged(self.store.entry(self.name).bytes, partial(self.store.read, self.name))
+        """Its size, and pieces of it; raises as ``read``."""
+        size = self._unless_gone(lambda: self.store.entry(self.name).bytes)
+        return Ranged(size, partial(self.store.read, self.name))
+
+    def _unless_gone(self, look: Callable[[], ResultT]) -> ResultT:
+        try:
+            return look()
+        except NotFoundError:
+            if self.root.exists():
+                raise
+            raise StoreError(f"{self.root.uri()} is gone; was it unmounted?") from None

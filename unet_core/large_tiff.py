@@ -36,7 +36,7 @@ from unet_core.tiff_segments import Cache, ReadRange, Segments, segments_of
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 192 * 2**20
 HEADER_BYTES = 256 * 2**20
 """What may be fetched to understand a header,"""
 TAG_BYTES = 32 * 2**20

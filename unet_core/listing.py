@@ -63,7 +63,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 def _file(source: Source, uri: str) -> File:
     """One listed object, below the prefix that allows it."""
     prefix = Allowed.of(source).prefix_of(uri)
-    return File(_store_of(prefix, source.root), uri[len(prefix) :])
+    return File(_store_of(prefix, source.root), uri[len(prefix) :], source.root)
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ derived at the end, and a ratio without a denominator is None, never 0 or 1.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,12 +14,30 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 
+BAND_PIXELS = 2**21
+
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
     """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index``."""
-    counted = truth_HW != ignore_index
-    pairs = truth_HW[counted].astype(np.int64) * classes + mask_HW[counted]
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    total = np.zeros(classes * classes, dtype=np.int64)
+    for rows in _bands(mask_HW):
+        truth, mask = truth_HW[rows], mask_HW[rows]
+        counted = truth != ignore_index
+        pairs = truth[counted].astype(np.int64) * classes + mask[counted]
+        total += np.bincount(pairs, minlength=classes * classes)
+    return total.reshape(classes, classes)
+
+
+def class_pixels(mask_HW: Array, classes: int) -> Array:
+    """Pixels of each class, int64 (K,)."""
+    counts = (np.bincount(mask_HW[rows].ravel(), minlength=classes) for rows in _bands(mask_HW))
+    return sum(counts, np.zeros(classes, dtype=np.int64))
+
+
+def _bands(mask_HW: Array) -> Iterator[slice]:
+    """Rows in bands: what counts them makes eight bytes of each pixel."""
+    rows = max(1, BAND_PIXELS // mask_HW.shape[1])
+    return (slice(start, start + rows) for start in range(0, mask_HW.shape[0], rows))
 
 
 def ratio(part: int, whole: int) -> float | None:

@@ -1,6 +1,9 @@
 """From data to a network: our own U-Nets, and whatever a user's function makes."""
 
+import hashlib
 import importlib
+import importlib.metadata
+import inspect
 import os
 import sys
 from dataclasses import replace
@@ -40,6 +43,16 @@ def measured(
             "logits N×K×H×W are needed; wrap it so that it does"
         )
     return replace(spec, classes=int(shape[1])), tiling
+
+
+def origin(spec: Factory) -> str:
+    """What code a factory is: version of its distribution, and digest of its module's source."""
+    module = importlib.import_module(spec.factory.partition(":")[0])
+    source = inspect.getsource(module).encode()
+    package = module.__name__.partition(".")[0]
+    names = importlib.metadata.packages_distributions().get(package, [])
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
+    return " ".join([*versions, hashlib.sha256(source).hexdigest()[:16]])
 
 
 def _made_by(spec: Factory) -> nn.Module:

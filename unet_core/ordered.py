@@ -15,8 +15,8 @@ RETRY_S = 0.2
 
 class Prefetch(Generic[ItemT, ResultT]):
     """Draws items from an iterator on a thread of its own, works on them in a pool, and gives the
-    results in the order of the items. At most ``ahead`` results wait, and no more work begins
-    while those that wait weigh more than ``budget``.
+    results in the order of the items. At most ``ahead`` results wait, and what waits and is under
+    way weighs about ``budget`` at most, if each is as heavy as the heaviest yet.
 
     A context manager: the reading begins when it is entered and ends when it is left. Errors of
     the iterator or of the work are raised where the results are used.
@@ -34,6 +34,8 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._pool, self._work, self._items = pool, work, items
         self._weigh, self._budget = weigh, budget
         self._waiting = 0
+        self._under_way = 0
+        self._heaviest: int | None = None
         self._weighed = threading.Condition()
         self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
         self._left = threading.Event()
@@ -52,7 +54,9 @@ class Prefetch(Generic[ItemT, ResultT]):
             if isinstance(item, BaseException):
                 raise item
             result = item.result()
-            self._add(-self._weigh(result))
+            with self._weighed:
+                self._waiting -= self._weigh(result)
+                self._weighed.notify()
             yield result
 
     def _read(self) -> None:
@@ -66,19 +70,31 @@ class Prefetch(Generic[ItemT, ResultT]):
             self._put(error)
 
     def _worked(self, item: ItemT) -> ResultT:
-        result = self._work(item)
-        self._add(self._weigh(result))
-        return result
-
-    def _add(self, weight: int) -> None:
-        with self._weighed:
-            self._waiting += weight
-            self._weighed.notify()
+        weight = 0
+        try:
+            result = self._work(item)
+            weight = self._weigh(result)
+            return result
+        finally:
+            with self._weighed:
+                self._waiting += weight
+                self._under_way -= 1
+                self._heaviest = max(self._heaviest or 0, weight)
+                self._weighed.notify()
 
     def _wait_for_room(self) -> None:
+        """Until another result as heavy as the heaviest yet would fit, or nothing else is there."""
         with self._weighed:
-            while self._waiting > self._budget and not self._left.is_set():
+            while not self._left.is_set() and not self._has_room():
                 self._weighed.wait(RETRY_S)
+            self._under_way += 1
+
+    def _has_room(self) -> bool:
+        if not self._under_way and not self._waiting:
+            return True
+        if self._heaviest is None:
+            return False
+        return self._waiting + (self._under_way + 1) * self._heaviest <= self._budget
 
     def _put(self, item: Future[ResultT] | BaseException | None) -> bool:
         """Wait for a place in the queue; False if nobody reads it any more."""

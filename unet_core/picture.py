@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from unet_core import shards
 from unet_core.arrays import Array
 from unet_core.codec import Raster, class_ids, decode_images, decode_labels
 from unet_core.config import InputConfig
@@ -166,7 +167,8 @@ class Decoder:
         except ImageError as failure:
             return [_unusable(failure)] * len(images)
         if large is not None:
-            return [self._labels_by_window(large)] * len(images)
+            others = _unusable(f"it has one page, the image {len(images)}")
+            return [self._labels_by_window(large), *[others] * (len(images) - 1)]
         return [self._labels(data, page) for page in range(len(images))]
 
     def _labels(self, data: bytes, page: int) -> Pixels | ImageError:
@@ -209,7 +211,7 @@ def _opened(
     An object that the manifest names and that is gone is a matter of its image.
     """
     try:
-        if ranged is not None:
+        if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
             large = open_large(ranged.read, ranged.size, rules, as_labels)
             if large is not None:
                 return large, b""

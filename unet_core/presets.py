@@ -1,10 +1,13 @@
 """The networks as data: what a U-Net is made of, the named choices, and the sizes they take."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
+
+LONGEST_SIDE = 2**15
+"""Sides up to this are looked at to find those that a network takes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class UNetSpec:
     """Initial weights of the 3×3 convolutions: N(0, √(2/fan_in)), or Xavier's normal."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(UNetSpec).items():
+            allowed, given = get_args(kind), getattr(self, name)
+            if allowed and given not in allowed:
+                raise ConfigError(f"model: {name} is {given!r}, allowed: {', '.join(allowed)}")
         is_plain_up = self.up == "bilinear"
         if is_plain_up != (self.bottom == "same"):
             raise ConfigError("model: up = 'bilinear' and bottom = 'same' go together")
@@ -102,8 +109,10 @@ class UNetSpec:
     @property
     def sides(self) -> Sides:
         """The image sides that the network takes."""
-        smallest = next(n for n in range(1, 2**20) if self.output_side(n) is not None)
-        following = next(n for n in range(smallest + 1, 2**20) if self.output_side(n) is not None)
+        legal = (n for n in range(1, LONGEST_SIDE) if self.output_side(n) is not None)
+        smallest, following = next(legal, None), next(legal, None)
+        if smallest is None or following is None:
+            raise ConfigError("model: these options fit together at no image size")
         return Sides(smallest, following - smallest)
 
     @property

@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from unet_core.arrays import Array
 from unet_core.canvas import Area, Canvas
 from unet_core.codec import encode_mask
 from unet_core.errors import ImageError
-from unet_core.metrics import confusion, scores_of
+from unet_core.metrics import class_pixels, confusion, scores_of
 from unet_core.picture import Pixels, Rejected
 from unet_core.schema import MAX_CONFUSION_CLASSES
 from unet_core.shards import Sample
@@ -72,7 +70,7 @@ class Encoder:
         return EncodedArea(
             row,
             canvas.spool.keep(payload) if canvas.spool is not None else lambda: payload,
-            np.bincount(area.mask_HW.ravel(), minlength=self.classes),
+            class_pixels(area.mask_HW, self.classes),
             matrix,
             failure,
             area.confidence_sum,

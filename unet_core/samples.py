@@ -1,6 +1,7 @@
 """Images with truth for training: decoded as prediction decodes them, cropped and augmented."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs import list_shards, open_source, read_shard
-from unet_core.picture import Decoder, Picture, Rejected
+from unet_core.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.preprocessing import Preprocessing
 
 Random = np.random.Generator
@@ -32,7 +33,19 @@ def read_labelled(
                 if failure is not None:
                     raise ConfigError(f"{config.uri}: {sample.image_id}: {failure}")
                 if isinstance(image, Picture) and image.truth is not None:
-                    yield image
+                    yield _in_memory(image, config)
+
+
+def _in_memory(image: Picture, config: InputConfig) -> Picture:
+    """The image without windows; raises ConfigError for one that is too large to be held."""
+    assert image.truth is not None
+    if image.pixels.height * image.pixels.width > config.max_pixels:
+        raise ConfigError(
+            f"{config.uri}: {image.sample.image_id} has {image.pixels.height} × "
+            f"{image.pixels.width} pixels, too large to train on; cut it, or raise max_pixels"
+        )
+    whole, truth = Pixels.of(image.pixels.whole()), Pixels.of(image.truth.whole())
+    return replace(image, pixels=whole, truth=truth)
 
 
 def random_crop(image: Picture, crop: int, margin: int, random: Random) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from unet_core.canvas import Canvas, Look
 from unet_core.compute import Compute
 from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
+from unet_core.geometry import mask_windows
 from unet_core.inputs import read_shard
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
@@ -29,6 +32,7 @@ from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
 
+MOST_ROW_BYTES = 2**31
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait hold more than this."""
 
@@ -59,7 +63,9 @@ class Decoded:
     @property
     def held_bytes(self) -> int:
         """Memory that the pixels take."""
-        return sum(i.pixels.held_bytes for i in self.images if isinstance(i, Picture))
+        pictures = [image for image in self.images if isinstance(image, Picture)]
+        truths = [picture.truth for picture in pictures if picture.truth is not None]
+        return sum(held.held_bytes for held in [*truths, *(p.pixels for p in pictures)])
 
 
 class Segmenter:
@@ -130,7 +136,8 @@ class Segmenter:
                     raise StoppedError("stopped")
                 seconds.decoding += decoded.decode_s
                 for decoded_image in decoded.images:
-                    image, index = _unless_seen(decoded_image, ids), encoded.number()
+                    image = self._unless_too_large(_unless_seen(decoded_image, ids))
+                    index = encoded.number()
                     if isinstance(image, Rejected):
                         row = self._encoder.rejected(image)
                         yield index, self._pool.submit(Encoded, row, ())
@@ -143,6 +150,17 @@ class Segmenter:
                 self._start(pieces, running)
                 yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
         yield from self._paste(running.finished(0), seconds)
+
+    def _unless_too_large(self, image: Picture | Rejected) -> Picture | Rejected:
+        """The image, or its rejection if a row cannot hold the probabilities of a mask window."""
+        if isinstance(image, Rejected) or self._look.probabilities == "none":
+            return image
+        box = mask_windows(*image.pixels.shape)[0]
+        values = self._look.logits * box.height * box.width
+        if values * np.dtype(self._look.probabilities).itemsize < MOST_ROW_BYTES:
+            return image
+        reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
+        return Rejected(image.sample, ImageError("too_large", reason))
 
     def _start(self, pieces: list[Piece], running: "_Running") -> None:
         if self._cancelled.is_set():

@@ -13,6 +13,9 @@ from unet_core.config import InputConfig
 from unet_core.errors import ImageError
 from unet_core.store import Entry, Store
 
+LARGE_FILE_BYTES = 64 * 2**20
+"""Above this, a file is looked at before it is read whole: it may be read by window."""
+
 
 class Member(NamedTuple):
     """One loose image of a shard; a tuple, because there may be fifty million."""

@@ -73,7 +73,7 @@ class Store:
         return int(info["size"]) if info["type"] == "file" else None
 
     def entry(self, name: str) -> Entry:
-        """One object as a listing would give it. Raises StoreError if it is not there."""
+        """One object as a listing would give it. Raises NotFoundError if it is not there."""
         path = self._path(name)
         try:
             if self.is_local:
@@ -82,7 +82,7 @@ class Store:
             info = self._try("look at", name, lambda: self.fs.info(path))
             return Entry(name, int(info["size"]), _etag_of(info))
         except FileNotFoundError as error:
-            raise refused("look at", self.uri(name), error) from error
+            raise NotFoundError(str(refused("look at", self.uri(name), error))) from error
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such an object or folder."""

@@ -85,7 +85,7 @@ def _cut(canvas: Canvas, tile: Tile) -> Array:
     try:
         return window(pixels, tile)
     except ImageError as failure:
-        canvas.failure = canvas.failure or failure
+        canvas.fail(tile, failure)
         return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
 
 

@@ -90,13 +90,13 @@ class UNet(nn.Module):
         """Logits NKHW of images NCHW."""
         spec, x, skips = self.spec, x_NCHW, []
         for block in self.encoder:
-            x = block(x)
+            x = _through(block, x)
             pooled = self.pool(x)
             skips.append(x if spec.skip == "encoded" else pooled)
             x = pooled
         x = self.bottom(x)
         for level in reversed(range(spec.depth)):
-            x = self.decoder[level](self._joined(self.up[level](x), skips.pop()))
+            x = _through(self.decoder[level], self._joined(self.up[level](x), skips.pop()))
         logits: Tensor = self.head(x)
         return _resize(logits, x_NCHW) if spec.resize_logits else logits
 
@@ -104,6 +104,15 @@ class UNet(nn.Module):
         """Both maps in one; they are let go here, before the next convolution needs memory."""
         pair = JOINS[self.spec.join](decoder, skip)
         return torch.cat(pair[::-1] if self.spec.concat == "skip_decoder" else pair, dim=1)
+
+
+def _through(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """One layer after the other, each input let go as soon as it was used: the widest maps decide
+    what memory a tile takes, and ``nn.Sequential`` would hold its first input to the end.
+    """
+    for layer in block.children():
+        x_NCHW = layer(x_NCHW)
+    return x_NCHW
 
 
 def _block(

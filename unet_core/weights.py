@@ -6,6 +6,7 @@ not ours comes from a function that the user names.
 
 import io
 import pickle
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -165,8 +166,9 @@ def _network_with(
     if not model.factory:
         with _naming(config.source):
             layout, spec = recognise(tensors, model.layout)
+            converted = convert(tensors, layout, spec)  # holds shapes against each other first
             network = UNet(spec)
-            network.load_state_dict(convert(tensors, layout, spec))
+            network.load_state_dict(converted)
             return network.eval(), spec
     made_by = Factory(model.factory, model.arguments, _preprocessing(model, 0).channels)
     foreign = networks.build(made_by)
@@ -251,16 +253,27 @@ def _unpickled(data: bytes) -> Any:
     if not data.startswith(PICKLES):
         raise CheckpointError("neither safetensors nor a file that torch.save wrote")
     try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            _require_stored(zipfile.ZipFile(io.BytesIO(data)), len(data))
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"holds {_objects(data)} instead of tensors alone; where it was made, save its "
             "state_dict: torch.save(model.state_dict(), path)"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged or hostile pickle brings about
         raise CheckpointError(
             f"damaged, or no state_dict that torch.save wrote: {_first(error)}"
         ) from error
+
+
+def _require_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:
+    """Refuse what would be larger unpacked; ``torch.save`` does not compress."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > file_bytes:
+        raise CheckpointError(f"{file_bytes} bytes that claim to hold {unpacked}; save it again")
 
 
 def _objects(data: bytes) -> str:

@@ -141,3 +141,15 @@ def test_masks_are_read_back_by_image_and_window(make_config, tmp_path):
 def test_illegal_sizes_are_refused_with_their_neighbours(make_config, checkpoints):
     with pytest.raises(ConfigError, match="300 and 316 are possible"):
         predict(config_of(make_config, checkpoints, "paper", "tile.size=310"))
+
+
+def test_another_version_of_the_factorys_code_is_another_run(
+    make_config, checkpoints, tmp_path, monkeypatch
+):
+    config = config_of(make_config, checkpoints, "small")
+    predict(config)
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    next((tmp_path / "run" / "metrics").glob("*")).unlink()
+    monkeypatch.setattr("unet_core.engine.origin", lambda _: "another")
+    with pytest.raises(RunMismatchError, match=r"compute\.versions: .*model\.factory"):
+        predict(config)

@@ -6,6 +6,7 @@ import pytest
 from unet_core import canvas as module
 from unet_core.canvas import Canvas, Look, importance
 from unet_core.engine import Segmented
+from unet_core.errors import ImageError
 from unet_core.geometry import Sides, Tiling
 from unet_core.picture import Picture, Pixels
 from unet_core.shards import Sample
@@ -98,3 +99,35 @@ def test_a_tile_that_is_not_finite_fails_its_image():
     canvas = make_canvas((32, 48), Windows(80, TILING), Look(1))
     fill(canvas, lambda tile: Segmented(np.zeros((32, 48), np.uint8), 0, False))
     assert canvas.failure.code == "not_finite"
+
+
+def test_a_blended_image_that_is_not_finite_fails_alone():
+    canvas = make_canvas((32, 48), Windows(80, TILING, blends=True), Look(1))
+    p_KHW = np.full((1, 32, 48), np.nan, np.float32)
+    (area,) = fill(canvas, lambda tile: Segmented(None, 0, False, p_KHW))
+    assert area.confidence_sum == 32 * 48 * 65535
+    assert canvas.failure.code == "not_finite"
+
+
+def test_the_reason_of_a_failure_does_not_depend_on_who_comes_first():
+    canvas = make_canvas((150, 203), Windows(80, TILING), Look(1))
+    first, *_, last = canvas.tiles
+    canvas.fail(last, ImageError("decode", "at the end"))
+    canvas.fail(first, ImageError("not_finite", "here"), rank=1)
+    canvas.fail(first, ImageError("decode", "at the beginning"))
+    assert str(canvas.failure) == "at the beginning"
+
+
+def test_blended_weights_are_largest_in_the_middle_of_what_a_valid_network_gives():
+    valid = Tiling(Sides(28, 16), 16, 8, 0, 17, False, 1)
+    canvas = make_canvas((100, 28), Windows(60, valid, blends=True), Look(1))
+    upper, lower, *_ = canvas.tiles
+
+    def results(tile):
+        shape = tuple(s.stop - s.start for s in tile.target)
+        return Segmented(None, 0, True, np.full((1, *shape), float(tile == lower), np.float32))
+
+    (area,) = fill(canvas, results)
+    meeting = (upper.y.keep_stop + lower.y.keep_start) // 2
+    assert not area.mask_HW[: meeting - 1].any()
+    assert area.mask_HW[meeting + 1 : lower.y.keep_start + 20].all()

@@ -60,9 +60,7 @@ def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config
 
 
 def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(folder, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"crop is 64, but paper .* 52 and 68 are possible"
-    ):
+    with pytest.raises(ConfigError, match=r"crop is 64, but paper .* 52 and 68 are possible"):
         config_of(folder, tmp_path, "model.preset=paper", "model.depth=4")
     with pytest.raises(ConfigError, match=r"train\.crop is 70, but padded .* 68 and 72 are"):
         config_of(folder, tmp_path, "train.crop=70")

@@ -18,6 +18,7 @@ def small_is_large(monkeypatch):
     """What is above 100,000 pixels or 100 kB counts as large, and mask windows have 128 pixels."""
     monkeypatch.setattr(f"{LARGE}.SMALL_PIXELS", 100_000)
     monkeypatch.setattr("unet_core.folder.LARGE_FILE_BYTES", 100_000)
+    monkeypatch.setattr("unet_core.shards.LARGE_FILE_BYTES", 100_000)
     monkeypatch.setattr(f"{GEOMETRY}.MASK_WINDOW_PIXELS", 100_000)
     monkeypatch.setattr(f"{GEOMETRY}.MASK_WINDOW_SIDE", 128)
     monkeypatch.setattr(f"{CANVAS}.MASK_WINDOW_SIDE", 128)

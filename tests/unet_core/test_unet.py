@@ -99,3 +99,9 @@ def test_an_unknown_preset_names_the_known_ones():
         UNet.from_preset("unet")
     with pytest.raises(ConfigError, match="widht is no option; allowed: in_channels, classes"):
         UNet.from_preset("paper", widht=3)
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"up": "nearest"}, {"padding": "valid"}])
+def test_options_that_cannot_be_are_refused(options):
+    with pytest.raises(ConfigError, match=r"'batch', allowed: none|'nearest'|at no image size"):
+        assert preset("padded", **options).sides

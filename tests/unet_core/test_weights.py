@@ -1,5 +1,7 @@
 import io
 import pickle
+import resource
+import zipfile
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -425,3 +427,19 @@ def test_the_spec_of_milesial_is_the_one_that_was_verified():
     assert recognise(tiny().state_dict())[1] == UNetSpec(
         in_channels=1, classes=2, width=4, depth=2, bias=False, join="pad", concat="skip_decoder"
     )
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10_000_000))
+    with pytest.raises(CheckpointError, match="bytes that claim to hold 10000000; save it again"):
+        read_tensors(str(path))
+    wide = {key: tensor[:1] for key, tensor in FromScratch(3, 10, 2).state_dict().items()}
+    wide["down_convolution_1.0.weight"] = torch.zeros(4000, 3, 3, 3)
+    torch.save(wide, tmp_path / "wide.pth")
+    config = {"source": str(tmp_path / "wide.pth"), "destination": str(tmp_path / "x.safetensors")}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"has the shape .* needs"):
+        import_weights(build(ImportConfig, config, []))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
