@@ -4,6 +4,7 @@ Shapes: N tiles, C channels, H×W pixels, K logits.
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -31,6 +32,8 @@ CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
+M_MMAP_THRESHOLD = -3  # from malloc.h
+LARGE_BLOCK_BYTES = 4 * 2**20
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
     "none": [((), False)],
     "flips": [((), False), ((-1,), False), ((-2,), False), ((-2, -1), False)],
@@ -160,6 +163,8 @@ class Engine:
             self.lanes = max(1, cores)
             self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
+            if tile_size**2 > CPU_PIXELS:
+                _return_large_blocks()
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
@@ -268,6 +273,14 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = min(free // 2, GPU_BATCH_BYTES)
         return int(budget // self._bytes_per_pixel)
+
+
+def _return_large_blocks() -> None:
+    """Let glibc give large blocks back at once instead of keeping them for each thread: maps of
+    large tiles would pile up there. Small tiles do not get this, since it costs them time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def _device_model(device: torch.device) -> str:
