@@ -15,11 +15,11 @@ from unet_core.config import (
     ImportConfig,
     PredictConfig,
     StorageConfig,
-    TrainConfig,
     build,
     load,
 )
-from unet_core.errors import ConfigError, UnetJobsError
+from unet_core.errors import ConfigError, StoppedError, UnetJobsError
+from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jobs.predict import Outcome
@@ -51,14 +51,14 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except StoppedError as error:
+        click.echo(f"{error}; the same command continues there", err=True)
+        sys.exit(error.exit_code)
     except UnetJobsError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        hint = (
-            "" if "train" in sys.argv[1:2] else "; the same command continues where this one ended"
-        )
-        click.echo(f"stopped{hint}", err=True)
+        click.echo("stopped; the same command continues where this one ended", err=True)
         sys.exit(STOPPED)
 
 
@@ -170,20 +170,19 @@ def pack(
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
 def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
-    """Train a network on images with masks."""
+    """Train a network on images with masks. Run it again to continue."""
     config = _train_config(source, list(overrides), out)
-    from unet_core.fit import BEST, fit
+    from jobs.train import train as run_train
 
-    for epoch in fit(config):
-        shown = ", ".join(
-            f"{name} {value:.3f}" if value is not None else f"{name} –"
-            for name, value in zip(config.model.classes, epoch.iou, strict=True)
-        )
-        click.echo(
-            f"epoch {epoch.number + 1}/{config.train.epochs}  loss {epoch.loss:.4f}  "
-            f"val IoU: {shown}  {epoch.seconds:.1f} s"
-        )
-    click.echo(f"trained: {config.output.uri}/{BEST}")
+    trained = run_train(config)
+    if trained.was_finished:
+        click.echo(f"{config.output.uri} is finished already; nothing was written")
+    value = "–" if trained.value is None else f"{trained.value:.4f}"
+    _show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
+    _show(best=f"{trained.best} (val {trained.metric} {value})")
+    _show(
+        predict=f"unet-jobs predict IMAGES --model {config.output.uri}/best.safetensors --out RUN"
+    )
 
 
 @cli.command(options_metavar="[OPTIONS]")

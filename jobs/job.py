@@ -10,6 +10,7 @@ from unet_core.errors import ConfigError
 from unet_core.inputs import open_source
 from unet_core.run import Record, Run, identity
 from unet_core.shards import Source
+from unet_core.store import Store
 from unet_core.windows import Windows, windows_for
 
 
@@ -68,18 +69,17 @@ def _check_ignore_index(config: PredictConfig, header: Header) -> None:
         )
 
 
-def require_reachable(job: Job, nodes: int) -> None:
-    """Refuse places that the actors of a cluster cannot see.
+def require_reachable(stores: dict[str, Store], nodes: int, is_shared: bool) -> None:
+    """Refuse places, by their keys, that the workers of a cluster of so many nodes cannot see.
 
     Raises ConfigError that names the first one.
     """
-    config = job.config
-    for key, store in (("input.uri", job.source.root), ("output.uri", job.run.store)):
+    for key, store in stores.items():
         if "memory" in store.uri().partition("://")[0]:
             raise ConfigError(
                 f"{key}: memory:// lives in one process; set workers.count = 'inline'"
             )
-        if store.is_local and nodes > 1 and not config.storage.shared:
+        if store.is_local and nodes > 1 and not is_shared:
             raise ConfigError(
                 f"{key}: {store.uri()} is a plain path, and the cluster has {nodes} nodes; if all "
                 "of them see it there, set storage.shared = true, else use an object store"

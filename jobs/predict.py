@@ -94,7 +94,8 @@ def _workers(job: Job, progress: RunProgress) -> Iterator[Workers]:
         from jobs.actors import RayActors
 
         with session.connected():
-            require_reachable(job, session.node_count())
+            places = {"input.uri": job.source.root, "output.uri": job.run.store}
+            require_reachable(places, session.node_count(), job.config.storage.shared)
             placement = session.place(workers)
             actors = RayActors(job.replica(placement.cpus), placement)
             try:

@@ -9,7 +9,8 @@ import pytest
 
 from jobs.cli import cli
 from jobs.predict import predict
-from unet_core.config import PredictConfig, TrainConfig, build, load
+from unet_core.config import PredictConfig, build, load
+from unet_core.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -22,7 +22,7 @@ from unet_core.presets import Factory, NetworkSpec, UNetSpec
 from unet_core.store import read_file, read_range
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FORMAT = "unet-jobs/2"
 MAX_HEADER_BYTES = 16 * 2**20
@@ -209,6 +209,27 @@ def serialise(network: "nn.Module", header: Header, half: bool = False) -> bytes
         "training": json.dumps(header.training, sort_keys=True),
     }
     return safetensors.torch.save(tensors, metadata)
+
+
+def pack(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
+    """Tensors and texts in one safetensors file: what a training goes on from."""
+    import safetensors.torch
+
+    return safetensors.torch.save(tensors, metadata)
+
+
+def unpack(data: bytes, where: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """What was packed; raises CheckpointError if the file is damaged."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    try:
+        tensors = safetensors.torch.load(data)
+        length = struct.unpack("<Q", data[:8])[0]
+        metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    except (SafetensorError, ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{where}: not a checkpoint of a training: {error}") from error
+    return tensors, metadata
 
 
 def _bytes(checkpoint: str, storage: StorageConfig | None) -> bytes:

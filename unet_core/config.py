@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from unet_core.errors import ConfigError
 from unet_core.findings import sentences
-from unet_core.presets import Factory, NetworkSpec, UNetSpec, preset
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -66,12 +65,12 @@ class InputConfig(Section):
     @field_validator("uri")
     @classmethod
     def _uri_allowed(cls, uri: str) -> str:
-        return _allowed_uri(uri)
+        return allowed_uri(uri)
 
     @field_validator("masks")
     @classmethod
     def _masks_allowed(cls, masks: str) -> str:
-        return _allowed_uri(masks) if masks else masks
+        return allowed_uri(masks) if masks else masks
 
 
 class ModelConfig(Section):
@@ -89,7 +88,7 @@ class ModelConfig(Section):
     @field_validator("checkpoint")
     @classmethod
     def _checkpoint_allowed(cls, checkpoint: str) -> str:
-        return checkpoint if checkpoint.startswith("builtin:") else _allowed_uri(checkpoint)
+        return checkpoint if checkpoint.startswith("builtin:") else allowed_uri(checkpoint)
 
 
 class TileConfig(Section):
@@ -116,7 +115,7 @@ class FolderConfig(Section):
     @field_validator("uri")
     @classmethod
     def _uri_allowed(cls, uri: str) -> str:
-        return _allowed_uri(uri)
+        return allowed_uri(uri)
 
 
 class OutputConfig(FolderConfig):
@@ -186,114 +185,9 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
-        _refuse_nesting("output.uri", self.output.uri, "input.uri", self.input.uri)
+        refuse_nesting("output.uri", self.output.uri, "input.uri", self.input.uri)
         if "/" in self.input.masks:
-            _refuse_nesting("output.uri", self.output.uri, "input.masks", self.input.masks)
-        return self
-
-
-class DataConfig(Section):
-    """Images with truth, for training and for validation."""
-
-    train: InputConfig
-    val: InputConfig | None = None
-    """If absent, ``val_fraction`` of ``train`` is set aside."""
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ``train`` used for validation, chosen by a hash of the image id."""
-
-    @model_validator(mode="after")
-    def _truth_is_named(self) -> "DataConfig":
-        for name, part in (("train", self.train), ("val", self.val)):
-            if part is not None and not part.masks:
-                raise ValueError(f"{name}.masks is empty, but training needs the truth")
-        return self
-
-
-class NetworkConfig(Section):
-    """The network to train."""
-
-    preset: str = "padded"
-    """See ``unet-jobs model`` for all."""
-    width: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
-    """Channels of the first level; each pool doubles them."""
-    depth: Auto | Annotated[int, Field(strict=True, ge=1, le=8)] = "auto"
-    """Pools; ``auto``: the preset's."""
-    factory: FactoryName = ""
-    """``package.module:function`` that makes another network instead: NCHW to logits NKHW."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
-    color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
-    """What images are converted to; a number: that many channels as they are."""
-    normalisation: Literal["percentile", "range", "zscore"] = "percentile"
-    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
-    low: float | None = None
-    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
-    high: float | None = None
-    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
-    classes: Annotated[list[str], Field(min_length=2, max_length=256)] = [
-        "background",
-        "foreground",
-    ]
-    """Class names by id; two classes make a one-logit network."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-
-    @property
-    def spec(self) -> NetworkSpec:
-        """What is trained; two classes make one logit."""
-        channels = self.color if isinstance(self.color, int) else {"gray": 1, "rgb": 3}[self.color]
-        logits = 1 if len(self.classes) == 2 else len(self.classes)
-        if self.factory:
-            return Factory(self.factory, self.arguments, channels, logits)
-        depth = {} if self.depth == "auto" else {"depth": self.depth}
-        return preset(self.preset, in_channels=channels, classes=logits, width=self.width, **depth)
-
-    @model_validator(mode="after")
-    def _network_exists(self) -> "NetworkConfig":
-        try:
-            assert self.spec
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
-
-
-class FitConfig(Section):
-    """The training loop."""
-
-    epochs: Count = 40
-    batch: Count = 8
-    """Crops per step."""
-    crop: Annotated[int, Field(strict=True, ge=2)] = 192
-    """Side of the training crop in pixels."""
-    crops_per_image: Count = 1
-    """Crops taken from each image in an epoch."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
-    """Peak of a cosine schedule with one twentieth of warm-up (AdamW)."""
-    weight_decay: Number = 1e-4
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
-
-
-class TrainConfig(Section):
-    """Everything that ``unet-jobs train`` needs."""
-
-    data: DataConfig
-    model: NetworkConfig = NetworkConfig()
-    train: FitConfig = FitConfig()
-    output: FolderConfig
-    storage: StorageConfig = StorageConfig()
-
-    @model_validator(mode="after")
-    def _crop_fits_network(self) -> "TrainConfig":
-        spec = self.model.spec
-        if isinstance(spec, UNetSpec):
-            crop, lost = self.train.crop, 2 * spec.margin
-            sides = spec.sides
-            smallest = sides.at_least(2 * spec.stride + lost)  # BatchNorm needs several values
-            if crop + lost not in sides or crop + lost < smallest:
-                near = sides.at_most(max(crop + lost, smallest)) - lost
-                raise ValueError(
-                    f"train.crop is {crop}, but {self.model.preset} cannot give that; {near} and "
-                    f"{near + sides.step} are possible"
-                )
+            refuse_nesting("output.uri", self.output.uri, "input.masks", self.input.masks)
         return self
 
 
@@ -348,7 +242,7 @@ class ImportConfig(Section):
     @field_validator("source", "destination")
     @classmethod
     def _uri_allowed(cls, uri: str) -> str:
-        return _allowed_uri(uri)
+        return allowed_uri(uri)
 
     @field_validator("destination")
     @classmethod
@@ -417,7 +311,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _allowed_uri(uri: str) -> str:
+def allowed_uri(uri: str) -> str:
     """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols."""
     if not uri.strip():
         raise ValueError("is empty; give a path")
@@ -442,7 +336,7 @@ def _plain(uri: str) -> str:
     return uri.removeprefix("file://").removeprefix("local://")
 
 
-def _refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
+def refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
     """Output inside input would be read as input on the next run, and the other way round."""
     path, root = (
         Path(p) if _is_remote(p) else Path(_plain(p)).expanduser().resolve() for p in (uri, other)

@@ -8,6 +8,7 @@ UnetJobsError
 │   ├── NotFoundError        there is no such object
 │   └── ParquetDamagedError  not a Parquet file, or a damaged one
 ├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
+├── DivergedError        a training's loss is no longer a number       exit 1
 ├── WorkersError         actors cannot be placed or keep dying         exit 1
 ├── StoppedError         someone asked to stop                         exit 130
 └── ImageError           one image; becomes one failed row, never stops a run
@@ -54,6 +55,10 @@ class ParquetDamagedError(StoreError):
 
 class CommitConflictError(UnetJobsError):
     """A shard is already committed with other bytes: repeatability is broken, so stop."""
+
+
+class DivergedError(UnetJobsError):
+    """The loss of a training is NaN or infinite; the last good checkpoint is kept."""
 
 
 class WorkersError(UnetJobsError):

@@ -1,50 +1,68 @@
-"""The training loop: one process, no Ray. Whole images in memory, random crops, best kept."""
+"""The story of a training: the same loop in one process and on every rank of a DDP group. No Ray.
 
-import copy
-import hashlib
-import io
-import logging
+What a step does follows from the config, the epoch and the step alone: not from the number of
+ranks, the time, or what was done before a restart.
+"""
+
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from unet_core import checkpoint
-from unet_core.canvas import Canvas, Look
-from unet_core.checkpoint import Header, palette_of
-from unet_core.config import TileConfig, TrainConfig
-from unet_core.engine import Engine, choose_device
-from unet_core.errors import ConfigError
-from unet_core.losses import cross_entropy, dice
-from unet_core.metrics import confusion, mean, scores_of
-from unet_core.networks import build, measured
-from unet_core.picture import Picture
-from unet_core.preprocessing import Preprocessing
-from unet_core.samples import random_crop, read_labelled
-from unet_core.store import Store
-from unet_core.tiling import stack
-from unet_core.windows import windows_for
+from unet_core.checkpoint import Header
+from unet_core.engine import choose_device
+from unet_core.errors import DivergedError, RunMismatchError, StoppedError
+from unet_core.run import Identity
+from unet_core.train_config import TrainConfig
+from unet_core.training import census, curves
+from unet_core.training.crops import CropShape
+from unet_core.training.dataset import TRAIN, VAL, Memory, Split, open_splits
+from unet_core.training.evaluation import Evaluation, evaluate
+from unet_core.training.feed import Fed, Feed
+from unet_core.training.lanes import Order
+from unet_core.training.learner import Learner, Totals, rate_at
+from unet_core.training.losses import Loss, balanced
+from unet_core.training.ranks import Ranks
+from unet_core.training.run import BEST, CURVES, LAST, Position, TrainingRun, identity
+from unet_core.training.start import checkpoint_digest, new_network
 
-log = logging.getLogger(__name__)
+CURVES_S = 60.0
 
-BEST = "best.safetensors"
-HISTORY = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("epoch", pa.int32()),
-        ("split", pa.string()),
-        ("name", pa.string()),
-        ("class", pa.string()),
-        ("value", pa.float64()),
-    ]
-)
+
+@dataclass(frozen=True)
+class Started:
+    """All images were looked at, and the newest checkpoint was loaded."""
+
+    train_images: int
+    val_images: int
+    steps: int
+    """Of the whole training."""
+    steps_per_epoch: int
+    step: int
+    """Where it goes on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step."""
+
+    number: int
+    """From 1."""
+    epoch: int
+    images: int
+    """Over all ranks."""
+    loss: float
+    """Of the step before, over all ranks."""
+    seconds: float
+    waiting_s: float
+    """Of these, until this rank's crops were drawn."""
 
 
 @dataclass(frozen=True)
@@ -52,185 +70,279 @@ class Epoch:
     """What one epoch gave."""
 
     number: int
+    step: int
     loss: float
-    iou: tuple[float | None, ...]
-    """Micro IoU per class on the validation images; None where a class never occurs."""
+    """Mean over its steps."""
+    evaluation: Evaluation
+    is_best: bool
     seconds: float
 
-    @property
-    def foreground_iou(self) -> float:
-        """Mean IoU of the classes but the first; what "best" means."""
-        return mean(self.iou[1:]) or 0.0
+
+Event = Started | Step | Epoch
+
+
+def fit(
+    config: TrainConfig,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train from the newest checkpoint of the output folder, or from the beginning, to the end.
+
+    Every rank calls it alike. Raises ConfigError for unusable data, RunMismatchError for a folder
+    of another training, DivergedError for a loss that is no longer a number, StoppedError, after a
+    checkpoint, soon after ``wants_stop`` was true on any rank; on all ranks.
+    """
+    ranks = ranks or Ranks.joined()
+    device = device or choose_device(config.model.device)
+    with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
+        fitting = _begin(config, ranks, device, pool)
+        fitting.wants_stop = wants_stop
+        position = fitting.restore()
+        yield fitting.started(position)
+        while position.step < fitting.steps:
+            started = time.perf_counter()
+            yield from fitting.train_epoch(position)
+            yield fitting.end_epoch(position, started)
+        fitting.finish(position)
+
+
+def _begin(
+    config: TrainConfig, ranks: Ranks, device: torch.device, pool: ThreadPoolExecutor
+) -> "Fitting":
+    """Open the folder, build the network, look at the images."""
+    run, network, header, wanted = ranks.together(lambda: _open(config))
+    memory, classes = Memory.shared_by(ranks.count), len(header.class_names)
+    splits = ranks.together(lambda: open_splits(config, header.preprocessing, classes, memory))
+    data = _count_images(config, run, wanted, splits, ranks, pool)
+    weights = config.loss.class_weights
+    of_class = balanced(data["class_pixels"]) if weights == "balanced" else weights
+    loss = Loss(
+        config.loss,
+        config.data.train.ignore_index,
+        of_class if isinstance(of_class, list) else None,
+    )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all crops have one shape
+    learner = Learner(network, loss, config.train, device, ranks)
+    shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
+    feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
+    return Fitting(config, ranks, run, header, learner, feed, splits[1], pool)
+
+
+def _open(config: TrainConfig) -> tuple[TrainingRun, nn.Module, Header, Identity]:
+    run, wanted = TrainingRun.open(config), identity(config, checkpoint_digest(config))
+    run.require_same(wanted)
+    return run, *new_network(config), wanted
+
+
+def _count_images(
+    config: TrainConfig, run: TrainingRun, wanted: Identity, splits: tuple[Split, Split],
+    ranks: Ranks, pool: ThreadPoolExecutor,
+) -> dict[str, Any]:  # fmt: skip
+    """Look at all images, or recall what was found when the training began; ``run.json``'s data."""
+    if run.record is not None and ranks.together(run.has_manifest):
+        ranks.together(lambda: run.recall_counts(splits))
+        return dict(run.record["data"])
+    found = census.take(splits, ranks, pool)
+    names = config.model.classes
+    data = {
+        TRAIN: splits[0].images,
+        VAL: splits[1].images,
+        "class_pixels": [found.label_pixels[label] for label in range(len(names))],
+        "without_mask": len(found.without_mask),
+    }
+    if run.record is not None and run.record["data"] != data:
+        raise RunMismatchError(f"{run.store.uri()}: the images changed since the training began")
+
+    def publish() -> None:
+        if ranks.is_first and run.record is None:
+            run.establish(wanted, config, data)
+        if ranks.is_first:
+            run.publish_manifest(splits)
+
+    ranks.together(publish)
+    return data
 
 
 @dataclass
-class Training:
-    """A network on its way, and what was seen so far."""
+class Fitting:
+    """What a training consists of on one rank, and its steps."""
 
-    network: nn.Module
+    config: TrainConfig
+    ranks: Ranks
+    run: TrainingRun
     header: Header
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float = -1.0
-    step: int = 0
+    learner: Learner
+    feed: Feed
+    val: Split
+    pool: ThreadPoolExecutor
+    wants_stop: Callable[[], bool] = lambda: False
+    _saved: float = field(default_factory=time.monotonic)
+    _drawn: float = field(default_factory=time.monotonic)
+    _unchecked: tuple[float, list[str]] = (0.0, [])
+    """This rank's part of the last step's loss, and whose it is."""
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return self.config.train.steps or self.config.train.epochs * self.order(0).steps
 
-def fit(config: TrainConfig) -> Iterator[Epoch]:
-    """Train; yields after each epoch. ``best.safetensors`` and the history lie in the output.
+    def order(self, epoch: int) -> Order:
+        """Which images come when in an epoch."""
+        train = self.config.train
+        return Order(self.feed.split, train.seed, epoch, train.batch, train.crops_per_image)
 
-    Raises ConfigError for unusable data and for a loss that is no longer a number.
-    """
-    output = Store(config.output.uri, config.storage)
-    if output.exists(BEST):
-        raise ConfigError(f"output.uri: {output.uri()} holds a trained model; choose a new folder")
-    torch.manual_seed(config.train.seed)
-    network = build(config.model.spec)
-    header = new_header(config, network)
-    train, val = load_data(config, header)
-    device = choose_device(config.model.device)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
-    training = Training(network, header)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), config.train.learning_rate, weight_decay=config.train.weight_decay
-    )
-    steps = config.train.epochs * _steps_per_epoch(config, len(train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, steps))
-    for number in range(config.train.epochs):
-        start = time.perf_counter()
-        loss = _train_epoch(config, training, optimiser, schedule, train, number)
-        iou = evaluate(training, val, config)
-        epoch = Epoch(number, loss, iou, time.perf_counter() - start)
-        _record(training, epoch, output, config)
-        yield epoch
-    output.publish("_SUCCESS", b"{}\n")
+    def started(self, position: Position) -> Started:
+        """What is known before the first step."""
+        images = self.feed.split.images, self.val.images
+        return Started(*images, self.steps, self.order(0).steps, position.step)
 
+    def restore(self) -> Position:
+        """Load the newest checkpoint; publish the best weights if their writer died before that."""
+        found = self.ranks.together(self.run.load)
+        if found is None:
+            return Position()
+        position, tensors = found
+        self.ranks.together(lambda: self.learner.restore(tensors))
+        if position.best_step == position.step:
+            self.ranks.together(lambda: self._publish_best(position))
+        return position
 
-def new_header(config: TrainConfig, network: nn.Module) -> Header:
-    """The header of the checkpoint that a config will make of a network."""
-    model = config.model
-    wanted = Preprocessing(
-        color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
-    )
-    names = tuple(model.classes)
-    spec, tiling = measured(model.spec, network)
-    if spec.classes not in {len(names), 1 if len(names) == 2 else len(names)}:
-        raise ConfigError(
-            f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
+    def train_epoch(self, position: Position) -> Iterator[Step]:
+        """Take the steps that are left of an epoch; saves a checkpoint when it is time for one."""
+        order, skip = self.order(position.epoch), position.step_in_epoch
+        last = min(order.steps, skip + self.steps - position.step)
+        lanes = self.ranks.lanes(order.lanes)
+        with self.feed.steps(order, lanes, skip) as fed:
+            while position.step_in_epoch < last:
+                started = time.perf_counter()
+                part = next(fed)
+                totals, loss = self._agree(position, part)
+                self._take_step(position, part, totals)
+                seconds = time.perf_counter() - started
+                images = round(totals.images)
+                yield Step(position.step, order.epoch, images, loss, seconds, part.waiting_s)
+        self._agree(position, Fed([], 0.0))
+
+    def end_epoch(self, position: Position, started: float) -> Epoch:
+        """Evaluate, write the history, a checkpoint, and the weights if they are the best yet."""
+        found = evaluate(
+            self.learner.kept, self.header, self.learner.device, self.val, self.ranks, self.pool
         )
-    crop, sides = config.train.crop, tiling.sides
-    if crop + 2 * tiling.margin not in sides:
-        raise ConfigError(f"train.crop: {crop} is not possible here; {sides.near(crop)}")
-    return Header(spec, tiling, names, wanted, palette_of(len(names)))
+        number, loss = position.epoch, position.loss_sum / position.step_in_epoch
+        value = found.of(self.config.train.best)
+        is_best = position.best is None or value > position.best
+        if is_best:
+            position.best, position.best_step = value, position.step
+        self._record(position, loss, found)
+        position.epoch, position.step_in_epoch, position.loss_sum = number + 1, 0, 0.0
+        self._save(position)
+        if is_best:
+            self.ranks.together(lambda: self._publish_best(position))
+        if time.monotonic() - self._drawn > CURVES_S:
+            self.ranks.together(self._draw_curves)
+        seconds = time.perf_counter() - started
+        return Epoch(number, position.step, loss, found, is_best, seconds)
 
+    def finish(self, position: Position) -> None:
+        """Publish the last weights and the curves, then ``_SUCCESS``."""
 
-def load_data(config: TrainConfig, header: Header) -> tuple[list[Picture], list[Picture]]:
-    """Training and validation images; without ``data.val`` a share by a hash of the image id."""
-    data, wanted = config.data, header.preprocessing
-    train = list(read_labelled(data.train, wanted, header.classes, config.storage))
-    if data.val is not None:
-        val = list(read_labelled(data.val, wanted, header.classes, config.storage))
-    else:
-        val = [image for image in train if _share(image.sample.image_id) < data.val_fraction]
-        train = [image for image in train if _share(image.sample.image_id) >= data.val_fraction]
-    if not train or not val:
-        raise ConfigError(
-            f"data: {len(train)} images for training and {len(val)} for validation; both need one"
+        def publish() -> None:
+            if self.ranks.is_first:
+                self.run.store.publish(LAST, self._weights(position))
+                self._draw_curves()
+                self.run.finish(position)
+
+        self.ranks.together(publish)
+
+    def _agree(self, position: Position, part: Fed) -> tuple[Totals, float]:
+        """Add up over all ranks what the step needs to know; the loss is that of the step before.
+        Saves a checkpoint if it is time for one.
+
+        Raises what went wrong on any rank, on all of them.
+        """
+        loss, image_ids = self._unchecked
+        counts = [self.learner.counts(piece) for piece in part.pieces]
+        minutes = self.config.train.checkpoint_minutes or math.inf
+        is_late = time.monotonic() - self._saved > 60 * minutes
+        pixels, crops, images, errors, whole_loss, stops, late = self.ranks.total(
+            [
+                math.fsum(pixels for pixels, _ in counts),
+                math.fsum(crops for _, crops in counts),
+                float(sum(len(piece.image_ids) for piece in part.pieces)),
+                float(part.error is not None),
+                loss,
+                float(self.wants_stop()),
+                float(is_late and self.ranks.is_first),
+            ]
         )
-    return train, val
+        if errors:
+            raise next(e for e in self.ranks.gather(part.error) if e is not None)
+        if not math.isfinite(whole_loss):
+            guilty = self.ranks.gather([] if math.isfinite(loss) else image_ids)
+            names = ", ".join([i for ids in guilty for i in ids][:8])
+            raise DivergedError(
+                f"the loss is {whole_loss} at step {position.step}; images: {names}; the last good "
+                f"checkpoint is kept in {self.run.store.uri()}: look at these images, or train "
+                "into a new folder with a lower train.learning_rate"
+            )
+        position.loss_sum += whole_loss
+        self._unchecked = 0.0, []
+        if stops or late:
+            self._save(position)
+        if stops:
+            raise StoppedError(f"stopped after step {position.step}")
+        return Totals(pixels, crops, images), whole_loss
 
+    def _take_step(self, position: Position, part: Fed, totals: Totals) -> None:
+        train = self.config.train
+        seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
+        rate = rate_at(position.step, self.steps, train)
+        loss = self.learner.step(part.pieces, totals, rate, int(seed.generate_state(1)[0]))
+        self._unchecked = loss, [i for piece in part.pieces for i in piece.image_ids]
+        position.step += 1
+        position.step_in_epoch += 1
 
-def _share(image_id: str) -> float:
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:6], "big") / 2**48
+    def _save(self, position: Position) -> None:
+        self._saved = time.monotonic()
 
+        def save() -> None:
+            if self.ranks.is_first:
+                self.run.save(position, self.learner.tensors())
 
-def _steps_per_epoch(config: TrainConfig, images: int) -> int:
-    return math.ceil(images * config.train.crops_per_image / config.train.batch)
+        self.ranks.together(save)
 
+    def _publish_best(self, position: Position) -> None:
+        if self.ranks.is_first:
+            self.run.store.publish(BEST, self._weights(position))
 
-def _warm_cosine(step: int, steps: int) -> float:
-    """Linear warm-up over a twentieth of the steps, then half a cosine down to zero."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _train_epoch(
-    config: TrainConfig,
-    training: Training,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    images: list[Picture],
-    number: int,
-) -> float:
-    """One pass; returns the mean loss."""
-    options, ignore = config.train, config.data.train.ignore_index
-    random = np.random.default_rng([options.seed, number])
-    order = random.permutation(np.repeat(np.arange(len(images)), options.crops_per_image))
-    training.network.train()
-    losses = []
-    for at in range(0, len(order), options.batch):
-        chosen = [images[i] for i in order[at : at + options.batch]]
-        margin = training.header.tiling.margin
-        crops = [random_crop(image, options.crop, margin, random) for image in chosen]
-        x_NCHW, labels_NHW = (torch.stack(column) for column in zip(*crops, strict=True))
-        device = next(training.network.parameters()).device
-        logits = training.network(x_NCHW.to(device, memory_format=torch.channels_last))
-        labels = labels_NHW.to(device)
-        loss = cross_entropy(logits, labels, ignore) + dice(logits, labels, ignore)
-        if not math.isfinite(loss.item()):
-            names = ", ".join(image.sample.image_id for image in chosen)
-            raise ConfigError(f"the loss is {loss.item()} at step {training.step}; images: {names}")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        nn.utils.clip_grad_norm_(training.network.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        training.step += 1
-        losses.append(loss.item())
-    return math.fsum(losses) / len(losses)
-
-
-def evaluate(
-    training: Training, images: list[Picture], config: TrainConfig
-) -> tuple[float | None, ...]:
-    """Micro IoU per class, segmented as ``predict`` does it."""
-    header = training.header
-    device = next(training.network.parameters()).device
-    windows = windows_for(TileConfig(), header.tiling)
-    engine = Engine(copy.deepcopy(training.network), header, device, blends=windows.blends)
-    look = Look(header.network.classes)
-    ignore = (config.data.val or config.data.train).ignore_index
-    matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
-    for index, picture in enumerate(images):
-        canvas = Canvas(index, picture, windows, look)
-        assert picture.truth is not None
-        for tile in canvas.tiles:
-            for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
-                truth_HW = picture.truth.read(*area.box)[0]
-                matrix += confusion(truth_HW, area.mask_HW, header.classes, ignore)
-    return tuple(score.iou for score in scores_of(matrix))
-
-
-def _record(training: Training, epoch: Epoch, output: Store, config: TrainConfig) -> None:
-    """Publish the history so far, and the network if it is the best yet."""
-    names = training.header.class_names
-    row = {"step": training.step, "epoch": epoch.number}
-    training.history.append(
-        {**row, "split": "train", "name": "loss", "class": None, "value": epoch.loss}
-    )
-    for name, value in zip(names, epoch.iou, strict=True):
-        training.history.append(
-            {**row, "split": "val", "name": "iou", "class": name, "value": value}
-        )
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(training.history, schema=HISTORY), sink)
-    output.publish("history/00000.parquet", sink.getvalue())
-    if epoch.foreground_iou > training.best:
-        training.best = epoch.foreground_iou
+    def _weights(self, position: Position) -> bytes:
+        """A checkpoint to predict with."""
         about = {
-            "epoch": epoch.number,
-            "val_iou": dict(zip(names, epoch.iou, strict=True)),
-            "config": config.model_dump(mode="json"),
+            "step": position.step,
+            "epochs": position.epoch,
+            "best": {self.config.train.best: position.best, "step": position.best_step},
+            "config": self.config.model_dump(mode="json"),
         }
-        header = replace(training.header, training=about)
-        output.publish(BEST, checkpoint.serialise(training.network, header))
+        return checkpoint.serialise(self.learner.kept, replace(self.header, training=about))
+
+    def _record(self, position: Position, loss: float, found: Evaluation) -> None:
+        """Rows for the history; times are not in it, so that two runs of a config agree."""
+        rate = rate_at(position.step - 1, self.steps, self.config.train)
+        rows: list[tuple[str, str, str | None, float | None]] = [
+            (TRAIN, "loss", None, loss),
+            (TRAIN, "learning_rate", None, rate),
+        ]
+        for name, score in zip(self.header.class_names, found.scores, strict=True):
+            rows += [(VAL, "iou", name, score.iou), (VAL, "dice", name, score.dice)]
+        rows.append((VAL, "accuracy", None, found.accuracy))
+        at = {"step": position.step, "epoch": position.epoch}
+        columns = ("split", "name", "class", "value")
+        self.run.history += [{**at, **dict(zip(columns, row, strict=True))} for row in rows]
+
+    def _draw_curves(self) -> None:
+        self._drawn = time.monotonic()
+        if self.ranks.is_first:
+            title = self.run.store.uri()
+            self.run.store.publish(CURVES, curves.draw(self.run.rows(), title))

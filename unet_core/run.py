@@ -143,19 +143,9 @@ class Run:
         something else.
         """
         if self.record is None:
-            self._require_empty()
+            require_empty(self.store)
             return
-        mine = self.record.identity
-        differing = [
-            f"  {key}: the run has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
-            for key in sorted({*mine, *wanted})
-            if mine.get(key) != wanted.get(key)
-        ]
-        if differing:
-            raise RunMismatchError(
-                f"{self.store.uri()} holds another run:\n" + "\n".join(differing)
-                + "\ngive output.uri a new folder, or restore these keys"
-            )  # fmt: skip
+        require_equal(self.store.uri(), self.record.identity, wanted)
 
     def establish(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
@@ -215,15 +205,31 @@ class Run:
         as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
         return Totals(**cast(Any, as_tuples))
 
-    def _require_empty(self) -> None:
-        if not self.store.exists():
-            return
-        there = [e.name for e in self.store.list() if not e.name.rpartition("/")[2].startswith("_")]
-        if there:
-            raise ConfigError(
-                f"output.uri: {self.store.uri()} holds other files ({there[0]}) and no run; "
-                "choose a new folder"
-            )
+
+def require_equal(where: str, mine: Identity, wanted: Identity) -> None:
+    """Refuse another identity; raises RunMismatchError with the keys that differ."""
+    differing = [
+        f"  {key}: the run has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
+        for key in sorted({*mine, *wanted})
+        if mine.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise RunMismatchError(
+            f"{where} holds another run:\n" + "\n".join(differing)
+            + "\ngive output.uri a new folder, or restore these keys"
+        )  # fmt: skip
+
+
+def require_empty(store: Store) -> None:
+    """Refuse a folder that holds something else; raises ConfigError."""
+    if not store.exists():
+        return
+    there = [e.name for e in store.list() if not e.name.rpartition("/")[2].startswith("_")]
+    if there:
+        raise ConfigError(
+            f"output.uri: {store.uri()} holds other files ({there[0]}) and no run; "
+            "choose a new folder"
+        )
 
 
 def open_existing(uri: str, storage: StorageConfig | None = None) -> tuple[Run, Record]:

@@ -53,6 +53,18 @@ METRICS = pa.schema(
     ]
 )
 
+HISTORY = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int32()),
+        ("split", pa.string()),
+        ("name", pa.string()),
+        ("class", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+"""Of a training, a row for each number; ``class`` is null where it speaks of all."""
+
 TIMINGS = pa.schema(
     [
         ("shard_id", pa.string()),

@@ -167,13 +167,16 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Delete one object; none there is fine."""
+        """Delete one object, and a local folder that it leaves empty; none there is fine."""
         path = self._path(name)
         try:
             if self.exists(name):
                 self._try("remove", name, lambda: self.fs.rm_file(path))
         except FileNotFoundError:
             pass
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(path))
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root

@@ -1,7 +1,8 @@
 import pytest
 
-from unet_core.config import PredictConfig, TrainConfig, build, load
+from unet_core.config import PredictConfig, build, load
 from unet_core.errors import ConfigError
+from unet_core.train_config import TrainConfig
 
 GOOD = {"input": {"uri": "in"}, "output": {"uri": "out"}}
 

@@ -4,15 +4,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from unet_core.losses import cross_entropy, dice
 
 from jobs.predict import predict
 from tests.data import write_tar
 from unet_core import checkpoint
-from unet_core.config import TrainConfig, build
+from unet_core.config import build
 from unet_core.errors import ConfigError
 from unet_core.fit import fit
-from unet_core.losses import cross_entropy, dice
 from unet_core.synthetic import nuclei, png
+from unet_core.train_config import TrainConfig
 
 
 def config_of(folder, tmp_path, *overrides):

@@ -1,0 +1,193 @@
+"""The ranks of a training on a Ray cluster, placed and restarted by Ray Train.
+
+Ranks raise only what Ray Train is to answer by a restart: an error of this project ends all of
+them in peace and travels to the driver as a record.
+"""
+
+import logging
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from jobs import session
+from jobs.actors import Failure
+from jobs.job import require_reachable
+from unet_core.config import WorkersConfig
+from unet_core.errors import ConfigError, UnetJobsError, WorkersError
+from unet_core.fit import Event, Step, fit
+from unet_core.store import Store
+from unet_core.train_config import TrainConfig, TrainWorkersConfig
+from unet_core.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """How many ranks, and what each gets."""
+
+    ranks: int | tuple[int, int]
+    gpus: float
+    cpus: float
+
+
+class Board:
+    """Where the first rank says what happens, and learns whether it is to stop."""
+
+    def __init__(self) -> None:
+        self._said: list[Event | Failure] = []
+        self._stops = False
+
+    def say(self, event: Event | Failure) -> bool:
+        """Leave a message; whether to stop."""
+        self._said.append(event)
+        return self._stops
+
+    def hear(self, stops: bool) -> list[Event | Failure]:
+        """Take all messages; ask the ranks to stop."""
+        self._stops = stops
+        said, self._said = self._said, []
+        return said
+
+
+def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
+    """Run ``fit`` on ranks of a cluster; yields what happens on the first one.
+
+    Raises what it raises, and WorkersError if ranks cannot be placed or die too often.
+    """
+    with session.connected():
+        _require_reachable(config)
+        group = _group(config.workers)
+        if config.train.batch < _fewest(group):
+            raise ConfigError(
+                f"train.batch is {config.train.batch}, but there are {_fewest(group)} ranks; every "
+                "rank needs a crop: raise it, or lower workers.count"
+            )
+        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        ended, outcome = threading.Event(), []
+
+        def run() -> None:
+            try:
+                _trainer(config, group, board).fit()
+            except Exception as error:  # told below, on the thread that asked
+                outcome.append(error)
+            ended.set()
+
+        threading.Thread(target=run, name="ray train", daemon=True).start()
+        is_over = False
+        while not is_over:
+            is_over = ended.wait(WAIT_S)
+            for event in ray.get(board.hear.remote(wants_stop())):
+                if isinstance(event, Failure):
+                    ended.wait()
+                    event.raise_again()
+                yield event
+        if outcome:
+            reason = " ".join(str(outcome[0]).split())[-600:]
+            raise WorkersError(f"the ranks could not go on: {reason}") from outcome[0]
+
+
+def _trainer(config: TrainConfig, group: Group, board: Any) -> Any:
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    is_gpu = group.gpus > 0
+    resources = {"CPU": group.cpus} | ({"GPU": group.gpus} if is_gpu else {})
+    return TorchTrainer(
+        _rank,
+        train_loop_config={"config": config, "board": board},
+        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=group.ranks, use_gpu=is_gpu, resources_per_worker=resources
+        ),
+        run_config=train.RunConfig(
+            name=f"unet-jobs-{uuid.uuid4().hex[:12]}",
+            storage_path=tempfile.mkdtemp(prefix="unet-jobs-"),  # of its own; ours are elsewhere
+            failure_config=train.FailureConfig(max_failures=config.workers.max_failures),
+        ),
+    )
+
+
+def _rank(arguments: dict[str, Any]) -> None:
+    """One rank, from the newest checkpoint to the end."""
+    from ray.train.torch import get_device
+
+    ranks = Ranks.joined()
+    mouth = Mouth(arguments["board"]) if ranks.is_first else None
+    wants_stop = mouth.wants_stop if mouth is not None else lambda: False
+    try:
+        for event in fit(arguments["config"], ranks, get_device(), wants_stop):
+            if mouth is not None:
+                mouth.say(event)
+    except UnetJobsError as error:
+        if mouth is not None:
+            mouth.say(Failure(type(error).__name__, str(error)))
+
+
+class Mouth:
+    """What the first rank says to the driver, steps a few times a second and summed up."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._reply: Any = None
+        self._steps: list[Step] = []
+        self._stops = False
+
+    def say(self, event: Event | Failure) -> None:
+        """Tell it now, or with the steps that follow."""
+        if isinstance(event, Step):
+            self._steps.append(event)
+            if sum(step.seconds for step in self._steps) < WAIT_S:
+                return
+            event, self._steps = _summed(self._steps), []
+            self._reply = self._board.say.remote(event)
+        else:
+            ray.get(self._board.say.remote(event))
+
+    def wants_stop(self) -> bool:
+        """What the driver last answered; never waits."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stops, self._reply = ray.get(self._reply), None
+        return self._stops
+
+
+def _summed(steps: list[Step]) -> Step:
+    """Several steps as one."""
+    return replace(
+        steps[-1],
+        images=sum(step.images for step in steps),
+        seconds=sum(step.seconds for step in steps),
+        waiting_s=sum(step.waiting_s for step in steps),
+    )
+
+
+def _group(workers: TrainWorkersConfig) -> Group:
+    """Settle ``auto`` against the cluster; raises WorkersError if the ranks do not fit."""
+    count = workers.count
+    wanted = WorkersConfig(
+        count=count[0] if isinstance(count, tuple) else count,
+        gpus=workers.gpus,
+        cpus=workers.cpus,
+    )
+    placement = session.place(wanted)
+    ranks = count if isinstance(count, tuple) else placement.actors
+    return Group(ranks, placement.gpus, placement.cpus)
+
+
+def _fewest(group: Group) -> int:
+    return group.ranks[0] if isinstance(group.ranks, tuple) else group.ranks
+
+
+def _require_reachable(config: TrainConfig) -> None:
+    places = {"output.uri": config.output.uri, "data.train.uri": config.data.train.uri}
+    if config.data.val is not None:
+        places["data.val.uri"] = config.data.val.uri
+    stores = {key: Store(uri, config.storage) for key, uri in places.items()}
+    require_reachable(stores, session.node_count(), config.storage.shared)

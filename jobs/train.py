@@ -1,0 +1,86 @@
+"""``unet-jobs train``, top to bottom: the same story in this process and on ranks of a cluster."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import session
+from jobs.train_progress import TrainProgress
+from unet_core.fit import Event, fit
+from unet_core.train_config import TrainConfig
+from unet_core.training.run import BEST, TrainingRun, identity
+from unet_core.training.start import checkpoint_digest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left."""
+
+    best: str
+    """Where the best weights are."""
+    step: int
+    best_step: int
+    metric: str
+    value: float | None
+    """Of the best weights."""
+    was_finished: bool = False
+    """There was nothing to do: an earlier session had finished the training."""
+
+
+def train(config: TrainConfig) -> Trained:
+    """Train until the end; interrupted anyhow, the same call continues at the newest checkpoint.
+
+    Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
+    checkpoint, when the process is asked to stop.
+    """
+    run = TrainingRun.open(config)
+    run.require_same(identity(config, checkpoint_digest(config)))
+    was_finished = run.is_finished
+    if not was_finished:
+        with TrainProgress(config) as progress, _stop_asked() as wants_stop:
+            for event in _events(config, wants_stop):
+                progress.on_event(event)
+    done = run.outcome()
+    return Trained(
+        best=run.store.uri(BEST),
+        step=done.step,
+        best_step=done.best_step,
+        metric=config.train.best,
+        value=done.best,
+        was_finished=was_finished,
+    )
+
+
+def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
+    """What happens in this process, or on the first of the ranks of a Ray cluster."""
+    if session.is_inline(config.workers):
+        return fit(config, wants_stop=wants_stop)
+    from jobs.ddp import fit_on_ranks
+
+    return fit_on_ranks(config, wants_stop)
+
+
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: the first one lets the step end and a checkpoint be saved,
+    the second one interrupts at once.
+    """
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,44 @@
+"""Labelled images and configs for tests of training."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from unet_core.config import build
+from unet_core.picture import Picture, Pixels
+from unet_core.shards import Sample
+from unet_core.train_config import TrainConfig
+from unet_core.training import census
+from unet_core.training.dataset import Labelled, Memory, open_splits
+from unet_core.training.ranks import Ranks
+from unet_core.training.start import new_network
+
+
+def config_of(folder, output, *overrides):
+    """A small network on 12 images of several sizes."""
+    table = {
+        "data": {"train": {"uri": str(folder / "images"), "masks": str(folder / "masks")},
+                 "val_fraction": 0.3},
+        "model": {"width": 4, "depth": 2, "classes": ["background", "nucleus"]},
+        "train": {"epochs": 6, "crop": 64, "batch": 3, "crops_per_image": 3, "learning_rate": 1e-2},
+        "output": {"uri": str(output)},
+        "workers": {"count": "inline"},
+    }  # fmt: skip
+    return build(TrainConfig, table, list(overrides))
+
+
+def opened(config, memory=2**30):
+    """The splits of a config, counted."""
+    _, header = new_network(config)
+    splits = open_splits(config, header.preprocessing, len(header.class_names), Memory(memory))
+    with ThreadPoolExecutor(2) as pool:
+        found = census.take(splits, Ranks(), pool)
+    return splits, found
+
+
+def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
+    """One image in memory that the network receives as it is."""
+    sample = Sample(image_id, image_id, image_id, bytes)
+    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
+    picture = Picture(sample, Pixels.of(pixels_HW[None]), none, one, Pixels.of(labels_HW[None]))
+    return Labelled(picture, boundary_HW)

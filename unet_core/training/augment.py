@@ -1,0 +1,122 @@
+"""Augmentation of a whole batch on the device: one resampling for image, labels and weights.
+
+Shapes: N crops, C channels, H×W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unet_core.training.crops import Crop, CropShape
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a network is trained on in one piece."""
+
+    image_ids: list[str]
+    images_NCHW: Tensor
+    labels_NHW: Tensor
+    """int64: class ids, and ``ignore_index``."""
+    boundary_NHW: Tensor | None
+
+
+def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Examples:
+    """Resample crops as they were drawn: images and boundary terms bilinearly, labels by nearest.
+
+    Beyond an image's edge lies its mirror. Without turn, scale and deformation pixels are copied.
+    """
+    grid_NHW2 = _grid(crops, shape, device)
+    pixels = _stacked([crop.pixels_CHW for crop in crops], device).float()
+    offset, scale = (
+        _stacked(values, device)[..., None, None]
+        for values in ([crop.offset for crop in crops], [crop.scale for crop in crops])
+    )
+    images_NCHW = _sample((pixels - offset) * scale, grid_NHW2, "bilinear")
+    inner = slice(shape.margin, shape.margin + shape.side)
+    inner_NHW2 = grid_NHW2[:, inner, inner]
+    labels_N1HW = _stacked([crop.labels_HW for crop in crops], device).float()[:, None]
+    boundary_NHW = None
+    if crops[0].boundary_HW is not None:
+        terms = [crop.boundary_HW for crop in crops if crop.boundary_HW is not None]
+        boundary_N1HW = _stacked(terms, device).float()[:, None]
+        boundary_NHW = _sample(boundary_N1HW, inner_NHW2, "bilinear")[:, 0]
+    return Examples(
+        image_ids=[crop.image_id for crop in crops],
+        images_NCHW=_varied(images_NCHW, crops),
+        labels_NHW=_sample(labels_N1HW, inner_NHW2, "nearest")[:, 0].long(),
+        boundary_NHW=boundary_NHW,
+    )
+
+
+def idle(
+    shape: CropShape, channels: int, ignore_index: int, has_boundary: bool, device: torch.device
+) -> Examples:
+    """What a rank computes that has no image left: zeros that count for nothing."""
+    side, input_side = shape.side, shape.input_side
+    images_NCHW = torch.zeros(1, channels, input_side, input_side, device=device)
+    labels_NHW = torch.full((1, side, side), ignore_index, device=device)
+    boundary_NHW = torch.zeros(1, side, side, device=device) if has_boundary else None
+    return Examples([], images_NCHW, labels_NHW, boundary_NHW)
+
+
+def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(arrays)).to(device, non_blocking=True)
+
+
+def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tensor:
+    """Where each pixel of the input comes from: (x, y) in the window, −1 to 1, NHW2."""
+    side = shape.input_side
+    from_centre = torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
+    y_NHW = from_centre[None, :, None].expand(len(crops), side, side)
+    x_NHW = from_centre[None, None, :].expand(len(crops), side, side)
+    elastic = np.stack([crop.elastic for crop in crops])
+    if elastic.any():
+        coarse = torch.from_numpy(elastic).float().to(device)
+        fine = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)
+        y_NHW, x_NHW = y_NHW + fine[:, 0], x_NHW + fine[:, 1]
+    matrix = torch.tensor(np.stack([crop.matrix for crop in crops]), device=device).float()
+    centre = torch.tensor([crop.centre for crop in crops], device=device)
+    size = torch.tensor([crop.size for crop in crops], device=device)
+    axes = []
+    for axis in (1, 0):
+        m = matrix[:, axis, :, None, None]
+        at = m[:, 0] * y_NHW + m[:, 1] * x_NHW + centre[:, axis, None, None]
+        axes.append(_mirrored(at, size[:, axis, None, None]) * (2 / (shape.window - 1)) - 1)
+    return torch.stack(axes, dim=-1)
+
+
+def _mirrored(at: Tensor, length: Tensor) -> Tensor:
+    """Coordinates folded into [0, length − 1], the ends not repeated."""
+    period = (2 * (length - 1)).clamp(min=1)
+    folded = at.remainder(period)
+    inside = torch.minimum(folded, period - folded)
+    return torch.where(length > 1, inside, torch.zeros_like(at))
+
+
+def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:
+    return F.grid_sample(
+        values_NCHW, grid_NHW2, mode=mode, padding_mode="border", align_corners=True
+    )
+
+
+def _varied(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
+    """Gamma, contrast, brightness and noise, as drawn for each crop."""
+    device = images_NCHW.device
+    gamma, brightness = (
+        torch.tensor(values, device=device)[:, None, None, None]
+        for values in ([crop.gamma for crop in crops], [crop.brightness for crop in crops])
+    )
+    gain = torch.tensor(np.stack([crop.gain for crop in crops]), device=device).float()
+    images_NCHW = images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
+    images_NCHW = images_NCHW + brightness
+    for at, crop in enumerate(crops):
+        if crop.noise:
+            random = torch.Generator(device).manual_seed(crop.noise_seed)
+            shape = images_NCHW.shape[1:]
+            images_NCHW[at] += crop.noise * torch.randn(shape, generator=random, device=device)
+    return images_NCHW.contiguous(memory_format=torch.channels_last)

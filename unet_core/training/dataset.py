@@ -1,0 +1,239 @@
+"""Images with truth: what there is of them, and where each is found again.
+
+Every shard is looked at once before training begins: what cannot be used is told by name then,
+and the order of an epoch follows from counts alone. Decoded images stay in memory while there is
+room.
+"""
+
+import hashlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.errors import ConfigError
+from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.picture import Decoder, Picture, Pixels, Rejected
+from unet_core.preprocessing import Preprocessing
+from unet_core.shards import Sample
+from unet_core.train_config import LabelledConfig, TrainConfig
+from unet_core.training.boundary import boundary_term, objects_of
+
+TRAIN, VAL = "train", "val"
+MEMORY_SHARE = 4
+"""Decoded images may take this part of the machine's memory, divided by the ranks."""
+
+Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A decoded image in memory with its class ids, and what its boundaries weigh."""
+
+    picture: Picture
+    boundary_HW: Array | None = None
+    """float16; None where the loss has no use for it."""
+
+    @property
+    def image_id(self) -> str:
+        """Whose image it is."""
+        return self.picture.sample.image_id
+
+    @property
+    def labels(self) -> Array:
+        """HW: class ids and ``ignore_index``."""
+        assert self.picture.truth is not None
+        return self.picture.truth.whole()[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
+        return self.picture.pixels.held_bytes + self.labels.nbytes + boundary
+
+
+class LabelledInput:
+    """One input of ``[data]``."""
+
+    def __init__(
+        self, name: str, config: LabelledConfig, whole: TrainConfig, wanted: Preprocessing,
+        classes: int,
+    ) -> None:  # fmt: skip
+        self.name = f"data.{name}"
+        self.config = config
+        alone = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
+        self.source = open_source(alone, whole.storage)
+        self.shards = list(list_shards(self.source))
+        self._decoder = Decoder(wanted, 2**16 if config.instances else classes, config)
+        self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
+
+    def samples(self, shard: int) -> Iterator[Sample]:
+        """What lies in a shard, in its order."""
+        return read_shard(self.source, self.shards[shard])
+
+    def is_left_out(self, sample: Sample) -> bool:
+        """Whether an image has no mask and may not be taken as background."""
+        has_none = sample.read_mask is None and sample.failure is None
+        return has_none and self.config.on_missing_mask != "background"
+
+    def decode(self, sample: Sample) -> list[Labelled]:
+        """One image, or one for each page that is expanded.
+
+        Raises ConfigError that names what cannot be used: training on what is left would hide it.
+        """
+        images = []
+        for image in self._decoder.decode(sample):
+            failure = image.failure if isinstance(image, Rejected) else image.truth_failure
+            if failure is not None or isinstance(image, Rejected):
+                raise ConfigError(f"{self.name}: {image.sample.image_id}: {failure}")
+            images.append(self._in_memory(image))
+        return images
+
+    def _in_memory(self, image: Picture) -> Labelled:
+        """The image without windows; raises ConfigError for one that is too large to be held."""
+        config, (height, width) = self.config, image.pixels.shape
+        if height * width > config.max_pixels:
+            raise ConfigError(
+                f"{self.name}: {image.sample.image_id} has {height} × {width} pixels, too large to "
+                f"train on; cut it, or raise {self.name}.max_pixels"
+            )
+        truth = image.truth.whole()[0] if image.truth is not None else None
+        stored_HW = np.zeros((height, width), dtype=np.uint8) if truth is None else truth
+        labels_HW = self._classes_of(stored_HW)
+        boundary_HW = None
+        if self._sigma is not None:
+            is_ids = config.instances
+            objects_HW = stored_HW if is_ids else objects_of(stored_HW, config.ignore_index)
+            boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
+        pixels, truth = Pixels.of(image.pixels.whole()), Pixels.of(labels_HW[None])
+        return Labelled(replace(image, pixels=pixels, truth=truth), boundary_HW)
+
+    def _classes_of(self, stored_HW: Array) -> Array:
+        """Class ids, as small as they go; of objects, one class and what was said to be ignored."""
+        if self.config.instances:
+            ignored = "ignore_index" in self.config.model_fields_set
+            is_ignored = (stored_HW == self.config.ignore_index) & ignored
+            ignore_index = np.uint16(self.config.ignore_index)
+            stored_HW = np.where(is_ignored, ignore_index, (stored_HW > 0).astype(np.uint16))
+        fits = int(stored_HW.max(initial=0)) < 256
+        return stored_HW.astype(np.uint8) if fits else stored_HW
+
+
+@dataclass
+class Memory:
+    """Decoded images that are kept until the room is used up."""
+
+    room: int
+    kept: dict[Key, Labelled] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def shared_by(cls, ranks: int) -> "Memory":
+        """A part of this machine's memory, as if all ranks were on it."""
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(installed // MEMORY_SHARE // ranks)
+
+    def keep(self, key: Key, image: Labelled) -> None:
+        """Keep an image if it fits."""
+        with self._lock:
+            if key not in self.kept and image.nbytes <= self.room:
+                self.room -= image.nbytes
+                self.kept[key] = image
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image that is there to be had: decoded already, or to be decoded."""
+
+    key: Key
+    """Split, shard, and position among the images of the split in the shard."""
+    image_id: str
+    found: Sample | Labelled
+
+
+@dataclass
+class Split:
+    """The images of an input that serve one purpose."""
+
+    name: str
+    input: LabelledInput
+    memory: Memory
+    low: float = 0.0
+    high: float = 1.0
+    """Those whose ids have a share in [low, high)."""
+    counts: list[int] = field(default_factory=list)
+    """Images in each shard; known once all were looked at."""
+
+    @property
+    def images(self) -> int:
+        """Images of all shards."""
+        return sum(self.counts)
+
+    def holds(self, image_id: str) -> bool:
+        """Whether an image, or a page of one, is one of them."""
+        digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
+        return self.low <= int.from_bytes(digest[:6], "big") / 2**48 < self.high
+
+    def items(self, shard: int, start: int, stop: int) -> Iterator[Item]:
+        """The images of a shard from one position to another, in its order."""
+        keys = [(self.name, shard, position) for position in range(start, stop)]
+        kept = [self.memory.kept[key] for key in keys if key in self.memory.kept]
+        if len(kept) == len(keys):
+            yield from (Item(k, image.image_id, image) for k, image in zip(keys, kept, strict=True))
+            return
+        for item in read_items([self], shard):
+            if item.key[2] >= stop:
+                return
+            if item.key[2] >= start:
+                yield item
+
+    def load(self, item: Item) -> Labelled:
+        """The decoded image; raises ConfigError if it cannot be used."""
+        image = self.memory.kept.get(item.key)
+        if image is None:
+            found = item.found
+            image = found if isinstance(found, Labelled) else self.input.decode(found)[0]
+            self.memory.keep(item.key, image)
+        return image
+
+
+def read_items(
+    splits: list[Split], shard: int, without_mask: list[str] | None = None
+) -> Iterator[Item]:
+    """The images of a shard, each for the one of the splits (of one input) that holds it; those
+    that are left out for want of a mask are noted in ``without_mask``.
+    """
+    source = splits[0].input
+    expands = source.config.pages == "expand"
+    positions = Counter[str]()
+    for sample in source.samples(shard):
+        if source.is_left_out(sample):
+            if without_mask is not None:
+                without_mask.append(sample.image_id)
+            continue
+        for found in source.decode(sample) if expands else [sample]:
+            name = next((split.name for split in splits if split.holds(found.image_id)), None)
+            if name is not None:
+                key = (name, shard, positions[name])
+                positions[name] += 1
+                yield Item(key, found.image_id, found)
+
+
+def open_splits(
+    config: TrainConfig, wanted: Preprocessing, classes: int, memory: Memory
+) -> tuple[Split, Split]:
+    """Training and validation images, listed but not yet looked at.
+
+    Without ``data.val`` a share of the training images, by a hash of the id, is for validation.
+    """
+    data = config.data
+    train = LabelledInput("train", data.train, config, wanted, classes)
+    if data.val is not None:
+        val = LabelledInput("val", data.val, config, wanted, classes)
+        return Split(TRAIN, train, memory), Split(VAL, val, memory)
+    at = data.val_fraction
+    return Split(TRAIN, train, memory, low=at), Split(VAL, train, memory, high=at)

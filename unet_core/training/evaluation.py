@@ -1,0 +1,103 @@
+"""How good a network is on the validation images, segmented as ``predict`` does it."""
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from unet_core.arrays import Array
+from unet_core.canvas import Canvas, Look
+from unet_core.checkpoint import Header
+from unet_core.config import TileConfig
+from unet_core.engine import Engine
+from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
+from unet_core.ordered import Prefetch
+from unet_core.picture import Picture
+from unet_core.tiling import stack
+from unet_core.training.dataset import Item, Split
+from unet_core.training.ranks import Ranks
+from unet_core.windows import windows_for
+
+AHEAD = 8
+AHEAD_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it, from summed counts."""
+
+    confusion_KK: Array
+    """Pixels, truth × prediction."""
+
+    @property
+    def scores(self) -> list[Scores]:
+        """Micro scores per class."""
+        return scores_of(self.confusion_KK)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the pixels that are right."""
+        return ratio(int(self.confusion_KK.trace()), int(self.confusion_KK.sum()))
+
+    @property
+    def only_class(self) -> int | None:
+        """The class that every pixel was given, where the truth has several."""
+        predicted, true = (np.flatnonzero(self.confusion_KK.sum(axis=axis)) for axis in (0, 1))
+        return int(predicted[0]) if len(predicted) == 1 < len(true) else None
+
+    def of(self, metric: str) -> float:
+        """What ``train.best`` compares; 0 where it is not defined."""
+        if metric == "accuracy":
+            return self.accuracy or 0.0
+        return mean(getattr(score, metric) for score in self.scores[1:]) or 0.0
+
+
+def evaluate(
+    network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
+    pool: ThreadPoolExecutor,
+) -> Evaluation:  # fmt: skip
+    """Segment the images of a split, each rank its share; the counts are those of all."""
+    with torch.backends.cudnn.flags():  # the engine wants repeatable kernels; training does not
+        matrix = ranks.together(lambda: _count(network, header, device, split, ranks, pool))
+    return Evaluation(sum(ranks.gather(matrix)))
+
+
+def _count(
+    network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
+    pool: ThreadPoolExecutor,
+) -> Array:  # fmt: skip
+    windows = windows_for(TileConfig(), header.tiling)
+    engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
+    look = Look(header.network.classes)
+    ignore_index = split.input.config.ignore_index
+    matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
+
+    def load(item: Item) -> Picture:
+        return split.load(item).picture
+
+    def weight(picture: Picture) -> int:
+        return picture.pixels.held_bytes
+
+    with Prefetch(pool, load, _mine(split, ranks), AHEAD, weight, AHEAD_BYTES) as pictures:
+        for index, picture in enumerate(pictures):
+            canvas = Canvas(index, picture, windows, look)
+            assert picture.truth is not None
+            for tile in canvas.tiles:
+                for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
+                    truth_HW = picture.truth.read(*area.box)[0]
+                    matrix += confusion(truth_HW, area.mask_HW, header.classes, ignore_index)
+    return matrix
+
+
+def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
+    """Every so many-th image of the split, each on one rank."""
+    before = 0
+    for shard, count in enumerate(split.counts):
+        wanted = [at for at in range(count) if (before + at) % ranks.count == ranks.rank]
+        before += count
+        if wanted:
+            yield from (i for i in split.items(shard, 0, count) if i.key[2] in set(wanted))

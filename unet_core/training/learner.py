@@ -1,0 +1,158 @@
+"""The network on its way: weights, optimiser, running mean; one step, and all of it as tensors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from unet_core.errors import CheckpointError
+from unet_core.train_config import FitConfig
+from unet_core.training.augment import Examples
+from unet_core.training.losses import Loss
+from unet_core.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a global batch holds, over all ranks."""
+
+    pixels: float
+    """Those that count."""
+    crops: float
+    """Those with pixels that count."""
+    images: float
+
+
+class Learner:
+    """A network with its optimiser, the same on every rank."""
+
+    def __init__(
+        self, network: nn.Module, loss: Loss, config: FitConfig, device: torch.device, ranks: Ranks
+    ) -> None:
+        self._config, self._loss, self._ranks = config, loss, ranks
+        self.device = device
+        if ranks.count > 1 and device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+        self._norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
+        if config.freeze_norm:
+            for norm in self._norms:
+                norm.requires_grad_(False)
+        if config.compile:
+            self.network.compile()
+        self._parallel = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
+        self._optimiser = _optimiser(self.network, config)
+        self._mean: AveragedModel | None = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+            self._mean = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self._autocast = precision(config, device)
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is evaluated and kept: the running mean, if there is one."""
+        return self._mean.module if self._mean is not None else self.network
+
+    def counts(self, examples: Examples) -> tuple[float, float]:
+        """Pixels of a piece that count, and crops that have some."""
+        return self._loss.counts(examples)
+
+    def step(self, pieces: Sequence[Examples], totals: Totals, rate: float, seed: int) -> float:
+        """Take one optimiser step; returns this rank's part of the loss.
+
+        ``seed``: of dropout; of the run, the step and the rank, so that nothing need be kept.
+        """
+        torch.manual_seed(seed)
+        self.network.train()
+        if self._config.freeze_norm:
+            for norm in self._norms:
+                norm.eval()
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._optimiser.zero_grad(set_to_none=True)
+        parts = [self._backward(piece, totals, piece is pieces[-1]) for piece in pieces]
+        if self._config.clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._config.clip_norm)
+        self._optimiser.step()
+        if self._mean is not None:
+            self._mean.update_parameters(self.network)
+        return math.fsum(part.item() for part in parts)
+
+    def _backward(self, piece: Examples, totals: Totals, is_last: bool) -> Tensor:
+        """Add a piece's gradient; ranks exchange theirs with the last one."""
+        if isinstance(self._parallel, DistributedDataParallel):
+            self._parallel.require_backward_grad_sync = is_last
+        is_low = self._autocast is not None
+        with torch.autocast(self.device.type, self._autocast, enabled=is_low):
+            logits_NKHW = self._parallel(piece.images_NCHW)
+        part = self._loss.part(logits_NKHW, piece, totals.pixels, totals.crops)
+        (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
+        return part.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that another process needs to go on, by name, on the CPU."""
+        found = {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        if self._mean is not None:
+            found |= {f"mean.{name}": t for name, t in self._mean.state_dict().items()}
+        for index, state in self._optimiser.state_dict()["state"].items():
+            found |= {f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
+        return {name: t.detach().cpu().contiguous() for name, t in found.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
+        table = self._optimiser.state_dict()
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimiser":
+                index, _, key = rest.partition(".")
+                is_map = tensor.dim() == 4  # laid out as the weights are, for the same bits
+                kept = tensor.contiguous(memory_format=torch.channels_last) if is_map else tensor
+                state.setdefault(int(index), {})[key] = kept
+        try:
+            self.network.load_state_dict(_below(tensors, "network."))
+            if self._mean is not None:
+                self._mean.load_state_dict(_below(tensors, "mean."))
+            self._optimiser.load_state_dict({**table, "state": state})
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    weights = [p for p in network.parameters() if p.requires_grad]
+    rate, decay = config.learning_rate, config.weight_decay
+    match config.optimiser:
+        case "sgd":
+            return torch.optim.SGD(weights, rate, momentum=config.momentum, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(weights, rate, weight_decay=decay)
+        case "adamw":
+            return torch.optim.AdamW(weights, rate, weight_decay=decay)
+
+
+def rate_at(step: int, steps: int, config: FitConfig) -> float:
+    """The learning rate of a step: a linear warm-up, then the schedule down to zero at the end."""
+    warm = round(steps * config.warmup)
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, steps - warm)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return config.learning_rate * factor[config.schedule]
+
+
+def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
+    """What activations are computed in, if not in float32."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    wants = config.precision == "bfloat16" or (config.precision == "auto" and has_it)
+    return torch.bfloat16 if wants else None

@@ -1,0 +1,69 @@
+"""The processes that train together. One process is a group of its own and talks to nobody."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from unet_core.errors import UnetJobsError
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the group. Every method must be called by all ranks alike."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def joined(cls) -> "Ranks":
+        """The group that torch.distributed has been told of, or this process alone."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes and speaks for all."""
+        return self.rank == 0
+
+    def lanes(self, batch: int) -> range:
+        """The places of a global batch that this rank fills."""
+        return range(self.rank * batch // self.count, (self.rank + 1) * batch // self.count)
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in double precision."""
+        if self.count == 1:
+            return values
+        is_gpu = distributed.get_backend() == "nccl"
+        tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if is_gpu else "cpu")
+        distributed.all_reduce(tensor)
+        summed: list[float] = tensor.tolist()
+        return summed
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, by rank; anything that pickles."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, value)
+        return found
+
+    def together(self, call: Callable[[], ResultT]) -> ResultT:
+        """Do what each rank does alone; an error of this project on one is raised on all, so that
+        nobody waits for a rank that has given up.
+        """
+        result: ResultT | None = None
+        error: UnetJobsError | None = None
+        try:
+            result = call()
+        except UnetJobsError as raised:
+            error = raised
+        errors = [found for found in self.gather(error) if found is not None]
+        if errors:
+            raise errors[0] from error
+        return result  # type: ignore[return-value]  # there is one if there is no error

@@ -1,0 +1,215 @@
+"""The folder of a training: what it is, its checkpoints, its history, and what came out.
+
+``run.json`` is published exclusively; a checkpoint is the only record of progress, and running the
+same command again goes on from the newest. The history of the steps before a checkpoint is
+published before it.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core import __version__, checkpoint
+from unet_core.errors import RunMismatchError, StoreError
+from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
+from unet_core.schema import HISTORY
+from unet_core.store import Store
+from unet_core.train_config import TrainConfig
+from unet_core.training.dataset import Split
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+CURVES = "learning_curves.png"
+MANIFEST_NAME = "manifest/00000.parquet"
+STATE = "state.safetensors"
+KEPT = 2
+"""Checkpoints that are kept; the one before the newest, in case that a store loses one."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Position:
+    """How far a training has come."""
+
+    step: int = 0
+    """Optimiser steps that were taken."""
+    epoch: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    """Of the steps of this epoch."""
+    best: float | None = None
+    best_step: int = 0
+
+
+def identity(config: TrainConfig, init_sha256: str) -> Identity:
+    """What makes two trainings the same, by the names that people know from the config.
+
+    Whatever changes weights: not workers, not where the output lies, not how often it is saved.
+    """
+    table = config.model_dump(mode="json", exclude={"workers", "output", "storage"})
+    for name in ("train", "val"):
+        part = table["data"][name]
+        if part is not None:
+            given = getattr(config.data, name)
+            part["uri"] = Store(given.uri, config.storage).uri()
+            is_folder = "/" in given.masks
+            part["masks"] = Store(given.masks, config.storage).uri() if is_folder else given.masks
+            del part["shard_images"]
+    del table["model"]["device"], table["train"]["checkpoint_minutes"]
+    table["model"]["checkpoint"] = init_sha256
+    return _flat(table)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
+    found: Identity = {}
+    for key, value in table.items():
+        is_section = isinstance(value, dict) and key not in ("label_map", "arguments")
+        found |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return found
+
+
+@dataclass
+class TrainingRun:
+    """One output folder."""
+
+    store: Store
+    history: list[Row] = field(default_factory=list)
+    """Rows since the last checkpoint."""
+    record: dict[str, Any] | None = None
+    """``run.json``."""
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "TrainingRun":
+        """The folder as it is; raises StoreError if its ``run.json`` is damaged."""
+        store = Store(config.output.uri, config.storage)
+        run = cls(store)
+        if store.exists(RUN_JSON):
+            run.record = _parsed(store.read(RUN_JSON), store.uri(RUN_JSON))
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.store.exists(SUCCESS)
+
+    def require_same(self, wanted: Identity) -> None:
+        """Refuse to mix two trainings; raises RunMismatchError with the keys that differ."""
+        if self.record is None:
+            require_empty(self.store)
+        else:
+            require_equal(self.store.uri(), self.record["identity"], wanted)
+
+    def establish(self, wanted: Identity, config: TrainConfig, data: dict[str, Any]) -> None:
+        """Publish ``run.json``; raises RunMismatchError if another training was faster."""
+        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        record = {
+            "kind": "training",
+            "fingerprint": digest,
+            "identity": wanted,
+            "data": data,
+            "config": config.model_dump(mode="json"),
+            "version": __version__,
+        }
+        text = json.dumps(record, indent=1).encode() + b"\n"
+        if not self.store.publish_exclusively(RUN_JSON, text):
+            self.record = _parsed(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+            self.require_same(wanted)
+        self.record = record
+
+    def has_manifest(self) -> bool:
+        """Whether the images were counted to the end."""
+        return self.store.exists(MANIFEST_NAME)
+
+    def publish_manifest(self, splits: tuple[Split, Split]) -> None:
+        """Write down how many images each shard has."""
+        rows = [
+            {"split": split.name, "shard_id": shard.shard_id, "images": count}
+            for split in splits
+            for shard, count in zip(split.input.shards, split.counts, strict=True)
+        ]
+        self.store.publish(MANIFEST_NAME, _parquet(pa.Table.from_pylist(rows)))
+
+    def recall_counts(self, splits: tuple[Split, Split]) -> None:
+        """Set the counts as they were found when the training began.
+
+        Raises RunMismatchError if the shards are not those of then.
+        """
+        with self.store.open_parquet(MANIFEST_NAME) as file:
+            rows = file.read().to_pylist()
+        for split in splits:
+            then = {row["shard_id"]: row["images"] for row in rows if row["split"] == split.name}
+            now = {shard.shard_id: shard for shard in split.input.shards}
+            if then.keys() != now.keys():
+                new = [now[i].uri or now[i].members[0].key for i in now.keys() - then.keys()]
+                raise RunMismatchError(
+                    f"{split.input.name}: the images changed since the training began: "
+                    f"{len(then.keys() - now.keys())} of its shards are gone or rewritten, "
+                    f"{len(new)} are new ({', '.join(sorted(new)[:3])}); restore them, or train "
+                    "into a new folder"
+                )
+            split.counts = [then[shard.shard_id] for shard in split.input.shards]
+
+    def save(self, position: Position, tensors: dict[str, Any]) -> None:
+        """Publish the history since the last checkpoint, then a checkpoint, then drop old ones."""
+        if self.history:
+            table = pa.Table.from_pylist(self.history, schema=HISTORY)
+            self.store.publish(f"history/{position.step:09d}.parquet", _parquet(table))
+            self.history = []
+        data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
+        self.store.publish(f"checkpoints/{position.step:09d}/{STATE}", data)
+        for step in self._steps("checkpoints")[:-KEPT]:
+            self.store.remove(f"checkpoints/{step:09d}/{STATE}")
+
+    def load(self) -> tuple[Position, dict[str, Any]] | None:
+        """The newest checkpoint, if there is one; history rows behind it are dropped."""
+        steps = self._steps("checkpoints")
+        if not steps:
+            return None
+        name = f"checkpoints/{steps[-1]:09d}/{STATE}"
+        tensors, metadata = checkpoint.unpack(self.store.read(name), self.store.uri(name))
+        for step in self._steps("history"):
+            if step > steps[-1]:
+                self.store.remove(f"history/{step:09d}.parquet")
+        return Position(**json.loads(metadata["position"])), tensors
+
+    def rows(self) -> list[Row]:
+        """The whole history as far as it is published, in the order of the steps."""
+        found: list[Row] = []
+        for step in self._steps("history"):
+            with self.store.open_parquet(f"history/{step:09d}.parquet") as file:
+                found += file.read().to_pylist()
+        return found
+
+    def finish(self, position: Position) -> None:
+        """Write ``_SUCCESS``, last of all."""
+        self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
+
+    def outcome(self) -> Position:
+        """Where a finished training ended."""
+        return Position(**json.loads(self.store.read(SUCCESS)))
+
+    def _steps(self, folder: str) -> list[int]:
+        """Steps by which the files of a folder are named, in order."""
+        names = (entry.name.partition(".")[0].split("/")[0] for entry in self.store.list(folder))
+        return sorted({int(name) for name in names if name.isdigit()})
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(data)
+        if record["kind"] != "training":
+            raise KeyError("kind")
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{where}: not the run.json of a training") from error
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

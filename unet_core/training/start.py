@@ -1,0 +1,73 @@
+"""The network that a training begins with, and what its checkpoints will say of themselves."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from unet_core import checkpoint
+from unet_core.checkpoint import Header, palette_of
+from unet_core.errors import ConfigError
+from unet_core.networks import build, measured
+from unet_core.preprocessing import Preprocessing
+from unet_core.presets import UNetSpec
+from unet_core.train_config import TrainConfig
+
+
+def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
+    """A network with initial weights, or with those of ``model.checkpoint``; the same for the same
+    seed.
+
+    Raises ConfigError for classes or a crop that it cannot give.
+    """
+    torch.manual_seed(config.train.seed)
+    network, header = _loaded(config) if config.model.checkpoint else _built(config)
+    crop, sides, margin = config.train.crop, header.tiling.sides, header.tiling.margin
+    if crop + 2 * margin not in sides:
+        raise ConfigError(f"train.crop: {crop} is not possible here; {sides.near(crop)}")
+    return network, header
+
+
+def checkpoint_digest(config: TrainConfig) -> str:
+    """What the training begins with; empty for new weights."""
+    named = config.model.checkpoint
+    return checkpoint.digest(named, config.storage) if named else ""
+
+
+def _built(config: TrainConfig) -> tuple[nn.Module, Header]:
+    model = config.model
+    network = build(model.spec)
+    wanted = Preprocessing(
+        color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
+    )
+    names = tuple(model.classes)
+    spec, tiling = measured(model.spec, network)
+    if spec.classes not in {len(names), 1 if len(names) == 2 else len(names)}:
+        raise ConfigError(
+            f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
+        )
+    return network, Header(spec, tiling, names, wanted, palette_of(len(names)))
+
+
+def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
+    """Somebody's weights; where other classes are named, the last layer begins anew."""
+    model = config.model
+    network, header = checkpoint.load(
+        model.checkpoint, storage=config.storage, factory=model.factory
+    )
+    header = replace(header, training={})
+    names = tuple(model.classes)
+    if "classes" not in model.model_fields_set or names == header.class_names:
+        return network, header
+    if len(names) == len(header.class_names):
+        return network, replace(header, class_names=names)
+    if not isinstance(header.network, UNetSpec):
+        raise ConfigError(
+            f"model.classes names {len(names)}, but {model.checkpoint} has "
+            f"{len(header.class_names)}, and only U-Nets of presets get a new last layer"
+        )
+    spec = replace(header.network, classes=1 if len(names) == 2 else len(names))
+    wider, kept = build(spec), network.state_dict()
+    fitting = {n: kept[n] for n, t in wider.state_dict().items() if kept[n].shape == t.shape}
+    wider.load_state_dict(fitting, strict=False)
+    return wider, replace(header, network=spec, class_names=names, palette=palette_of(len(names)))
