@@ -1,17 +1,16 @@
-"""One rank of a DDP group without Ray: ``python -m tests.rank RANK RANKS MEETING CONFIG.toml …``.
+"""One rank of a DDP group without Ray: ``python -m tests.rank RANK RANKS MEETING CONFIG [WHEN]``.
 
-With ``die=STEP`` among the overrides the process kills itself after so many steps; with
-``die=STAGE:N`` the N-th time that it gets there.
+WHEN the process kills itself: after so many steps, or ``STAGE:N``, the N-th time it gets there.
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 from torch import distributed
 
 from tests.dying_driver import die_at
-from unet_core.config import load
 from unet_core.fit import Step, fit
 from unet_core.store import Store
 from unet_core.train_config import TrainConfig
@@ -25,20 +24,18 @@ STAGES = {
 }
 
 
-def main(rank, ranks, meeting, path, *overrides):
-    dies = [o.removeprefix("die=") for o in overrides if o.startswith("die=")]
-    steps = {int(at) for at in dies if at.isdigit()}
-    for stage, _, number in (at.partition(":") for at in dies if not at.isdigit()):
-        die_at(Store, "publish", lambda _, name, *__, s=stage: STAGES[s](name), int(number))
+def main(rank, ranks, meeting, path, when=""):
+    stage, _, number = when.partition(":")
+    if number:
+        die_at(Store, "publish", lambda _, name, *__: STAGES[stage](name), int(number))
     if int(ranks) > 1:
         distributed.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks)
         )
-    config = load(TrainConfig, path, [o for o in overrides if not o.startswith("die=")])
     taken = 0
-    for event in fit(config):
+    for event in fit(TrainConfig.model_validate_json(Path(path).read_text())):
         taken += isinstance(event, Step)
-        if isinstance(event, Step) and taken in steps:
+        if isinstance(event, Step) and str(taken) == when:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

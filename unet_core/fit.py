@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from unet_core import checkpoint
 from unet_core.checkpoint import Header
@@ -23,7 +22,7 @@ from unet_core.run import Identity
 from unet_core.train_config import TrainConfig
 from unet_core.training import census, curves
 from unet_core.training.crops import CropShape
-from unet_core.training.dataset import TRAIN, VAL, Memory, Split, open_splits
+from unet_core.training.dataset import TRAIN, VAL, Memory, Split, divide_at, open_splits
 from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed
 from unet_core.training.lanes import Order
@@ -95,8 +94,11 @@ def fit(
     """
     ranks = ranks or Ranks.joined()
     device = device or choose_device(config.model.device)
+    run, wanted = ranks.together(lambda: _open(config))
+    if run.is_finished:
+        return
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
-        fitting = _begin(config, ranks, device, pool)
+        fitting = _begin(config, run, wanted, ranks, device, pool)
         fitting.wants_stop = wants_stop
         position = fitting.restore()
         yield fitting.started(position)
@@ -107,11 +109,19 @@ def fit(
         fitting.finish(position)
 
 
+def _open(config: TrainConfig) -> tuple[TrainingRun, Identity]:
+    """The folder, and what the config makes of it; raises RunMismatchError for another's."""
+    run, wanted = TrainingRun.open(config), identity(config, checkpoint_digest(config))
+    run.require_same(wanted)
+    return run, wanted
+
+
 def _begin(
-    config: TrainConfig, ranks: Ranks, device: torch.device, pool: ThreadPoolExecutor
-) -> "Fitting":
-    """Open the folder, build the network, look at the images."""
-    run, network, header, wanted = ranks.together(lambda: _open(config))
+    config: TrainConfig, run: TrainingRun, wanted: Identity, ranks: Ranks, device: torch.device,
+    pool: ThreadPoolExecutor,
+) -> "Fitting":  # fmt: skip
+    """Build the network, look at the images."""
+    network, header = ranks.together(lambda: new_network(config))
     memory, classes = Memory.shared_by(ranks.count), len(header.class_names)
     splits = ranks.together(lambda: open_splits(config, header.preprocessing, classes, memory))
     data = _count_images(config, run, wanted, splits, ranks, pool)
@@ -130,18 +140,14 @@ def _begin(
     return Fitting(config, ranks, run, header, learner, feed, splits[1], pool)
 
 
-def _open(config: TrainConfig) -> tuple[TrainingRun, nn.Module, Header, Identity]:
-    run, wanted = TrainingRun.open(config), identity(config, checkpoint_digest(config))
-    run.require_same(wanted)
-    return run, *new_network(config), wanted
-
-
 def _count_images(
     config: TrainConfig, run: TrainingRun, wanted: Identity, splits: tuple[Split, Split],
     ranks: Ranks, pool: ThreadPoolExecutor,
 ) -> dict[str, Any]:  # fmt: skip
     """Look at all images, or recall what was found when the training began; ``run.json``'s data."""
     if run.record is not None and ranks.together(run.has_manifest):
+        if run.record["data"]["val_below"] < 1:
+            divide_at(splits, run.record["data"]["val_below"])
         ranks.together(lambda: run.recall_counts(splits))
         return dict(run.record["data"])
     found = census.take(splits, ranks, pool)
@@ -151,6 +157,7 @@ def _count_images(
         VAL: splits[1].images,
         "class_pixels": [found.label_pixels[label] for label in range(len(names))],
         "without_mask": len(found.without_mask),
+        "val_below": splits[1].high,
     }
     if run.record is not None and run.record["data"] != data:
         raise RunMismatchError(f"{run.store.uri()}: the images changed since the training began")

@@ -1,43 +1,65 @@
-import math
+import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from unet_core.losses import cross_entropy, dice
+from PIL import Image
+from safetensors.numpy import load_file
 
 from jobs.predict import predict
-from tests.data import write_tar
+from tests.unet_core.training.scenes import config_of
 from unet_core import checkpoint
 from unet_core.config import build
-from unet_core.errors import ConfigError
-from unet_core.fit import fit
-from unet_core.synthetic import nuclei, png
+from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
+from unet_core.fit import Epoch, Started, Step, fit
+from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
+from unet_core.training.learner import Learner, rate_at
+from unet_core.training.start import new_network
 
 
-def config_of(folder, tmp_path, *overrides):
-    table = {
-        "data": {"train": {"uri": str(folder / "images"), "masks": str(folder / "masks")},
-                 "val_fraction": 0.3},
-        "model": {"width": 4, "depth": 2, "classes": ["background", "nucleus"]},
-        "train": {"epochs": 6, "crop": 64, "batch": 3, "crops_per_image": 3, "learning_rate": 1e-2},
-        "output": {"uri": str(tmp_path / "model")},
-    }  # fmt: skip
-    return build(TrainConfig, table, list(overrides))
+def epochs(config):
+    return [event for event in fit(config) if isinstance(event, Epoch)]
 
 
-def test_training_learns_and_keeps_the_best(folder, tmp_path):
-    epochs = list(fit(config_of(folder, tmp_path)))
-    assert epochs[-1].loss < 0.8 * epochs[0].loss
-    best = max(epoch.foreground_iou for epoch in epochs)
-    assert best > 0.5
-    _, header = checkpoint.load(str(tmp_path / "model" / "best.safetensors"))
-    assert header.training["val_iou"]["nucleus"] == best
+def nucleus(epoch):
+    return epoch.evaluation.scores[1].iou
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns
+            for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+
+
+def countdown(steps):
+    """False so many times, then true."""
+    answers = iter([False] * steps)
+    return lambda: next(answers, True)
+
+
+def test_training_learns_and_keeps_the_best_and_the_last(folder, tmp_path):
+    out = tmp_path / "model"
+    seen = epochs(config_of(folder, out))
+    assert seen[-1].loss < 0.9 * seen[0].loss
+    best = max(seen, key=nucleus)
+    assert nucleus(best) > 0.5
+    assert [e.is_best for e in seen].count(True) >= 1
+    _, header = checkpoint.load(str(out / "best.safetensors"))
+    assert header.training["best"] == {"iou": nucleus(best), "step": best.step}
     assert header.class_names == ("background", "nucleus")
-    history = pq.read_table(tmp_path / "model" / "history").to_pylist()
+    assert json.loads((out / "_SUCCESS").read_text())["step"] == seen[-1].step == 42
+    history = pq.read_table(out / "history").to_pylist()
     losses = [row["value"] for row in history if row["name"] == "loss"]
-    assert losses == [epoch.loss for epoch in epochs]
+    assert losses == [epoch.loss for epoch in seen]
+    assert [r["value"] for r in history if (r["name"], r["class"]) == ("iou", "nucleus")] == [
+        nucleus(epoch) for epoch in seen
+    ]
+    with Image.open(out / "learning_curves.png") as curves:
+        assert curves.size[0] > 500
+    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert checkpoints == ["000000035", "000000042"]
 
 
 @pytest.mark.parametrize(
@@ -51,62 +73,171 @@ def test_training_learns_and_keeps_the_best(folder, tmp_path):
     ids=lambda overrides: overrides[0],
 )  # fmt: skip
 def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config, overrides):
-    config = config_of(folder, tmp_path, "train.epochs=3", *overrides)
-    epochs = list(fit(config))
-    assert epochs[-1].loss < epochs[0].loss
+    config = config_of(folder, tmp_path / "model", "train.epochs=3", *overrides)
+    seen = epochs(config)
+    assert seen[-1].loss < seen[0].loss
     model = {"checkpoint": str(tmp_path / "model" / "best.safetensors"),
              "factory": config.model.factory}  # fmt: skip
     outcome = predict(make_config(model=model, tile={"size": "auto"}))
     assert outcome.totals.ok == 12
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("train.optimiser=sgd", "train.learning_rate=0.05"), ("train.optimiser=adam",),
+     ("train.ema=0.8",), ("train.freeze_norm=true",), ("train.precision=bfloat16",),
+     ("loss.focal=1", "loss.tversky=1", "loss.jaccard=1", "loss.bce=1"),
+     ("loss.class_weights=balanced", "loss.boundary=10", "loss.dice=0"),
+     ("train.accumulate=2", "train.schedule=linear"), ("augment.elastic=5", "augment.color=0.1")],
+    ids=lambda overrides: overrides[0],
+)  # fmt: skip
+def test_every_option_learns(folder, tmp_path, overrides):
+    seen = epochs(config_of(folder, tmp_path / "model", *overrides))
+    assert seen[-1].loss < 0.95 * seen[0].loss
+
+
+def test_more_classes_train_with_a_logit_each(folder, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number in range(6):
+        labels = np.zeros((48, 48), np.uint8)
+        labels[:20, : 20 + number], labels[25:, 10:] = 1, 2
+        (tmp_path / "masks" / f"{number}.png").write_bytes(png(labels))
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(labels * 80 + 20))
+    config = config_of(tmp_path, tmp_path / "m", "model.classes=['sky', 'sea', 'land']",
+                       "train.crop=32", "train.epochs=12", "augment.gamma=1")  # fmt: skip
+    assert min(score.iou for score in epochs(config)[-1].evaluation.scores) > 0.9
+
+
 def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"crop is 64, but paper .* 52 and 68 are possible"):
-        config_of(folder, tmp_path, "model.preset=paper", "model.depth=4")
+        config_of(folder, tmp_path / "m", "model.preset=paper", "model.depth=4")
     with pytest.raises(ConfigError, match=r"train\.crop is 70, but padded .* 68 and 72 are"):
-        config_of(folder, tmp_path, "train.crop=70")
+        config_of(folder, tmp_path / "m", "train.crop=70")
     overrides = ("model.factory=tests.foreign:small", "model.arguments.classes=5")
     with pytest.raises(ConfigError, match=r"names 2, but tests\.foreign:small gives 5 logits"):
-        list(fit(config_of(folder, tmp_path, *overrides)))
+        epochs(config_of(folder, tmp_path / "m", *overrides))
 
 
-def test_the_same_seed_gives_the_same_losses(folder, tmp_path):
-    runs = [
-        [e.loss for e in fit(config_of(folder, tmp_path, "train.epochs=2", f"output.uri={out}"))]
-        for out in (tmp_path / "a", tmp_path / "b")
-    ]
-    assert runs[0] == runs[1]
+def test_the_same_seed_gives_the_same_weights_to_the_bit(folder, tmp_path):
+    for out in ("a", "b"):
+        epochs(config_of(folder, tmp_path / out, "train.epochs=2", "model.preset=bilinear"))
+    a, b = (load_file(tmp_path / out / "last.safetensors") for out in ("a", "b"))
+    assert all((a[name] == b[name]).all() for name in a)
 
 
-def test_truth_that_cannot_be_used_stops_training_by_name(tmp_path):
-    image, mask = nuclei(40, 40, np.random.default_rng(0))
-    write_tar(tmp_path / "t.tar", {"a.png": png(image), "a.mask.png": png(mask * 255)})
+def test_a_finished_training_is_left_alone_and_another_config_refused_by_key(folder, tmp_path):
+    out = tmp_path / "m"
+    config = config_of(folder, out, "train.epochs=1")
+    epochs(config)
+    before = files(out)
+    assert epochs(config) == []
+    assert files(out) == before
+    with pytest.raises(RunMismatchError, match=r"train\.learning_rate: the run has 0\.01, this co"):
+        epochs(config_of(folder, out, "train.epochs=1", "train.learning_rate=0.1"))
+    with pytest.raises(RunMismatchError, match=r"augment\.elastic"):
+        epochs(config_of(folder, out, "train.epochs=1", "augment.elastic=3"))
+    epochs(config_of(folder, out, "train.epochs=1", "workers.max_failures=0"))
+
+
+def test_a_training_that_is_asked_to_stop_goes_on_as_if_nothing_had_happened(folder, tmp_path):
+    epochs(config_of(folder, tmp_path / "whole", "train.epochs=2"))
+    config = config_of(folder, tmp_path / "stopped", "train.epochs=2")
+    for after in (3, 5, 2):
+        with pytest.raises(StoppedError, match="stopped after step"):
+            list(fit(config, wants_stop=countdown(after)))
+    assert len(epochs(config)) == 1
+    a, b = (load_file(tmp_path / out / "last.safetensors") for out in ("whole", "stopped"))
+    assert all((a[name] == b[name]).all() for name in a)
+    whole, stopped = (pq.read_table(tmp_path / out / "history") for out in ("whole", "stopped"))
+    assert whole.equals(stopped)
+
+
+def test_checkpoints_come_by_the_clock_too(folder, tmp_path):
+    config = config_of(folder, tmp_path / "m", "train.epochs=1", "train.checkpoint_minutes=1e-9")
+    for event in fit(config):
+        if isinstance(event, Step) and event.number == 5:
+            break  # as if killed here
+    (started, *_), _ = [event for event in fit(config) if not isinstance(event, Step)], None
+    assert isinstance(started, Started)
+    assert started.step == 4
+
+
+def test_images_that_change_between_two_sessions_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    config = config_of(tmp_path / "data", tmp_path / "m", "train.epochs=2")
+    next(event for event in fit(config) if isinstance(event, Epoch))
+    shutil.copy(tmp_path / "data/images/cell03.png", tmp_path / "data/images/new.png")
+    shutil.copy(tmp_path / "data/masks/cell03.png", tmp_path / "data/masks/new.png")
+    with pytest.raises(RunMismatchError, match=r"1 are new \(new\.png\)"):
+        epochs(config)
+
+
+def test_a_loss_that_is_no_number_names_its_images_and_keeps_the_last_good_weights(
+    folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "m"
+    step = Learner.step
+    taken = []
+
+    def poisoned(self, pieces, *arguments):
+        taken.append([i for piece in pieces for i in piece.image_ids])
+        if len(taken) == 9:
+            pieces[0].images_NCHW.fill_(float("nan"))
+        return step(self, pieces, *arguments)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    with pytest.raises(DivergedError) as caught:
+        epochs(config_of(folder, out))
+    assert "the loss is nan at step 9" in str(caught.value)
+    assert all(image_id in str(caught.value) for image_id in taken[8])
+    tensors = load_file(out / "checkpoints" / "000000007" / "state.safetensors")
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    checkpoint.load(str(out / "best.safetensors"))
+
+
+def test_a_network_that_predicts_one_class_is_told(folder, tmp_path):
+    lazy = ("train.epochs=1", "train.learning_rate=1e-6", "train.freeze_norm=true")
+    (epoch,) = epochs(config_of(folder, tmp_path / "m", *lazy))
+    assert epoch.evaluation.only_class in (0, 1)
+    assert epochs(config_of(folder, tmp_path / "n"))[-1].evaluation.only_class is None
+
+
+def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
+    folder, tmp_path, tiny_model
+):
     table = {
-        "data": {"train": {"uri": str(tmp_path / "t.tar"), "masks": "mask.png", "ignore_index": 9}},
-        "output": {"uri": str(tmp_path / "model")},
+        "data": {"train": {"uri": str(folder / "images"), "masks": str(folder / "masks")}},
+        "output": {"uri": str(tmp_path / "m")},
+        "train": {"epochs": 1, "crop": 64},
     }
-    with pytest.raises(ConfigError, match=r"t\.tar/a: the mask cannot be used: .*holds 255"):
-        list(fit(build(TrainConfig, table, [])))
+    config = build(TrainConfig, table, [f"model.checkpoint={tiny_model}"])
+    network, header = new_network(config)
+    theirs, _ = checkpoint.load(tiny_model)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert header.class_names == ("background", "nucleus")
+    epochs(config)
+    _, header = checkpoint.load(str(tmp_path / "m" / "best.safetensors"))
+    assert header.network.width == 4
+    three = build(
+        TrainConfig, table, [f"model.checkpoint={tiny_model}", "model.classes=['a', 'b', 'c']"]
+    )
+    network, header = new_network(three)
+    assert header.network.classes == 3
+    assert torch.equal(network.state_dict()["encoder.0.conv1.weight"],
+                       theirs.state_dict()["encoder.0.conv1.weight"])  # fmt: skip
+    with pytest.raises(ConfigError, match="width and checkpoint exclude each other"):
+        build(TrainConfig, table, [f"model.checkpoint={tiny_model}", "model.width=8"])
+    with pytest.raises(RunMismatchError, match=r"model\.checkpoint"):
+        epochs(build(TrainConfig, table, ["model.checkpoint=builtin:nuclei"]))
 
 
-@pytest.mark.parametrize("logits", [1, 3])
-def test_losses_are_those_of_their_definitions(logits):
-    torch.manual_seed(0)
-    x, ignore = torch.randn(2, logits, 5, 6), 255
-    labels = torch.randint(0, max(2, logits), (2, 5, 6))
-    labels[0, 0] = ignore
-    counted = labels != ignore
-    p = torch.sigmoid(x[:, 0]) if logits == 1 else torch.softmax(x, 1)
-    if logits == 1:
-        chosen = torch.where(labels == 1, p, 1 - p)[counted]
-        classes = [(p[counted], (labels == 1)[counted])]
-    else:
-        chosen = p.gather(1, labels.clamp(max=2)[:, None])[:, 0][counted]
-        classes = [(p[:, k][counted], (labels == k)[counted]) for k in (1, 2)]
-    assert cross_entropy(x, labels, ignore).item() == pytest.approx(-chosen.log().mean().item())
-    scores = [(2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1) for p, t in classes]
-    expected = 1 - sum(s.item() for s in scores) / len(scores)
-    assert dice(x, labels, ignore).item() == pytest.approx(expected, abs=1e-6)
-    everything = torch.full_like(labels, ignore)
-    assert cross_entropy(x, everything, ignore).item() == 0
-    assert math.isfinite(dice(x, everything, ignore).item())
+def test_the_learning_rate_warms_up_and_falls(folder, tmp_path):
+    train = config_of(folder, tmp_path / "y", "train.warmup=0.1").train
+    rates = [rate_at(step, 100, train) for step in range(100)]
+    assert rates[0] < rates[5] < max(rates) == pytest.approx(train.learning_rate)
+    assert rates.index(max(rates)) == 10
+    assert 0 < rates[-1] < 0.01 * train.learning_rate
+    flat = config_of(folder, tmp_path / "y", "train.warmup=0", "train.schedule=constant").train
+    assert {rate_at(step, 100, flat) for step in range(100)} == {flat.learning_rate}

@@ -1,5 +1,6 @@
 """Looking at every image once before training: how many there are, and all that is wrong."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import numpy as np
 
 from unet_core.errors import ConfigError
 from unet_core.ordered import Prefetch
-from unet_core.training.dataset import TRAIN, VAL, Item, Split, read_items
+from unet_core.training.dataset import TRAIN, VAL, Item, Split, divide_at, read_items, share_of
 from unet_core.training.ranks import Ranks
 
 AHEAD = 64
@@ -27,6 +28,12 @@ class Census:
     """Training pixels of each class id, and of ``ignore_index``."""
     without_mask: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    lowest_share: float = 1.0
+    """Of all images."""
+
+    def of(self, split: str) -> int:
+        """Images of a split."""
+        return sum(count for (name, _), count in self.images.items() if name == split)
 
     def __add__(self, other: "Census") -> "Census":
         return Census(
@@ -34,6 +41,7 @@ class Census:
             self.label_pixels + other.label_pixels,
             self.without_mask + other.without_mask,
             self.unusable + other.unusable,
+            min(self.lowest_share, other.lowest_share),
         )
 
 
@@ -42,20 +50,26 @@ def take(splits: tuple[Split, Split], ranks: Ranks, pool: ThreadPoolExecutor) ->
 
     Raises ConfigError that names what cannot be used, on every rank.
     """
+    found = _look_together(splits, ranks, pool)
     train, val = splits
-    shared = train.input is val.input
-
-    def mine() -> Census:
-        if shared:
-            return _look([train, val], ranks, pool)
-        return _look([train], ranks, pool) + _look([val], ranks, pool)
-
-    found = sum(ranks.gather(ranks.together(mine)), Census())
+    if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
+        divide_at(splits, math.nextafter(found.lowest_share, 1))  # few images: one validates
+        found = _look_together(splits, ranks, pool)
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
     _refuse_unusable(found, train)
     return found
+
+
+def _look_together(splits: tuple[Split, Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census:
+    train, val = splits
+    groups = [[train, val]] if train.input is val.input else [[train], [val]]
+
+    def mine() -> Census:
+        return sum((_look(group, ranks, pool) for group in groups), Census())
+
+    return sum(ranks.gather(ranks.together(mine)), Census())
 
 
 def _look(splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census:
@@ -81,6 +95,7 @@ def _look(splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census
                 continue
             item, pixels = seen
             found.images[item.key[:2]] += 1
+            found.lowest_share = min(found.lowest_share, share_of(item.image_id))
             if item.key[0] == TRAIN:
                 found.label_pixels += pixels
     return found
@@ -100,11 +115,9 @@ def _refuse_unusable(found: Census, train: Split) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    counts = {split: sum(n for (s, _), n in found.images.items() if s == split)
-              for split in (TRAIN, VAL)}  # fmt: skip
-    if not all(counts.values()):
+    if not found.of(TRAIN) or not found.of(VAL):
         raise ConfigError(
-            f"data: {counts[TRAIN]} images for training and {counts[VAL]} for validation; both "
+            f"data: {found.of(TRAIN)} images for training and {found.of(VAL)} for validation; both "
             "need one: change data.val_fraction, or give data.val"
         )
     labels = {value: n for value, n in found.label_pixels.items() if value != config.ignore_index}

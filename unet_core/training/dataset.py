@@ -9,7 +9,7 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -137,6 +137,12 @@ class Memory:
         installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return cls(installed // MEMORY_SHARE // ranks)
 
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self.room += sum(image.nbytes for image in self.kept.values())
+            self.kept = {}
+
     def keep(self, key: Key, image: Labelled) -> None:
         """Keep an image if it fits."""
         with self._lock:
@@ -175,21 +181,21 @@ class Split:
 
     def holds(self, image_id: str) -> bool:
         """Whether an image, or a page of one, is one of them."""
-        digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
-        return self.low <= int.from_bytes(digest[:6], "big") / 2**48 < self.high
+        return self.low <= share_of(image_id) < self.high
 
-    def items(self, shard: int, start: int, stop: int) -> Iterator[Item]:
-        """The images of a shard from one position to another, in its order."""
-        keys = [(self.name, shard, position) for position in range(start, stop)]
+    def items(self, shard: int, positions: Iterable[int]) -> Iterator[Item]:
+        """The images of a shard at some positions, in its order."""
+        keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
         kept = [self.memory.kept[key] for key in keys if key in self.memory.kept]
         if len(kept) == len(keys):
             yield from (Item(k, image.image_id, image) for k, image in zip(keys, kept, strict=True))
             return
+        wanted = set(keys)
         for item in read_items([self], shard):
-            if item.key[2] >= stop:
-                return
-            if item.key[2] >= start:
+            if item.key in wanted:
                 yield item
+            if item.key == keys[-1]:
+                return
 
     def load(self, item: Item) -> Labelled:
         """The decoded image; raises ConfigError if it cannot be used."""
@@ -199,6 +205,19 @@ class Split:
             image = found if isinstance(found, Labelled) else self.input.decode(found)[0]
             self.memory.keep(item.key, image)
         return image
+
+
+def share_of(image_id: str) -> float:
+    """A number in [0, 1) that an id has for ever."""
+    digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def divide_at(splits: tuple[Split, Split], at: float) -> None:
+    """Let the images of one input whose ids have a smaller share validate, the others train."""
+    train, val = splits
+    train.low = val.high = at
+    train.memory.clear()
 
 
 def read_items(

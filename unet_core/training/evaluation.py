@@ -100,4 +100,4 @@ def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
         wanted = [at for at in range(count) if (before + at) % ranks.count == ranks.rank]
         before += count
         if wanted:
-            yield from (i for i in split.items(shard, 0, count) if i.key[2] in set(wanted))
+            yield from split.items(shard, wanted)

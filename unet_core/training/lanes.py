@@ -63,7 +63,9 @@ class Order:
             yield _drawn(waiting, random)
 
     def _cut(self, lane: int, order: list[tuple[int, int]]) -> Iterator[tuple[int, Item]]:
-        """One lane's part of all images in the order of the shards."""
+        """One lane's part of all images, shard by shard; of one that several lanes share it has
+        some at random.
+        """
         total = self.split.images * self.rounds
         start, stop = (total * at // self.lanes for at in (lane, lane + 1))
         ends: Array = np.cumsum([self.split.counts[shard] for _, shard in order])
@@ -72,8 +74,10 @@ class Order:
             first = int(ends[at]) - self.split.counts[shard]
             if first >= stop:
                 return
-            here = max(start - first, 0), min(stop - first, self.split.counts[shard])
-            for item in self.split.items(shard, *here):
+            count = self.split.counts[shard]
+            here = slice(max(start - first, 0), min(stop - first, count))
+            random = np.random.default_rng([self.seed, self.epoch, round_, shard])
+            for item in self.split.items(shard, random.permutation(count)[here]):
                 yield round_, item
 
 

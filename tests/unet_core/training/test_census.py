@@ -70,6 +70,12 @@ def test_masks_whose_objects_would_all_be_ignored_are_refused(images):
     opened(config_of(images, images / "out", "data.train.label_map={255=1}"))
 
 
+def test_few_images_leave_one_to_validate_with(images):
+    (train, val), _ = opened(config_of(images, images / "out", "data.val_fraction=0.0001"))
+    assert (train.images, val.images) == (11, 1)
+    assert len(train.memory.kept) == 12
+
+
 def test_a_split_without_images_is_refused(images):
     assert "12 images for training and 0 for validation" in refusal(images, "data.val_fraction=0.0")
 
@@ -83,7 +89,7 @@ def test_object_ids_become_one_class_with_borders_between_them(images):
     config = config_of(images, images / "out", "data.train.instances=true", "loss.boundary=10")
     (train, _), found = opened(config)
     shard = next(shard for shard, count in enumerate(train.counts) if count)
-    image = train.load(next(iter(train.items(shard, 0, 1))))
+    image = train.load(next(iter(train.items(shard, [0]))))
     assert set(np.unique(image.labels)) == {0, 1}
     assert set(found.label_pixels) == {0, 1}
     assert image.boundary_HW[20, 21] > 0.9  # where the two touch

@@ -1,0 +1,121 @@
+"""DDP without Ray: processes that meet in a file. What one process gives, any number gives."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load, load_file
+
+from tests.s3 import BUCKET
+from tests.unet_core.training.scenes import config_of
+
+NO_NORM = ("model.preset=plain", "train.batch=8", "train.learning_rate=1e-3", "loss.boundary=5",
+           "loss.class_weights=balanced", "augment.elastic=3")  # fmt: skip
+OFTEN = "train.checkpoint_minutes=0.0001"
+
+
+@pytest.fixture
+def train(folder, tmp_path):
+    """Run a training on ranks to its end, or until one of them dies and all are killed."""
+
+    def run(out, ranks, *overrides, dies=""):
+        config = config_of(folder, out if "://" in str(out) else tmp_path / out, *overrides)
+        path, meeting = (tmp_path / uuid.uuid4().hex for _ in range(2))
+        path.write_text(config.model_dump_json(exclude_unset=True))
+        guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes
+        command = [sys.executable, "-m", "tests.rank"]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(ranks), meeting, path, dies if rank == guilty else ""],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(ranks)
+        ]
+        if dies:
+            processes[guilty].wait(120)
+            for process in processes:
+                process.kill()
+        errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+        codes = [process.returncode for process in processes]
+        assert not any(codes) or dies, "\n".join(errors)
+        return codes[guilty]
+
+    return run
+
+
+def weights(out):
+    return load_file(out / "last.safetensors")
+
+
+def difference(a, b):
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def losses(out):
+    rows = pq.read_table(out / "history").to_pylist()
+    return [row["value"] for row in rows if row["name"] == "loss"]
+
+
+def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path):
+    """1 rank × 8, 2 × 4, 4 × 2, an uneven 3, and accumulation: 20 steps."""
+    options = (*NO_NORM, "train.crops_per_image=2", "train.epochs=10")  # 7 images, 2 steps an epoch
+    train("one", 1, *options)
+    assert len(losses(tmp_path / "one")) == 10
+    others = {"two": (2, ()), "four": (4, ()), "three": (3, ("train.accumulate=2",)),
+              "pieces": (1, ("train.accumulate=3",))}  # fmt: skip
+    for out, (ranks, more) in others.items():
+        train(out, ranks, *options, *more)
+        assert difference(weights(tmp_path / "one"), weights(tmp_path / out)) < 1e-5, out
+        np.testing.assert_allclose(losses(tmp_path / out), losses(tmp_path / "one"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [("5", "checkpoint:2", "3"), ("manifest:1", "history:1", "best:1", "9"), ("success:1",)],
+    ids=" ".join,
+)
+def test_one_process_killed_anywhere_ends_with_the_same_bits(train, tmp_path, deaths):
+    options = ("train.epochs=3", "train.ema=0.5", OFTEN)
+    train("whole", 1, *options)
+    for death in deaths:
+        assert train("killed", 1, *options, dies=death) == -signal.SIGKILL, death
+    train("killed", 1, *options)
+    for name in ("last.safetensors", "best.safetensors"):
+        a, b = (load_file(tmp_path / out / name) for out in ("whole", "killed"))
+        assert all((a[key] == b[key]).all() for key in a), name
+    whole, killed = (pq.read_table(tmp_path / out / "history") for out in ("whole", "killed"))
+    assert whole.equals(killed)
+
+
+def test_ranks_killed_together_go_on_as_fewer_from_the_object_store(train, tmp_path, s3):
+    options = (*NO_NORM, "train.epochs=6", f"storage.endpoint_url={s3.url}")
+    prefix = f"training-{uuid.uuid4().hex}"
+    train("whole", 1, *options)
+    out = f"s3://{BUCKET}/{prefix}"
+    train(out, 2, *options, OFTEN, dies="4")
+    train(out, 2, *options, OFTEN, dies="history:1")
+    train(out, 1, *options)
+    found = s3.objects(prefix)
+    assert difference(weights(tmp_path / "whole"), load(found["last.safetensors"])) < 1e-5
+    whole = pq.read_table(tmp_path / "whole" / "history").to_pylist()
+    names = sorted(name for name in found if name.startswith("history/"))
+    tables = [pq.read_table(io.BytesIO(found[name])) for name in names]
+    rows = [row for table in tables for row in table.to_pylist()]
+    keys = ("step", "epoch", "split", "name", "class")
+    assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in whole]
+
+
+def test_an_error_on_one_rank_ends_all_of_them_at_once(train, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/images/cell03.png").write_bytes(b"no image")
+    overrides = (f"data.train.uri={tmp_path}/data/images", "model.preset=plain")
+    with pytest.raises(AssertionError, match=r"cell03\.png(.|\n)*cell03\.png"):
+        train("m", 2, *overrides)
