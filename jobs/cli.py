@@ -111,9 +111,17 @@ def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | 
 def status(run: str, overrides: tuple[str, ...]) -> None:
     """Show how a run stands."""
     storage = _storage(overrides)
+    from jobs.inspect import TrainingStatus
     from jobs.inspect import status as read_status
 
     found = read_status(run, storage)
+    if isinstance(found, TrainingStatus):
+        state = "finished" if found.is_finished else "not finished: run train again to continue"
+        at = found.position
+        _show(training=found.uri, state=state, saved=f"{at.step:,} of {found.steps:,} steps")
+        if at.best is not None:
+            _show(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
+        return
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
     _show_totals(found.totals, found.class_names)

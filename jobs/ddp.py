@@ -62,7 +62,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
 
     Raises what it raises, and WorkersError if ranks cannot be placed or die too often.
     """
-    with session.connected():
+    with session.connected(shows_logs=log.isEnabledFor(logging.INFO)):  # Ray Train logs a lot
         _require_reachable(config)
         group = _group(config.workers)
         if config.train.batch < _fewest(group):
@@ -146,9 +146,10 @@ class Mouth:
             self._steps.append(event)
             if sum(step.seconds for step in self._steps) < WAIT_S:
                 return
-            event, self._steps = _summed(self._steps), []
-            self._reply = self._board.say.remote(event)
-        else:
+        if self._steps:
+            self._reply = self._board.say.remote(_summed(self._steps))
+            self._steps = []
+        if not isinstance(event, Step):
             ray.get(self._board.say.remote(event))
 
     def wants_stop(self) -> bool:

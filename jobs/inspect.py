@@ -11,6 +11,8 @@ from unet_core.manifest import draft
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
 from unet_core.shards import Shard
+from unet_core.store import Store
+from unet_core.training.run import Position, TrainingRun, is_training
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,30 @@ class Status:
     class_names: tuple[str, ...]
 
 
-def status(uri: str, storage: StorageConfig | None = None) -> Status:
-    """Read a run folder; raises StoreError if there is none."""
+@dataclass(frozen=True)
+class TrainingStatus:
+    """How a training stands."""
+
+    uri: str
+    steps: int
+    position: Position
+    is_finished: bool
+    metric: str
+
+
+def status(uri: str, storage: StorageConfig) -> Status | TrainingStatus:
+    """Read the folder of a run or of a training; raises StoreError if it is neither."""
+    if is_training(Store(uri, storage)):
+        return _training_status(uri, storage)
     run, record = open_existing(uri, storage)
     shards = run.manifest() or []
     committed = run.committed()
     totals = run.finished_totals() if run.is_finished else run.totals(committed)
     return Status(uri, len(shards), len(committed), run.is_finished, totals, record.class_names)
+
+
+def _training_status(uri: str, storage: StorageConfig) -> TrainingStatus:
+    run = TrainingRun.open(uri, storage)
+    assert run.record is not None
+    steps, metric = run.record["data"]["steps"], run.record["config"]["train"]["best"]
+    return TrainingStatus(run.store.uri(), steps, run.position(), run.is_finished, metric)

@@ -52,10 +52,11 @@ def is_inline(workers: WorkersConfig) -> bool:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
+def connected(shows_logs: bool = True) -> Iterator[None]:
     """Be a driver of a Ray cluster; a session of this process that exists already is used.
 
-    Array never enter the object store, so a local one is small.
+    ``shows_logs``: print what other processes of this driver log. Arrays never enter the object
+    store, so a local one is small.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a busy machine
@@ -66,7 +67,7 @@ def connected() -> Iterator[None]:
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    options = {"logging_level": logging.WARNING, "log_to_driver": True}
+    options = {"logging_level": logging.WARNING, "log_to_driver": shows_logs}
     try:
         if is_cluster_named():
             ray.init(address=os.environ["RAY_ADDRESS"], **options)

@@ -1,6 +1,7 @@
 """``unet-jobs train``, top to bottom: the same story in this process and on ranks of a cluster."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from unet_core.fit import Event, fit
 from unet_core.train_config import TrainConfig
 from unet_core.training.run import BEST, TrainingRun, identity
 from unet_core.training.start import checkpoint_digest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
-    run = TrainingRun.open(config)
+    run = TrainingRun.open(config.output.uri, config.storage)
     run.require_same(identity(config, checkpoint_digest(config)))
     was_finished = run.is_finished
     if not was_finished:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    done = run.outcome()
+    done = run.position()
     return Trained(
         best=run.store.uri(BEST),
         step=done.step,
@@ -73,6 +76,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     def ask(*_: Any) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
+        log.warning("stopping after a checkpoint; once more stops at once")
         asked.set()
 
     if threading.current_thread() is not threading.main_thread():

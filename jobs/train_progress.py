@@ -88,12 +88,13 @@ class TrainProgress:
                 Panel(
                     f"The network predicts a single class: every validation pixel is "
                     f"{escape(names[only])!r}.\nAfter a few epochs that means a wrong label_map, a "
-                    "learning rate that is too high, or a class that is too rare\n"
-                    "(try loss.dice, or loss.class_weights = balanced).",
+                    "learning rate that is too high, or a class that is too rare (try "
+                    'loss.class_weights = "balanced").',
                     title="WARNING",
                     style="bold red",
                     expand=False,
-                )
+                ),
+                soft_wrap=False,
             )
 
     def _rate(self) -> str:

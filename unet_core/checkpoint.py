@@ -72,22 +72,28 @@ def locate(checkpoint: str) -> str:
 
 
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
-    """Read the metadata by two range reads, without torch.
+    """Read what a checkpoint says of itself, without torch.
 
     Raises CheckpointError if it is not a safetensors file of this project.
     """
+    return _parse(checkpoint, read_metadata(checkpoint, storage))
+
+
+def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
+    """The texts in a safetensors file, by two range reads; raises CheckpointError if it is none."""
     path = locate(checkpoint)
     try:
         prefix = read_range(path, 0, 8, storage)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
-        metadata = json.loads(read_range(path, 8, 8 + length, storage)).get("__metadata__", {})
+        header = json.loads(read_range(path, 8, 8 + length, storage))
+        metadata: dict[str, str] = header.get("__metadata__", {})
     except StoreError as error:
         raise CheckpointError(f"model.checkpoint: {error}") from error
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
-    return _parse(checkpoint, metadata)
+    return metadata
 
 
 def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:

@@ -102,7 +102,7 @@ def fit(
         fitting.wants_stop = wants_stop
         position = fitting.restore()
         yield fitting.started(position)
-        while position.step < fitting.steps:
+        while position.step < fitting.steps or position.step_in_epoch:
             started = time.perf_counter()
             yield from fitting.train_epoch(position)
             yield fitting.end_epoch(position, started)
@@ -111,7 +111,10 @@ def fit(
 
 def _open(config: TrainConfig) -> tuple[TrainingRun, Identity]:
     """The folder, and what the config makes of it; raises RunMismatchError for another's."""
-    run, wanted = TrainingRun.open(config), identity(config, checkpoint_digest(config))
+    run, wanted = (
+        TrainingRun.open(config.output.uri, config.storage),
+        identity(config, checkpoint_digest(config)),
+    )
     run.require_same(wanted)
     return run, wanted
 
@@ -137,7 +140,7 @@ def _begin(
     learner = Learner(network, loss, config.train, device, ranks)
     shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
     feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
-    return Fitting(config, ranks, run, header, learner, feed, splits[1], pool)
+    return Fitting(config, ranks, run, header, learner, feed, splits[1], pool, data["steps"])
 
 
 def _count_images(
@@ -151,13 +154,14 @@ def _count_images(
         ranks.together(lambda: run.recall_counts(splits))
         return dict(run.record["data"])
     found = census.take(splits, ranks, pool)
-    names = config.model.classes
+    names, train = config.model.classes, config.train
     data = {
         TRAIN: splits[0].images,
         VAL: splits[1].images,
         "class_pixels": [found.label_pixels[label] for label in range(len(names))],
         "without_mask": len(found.without_mask),
         "val_below": splits[1].high,
+        "steps": train.steps or train.epochs * order_of(config, splits[0], 0).steps,
     }
     if run.record is not None and run.record["data"] != data:
         raise RunMismatchError(f"{run.store.uri()}: the images changed since the training began")
@@ -172,6 +176,12 @@ def _count_images(
     return data
 
 
+def order_of(config: TrainConfig, split: Split, epoch: int) -> Order:
+    """Which images come when in an epoch."""
+    train = config.train
+    return Order(split, train.seed, epoch, train.batch, train.crops_per_image)
+
+
 @dataclass
 class Fitting:
     """What a training consists of on one rank, and its steps."""
@@ -184,26 +194,19 @@ class Fitting:
     feed: Feed
     val: Split
     pool: ThreadPoolExecutor
+    steps: int
+    """Optimiser steps of the whole training."""
     wants_stop: Callable[[], bool] = lambda: False
     _saved: float = field(default_factory=time.monotonic)
     _drawn: float = field(default_factory=time.monotonic)
     _unchecked: tuple[float, list[str]] = (0.0, [])
     """This rank's part of the last step's loss, and whose it is."""
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole training."""
-        return self.config.train.steps or self.config.train.epochs * self.order(0).steps
-
-    def order(self, epoch: int) -> Order:
-        """Which images come when in an epoch."""
-        train = self.config.train
-        return Order(self.feed.split, train.seed, epoch, train.batch, train.crops_per_image)
-
     def started(self, position: Position) -> Started:
         """What is known before the first step."""
         images = self.feed.split.images, self.val.images
-        return Started(*images, self.steps, self.order(0).steps, position.step)
+        per_epoch = order_of(self.config, self.feed.split, 0).steps
+        return Started(*images, self.steps, per_epoch, position.step)
 
     def restore(self) -> Position:
         """Load the newest checkpoint; publish the best weights if their writer died before that."""
@@ -218,7 +221,8 @@ class Fitting:
 
     def train_epoch(self, position: Position) -> Iterator[Step]:
         """Take the steps that are left of an epoch; saves a checkpoint when it is time for one."""
-        order, skip = self.order(position.epoch), position.step_in_epoch
+        order = order_of(self.config, self.feed.split, position.epoch)
+        skip = position.step_in_epoch
         last = min(order.steps, skip + self.steps - position.step)
         lanes = self.ranks.lanes(order.lanes)
         with self.feed.steps(order, lanes, skip) as fed:

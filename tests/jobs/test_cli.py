@@ -104,10 +104,18 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     pair = (tmp_path / "images", tmp_path / "masks")
     code, text, errors = run_cli("train", *pair, "--out", model, *options)
     assert code == 0, errors
-    assert "epoch 8/8" in text
-    code, _, errors = run_cli("train", *pair, "--out", model, *options)
+    assert "epoch 8/8" in errors
+    assert "predicts a single class" in errors or "best" in errors
+    assert f"best:     {model}/best.safetensors (val iou 0." in text
+    code, text, _ = run_cli("train", *pair, "--out", model, *options)
+    assert code == 0
+    assert "finished already; nothing was written" in text
+    code, text, _ = run_cli("status", model)
+    assert code == 0
+    assert "96 of 96 steps" in text
+    code, _, errors = run_cli("train", *pair, "--out", model, *options, "train.seed=3")
     assert code == 2
-    assert "holds a trained model" in errors
+    assert "train.seed: the run has 0, this config 3" in errors
     code, text, errors = run_cli(
         "predict", tmp_path / "images", f"input.masks={tmp_path}/masks",
         "--model", model / "best.safetensors", "--out", tmp_path / "run",

@@ -153,6 +153,14 @@ def test_a_training_that_is_asked_to_stop_goes_on_as_if_nothing_had_happened(fol
     assert whole.equals(stopped)
 
 
+def test_a_training_stopped_after_its_last_step_still_evaluates_it(folder, tmp_path):
+    config = config_of(folder, tmp_path / "m", "train.epochs=1")
+    with pytest.raises(StoppedError, match="after step 7"):
+        list(fit(config, wants_stop=countdown(7)))
+    (epoch,) = epochs(config)
+    assert (epoch.step, epoch.is_best) == (7, True)
+
+
 def test_checkpoints_come_by_the_clock_too(folder, tmp_path):
     config = config_of(folder, tmp_path / "m", "train.epochs=1", "train.checkpoint_minutes=1e-9")
     for event in fit(config):

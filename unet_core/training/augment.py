@@ -86,16 +86,23 @@ def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tens
     for axis in (1, 0):
         m = matrix[:, axis, :, None, None]
         at = m[:, 0] * y_NHW + m[:, 1] * x_NHW + centre[:, axis, None, None]
-        axes.append(_mirrored(at, size[:, axis, None, None]) * (2 / (shape.window - 1)) - 1)
+        shortest = min(crop.size[axis] for crop in crops)
+        folds_once = shortest - 1 >= shape.window / 2
+        inside = _mirrored(at, size[:, axis, None, None] - 1, folds_once)
+        axes.append(inside * (2 / (shape.window - 1)) - 1)
     return torch.stack(axes, dim=-1)
 
 
-def _mirrored(at: Tensor, length: Tensor) -> Tensor:
-    """Coordinates folded into [0, length − 1], the ends not repeated."""
-    period = (2 * (length - 1)).clamp(min=1)
+def _mirrored(at: Tensor, last: Tensor, folds_once: bool) -> Tensor:
+    """Coordinates folded into [0, last], the ends not repeated; ``folds_once``: none lies farther
+    out than the image is long, which is much faster.
+    """
+    if folds_once:
+        return last - (last - at.abs()).abs()
+    period = (2 * last).clamp(min=1)
     folded = at.remainder(period)
     inside = torch.minimum(folded, period - folded)
-    return torch.where(length > 1, inside, torch.zeros_like(at))
+    return torch.where(last > 0, inside, torch.zeros_like(at))
 
 
 def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core import __version__, checkpoint
+from unet_core.config import StorageConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
@@ -84,9 +85,9 @@ class TrainingRun:
     """``run.json``."""
 
     @classmethod
-    def open(cls, config: TrainConfig) -> "TrainingRun":
-        """The folder as it is; raises StoreError if its ``run.json`` is damaged."""
-        store = Store(config.output.uri, config.storage)
+    def open(cls, uri: str, storage: StorageConfig) -> "TrainingRun":
+        """The folder as it is; raises StoreError if its ``run.json`` is another's or damaged."""
+        store = Store(uri, storage)
         run = cls(store)
         if store.exists(RUN_JSON):
             run.record = _parsed(store.read(RUN_JSON), store.uri(RUN_JSON))
@@ -189,14 +190,24 @@ class TrainingRun:
         """Write ``_SUCCESS``, last of all."""
         self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
 
-    def outcome(self) -> Position:
-        """Where a finished training ended."""
-        return Position(**json.loads(self.store.read(SUCCESS)))
+    def position(self) -> Position:
+        """How far it has come, by its newest checkpoint; its tensors are not read."""
+        steps = self._steps("checkpoints")
+        if not steps:
+            return Position()
+        uri = self.store.uri(f"checkpoints/{steps[-1]:09d}/{STATE}")
+        metadata = checkpoint.read_metadata(uri, self.store.storage)
+        return Position(**json.loads(metadata["position"]))
 
     def _steps(self, folder: str) -> list[int]:
         """Steps by which the files of a folder are named, in order."""
         names = (entry.name.partition(".")[0].split("/")[0] for entry in self.store.list(folder))
         return sorted({int(name) for name in names if name.isdigit()})
+
+
+def is_training(store: Store) -> bool:
+    """Whether a folder is that of a training."""
+    return store.exists(RUN_JSON) and b'"kind": "training"' in store.read(RUN_JSON)
 
 
 def _parsed(data: bytes, where: str) -> dict[str, Any]:

@@ -37,8 +37,9 @@ def opened(config, memory=2**30):
 
 
 def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
-    """One image in memory that the network receives as it is."""
+    """One image HW or CHW in memory that the network receives as it is."""
     sample = Sample(image_id, image_id, image_id, bytes)
-    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
-    picture = Picture(sample, Pixels.of(pixels_HW[None]), none, one, Pixels.of(labels_HW[None]))
+    pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
+    one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
+    picture = Picture(sample, Pixels.of(pixels_CHW), none, one, Pixels.of(labels_HW[None]))
     return Labelled(picture, boundary_HW)
