@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.actors import Failure
@@ -21,12 +22,14 @@ from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
 from unet_core.fit import Event, Step, fit
 from unet_core.store import Store
-from unet_core.train_config import TrainConfig, TrainWorkersConfig
+from unet_core.train_config import TrainConfig
 from unet_core.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 0.5
+PATIENCE_S = 24 * 3600
+"""Ranks wait so long for each other: one may read a large tar alone. Ray notices deaths itself."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,17 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
 
     Raises what it raises, and WorkersError if ranks cannot be placed or die too often.
     """
-    with session.connected(shows_logs=log.isEnabledFor(logging.INFO)):  # Ray Train logs a lot
+    shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
+    with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
         _require_reachable(config)
-        group = _group(config.workers)
-        if config.train.batch < _fewest(group):
-            raise ConfigError(
-                f"train.batch is {config.train.batch}, but there are {_fewest(group)} ranks; every "
-                "rank needs a crop: raise it, or lower workers.count"
-            )
-        board: Any = ray.remote(num_cpus=0)(Board).remote()
+        group = _group(config)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         ended, outcome = threading.Event(), []
 
         def run() -> None:
             try:
-                _trainer(config, group, board).fit()
+                _trainer(config, group, board, rays_own).fit()
             except Exception as error:  # told below, on the thread that asked
                 outcome.append(error)
             ended.set()
@@ -94,7 +94,8 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             raise WorkersError(f"the ranks could not go on: {reason}") from outcome[0]
 
 
-def _trainer(config: TrainConfig, group: Group, board: Any) -> Any:
+def _trainer(config: TrainConfig, group: Group, board: Any, folder: str) -> Any:
+    """``folder``: for what Ray Train keeps of itself; ours lies in the output."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -103,13 +104,13 @@ def _trainer(config: TrainConfig, group: Group, board: Any) -> Any:
     return TorchTrainer(
         _rank,
         train_loop_config={"config": config, "board": board},
-        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
             num_workers=group.ranks, use_gpu=is_gpu, resources_per_worker=resources
         ),
         run_config=train.RunConfig(
-            name=f"unet-jobs-{uuid.uuid4().hex[:12]}",
-            storage_path=tempfile.mkdtemp(prefix="unet-jobs-"),  # of its own; ours are elsewhere
+            name=uuid.uuid4().hex,
+            storage_path=folder,
             failure_config=train.FailureConfig(max_failures=config.workers.max_failures),
         ),
     )
@@ -169,26 +170,35 @@ def _summed(steps: list[Step]) -> Step:
     )
 
 
-def _group(workers: TrainWorkersConfig) -> Group:
-    """Settle ``auto`` against the cluster; raises WorkersError if the ranks do not fit."""
+def _group(config: TrainConfig) -> Group:
+    """Settle ``auto`` against the cluster; every rank has a crop of each batch.
+
+    Raises WorkersError if the ranks do not fit, ConfigError for a batch that is too small.
+    """
+    workers, batch = config.workers, config.train.batch
     count = workers.count
-    wanted = WorkersConfig(
-        count=count[0] if isinstance(count, tuple) else count,
-        gpus=workers.gpus,
-        cpus=workers.cpus,
-    )
+    fewest = count[0] if isinstance(count, tuple) else count
+    if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
+        raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
+    wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
     placement = session.place(wanted)
-    ranks = count if isinstance(count, tuple) else placement.actors
+    if batch < placement.actors:
+        raise ConfigError(
+            f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
+            "crop: raise it, or lower workers.count"
+        )
+    ranks = (count[0], min(count[1], batch)) if isinstance(count, tuple) else placement.actors
     return Group(ranks, placement.gpus, placement.cpus)
 
 
-def _fewest(group: Group) -> int:
-    return group.ranks[0] if isinstance(group.ranks, tuple) else group.ranks
-
-
 def _require_reachable(config: TrainConfig) -> None:
-    places = {"output.uri": config.output.uri, "data.train.uri": config.data.train.uri}
-    if config.data.val is not None:
-        places["data.val.uri"] = config.data.val.uri
+    places = {"output.uri": config.output.uri}
+    for name, part in (("train", config.data.train), ("val", config.data.val)):
+        if part is not None:
+            places[f"data.{name}.uri"] = part.uri
+            places |= {f"data.{name}.masks": part.masks} if "/" in part.masks else {}
+    named = config.model.checkpoint
+    if named and not named.startswith("builtin:"):
+        places["model.checkpoint"] = named
     stores = {key: Store(uri, config.storage) for key, uri in places.items()}
     require_reachable(stores, session.node_count(), config.storage.shared)

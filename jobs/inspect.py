@@ -102,7 +102,7 @@ def status(uri: str, storage: StorageConfig) -> Status | TrainingStatus:
 
 
 def _training_status(uri: str, storage: StorageConfig) -> TrainingStatus:
-    run = TrainingRun.open(uri, storage)
+    run = TrainingRun(Store(uri, storage)).look()
     assert run.record is not None
     steps, metric = run.record["data"]["steps"], run.record["config"]["train"]["best"]
     return TrainingStatus(run.store.uri(), steps, run.position(), run.is_finished, metric)

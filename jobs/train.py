@@ -11,6 +11,7 @@ from typing import Any
 from jobs import session
 from jobs.train_progress import TrainProgress
 from unet_core.fit import Event, fit
+from unet_core.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.run import BEST, TrainingRun, identity
 from unet_core.training.start import checkpoint_digest
@@ -39,14 +40,14 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
-    run = TrainingRun.open(config.output.uri, config.storage)
+    run = TrainingRun(Store(config.output.uri, config.storage)).look()
     run.require_same(identity(config, checkpoint_digest(config)))
     was_finished = run.is_finished
     if not was_finished:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    done = run.position()
+    done = run.look().position()
     return Trained(
         best=run.store.uri(BEST),
         step=done.step,

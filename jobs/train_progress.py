@@ -29,6 +29,7 @@ class TrainProgress:
         )
         self._task = self._bar.add_task("looking at the images", total=None, text="")
         self._epochs = 0
+        self._names: tuple[str, ...] = ()
         self._said = time.monotonic()
         self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
         self._loss: float | None = None
@@ -44,6 +45,7 @@ class TrainProgress:
     def on_event(self, event: Event) -> None:
         """Show it."""
         if isinstance(event, Started):
+            self._names = event.class_names
             self._epochs = -(-event.steps // event.steps_per_epoch)
             self._bar.update(self._task, total=event.steps, completed=event.step)
             again = f", going on after step {event.step:,}" if event.step else ""
@@ -69,10 +71,10 @@ class TrainProgress:
             self._console.print(f"{epoch}, step {step.number:,}: {text}")
 
     def _on_epoch(self, epoch: Epoch) -> None:
-        names = self._config.model.classes
+        names = self._names
         scores = ", ".join(
             f"{escape(name)} {score.iou:.3f}" if score.iou is not None else f"{escape(name)} –"
-            for name, score in zip(names, epoch.evaluation.scores, strict=False)
+            for name, score in zip(names, epoch.evaluation.scores, strict=True)
         )
         self._value = f", val {self._config.train.best} "
         self._value += f"{epoch.evaluation.of(self._config.train.best):.3f}"

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
-    f"{path.parent.name}.{path.stem}": path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for package in ("unet_core", "jobs")
-    for path in sorted((ROOT / package).glob("*.py"))
+    for path in sorted((ROOT / package).rglob("*.py"))
 }
 
 
@@ -46,10 +46,12 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
     ("package", "doors"),
     [
         ("fsspec", {"unet_core.object_stores"}),
-        ("ray", {"jobs.session", "jobs.actors"}),
+        ("ray", {"jobs.session", "jobs.actors", "jobs.ddp"}),
         ("safetensors", {"unet_core.checkpoint", "unet_core.weights"}),
         ("click", {"jobs.cli"}),
-        ("rich", {"jobs.progress", "jobs.describe", "jobs.cli"}),
+        ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.cli"}),
+        ("scipy", {"unet_core.training.boundary"}),
+        ("matplotlib", {"unet_core.training.curves"}),
     ],
 )
 def test_there_is_one_door_to_each_library(package, doors):

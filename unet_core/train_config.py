@@ -109,6 +109,8 @@ class NetworkConfig(Section):
             raise ValueError(
                 f"{given[0]} and checkpoint exclude each other: the checkpoint brings its own"
             )
+        if self.arguments and not self.factory:
+            raise ValueError("arguments belong to a factory; give model.factory too")
         try:
             assert self.spec
         except ConfigError as error:
@@ -233,6 +235,14 @@ class TrainWorkersConfig(WorkersConfig):
     count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"  # type: ignore[assignment]  # a wider choice than actors have
     """Ranks, or the fewest and the most: as many as the cluster has room for. ``inline``: this
     process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one."""
+
+    @field_validator("count")
+    @classmethod
+    def _fewest_first(cls, count: Any) -> Any:
+        if isinstance(count, tuple) and count[0] > count[1]:
+            raise ValueError(f"got {list(count)}, but the fewest ranks come first")
+        return count
+
     max_failures: Annotated[int, Field(strict=True, ge=0)] = 10
     """How often ranks may die; each time all begin again at the last checkpoint."""
 
@@ -265,12 +275,21 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _weights_fit_classes(self) -> "TrainConfig":
-        weights, classes = self.loss.class_weights, self.model.classes
-        if isinstance(weights, list) and len(weights) != len(classes):
+    def _objects_are_of_one_class(self) -> "TrainConfig":
+        parts = [self.data.train] + ([self.data.val] if self.data.val is not None else [])
+        if any(part.instances for part in parts) and len(self.model.classes) > 2:
             raise ValueError(
-                f"loss.class_weights holds {len(weights)} numbers, but there are {len(classes)} "
-                "classes"
+                f"instances knows one class of objects, but model.classes names "
+                f"{len(self.model.classes)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pieces_fit_batch(self) -> "TrainConfig":
+        if self.train.accumulate > self.train.batch:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, but a batch has only "
+                f"{self.train.batch} crops"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""``train`` beside a bare loop: ``python -m tests.benchmarks.bare_training IMAGES MASKS [KEY=VALUE]``
+"""Beside a bare loop: ``python -m tests.benchmarks.bare_training IMAGES MASKS [KEY=VALUE]``.
 
 The loop has the same network, optimiser and loss, and all its crops in memory as tensors; it reads,
 decodes, augments, checks and saves nothing. Both take turns; evaluation is left out of both.

@@ -112,7 +112,7 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     assert "finished already; nothing was written" in text
     code, text, _ = run_cli("status", model)
     assert code == 0
-    assert "96 of 96 steps" in text
+    assert "64 of 64 steps" in text
     code, _, errors = run_cli("train", *pair, "--out", model, *options, "train.seed=3")
     assert code == 2
     assert "train.seed: the run has 0, this config 3" in errors

@@ -18,7 +18,7 @@ from tests.unet_core.training.scenes import config_of
 from unet_core.errors import ConfigError, StoppedError, WorkersError
 from unet_core.store import Store
 
-NO_NORM = ("model.preset=plain", "train.batch=4", "train.learning_rate=1e-3")
+NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimiser=sgd", "train.learning_rate=0.01")
 TWO_RANKS = ("workers.count=2", "workers.gpus=0", "workers.cpus=1", "storage.shared=true")
 
 

@@ -53,15 +53,13 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
     )
 
 
-def idle(
-    shape: CropShape, channels: int, ignore_index: int, has_boundary: bool, device: torch.device
-) -> Examples:
-    """What a rank computes that has no image left: zeros that count for nothing."""
+def nothing(shape: CropShape, channels: int, device: torch.device) -> Examples:
+    """What a rank computes that has no image left: a batch of none."""
     side, input_side = shape.side, shape.input_side
-    images_NCHW = torch.zeros(1, channels, input_side, input_side, device=device)
-    labels_NHW = torch.full((1, side, side), ignore_index, device=device)
-    boundary_NHW = torch.zeros(1, side, side, device=device) if has_boundary else None
-    return Examples([], images_NCHW, labels_NHW, boundary_NHW)
+    images_NCHW = torch.zeros(0, channels, input_side, input_side, device=device)
+    return Examples(
+        [], images_NCHW, torch.zeros(0, side, side, dtype=torch.int64, device=device), None
+    )
 
 
 def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
@@ -76,10 +74,10 @@ def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tens
     x_NHW = from_centre[None, None, :].expand(len(crops), side, side)
     elastic = np.stack([crop.elastic for crop in crops])
     if elastic.any():
-        coarse = torch.from_numpy(elastic).float().to(device)
+        coarse = torch.from_numpy(elastic).to(device)
         fine = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)
         y_NHW, x_NHW = y_NHW + fine[:, 0], x_NHW + fine[:, 1]
-    matrix = torch.tensor(np.stack([crop.matrix for crop in crops]), device=device).float()
+    matrix = _stacked([crop.matrix for crop in crops], device)
     centre = torch.tensor([crop.centre for crop in crops], device=device)
     size = torch.tensor([crop.size for crop in crops], device=device)
     axes = []
@@ -118,7 +116,7 @@ def _varied(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
         torch.tensor(values, device=device)[:, None, None, None]
         for values in ([crop.gamma for crop in crops], [crop.brightness for crop in crops])
     )
-    gain = torch.tensor(np.stack([crop.gain for crop in crops]), device=device).float()
+    gain = _stacked([crop.gain for crop in crops], device)
     images_NCHW = images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
     images_NCHW = images_NCHW + brightness
     for at, crop in enumerate(crops):

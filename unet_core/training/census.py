@@ -2,19 +2,32 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
-from unet_core.training.dataset import TRAIN, VAL, Item, Split, divide_at, read_items, share_of
+from unet_core.run import Identity
+from unet_core.train_config import TrainConfig
+from unet_core.training.dataset import (
+    TRAIN,
+    VAL,
+    Item,
+    Key,
+    Split,
+    divide_at,
+    read_items,
+    share_of,
+)
+from unet_core.training.lanes import Order
 from unet_core.training.ranks import Ranks
+from unet_core.training.run import TrainingRun
 
-AHEAD = 64
-AHEAD_BYTES = 2**28
+AHEAD = 16
 SHOWN = 5
 
 
@@ -45,16 +58,39 @@ class Census:
         )
 
 
-def take(splits: tuple[Split, Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census:
+@dataclass(frozen=True)
+class Seen:
+    """One image, looked at."""
+
+    key: Key
+    share: float
+    label_pixels: Counter[int]
+
+
+def take(
+    splits: tuple[Split, Split],
+    ranks: Ranks,
+    pool: ThreadPoolExecutor,
+    wants_stop: Callable[[], bool],
+) -> Census:
     """Look at all images, each rank at its own shards; sets the counts of the splits.
 
-    Raises ConfigError that names what cannot be used, on every rank.
+    Raises ConfigError that names what cannot be used, StoppedError if someone asks for it; on every
+    rank.
     """
-    found = _look_together(splits, ranks, pool)
     train, val = splits
+    groups = [[train, val]] if train.input is val.input else [[train], [val]]
+
+    def look() -> Census:
+        mine = ranks.together(
+            lambda: sum((_look(group, ranks, pool, wants_stop) for group in groups), Census())
+        )
+        return sum(ranks.gather(mine), Census())
+
+    found = look()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         divide_at(splits, math.nextafter(found.lowest_share, 1))  # few images: one validates
-        found = _look_together(splits, ranks, pool)
+        found = look()
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
@@ -62,56 +98,52 @@ def take(splits: tuple[Split, Split], ranks: Ranks, pool: ThreadPoolExecutor) ->
     return found
 
 
-def _look_together(splits: tuple[Split, Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census:
-    train, val = splits
-    groups = [[train, val]] if train.input is val.input else [[train], [val]]
-
-    def mine() -> Census:
-        return sum((_look(group, ranks, pool) for group in groups), Census())
-
-    return sum(ranks.gather(ranks.together(mine)), Census())
-
-
-def _look(splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor) -> Census:
+def _look(
+    splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
+) -> Census:
     source, found = splits[0].input, Census()
     by_name = {split.name: split for split in splits}
+    without_mask: list[str] = []
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
-            yield from read_items(splits, shard, found.without_mask)
+            yield from read_items(splits, shard, without_mask)
 
-    def look(item: Item) -> tuple[Item, Counter[int]] | str:
+    def look(item: Item) -> Seen | str:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return str(error)
         values, counts = np.unique(image.labels, return_counts=True)
-        return item, Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        pixels = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        return Seen(item.key, share_of(item.image_id), pixels)
 
-    with Prefetch(pool, look, items(), AHEAD, lambda _: 0, AHEAD_BYTES) as looked:
+    with Prefetch(pool, look, items(), AHEAD) as looked:
         for seen in looked:
+            if wants_stop():
+                raise StoppedError("stopped while looking at the images")
             if isinstance(seen, str):
                 found.unusable.append(seen)
                 continue
-            item, pixels = seen
-            found.images[item.key[:2]] += 1
-            found.lowest_share = min(found.lowest_share, share_of(item.image_id))
-            if item.key[0] == TRAIN:
-                found.label_pixels += pixels
+            found.images[seen.key[:2]] += 1
+            found.lowest_share = min(found.lowest_share, seen.share)
+            if seen.key[0] == TRAIN:
+                found.label_pixels += seen.label_pixels
+    if source.config.on_missing_mask == "refuse":
+        found.without_mask = [f"{source.name}: {image_id}" for image_id in without_mask]
     return found
 
 
 def _refuse_unusable(found: Census, train: Split) -> None:
     """Raise ConfigError for anything that would train another network than was meant."""
-    config = train.input.config
-    problems = [*found.unusable[:SHOWN]]
+    problems = found.unusable[:SHOWN]
     if more := len(found.unusable) - len(problems):
         problems.append(f"and {more} more like these")
-    if found.without_mask and config.on_missing_mask == "refuse":
+    if found.without_mask:
         shown = ", ".join(sorted(found.without_mask)[:SHOWN])
         problems.append(
-            f"data: {len(found.without_mask)} images have no mask: {shown}; add them, or set "
-            'on_missing_mask = "skip" or "background"'
+            f"{len(found.without_mask)} images have no mask: {shown}; add them, or set "
+            'on_missing_mask = "skip" or "background" there'
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -120,16 +152,65 @@ def _refuse_unusable(found: Census, train: Split) -> None:
             f"data: {found.of(TRAIN)} images for training and {found.of(VAL)} for validation; both "
             "need one: change data.val_fraction, or give data.val"
         )
-    labels = {value: n for value, n in found.label_pixels.items() if value != config.ignore_index}
-    ignored = found.label_pixels[config.ignore_index]
-    if len(labels) < 2:
-        share = ignored / max(1, found.label_pixels.total())
-        raise ConfigError(
-            f"data.train: every pixel that counts is of class {next(iter(labels), 'none')}"
-            + (
-                f", and {share:.0%} have the value {config.ignore_index}, which is ignored; if it "
-                f"means a class, say data.train.label_map = {{{config.ignore_index} = 1}}"
-                if ignored
-                else "; there is nothing to learn"
-            )
+    _refuse_single_class(found, train.input.config.ignore_index)
+
+
+def _refuse_single_class(found: Census, ignore_index: int) -> None:
+    labels = [value for value in found.label_pixels if value != ignore_index]
+    if len(labels) > 1:
+        return
+    share = found.label_pixels[ignore_index] / max(1, found.label_pixels.total())
+    way_out = "there is nothing to learn"
+    if share:
+        way_out = (
+            f"{share:.0%} have the value {ignore_index}, which is ignored; if it means a class, "
+            f"say data.train.label_map = {{{ignore_index} = 1}}"
         )
+    only = labels[0] if labels else "none"
+    raise ConfigError(f"data.train: every pixel that counts is of class {only}; {way_out}")
+
+
+def counted(
+    config: TrainConfig,
+    run: TrainingRun,
+    wanted: Identity,
+    splits: tuple[Split, Split],
+    ranks: Ranks,
+    pool: ThreadPoolExecutor,
+    wants_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """What ``run.json`` says of the data: looked at now, or recalled from the first session. Sets
+    the counts of the splits; the first rank publishes.
+
+    Raises RunMismatchError if the images changed since then, and what ``take`` raises.
+    """
+    if run.record is not None and ranks.first(run.has_manifest):
+        data: dict[str, Any] = run.record["data"]
+        if data["val_below"] < 1:
+            divide_at(splits, data["val_below"])
+        ranks.together(lambda: run.recall_counts(splits))
+        return data
+    found = take(splits, ranks, pool, wants_stop)
+    train, val = splits
+    classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
+    epoch = Order.of(config.train, train, 0)
+    data = {
+        TRAIN: train.images,
+        VAL: val.images,
+        "class_pixels": [found.label_pixels[label] for label in range(classes + 1)],
+        "val_below": val.high,
+        "steps": config.train.steps or config.train.epochs * epoch.steps,
+    }
+
+    def publish() -> dict[str, Any]:
+        if run.record is None:
+            run.establish(wanted, config, data)
+        elif run.record["data"] != data:
+            raise RunMismatchError(
+                f"{run.store.uri()}: the images changed since the training began; restore them, or "
+                "train into a new folder"
+            )
+        run.publish_manifest(splits)
+        return data
+
+    return ranks.first(publish)

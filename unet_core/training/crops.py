@@ -73,6 +73,12 @@ class Crop:
     noise: float
     noise_seed: int
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
+        return self.pixels_CHW.nbytes + self.labels_HW.nbytes + boundary
+
 
 def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
     """Draw a crop of an image; ``seed``: of the run, the epoch and the round."""
@@ -100,10 +106,12 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
         size=(rows[1] - rows[0], columns[1] - columns[0]),
         offset=image.picture.offset,
         scale=image.picture.scale,
-        matrix=matrix,
+        matrix=matrix.astype(np.float32),
         centre=(rows[2], columns[2]),
-        elastic=elastic,
-        gain=common * random.uniform(1 - augment.color, 1 + augment.color, channels),
+        elastic=elastic.astype(np.float32),
+        gain=(common * random.uniform(1 - augment.color, 1 + augment.color, channels)).astype(
+            np.float32
+        ),
         brightness=random.uniform(-1, 1) * augment.brightness,
         gamma=_ratio(augment.gamma, random),
         noise=noisy * augment.noise,
@@ -150,9 +158,7 @@ def _place(
 
 
 def _padded(cut: Array, side: int) -> Array:
-    """A window of the full size, so that windows stack; what is added is never looked at."""
-    if cut.shape[-2:] == (side, side):
-        return cut
+    """A copy of the full size, so that windows stack; what is added is never looked at."""
     whole = np.zeros((*cut.shape[:-2], side, side), dtype=cut.dtype)
     whole[..., : cut.shape[-2], : cut.shape[-1]] = cut
     return whole

@@ -11,11 +11,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.inputs import list_shards, open_source, read_shard
 from unet_core.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.preprocessing import Preprocessing
@@ -66,8 +67,11 @@ class LabelledInput:
         self.name = f"data.{name}"
         self.config = config
         alone = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
-        self.source = open_source(alone, whole.storage)
-        self.shards = list(list_shards(self.source))
+        try:
+            self.source = open_source(alone, whole.storage)
+            self.shards = list(list_shards(self.source))
+        except (ConfigError, StoreError) as error:
+            raise type(error)(str(error).replace("input.", f"{self.name}.")) from error
         self._decoder = Decoder(wanted, 2**16 if config.instances else classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
@@ -87,10 +91,15 @@ class LabelledInput:
         """
         images = []
         for image in self._decoder.decode(sample):
-            failure = image.failure if isinstance(image, Rejected) else image.truth_failure
-            if failure is not None or isinstance(image, Rejected):
-                raise ConfigError(f"{self.name}: {image.sample.image_id}: {failure}")
-            images.append(self._in_memory(image))
+            try:
+                if isinstance(image, Rejected):
+                    raise image.failure
+                if image.truth_failure is not None:
+                    raise image.truth_failure
+                images.append(self._in_memory(image))
+            except ImageError as failure:  # also of a window that is only read now
+                text = str(failure).replace("input.", f"{self.name}.")
+                raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from failure
         return images
 
     def _in_memory(self, image: Picture) -> Labelled:
@@ -106,11 +115,16 @@ class LabelledInput:
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
-            is_ids = config.instances
-            objects_HW = stored_HW if is_ids else objects_of(stored_HW, config.ignore_index)
+            objects_HW = objects_of(labels_HW, config.ignore_index)
+            if config.instances:
+                objects_HW = np.where(labels_HW == 1, stored_HW, 0)
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels, truth = Pixels.of(image.pixels.whole()), Pixels.of(labels_HW[None])
-        return Labelled(replace(image, pixels=pixels, truth=truth), boundary_HW)
+        name_only = replace(
+            image.sample, read=bytes, read_mask=None, open=None, open_mask=None
+        )  # its bytes are done with
+        kept = replace(image, sample=name_only, pixels=pixels, truth=truth)
+        return Labelled(kept, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
         """Class ids, as small as they go; of objects, one class and what was said to be ignored."""
@@ -133,9 +147,12 @@ class Memory:
 
     @classmethod
     def shared_by(cls, ranks: int) -> "Memory":
-        """A part of this machine's memory, as if all ranks were on it."""
-        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls(installed // MEMORY_SHARE // ranks)
+        """A part of the memory that this process may use, as if all ranks were on this machine."""
+        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            usable = min(usable, int(text))
+        return cls(usable // MEMORY_SHARE // ranks)
 
     def clear(self) -> None:
         """Keep nothing any more."""

@@ -1,7 +1,7 @@
 """How good a network is on the validation images, segmented as ``predict`` does it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from unet_core.canvas import Canvas, Look
 from unet_core.checkpoint import Header
 from unet_core.config import TileConfig
 from unet_core.engine import Engine
+from unet_core.errors import StoppedError
 from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
 from unet_core.ordered import Prefetch
 from unet_core.picture import Picture
@@ -58,17 +59,24 @@ class Evaluation:
 
 def evaluate(
     network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
 ) -> Evaluation:  # fmt: skip
-    """Segment the images of a split, each rank its share; the counts are those of all."""
-    with torch.backends.cudnn.flags():  # the engine wants repeatable kernels; training does not
-        matrix = ranks.together(lambda: _count(network, header, device, split, ranks, pool))
+    """Segment the images of a split, each rank its share; the counts are those of all.
+
+    Raises StoppedError if someone asks for it, on every rank.
+    """
+    with torch.backends.cudnn.flags(
+        enabled=True
+    ):  # the engine wants repeatable kernels; training does not
+        matrix = ranks.together(
+            lambda: _count(network, header, device, split, ranks, pool, wants_stop)
+        )
     return Evaluation(sum(ranks.gather(matrix)))
 
 
 def _count(
     network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
 ) -> Array:  # fmt: skip
     windows = windows_for(TileConfig(), header.tiling)
     engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
@@ -84,6 +92,8 @@ def _count(
 
     with Prefetch(pool, load, _mine(split, ranks), AHEAD, weight, AHEAD_BYTES) as pictures:
         for index, picture in enumerate(pictures):
+            if wants_stop():
+                raise StoppedError("stopped while evaluating")
             canvas = Canvas(index, picture, windows, look)
             assert picture.truth is not None
             for tile in canvas.tiles:

@@ -19,7 +19,7 @@ from unet_core.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Totals:
+class BatchCounts:
     """What a global batch holds, over all ranks."""
 
     pixels: float
@@ -63,8 +63,11 @@ class Learner:
         """Pixels of a piece that count, and crops that have some."""
         return self._loss.counts(examples)
 
-    def step(self, pieces: Sequence[Examples], totals: Totals, rate: float, seed: int) -> float:
-        """Take one optimiser step; returns this rank's part of the loss.
+    def step(
+        self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
+    ) -> float:
+        """Take one optimiser step; returns this rank's part of the loss, NaN where the gradient is
+        not finite: then the weights stay as they are.
 
         ``seed``: of dropout; of the run, the step and the rank, so that nothing need be kept.
         """
@@ -76,22 +79,31 @@ class Learner:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
-        parts = [self._backward(piece, totals, piece is pieces[-1]) for piece in pieces]
-        if self._config.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self._config.clip_norm)
+        parts = [self._backward(piece, counts, piece is pieces[-1]) for piece in pieces]
+        if not self._clipped_norm().isfinite():
+            return math.nan
         self._optimiser.step()
         if self._mean is not None:
             self._mean.update_parameters(self.network)
         return math.fsum(part.item() for part in parts)
 
-    def _backward(self, piece: Examples, totals: Totals, is_last: bool) -> Tensor:
+    def _clipped_norm(self) -> Tensor:
+        """The gradient's norm, over all ranks, before it was clipped."""
+        weights = [p for p in self.network.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if self._config.clip_norm:
+            nn.utils.clip_grads_with_norm_(weights, self._config.clip_norm, norm)
+        return norm
+
+    def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
         if isinstance(self._parallel, DistributedDataParallel):
             self._parallel.require_backward_grad_sync = is_last
-        is_low = self._autocast is not None
+        # ranks with and without images exchange statistics of BatchNorm in one precision
+        is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self._loss.part(logits_NKHW, piece, totals.pixels, totals.crops)
+        part = self._loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
         (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return part.detach()
 
@@ -102,7 +114,7 @@ class Learner:
             found |= {f"mean.{name}": t for name, t in self._mean.state_dict().items()}
         for index, state in self._optimiser.state_dict()["state"].items():
             found |= {f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
-        return {name: t.detach().cpu().contiguous() for name, t in found.items()}
+        return {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
@@ -153,6 +165,6 @@ def rate_at(step: int, steps: int, config: FitConfig) -> float:
 
 def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
     """What activations are computed in, if not in float32."""
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wants = config.precision == "bfloat16" or (config.precision == "auto" and has_it)
     return torch.bfloat16 if wants else None

@@ -1,11 +1,11 @@
 """The processes that train together. One process is a group of its own and talks to nobody."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from unet_core.errors import UnetJobsError
 
@@ -52,6 +52,27 @@ class Ranks:
         found: list[Any] = [None] * self.count
         distributed.all_gather_object(found, value)
         return found
+
+    def first(self, call: Callable[[], ResultT]) -> ResultT:
+        """What the first rank finds, so that all go by the same; its error is raised on all."""
+        box: list[Any] = [None]
+        if self.is_first:
+            try:
+                box = [(call(), None)]
+            except UnetJobsError as error:
+                box = [(None, error)]
+        if self.count > 1:
+            distributed.broadcast_object_list(box, src=0)
+        result, raised = box[0]
+        if raised is not None:
+            raise raised
+        return result
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors by those of the first rank."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
 
     def together(self, call: Callable[[], ResultT]) -> ResultT:
         """Do what each rank does alone; an error of this project on one is raised on all, so that

@@ -8,6 +8,7 @@ published before it.
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core import __version__, checkpoint
-from unet_core.config import StorageConfig
 from unet_core.errors import RunMismatchError, StoreError
-from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
+from unet_core.run import MANIFEST_NAME, RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
 from unet_core.store import Store
 from unet_core.train_config import TrainConfig
@@ -25,10 +25,8 @@ from unet_core.training.dataset import Split
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CURVES = "learning_curves.png"
-MANIFEST_NAME = "manifest/00000.parquet"
-STATE = "state.safetensors"
-KEPT = 2
-"""Checkpoints that are kept; the one before the newest, in case that a store loses one."""
+CHECKPOINT = re.compile(r"checkpoints/(\d+)/state\.safetensors")
+HISTORY_FILE = re.compile(r"history/(\d+)\.parquet")
 
 Row = dict[str, Any]
 
@@ -84,14 +82,11 @@ class TrainingRun:
     record: dict[str, Any] | None = None
     """``run.json``."""
 
-    @classmethod
-    def open(cls, uri: str, storage: StorageConfig) -> "TrainingRun":
-        """The folder as it is; raises StoreError if its ``run.json`` is another's or damaged."""
-        store = Store(uri, storage)
-        run = cls(store)
-        if store.exists(RUN_JSON):
-            run.record = _parsed(store.read(RUN_JSON), store.uri(RUN_JSON))
-        return run
+    def look(self) -> "TrainingRun":
+        """Read ``run.json``, if there is one; raises StoreError if it is another's or damaged."""
+        if self.store.exists(RUN_JSON):
+            self.record = _parsed(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+        return self
 
     @property
     def is_finished(self) -> bool:
@@ -106,7 +101,7 @@ class TrainingRun:
             require_equal(self.store.uri(), self.record["identity"], wanted)
 
     def establish(self, wanted: Identity, config: TrainConfig, data: dict[str, Any]) -> None:
-        """Publish ``run.json``; raises RunMismatchError if another training was faster."""
+        """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         record = {
             "kind": "training",
@@ -118,8 +113,10 @@ class TrainingRun:
         }
         text = json.dumps(record, indent=1).encode() + b"\n"
         if not self.store.publish_exclusively(RUN_JSON, text):
-            self.record = _parsed(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
-            self.require_same(wanted)
+            raise RunMismatchError(
+                f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
+                "or choose a new folder"
+            )
         self.record = record
 
     def has_manifest(self) -> bool:
@@ -156,33 +153,42 @@ class TrainingRun:
             split.counts = [then[shard.shard_id] for shard in split.input.shards]
 
     def save(self, position: Position, tensors: dict[str, Any]) -> None:
-        """Publish the history since the last checkpoint, then a checkpoint, then drop old ones."""
+        """Publish the history since the last checkpoint, then a checkpoint; drop older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
-            self.store.publish(f"history/{position.step:09d}.parquet", _parquet(table))
+            self.store.publish(_history(position.step), _parquet(table))
             self.history = []
         data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
-        self.store.publish(f"checkpoints/{position.step:09d}/{STATE}", data)
-        for step in self._steps("checkpoints")[:-KEPT]:
-            self.store.remove(f"checkpoints/{step:09d}/{STATE}")
+        self.store.publish(_checkpoint(position.step), data)
+        for step in self._steps(CHECKPOINT):
+            if step != position.step:
+                self.store.remove(_checkpoint(step))
 
-    def load(self) -> tuple[Position, dict[str, Any]] | None:
-        """The newest checkpoint, if there is one; history rows behind it are dropped."""
-        steps = self._steps("checkpoints")
-        if not steps:
-            return None
-        name = f"checkpoints/{steps[-1]:09d}/{STATE}"
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint. Sweeps what a writer left that died: half-written
+        files, and history rows behind that checkpoint.
+        """
+        for folder in ("checkpoints", "history"):
+            for entry in self.store.list(folder):
+                if entry.name.rpartition("/")[2].startswith("_"):
+                    self.store.remove(f"{folder}/{entry.name}")
+        newest = max(self._steps(CHECKPOINT), default=None)
+        for step in self._steps(HISTORY_FILE):
+            if newest is None or step > newest:
+                self.store.remove(_history(step))
+        return newest
+
+    def load(self, step: int) -> tuple[Position, dict[str, Any]]:
+        """One checkpoint; raises StoreError if it is gone, CheckpointError if it is damaged."""
+        name = _checkpoint(step)
         tensors, metadata = checkpoint.unpack(self.store.read(name), self.store.uri(name))
-        for step in self._steps("history"):
-            if step > steps[-1]:
-                self.store.remove(f"history/{step:09d}.parquet")
         return Position(**json.loads(metadata["position"])), tensors
 
     def rows(self) -> list[Row]:
         """The whole history as far as it is published, in the order of the steps."""
         found: list[Row] = []
-        for step in self._steps("history"):
-            with self.store.open_parquet(f"history/{step:09d}.parquet") as file:
+        for step in self._steps(HISTORY_FILE):
+            with self.store.open_parquet(_history(step)) as file:
                 found += file.read().to_pylist()
         return found
 
@@ -191,18 +197,29 @@ class TrainingRun:
         self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
 
     def position(self) -> Position:
-        """How far it has come, by its newest checkpoint; its tensors are not read."""
-        steps = self._steps("checkpoints")
-        if not steps:
+        """How far it has come; no tensors are read."""
+        if self.is_finished:
+            return Position(**json.loads(self.store.read(SUCCESS)))
+        newest = max(self._steps(CHECKPOINT), default=None)
+        if newest is None:
             return Position()
-        uri = self.store.uri(f"checkpoints/{steps[-1]:09d}/{STATE}")
+        uri = self.store.uri(_checkpoint(newest))
         metadata = checkpoint.read_metadata(uri, self.store.storage)
         return Position(**json.loads(metadata["position"]))
 
-    def _steps(self, folder: str) -> list[int]:
-        """Steps by which the files of a folder are named, in order."""
-        names = (entry.name.partition(".")[0].split("/")[0] for entry in self.store.list(folder))
-        return sorted({int(name) for name in names if name.isdigit()})
+    def _steps(self, pattern: re.Pattern[str]) -> list[int]:
+        """Steps of the files of a kind, in order; what is still being written is none."""
+        folder = pattern.pattern.partition("/")[0]
+        names = (f"{folder}/{entry.name}" for entry in self.store.list(folder))
+        return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+
+
+def _checkpoint(step: int) -> str:
+    return f"checkpoints/{step:09d}/state.safetensors"
+
+
+def _history(step: int) -> str:
+    return f"history/{step:09d}.parquet"
 
 
 def is_training(store: Store) -> bool:

@@ -24,7 +24,15 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
     network, header = _loaded(config) if config.model.checkpoint else _built(config)
     crop, sides, margin = config.train.crop, header.tiling.sides, header.tiling.margin
     if crop + 2 * margin not in sides:
-        raise ConfigError(f"train.crop: {crop} is not possible here; {sides.near(crop)}")
+        near = (sides.at_most(crop + 2 * margin), sides.at_least(crop + 2 * margin))
+        possible = " and ".join(str(side - 2 * margin) for side in sorted(set(near)))
+        raise ConfigError(f"train.crop: {crop} is not possible here, {possible} are")
+    weights = config.loss.class_weights
+    if isinstance(weights, list) and len(weights) != len(header.class_names):
+        raise ConfigError(
+            f"loss.class_weights holds {len(weights)} numbers, but the classes are "
+            f"{', '.join(header.class_names)}"
+        )
     return network, header
 
 

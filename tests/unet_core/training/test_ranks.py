@@ -79,7 +79,11 @@ def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path)
 
 @pytest.mark.parametrize(
     "deaths",
-    [("5", "checkpoint:2", "3"), ("manifest:1", "history:1", "best:1", "9"), ("success:1",)],
+    [
+        ("5", "checkpoint:2", "3"),
+        ("manifest:1", "history:1", "best:1", "9"),
+        ("success:1", "inside:9"),
+    ],
     ids=" ".join,
 )
 def test_one_process_killed_anywhere_ends_with_the_same_bits(train, tmp_path, deaths):
