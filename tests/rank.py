@@ -39,6 +39,9 @@ def main(rank, ranks, meeting, path, when=""):
         taken += isinstance(event, Step)
         if isinstance(event, Step) and str(taken) == when:
             os.kill(os.getpid(), signal.SIGKILL)
+    if int(ranks) > 1:
+        distributed.barrier()  # who leaves early cuts the others off
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

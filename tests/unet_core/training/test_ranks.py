@@ -82,7 +82,7 @@ def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path)
     [
         ("5", "checkpoint:2", "3"),
         ("manifest:1", "history:1", "best:1", "9"),
-        ("success:1", "inside:9"),
+        ("inside:9", "success:1"),
     ],
     ids=" ".join,
 )
