@@ -96,6 +96,9 @@ def fit(
     """
     ranks = ranks or Ranks.joined()
     device = device or choose_device(config.model.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where ranks meet
+        torch.backends.cudnn.benchmark = True  # all crops have one shape
     run, wanted = ranks.together(lambda: _open(config))
     run.record = ranks.first(lambda: run.record)
     if ranks.first(lambda: run.is_finished):
@@ -134,8 +137,6 @@ def _begin(
         weights = balanced([*pixels, *[0] * (classes - len(pixels))])
     of_class = weights if isinstance(weights, list) else None
     loss = Loss(config.loss, config.data.train.ignore_index, of_class)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all crops have one shape
     learner = Learner(network, loss, config.train, device, ranks)
     shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
     feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)

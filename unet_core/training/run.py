@@ -223,8 +223,13 @@ def _history(step: int) -> str:
 
 
 def is_training(store: Store) -> bool:
-    """Whether a folder is that of a training."""
-    return store.exists(RUN_JSON) and b'"kind": "training"' in store.read(RUN_JSON)
+    """Whether a folder is that of a training; raises StoreError if its ``run.json`` is no JSON."""
+    if not store.exists(RUN_JSON):
+        return False
+    try:
+        return bool(json.loads(store.read(RUN_JSON)).get("kind") == "training")
+    except (ValueError, AttributeError) as error:
+        raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a run: {error}") from error
 
 
 def _parsed(data: bytes, where: str) -> dict[str, Any]:
