@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
+from unet_core.train_config import TrainWorkersConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def local_cpus(workers: WorkersConfig) -> float:
     return os.cpu_count() or 1
 
 
-def is_inline(workers: WorkersConfig) -> bool:
+def is_inline(workers: WorkersConfig | TrainWorkersConfig) -> bool:
     """Whether this process does the work itself: asked for, or ``auto`` with nothing to share it
     with (no cluster is named, and there is at most one GPU).
     """

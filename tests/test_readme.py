@@ -49,6 +49,20 @@ def test_the_config_shown_has_every_key_and_its_default():
     assert config == build(PredictConfig, required, [])
 
 
+def test_the_training_shown_has_every_key_and_its_default():
+    table = tomllib.loads(blocks("toml", (ROOT / "docs" / "training.md").read_text())[0])
+    shown = build(TrainConfig, table, [])
+    required = {
+        "data": {"train": {"uri": "photos", "masks": "truth/"}},
+        "output": {"uri": "models/mine"},
+    }
+    assert shown == build(TrainConfig, required, ["train.epochs=40"])
+    for section, fields in shown.model_dump().items():
+        if section not in ("data", "storage"):
+            unsaid = {"low", "high", "steps"}
+            assert set(table[section]) == set(fields) - unsaid, section
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_every_snippet_runs_on_a_run(number, make_config, tmp_path, monkeypatch, capsys):
     predict(make_config(out="runs/first"))

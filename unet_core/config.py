@@ -127,16 +127,21 @@ class OutputConfig(FolderConfig):
     """Keep them beside the masks, one plane per logit; ``uint8`` is round(255 p)."""
 
 
-class WorkersConfig(Section):
+class ShareConfig(Section):
+    """What each worker gets."""
+
+    gpus: Auto | Number = "auto"
+    """GPUs each, for actors fractions too; 0 means CPU."""
+    cpus: Auto | Number = "auto"
+    """CPU cores each."""
+
+
+class WorkersConfig(ShareConfig):
     """Who does the work; never part of a run's identity."""
 
     count: Auto | Literal["inline"] | Count = "auto"
     """Actors. ``inline``: this process, no Ray. ``auto``: one per GPU of the cluster, or inline
     where there is at most one GPU and no cluster."""
-    gpus: Auto | Number = "auto"
-    """GPUs per actor, fractions allowed; 0 means CPU."""
-    cpus: Auto | Number = "auto"
-    """CPU cores per actor."""
     mixed_devices: bool = False
     """Let actors whose device or versions differ from those in ``run.json`` take part."""
 

@@ -12,8 +12,8 @@ from unet_core.config import (
     InputConfig,
     Number,
     Section,
+    ShareConfig,
     StorageConfig,
-    WorkersConfig,
     allowed_uri,
     refuse_nesting,
 )
@@ -229,10 +229,10 @@ class AugmentConfig(Section):
     """Largest σ of Gaussian noise, in half of the crops."""
 
 
-class TrainWorkersConfig(WorkersConfig):
+class TrainWorkersConfig(ShareConfig):
     """Who does the work: ranks of one DDP group; never part of a run's identity."""
 
-    count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"  # type: ignore[assignment]  # a wider choice than actors have
+    count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"
     """Ranks, or the fewest and the most: as many as the cluster has room for. ``inline``: this
     process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one."""
 
