@@ -46,6 +46,7 @@ _KINDS = {
     "bool": "true or false",
     "string": "a text in quotes",
     "list": "a list",
+    "tuple": "a list",
     "dict": "a section of keys",
     "model": "a section of keys",
 }

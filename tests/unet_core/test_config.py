@@ -32,8 +32,8 @@ def test_every_problem_is_told_at_once_with_what_is_allowed():
         "job.toml: tile.batch: got 'x', allowed: \"auto\" or a whole number",
         "job.toml: output.uri: is required",
         'job.toml: output.encoding: got \'jpg\', allowed: "raw" or "png"',
-        'job.toml: workers.count: got \'all\', allowed: "auto" or "inline" or a whole number',
         'job.toml: workers.gpus: got -1, allowed: "auto" or a number of 0.0 or more',
+        'job.toml: workers.count: got \'all\', allowed: "auto" or "inline" or a whole number',
         "job.toml: nonsense: unknown key; "
         "allowed here: input, model, tile, output, workers, storage",
     ]
@@ -93,3 +93,43 @@ def test_training_without_truth_and_crops_that_do_not_fit_are_refused():
     (line,) = problems(table, kind=TrainConfig)
     assert "train.crop is 100" in line
     assert "96 and 112 are possible" in line
+
+
+TRAINING = {
+    "data": {"train": {"uri": "in", "masks": "truth/"}},
+    "output": {"uri": "out"},
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("workers.count=all", 'workers.count: got \'all\', allowed: "auto" or "inline" or a whole'),
+        ("workers.count=[8, 2]", "workers.count: got [8, 2], but the fewest ranks come first"),
+        ("train.optimizer=sgd", "train.optimizer: unknown key; did you mean optimiser?"),
+        (
+            "train.optimiser=lamb",
+            'train.optimiser: got \'lamb\', allowed: "adamw", "adam" or "sgd"',
+        ),
+        ("train.accumulate=9", "train.accumulate is 9, but a batch has only 8 crops"),
+        ("train.ema=1", "train.ema: got 1, allowed: a number below 1.0"),
+        ("augment.rotation=270", "augment.rotation: got 270, allowed: a number of 180.0 or less"),
+        ("augment.scale=0.5", "augment.scale: got 0.5, allowed: a number of 1.0 or more"),
+        ("loss.class_weights=some", 'loss.class_weights: got \'some\', allowed: "none" or "balan'),
+        ("model.arguments.a=1", "model: arguments belong to a factory; give model.factory too"),
+        ("data.train.masks=''", "data: train.masks is empty, but training needs the truth"),
+        ("output.uri=in/model", "output.uri (in/model) and data.train.uri (in) must not contain"),
+    ],
+)
+def test_mistakes_in_a_training_are_told_with_what_is_allowed(override, reason):
+    (line,) = problems(TRAINING, override, kind=TrainConfig)
+    assert reason in line
+
+
+def test_a_training_needs_one_length_one_loss_and_one_kind_of_object():
+    steps = ("train.epochs=3", "train.steps=5")
+    assert "epochs and steps exclude each other" in problems(TRAINING, *steps, kind=TrainConfig)[0]
+    nothing = ("loss.cross_entropy=0", "loss.dice=0")
+    assert "every loss has weight 0" in problems(TRAINING, *nothing, kind=TrainConfig)[0]
+    objects = ("data.train.instances=true", "model.classes=['a', 'b', 'c']")
+    assert "one class of objects" in problems(TRAINING, *objects, kind=TrainConfig)[0]
