@@ -90,7 +90,7 @@ class TrainingStatus:
     metric: str
 
 
-def status(uri: str, storage: StorageConfig) -> Status | TrainingStatus:
+def status(uri: str, storage: StorageConfig | None = None) -> Status | TrainingStatus:
     """Read the folder of a run or of a training; raises StoreError if it is neither."""
     if is_training(Store(uri, storage)):
         return _training_status(uri, storage)
@@ -101,7 +101,7 @@ def status(uri: str, storage: StorageConfig) -> Status | TrainingStatus:
     return Status(uri, len(shards), len(committed), run.is_finished, totals, record.class_names)
 
 
-def _training_status(uri: str, storage: StorageConfig) -> TrainingStatus:
+def _training_status(uri: str, storage: StorageConfig | None) -> TrainingStatus:
     run = TrainingRun(Store(uri, storage)).look()
     assert run.record is not None
     steps, metric = run.record["data"]["steps"], run.record["config"]["train"]["best"]
