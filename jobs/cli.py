@@ -188,9 +188,7 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
     value = "–" if trained.value is None else f"{trained.value:.4f}"
     _show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
     _show(best=f"{trained.best} (val {trained.metric} {value})")
-    _show(
-        predict=f"unet-jobs predict IMAGES --model {config.output.uri}/best.safetensors --out RUN"
-    )
+    _show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
 
 
 @cli.command(options_metavar="[OPTIONS]")

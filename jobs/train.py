@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Trained:
                 progress.on_event(event)
     done = run.look().position()
     return Trained(
-        best=run.store.uri(BEST),
+        best=f"{config.output.uri.rstrip('/')}/{BEST}",
         step=done.step,
         best_step=done.best_step,
         metric=config.train.best,

@@ -22,7 +22,7 @@ from unet_core.training.learner import precision
 from unet_core.training.losses import Loss
 from unet_core.training.start import new_network
 
-TURNS = 3
+TURNS = 5
 
 
 def ours(config: TrainConfig) -> float:
