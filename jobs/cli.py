@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from unet_core.metrics import Totals
 
 STOPPED = 130
+RECIPES = Path(__file__).parent / "recipes"
+"""A recipe's name alone means the shipped one, if there is no such file here."""
 READING = """\
 read it:  import pyarrow.dataset as ds
           print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
@@ -307,7 +309,9 @@ def _train_config(source: str, overrides: list[str], out: str | None) -> TrainCo
     if source.endswith(".toml"):
         if out:
             raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
-        return load(TrainConfig, source, overrides)
+        shipped = RECIPES / source
+        is_shipped = not Path(source).exists() and shipped.is_file()
+        return load(TrainConfig, str(shipped) if is_shipped else source, overrides)
     if not overrides or "=" in overrides[0] or not out:
         raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
     masks = overrides.pop(0)

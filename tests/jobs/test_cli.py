@@ -124,6 +124,17 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     assert "6 seen = 6 ok + 0 failed" in text
 
 
+def test_a_shipped_recipe_is_found_by_its_name(run_cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = (f"data.train.uri={folder}/images", f"data.train.masks={folder}/masks")
+    small = ("model.width=4", "model.depth=2", "train.crop=36", "train.epochs=1", "output.uri=m")
+    code, text, errors = run_cli("train", "paper.toml", *data, *small, "data.val_fraction=0.3")
+    assert code == 0, errors
+    assert "best:     m/best.safetensors" in text
+    code, _, errors = run_cli("train", "nowhere.toml")
+    assert (code, "cannot be read" in errors) == (2, True)
+
+
 def test_networks_are_shown_whole_and_layer_by_layer(run_cli, tiny_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     code, text, _ = run_cli("model")
