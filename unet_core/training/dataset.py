@@ -115,9 +115,11 @@ class LabelledInput:
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
-            objects_HW = objects_of(labels_HW, config.ignore_index)
-            if config.instances:
-                objects_HW = np.where(labels_HW == 1, stored_HW, 0)
+            objects_HW = (
+                np.where(labels_HW == 1, stored_HW, 0)
+                if config.instances
+                else objects_of(labels_HW, config.ignore_index)
+            )
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels, truth = Pixels.of(image.pixels.whole()), Pixels.of(labels_HW[None])
         name_only = replace(
