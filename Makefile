@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 FOLDER ?= demo
 
-.PHONY: help install demo data predict train test lint types clean
+N ?= 2
+GPUS ?= 1
+
+.PHONY: help install demo data predict train up down test lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +31,12 @@ predict: install  ## Segment: make predict CONFIG=predict.toml
 train: install  ## Train: make train CONFIG=train.toml
 	$(BIN)/unet-jobs train $(CONFIG)
 
+up: install  ## A Ray cluster on this machine: make up N=4 GPUS=2 (pretended GPUs)
+	$(BIN)/python cluster/local.py up $(N) --gpus $(GPUS)
+
+down:  ## End it
+	$(BIN)/python cluster/local.py down
+
 test: lint types  ## Lint, types, tests
 	$(BIN)/python -m pytest
 
@@ -39,4 +48,4 @@ types: install
 	$(BIN)/mypy
 
 clean:  ## Remove the environment, the sample data and caches
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cluster demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

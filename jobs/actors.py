@@ -7,18 +7,21 @@ since exceptions that do not pickle lose their cause.
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs import session
 from jobs.dispatch import MAX_FAILED_STARTS, PREFETCH, Attempt, Died, Done, Event, Ready
-from jobs.session import Placement
+from jobs.measures import Measures
+from jobs.version import CodeVersion, code_version
 from unet_core import errors
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import UnetJobsError, WorkersError
-from unet_core.shards import Shard
 from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
+LOOK_S = 5.0
+"""How often the nodes of the cluster are counted."""
 PLACING_WARNING_S = 30.0
-START, CONFIGURE = "start", "configure"
+JOIN, START, CONFIGURE = "join", "start", "configure"
+LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 
 ResultT = TypeVar("ResultT")
 
@@ -53,30 +59,36 @@ class Crash:
 
 
 @dataclass(frozen=True)
-class Started:
-    """What an actor says when its replica is loaded."""
+class Joined:
+    """What an actor says when it has a process, before it loads anything."""
 
-    compute: Compute
     node_id: str
     pid: int
+    code: CodeVersion
 
 
 class SegmentActor:
     """A replica behind Ray's calls."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, run: str) -> None:
         self._spec = spec
+        self._run = run
         self._replica: Replica | None = None
 
-    def start(self) -> Started | Failure | Crash:
-        """Load the model."""
+    def join(self, level: int) -> Joined:
+        """Say where it is and what code it runs; log from ``level`` on."""
+        logging.basicConfig(level=level, format=LOG_FORMAT, force=True)
+        node = ray.get_runtime_context().get_node_id()
+        return Joined(node, os.getpid(), code_version())
 
-        def load() -> Started:
+    def start(self) -> Compute | Failure | Crash:
+        """Load the model; returns what it computes with."""
+
+        def load() -> Compute:
             from unet_core.replica import Replica  # torch: for the actor, not for the driver
 
             self._replica = Replica(self._spec)
-            node = ray.get_runtime_context().get_node_id()
-            return Started(self._replica.probe(), node, os.getpid())
+            return self._replica.probe()
 
         return _recorded(load)
 
@@ -86,11 +98,13 @@ class SegmentActor:
         replica = self._replica
         return _recorded(lambda: replica.configure(compute, footer))
 
-    def segment(self, shard: Shard) -> ShardResult | Failure | Crash:
+    def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash:
         """Segment and commit one shard."""
         assert self._replica is not None
         replica = self._replica
-        return _recorded(lambda: replica.segment(shard))
+        log.info("begin run=%s shard=%s attempt=%d",
+                 self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
+        return _recorded(lambda: replica.segment(attempt.shard))
 
 
 def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
@@ -104,27 +118,43 @@ def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
 
 
 class RayActors:
-    """All actors of a run. A dead one is replaced, and gets work only once it is ready again."""
+    """All actors of a run: as many as are wanted while nodes come and go.
 
-    def __init__(self, spec: ReplicaSpec, placement: Placement) -> None:
-        self._spec = spec
+    A dead one gets no work again; its replacement does once it is ready. ``only_here``: on the
+    driver's node alone.
+    """
+
+    def __init__(
+        self, spec: ReplicaSpec, placement: session.Placement, shards: int, only_here: bool = False
+    ) -> None:
+        self._spec, self._placement = spec, placement
+        self._workers, self._only_here = spec.config.workers, only_here
+        self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
+        self._session = uuid.uuid4().hex[:4]
+        here = ray.get_runtime_context().get_node_id()
         self._remote = ray.remote(
             num_gpus=placement.gpus,
             num_cpus=placement.cpus,
+            accelerator_type=self._workers.accelerator_type or None,
+            scheduling_strategy=(
+                NodeAffinitySchedulingStrategy(here, soft=False) if only_here else "DEFAULT"
+            ),
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=PREFETCH,
         )(SegmentActor)
+        self._measures = Measures(self._run)
         self._placed = 0
         self._handles: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}
-        self._calls: dict[Any, tuple[str, str]] = {}
-        """Every call under way: its reference → (actor, shard id, or the step of its start)."""
-        self._started: dict[str, Started] = {}
+        self._calls: dict[Any, tuple[str, str | Attempt]] = {}
+        """Every call under way: its reference → (actor, attempt or step of its start)."""
+        self._computes: dict[str, Compute] = {}
         self._decided: tuple[Compute, dict[str, str]] | None = None
-        self._heard = time.monotonic()
-        for _ in range(placement.actors):
-            self._place()
+        self._heard = self._looked = time.monotonic()
+        self._room = placement.actors
+        self._shards = max(1, shards)
+        self._grow()
 
     def probe(self) -> Compute:
         """The ``compute`` section of the first actor that is loaded.
@@ -132,7 +162,7 @@ class RayActors:
         Raises WorkersError if actors die while loading.
         """
         deaths = 0
-        while not self._started:
+        while not self._computes:
             for event in self.events():
                 if isinstance(event, Died):
                     deaths += 1
@@ -140,30 +170,43 @@ class RayActors:
                         raise WorkersError(
                             f"{deaths} actors died while loading the model: {event.reason}"
                         )
-        return next(iter(self._started.values())).compute
+        return next(iter(self._computes.values()))
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided, for the actors of today and for their replacements."""
         self._decided = (compute, footer)
-        for name in self._started:
+        for name in self._computes:
             self._call(name, CONFIGURE, "configure", compute, footer)
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Let a ready actor begin a shard."""
         log.debug("submit shard=%s attempt=%d actor=%s",
                   attempt.shard.shard_id, attempt.number, actor)  # fmt: skip
-        self._call(actor, attempt.shard.shard_id, "segment", attempt.shard)
+        self._call(actor, attempt, "segment", attempt)
+
+    def want(self, shards: int) -> None:
+        """Have as many actors as the cluster can hold or get, but not more than open shards."""
+        self._shards = shards
+        self._measures.open(shards)
+        self._grow()
+
+    def release(self, actor: str) -> None:
+        """End an actor that nothing is left for."""
+        log.info("release run=%s actor=%s", self._run, actor)
+        ray.kill(self._handles[actor], no_restart=True)
+        self._forget(actor)
 
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
+        self._grow()
         calls = list(self._calls)
         ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
         if ready:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
             self._heard = time.monotonic()
-        elif not self._nodes and time.monotonic() - self._heard > PLACING_WARNING_S:
-            log.warning("no actor is ready yet: %d are being placed or loaded",
-                        len(self._handles))  # fmt: skip
+        elif not self._computes and time.monotonic() - self._heard > PLACING_WARNING_S:
+            log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
+                        len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
         for reference in ready:
             if reference in self._calls:
@@ -174,13 +217,20 @@ class RayActors:
         for handle in self._handles.values():
             ray.kill(handle, no_restart=True)
 
-    def _place(self) -> None:
-        self._placed += 1
-        name = f"actor-{self._placed}"
-        self._handles[name] = self._remote.remote(self._spec)
-        self._call(name, START, "start")
+    def _grow(self) -> None:
+        """Place what is wanted and not yet there; nodes may have joined."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            nodes = session.offered(self._workers, self._only_here)
+            self._room = session.wanted(self._workers, self._placement.room(nodes))
+        while len(self._handles) < min(self._room, self._shards):
+            self._placed += 1
+            name = f"actor-{self._placed}"
+            shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
+            self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
+            self._call(name, JOIN, "join", log.getEffectiveLevel())
 
-    def _call(self, name: str, what: str, method: str, *arguments: Any) -> None:
+    def _call(self, name: str, what: str | Attempt, method: str, *arguments: Any) -> None:
         reference = getattr(self._handles[name], method).remote(*arguments)
         self._calls[reference] = (name, what)
 
@@ -199,24 +249,35 @@ class RayActors:
         elif isinstance(answer, Crash):
             ray.kill(self._handles[name], no_restart=True)
             yield self._bury(name, answer.reason)
-        elif what == START:
-            self._started[name] = answer
+        elif what == JOIN:
+            code_version().require(answer.code, f"node {answer.node_id[:12]}")
             self._nodes[name] = answer.node_id
+            self._call(name, START, "start")
+        elif what == START:
+            self._computes[name] = answer
             if self._decided is not None:
                 self._call(name, CONFIGURE, "configure", *self._decided)
         elif what == CONFIGURE:
+            self._measures.ready(name)
             yield Ready(name)
-        else:
-            yield Done(name, what, answer)
+        elif isinstance(what, Attempt):
+            self._measures.done(name, what, answer)
+            yield Done(name, what.shard.shard_id, answer)
 
     def _bury(self, name: str, reason: str) -> Died:
-        """Forget a dead actor and place another."""
-        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
-        del self._handles[name]
-        self._started.pop(name, None)
-        node = self._nodes.pop(name, None)
+        """Forget a dead actor; the next look places another if it is wanted."""
+        node = self._forget(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         reason = " ".join(reason.split())[:300]
-        log.warning("actor died actor=%s reason=%s", name, reason)
-        self._place()
+        log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
+        self._looked = 0.0
         return Died(name, reason, blameless=node is not None and node not in alive)
+
+    def _forget(self, name: str) -> str | None:
+        """Drop all that is known of an actor; returns its node."""
+        lost = [what for actor, what in self._calls.values() if actor == name]
+        self._measures.gone(name, sum(isinstance(what, Attempt) for what in lost))
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
+        del self._handles[name]
+        self._computes.pop(name, None)
+        return self._nodes.pop(name, None)

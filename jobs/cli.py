@@ -23,6 +23,7 @@ from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jobs.predict import Outcome
+    from jobs.submit import JobServer
     from unet_core.metrics import Totals
 
 STOPPED = 130
@@ -105,6 +106,72 @@ def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | 
         bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
         workers=made.workers,
     )
+
+
+@cli.command(options_metavar="[OPTIONS]")
+@click.argument("verb", type=click.Choice(["predict", "train"]), metavar="predict|train")
+@click.argument("path", metavar="CONFIG.toml")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option(
+    "--address",
+    envvar="RAY_API_SERVER_ADDRESS",
+    required=True,
+    help="Ray's job server, e.g. http://localhost:8265.  [env: RAY_API_SERVER_ADDRESS]",
+)
+@click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
+def submit(verb: str, path: str, overrides: tuple[str, ...], address: str, follow: bool) -> None:
+    """Run predict or train as a job on a Ray cluster.
+
+    Submitted again, a run is followed where it is at work, and continued where it ended.
+    """
+    config: PredictConfig | TrainConfig
+    if verb == "predict":
+        config = load(PredictConfig, path, list(overrides))
+    else:
+        path = _recipe(path)
+        config = load(TrainConfig, path, list(overrides))
+    from jobs.package import pack as pack_job
+
+    package = pack_job(verb, path, list(overrides), config)
+    from jobs.submit import JobServer, run_name
+
+    name = run_name(verb, config)
+    _show(job=name)
+    server = JobServer(address)
+    job = server.submit(name, package, config)
+    if job.before:
+        click.echo(f"{job.before} as {job.id}")
+    if not job.is_new:
+        click.echo(f"{job.id} is at work already")
+    if follow:
+        sys.exit(_follow(server, job.id))
+    _show(follow="the same command with --follow")
+    _show(stop=f"ray job stop --address {address} {job.id}")
+
+
+def _follow(server: "JobServer", job_id: str) -> int:
+    """Show a job until it ends; Ctrl-C asks whether to stop it or to leave it alone."""
+    from jobs.progress import FollowedProgress
+    from jobs.submit import Follower
+
+    shown = FollowedProgress()
+    follower = Follower(server, job_id, shown.show)
+    while True:
+        try:
+            with shown:
+                code, how = follower.follow()
+            click.echo(how)
+            return code
+        except KeyboardInterrupt:
+            answer = "d"
+            if sys.stdin.isatty():
+                question = "\n[s]top the job, [d]etach and let it run, or [f]ollow on?"
+                answer = click.prompt(question, default="f", type=click.Choice(["s", "d", "f"]))
+            if answer == "d":
+                click.echo(f"{job_id} runs on; the same command follows it again", err=True)
+                return STOPPED
+            if answer == "s":
+                server.stop(job_id)
 
 
 @cli.command()
@@ -309,15 +376,19 @@ def _train_config(source: str, overrides: list[str], out: str | None) -> TrainCo
     if source.endswith(".toml"):
         if out:
             raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
-        shipped = RECIPES / source
-        is_shipped = not Path(source).exists() and shipped.is_file()
-        return load(TrainConfig, str(shipped) if is_shipped else source, overrides)
+        return load(TrainConfig, _recipe(source), overrides)
     if not overrides or "=" in overrides[0] or not out:
         raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
     masks = overrides.pop(0)
     pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
     table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
     return build(TrainConfig, table, overrides, source="command line")
+
+
+def _recipe(path: str) -> str:
+    """A file as it is, or the shipped recipe of that name."""
+    shipped = RECIPES / path
+    return str(shipped) if not Path(path).exists() and shipped.is_file() else path
 
 
 def _storage(overrides: tuple[str, ...]) -> StorageConfig:

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import Failure
 from jobs.job import require_reachable
+from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
 from unet_core.fit import Event, Step, fit
@@ -103,7 +104,7 @@ def _trainer(config: TrainConfig, group: Group, board: Any, folder: str) -> Any:
     resources = {"CPU": group.cpus} | ({"GPU": group.gpus} if is_gpu else {})
     return TorchTrainer(
         _rank,
-        train_loop_config={"config": config, "board": board},
+        train_loop_config={"config": config, "board": board, "code": code_version()},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
             num_workers=group.ranks, use_gpu=is_gpu, resources_per_worker=resources
@@ -123,7 +124,9 @@ def _rank(arguments: dict[str, Any]) -> None:
     ranks = Ranks.joined()
     mouth = Mouth(arguments["board"]) if ranks.is_first else None
     wants_stop = mouth.wants_stop if mouth is not None else lambda: False
+    node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
+        ranks.together(lambda: arguments["code"].require(code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
             if mouth is not None:
                 mouth.say(event)
@@ -177,11 +180,10 @@ def _group(config: TrainConfig) -> Group:
     """
     workers, batch = config.workers, config.train.batch
     count = workers.count
-    fewest = count[0] if isinstance(count, tuple) else count
     if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
         raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
-    wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
-    placement = session.place(wanted)
+    wanted = WorkersConfig(gpus=workers.gpus, cpus=workers.cpus, **_how_many(count))
+    placement = session.settle(wanted, session.offered(wanted))
     if batch < placement.actors:
         raise ConfigError(
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
@@ -189,6 +191,11 @@ def _group(config: TrainConfig) -> Group:
         )
     ranks = (count[0], min(count[1], batch)) if isinstance(count, tuple) else placement.actors
     return Group(ranks, placement.gpus, placement.cpus)
+
+
+def _how_many(count: str | int | tuple[int, int]) -> dict[str, Any]:
+    """Ranks in the words of actors: for a pair, Ray Train waits until the fewest have room."""
+    return {"max": count[0]} if isinstance(count, tuple) else {"count": count}
 
 
 def _require_reachable(config: TrainConfig) -> None:

@@ -1,8 +1,9 @@
 """Which shard goes to which actor, and what a failed attempt means. Knows nothing of Ray.
 
-An actor holds at most two shards: one computes while the next is read. When an actor dies with two
-shards, either may be guilty, so neither is charged: both become suspects and run alone. Only a
-death alone counts, and a shard that has been charged ``max_attempts`` times is set aside.
+An actor holds at most two shards: one computes while the next is read; the last ones are shared
+out instead. When an actor dies with two shards, either may be guilty, so neither is charged: both
+become suspects and run alone. Only a death alone counts, and a shard that has been charged
+``max_attempts`` times is set aside.
 """
 
 from collections import deque
@@ -47,7 +48,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Died:
-    """An actor is gone, and a new one is on its way."""
+    """An actor is gone; the workers place another if one is wanted."""
 
     actor: str
     reason: str
@@ -71,6 +72,14 @@ class Workers(Protocol):
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Let a ready actor begin a shard."""
+        ...
+
+    def want(self, shards: int) -> None:
+        """So many shards are open: more actors than that are of no use."""
+        ...
+
+    def release(self, actor: str) -> None:
+        """End an actor that nothing is left for; somebody else may need its GPU."""
         ...
 
     def events(self) -> Iterator[Event]:
@@ -105,10 +114,21 @@ class Board:
         """Whether nothing waits and nothing is under way."""
         return not self.waiting and not self.suspects and not any(self.in_flight.values())
 
+    @property
+    def open(self) -> int:
+        """Shards that are neither committed nor set aside."""
+        return len(self.waiting) + len(self.suspects) + sum(map(len, self.in_flight.values()))
+
+    def has_use_for(self, actor: str) -> bool:
+        """Whether an actor holds a shard or may get one."""
+        return bool(self.waiting or self.suspects or self.in_flight[actor])
+
     def next_for(self, actor: str) -> Attempt | None:
         """What a ready actor should begin now, if anything."""
         held = self.in_flight[actor]
         if any(attempt.alone for attempt in held) or len(held) >= PREFETCH:
+            return None
+        if held and len(self.waiting) < len(self.in_flight):
             return None
         if not held and self.suspects:
             return self._begin(actor, self.suspects.popleft(), alone=True)
@@ -172,6 +192,10 @@ def dispatch(
                     if failed_starts >= MAX_FAILED_STARTS and not board.in_flight:
                         raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
         on_tick()
-        for actor in board.in_flight:
+        workers.want(board.open)
+        for actor in list(board.in_flight):
             while (attempt := board.next_for(actor)) is not None:
                 workers.submit(actor, attempt)
+            if not board.has_use_for(actor):
+                del board.in_flight[actor]
+                workers.release(actor)

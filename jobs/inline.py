@@ -37,6 +37,12 @@ class InlineWorkers:
         """Begin a shard on a thread of its own."""
         self._futures[self._threads.submit(self._replica.segment, attempt.shard)] = attempt
 
+    def want(self, shards: int) -> None:
+        """There is only the one."""
+
+    def release(self, actor: str) -> None:
+        """It ends with the run."""
+
     def events(self) -> Iterator[Event]:
         """Ready once; then every shard that was committed. Errors are raised as they are."""
         if self._is_new:

@@ -62,7 +62,7 @@ def _describe_workers(config: PredictConfig) -> str:
     if not session.is_cluster_named():
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
-        placement = session.place(config.workers)
+        placement = session.settle(config.workers, session.offered(config.workers))
     where = os.environ["RAY_ADDRESS"]
     return f"{placement.actors} actors of {placement.gpus:g} GPU, {placement.cpus:g} CPU on {where}"
 

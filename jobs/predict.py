@@ -57,7 +57,8 @@ def _segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
     board = Board.of(plan)
     if plan or draft is not None:
         timings = TimingsLog(run.store)
-        with RunProgress(shards, plan, totals) as progress, _workers(job, progress) as workers:
+        progress = RunProgress(shards, plan, totals)
+        with progress, _workers(job, len(plan), progress) as workers:
             record = run.record or run.establish(job.record(workers.probe()))
             if draft is not None:
                 run.publish_manifest(draft)
@@ -79,7 +80,7 @@ def _segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
 
 
 @contextlib.contextmanager
-def _workers(job: Job, progress: RunProgress) -> Iterator[Workers]:
+def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     """Threads of this process, or actors of a Ray cluster."""
     workers = job.config.workers
     if session.is_inline(workers):
@@ -95,9 +96,11 @@ def _workers(job: Job, progress: RunProgress) -> Iterator[Workers]:
 
         with session.connected():
             places = {"input.uri": job.source.root, "output.uri": job.run.store}
-            require_reachable(places, session.node_count(), job.config.storage.shared)
-            placement = session.place(workers)
-            actors = RayActors(job.replica(placement.cpus), placement)
+            is_shared = job.config.storage.shared
+            require_reachable(places, session.node_count(), is_shared)
+            only_here = not is_shared and any(store.is_local for store in places.values())
+            placement = session.settle(workers, session.offered(workers, only_here))
+            actors = RayActors(job.replica(placement.cpus), placement, shards, only_here)
             try:
                 yield actors
             finally:

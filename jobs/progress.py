@@ -1,18 +1,89 @@
-"""What people see while a run goes on: a bar on a terminal, a plain line now and then elsewhere."""
+"""What people see while a run goes on: a bar on a terminal, a plain line now and then elsewhere.
 
+The plain lines of a job on a cluster become a bar again on the terminal of who follows it.
+"""
+
+import re
 import threading
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from jobs.dispatch import Died, Event, Ready
 from unet_core.metrics import Totals
 from unet_core.shards import Shard
 from unet_core.timings import ShardResult
 
-LINE_S = 10.0
+MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
 UNKNOWN_RATE = "–"
+LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
+"""A plain line: what goes on, its text, how much of how much."""
+
+
+class Pace:
+    """When it is time for another plain line: less and less often, so that logs stay small."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether to say a line now; if so, it counts as said."""
+        now = time.monotonic()
+        wait = min(max(MOST_OFTEN_S, (now - self._began) / 20), LEAST_OFTEN_S)
+        if now - self._said < wait:
+            return False
+        self._said = now
+        return True
+
+
+def bar_columns() -> list[ProgressColumn]:
+    """What a bar of segmenting shows, here and for a job elsewhere."""
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeRemainingColumn(),
+    ]
+
+
+class FollowedProgress:
+    """Shows a job's output line by line; on a terminal its progress lines move a bar."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            *bar_columns(), console=self._console, disable=not self._console.is_terminal
+        )
+        self._task = self._bar.add_task("starting", total=1.0, counts="", visible=False)
+
+    def __enter__(self) -> "FollowedProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, line: str) -> None:
+        """One line of the job."""
+        found = LINE.fullmatch(line.rstrip())
+        if found is None or self._bar.disable:
+            self._console.print(line, markup=False)
+            return
+        what, text, done, total = found.groups()
+        known = total.replace(",", "")
+        share = int(done.replace(",", "")) / int(known) if known.isdigit() and int(known) else 0.0
+        self._bar.update(
+            self._task, description=what, completed=min(1.0, share), counts=text, visible=True
+        )
 
 
 class RunProgress:
@@ -33,20 +104,13 @@ class RunProgress:
         self._actors: set[str] = set()
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._said = time.monotonic()
+        self._pace = Pace()
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
 
     def __enter__(self) -> "RunProgress":
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[counts]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self._bar = Progress(*bar_columns(), console=self._console)
             self._task = self._bar.add_task("segmenting", total=1.0, counts="starting")
             self._bar.start()
         return self
@@ -55,6 +119,8 @@ class RunProgress:
         if self._bar is not None:
             self._show()
             self._bar.stop()
+        elif self._done.shards:
+            self._say()
 
     def on_image(self) -> None:
         """One image of a shard under way is done; called from threads of an inline run."""
@@ -82,9 +148,11 @@ class RunProgress:
         """Refresh the bar, or say a line if it is time for one."""
         if self._bar is not None:
             self._show()
-        elif time.monotonic() - self._said >= LINE_S:
-            self._said = time.monotonic()
-            self._console.print(f"segmenting: {self._text()}", highlight=False, soft_wrap=True)
+        elif self._pace.is_due():
+            self._say()
+
+    def _say(self) -> None:
+        self._console.print(f"segmenting: {self._text()}", highlight=False, soft_wrap=True)
 
     def _total(self) -> tuple[float | None, bool]:
         """Images of this session and whether that is known rather than estimated."""

@@ -21,6 +21,10 @@ def is_cluster_named() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+Nodes = list[tuple[float, float]]
+"""GPUs and CPUs of each node that may hold actors."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """How many actors, and what each gets."""
@@ -28,6 +32,10 @@ class Placement:
     actors: int
     gpus: float
     cpus: float
+
+    def room(self, nodes: Nodes) -> int:
+        """How many actors nodes can hold, each on one node, a fraction of a GPU on one GPU."""
+        return sum(_fitting(self.gpus, self.cpus, node) for node in nodes)
 
 
 def local_cpus(workers: WorkersConfig) -> float:
@@ -89,48 +97,65 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
-def place(workers: WorkersConfig) -> Placement:
-    """Settle ``auto`` against what the nodes of the cluster have.
-
-    Raises WorkersError if the actors that were asked for cannot fit, with what there is.
-    """
+def offered(workers: WorkersConfig, only_here: bool = False) -> Nodes:
+    """What the nodes of the cluster have now for actors; ``only_here``: this one alone."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return settle(workers, [(n.get("GPU", 0.0), n.get("CPU", 0.0)) for n in nodes])
+    here = ray.get_runtime_context().get_node_id()
+    kind = f"accelerator_type:{workers.accelerator_type}"
+    return [
+        (node["Resources"].get("GPU", 0.0), node["Resources"].get("CPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+        and (node["NodeID"] == here or not only_here)
+        and (kind in node["Resources"] or not workers.accelerator_type)
+    ]
 
 
-def settle(workers: WorkersConfig, nodes: list[tuple[float, float]]) -> Placement:
-    """Actors, and GPUs and CPUs for each, on nodes of (GPUs, CPUs).
+def settle(workers: WorkersConfig, nodes: Nodes) -> Placement:
+    """Actors, and GPUs and CPUs for each. With ``workers.max``, nodes may be yet to come.
 
-    An actor lies on one node, and a fraction of a GPU on one GPU. Raises WorkersError if the actors
-    that were asked for do not fit.
+    Raises WorkersError if the actors that were asked for do not fit.
     """
-    has_gpus = any(gpus >= 1 for gpus, _ in nodes)
-    gpus = workers.gpus if workers.gpus != "auto" else (1.0 if has_gpus else 0.0)
+    has_gpus = any(gpus >= 1 for gpus, _ in nodes) or bool(workers.accelerator_type)
+    is_empty = workers.max != "auto" and not any(cpus for _, cpus in nodes)
+    gpus = workers.gpus if workers.gpus != "auto" else float(has_gpus or is_empty)
     cpus = workers.cpus if workers.cpus != "auto" else _cpus_each(workers, gpus, nodes)
-    room = sum(_fitting(gpus, cpus, node) for node in nodes)
-    actors = room if workers.count in ("auto", "inline") else int(workers.count)
+    room = Placement(0, gpus, cpus).room(nodes)
+    actors = wanted(workers, room)
     asked = f"{actors} actors of {gpus:g} GPU and {cpus:g} CPU each"
-    if not actors or actors > room:
-        has = ", ".join(f"{g:g} GPU + {c:g} CPU" for g, c in nodes)
+    if workers.accelerator_type:
+        asked += f" on {workers.accelerator_type}"
+    if workers.max != "auto":
+        log.info("placing up to %s, room for %d now", asked, room)
+    elif not room or actors > room:
+        has = ", ".join(f"{g:g} GPU + {c:g} CPU" for g, c in nodes) or "nothing that fits"
         raise WorkersError(
             f"{asked} do not fit: the cluster has {len(nodes)} nodes with {has}, room for {room}; "
-            "lower workers.count, workers.gpus or workers.cpus"
+            "lower workers.count, workers.gpus or workers.cpus, or set workers.max if the cluster "
+            "will grow"
         )
-    log.info("placing %s", asked)
+    else:
+        log.info("placing %s", asked)
     return Placement(actors, gpus, cpus)
 
 
-def _cpus_each(workers: WorkersConfig, gpus: float, nodes: list[tuple[float, float]]) -> float:
+def wanted(workers: WorkersConfig, room: int) -> int:
+    """How many actors there should be when nodes have room for so many."""
+    if workers.count not in ("auto", "inline"):
+        return int(workers.count)
+    return max(1, room) if workers.max == "auto" else workers.max
+
+
+def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
     """A fair share of a node's cores: by its GPUs, or by the number of actors asked for."""
     if gpus:
         shares = [c // (g / gpus) for g, c in nodes if g >= gpus]
         return max(1.0, min(shares, default=1.0))
     if workers.count in ("auto", "inline"):
         return max(1.0, min(c for _, c in nodes if c) if any(c for _, c in nodes) else 1.0)
-    each = -(-int(workers.count) // len(nodes))
-    return max(1.0, min(c for _, c in nodes) // each)
+    each = -(-int(workers.count) // max(1, len(nodes)))
+    return max(1.0, min((c for _, c in nodes), default=1.0) // each)
 
 
 def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:

@@ -1,16 +1,13 @@
 """What people see while a network is trained: a bar on a terminal, lines elsewhere."""
 
-import time
-
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jobs.progress import Pace
 from unet_core.fit import Epoch, Event, Started, Step
 from unet_core.train_config import TrainConfig
-
-LINE_S = 10.0
 
 
 class TrainProgress:
@@ -30,7 +27,8 @@ class TrainProgress:
         self._task = self._bar.add_task("looking at the images", total=None, text="")
         self._epochs = 0
         self._names: tuple[str, ...] = ()
-        self._said = time.monotonic()
+        self._steps = 0
+        self._pace = Pace()
         self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
         self._loss: float | None = None
         self._value = ""
@@ -46,6 +44,7 @@ class TrainProgress:
         """Show it."""
         if isinstance(event, Started):
             self._names = event.class_names
+            self._steps = event.steps
             self._epochs = -(-event.steps // event.steps_per_epoch)
             self._bar.update(self._task, total=event.steps, completed=event.step)
             again = f", going on after step {event.step:,}" if event.step else ""
@@ -66,9 +65,9 @@ class TrainProgress:
         text = f"{self._rate()}, {self._loss_text()}{self._value}"
         epoch = f"epoch {step.epoch + 1}/{self._epochs}"
         self._bar.update(self._task, description=epoch, completed=step.number, text=text)
-        if not self._console.is_terminal and time.monotonic() - self._said >= LINE_S:
-            self._said = time.monotonic()
-            self._console.print(f"{epoch}, step {step.number:,}: {text}")
+        if not self._console.is_terminal and self._pace.is_due():
+            at = f"{step.number:,} of {self._steps:,} steps"
+            self._console.print(f"training: {at}, {epoch}, {text}")
 
     def _on_epoch(self, epoch: Epoch) -> None:
         names = self._names
@@ -78,7 +77,6 @@ class TrainProgress:
         )
         self._value = f", val {self._config.train.best} "
         self._value += f"{epoch.evaluation.of(self._config.train.best):.3f}"
-        self._said = time.monotonic()
         self._console.print(
             f"epoch {epoch.number + 1}/{self._epochs}  loss {epoch.loss:.4f}  val IoU: {scores}  "
             f"{self._rate()}  {epoch.seconds:.1f} s{'  best' if epoch.is_best else ''}"

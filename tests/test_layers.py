@@ -46,7 +46,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
     ("package", "doors"),
     [
         ("fsspec", {"unet_core.object_stores"}),
-        ("ray", {"jobs.session", "jobs.actors", "jobs.ddp"}),
+        ("ray", {"jobs.session", "jobs.actors", "jobs.ddp", "jobs.measures", "jobs.submit"}),
         ("safetensors", {"unet_core.checkpoint", "unet_core.weights"}),
         ("click", {"jobs.cli"}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.cli"}),

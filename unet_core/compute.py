@@ -37,7 +37,8 @@ class Compute(BaseModel):
         if differing:
             raise RunMismatchError(
                 "masks could differ in their last bits:\n" + "\n".join(differing)
-                + "\nuse the same machines and versions, or set workers.mixed_devices = true"
+                + "\nuse the same machines and versions (workers.accelerator_type chooses among "
+                "GPUs), or set workers.mixed_devices = true"
             )  # fmt: skip
 
 

@@ -140,10 +140,21 @@ class WorkersConfig(ShareConfig):
     """Who does the work; never part of a run's identity."""
 
     count: Auto | Literal["inline"] | Count = "auto"
-    """Actors. ``inline``: this process, no Ray. ``auto``: one per GPU of the cluster, or inline
-    where there is at most one GPU and no cluster."""
+    """Actors. ``inline``: this process, no Ray. ``auto``: one per GPU of the cluster, as nodes join
+    and leave, or inline where there is at most one GPU and no cluster."""
+    max: Auto | Count = "auto"
+    """With ``count = "auto"``: so many actors are asked for, also of nodes that are yet to come;
+    ``auto``: as many as the nodes of the moment can hold."""
+    accelerator_type: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    """Only nodes with this GPU, as Ray names it: ``L4``, ``A100``, ``H100``."""
     mixed_devices: bool = False
     """Let actors whose device or versions differ from those in ``run.json`` take part."""
+
+    @model_validator(mode="after")
+    def _max_goes_with_auto(self) -> "WorkersConfig":
+        if self.max != "auto" and self.count != "auto":
+            raise ValueError(f"max goes with count = 'auto', but count is {self.count!r}")
+        return self
 
 
 class StorageConfig(Section):

@@ -1,6 +1,7 @@
 """Work on threads with results in order: read and decode ahead, give back as they were asked."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,10 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
+        self.waited_for_items_s = 0.0
+        """How long whoever uses the results stood still because the iterator had given nothing."""
+        self.waited_for_work_s = 0.0
+        """The same, because the work on the next item was not done."""
 
     def __enter__(self) -> "Prefetch[ItemT, ResultT]":
         self._thread.start()
@@ -50,10 +55,17 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._thread.join()
 
     def __iter__(self) -> Iterator[ResultT]:
-        while (item := self._queue.get()) is not None:
+        while True:
+            asked = time.perf_counter()
+            item = self._queue.get()
+            given = time.perf_counter()
+            self.waited_for_items_s += given - asked
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             result = item.result()
+            self.waited_for_work_s += time.perf_counter() - given
             with self._weighed:
                 self._waiting -= self._weigh(result)
                 self._weighed.notify()

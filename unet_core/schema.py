@@ -73,11 +73,14 @@ TIMINGS = pa.schema(
         ("finished", pa.timestamp("ms", tz="UTC")),
         ("images", pa.int64()),
         ("pixels", pa.int64()),
-        ("waiting_s", pa.float64()),
+        ("reading_s", pa.float64()),
         ("decoding_s", pa.float64()),
         ("device_s", pa.float64()),
         ("encoding_s", pa.float64()),
         ("writing_s", pa.float64()),
+        ("waiting_for_shard_s", pa.float64()),
+        ("waiting_for_reading_s", pa.float64()),
+        ("waiting_for_decoding_s", pa.float64()),
     ]
 )
 

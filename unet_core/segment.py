@@ -4,13 +4,14 @@ Reading, decoding and encoding run on threads beside the device; every attempt w
 bytes.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,6 +59,10 @@ class Decoded:
     """What a decoding thread hands over."""
 
     images: list[Picture | Rejected]
+    drawn_s: float
+    """What it took the reader of the shard to come to it."""
+    read_s: float
+    """What the thread itself read: loose images."""
     decode_s: float
 
     @property
@@ -66,6 +71,15 @@ class Decoded:
         pictures = [image for image in self.images if isinstance(image, Picture)]
         truths = [picture.truth for picture in pictures if picture.truth is not None]
         return sum(held.held_bytes for held in [*truths, *(p.pixels for p in pictures)])
+
+    @property
+    def read_share(self) -> float:
+        """Of the thread's time, what went into reading."""
+        total = self.read_s + self.decode_s
+        return self.read_s / total if total else 0.0
+
+
+Images = Prefetch[tuple[Sample, float], Decoded]
 
 
 class Segmenter:
@@ -83,6 +97,7 @@ class Segmenter:
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
         self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
+        self._device_left = time.perf_counter()
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -103,7 +118,7 @@ class Segmenter:
         encoded: InOrder[Encoded] = InOrder()
         ahead = 2 * self.settings.threads + 2
         try:
-            samples = read_shard(self.settings.source, shard)
+            samples = _drawn(read_shard(self.settings.source, shard))
             with Prefetch(
                 self._pool, self._decode, samples, ahead, lambda d: d.held_bytes, DECODED_BYTES
             ) as images:
@@ -115,13 +130,16 @@ class Segmenter:
         finally:
             part.close()
 
-    def _decode(self, sample: Sample) -> Decoded:
+    def _decode(self, drawn: tuple[Sample, float]) -> Decoded:
+        sample, drawn_s = drawn
+        clock = _Clock()
         start = time.perf_counter()
-        images = self._decoder.decode(sample)
-        return Decoded(images, time.perf_counter() - start)
+        images = self._decoder.decode(clock.watch(sample))
+        spent = time.perf_counter() - start
+        return Decoded(images, drawn_s, clock.seconds, spent - clock.seconds)
 
     def _compute(
-        self, images: Iterable[Decoded], encoded: InOrder[Encoded], seconds: Seconds
+        self, images: Images, encoded: InOrder[Encoded], seconds: Seconds
     ) -> Iterator[tuple[int, Future[Encoded]]]:
         """Run every batch; yield each image's number and its rows to come once it is complete.
 
@@ -130,10 +148,11 @@ class Segmenter:
         """
         queue, running = TileQueue(self.settings.compute), _Running()
         ids: set[str] = set()
-        with self._device:
+        with self._device_taken(seconds):
             for decoded in running.timed(images, seconds, self.engine.lanes):
                 if self._cancelled.is_set():
                     raise StoppedError("stopped")
+                seconds.reading += decoded.drawn_s + decoded.read_s
                 seconds.decoding += decoded.decode_s
                 for decoded_image in decoded.images:
                     image = self._unless_too_large(_unless_seen(decoded_image, ids))
@@ -150,6 +169,17 @@ class Segmenter:
                 self._start(pieces, running)
                 yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
         yield from self._paste(running.finished(0), seconds)
+
+    @contextlib.contextmanager
+    def _device_taken(self, seconds: Seconds) -> Iterator[None]:
+        """The device for one shard; notes how long it was free since the shard before."""
+        with self._device:
+            free_s = time.perf_counter() - self._device_left
+            seconds.waiting_for_shard += self.engine.lanes * free_s
+            try:
+                yield
+            finally:
+                self._device_left = time.perf_counter()
 
     def _unless_too_large(self, image: Picture | Rejected) -> Picture | Rejected:
         """The image, or its rejection if a row cannot hold the probabilities of a mask window."""
@@ -237,15 +267,51 @@ class _Running:
             pieces, future = self._line.popleft()
             yield pieces, *future.result()
 
-    def timed(self, images: Iterable[Decoded], seconds: Seconds, lanes: int) -> Iterator[Decoded]:
-        """Count the time in which a lane of the device is idle because no image is decoded."""
+    def timed(self, images: Images, seconds: Seconds, lanes: int) -> Iterator[Decoded]:
+        """Count the time in which lanes of the device are idle because no image is decoded."""
         iterator = iter(images)
         while True:
-            busy = sum(not future.done() for _, future in self._line)
-            start = time.perf_counter()
+            idle = max(0, lanes - sum(not future.done() for _, future in self._line))
+            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             image = next(iterator, None)
-            if busy < lanes:
-                seconds.waiting += time.perf_counter() - start
+            items_s = images.waited_for_items_s - items_s
+            work_s = images.waited_for_work_s - work_s
+            reading = image.read_share if image is not None else 0.0
+            seconds.waiting_for_reading += idle * (items_s + work_s * reading)
+            seconds.waiting_for_decoding += idle * work_s * (1 - reading)
             if image is None:
                 return
             yield image
+
+
+class _Clock:
+    """Adds up what one thread spends on reading."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, sample: Sample) -> Sample:
+        """The sample, with its reads timed."""
+        return replace(
+            sample,
+            read=self._timed(sample.read),
+            read_mask=self._timed(sample.read_mask) if sample.read_mask is not None else None,
+        )
+
+    def _timed(self, read: Callable[[], bytes]) -> Callable[[], bytes]:
+        def timed() -> bytes:
+            start = time.perf_counter()
+            try:
+                return read()
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
+
+
+def _drawn(samples: Iterator[Sample]) -> Iterator[tuple[Sample, float]]:
+    """Samples with the seconds that the reader spent on each."""
+    start = time.perf_counter()
+    for sample in samples:
+        yield sample, time.perf_counter() - start
+        start = time.perf_counter()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.metrics import Totals
@@ -19,14 +20,31 @@ FLUSH_S = 60.0
 
 @dataclass
 class Seconds:
-    """Where a shard's time went; decoding, device and encoding are summed over threads."""
+    """Where a shard's time went, summed over threads, and over the lanes of the device."""
 
-    waiting: float = 0.0
-    """The device, or one of its lanes, had nothing to do."""
+    reading: float = 0.0
     decoding: float = 0.0
     device: float = 0.0
     encoding: float = 0.0
     writing: float = 0.0
+    waiting_for_shard: float = 0.0
+    """The device was free and no shard was at hand; for the first one, since the actor began."""
+    waiting_for_reading: float = 0.0
+    """The device was free because bytes of the next image were on their way."""
+    waiting_for_decoding: float = 0.0
+    """The device was free because the next image was being decoded."""
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(mine + theirs for mine, theirs in zip(
+            vars(self).values(), vars(other).values(), strict=True
+        )))  # fmt: skip
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the device's time in which it worked; None without any."""
+        waiting = self.waiting_for_shard + self.waiting_for_reading + self.waiting_for_decoding
+        total = self.device + waiting
+        return self.device / total if total else None
 
 
 @dataclass(frozen=True)
@@ -72,3 +90,13 @@ class TimingsLog:
             self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", sink.getvalue())
             self._files += 1
         self._rows, self._flushed = [], time.monotonic()
+
+
+def read_seconds(store: Store) -> Seconds:
+    """The sums of all attempts of a run that ``timings/`` tells of."""
+    total = Seconds()
+    for entry in store.list("timings"):
+        if entry.name.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(store.read(entry.name)))
+            total += Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(total)))
+    return total

@@ -30,12 +30,20 @@ class ScriptedWorkers:
         self.fresh = [f"actor-{n}" for n in range(actors)]
         self.placed = actors
         self.started: list[tuple[str, bool]] = []
+        self.released: list[str] = []
 
     def submit(self, actor, attempt) -> None:
         self.held[actor].append(attempt)
         self.started.append((attempt.shard.shard_id, attempt.alone))
         assert len(self.held[actor]) <= PREFETCH
         assert not (attempt.alone and len(self.held[actor]) > 1)
+
+    def want(self, shards) -> None:
+        self.wanted = shards
+
+    def release(self, actor) -> None:
+        assert not self.held.pop(actor)
+        self.released.append(actor)
 
     def replace(self) -> None:
         self.fresh.append(f"actor-{self.placed}")

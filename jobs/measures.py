@@ -1,0 +1,66 @@
+"""What Prometheus sees of a run, through Ray's own exporter: the driver counts what it hears.
+
+Ray puts ``ray_`` before these names and ``_total`` behind those of counters.
+"""
+
+from collections import defaultdict
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from jobs.dispatch import Attempt
+from unet_core.timings import Seconds, ShardResult
+
+BOUNDARIES_S = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0]
+
+
+class Measures:
+    """Counters, gauges and histograms of one run."""
+
+    def __init__(self, run: str) -> None:
+        def tags(*more: str) -> dict[str, tuple[str, ...]]:
+            return {"tag_keys": ("run", *more)}
+
+        self._images = Counter("unet_jobs_images", "Images accounted for", **tags("status"))
+        self._bytes = Counter("unet_jobs_bytes", "Bytes of committed shards", **tags())
+        self._attempts = Counter("unet_jobs_attempts", "Attempts that ended", **tags("outcome"))
+        self._open = Gauge("unet_jobs_open_shards", "Shards that are not committed", **tags())
+        self._ready = Gauge("unet_jobs_ready_actors", "Actors that take shards", **tags())
+        self._busy = Gauge("unet_jobs_device_busy", "Share of its time", **tags("actor"))
+        self._seconds = Histogram(
+            "unet_jobs_shard_seconds", "By stage, over threads", BOUNDARIES_S, **tags("stage")
+        )
+        for metric in vars(self).values():
+            metric.set_default_tags({"run": run})
+        self._actors: dict[str, Seconds] = defaultdict(Seconds)
+
+    def ready(self, actor: str) -> None:
+        """An actor can take shards."""
+        self._actors[actor] = Seconds()
+        self._ready.set(len(self._actors))
+
+    def done(self, actor: str, attempt: Attempt, result: ShardResult) -> None:
+        """A shard was committed."""
+        self._attempts.inc(1, {"outcome": "committed"})
+        if attempt.shard.bytes:
+            self._bytes.inc(attempt.shard.bytes)
+        for status, images in (("ok", result.totals.ok), ("failed", result.totals.failed)):
+            if images:
+                self._images.inc(images, {"status": status})
+        for stage, seconds in vars(result.seconds).items():
+            self._seconds.observe(seconds, {"stage": stage})
+        self._actors[actor] += result.seconds
+        busy = self._actors[actor].busy
+        if busy is not None:
+            self._busy.set(busy, {"actor": actor})
+
+    def open(self, shards: int) -> None:
+        """So many shards are neither committed nor set aside."""
+        self._open.set(shards)
+
+    def gone(self, actor: str, attempts: int) -> None:
+        """An actor ended, and with it attempts that were under way."""
+        if attempts:
+            self._attempts.inc(attempts, {"outcome": "lost"})
+        if self._actors.pop(actor, None) is not None:
+            self._busy.set(0, {"actor": actor})
+        self._ready.set(len(self._actors))

@@ -1,0 +1,129 @@
+"""What a submitted job takes along: its config, and the few files of this machine that it names."""
+
+import importlib.machinery
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.train_config import TrainConfig
+
+MOST_BYTES = 100 * 10**6
+SHOWN = 5
+CONFIG = "job.toml"
+SKIPPED = {"__pycache__", ".git", ".venv"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files by the names that they get in the job's working directory, and the command."""
+
+    verb: str
+    files: dict[str, Path]
+    overrides: list[str]
+
+    @property
+    def entrypoint(self) -> str:
+        """What the cluster runs."""
+        return shlex.join(["unet-jobs", self.verb, CONFIG, *self.overrides])
+
+    def write(self, folder: Path) -> None:
+        """Lay the files out, as links."""
+        for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(path, folder / name)
+
+
+def pack(
+    verb: str, path: str, overrides: list[str], config: PredictConfig | TrainConfig
+) -> Package:
+    """Find what a job needs of this machine: TOML, a local checkpoint, the module of a factory.
+
+    Raises ConfigError for places that the cluster cannot see and for files that are too large.
+    """
+    for key, uri in _places(config).items():
+        _require_visible(key, uri, config.storage.shared)
+    files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
+    checkpoint = config.model.checkpoint
+    if checkpoint and not checkpoint.startswith("builtin:") and not _is_visible(checkpoint, config):
+        local = Path(_plain(checkpoint)).expanduser()
+        if not local.is_file():
+            raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")
+        files[local.name] = local.resolve()
+        overrides.append(f"model.checkpoint={local.name}")
+    files |= _module(config.model.factory)
+    _require_small(files)
+    return Package(verb, files, overrides)
+
+
+def _places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """Where the job reads and writes data, by key."""
+    places = {"output.uri": config.output.uri}
+    if isinstance(config, PredictConfig):
+        pairs = {"input": config.input}
+    else:
+        pairs = {"data.train": config.data.train}
+        pairs |= {"data.val": config.data.val} if config.data.val is not None else {}
+    for key, pair in pairs.items():
+        places[f"{key}.uri"] = pair.uri
+        places |= {f"{key}.masks": pair.masks} if "/" in pair.masks else {}
+    return places
+
+
+def _plain(uri: str) -> str:
+    return uri.removeprefix("file://").removeprefix("local://")
+
+
+def _is_visible(uri: str, config: PredictConfig | TrainConfig) -> bool:
+    """Whether every node of the cluster sees a file where this machine does."""
+    return "://" in _plain(uri) or (config.storage.shared and Path(_plain(uri)).is_absolute())
+
+
+def _require_visible(key: str, uri: str, is_shared: bool) -> None:
+    path = _plain(uri)
+    if uri.startswith("memory://"):
+        raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
+    if "://" in path:
+        return
+    if not Path(path).is_absolute():
+        raise ConfigError(
+            f"{key}: {uri} is relative to a directory of this machine; write where the nodes of "
+            "the cluster find it: an object store, or an absolute path that they share"
+        )
+    if not is_shared:
+        raise ConfigError(
+            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
+            "= true if all nodes of the cluster see it there"
+        )
+
+
+def _module(factory: str) -> dict[str, Path]:
+    """The factory's top module or package, if it lies in this directory."""
+    top = factory.partition(":")[0].partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(top, [os.getcwd()]) if top else None
+    if found is None or found.origin is None:
+        return {}
+    origin = Path(found.origin).resolve()
+    if origin.name != "__init__.py":
+        return {origin.name: origin}
+    folder = origin.parent
+    return {
+        path.relative_to(folder.parent).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not SKIPPED & set(path.parts)
+    }
+
+
+def _require_small(files: dict[str, Path]) -> None:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
+        raise ConfigError(
+            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
+            "allowed; the largest files:\n"
+            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
+            + "\nput them into the image of the cluster, or a checkpoint into an object store"
+        )

@@ -1,0 +1,247 @@
+"""``unet-jobs submit``: the same command on a cluster, under one name for each run folder.
+
+The name is a digest of where the run lies, so the same run never gets two drivers by mistake: who
+submits it again is led to the one that is at work. One that ended is followed by the next, which
+continues.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiohttp
+import requests
+
+from jobs.package import Package
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError, WorkersError
+from unet_core.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobInfo
+
+STOPPED = 130
+TOKEN = Path(".ray") / "auth_token"
+"""Below the home directory, where Ray keeps it."""
+PATIENCE_S = 600.0
+"""How long a cluster may be out of reach before following it is given up."""
+AGAIN_S = 2.0
+STOP_WAIT_S = 120
+"""What a stopped job gets to end by itself: a training saves a checkpoint."""
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+CHATTERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+BROKEN = (aiohttp.ClientError, requests.ConnectionError, requests.Timeout, ConnectionError, OSError)
+
+ResultT = TypeVar("ResultT")
+
+
+def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
+    """Submission id of a run's first job: verb, last part of its folder, digest of its place."""
+    uri = config.output.uri.rstrip("/")
+    place = f"{config.storage.endpoint_url}\0{uri}"
+    word = re.sub(r"[^A-Za-z0-9]+", "-", uri.rpartition("/")[2]).strip("-")[:40]
+    return f"{verb}-{word}-{hashlib.sha256(place.encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of a run on a cluster."""
+
+    id: str
+    is_new: bool
+    """False: it was at work already."""
+    before: str = ""
+    """How the job before it ended."""
+
+
+class JobServer:
+    """A cluster's job server. Methods raise WorkersError if it refuses or stays out of reach."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        _use_token()
+        from ray.exceptions import AuthenticationError  # reads the environment when it comes
+        from ray.job_submission import JobSubmissionClient
+
+        if not logging.getLogger().isEnabledFor(logging.INFO):
+            for name in CHATTERS:
+                logging.getLogger(name).setLevel(logging.WARNING)
+        self._refusal = AuthenticationError
+        with _without(ADDRESSES):  # Ray prefers them to what is asked for
+            self._client: Any = self._ask(lambda: JobSubmissionClient(address), patience_s=0)
+
+    def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
+        """Start a job for a run, or find the one that is at work on it.
+
+        Raises ConfigError if that one has another config.
+        """
+        digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        before = ""
+        for number in range(1, 10_000):
+            job_id = name if number == 1 else f"{name}-{number}"
+            info = self.info(job_id)
+            if info is None:
+                if self._start(job_id, package, {"run": config.output.uri, "config": digest}):
+                    return Submitted(job_id, is_new=True, before=before)
+                info = self.info(job_id)  # somebody else did, just now
+            if info is not None and not info.status.is_terminal():
+                if (info.metadata or {}).get("config") != digest:
+                    raise ConfigError(
+                        f"job {job_id} is at work on {config.output.uri} with another config; "
+                        f"wait for it, or stop it: ray job stop --address {self.address} {job_id}"
+                    )
+                return Submitted(job_id, is_new=False)
+            if info is not None:
+                before = f"{job_id} ended as {info.status}; the same run goes on"
+        raise WorkersError(f"{name}: too many jobs of this run; restart the cluster")
+
+    def info(self, job_id: str) -> "JobInfo | None":
+        """How a job stands; None if the cluster does not know it."""
+        try:
+            return self._ask(lambda: self._client.get_job_info(job_id))
+        except RuntimeError as error:
+            if "404" in str(error):
+                return None
+            raise WorkersError(f"{self.address}: {_short(error)}") from error
+
+    def stop(self, job_id: str) -> None:
+        """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
+        self._ask(lambda: self._client.stop_job(job_id))
+
+    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> bool:
+        """Upload and start; False if the id has just been taken."""
+        with tempfile.TemporaryDirectory() as folder:
+            package.write(Path(folder))
+            try:
+                self._ask(
+                    lambda: self._client.submit_job(
+                        entrypoint=package.entrypoint,
+                        submission_id=job_id,
+                        runtime_env={
+                            "working_dir": folder,
+                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                        },
+                        metadata=metadata,
+                    )
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return False
+                raise WorkersError(f"{self.address} refuses the job: {_short(error)}") from error
+        return True
+
+    def _ask(self, call: Callable[[], ResultT], patience_s: float = PATIENCE_S) -> ResultT:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return call()
+            except self._refusal as error:
+                raise WorkersError(
+                    f"{self.address} wants another token: set RAY_AUTH_TOKEN or "
+                    f"RAY_AUTH_TOKEN_PATH to the one of the cluster, or write it to ~/{TOKEN}"
+                ) from error
+            except BROKEN as error:
+                if time.monotonic() >= deadline:
+                    raise WorkersError(
+                        f"no Ray job server at {self.address}: {_short(error)}; it is the address "
+                        "of the dashboard, e.g. http://localhost:8265"
+                    ) from error
+                time.sleep(AGAIN_S)
+
+
+class Follower:
+    """Shows a job's output once, whatever breaks on the way."""
+
+    def __init__(self, server: JobServer, job_id: str, show: Callable[[str], None]) -> None:
+        self._server, self._id, self._show = server, job_id, show
+        self._seen = 0
+        self._line = ""
+
+    def follow(self) -> tuple[int, str]:
+        """Until the job ends; returns its exit code and how it ended. May be called again after
+        an interruption.
+
+        Raises WorkersError if the cluster stays out of reach or has forgotten the job.
+        """
+        while True:
+            with contextlib.suppress(*BROKEN, RuntimeError):  # asked below what became of it
+                asyncio.run(self._tail())
+            info = self._server.info(self._id)
+            if info is None:
+                raise WorkersError(
+                    f"{self._server.address} knows no job {self._id}: its head was restarted; the "
+                    "same command submits the run again, and it continues"
+                )
+            if info.status.is_terminal():
+                self._rest()
+                return _exit_code(info), f"{self._id} ended as {info.status}"
+            time.sleep(AGAIN_S)
+
+    async def _tail(self) -> None:
+        """Every connection begins at the job's first line: skip what was shown."""
+        position = 0
+        async for chunk in self._server._client.tail_job_logs(self._id):
+            self._take(position, chunk)
+            position += len(chunk)
+
+    def _rest(self) -> None:
+        with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
+            self._take(0, self._server._client.get_job_logs(self._id))
+        if self._line:
+            self._show(self._line)
+            self._line = ""
+
+    def _take(self, position: int, text: str) -> None:
+        new = text[max(0, self._seen - position) :]
+        if not new:
+            return
+        self._seen = position + len(text)
+        *lines, self._line = (self._line + new).split("\n")
+        for line in lines:
+            self._show(line)
+
+
+def _use_token() -> None:
+    """Show the cluster this user's token, if there is one: only ``ray.init`` does by itself."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if given or (Path.home() / TOKEN).exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _exit_code(info: "JobInfo") -> int:
+    """A job that was stopped is no success; one killed by a signal has no code of its own."""
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        return STOPPED
+    code = info.driver_exit_code
+    return code if code is not None and code > 0 else 1
+
+
+def _short(error: BaseException) -> str:
+    """The last line of a message that may be a traceback."""
+    lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" .'\"}")]
+    return lines[-1].strip(" .'\"}")[:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Hide variables of the environment."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

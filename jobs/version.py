@@ -1,0 +1,40 @@
+"""Which code a process runs: version and a digest of the sources, so that no two are mixed."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jobs
+import unet_core
+from unet_core.errors import WorkersError
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """A version of unet-jobs, and what its modules really say."""
+
+    version: str
+    digest: str
+    """Of all modules of ``jobs`` and ``unet_core``, by name."""
+
+    def require(self, other: "CodeVersion", where: str) -> None:
+        """Refuse to work with other code; raises WorkersError that names both."""
+        if self != other:
+            raise WorkersError(
+                f"{where} runs unet-jobs {other.version} (sources {other.digest}), the driver "
+                f"{self.version} (sources {self.digest}); give every node the same image, and "
+                "upload no copy of jobs or unet_core with a job"
+            )
+
+
+@lru_cache(maxsize=1)
+def code_version() -> CodeVersion:
+    """Of this process."""
+    digest = hashlib.sha256()
+    for package in (jobs, unet_core):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return CodeVersion(unet_core.__version__, digest.hexdigest()[:12])
