@@ -33,7 +33,11 @@ WAIT_S = 1.0
 LOOK_S = 5.0
 """How often the nodes of the cluster are counted."""
 PLACING_WARNING_S = 30.0
-JOIN, START, CONFIGURE = "join", "start", "configure"
+DOUBT_S = 60.0
+"""How long an actor may be out of reach before it is given up."""
+JOIN, START, CONFIGURE, ASK = "join", "start", "configure", "ask"
+NODE_DIED = "its node has died"
+"""What Ray says of an actor that had not yet told where it is."""
 LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 
 ResultT = TypeVar("ResultT")
@@ -150,6 +154,8 @@ class RayActors:
         self._calls: dict[Any, tuple[str, str | Attempt]] = {}
         """Every call under way: its reference → (actor, attempt or step of its start)."""
         self._computes: dict[str, Compute] = {}
+        self._doubted: dict[str, float] = {}
+        """Actors out of reach, since when."""
         self._decided: tuple[Compute, dict[str, str]] | None = None
         self._heard = self._looked = time.monotonic()
         self._room = placement.actors
@@ -240,6 +246,9 @@ class RayActors:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError:
             raise  # a bug of ours: its traceback is the message
+        except ray.exceptions.ActorUnavailableError as error:
+            yield from self._doubt(name, str(error))
+            return
         except ray.exceptions.RayError as error:
             yield self._bury(name, str(error))
             return
@@ -249,6 +258,9 @@ class RayActors:
         elif isinstance(answer, Crash):
             ray.kill(self._handles[name], no_restart=True)
             yield self._bury(name, answer.reason)
+        elif what == ASK:
+            ray.kill(self._handles[name], no_restart=True)  # what it answered to others is lost
+            yield self._bury(name, "it was out of reach for a while", blameless=True)
         elif what == JOIN:
             code_version().require(answer.code, f"node {answer.node_id[:12]}")
             self._nodes[name] = answer.node_id
@@ -264,20 +276,40 @@ class RayActors:
             self._measures.done(name, what, answer)
             yield Done(name, what.shard.shard_id, answer)
 
-    def _bury(self, name: str, reason: str) -> Died:
+    def _doubt(self, name: str, reason: str) -> Iterator[Died]:
+        """An actor cannot be reached: ask it again until it is known whether it, or its node,
+        died, since only one of them is a shard's fault.
+        """
+        self._doubted.setdefault(name, time.monotonic())
+        self._drop_calls(name)
+        if time.monotonic() - self._doubted[name] < DOUBT_S:
+            self._call(name, ASK, "join", log.getEffectiveLevel())
+        else:
+            ray.kill(self._handles[name], no_restart=True)
+            yield self._bury(name, reason, blameless=True)
+
+    def _bury(self, name: str, reason: str, blameless: bool = False) -> Died:
         """Forget a dead actor; the next look places another if it is wanted."""
         node = self._forget(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         reason = " ".join(reason.split())[:300]
+        if NODE_DIED in reason or (node is not None and node not in alive):
+            blameless, reason = True, f"its node {node[:12] if node is not None else ''} is gone"
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
         self._looked = 0.0
-        return Died(name, reason, blameless=node is not None and node not in alive)
+        return Died(name, reason, blameless)
 
     def _forget(self, name: str) -> str | None:
         """Drop all that is known of an actor; returns its node."""
-        lost = [what for actor, what in self._calls.values() if actor == name]
-        self._measures.gone(name, sum(isinstance(what, Attempt) for what in lost))
-        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}
+        self._drop_calls(name)
+        self._measures.gone(name)
         del self._handles[name]
         self._computes.pop(name, None)
+        self._doubted.pop(name, None)
         return self._nodes.pop(name, None)
+
+    def _drop_calls(self, name: str) -> None:
+        """Wait no longer for what an actor was asked."""
+        lost = [what for actor, what in self._calls.values() if actor == name]
+        self._measures.lost(sum(isinstance(what, Attempt) for what in lost))
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}

@@ -22,11 +22,13 @@ from unet_core.errors import ConfigError, StoppedError, UnetJobsError
 from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from jobs.cost import Cost
     from jobs.predict import Outcome
     from jobs.submit import JobServer
     from unet_core.metrics import Totals
 
 STOPPED = 130
+ACTORS_SHOWN = (1, 8, 64)
 RECIPES = Path(__file__).parent / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
 READING = """\
@@ -90,8 +92,19 @@ def predict(source: str, overrides: tuple[str, ...], model: str | None, out: str
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--model", help="Checkpoint, where IMAGES is given.")
 @click.option("--out", help="Run folder, where IMAGES is given.")
-def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | None) -> None:
-    """Show what predict would do. Writes nothing."""
+@click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --cost: of an hour of one GPU.")
+def plan(
+    source: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    out: str | None,
+    cost: bool,
+    price: float | None,
+) -> None:
+    """Show what predict would do. Leaves nothing behind."""
+    if price is not None and not cost:
+        raise ConfigError("--price goes with --cost")
     config = _predict_config(source, overrides, model, out)
     from jobs.inspect import plan as make_plan
 
@@ -106,6 +119,10 @@ def plan(source: str, overrides: tuple[str, ...], model: str | None, out: str | 
         bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
         workers=made.workers,
     )
+    if cost:
+        from jobs.cost import estimate
+
+        _show_cost(estimate(config), price)
 
 
 @cli.command(options_metavar="[OPTIONS]")
@@ -194,6 +211,9 @@ def status(run: str, overrides: tuple[str, ...]) -> None:
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
     _show_totals(found.totals, found.class_names)
+    if found.seconds.shares:
+        shares = [f"{what} {share:.0%}" for what, share in found.seconds.shares.items()]
+        _show(device=", ".join(shares))
 
 
 @cli.command()
@@ -398,6 +418,25 @@ def _storage(overrides: tuple[str, ...]) -> StorageConfig:
             raise ConfigError(f"{override}: only storage.key=value goes here")
     places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
     return build(PredictConfig, places, list(overrides), source="command line").storage
+
+
+def _show_cost(cost: "Cost", price: float | None) -> None:
+    about = "" if cost.is_counted else "about "
+    _show(
+        measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
+        f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
+        left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
+        " GB",
+        time=", ".join(f"{n} actors: {_span(cost.hours_on(n))} h" for n in ACTORS_SHOWN),
+    )
+    hours = cost.device_hours_per_million
+    unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
+    money = f", at {price:g} each: {_span(hours, price)}" if price is not None else ""
+    _show(a_million=f"{_span(hours)} {unit}{money}")
+
+
+def _span(values: tuple[float, float], factor: float = 1.0) -> str:
+    return " to ".join(f"{value * factor:,.3g}" for value in values)
 
 
 def _show_outcome(outcome: "Outcome") -> None:

@@ -12,6 +12,7 @@ from unet_core.metrics import Totals
 from unet_core.run import open_existing
 from unet_core.shards import Shard
 from unet_core.store import Store
+from unet_core.timings import Seconds, recent_seconds
 from unet_core.training.run import Position, TrainingRun, is_training
 
 
@@ -77,6 +78,8 @@ class Status:
     is_finished: bool
     totals: Totals
     class_names: tuple[str, ...]
+    seconds: Seconds
+    """Where the time of about the last hour went."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,15 @@ def status(uri: str, storage: StorageConfig | None = None) -> Status | TrainingS
     shards = run.manifest() or []
     committed = run.committed()
     totals = run.finished_totals() if run.is_finished else run.totals(committed)
-    return Status(uri, len(shards), len(committed), run.is_finished, totals, record.class_names)
+    return Status(
+        uri,
+        len(shards),
+        len(committed),
+        run.is_finished,
+        totals,
+        record.class_names,
+        recent_seconds(run.store),
+    )
 
 
 def _training_status(uri: str, storage: StorageConfig | None) -> TrainingStatus:

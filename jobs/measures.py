@@ -49,18 +49,19 @@ class Measures:
         for stage, seconds in vars(result.seconds).items():
             self._seconds.observe(seconds, {"stage": stage})
         self._actors[actor] += result.seconds
-        busy = self._actors[actor].busy
-        if busy is not None:
-            self._busy.set(busy, {"actor": actor})
+        self._busy.set(self._actors[actor].shares.get("busy", 0.0), {"actor": actor})
 
     def open(self, shards: int) -> None:
         """So many shards are neither committed nor set aside."""
         self._open.set(shards)
 
-    def gone(self, actor: str, attempts: int) -> None:
-        """An actor ended, and with it attempts that were under way."""
+    def lost(self, attempts: int) -> None:
+        """Attempts ended with their actor."""
         if attempts:
             self._attempts.inc(attempts, {"outcome": "lost"})
+
+    def gone(self, actor: str) -> None:
+        """An actor ended."""
         if self._actors.pop(actor, None) is not None:
             self._busy.set(0, {"actor": actor})
         self._ready.set(len(self._actors))

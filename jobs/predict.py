@@ -45,10 +45,11 @@ def predict(config: PredictConfig) -> Outcome:
         draft = None
         if known is None:
             draft = stack.enter_context(make_draft(list_shards(job.source)))
-        return _segment(job, draft.heads if draft is not None else known or [], draft)
+        job.source.listing.clear()
+        return segment(job, draft.heads if draft is not None else known or [], draft)
 
 
-def _segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
+def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
     """Place workers, and let them do what is left of the shards."""
     run = job.run
     committed = run.committed() & {shard.shard_id for shard in shards}

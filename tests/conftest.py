@@ -1,16 +1,20 @@
 """Small data of our own, a tiny checkpoint, and the suite's one Ray session."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+    "RAY_metrics_report_interval_ms": "1000",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs' commands
 }
 
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,7 +100,7 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3_server: S3) -> Iterator[None]:
+def ray_session(s3_server: S3) -> Iterator[Any]:
     """A Ray cluster of two nodes with two pretended GPUs each, for every test that needs one.
 
     Its nodes have the credentials of the object store in their environment, as real nodes have.
@@ -109,10 +113,14 @@ def ray_session(s3_server: S3) -> Iterator[None]:
             environment.setenv(name, value)
         warnings.simplefilter("ignore")  # Ray's own
         node = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 100 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        job_server = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={**node, **job_server},
+        )
         cluster.add_node(**node)
         ray.init(address=cluster.address, log_to_driver=False)
-    yield
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
     Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)

@@ -35,10 +35,11 @@ def open_source(config: InputConfig, storage: StorageConfig | None = None) -> So
             if "://" in config.uri
             else f"input.uri: there is nothing at {config.uri}"
         )
-    wanted: str = config.format
-    if wanted == "auto":
-        wanted = _detect(config, names or tuple(entry.name for entry in root.list()))
-    return Source(config, wanted, root, names)
+    if config.format != "auto":
+        return Source(config, config.format, root, names)
+    listing = [] if names else root.list()
+    found = _detect(config, names or tuple(entry.name for entry in listing))
+    return Source(config, found, root, names, listing)
 
 
 def list_shards(source: Source) -> Iterator[Shard]:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import BinaryIO, cast
 
 import pyarrow as pa
@@ -22,6 +22,8 @@ from unet_core.shards import Member, Shard
 from unet_core.store import Store
 
 SHARDS_PER_GROUP = 16
+"""In a row group, where shards have members, since an actor reads a whole group for one of them."""
+HEADS_PER_GROUP = 4096
 SPOOL_BYTES = 64 * 2**20
 HEADS = [name for name in MANIFEST.names if name != "members"]
 
@@ -32,6 +34,11 @@ class Draft:
 
     heads: list[Shard]
     file: BinaryIO
+
+    def with_members(self, head: Shard) -> Shard:
+        """A shard with its members."""
+        group, index = divmod(head.row, SHARDS_PER_GROUP)
+        return dataclasses.replace(head, members=_group(pq.ParquetFile(self.file), group)[index])
 
     def __enter__(self) -> "Draft":
         return self
@@ -58,7 +65,10 @@ def _write(shards: Iterator[Shard], file: BinaryIO) -> list[Shard]:
     heads: list[Shard] = []
     ids: set[str] = set()
     with pq.ParquetWriter(file, MANIFEST, compression="zstd", use_dictionary=False) as writer:
-        while group := list(islice(shards, SHARDS_PER_GROUP)):
+        first = next(shards, None)
+        shards = chain([first] if first is not None else [], shards)
+        size = SHARDS_PER_GROUP if first is not None and first.has_members else HEADS_PER_GROUP
+        while group := list(islice(shards, size)):
             writer.write_batch(_batch(group))
             for shard in group:
                 if shard.shard_id in ids:
@@ -115,5 +125,9 @@ def with_members(store: Store, name: str, shard: Shard) -> Shard:
 def _members(store: Store, name: str, group: int) -> list[tuple[Member, ...]]:
     """The members of every shard in one row group."""
     with store.open_parquet(name) as file:
-        column = file.read_row_group(group, columns=["members"])["members"].to_pylist()
+        return _group(file, group)
+
+
+def _group(file: pq.ParquetFile, group: int) -> list[tuple[Member, ...]]:
+    column = file.read_row_group(group, columns=["members"])["members"].to_pylist()
     return [tuple(Member(**member) for member in members) for members in column]

@@ -6,8 +6,8 @@ A shard's id is a digest of path, size, etag and members: never of a rank, a pos
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
@@ -30,7 +30,7 @@ class Member(NamedTuple):
     """Where it lies, if not at ``key`` below the input root."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """The unit of reading, retry and commit."""
 
@@ -88,12 +88,19 @@ class Source:
     root: Store
     names: tuple[str, ...] = ()
     """The only names of the root that count, if ``input.uri`` is itself a file."""
+    listing: list[Entry] = field(default_factory=list, compare=False, repr=False)
+    """What was found when the format was looked for; used once, and never sent anywhere."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (self.config, self.format, self.root, self.names)
 
     def entries(self) -> list[Entry]:
-        """All files of the input, by name. One listing."""
+        """All files of the input, by name; an input is listed once."""
         if self.names:
             return [self.root.entry(name) for name in self.names]
-        return self.root.list()
+        listed = self.listing.copy() or self.root.list()
+        self.listing.clear()
+        return listed
 
 
 def readable_name(name: str) -> str:

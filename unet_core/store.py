@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
@@ -32,7 +31,7 @@ COPY_BYTES = 16 * 2**20
 LIST_THREADS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One object below a root: its relative name, size in bytes, and what changes with it."""
 
@@ -276,13 +275,14 @@ class Store:
     def _walk(self, root: str) -> Iterator[Entry]:
         """Files below a local folder; links to folders are followed, each real folder once."""
         seen: set[tuple[int, int]] = set()
-        folders = [Path(root)]
+        folders = [""]
         while folders:
-            folder = folders.pop()
+            below = folders.pop()
+            folder = os.path.join(root, below)
             try:
-                stat = folder.stat()
+                stat = os.stat(folder)
             except FileNotFoundError:
-                if str(folder) == root:
+                if not below:
                     raise
                 continue  # deleted since it was listed
             if (stat.st_dev, stat.st_ino) in seen:
@@ -292,14 +292,14 @@ class Store:
                 for item in items:
                     if item.name.startswith("."):
                         continue
+                    name = f"{below}{item.name}"
                     if item.is_dir():
-                        folders.append(Path(item.path))
+                        folders.append(f"{name}/")
                     elif item.is_file() or item.is_symlink():
                         try:
                             info = item.stat(follow_symlinks=item.is_file())
                         except FileNotFoundError:
                             continue  # a temporary file that was there a moment ago
-                        name = os.path.relpath(item.path, root).replace(os.sep, "/")
                         yield Entry(name, info.st_size, _local_etag(info))
 
 

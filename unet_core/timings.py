@@ -16,6 +16,7 @@ from unet_core.schema import TIMINGS
 from unet_core.store import Store
 
 FLUSH_S = 60.0
+RECENT = 60
 
 
 @dataclass
@@ -40,11 +41,16 @@ class Seconds:
         )))  # fmt: skip
 
     @property
-    def busy(self) -> float | None:
-        """Share of the device's time in which it worked; None without any."""
-        waiting = self.waiting_for_shard + self.waiting_for_reading + self.waiting_for_decoding
-        total = self.device + waiting
-        return self.device / total if total else None
+    def shares(self) -> dict[str, float]:
+        """What the device did with its time, as shares; empty if there was none."""
+        spent = {
+            "busy": self.device,
+            "waiting for a shard": self.waiting_for_shard,
+            "waiting for reading": self.waiting_for_reading,
+            "waiting for decoding": self.waiting_for_decoding,
+        }
+        total = sum(spent.values())
+        return {what: seconds / total for what, seconds in spent.items()} if total else {}
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,11 @@ class TimingsLog:
         self._rows, self._flushed = [], time.monotonic()
 
 
-def read_seconds(store: Store) -> Seconds:
-    """The sums of all attempts of a run that ``timings/`` tells of."""
+def recent_seconds(store: Store) -> Seconds:
+    """The sums of what a run last noted in ``timings/``: of about an hour."""
     total = Seconds()
-    for entry in store.list("timings"):
-        if entry.name.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(store.read(entry.name)))
-            total += Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(total)))
+    names = [entry.name for entry in store.list("timings") if entry.name.endswith(".parquet")]
+    for name in names[-RECENT:]:
+        table = pq.read_table(io.BytesIO(store.read(name)))
+        total += Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(total)))
     return total

@@ -6,13 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.predict import predict
+from jobs.version import CodeVersion
 from tests.data import digests, write_tars
 from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET
@@ -98,6 +101,87 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config,
     assert outcome.set_aside == {}
     assert digests(run) == digests(tmp_path / "undisturbed")
     assert verify(str(run), deep=True).problems == []
+
+
+def await_parts(run, count):
+    metrics = run / "metrics"
+    while len([*metrics.glob("[!_]*")] if metrics.exists() else []) < count:
+        time.sleep(0.01)
+
+
+def test_nodes_that_join_get_shards_and_those_that_leave_lose_only_theirs(
+    make_config, ray_session, tmp_path
+):
+    """A run that only a node can do that is not there yet, then a second one instead of it."""
+    tars = write_many_tars(tmp_path)
+    shared = {"input": {"uri": str(tars)}}
+    predict(make_config(out="undisturbed", **shared))
+    late = {"num_cpus": 1, "num_gpus": 1, "resources": {"accelerator_type:LATE": 1}}
+    workers = {"count": "auto", "max": 2, "accelerator_type": "LATE", "gpus": 1, "cpus": 1}
+    run, left = tmp_path / "run", []
+
+    def come_and_go():
+        first = ray_session.add_node(**late)
+        await_parts(run, 3)
+        ray_session.remove_node(first, allow_graceful=False)
+        left.append(len([*(run / "metrics").glob("[!_]*")]))
+        left.append(ray_session.add_node(**late))
+
+    thread = threading.Thread(target=come_and_go, daemon=True)
+    thread.start()
+    outcome = predict(make_config(workers=workers, storage=SHARED, **shared))
+    thread.join()
+    parts, second = left
+    ray_session.remove_node(second)
+    assert 3 <= parts < 24
+    assert outcome.totals.images_seen == 48
+    assert outcome.set_aside == {}
+    assert digests(run) == digests(tmp_path / "undisturbed")
+    (timings,) = (run / "timings").glob("*")
+    assert len(set(pq.read_table(timings)["actor"].to_pylist())) >= 2
+
+
+def test_actors_of_other_code_are_refused(make_config, monkeypatch):
+    monkeypatch.setattr("jobs.actors.code_version", lambda: CodeVersion("9.9", "abc"))
+    workers = {"count": 1, "gpus": 1, "cpus": 1}
+    with pytest.raises(
+        WorkersError, match=r"node \w+ runs unet-jobs .*, the driver 9\.9 \(sources"
+    ):
+        predict(make_config(workers=workers, storage=SHARED))
+
+
+def exported(name):
+    """Samples of one of our metrics, from every node's exporter: its labels and its value."""
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            where = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            text = urllib.request.urlopen(where, timeout=5).read().decode()
+            for family in text_string_to_metric_families(text):
+                found += [(s.labels, s.value) for s in family.samples if s.name == name]
+    return found
+
+
+def test_prometheus_sees_what_a_run_committed(make_config):
+    workers = {"count": 1, "gpus": 1, "cpus": 1}
+    predict(make_config(out="measured", workers=workers, storage=SHARED))
+    deadline, images = time.monotonic() + 30, []
+    while not images and time.monotonic() < deadline:
+        time.sleep(0.5)
+        of_all = exported("ray_unet_jobs_images_total")
+        images = [(s, v) for s, v in of_all if s.get("run") == "measured"]
+    ((labels, value),) = images
+    assert (labels["status"], value) == ("ok", 12)
+
+    def of_run(name):
+        return [(s, v) for s, v in exported(name) if s.get("run") == "measured"]
+
+    ((labels, value),) = of_run("ray_unet_jobs_attempts_total")
+    assert (labels["outcome"], value) == ("committed", 6)
+    assert sum(v for _, v in of_run("ray_unet_jobs_bytes_total")) > 1000
+    stages = {s["stage"] for s, _ in of_run("ray_unet_jobs_shard_seconds_count")}
+    assert {"reading", "decoding", "device", "waiting_for_reading"} <= stages
+    assert of_run("ray_unet_jobs_ready_actors")[0][1] == 0
 
 
 def test_more_than_the_cluster_has_is_refused_with_what_it_has(make_config):

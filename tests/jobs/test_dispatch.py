@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.dispatch import PREFETCH, Board, Died, Done, Ready, dispatch
-from jobs.session import Placement, settle
+from jobs.session import Placement, settle, wanted
 from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.metrics import Totals
@@ -142,10 +142,41 @@ def test_actors_lost_with_their_node_while_starting_stop_nothing():
         ({"gpus": 0.3}, [(2, 12)], Placement(6, 0.3, 1)),
         ({"gpus": 0.5, "cpus": 1}, [(2, 12)], Placement(4, 0.5, 1)),
         ({"count": 2, "gpus": 0, "cpus": 1}, [(4, 4)], Placement(2, 0, 1)),
+        ({"max": 16}, [(1, 8), (1, 8)], Placement(16, 1, 8)),
+        ({"max": 16}, [], Placement(16, 1, 1)),
+        ({"max": 16}, [(0, 0)], Placement(16, 1, 1)),
+        ({"max": 3}, [(0, 8)], Placement(3, 0, 8)),
+        ({"max": 2, "accelerator_type": "L4"}, [], Placement(2, 1, 1)),
     ],
 )
 def test_actors_are_placed_on_nodes_that_can_hold_them(keys, nodes, placed):
     assert settle(WorkersConfig(**keys), nodes) == placed
+
+
+@pytest.mark.parametrize(
+    ("keys", "room", "actors"),
+    [({}, 7, 7), ({}, 0, 1), ({"max": 5}, 0, 5), ({"max": 5}, 9, 5), ({"count": 3}, 0, 3)],
+)
+def test_as_many_actors_are_wanted_as_nodes_can_hold_or_the_config_asks_for(keys, room, actors):
+    assert wanted(WorkersConfig(**keys), room) == actors
+
+
+def test_the_last_shards_are_shared_out_rather_than_held_by_one():
+    board = Board.of([shard(name) for name in "abcd"])
+    board.in_flight = {"first": [], "second": []}
+    for actor in ("first", "second"):
+        while board.next_for(actor) is not None:
+            pass
+    assert [len(held) for held in board.in_flight.values()] == [2, 1]
+    assert (board.open, len(board.waiting)) == (4, 1)
+
+
+def test_actors_that_nothing_is_left_for_are_released():
+    _, workers, done = run("abcde", actors=4)
+    assert sorted(done) == list("abcde")
+    assert set(workers.released) <= {f"actor-{n}" for n in range(4)}
+    assert len(workers.released) >= 3
+    assert workers.wanted == 0
 
 
 def test_actors_that_fit_no_node_are_refused_with_what_there_is():

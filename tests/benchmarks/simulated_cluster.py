@@ -1,0 +1,146 @@
+"""How the dispatcher scales where the work is only waiting.
+
+    python -m tests.benchmarks.simulated_cluster [--lanes 1 4 16 64 256] [--plot scaling.png]
+
+The dispatcher and the Ray actors' own event loop of ``predict`` drive up to 256 lanes, as if each
+were an actor with a GPU: eight Ray processes without torch hold 32 lanes each, and a shard sleeps
+two seconds. Prints efficiency (the time that perfect lanes would need, over the time taken) and the
+driver's CPU time for each shard.
+"""
+
+import argparse
+import asyncio
+import time
+from collections import defaultdict
+from typing import Any
+
+import ray
+
+from jobs import session
+from jobs.actors import JOIN, Joined, RayActors
+from jobs.dispatch import Attempt, Board, Event, Ready, dispatch
+from jobs.version import code_version
+from unet_core.compute import Compute, ReplicaSpec
+from unet_core.config import PredictConfig, build
+from unet_core.metrics import Totals
+from unet_core.shards import Shard, Source
+from unet_core.store import Store
+from unet_core.timings import Seconds, ShardResult, TimingsLog
+
+HOSTS = 8
+SHARD_S = 2.0
+SHARDS_PER_LANE = 15
+COMPUTE = Compute(device="none", precision="", backend="", batch_pixels=1, versions={})
+
+
+class Host:
+    """Many lanes that each do one shard at a time, as an actor's device does."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def join(self, lane: str, level: int) -> Joined:
+        return Joined(ray.get_runtime_context().get_node_id(), 0, code_version())
+
+    async def start(self, lane: str) -> Compute:
+        return COMPUTE
+
+    async def configure(self, lane: str, compute: Compute, footer: dict[str, str]) -> None:
+        return None
+
+    async def segment(self, lane: str, attempt: Attempt) -> ShardResult:
+        async with self._lanes[lane]:
+            await asyncio.sleep(SHARD_S)
+        return ShardResult(attempt.shard.shard_id, Totals(shards=1, images_seen=1, ok=1), Seconds())
+
+
+class Lanes(RayActors):
+    """Actors of which 32 share a process."""
+
+    def __init__(self, lanes: int, hosts: list[Any]) -> None:
+        self._hosts = hosts
+        places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
+        config = build(PredictConfig, places, [])
+        spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", 1)
+        super().__init__(spec, session.Placement(lanes, 0, 0), lanes)
+
+    def _grow(self) -> None:
+        while self._placed < self._placement.actors:
+            name = f"actor-{self._placed}"
+            self._handles[name] = self._hosts[self._placed % len(self._hosts)]
+            self._placed += 1
+            self._call(name, JOIN, "join", 30)
+
+    def _call(self, name: str, what: Any, method: str, *arguments: Any) -> None:
+        super()._call(name, what, method, name, *arguments)
+
+    def release(self, actor: str) -> None:
+        self._forget(actor)
+
+
+def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
+    """Efficiency, and the driver's CPU seconds for each shard."""
+    count = lanes * SHARDS_PER_LANE
+    board = Board.of([Shard(f"shard-{n:06d}", f"{n}.tar", 1, "", None, None) for n in range(count)])
+    workers = Lanes(lanes, hosts)
+    workers.configure(workers.probe(), {})
+    timings, totals = TimingsLog(Store("memory://simulated")), Totals()
+    ready, started, cpu = 0, 0.0, 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal ready, started, cpu
+        ready += isinstance(event, Ready)
+        if not started:
+            started, cpu = time.perf_counter(), time.process_time()
+
+    def on_done(result: ShardResult, attempt: Attempt, actor: str) -> None:
+        nonlocal totals
+        totals += result.totals
+        timings.add(result, attempt.number, actor)
+
+    dispatch(board, workers, on_done, on_event)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    assert totals.images_seen == count
+    assert ready == lanes
+    return count * SHARD_S / lanes / seconds, cpu / count
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--plot", help="a PNG to write")
+    arguments = parser.parse_args()
+    found = []
+    with session.connected():
+        hosts = [ray.remote(num_cpus=0, max_concurrency=128)(Host).remote() for _ in range(HOSTS)]
+        ray.get([host.start.remote("") for host in hosts])
+        print(f"{'lanes':>6} {'shards':>7} {'efficiency':>11} {'driver CPU per shard':>21}")
+        for lanes in arguments.lanes:
+            efficiency, cpu = run(lanes, hosts)
+            found.append((lanes, efficiency, cpu * 1e3))
+            print(
+                f"{lanes:>6} {lanes * SHARDS_PER_LANE:>7} {efficiency:>11.3f} {cpu * 1e3:>18.2f} ms"
+            )
+    if arguments.plot:
+        plot(found, arguments.plot)
+
+
+def plot(found: list[tuple[int, float, float]], path: str) -> None:
+    """Efficiency and CPU over lanes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lanes, efficiency, cpu = zip(*found, strict=True)
+    left.semilogx(lanes, efficiency, "o-", base=2)
+    left.set(ylim=(0, 1.05), xlabel="lanes", ylabel="efficiency")
+    right.semilogx(lanes, cpu, "o-", base=2)
+    right.set(ylim=(0, 2.1), xlabel="lanes", ylabel="driver CPU, ms per shard")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
