@@ -6,6 +6,7 @@ and nothing else is ever ended.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -81,10 +82,10 @@ def down() -> None:
     if pid is not None:
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE_S
-        while keeper() is not None:
-            if time.monotonic() > deadline:
-                os.killpg(pid, signal.SIGKILL)
+        while keeper() is not None and time.monotonic() < deadline:
             time.sleep(LOOK_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what is left of its group
     PID.unlink(missing_ok=True)
 
 

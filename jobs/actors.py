@@ -294,7 +294,7 @@ class RayActors:
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         reason = " ".join(reason.split())[:300]
         if NODE_DIED in reason or (node is not None and node not in alive):
-            blameless, reason = True, f"its node {node[:12] if node is not None else ''} is gone"
+            blameless, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
         self._looked = 0.0
         return Died(name, reason, blameless)

@@ -427,12 +427,18 @@ def _show_cost(cost: "Cost", price: float | None) -> None:
         f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
         left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
         " GB",
-        time=", ".join(f"{n} actors: {_span(cost.hours_on(n))} h" for n in ACTORS_SHOWN),
+        time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
     )
     hours = cost.device_hours_per_million
     unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
     money = f", at {price:g} each: {_span(hours, price)}" if price is not None else ""
-    _show(a_million=f"{_span(hours)} {unit}{money}")
+    _show(million=f"{_span(hours)} {unit}{money}")
+
+
+def _time(hours: tuple[float, float]) -> str:
+    units = {"h": 1.0, "min": 60.0, "s": 3600.0}
+    unit = next((u for u, each in units.items() if hours[1] * each >= 2), "s")
+    return f"{_span(hours, units[unit])} {unit}"
 
 
 def _span(values: tuple[float, float], factor: float = 1.0) -> str:

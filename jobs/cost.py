@@ -3,13 +3,10 @@
 They go into a folder beside the run's, by the same way as in ``predict``, and are removed.
 """
 
-import io
 import statistics
 import uuid
 from dataclasses import dataclass
 from itertools import pairwise
-
-import pyarrow.parquet as pq
 
 from jobs.job import Job, prepare
 from jobs.predict import segment
@@ -19,6 +16,7 @@ from unet_core.inputs import list_shards
 from unet_core.manifest import Draft, draft, with_members
 from unet_core.run import MANIFEST_NAME
 from unet_core.shards import Shard
+from unet_core.timings import read_timings
 
 SAMPLE = 6
 LEAST_SPREAD = 0.1
@@ -80,8 +78,7 @@ def estimate(config: PredictConfig) -> Cost:
             images = segment(scratch, small.heads, small).totals.images_seen
         return _scaled(scratch, sample, left, images)
     finally:
-        for entry in scratch.run.store.list():
-            scratch.run.store.remove(entry.name)
+        scratch.run.store.remove_all()
 
 
 def _spread(left: list[Shard]) -> list[Shard]:
@@ -111,11 +108,7 @@ def _scratch(config: PredictConfig) -> Job:
 def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -> Cost:
     """By the time between one commit and the next: loading and the first shard are left out."""
     store = scratch.run.store
-    rows = [
-        row
-        for entry in store.list("timings")
-        for row in pq.read_table(io.BytesIO(store.read(entry.name))).to_pylist()
-    ]
+    rows = read_timings(store, SAMPLE).to_pylist()
     rows.sort(key=lambda row: row["finished"])
     sizes = {shard.shard_id: shard.bytes for shard in sample}
     spans = [

@@ -64,8 +64,9 @@ def _describe_workers(config: PredictConfig) -> str:
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
         placement = session.settle(config.workers, session.offered(config.workers))
-    where = os.environ["RAY_ADDRESS"]
-    return f"{placement.actors} actors of {placement.gpus:g} GPU, {placement.cpus:g} CPU on {where}"
+    count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
+    each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
+    return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ class Measures:
         self._open = Gauge("unet_jobs_open_shards", "Shards that are not committed", **tags())
         self._ready = Gauge("unet_jobs_ready_actors", "Actors that take shards", **tags())
         self._busy = Gauge("unet_jobs_device_busy", "Share of its time", **tags("actor"))
-        self._seconds = Histogram(
-            "unet_jobs_shard_seconds", "By stage, over threads", BOUNDARIES_S, **tags("stage")
+        self._stages = Counter("unet_jobs_stage_seconds", "Time, over threads", **tags("stage"))
+        self._shards = Histogram(
+            "unet_jobs_shard_seconds", "A shard's time at the device", BOUNDARIES_S, **tags()
         )
         for metric in vars(self).values():
             metric.set_default_tags({"run": run})
@@ -47,7 +48,9 @@ class Measures:
             if images:
                 self._images.inc(images, {"status": status})
         for stage, seconds in vars(result.seconds).items():
-            self._seconds.observe(seconds, {"stage": stage})
+            if seconds > 0:
+                self._stages.inc(seconds, {"stage": stage})
+        self._shards.observe(result.seconds.at_device)
         self._actors[actor] += result.seconds
         self._busy.set(self._actors[actor].shares.get("busy", 0.0), {"actor": actor})
 

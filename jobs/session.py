@@ -4,6 +4,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,6 +79,7 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
     options = {"logging_level": logging.WARNING, "log_to_driver": shows_logs}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         if is_cluster_named():
             ray.init(address=os.environ["RAY_ADDRESS"], **options)
@@ -91,6 +94,8 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise WorkersError(f"no Ray cluster at {where}: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray's would end the driver on the spot
     try:
         yield
     finally:

@@ -177,6 +177,11 @@ class Store:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(path))
 
+    def remove_all(self) -> None:
+        """Delete the folder with all that is in it; one that is not there is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try("remove", "", lambda: self.fs.rm(self._path(""), recursive=True))
+
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 

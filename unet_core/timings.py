@@ -41,6 +41,12 @@ class Seconds:
         )))  # fmt: skip
 
     @property
+    def at_device(self) -> float:
+        """Seconds in which the device worked or waited."""
+        waiting = self.waiting_for_shard + self.waiting_for_reading + self.waiting_for_decoding
+        return self.device + waiting
+
+    @property
     def shares(self) -> dict[str, float]:
         """What the device did with its time, as shares; empty if there was none."""
         spent = {
@@ -49,7 +55,7 @@ class Seconds:
             "waiting for reading": self.waiting_for_reading,
             "waiting for decoding": self.waiting_for_decoding,
         }
-        total = sum(spent.values())
+        total = self.at_device
         return {what: seconds / total for what, seconds in spent.items()} if total else {}
 
 
@@ -98,11 +104,14 @@ class TimingsLog:
         self._rows, self._flushed = [], time.monotonic()
 
 
+def read_timings(store: Store, files: int) -> pa.Table:
+    """What the newest so many files of a run's ``timings/`` say, in their order."""
+    names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
+    tables = [pq.read_table(io.BytesIO(store.read(name))) for name in names]
+    return pa.concat_tables([TIMINGS.empty_table(), *tables])
+
+
 def recent_seconds(store: Store) -> Seconds:
-    """The sums of what a run last noted in ``timings/``: of about an hour."""
-    total = Seconds()
-    names = [entry.name for entry in store.list("timings") if entry.name.endswith(".parquet")]
-    for name in names[-RECENT:]:
-        table = pq.read_table(io.BytesIO(store.read(name)))
-        total += Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(total)))
-    return total
+    """The sums of about the last hour that a run was at work."""
+    table = read_timings(store, RECENT)
+    return Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(Seconds())))

@@ -25,6 +25,15 @@ def test_published_files_are_whole_replaced_and_listed(store):
     store.remove("a/one")
 
 
+def test_a_whole_folder_can_be_removed(store):
+    store.publish("a/one", b"first")
+    store.publish("b", b"second")
+    store.remove_all()
+    store.remove_all()
+    assert store.list() == []
+    assert not store.exists("a")
+
+
 def test_an_exclusive_publication_has_one_winner(tmp_path):
     store = Store(str(tmp_path))
     for attempt in range(20):

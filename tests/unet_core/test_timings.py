@@ -1,0 +1,81 @@
+"""What the device waited for, as ``timings/`` tells it."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from jobs.predict import predict
+from unet_core import picture, segment
+from unet_core.store import Store
+from unet_core.timings import Seconds, recent_seconds
+
+SLOW_S = 0.1
+
+
+def slow_reading(monkeypatch):
+    real = segment.read_shard
+
+    def read_shard(source, shard):
+        for sample in real(source, shard):
+            time.sleep(SLOW_S)
+            yield sample
+
+    monkeypatch.setattr(segment, "read_shard", read_shard)
+
+
+def slow_objects(monkeypatch):
+    """Loose images are read by the threads that decode them."""
+    real = segment.read_shard
+
+    def read_shard(source, shard):
+        for sample in real(source, shard):
+            yield replace(sample, read=lambda sample=sample: (time.sleep(SLOW_S), sample.read())[1])
+
+    monkeypatch.setattr(segment, "read_shard", read_shard)
+
+
+def slow_decoding(monkeypatch):
+    real = picture.decode_images
+    monkeypatch.setattr(
+        picture, "decode_images", lambda *args: (time.sleep(SLOW_S), real(*args))[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("slow", "what"),
+    [(slow_reading, "reading"), (slow_objects, "reading"), (slow_decoding, "decoding")],
+)
+def test_the_device_says_what_it_waited_for(slow, what, make_config, monkeypatch, tmp_path):
+    slow(monkeypatch)
+    predict(make_config())
+    seconds = recent_seconds(Store(str(tmp_path / "run")))
+    assert getattr(seconds, what) >= 12 * SLOW_S
+    waited = {name: value for name, value in vars(seconds).items() if name.startswith("waiting")}
+    assert max(waited, key=waited.get) == f"waiting_for_{what}"
+    shares = seconds.shares
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares[f"waiting for {what}"] > 0.5
+    assert 0 < shares["busy"] < 0.5
+
+
+def test_a_device_without_a_shard_waits_for_one(make_config, monkeypatch, tmp_path):
+    real = segment.Segmenter._commit
+    seen = []
+
+    def commit(self, shard, *rest):
+        if not seen:
+            self._device_left -= 5.0  # as if nothing had come for so long
+        seen.append(shard)
+        return real(self, shard, *rest)
+
+    monkeypatch.setattr(segment.Segmenter, "_commit", commit)
+    predict(make_config("workers.cpus=1"))
+    assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 5.0
+
+
+def test_seconds_add_up():
+    both = Seconds(reading=1, device=2) + Seconds(device=3, waiting_for_shard=5)
+    assert both == Seconds(reading=1, device=5, waiting_for_shard=5)
+    assert both.shares["busy"] == 0.5
+    assert Seconds().shares == {}
