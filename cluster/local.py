@@ -42,9 +42,10 @@ def main() -> None:
 def up(**wanted: Any) -> None:
     """Start the keeper if it is not there, and wait until it has what is wanted."""
     STATE.mkdir(exist_ok=True)
-    HAS.unlink(missing_ok=True)
     _write(WANTED, wanted)
-    if keeper() is None:
+    is_new = keeper() is None
+    if is_new:
+        HAS.unlink(missing_ok=True)
         ray = Path(sys.executable).parent / "ray"
         subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
         environment = {
@@ -65,12 +66,16 @@ def up(**wanted: Any) -> None:
                 start_new_session=True,
             )
         PID.write_text(str(process.pid))
-    deadline = time.monotonic() + PATIENCE_S
-    while not HAS.exists() or json.loads(HAS.read_text())["nodes"] != wanted["nodes"]:
+    nodes, deadline = None, time.monotonic() + PATIENCE_S
+    while nodes != wanted["nodes"]:
         if keeper() is None or time.monotonic() > deadline:
-            down()
-            sys.exit(f"the cluster did not start: {(STATE / 'log').read_text()}")
+            if is_new:
+                down()
+            sys.exit(f"there are {nodes or 0} nodes, and no more: {(STATE / 'log').read_text()}")
         time.sleep(LOOK_S)
+        now = json.loads(HAS.read_text())["nodes"] if HAS.exists() else None
+        if now != nodes:
+            nodes, deadline = now, time.monotonic() + PATIENCE_S
     print(
         "\n".join(f"{name + ':':<12}{value}" for name, value in json.loads(HAS.read_text()).items())
     )
@@ -95,7 +100,10 @@ def keeper() -> int | None:
         return None
     pid = PID.read_text()
     shown = subprocess.run(
-        ["ps", "-o", "state=,command=", "-p", pid], check=False, capture_output=True, text=True
+        ["ps", "-ww", "-o", "state=,command=", "-p", pid],
+        check=False,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     return int(pid) if f"{__file__} keep" in shown and not shown.startswith("Z") else None
 
@@ -122,16 +130,23 @@ def keep() -> None:
     try:
         while True:
             wanted = json.loads(WANTED.read_text())
-            while len(nodes) < wanted["nodes"]:
-                shape = {"num_cpus": wanted["cpus"] or wanted["gpus"], "num_gpus": wanted["gpus"]}
+            if len(nodes) < wanted["nodes"]:
+                shape = {
+                    "num_cpus": wanted["cpus"] or max(1, wanted["gpus"]),
+                    "num_gpus": wanted["gpus"],
+                }
                 nodes.append(cluster.add_node(**common, **shape))
-            while len(nodes) > wanted["nodes"]:
+            elif len(nodes) > wanted["nodes"]:
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
-            if not HAS.exists():
-                has = {"nodes": len(nodes), "cluster": cluster.address,
-                       "job server": f"http://{cluster.webui_url}"}  # fmt: skip
+            else:
+                time.sleep(LOOK_S)
+            has = {
+                "nodes": len(nodes),
+                "cluster": cluster.address,
+                "job server": f"http://{cluster.webui_url}",
+            }
+            if not HAS.exists() or json.loads(HAS.read_text()) != has:
                 _write(HAS, has)
-            time.sleep(LOOK_S)
     finally:
         cluster.shutdown()
         Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)

@@ -121,6 +121,16 @@ def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
         return Crash(f"{type(error).__name__}: {error}")
 
 
+def _answer(reference: Any) -> Any:
+    """What a call gave, or the error that says what became of its actor."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        raise  # a bug of ours: its traceback is the message
+    except ray.exceptions.RayError as error:
+        return error
+
+
 class RayActors:
     """All actors of a run: as many as are wanted while nodes come and go.
 
@@ -159,7 +169,7 @@ class RayActors:
         self._decided: tuple[Compute, dict[str, str]] | None = None
         self._heard = self._looked = time.monotonic()
         self._room = placement.actors
-        self._shards = max(1, shards)
+        self._useful = max(1, shards)
         self._grow()
 
     def probe(self) -> Compute:
@@ -171,7 +181,7 @@ class RayActors:
         while not self._computes:
             for event in self.events():
                 if isinstance(event, Died):
-                    deaths += 1
+                    deaths += not event.blameless
                     if deaths >= MAX_FAILED_STARTS:
                         raise WorkersError(
                             f"{deaths} actors died while loading the model: {event.reason}"
@@ -190,17 +200,19 @@ class RayActors:
                   attempt.shard.shard_id, attempt.number, actor)  # fmt: skip
         self._call(actor, attempt, "segment", attempt)
 
-    def want(self, shards: int) -> None:
-        """Have as many actors as the cluster can hold or get, but not more than open shards."""
-        self._shards = shards
+    def want(self, actors: int, shards: int) -> None:
+        """Have as many actors as the cluster can hold or get, and as can have a shard."""
+        self._useful = actors
         self._measures.open(shards)
+        for name in [name for name in self._handles if name not in self._nodes]:
+            if len(self._handles) > actors:  # it asks for a node that would come for nothing
+                self._end(name)
         self._grow()
 
     def release(self, actor: str) -> None:
         """End an actor that nothing is left for."""
         log.info("release run=%s actor=%s", self._run, actor)
-        ray.kill(self._handles[actor], no_restart=True)
-        self._forget(actor)
+        self._end(actor)
 
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
@@ -214,9 +226,11 @@ class RayActors:
             log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
-        for reference in ready:
+        answers = [(reference, _answer(reference)) for reference in ready]
+        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError))
+        for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:
-                yield from self._receive(reference)
+                yield from self._receive(*self._calls.pop(reference), answer)
 
     def close(self) -> None:
         """End all actors; what they had not committed is done again next time."""
@@ -229,7 +243,7 @@ class RayActors:
             self._looked = time.monotonic()
             nodes = session.offered(self._workers, self._only_here)
             self._room = session.wanted(self._workers, self._placement.room(nodes))
-        while len(self._handles) < min(self._room, self._shards):
+        while len(self._handles) < min(self._room, self._useful):
             self._placed += 1
             name = f"actor-{self._placed}"
             shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
@@ -240,26 +254,16 @@ class RayActors:
         reference = getattr(self._handles[name], method).remote(*arguments)
         self._calls[reference] = (name, what)
 
-    def _receive(self, reference: Any) -> Iterator[Event]:
-        name, what = self._calls[reference]
-        try:
-            answer = ray.get(reference)
-        except ray.exceptions.RayTaskError:
-            raise  # a bug of ours: its traceback is the message
-        except ray.exceptions.ActorUnavailableError as error:
-            yield from self._doubt(name, str(error))
-            return
-        except ray.exceptions.RayError as error:
-            yield self._bury(name, str(error))
-            return
-        del self._calls[reference]
-        if isinstance(answer, Failure):
+    def _receive(self, name: str, what: str | Attempt, answer: Any) -> Iterator[Event]:
+        if isinstance(answer, ray.exceptions.ActorUnavailableError):
+            yield from self._doubt(name, str(answer))
+        elif isinstance(answer, ray.exceptions.RayError):
+            yield self._bury(name, str(answer), getattr(answer, "preempted", False))
+        elif isinstance(answer, Failure):
             answer.raise_again()
         elif isinstance(answer, Crash):
-            ray.kill(self._handles[name], no_restart=True)
             yield self._bury(name, answer.reason)
         elif what == ASK:
-            ray.kill(self._handles[name], no_restart=True)  # what it answered to others is lost
             yield self._bury(name, "it was out of reach for a while", blameless=True)
         elif what == JOIN:
             code_version().require(answer.code, f"node {answer.node_id[:12]}")
@@ -285,25 +289,27 @@ class RayActors:
         if time.monotonic() - self._doubted[name] < DOUBT_S:
             self._call(name, ASK, "join", log.getEffectiveLevel())
         else:
-            ray.kill(self._handles[name], no_restart=True)
             yield self._bury(name, reason, blameless=True)
 
     def _bury(self, name: str, reason: str, blameless: bool = False) -> Died:
-        """Forget a dead actor; the next look places another if it is wanted."""
-        node = self._forget(name)
+        """Forget an actor that is dead or of no use, which it then is; the next look places
+        another if it is wanted.
+        """
+        node = self._end(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+        is_told = NODE_DIED in reason
         reason = " ".join(reason.split())[:300]
-        if NODE_DIED in reason or (node is not None and node not in alive):
+        if is_told or (node is not None and node not in alive):
             blameless, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
         self._looked = 0.0
         return Died(name, reason, blameless)
 
-    def _forget(self, name: str) -> str | None:
-        """Drop all that is known of an actor; returns its node."""
+    def _end(self, name: str) -> str | None:
+        """End an actor, if it lives, and drop all that is known of it; returns its node."""
+        ray.kill(self._handles.pop(name), no_restart=True)
         self._drop_calls(name)
         self._measures.gone(name)
-        del self._handles[name]
         self._computes.pop(name, None)
         self._doubted.pop(name, None)
         return self._nodes.pop(name, None)

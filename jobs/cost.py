@@ -3,20 +3,26 @@
 They go into a folder beside the run's, by the same way as in ``predict``, and are removed.
 """
 
+import contextlib
+import logging
 import statistics
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
+from jobs import session
 from jobs.job import Job, prepare
 from jobs.predict import segment
-from unet_core.config import PredictConfig, build
-from unet_core.errors import ConfigError
+from unet_core.config import PredictConfig
+from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs import list_shards
 from unet_core.manifest import Draft, draft, with_members
-from unet_core.run import MANIFEST_NAME
+from unet_core.run import MANIFEST_NAME, Run
 from unet_core.shards import Shard
 from unet_core.timings import read_timings
+
+log = logging.getLogger(__name__)
 
 SAMPLE = 6
 LEAST_SPREAD = 0.1
@@ -66,19 +72,25 @@ def estimate(config: PredictConfig) -> Cost:
     job = prepare(config)
     known = job.run.manifest()
     with draft(list_shards(job.source) if known is None else iter(())) as found:
+        job.source.listing.clear()
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
         sample = [_whole(job, found, known is not None, head) for head in _spread(left)]
-    if len(sample) < 2:
-        raise ConfigError(f"{len(left)} shards are left: too few to measure anything by")
-    scratch = _scratch(config)
-    try:
+    _require_several(len(sample), "are left")
+    with contextlib.ExitStack() as stack:
+        if not session.is_inline(config.workers):
+            stack.enter_context(session.connected())
+        scratch = _scratch(job)
+        stack.callback(_remove, scratch)
         with draft(iter(sample)) as small:
             images = segment(scratch, small.heads, small).totals.images_seen
         return _scaled(scratch, sample, left, images)
-    finally:
-        scratch.run.store.remove_all()
+
+
+def _require_several(shards: int, which: str) -> None:
+    if shards < 2:
+        raise ConfigError(f"{shards} shards {which}: too few to measure anything by")
 
 
 def _spread(left: list[Shard]) -> list[Shard]:
@@ -96,48 +108,70 @@ def _whole(job: Job, found: Draft, is_published: bool, head: Shard) -> Shard:
     return found.with_members(head)
 
 
-def _scratch(config: PredictConfig) -> Job:
-    """The same job on one actor, into a folder of its own."""
-    table = config.model_dump(exclude_unset=True)
-    table["output"]["uri"] = f"{config.output.uri.rstrip('/')}-cost-{uuid.uuid4().hex[:8]}"
-    if config.workers.count != "inline":
-        table["workers"] = {**table.get("workers", {}), "count": "auto", "max": 1}
-    return prepare(build(PredictConfig, table, []))
+def _scratch(job: Job) -> Job:
+    """The same job on one actor of those it would have, into a folder of its own."""
+    config, uri = job.config, job.config.output.uri.rstrip("/")
+    if "://" in uri and "/" not in uri.partition("://")[2]:
+        raise ConfigError(f"output.uri: {uri} is a whole bucket; name a folder in it")
+    output = config.output.model_copy(update={"uri": f"{uri}-cost-{uuid.uuid4().hex[:8]}"})
+    workers = config.workers
+    if not session.is_inline(workers):
+        each = session.settle(workers, session.offered(workers))
+        one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
+        workers = workers.model_copy(update=one)
+    changed = config.model_copy(update={"output": output, "workers": workers})
+    return replace(job, config=changed, run=Run(output.uri, config.storage))
+
+
+def _remove(scratch: Job) -> None:
+    try:
+        scratch.run.store.remove_all()
+    except StoreError as error:
+        log.warning("%s stays and must be removed by hand: %s", scratch.run.uri, error)
 
 
 def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -> Cost:
     """By the time between one commit and the next: loading and the first shard are left out."""
-    store = scratch.run.store
-    rows = read_timings(store, SAMPLE).to_pylist()
-    rows.sort(key=lambda row: row["finished"])
-    sizes = {shard.shard_id: shard.bytes for shard in sample}
-    spans = [
-        (later["finished"] - earlier["finished"]).total_seconds()
-        for earlier, later in pairwise(rows)
-    ]
-    counted = rows[1:]
-    seconds, measured = max(sum(spans), 1e-3), sum(sizes[row["shard_id"]] for row in counted)
-    rates = [span / sizes[row["shard_id"]] for span, row in zip(spans, counted, strict=True)]
+    store, record = scratch.run.store, scratch.run.record
+    rows = sorted(read_timings(store, SAMPLE).to_pylist(), key=lambda row: row["finished"])
+    _require_several(len(rows), "of the sample were segmented")
+    if not images:
+        raise ConfigError("the shards of the sample hold no images: nothing to measure by")
+    weigh = _by_bytes if all(shard.bytes for shard in left) else _by_count
+    weights = {shard.shard_id: weigh(shard) for shard in sample}
+    counted, spans = rows[1:], _spans(rows)
+    seconds, measured = sum(spans), sum(weights[row["shard_id"]] for row in counted)
+    rates = [span / weights[row["shard_id"]] for span, row in zip(spans, counted, strict=True)]
     error = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
-    bytes_left = sum(shard.bytes for shard in left)
+    times_sample = sum(map(weigh, left)) / sum(weights.values())
     counts = [shard.count for shard in left]
     is_counted = None not in counts
-    images_left = (
-        sum(count or 0 for count in counts)
-        if is_counted
-        else round(images * bytes_left / sum(sizes.values()))
-    )
     written = sum(e.bytes for folder in ("masks", "metrics") for e in store.list(folder))
-    record = scratch.run.record
+    gpus = scratch.config.workers.gpus
     return Cost(
         device=record.compute.device if record is not None else "",
         images=images,
         shards=len(sample),
-        images_per_s=sum(row["images"] for row in counted) / seconds,
+        images_per_s=max(1, sum(row["images"] for row in counted)) / seconds,
         spread=max(LEAST_SPREAD, 2 * error / (seconds / measured)),
-        images_left=images_left,
+        images_left=sum(n or 0 for n in counts) if is_counted else round(images * times_sample),
         is_counted=is_counted,
-        hours=seconds / measured * bytes_left / 3600,
-        gpus=scratch.config.workers.gpus or 1.0 if scratch.config.workers.gpus != "auto" else 1.0,
-        output_bytes=round(written * bytes_left / sum(sizes.values())),
+        hours=seconds / measured * sum(map(weigh, left)) / 3600,
+        gpus=float(gpus) if gpus not in ("auto", 0) else 1.0,
+        output_bytes=round(written * times_sample),
     )
+
+
+def _by_bytes(shard: Shard) -> int:
+    return shard.bytes
+
+
+def _by_count(shard: Shard) -> int:
+    """For lists that say no sizes."""
+    return shard.count or 1
+
+
+def _spans(rows: list[dict[str, Any]]) -> list[float]:
+    """Seconds from one commit to the next."""
+    gaps = (later["finished"] - earlier["finished"] for earlier, later in pairwise(rows))
+    return [max(gap.total_seconds(), 1e-3) for gap in gaps]

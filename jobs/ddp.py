@@ -7,16 +7,18 @@ them in peace and travels to the driver as a record.
 import logging
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.actors import Failure
+from jobs.actors import PLACING_WARNING_S, Failure
 from jobs.job import require_reachable
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
@@ -82,10 +84,15 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             ended.set()
 
         threading.Thread(target=run, name="ray train", daemon=True).start()
-        is_over = False
+        is_over, silent_since = False, time.monotonic()
         while not is_over:
             is_over = ended.wait(WAIT_S)
+            if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
+                silent_since = time.monotonic()
+                log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
+                            group.ranks, group.gpus, group.cpus)  # fmt: skip
             for event in ray.get(board.hear.remote(wants_stop())):
+                silent_since = 0.0
                 if isinstance(event, Failure):
                     ended.wait()
                     event.raise_again()
@@ -178,12 +185,13 @@ def _group(config: TrainConfig) -> Group:
 
     Raises WorkersError if the ranks do not fit, ConfigError for a batch that is too small.
     """
-    workers, batch = config.workers, config.train.batch
-    count = workers.count
+    workers, batch, count = config.workers, config.train.batch, config.workers.count
+    is_pair = isinstance(count, tuple)
+    fewest = count[0] if isinstance(count, tuple) else count
     if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
         raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
-    wanted = WorkersConfig(gpus=workers.gpus, cpus=workers.cpus, **_how_many(count))
-    placement = session.settle(wanted, session.offered(wanted))
+    wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
+    placement = session.settle(wanted, session.offered(wanted), may_wait=is_pair)
     if batch < placement.actors:
         raise ConfigError(
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
@@ -193,11 +201,6 @@ def _group(config: TrainConfig) -> Group:
     return Group(ranks, placement.gpus, placement.cpus)
 
 
-def _how_many(count: str | int | tuple[int, int]) -> dict[str, Any]:
-    """Ranks in the words of actors: for a pair, Ray Train waits until the fewest have room."""
-    return {"max": count[0]} if isinstance(count, tuple) else {"count": count}
-
-
 def _require_reachable(config: TrainConfig) -> None:
     places = {"output.uri": config.output.uri}
     for name, part in (("train", config.data.train), ("val", config.data.val)):
@@ -205,7 +208,8 @@ def _require_reachable(config: TrainConfig) -> None:
             places[f"data.{name}.uri"] = part.uri
             places |= {f"data.{name}.masks": part.masks} if "/" in part.masks else {}
     named = config.model.checkpoint
-    if named and not named.startswith("builtin:"):
+    came_along = not Path(named).is_absolute() and session.has_working_dir()
+    if named and not named.startswith("builtin:") and not came_along:
         places["model.checkpoint"] = named
     stores = {key: Store(uri, config.storage) for key, uri in places.items()}
     require_reachable(stores, session.node_count(), config.storage.shared)

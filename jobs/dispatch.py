@@ -56,7 +56,14 @@ class Died:
     """Its node went, so no shard is to blame."""
 
 
-Event = Ready | Done | Died
+@dataclass(frozen=True)
+class Released:
+    """An actor was ended because nothing was left for it."""
+
+    actor: str
+
+
+Event = Ready | Done | Died | Released
 
 
 class Workers(Protocol):
@@ -74,8 +81,8 @@ class Workers(Protocol):
         """Let a ready actor begin a shard."""
         ...
 
-    def want(self, shards: int) -> None:
-        """So many shards are open: more actors than that are of no use."""
+    def want(self, actors: int, shards: int) -> None:
+        """So many shards are open, and at most so many actors can have one."""
         ...
 
     def release(self, actor: str) -> None:
@@ -118,6 +125,12 @@ class Board:
     def open(self) -> int:
         """Shards that are neither committed nor set aside."""
         return len(self.waiting) + len(self.suspects) + sum(map(len, self.in_flight.values()))
+
+    @property
+    def useful(self) -> int:
+        """How many actors can have something to do: what an actor holds, no other can begin."""
+        busy = sum(bool(held) for held in self.in_flight.values())
+        return len(self.waiting) + len(self.suspects) + busy
 
     def has_use_for(self, actor: str) -> bool:
         """Whether an actor holds a shard or may get one."""
@@ -192,10 +205,11 @@ def dispatch(
                     if failed_starts >= MAX_FAILED_STARTS and not board.in_flight:
                         raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
         on_tick()
-        workers.want(board.open)
+        workers.want(board.useful, board.open)
         for actor in list(board.in_flight):
             while (attempt := board.next_for(actor)) is not None:
                 workers.submit(actor, attempt)
             if not board.has_use_for(actor):
                 del board.in_flight[actor]
                 workers.release(actor)
+                on_event(Released(actor))

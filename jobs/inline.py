@@ -37,7 +37,7 @@ class InlineWorkers:
         """Begin a shard on a thread of its own."""
         self._futures[self._threads.submit(self._replica.segment, attempt.shard)] = attempt
 
-    def want(self, shards: int) -> None:
+    def want(self, actors: int, shards: int) -> None:
         """There is only the one."""
 
     def release(self, actor: str) -> None:

@@ -1,5 +1,6 @@
 """What a submitted job takes along: its config, and the few files of this machine that it names."""
 
+import hashlib
 import importlib.machinery
 import os
 import shlex
@@ -29,6 +30,15 @@ class Package:
         """What the cluster runs."""
         return shlex.join(["unet-jobs", self.verb, CONFIG, *self.overrides])
 
+    def digest(self, config: PredictConfig | TrainConfig) -> str:
+        """Of all that decides what the job does: its config, and what its files hold."""
+        digest = hashlib.sha256(config.model_dump_json().encode())
+        for name, path in sorted(self.files.items()):
+            if name != CONFIG:
+                digest.update(f"\0{name}\0".encode())
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
     def write(self, folder: Path) -> None:
         """Lay the files out, as links."""
         for name, path in self.files.items():
@@ -48,7 +58,7 @@ def pack(
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
     if checkpoint and not checkpoint.startswith("builtin:") and not _is_visible(checkpoint, config):
-        local = Path(_plain(checkpoint)).expanduser()
+        local = Path(plain(checkpoint)).expanduser()
         if not local.is_file():
             raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")
         files[local.name] = local.resolve()
@@ -72,17 +82,18 @@ def _places(config: PredictConfig | TrainConfig) -> dict[str, str]:
     return places
 
 
-def _plain(uri: str) -> str:
+def plain(uri: str) -> str:
+    """A local URI as a path; any other as it is."""
     return uri.removeprefix("file://").removeprefix("local://")
 
 
 def _is_visible(uri: str, config: PredictConfig | TrainConfig) -> bool:
     """Whether every node of the cluster sees a file where this machine does."""
-    return "://" in _plain(uri) or (config.storage.shared and Path(_plain(uri)).is_absolute())
+    return "://" in plain(uri) or (config.storage.shared and Path(plain(uri)).is_absolute())
 
 
 def _require_visible(key: str, uri: str, is_shared: bool) -> None:
-    path = _plain(uri)
+    path = plain(uri)
     if uri.startswith("memory://"):
         raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
     if "://" in path:
@@ -103,16 +114,16 @@ def _module(factory: str) -> dict[str, Path]:
     """The factory's top module or package, if it lies in this directory."""
     top = factory.partition(":")[0].partition(".")[0]
     found = importlib.machinery.PathFinder.find_spec(top, [os.getcwd()]) if top else None
-    if found is None or found.origin is None:
+    if found is None:
         return {}
-    origin = Path(found.origin).resolve()
-    if origin.name != "__init__.py":
-        return {origin.name: origin}
-    folder = origin.parent
+    folders = [Path(folder) for folder in found.submodule_search_locations or []]
+    if not folders and found.origin is not None:
+        return {Path(found.origin).name: Path(found.origin).resolve()}
     return {
-        path.relative_to(folder.parent).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not SKIPPED & set(path.parts)
+        f"{top}/{name.as_posix()}": (folder / name).resolve()
+        for folder in folders
+        for name in sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        if (folder / name).is_file() and not SKIPPED & set(name.parts)
     }
 
 

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jobs.dispatch import Died, Event, Ready
+from jobs.dispatch import Died, Event, Ready, Released
 from unet_core.metrics import Totals
 from unet_core.shards import Shard
 from unet_core.timings import ShardResult
@@ -133,7 +133,7 @@ class RunProgress:
             if not self._actors and not self._done.shards:
                 self._started = time.monotonic()  # loading the model is not the rate's business
             self._actors.add(event.actor)
-        elif isinstance(event, Died):
+        elif isinstance(event, Died | Released):
             self._actors.discard(event.actor)
 
     def on_done(self, result: ShardResult) -> None:
@@ -179,7 +179,8 @@ class RunProgress:
         elapsed = time.monotonic() - self._started
         rate = f"{done / elapsed:.1f}" if done else UNKNOWN_RATE
         failed = self._before.failed + self._done.failed
+        at_work = "" if self._done_shards == self._shards else f", {len(self._actors)} actors"
         return (
             f"{before + done:,} of {of} images, {rate} images/s, {failed} failed, "
-            f"{self._done_shards}/{self._shards} shards, {len(self._actors)} actors"
+            f"{self._done_shards}/{self._shards} shards{at_work}"
         )

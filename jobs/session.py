@@ -117,13 +117,16 @@ def offered(workers: WorkersConfig, only_here: bool = False) -> Nodes:
     ]
 
 
-def settle(workers: WorkersConfig, nodes: Nodes) -> Placement:
-    """Actors, and GPUs and CPUs for each. With ``workers.max``, nodes may be yet to come.
+def settle(workers: WorkersConfig, nodes: Nodes, may_wait: bool = False) -> Placement:
+    """Actors, and GPUs and CPUs for each. With ``workers.max``, or if they ``may_wait``, nodes may
+    be yet to come.
 
     Raises WorkersError if the actors that were asked for do not fit.
     """
+    may_wait = may_wait or workers.max != "auto"
+    nodes = [node for node in nodes if any(node)]  # heads that take no work
     has_gpus = any(gpus >= 1 for gpus, _ in nodes) or bool(workers.accelerator_type)
-    is_empty = workers.max != "auto" and not any(cpus for _, cpus in nodes)
+    is_empty = may_wait and not any(cpus for _, cpus in nodes)
     gpus = workers.gpus if workers.gpus != "auto" else float(has_gpus or is_empty)
     cpus = workers.cpus if workers.cpus != "auto" else _cpus_each(workers, gpus, nodes)
     room = Placement(0, gpus, cpus).room(nodes)
@@ -131,7 +134,7 @@ def settle(workers: WorkersConfig, nodes: Nodes) -> Placement:
     asked = f"{actors} actors of {gpus:g} GPU and {cpus:g} CPU each"
     if workers.accelerator_type:
         asked += f" on {workers.accelerator_type}"
-    if workers.max != "auto":
+    if may_wait:
         log.info("placing up to %s, room for %d now", asked, room)
     elif not room or actors > room:
         has = ", ".join(f"{g:g} GPU + {c:g} CPU" for g, c in nodes) or "nothing that fits"
@@ -165,10 +168,24 @@ def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
 
 def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
     """How many actors one node can hold."""
-    by_gpus = math.inf if not gpus else node[0] // gpus if gpus >= 1 else node[0] * (1 // gpus)
-    by_cpus = math.inf if not cpus else node[1] // cpus
+    by_gpus = math.inf
+    if gpus:
+        by_gpus = _times(node[0], gpus) if gpus >= 1 else node[0] * _times(1, gpus)
+    by_cpus = _times(node[1], cpus) if cpus else math.inf
     least = min(by_gpus, by_cpus)
     return int(least) if math.isfinite(least) else 1
+
+
+def _times(whole: float, part: float) -> int:
+    """How often a part goes into a whole; 1 / 0.1 is 10, whatever floats make of it."""
+    return int(whole / part + 1e-6)
+
+
+def has_working_dir() -> bool:
+    """Whether this is a job whose files every process of it has in its working directory."""
+    import ray
+
+    return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
 
 def node_count() -> int:

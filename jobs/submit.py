@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 import requests
 
-from jobs.package import Package
+from jobs.package import Package, plain
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.train_config import TrainConfig
@@ -43,17 +43,27 @@ CHATTERS = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-BROKEN = (aiohttp.ClientError, requests.ConnectionError, requests.Timeout, ConnectionError, OSError)
+BROKEN = (aiohttp.ClientError, requests.RequestException, ConnectionError)
+SILENCE_S = 120.0
+"""A connection without a line for so long is looked after: progress comes every minute."""
 
 ResultT = TypeVar("ResultT")
 
 
 def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
     """Submission id of a run's first job: verb, last part of its folder, digest of its place."""
-    uri = config.output.uri.rstrip("/")
+    uri = plain(config.output.uri).rstrip("/")
     place = f"{config.storage.endpoint_url}\0{uri}"
     word = re.sub(r"[^A-Za-z0-9]+", "-", uri.rpartition("/")[2]).strip("-")[:40]
     return f"{verb}-{word}-{hashlib.sha256(place.encode()).hexdigest()[:10]}"
+
+
+class UnknownError(WorkersError):
+    """The cluster does not know the job."""
+
+
+class TakenError(WorkersError):
+    """The cluster has a job of this id already."""
 
 
 @dataclass(frozen=True)
@@ -86,36 +96,50 @@ class JobServer:
     def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
         """Start a job for a run, or find the one that is at work on it.
 
-        Raises ConfigError if that one has another config.
+        Raises ConfigError if that one has another config or took other files along.
         """
-        digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
-        before = ""
-        for number in range(1, 10_000):
-            job_id = name if number == 1 else f"{name}-{number}"
-            info = self.info(job_id)
-            if info is None:
-                if self._start(job_id, package, {"run": config.output.uri, "config": digest}):
-                    return Submitted(job_id, is_new=True, before=before)
-                info = self.info(job_id)  # somebody else did, just now
-            if info is not None and not info.status.is_terminal():
-                if (info.metadata or {}).get("config") != digest:
-                    raise ConfigError(
-                        f"job {job_id} is at work on {config.output.uri} with another config; "
-                        f"wait for it, or stop it: ray job stop --address {self.address} {job_id}"
-                    )
-                return Submitted(job_id, is_new=False)
-            if info is not None:
-                before = f"{job_id} ended as {info.status}; the same run goes on"
-        raise WorkersError(f"{name}: too many jobs of this run; restart the cluster")
+        digest = package.digest(config)
+        jobs = self._jobs_of(name)
+        last, found = max(jobs, default=0), _alive(jobs)
+        if found is None:
+            job_id = f"{name}-{last + 1}" if last else name
+            if self._start(job_id, package, {"run": config.output.uri, "config": digest}):
+                ended = f"{jobs[last].submission_id} ended as {jobs[last].status}" if last else ""
+                return Submitted(job_id, True, ended and f"{ended}; the same run goes on")
+            found = _alive(self._jobs_of(name))  # somebody else did, just now
+        if found is None:
+            raise WorkersError(f"{name}: another job of this run has just ended; submit it again")
+        if (found.metadata or {}).get("config") != digest:
+            raise ConfigError(
+                f"job {found.submission_id} is at work on {config.output.uri} with another config "
+                f"or other files; wait for it, or stop it: ray job stop --address {self.address} "
+                f"{found.submission_id}"
+            )
+        return Submitted(found.submission_id, is_new=False)
+
+    def _jobs_of(self, name: str) -> dict[int, Any]:
+        """All jobs of a run that the cluster knows, by their numbers from 1."""
+        found = {}
+        for job in self._ask(self._client.list_jobs):
+            match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
+            if match is not None:
+                found[int(match[1] or 1)] = job
+        return found
 
     def info(self, job_id: str) -> "JobInfo | None":
         """How a job stands; None if the cluster does not know it."""
         try:
             return self._ask(lambda: self._client.get_job_info(job_id))
-        except RuntimeError as error:
-            if "404" in str(error):
-                return None
-            raise WorkersError(f"{self.address}: {_short(error)}") from error
+        except UnknownError:
+            return None
+
+    def logs(self, job_id: str) -> str:
+        """All that a job has written; raises what breaks."""
+        return str(self._client.get_job_logs(job_id))
+
+    def tail(self, job_id: str) -> AsyncIterator[str]:
+        """What a job has written and writes, in pieces; raises what breaks."""
+        return self._client.tail_job_logs(job_id)
 
     def stop(self, job_id: str) -> None:
         """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
@@ -137,10 +161,8 @@ class JobServer:
                         metadata=metadata,
                     )
                 )
-            except RuntimeError as error:
-                if "already exists" in str(error):
-                    return False
-                raise WorkersError(f"{self.address} refuses the job: {_short(error)}") from error
+            except TakenError:
+                return False
         return True
 
     def _ask(self, call: Callable[[], ResultT], patience_s: float = PATIENCE_S) -> ResultT:
@@ -159,7 +181,15 @@ class JobServer:
                         f"no Ray job server at {self.address}: {_short(error)}; it is the address "
                         "of the dashboard, e.g. http://localhost:8265"
                     ) from error
-                time.sleep(AGAIN_S)
+            except RuntimeError as error:  # Ray's for any answer that is not 200
+                said, code = str(error), _code(error)
+                if "already exists" in said:
+                    raise TakenError(said) from error
+                if code == 404:
+                    raise UnknownError(f"{self.address}: {_short(error)}") from error
+                if code is None or code < 500 or time.monotonic() >= deadline:
+                    raise WorkersError(f"{self.address}: {_short(error)}") from error
+            time.sleep(AGAIN_S)
 
 
 class Follower:
@@ -192,14 +222,16 @@ class Follower:
 
     async def _tail(self) -> None:
         """Every connection begins at the job's first line: skip what was shown."""
-        position = 0
-        async for chunk in self._server._client.tail_job_logs(self._id):
-            self._take(position, chunk)
-            position += len(chunk)
+        position, chunks = 0, self._server.tail(self._id)
+        with contextlib.suppress(StopAsyncIteration, TimeoutError):
+            while True:
+                chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
+                self._take(position, chunk)
+                position += len(chunk)
 
     def _rest(self) -> None:
         with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
-            self._take(0, self._server._client.get_job_logs(self._id))
+            self._take(0, self._server.logs(self._id))
         if self._line:
             self._show(self._line)
             self._line = ""
@@ -212,6 +244,11 @@ class Follower:
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:
             self._show(line)
+
+
+def _alive(jobs: dict[int, Any]) -> Any | None:
+    """The job that is at work or about to be."""
+    return next((job for job in jobs.values() if not job.status.is_terminal()), None)
 
 
 def _use_token() -> None:
@@ -229,6 +266,12 @@ def _exit_code(info: "JobInfo") -> int:
         return STOPPED
     code = info.driver_exit_code
     return code if code is not None and code > 0 else 1
+
+
+def _code(error: RuntimeError) -> int | None:
+    """The status of an HTTP answer that Ray made an exception of."""
+    found = re.search(r"status code (\d{3})", str(error))
+    return int(found[1]) if found else None
 
 
 def _short(error: BaseException) -> str:

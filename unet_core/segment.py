@@ -97,7 +97,11 @@ class Segmenter:
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
         self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
-        self._device_left = time.perf_counter()
+        self._running = 0
+        """Lanes at work, for whatever shard."""
+        self._ended = time.perf_counter()
+        """When the last of them came to an end."""
+        self._counting = threading.Lock()
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -149,7 +153,7 @@ class Segmenter:
         queue, running = TileQueue(self.settings.compute), _Running()
         ids: set[str] = set()
         with self._device_taken(seconds):
-            for decoded in running.timed(images, seconds, self.engine.lanes):
+            for decoded in self._timed(images, seconds):
                 if self._cancelled.is_set():
                     raise StoppedError("stopped")
                 seconds.reading += decoded.drawn_s + decoded.read_s
@@ -174,12 +178,26 @@ class Segmenter:
     def _device_taken(self, seconds: Seconds) -> Iterator[None]:
         """The device for one shard; notes how long it was free since the shard before."""
         with self._device:
-            free_s = time.perf_counter() - self._device_left
-            seconds.waiting_for_shard += self.engine.lanes * free_s
-            try:
-                yield
-            finally:
-                self._device_left = time.perf_counter()
+            if not self._running:
+                free_s = time.perf_counter() - self._ended
+                seconds.waiting_for_shard += self.engine.lanes * free_s
+            yield
+
+    def _timed(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
+        """Count the time in which lanes of the device are idle because no image is decoded."""
+        iterator = iter(images)
+        while True:
+            idle = self.engine.lanes - self._running
+            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
+            image = next(iterator, None)
+            items_s = images.waited_for_items_s - items_s
+            work_s = images.waited_for_work_s - work_s
+            reading = image.read_share if image is not None else 0.0
+            seconds.waiting_for_reading += idle * (items_s + work_s * reading)
+            seconds.waiting_for_decoding += idle * work_s * (1 - reading)
+            if image is None:
+                return
+            yield image
 
     def _unless_too_large(self, image: Picture | Rejected) -> Picture | Rejected:
         """The image, or its rejection if a row cannot hold the probabilities of a mask window."""
@@ -201,7 +219,14 @@ class Segmenter:
     def _run(self, batch: Future[Batch]) -> tuple[list[Segmented], float]:
         ready = batch.result()
         start = time.perf_counter()
-        return self.engine.run(ready), time.perf_counter() - start
+        with self._counting:
+            self._running += 1
+        try:
+            return self.engine.run(ready), time.perf_counter() - start
+        finally:
+            with self._counting:
+                self._running -= 1
+                self._ended = time.perf_counter()
 
     def _paste(
         self, finished: Iterator[tuple[list[Piece], list[Segmented], float]], seconds: Seconds
@@ -266,22 +291,6 @@ class _Running:
         while self._line and (len(self._line) > keep or self._line[0][1].done()):
             pieces, future = self._line.popleft()
             yield pieces, *future.result()
-
-    def timed(self, images: Images, seconds: Seconds, lanes: int) -> Iterator[Decoded]:
-        """Count the time in which lanes of the device are idle because no image is decoded."""
-        iterator = iter(images)
-        while True:
-            idle = max(0, lanes - sum(not future.done() for _, future in self._line))
-            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
-            image = next(iterator, None)
-            items_s = images.waited_for_items_s - items_s
-            work_s = images.waited_for_work_s - work_s
-            reading = image.read_share if image is not None else 0.0
-            seconds.waiting_for_reading += idle * (items_s + work_s * reading)
-            seconds.waiting_for_decoding += idle * work_s * (1 - reading)
-            if image is None:
-                return
-            yield image
 
 
 class _Clock:

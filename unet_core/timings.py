@@ -108,7 +108,8 @@ def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
     tables = [pq.read_table(io.BytesIO(store.read(name))) for name in names]
-    return pa.concat_tables([TIMINGS.empty_table(), *tables])
+    both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
+    return both.select(TIMINGS.names)  # earlier versions had other columns
 
 
 def recent_seconds(store: Store) -> Seconds:

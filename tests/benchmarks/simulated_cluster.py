@@ -75,7 +75,7 @@ class Lanes(RayActors):
         super()._call(name, what, method, name, *arguments)
 
     def release(self, actor: str) -> None:
-        self._forget(actor)
+        del self._handles[actor]
 
 
 def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:

@@ -39,6 +39,22 @@ def test_the_rest_of_a_run_of_loose_images_is_counted(make_config, folder, tmp_p
     )
 
 
+def test_sizes_that_a_list_does_not_say_are_replaced_by_counts(make_config, folder, tmp_path):
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    listed = tmp_path / "list.csv"
+    listed.write_text("uri\n" + "\n".join(f"{folder}/images/{name}" for name in names))
+    source = {"uri": str(listed), "format": "list", "masks": "", "shard_images": 2}
+    cost = estimate(make_config(input={**source, "allow": [f"{folder}/images"]}))
+    assert (cost.images_left, cost.shards) == (12, 6)
+    assert cost.hours > 0
+    assert cost.spread >= 0.1
+
+
+def test_a_whole_bucket_is_no_place_beside_which_anything_could_lie(make_config, tmp_path):
+    with pytest.raises(ConfigError, match="memory://bucket is a whole bucket"):
+        estimate(make_config(output={"uri": "memory://bucket"}))
+
+
 def test_ranges_scale_with_actors_and_their_share_of_a_gpu():
     cost = Cost(
         device="NVIDIA L4", images=100, shards=6, images_per_s=100.0, spread=0.2,

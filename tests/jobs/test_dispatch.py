@@ -38,8 +38,8 @@ class ScriptedWorkers:
         assert len(self.held[actor]) <= PREFETCH
         assert not (attempt.alone and len(self.held[actor]) > 1)
 
-    def want(self, shards) -> None:
-        self.wanted = shards
+    def want(self, actors, shards) -> None:
+        self.wanted = actors
 
     def release(self, actor) -> None:
         assert not self.held.pop(actor)
@@ -147,6 +147,8 @@ def test_actors_lost_with_their_node_while_starting_stop_nothing():
         ({"max": 16}, [(0, 0)], Placement(16, 1, 1)),
         ({"max": 3}, [(0, 8)], Placement(3, 0, 8)),
         ({"max": 2, "accelerator_type": "L4"}, [], Placement(2, 1, 1)),
+        ({"count": 2}, [(0, 0), (0, 8), (0, 8)], Placement(2, 0, 8)),
+        ({"gpus": 0.1, "cpus": 0.1}, [(4, 16)], Placement(40, 0.1, 0.1)),
     ],
 )
 def test_actors_are_placed_on_nodes_that_can_hold_them(keys, nodes, placed):
@@ -169,6 +171,24 @@ def test_the_last_shards_are_shared_out_rather_than_held_by_one():
             pass
     assert [len(held) for held in board.in_flight.values()] == [2, 1]
     assert (board.open, len(board.waiting)) == (4, 1)
+
+
+def test_what_an_actor_holds_makes_no_other_useful():
+    board = Board.of([shard(name) for name in "abc"])
+    board.in_flight = {"first": []}
+    while board.next_for("first") is not None:
+        pass
+    board.in_flight["second"] = []
+    assert board.next_for("second") is not None
+    assert (board.open, board.useful) == (3, 2)
+    board.died(Died("first", "died"))
+    assert (board.open, board.useful) == (3, 3)
+
+
+def test_ranks_may_wait_for_nodes_and_get_their_share_of_those_there_are():
+    workers = WorkersConfig(count=2)
+    assert settle(workers, [(0, 8)], may_wait=True) == Placement(2, 0, 4)
+    assert settle(workers, [], may_wait=True) == Placement(2, 1, 1)
 
 
 def test_actors_that_nothing_is_left_for_are_released():

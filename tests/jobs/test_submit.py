@@ -1,5 +1,6 @@
 """Jobs on a cluster: what they take along, under which name, and how they are followed."""
 
+import asyncio
 import shutil
 import threading
 import time
@@ -9,7 +10,7 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 
-from jobs import cli, package, submit
+from jobs import cli, ddp, package, session, submit
 from jobs.package import pack
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
@@ -75,6 +76,10 @@ def test_a_local_checkpoint_and_the_factory_s_module_go_along(tmp_path, monkeypa
         "job.toml", "mine.safetensors", "my_models/__init__.py", "my_models/nets.py"
     }  # fmt: skip
     assert made.entrypoint.endswith(" model.checkpoint=mine.safetensors")
+    (tmp_path / "plain_folder").mkdir()
+    (tmp_path / "plain_folder" / "nets.py").touch()
+    namespace = packed(tmp_path, config_of(model__factory="plain_folder.nets:make"))
+    assert set(namespace.files) == {"job.toml", "plain_folder/nets.py"}
     elsewhere = config_of(model__checkpoint="s3://b/mine.safetensors", model__factory="torch:nn")
     assert set(packed(tmp_path, elsewhere).files) == {"job.toml"}
 
@@ -95,6 +100,16 @@ def test_what_the_cluster_cannot_see_is_refused_before_anything_is_sent(
 ):
     with pytest.raises(ConfigError, match=message):
         packed(tmp_path, config_of(kind, **keys))
+
+
+def test_a_checkpoint_that_came_along_is_there_for_every_rank(monkeypatch):
+    config = config_of(TrainConfig, model__checkpoint="mine.safetensors")
+    monkeypatch.setattr(session, "node_count", lambda: 2)
+    monkeypatch.setattr(session, "has_working_dir", lambda: True)
+    ddp._require_reachable(config)
+    monkeypatch.setattr(session, "has_working_dir", lambda: False)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a plain path"):
+        ddp._require_reachable(config)
 
 
 def test_absolute_paths_go_with_a_file_system_that_is_shared(tmp_path):
@@ -138,10 +153,18 @@ class FakeClient:
             raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
         return self.jobs[job_id]
 
+    def list_jobs(self):
+        for job_id, found in self.jobs.items():
+            found.submission_id = job_id
+        return [SimpleNamespace(submission_id=None), *self.jobs.values()]
+
     def submit_job(self, submission_id, entrypoint, **_):
         if submission_id in self.taken:
             self.jobs[submission_id] = self.taken_info
-            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+            raise RuntimeError(
+                f"Request failed with status code 500: Job with submission_id {submission_id} "
+                "already exists."
+            )
         self.submitted.append((submission_id, entrypoint))
 
     async def tail_job_logs(self, job_id):
@@ -172,20 +195,11 @@ def server(monkeypatch):
     return make
 
 
-def submitted_digest(server, tmp_path, config):
-    """The digest that a first submission leaves."""
-    seen = {}
-    client = FakeClient()
-    client.submit_job = lambda metadata, **_: seen.update(metadata)
-    server(client).submit("n", packed(tmp_path, config), config)
-    return seen["config"]
-
-
 def test_a_run_at_work_is_attached_to_and_one_that_ended_is_continued(server, tmp_path):
     config = config_of()
-    digest = submitted_digest(server, tmp_path, config)
     name = run_name("predict", config)
     made = packed(tmp_path, config)
+    digest = made.digest(config)
 
     new = FakeClient()
     assert server(new).submit(name, made, config) == submit.Submitted(name, True)
@@ -211,6 +225,56 @@ def test_a_run_at_work_with_another_config_is_refused_by_name(server, tmp_path):
     client = FakeClient({name: job("RUNNING", config="of another")})
     with pytest.raises(ConfigError, match=rf"{name} is at work on s3://b/runs/first with another"):
         server(client).submit(name, packed(tmp_path, config), config)
+
+
+def test_other_weights_are_another_job(tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    digests_seen = set()
+    for content in (b"first", b"second"):
+        weights.write_bytes(content)
+        config = config_of(model__checkpoint=str(weights))
+        digests_seen.add(packed(tmp_path, config).digest(config))
+    assert len(digests_seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["status code 503: busy", "status code 502: busy", None], "job"),
+        (["status code 404: no such job"], None),
+        (["status code 400: no"], WorkersError),
+        (["Version check returned 404."], WorkersError),
+        (["status code 500: run fix-404", None], "job"),
+    ],
+)
+def test_what_the_server_answers_is_understood(server, answers, expected):
+    def get_job_info(_):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise RuntimeError(f"Request failed with {answer}.")
+        return "job"
+
+    client = FakeClient()
+    client.get_job_info = get_job_info
+    if expected is WorkersError:
+        with pytest.raises(WorkersError, match="http://head:8265: "):
+            server(client).info("j")
+    else:
+        assert server(client).info("j") == expected
+
+
+def test_a_connection_that_says_nothing_is_looked_after(server, monkeypatch):
+    monkeypatch.setattr(submit, "SILENCE_S", 0.05)
+    client = FakeClient({"j": job("SUCCEEDED")}, "all of it\n")
+
+    async def tail_job_logs(_):
+        yield "all "
+        await asyncio.sleep(60)
+
+    client.tail_job_logs = tail_job_logs
+    shown = []
+    assert Follower(server(client), "j", shown.append).follow()[0] == 0
+    assert shown == ["all of it"]
 
 
 LOG = "".join(f"line {n} of a job\n" for n in range(30)) + "no newline at the end"
@@ -321,7 +385,7 @@ def test_a_job_is_followed_killed_and_continued_from_another_directory(
     for person in people:
         person.join()
     assert codes == [130, 130]
-    assert "stopped; the same command continues" in server._client.get_job_logs(name)
+    assert "stopped; the same command continues" in server.logs(name)
     assert not (tmp_path / "run" / "_SUCCESS").exists()
     again = CliRunner().invoke(cli.cli, command)
     assert again.exit_code == 0
