@@ -5,6 +5,7 @@ so that ``--help`` and a wrong config cost less than a second.
 import logging
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,8 @@ def submit(verb: str, path: str, overrides: tuple[str, ...], address: str, follo
         config = load(TrainConfig, path, list(overrides))
     from jobs.package import pack as pack_job
 
-    package = pack_job(verb, path, list(overrides), config)
+    is_verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    package = replace(pack_job(verb, path, list(overrides), config), is_verbose=is_verbose)
     from jobs.submit import JobServer, run_name
 
     name = run_name(verb, config)

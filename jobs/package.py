@@ -24,11 +24,13 @@ class Package:
     verb: str
     files: dict[str, Path]
     overrides: list[str]
+    is_verbose: bool = False
 
     @property
     def entrypoint(self) -> str:
         """What the cluster runs."""
-        return shlex.join(["unet-jobs", self.verb, CONFIG, *self.overrides])
+        verbose = ["-v"] if self.is_verbose else []
+        return shlex.join(["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides])
 
     def digest(self, config: PredictConfig | TrainConfig) -> str:
         """Of all that decides what the job does: its config, and what its files hold."""

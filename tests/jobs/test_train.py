@@ -44,11 +44,11 @@ def rank_pids():
     return found
 
 
-def after(checkpoints, store, act):
-    """Do something on a thread once a training has so many checkpoints."""
+def after(epochs, store, act):
+    """Do something on a thread once a training has the history of so many epochs."""
 
     def watch():
-        while len(store.list("checkpoints")) < checkpoints:
+        while len(store.list("history")) < epochs:
             time.sleep(0.01)
         act()
 
