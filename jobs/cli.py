@@ -330,7 +330,7 @@ def import_weights(
         "model": {key: value for key, value in chosen.items() if value},
     }
     config = build(ImportConfig, table, list(overrides), source="command line")
-    from unet_core.weights import import_weights as run_import
+    from unet_core.networks.weights import import_weights as run_import
 
     header = run_import(config)
     wanted, tiling = header.preprocessing, header.tiling

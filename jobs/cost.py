@@ -16,10 +16,10 @@ from jobs.job import Job, prepare
 from jobs.predict import segment
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs import list_shards
+from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft, draft, with_members
 from unet_core.run import MANIFEST_NAME, Run
-from unet_core.shards import Shard
 from unet_core.timings import read_timings
 
 log = logging.getLogger(__name__)

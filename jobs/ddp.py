@@ -24,7 +24,7 @@ from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
 from unet_core.fit import Event, Step, fit
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.ranks import Ranks
 

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.predict import Outcome, predict
-from unet_core.codec import decode_image, decode_labels
 from unet_core.config import PredictConfig, load
 from unet_core.contact_sheet import Entry, contact_sheet, stretch
-from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.images.codec import decode_image, decode_labels
+from unet_core.images.tiff import Rules
+from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.metrics import Scores
 from unet_core.parts import read_metrics
 from unet_core.results import read_mask
 from unet_core.synthetic import write_webdataset
-from unet_core.tiff import Rules
 
 IMAGES, SHARDS, SHOWN = 64, 8, 8
 

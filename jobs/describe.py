@@ -8,13 +8,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from unet_core import checkpoint
 from unet_core.config import override_values
 from unet_core.errors import ConfigError
 from unet_core.geometry import Tiling
-from unet_core.networks import build
-from unet_core.presets import PRESETS, NetworkSpec, UNetSpec, preset
-from unet_core.reach import tiling_of
+from unet_core.networks import checkpoint
+from unet_core.networks.construction import build
+from unet_core.networks.presets import PRESETS, NetworkSpec, UNetSpec, preset
+from unet_core.networks.reach import tiling_of
 
 USUAL_SIDE = 512
 UNSHOWN = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)

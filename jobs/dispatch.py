@@ -13,7 +13,7 @@ from typing import Protocol
 
 from unet_core.compute import Compute
 from unet_core.errors import WorkersError
-from unet_core.shards import Shard
+from unet_core.inputs.shards import Shard
 from unet_core.timings import ShardResult
 
 PREFETCH = 2

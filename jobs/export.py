@@ -1,11 +1,11 @@
 """``unet-jobs export``: what a run holds, in the forms that other programs read."""
 
-from unet_core import checkpoint
 from unet_core.config import StorageConfig
 from unet_core.errors import ConfigError
-from unet_core.onnx_export import to_onnx
+from unet_core.networks import checkpoint
+from unet_core.networks.onnx_export import to_onnx
 from unet_core.run import open_existing
-from unet_core.store import Store, split
+from unet_core.storage.store import Store, split
 
 
 def export_onnx(source: str, out: str, storage: StorageConfig, factory: str = "") -> int:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from jobs import session
 from jobs.job import Job, prepare
 from unet_core.config import PredictConfig, StorageConfig
-from unet_core.inputs import list_shards
+from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import Shard
 from unet_core.manifest import draft
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
-from unet_core.shards import Shard
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.timings import Seconds, recent_seconds
 from unet_core.training.run import Position, TrainingRun, is_training
 

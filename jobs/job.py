@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
-from unet_core import checkpoint, schema
-from unet_core.checkpoint import Header
+from unet_core import schema
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.inputs import open_source
+from unet_core.inputs.formats import open_source
+from unet_core.inputs.shards import Source
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header
 from unet_core.run import Record, Run, identity
-from unet_core.shards import Source
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.windows import Windows, windows_for
 
 

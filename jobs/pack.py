@@ -14,12 +14,12 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core.codec import is_image
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.inputs import list_shards, open_source, read_shard
-from unet_core.shards import Member, Sample, Shard, make_shard
-from unet_core.store import Store
+from unet_core.images.codec import is_image
+from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.shards import Member, Sample, Shard, make_shard
+from unet_core.storage.store import Store
 
 READ_THREADS = 16
 ROW_GROUP_ROWS = 64

@@ -9,12 +9,12 @@ from jobs.dispatch import Attempt, Board, Workers, dispatch
 from jobs.job import Job, prepare, require_reachable
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig
-from unet_core.inputs import list_shards
+from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft
 from unet_core.manifest import draft as make_draft
 from unet_core.metrics import Totals
 from unet_core.run import Run
-from unet_core.shards import Shard
 from unet_core.timings import ShardResult, TimingsLog
 
 

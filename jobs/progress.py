@@ -18,8 +18,8 @@ from rich.progress import (
 )
 
 from jobs.dispatch import Died, Event, Ready, Released
+from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
-from unet_core.shards import Shard
 from unet_core.timings import ShardResult
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0

@@ -11,7 +11,7 @@ from typing import Any
 from jobs import session
 from jobs.train_progress import TrainProgress
 from unet_core.fit import Event, fit
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.run import BEST, TrainingRun, identity
 from unet_core.training.start import checkpoint_digest

@@ -23,13 +23,13 @@ import torch
 from tests.data import write_folder, write_tars
 from tests.s3 import S3
 from tests.s3 import start as start_s3
-from unet_core import checkpoint
-from unet_core.checkpoint import Header, palette_of
 from unet_core.config import PredictConfig, build
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import preset
-from unet_core.reach import tiling_of
-from unet_core.unet import UNet
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header, palette_of
+from unet_core.networks.presets import preset
+from unet_core.networks.reach import tiling_of
+from unet_core.networks.unet import UNet
 
 ConfigMaker = Callable[..., PredictConfig]
 

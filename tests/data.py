@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet_core import checkpoint
-from unet_core.checkpoint import Header, palette_of
-from unet_core.networks import build, measured
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import NetworkSpec
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header, palette_of
+from unet_core.networks.construction import build, measured
+from unet_core.networks.presets import NetworkSpec
 from unet_core.synthetic import nuclei, png
 
 SIZES = ((64, 64), (50, 70), (96, 64), (33, 40), (300, 270), (64, 64))

@@ -9,8 +9,8 @@ import sys
 
 from jobs.cli import main
 from unet_core.engine import Engine
-from unet_core.picture import Decoder
-from unet_core.store import Store
+from unet_core.images.picture import Decoder
+from unet_core.storage.store import Store
 
 
 def die_at(owner, name, is_there, n):

@@ -12,7 +12,7 @@ from torch import distributed
 
 from tests.dying_driver import die_at
 from unet_core.fit import Step, fit
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 
 STAGES = {

@@ -45,9 +45,9 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
 @pytest.mark.parametrize(
     ("package", "doors"),
     [
-        ("fsspec", {"unet_core.object_stores"}),
+        ("fsspec", {"unet_core.storage.object_stores"}),
         ("ray", {"jobs.session", "jobs.actors", "jobs.ddp", "jobs.measures", "jobs.submit"}),
-        ("safetensors", {"unet_core.checkpoint", "unet_core.weights"}),
+        ("safetensors", {"unet_core.networks.checkpoint", "unet_core.networks.weights"}),
         ("click", {"jobs.cli"}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.cli"}),
         ("scipy", {"unet_core.training.boundary"}),
@@ -59,8 +59,8 @@ def test_there_is_one_door_to_each_library(package, doors):
 
 
 def test_only_the_store_knows_the_stores():
-    users = {n for n, path in MODULES.items() if "unet_core.object_stores" in imports(path)}
-    assert users == {"unet_core.store"}
+    users = {n for n, path in MODULES.items() if "unet_core.storage.object_stores" in imports(path)}
+    assert users == {"unet_core.storage.store"}
 
 
 def test_there_is_no_circle_of_imports():

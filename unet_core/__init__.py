@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from unet_core.checkpoint import load_model as load_model
+    from unet_core.networks.checkpoint import load_model as load_model
     from unet_core.results import read_mask as read_mask
 
-_DOORS = {"load_model": "checkpoint", "read_mask": "results"}
+_DOORS = {"load_model": "networks.checkpoint", "read_mask": "results"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from unet_core.arrays import Array
 from unet_core.engine import CONFIDENCE_UNIT, Segmented
 from unet_core.errors import ImageError
 from unet_core.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
-from unet_core.picture import Picture
-from unet_core.spool import Spool
+from unet_core.images.picture import Picture
+from unet_core.storage.spool import Spool
 from unet_core.windows import Windows
 
 BAND_ROWS = 256

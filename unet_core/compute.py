@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from unet_core.config import PredictConfig
 from unet_core.errors import RunMismatchError
-from unet_core.shards import Source
+from unet_core.inputs.shards import Source
 
 
 class Compute(BaseModel):

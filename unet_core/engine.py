@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from unet_core.arrays import Array
-from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
-from unet_core.networks import origin
-from unet_core.presets import Factory
-from unet_core.unet import fold_batchnorm
+from unet_core.networks.checkpoint import Header
+from unet_core.networks.construction import origin
+from unet_core.networks.presets import Factory
+from unet_core.networks.unet import fold_batchnorm
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from unet_core import checkpoint
-from unet_core.checkpoint import Header
 from unet_core.engine import choose_device
 from unet_core.errors import DivergedError, StoppedError
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header
 from unet_core.run import Identity
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training import curves
 from unet_core.training.census import counted

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ParquetDamagedError
+from unet_core.inputs.shards import Member, Shard
 from unet_core.schema import MANIFEST, MEMBER
-from unet_core.shards import Member, Shard
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
 """In a row group, where shards have members, since an actor reads a whole group for one of them."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from unet_core import schema
 from unet_core.errors import CommitConflictError, ParquetDamagedError
 from unet_core.metrics import Totals
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20

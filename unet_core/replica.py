@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from unet_core import checkpoint
-from unet_core.checkpoint import Header
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
 from unet_core.errors import CheckpointError
+from unet_core.inputs.shards import Shard
 from unet_core.manifest import with_members
-from unet_core.presets import Factory
-from unet_core.reach import is_exact
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header
+from unet_core.networks.presets import Factory
+from unet_core.networks.reach import is_exact
 from unet_core.run import MANIFEST_NAME
 from unet_core.segment import Segmenter, Settings
-from unet_core.shards import Shard
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.timings import ShardResult
 from unet_core.windows import windows_for
 

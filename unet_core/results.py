@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.codec import decode_mask
 from unet_core.config import StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
+from unet_core.images.codec import decode_mask
 from unet_core.parts import masks_name, metrics_name
 from unet_core.run import Run, open_existing
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 READ_THREADS = 16
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]

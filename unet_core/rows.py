@@ -7,12 +7,12 @@ from typing import Any
 
 from unet_core.arrays import Array
 from unet_core.canvas import Area, Canvas
-from unet_core.codec import encode_mask
 from unet_core.errors import ImageError
+from unet_core.images.codec import encode_mask
+from unet_core.images.picture import Pixels, Rejected
+from unet_core.inputs.shards import Sample
 from unet_core.metrics import class_pixels, confusion, scores_of
-from unet_core.picture import Pixels, Rejected
 from unet_core.schema import MAX_CONFUSION_CLASSES
-from unet_core.shards import Sample
 
 Row = dict[str, Any]
 

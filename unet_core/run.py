@@ -13,15 +13,15 @@ from functools import cached_property
 from typing import Any, cast
 
 from unet_core import __version__, schema
-from unet_core.checkpoint import Header
 from unet_core.compute import Compute
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.inputs.shards import Shard, Source
 from unet_core.manifest import Draft, read_heads
 from unet_core.metrics import Totals
+from unet_core.networks.checkpoint import Header
 from unet_core.parts import read_totals
-from unet_core.shards import Shard, Source
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.windows import Windows
 
 RUN_JSON = "run.json"

@@ -7,7 +7,7 @@ import json
 
 import pyarrow as pa
 
-from unet_core.checkpoint import Header
+from unet_core.networks.checkpoint import Header
 
 SCHEMA_VERSION = "1"
 

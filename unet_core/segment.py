@@ -20,13 +20,13 @@ from unet_core.compute import Compute
 from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
-from unet_core.inputs import read_shard
+from unet_core.images.picture import Decoder, Picture, Rejected
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Sample, Shard, Source
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
-from unet_core.picture import Decoder, Picture, Rejected
 from unet_core.rows import Encoded, Encoder, Row
-from unet_core.shards import Sample, Shard, Source
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.tiling import Piece, TileQueue, stack
 from unet_core.timings import Seconds, ShardResult
 from unet_core.windows import Windows

@@ -14,7 +14,7 @@ from unet_core.compute import Compute
 from unet_core.engine import Batch
 from unet_core.errors import ImageError
 from unet_core.geometry import Span, Tile
-from unet_core.picture import Pixels
+from unet_core.images.picture import Pixels
 
 PENDING_BATCHES = 8
 """Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""

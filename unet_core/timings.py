@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from unet_core.metrics import Totals
 from unet_core.schema import TIMINGS
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 FLUSH_S = 60.0
 RECENT = 60

@@ -18,7 +18,7 @@ from unet_core.config import (
     refuse_nesting,
 )
 from unet_core.errors import ConfigError
-from unet_core.presets import Factory, NetworkSpec, UNetSpec, preset
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, preset
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (

@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from unet_core.codec import EXTENSIONS
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
+from unet_core.images.codec import EXTENSIONS
+from unet_core.inputs.shards import Shard, readable_name
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
 from unet_core.run import MANIFEST_NAME, Record, Run, open_existing
-from unet_core.shards import Shard, readable_name
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 

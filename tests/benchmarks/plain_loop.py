@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from jobs.predict import predict
-from unet_core import checkpoint
 from unet_core.config import PredictConfig, build
-from unet_core.unet import fold_batchnorm
+from unet_core.networks import checkpoint
+from unet_core.networks.unet import fold_batchnorm
 
 
 def plain_loop(images: Path, name: str, out: Path) -> int:

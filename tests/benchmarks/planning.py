@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from jobs.dispatch import Board
 from unet_core.config import InputConfig
-from unet_core.inputs import list_shards, open_source
+from unet_core.inputs.formats import list_shards, open_source
 from unet_core.manifest import draft
 
 STEP = 500_000

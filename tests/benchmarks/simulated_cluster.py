@@ -22,9 +22,9 @@ from jobs.dispatch import Attempt, Board, Event, Ready, dispatch
 from jobs.version import code_version
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig, build
+from unet_core.inputs.shards import Shard, Source
 from unet_core.metrics import Totals
-from unet_core.shards import Shard, Source
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.timings import Seconds, ShardResult, TimingsLog
 
 HOSTS = 8

@@ -22,7 +22,7 @@ from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.verify import verify
 
 pytestmark = [

@@ -11,8 +11,8 @@ from jobs.dispatch import PREFETCH, Board, Died, Done, Ready, dispatch
 from jobs.session import Placement, settle, wanted
 from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
+from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
-from unet_core.shards import Shard
 from unet_core.timings import Seconds, ShardResult
 
 

@@ -7,9 +7,10 @@ from jobs.predict import predict
 from tests.data import digests, pictures, write_checkpoint
 from tests.reference.whole_image import logits_of
 from tests.unet_core.test_segment import masks_of, table
-from unet_core import checkpoint, read_mask
+from unet_core import read_mask
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
-from unet_core.presets import PRESETS, Factory, preset
+from unet_core.networks import checkpoint
+from unet_core.networks.presets import PRESETS, Factory, preset
 from unet_core.synthetic import png
 
 FOREIGN = {

@@ -22,10 +22,10 @@ from tests.s3 import BUCKET, POLICY
 from tests.unet_core.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import StoreError
-from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.parts import read_masks, read_metrics
 from unet_core.run import Run
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches

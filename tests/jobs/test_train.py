@@ -16,7 +16,7 @@ from tests.jobs.test_actors import is_ours
 from tests.s3 import BUCKET
 from tests.unet_core.training.scenes import config_of
 from unet_core.errors import ConfigError, StoppedError, WorkersError
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimiser=sgd", "train.learning_rate=0.01")
 TWO_RANKS = ("workers.count=2", "workers.gpus=0", "workers.cpus=1", "storage.shared=true")

@@ -2,8 +2,8 @@
 
 import torch
 
-from unet_core.presets import UNetSpec
-from unet_core.unet import UNet
+from unet_core.networks.presets import UNetSpec
+from unet_core.networks.unet import UNet
 
 
 def reaches(spec: UNetSpec) -> list[tuple[int, int]]:

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet_core.checkpoint import Header
-from unet_core.codec import decode_image
 from unet_core.geometry import Tiling
-from unet_core.preprocessing import offset_and_scale, to_color
+from unet_core.images.codec import decode_image
+from unet_core.images.preprocessing import offset_and_scale, to_color
+from unet_core.networks.checkpoint import Header
 
 
 def logits_of(network: nn.Module, header: Header, data: bytes) -> np.ndarray:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unet_core import checkpoint
 from unet_core.errors import CheckpointError
+from unet_core.networks import checkpoint
 
 
 def rewritten(path, tmp_path, change):

@@ -6,9 +6,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from unet_core.codec import decode_image, decode_labels
 from unet_core.errors import ImageError
-from unet_core.tiff import Rules
+from unet_core.images.codec import decode_image, decode_labels
+from unet_core.images.tiff import Rules
 
 LIMIT = 10_000
 RULES = Rules(LIMIT)

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from unet_core.checkpoint import Header, palette_of
 from unet_core.engine import CONFIDENCE_UNIT, Batch, Engine, choose_device
 from unet_core.errors import ConfigError, RunMismatchError, WorkersError
 from unet_core.geometry import tiles
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import preset
-from unet_core.reach import tiling_of
-from unet_core.unet import UNet
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks.checkpoint import Header, palette_of
+from unet_core.networks.presets import preset
+from unet_core.networks.reach import tiling_of
+from unet_core.networks.unet import UNet
 
 
 def make_engine(classes=1, threshold=0.5, width=8, **options):

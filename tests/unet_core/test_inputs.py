@@ -8,7 +8,7 @@ import pytest
 from tests.data import write_tar
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.synthetic import nuclei, png
 
 IMAGE, MASK = b"image", b"mask"

@@ -10,12 +10,12 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_core import large_tiff, tiff_segments
-from unet_core.codec import _decode, decode_images
 from unet_core.errors import ImageError, StoreError
-from unet_core.large_tiff import open_large
-from unet_core.preprocessing import Preprocessing, offset_and_scale, offset_and_scale_by_rows
-from unet_core.tiff import Rules
+from unet_core.images import large_tiff, tiff_segments
+from unet_core.images.codec import _decode, decode_images
+from unet_core.images.large_tiff import open_large
+from unet_core.images.preprocessing import Preprocessing, offset_and_scale, offset_and_scale_by_rows
+from unet_core.images.tiff import Rules
 
 RANDOM = np.random.default_rng(0)
 HEIGHT, WIDTH = 150, 117
@@ -465,8 +465,8 @@ METHODS = [
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("band_bytes", [1, 3000, 2**25])
 def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, monkeypatch):
-    monkeypatch.setattr("unet_core.preprocessing.BAND_BYTES", band_bytes)
-    monkeypatch.setattr("unet_core.preprocessing.PIECE", 100)
+    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", band_bytes)
+    monkeypatch.setattr("unet_core.images.preprocessing.PIECE", 100)
     top = 255 if dtype == np.uint8 else 65535
     pixels_CHW = np.random.default_rng(3).normal(0.5, 0.2, (2, 61, 47)).clip(0, 1) * top
     pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))

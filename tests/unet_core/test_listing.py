@@ -7,11 +7,11 @@ import pytest
 
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError
-from unet_core.inputs import list_shards, open_source, read_shard
-from unet_core.listing import _lines
+from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.listing import _lines
+from unet_core.inputs.shards import Source
 from unet_core.manifest import draft, with_members
-from unet_core.shards import Source
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 
 @pytest.fixture

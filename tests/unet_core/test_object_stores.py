@@ -1,9 +1,9 @@
 import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
-from unet_core import object_stores
 from unet_core.errors import StoreError
-from unet_core.object_stores import is_transient, persist
+from unet_core.storage import object_stores
+from unet_core.storage.object_stores import is_transient, persist
 
 
 @pytest.fixture(autouse=True)

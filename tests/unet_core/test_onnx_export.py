@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from tests.data import write_checkpoint
-from unet_core import checkpoint, load_model
+from unet_core import load_model
 from unet_core.errors import CheckpointError
-from unet_core.onnx_export import to_onnx
-from unet_core.presets import preset
+from unet_core.networks import checkpoint
+from unet_core.networks.onnx_export import to_onnx
+from unet_core.networks.presets import preset
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own

@@ -6,7 +6,7 @@ from jobs.predict import predict
 from tests.data import pictures
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs import list_shards, open_source, read_shard
+from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.synthetic import png
 
 
@@ -75,7 +75,7 @@ def test_files_that_are_none_and_row_groups_too_large_are_refused(tmp_path, monk
     with pytest.raises(StoreError, match=r"a\.parquet is not a whole Parquet file"):
         read_all(tmp_path)
     write_parquet(tmp_path / "a.parquet")
-    monkeypatch.setattr("unet_core.parquet.MAX_ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("unet_core.inputs.parquet.MAX_ROW_GROUP_BYTES", 1000)
     with pytest.raises(StoreError, match="row group 0 holds"):
         read_all(tmp_path)
 

@@ -6,7 +6,7 @@ import pytest
 
 from unet_core.errors import CommitConflictError
 from unet_core.parts import ROW_GROUP_BYTES, MasksPart, commit
-from unet_core.store import Store
+from unet_core.storage.store import Store
 
 
 def row(number, data):

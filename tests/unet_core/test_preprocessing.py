@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from unet_core.codec import Raster
-from unet_core.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.images.codec import Raster
+from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from unet_core.errors import StoreError
-from unet_core.store import Store, read_range
+from unet_core.storage.store import Store, read_range
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -5,13 +5,13 @@ import pytest
 import tifffile
 
 from jobs.predict import predict
-from unet_core import checkpoint
-from unet_core.codec import decode_images
 from unet_core.config import build
 from unet_core.errors import ImageError
 from unet_core.fit import fit
+from unet_core.images.codec import decode_images
+from unet_core.images.tiff import Rules
+from unet_core.networks import checkpoint
 from unet_core.synthetic import nuclei, png
-from unet_core.tiff import Rules
 from unet_core.train_config import TrainConfig
 
 RANDOM = np.random.default_rng(0)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from jobs.predict import predict
-from unet_core import picture, segment
-from unet_core.store import Store
+from unet_core import segment
+from unet_core.images import picture
+from unet_core.storage.store import Store
 from unet_core.timings import Seconds, recent_seconds
 
 SLOW_S = 0.1

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from unet_core.errors import ConfigError
-from unet_core.presets import PRESETS, preset
-from unet_core.unet import JOINS, UNet, fold_batchnorm
+from unet_core.networks.presets import PRESETS, preset
+from unet_core.networks.unet import JOINS, UNet, fold_batchnorm
 
 
 @pytest.mark.parametrize(

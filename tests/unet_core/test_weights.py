@@ -23,13 +23,13 @@ from tests.reference.published_unets import (
     milesial,
     randomised,
 )  # fmt: skip
-from unet_core import checkpoint
 from unet_core.config import ImportConfig, build
 from unet_core.errors import CheckpointError, ConfigError, NotFoundError
-from unet_core.layouts import LAYOUTS
-from unet_core.presets import UNetSpec
-from unet_core.unet import UNet
-from unet_core.weights import convert, import_weights, read_tensors, recognise
+from unet_core.networks import checkpoint
+from unet_core.networks.layouts import LAYOUTS
+from unet_core.networks.presets import UNetSpec
+from unet_core.networks.unet import UNet
+from unet_core.networks.weights import convert, import_weights, read_tensors, recognise
 
 
 @dataclass(frozen=True)

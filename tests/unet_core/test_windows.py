@@ -3,8 +3,8 @@ import pytest
 from unet_core.config import TileConfig
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides, Tiling
-from unet_core.presets import PRESETS
-from unet_core.reach import tiling_of
+from unet_core.networks.presets import PRESETS
+from unet_core.networks.reach import tiling_of
 from unet_core.windows import windows_for
 
 

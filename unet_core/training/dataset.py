@@ -17,10 +17,10 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError, ImageError, StoreError
-from unet_core.inputs import list_shards, open_source, read_shard
-from unet_core.picture import Decoder, Picture, Pixels, Rejected
-from unet_core.preprocessing import Preprocessing
-from unet_core.shards import Sample
+from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.shards import Sample
 from unet_core.train_config import LabelledConfig, TrainConfig
 from unet_core.training.boundary import boundary_term, objects_of
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from unet_core.arrays import Array
 from unet_core.canvas import Canvas, Look
-from unet_core.checkpoint import Header
 from unet_core.config import TileConfig
 from unet_core.engine import Engine
 from unet_core.errors import StoppedError
+from unet_core.images.picture import Picture
 from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
+from unet_core.networks.checkpoint import Header
 from unet_core.ordered import Prefetch
-from unet_core.picture import Picture
 from unet_core.tiling import stack
 from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks

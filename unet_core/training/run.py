@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core import __version__, checkpoint
+from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
+from unet_core.networks import checkpoint
 from unet_core.run import MANIFEST_NAME, RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
-from unet_core.store import Store
+from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import Split
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from unet_core import checkpoint
-from unet_core.checkpoint import Header, palette_of
 from unet_core.errors import ConfigError
-from unet_core.networks import build, measured
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import UNetSpec
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header, palette_of
+from unet_core.networks.construction import build, measured
+from unet_core.networks.presets import UNetSpec
 from unet_core.train_config import TrainConfig
 
 

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from unet_core.config import build
-from unet_core.picture import Picture, Pixels
-from unet_core.shards import Sample
+from unet_core.images.picture import Picture, Pixels
+from unet_core.inputs.shards import Sample
 from unet_core.train_config import TrainConfig
 from unet_core.training import census
 from unet_core.training.dataset import Labelled, Memory, open_splits

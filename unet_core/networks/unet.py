@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unet_core.presets import UNetSpec, preset
+from unet_core.networks.presets import UNetSpec, preset
 
 DROPOUT = 0.5
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-from unet_core.codec import is_image
 from unet_core.errors import ConfigError, NotFoundError, StoreError
-from unet_core.shards import (
+from unet_core.images.codec import is_image
+from unet_core.inputs.shards import (
     LARGE_FILE_BYTES,
     Member,
     Ranged,
@@ -18,7 +18,7 @@ from unet_core.shards import (
     Source,
     make_shard,
 )
-from unet_core.store import Entry, Store
+from unet_core.storage.store import Entry, Store
 
 log = logging.getLogger(__name__)
 

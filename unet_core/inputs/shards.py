@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
-from unet_core.store import Entry, Store
+from unet_core.storage.store import Entry, Store
 
 LARGE_FILE_BYTES = 64 * 2**20
 """Above this, a file is looked at before it is read whole: it may be read by window."""

@@ -7,7 +7,7 @@ width, channels, classes and biases are read off the weights themselves.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from unet_core.presets import PRESETS, UNetSpec
+from unet_core.networks.presets import PRESETS, UNetSpec
 
 DEPTHS = range(1, 9)
 PARAMETERS = ("weight", "bias")

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.tiff import Rules, check_size, decode_tiff
+from unet_core.images.tiff import Rules, check_size, decode_tiff
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from unet_core import shards
 from unet_core.arrays import Array
-from unet_core.codec import Raster, class_ids, decode_images, decode_labels
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, NotFoundError
-from unet_core.large_tiff import LargeTiff, open_large
-from unet_core.preprocessing import (
+from unet_core.images.codec import Raster, class_ids, decode_images, decode_labels
+from unet_core.images.large_tiff import LargeTiff, open_large
+from unet_core.images.preprocessing import (
     Preprocessing,
     offset_and_scale,
     offset_and_scale_by_rows,
     to_color,
 )
-from unet_core.shards import Ranged, Sample
-from unet_core.tiff import Rules, check_size
+from unet_core.images.tiff import Rules, check_size
+from unet_core.inputs import shards
+from unet_core.inputs.shards import Ranged, Sample
 
 MOST_LARGE = 256
 """An image that is read by window has at most this many times ``max_pixels`` pixels."""

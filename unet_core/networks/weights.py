@@ -17,15 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unet_core import checkpoint, networks
-from unet_core.checkpoint import Header
 from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
-from unet_core.layouts import DEPTHS, LAYOUTS, Layout
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.store import Store, read_file
-from unet_core.unet import UNet
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks import checkpoint, construction
+from unet_core.networks.checkpoint import Header
+from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.networks.unet import UNet
+from unet_core.storage.store import Store, read_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
@@ -171,7 +171,7 @@ def _network_with(
             network.load_state_dict(converted)
             return network.eval(), spec
     made_by = Factory(model.factory, model.arguments, _preprocessing(model, 0).channels)
-    foreign = networks.build(made_by)
+    foreign = construction.build(made_by)
     with _naming(config.source):
         _fill(foreign, tensors)
     return foreign.eval(), made_by
@@ -202,7 +202,7 @@ def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
 def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Header:
     model = config.model
     stride = model.stride if isinstance(model.stride, int) else None
-    spec, tiling = networks.measured(spec, network, stride)
+    spec, tiling = construction.measured(spec, network, stride)
     preprocessing = _preprocessing(model, spec.in_channels)
     if preprocessing.channels != spec.in_channels:
         raise ConfigError(

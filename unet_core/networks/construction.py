@@ -13,9 +13,9 @@ from torch import nn
 
 from unet_core.errors import CheckpointError
 from unet_core.geometry import Tiling
-from unet_core.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.reach import tiling_of, tiling_of_module
-from unet_core.unet import UNet
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.networks.reach import tiling_of, tiling_of_module
+from unet_core.networks.unet import UNet
 
 
 def build(spec: NetworkSpec) -> nn.Module:

@@ -4,12 +4,12 @@
 
 from collections.abc import Iterator
 
-from unet_core import folder, listing, parquet, webdataset
-from unet_core.codec import EXTENSIONS, is_image
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.shards import Sample, Shard, Source, readable_name
-from unet_core.store import Store, split
+from unet_core.images.codec import EXTENSIONS, is_image
+from unet_core.inputs import folder, listing, parquet, webdataset
+from unet_core.inputs.shards import Sample, Shard, Source, readable_name
+from unet_core.storage.store import Store, split
 
 FORMATS = {
     "folder": folder,

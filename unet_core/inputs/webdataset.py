@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from unet_core.codec import MAX_ENCODED_BYTES, is_image
 from unet_core.errors import ConfigError, ImageError, StoreError
-from unet_core.shards import Sample, Shard, Source, make_shard, readable_name
+from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
+from unet_core.inputs.shards import Sample, Shard, Source, make_shard, readable_name
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")

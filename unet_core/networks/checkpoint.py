@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, StoreError
 from unet_core.geometry import Sides, Tiling
-from unet_core.preprocessing import Preprocessing
-from unet_core.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.store import read_file, read_range
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.storage.store import read_file, read_range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -164,7 +164,7 @@ def load(
     import safetensors.torch
     from safetensors import SafetensorError
 
-    from unet_core.networks import build
+    from unet_core.networks.construction import build
 
     data = _bytes(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from unet_core.codec import is_image
 from unet_core.errors import ConfigError
-from unet_core.folder import File, group, sample_of
-from unet_core.shards import Member, Sample, Shard, Source
-from unet_core.store import Store, split
+from unet_core.images.codec import is_image
+from unet_core.inputs.folder import File, group, sample_of
+from unet_core.inputs.shards import Member, Sample, Shard, Source
+from unet_core.storage.store import Store, split
 
 PARQUET = (".parquet", ".pq")
 INVENTORY = "manifest.json"

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from unet_core.arrays import Array
-from unet_core.codec import Raster
 from unet_core.errors import ImageError
+from unet_core.images.codec import Raster
 
 BAND_ROWS = 256
 """An image too large for memory is counted in bands of so many rows,"""

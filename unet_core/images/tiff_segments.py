@@ -17,8 +17,8 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
-from unet_core.codec import one_line
 from unet_core.errors import ImageError, StoreError, UnetJobsError
+from unet_core.images.codec import one_line
 
 ReadRange = Callable[[int, int], bytes]
 """Bytes [start, stop) of the file; called by several threads at once."""

@@ -17,11 +17,10 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.codec import TIFF_MAGICS, one_line, raster_of
 from unet_core.errors import ImageError, UnetJobsError
 from unet_core.geometry import MASK_WINDOW_PIXELS
-from unet_core.ranges import Ranges
-from unet_core.tiff import (
+from unet_core.images.codec import TIFF_MAGICS, one_line, raster_of
+from unet_core.images.tiff import (
     Rules,
     from_bits,
     full_series,
@@ -32,7 +31,8 @@ from unet_core.tiff import (
     require_allowed,
     stack_axes,
 )
-from unet_core.tiff_segments import Cache, ReadRange, Segments, segments_of
+from unet_core.images.tiff_segments import Cache, ReadRange, Segments, segments_of
+from unet_core.storage.ranges import Ranges
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, StoreError
-from unet_core.object_stores import connect, persist, refused
-from unet_core.ranges import Ranges
+from unet_core.storage.object_stores import connect, persist, refused
+from unet_core.storage.ranges import Ranges
 
 ResultT = TypeVar("ResultT")
 

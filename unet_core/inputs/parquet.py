@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError
-from unet_core.shards import Sample, Shard, Source, make_shard
-from unet_core.store import Entry
+from unet_core.inputs.shards import Sample, Shard, Source, make_shard
+from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")
 MAX_ROW_GROUP_BYTES = 2**30

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet_core.checkpoint import Header
 from unet_core.errors import CheckpointError, ConfigError
 from unet_core.geometry import Tiling
+from unet_core.networks.checkpoint import Header
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,1 @@
+"""From bytes to pixels: what can be decoded, and how."""

@@ -1,0 +1,1 @@
+"""Where images are found, and how they are grouped into shards."""
