@@ -55,8 +55,11 @@ def prepare(config: PredictConfig) -> Job:
     windows = windows_for(config.tile, header.tiling)
     _check_ignore_index(config, header)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
-    source = open_source(config.input, config.storage)
     run = Run(config.output.uri, config.storage)
+    known = ""
+    if run.record is not None and config.input.format == "auto":
+        known = str(run.record.identity["input.format"])
+    source = open_source(config.input, config.storage, known)
     run.require_same(identity(config, source, sha256, header, windows))
     return Job(config, header, sha256, source, run, windows)
 

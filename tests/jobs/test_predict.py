@@ -13,6 +13,7 @@ from jobs.predict import predict
 from tests.data import digests
 from tests.dying_driver import STAGES
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
+from unet_core.storage.store import Store
 from unet_core.verify import verify
 
 
@@ -47,6 +48,23 @@ def test_a_second_run_writes_nothing(make_config, tmp_path):
     assert again.was_finished
     assert again.totals.images_seen == 12
     assert snapshot(tmp_path / "run") == before
+
+
+def test_an_input_is_listed_once_for_a_run_and_never_for_its_resume(
+    make_config, tars, tmp_path, monkeypatch
+):
+    listed = []
+    real = Store.list
+    monkeypatch.setattr(
+        Store, "list", lambda self, folder="": (listed.append(self.uri()), real(self, folder))[1]
+    )
+    predict(make_config())
+    assert listed.count(str(tars)) == 1
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    next((tmp_path / "run" / "metrics").iterdir()).unlink()
+    listed.clear()
+    assert predict(make_config()).totals.images_seen == 12
+    assert listed.count(str(tars)) == 0
 
 
 @pytest.mark.parametrize(

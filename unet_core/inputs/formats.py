@@ -19,8 +19,11 @@ FORMATS = {
 }
 
 
-def open_source(config: InputConfig, storage: StorageConfig | None = None) -> Source:
-    """Find out what the input is; ``format = "auto"`` looks at the names below the root.
+def open_source(
+    config: InputConfig, storage: StorageConfig | None = None, known: str = ""
+) -> Source:
+    """Find out what the input is; ``format = "auto"`` looks at the names below the root, unless the
+    format is ``known`` of an earlier session.
 
     Raises StoreError if nothing is there, ConfigError if images and tars are mixed.
     """
@@ -35,8 +38,8 @@ def open_source(config: InputConfig, storage: StorageConfig | None = None) -> So
             if "://" in config.uri
             else f"input.uri: there is nothing at {config.uri}"
         )
-    if config.format != "auto":
-        return Source(config, config.format, root, names)
+    if known or config.format != "auto":
+        return Source(config, known or config.format, root, names)
     listing = [] if names else root.list()
     found = _detect(config, names or tuple(entry.name for entry in listing))
     return Source(config, found, root, names, listing)
