@@ -5,7 +5,6 @@ since exceptions that do not pickle lose their cause.
 """
 
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ DOUBT_S = 60.0
 JOIN, START, CONFIGURE, ASK = "join", "start", "configure", "ask"
 NODE_DIED = "its node has died"
 """What Ray says of an actor that had not yet told where it is."""
-LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 
 ResultT = TypeVar("ResultT")
 
@@ -67,7 +65,6 @@ class Joined:
     """What an actor says when it has a process, before it loads anything."""
 
     node_id: str
-    pid: int
     code: CodeVersion
 
 
@@ -81,9 +78,9 @@ class SegmentActor:
 
     def join(self, level: int) -> Joined:
         """Say where it is and what code it runs; log from ``level`` on."""
-        logging.basicConfig(level=level, format=LOG_FORMAT, force=True)
+        logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
         node = ray.get_runtime_context().get_node_id()
-        return Joined(node, os.getpid(), code_version())
+        return Joined(node, code_version())
 
     def start(self) -> Compute | Failure | Crash:
         """Load the model; returns what it computes with."""

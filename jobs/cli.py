@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.session import LOG_FORMAT
 from unet_core import __version__
 from unet_core.config import (
     ImportConfig,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from jobs.submit import JobServer
     from unet_core.metrics import Totals
 
-STOPPED = 130
 ACTORS_SHOWN = (1, 8, 64)
 RECIPES = Path(__file__).parent / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
@@ -45,7 +45,7 @@ def cli(verbose: bool) -> None:
     """Segment images with a U-Net, on this machine or on a Ray cluster, into Parquet."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s %(message)s",
+        format=LOG_FORMAT,
     )
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one ended", err=True)
-        sys.exit(STOPPED)
+        sys.exit(StoppedError.exit_code)
 
 
 def _interrupt(*_: object) -> None:
@@ -188,7 +188,7 @@ def _follow(server: "JobServer", job_id: str) -> int:
                 answer = click.prompt(question, default="f", type=click.Choice(["s", "d", "f"]))
             if answer == "d":
                 click.echo(f"{job_id} runs on; the same command follows it again", err=True)
-                return STOPPED
+                return StoppedError.exit_code
             if answer == "s":
                 server.stop(job_id)
 

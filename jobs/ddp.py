@@ -19,12 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.actors import PLACING_WARNING_S, Failure
-from jobs.job import require_reachable
+from jobs.job import places, require_reachable
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
 from unet_core.fit import Event, Step, fit
-from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.ranks import Ranks
 
@@ -202,14 +201,8 @@ def _group(config: TrainConfig) -> Group:
 
 
 def _require_reachable(config: TrainConfig) -> None:
-    places = {"output.uri": config.output.uri}
-    for name, part in (("train", config.data.train), ("val", config.data.val)):
-        if part is not None:
-            places[f"data.{name}.uri"] = part.uri
-            places |= {f"data.{name}.masks": part.masks} if "/" in part.masks else {}
-    named = config.model.checkpoint
+    needed, named = places(config), config.model.checkpoint
     came_along = not Path(named).is_absolute() and session.has_working_dir()
     if named and not named.startswith("builtin:") and not came_along:
-        places["model.checkpoint"] = named
-    stores = {key: Store(uri, config.storage) for key, uri in places.items()}
-    require_reachable(stores, session.node_count(), config.storage.shared)
+        needed["model.checkpoint"] = named
+    require_reachable(needed, session.node_count(), config.storage.shared)

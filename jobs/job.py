@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from unet_core import schema
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.config import PredictConfig
+from unet_core.config import InputConfig, PredictConfig, is_remote
 from unet_core.errors import ConfigError
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.run import Record, Run, identity
-from unet_core.storage.store import Store
+from unet_core.train_config import TrainConfig
 from unet_core.windows import Windows, windows_for
 
 
@@ -73,18 +73,33 @@ def _check_ignore_index(config: PredictConfig, header: Header) -> None:
         )
 
 
-def require_reachable(stores: dict[str, Store], nodes: int, is_shared: bool) -> None:
+def places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """Where a job reads and writes data: URIs by their keys in the config."""
+    found = {"output.uri": config.output.uri}
+    parts: dict[str, InputConfig | None]
+    if isinstance(config, PredictConfig):
+        parts = {"input": config.input}
+    else:
+        parts = {"data.train": config.data.train, "data.val": config.data.val}
+    for key, part in parts.items():
+        if part is not None:
+            found[f"{key}.uri"] = part.uri
+            found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
+    return found
+
+
+def require_reachable(found: dict[str, str], nodes: int, is_shared: bool) -> None:
     """Refuse places, by their keys, that the workers of a cluster of so many nodes cannot see.
 
     Raises ConfigError that names the first one.
     """
-    for key, store in stores.items():
-        if "memory" in store.uri().partition("://")[0]:
+    for key, uri in found.items():
+        if uri.startswith("memory://"):
             raise ConfigError(
                 f"{key}: memory:// lives in one process; set workers.count = 'inline'"
             )
-        if store.is_local and nodes > 1 and not is_shared:
+        if not is_remote(uri) and nodes > 1 and not is_shared:
             raise ConfigError(
-                f"{key}: {store.uri()} is a plain path, and the cluster has {nodes} nodes; if all "
-                "of them see it there, set storage.shared = true, else use an object store"
+                f"{key}: {uri} is a plain path, and the cluster has {nodes} nodes; if all of them "
+                "see it there, set storage.shared = true, else use an object store"
             )

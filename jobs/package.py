@@ -7,7 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet_core.config import PredictConfig
+from jobs.job import places
+from unet_core.config import PredictConfig, is_remote, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
@@ -55,7 +56,7 @@ def pack(
 
     Raises ConfigError for places that the cluster cannot see and for files that are too large.
     """
-    for key, uri in _places(config).items():
+    for key, uri in places(config).items():
         _require_visible(key, uri, config.storage.shared)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
@@ -70,37 +71,17 @@ def pack(
     return Package(verb, files, overrides)
 
 
-def _places(config: PredictConfig | TrainConfig) -> dict[str, str]:
-    """Where the job reads and writes data, by key."""
-    places = {"output.uri": config.output.uri}
-    if isinstance(config, PredictConfig):
-        pairs = {"input": config.input}
-    else:
-        pairs = {"data.train": config.data.train}
-        pairs |= {"data.val": config.data.val} if config.data.val is not None else {}
-    for key, pair in pairs.items():
-        places[f"{key}.uri"] = pair.uri
-        places |= {f"{key}.masks": pair.masks} if "/" in pair.masks else {}
-    return places
-
-
-def plain(uri: str) -> str:
-    """A local URI as a path; any other as it is."""
-    return uri.removeprefix("file://").removeprefix("local://")
-
-
 def _is_visible(uri: str, config: PredictConfig | TrainConfig) -> bool:
     """Whether every node of the cluster sees a file where this machine does."""
-    return "://" in plain(uri) or (config.storage.shared and Path(plain(uri)).is_absolute())
+    return is_remote(uri) or (config.storage.shared and Path(plain(uri)).is_absolute())
 
 
 def _require_visible(key: str, uri: str, is_shared: bool) -> None:
-    path = plain(uri)
     if uri.startswith("memory://"):
         raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
-    if "://" in path:
+    if is_remote(uri):
         return
-    if not Path(path).is_absolute():
+    if not Path(plain(uri)).is_absolute():
         raise ConfigError(
             f"{key}: {uri} is relative to a directory of this machine; write where the nodes of "
             "the cluster find it: an object store, or an absolute path that they share"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from jobs import session
 from jobs.dispatch import Attempt, Board, Workers, dispatch
-from jobs.job import Job, prepare, require_reachable
+from jobs.job import Job, places, prepare, require_reachable
 from jobs.progress import RunProgress
-from unet_core.config import PredictConfig
+from unet_core.config import PredictConfig, is_remote
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft
@@ -96,10 +96,9 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
         from jobs.actors import RayActors
 
         with session.connected():
-            places = {"input.uri": job.source.root, "output.uri": job.run.store}
-            is_shared = job.config.storage.shared
-            require_reachable(places, session.node_count(), is_shared)
-            only_here = not is_shared and any(store.is_local for store in places.values())
+            needed, is_shared = places(job.config), job.config.storage.shared
+            require_reachable(needed, session.node_count(), is_shared)
+            only_here = not is_shared and not all(map(is_remote, needed.values()))
             placement = session.settle(workers, session.offered(workers, only_here))
             actors = RayActors(job.replica(placement.cpus), placement, shards, only_here)
             try:

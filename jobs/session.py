@@ -16,6 +16,8 @@ from unet_core.train_config import TrainWorkersConfig
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 100 * 2**20
+LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
+"""Of drivers and actors alike."""
 
 
 def is_cluster_named() -> bool:

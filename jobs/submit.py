@@ -21,15 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 import requests
 
-from jobs.package import Package, plain
-from unet_core.config import PredictConfig
-from unet_core.errors import ConfigError, WorkersError
+from jobs.package import Package
+from unet_core.config import PredictConfig, plain
+from unet_core.errors import ConfigError, StoppedError, WorkersError
 from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo
 
-STOPPED = 130
 TOKEN = Path(".ray") / "auth_token"
 """Below the home directory, where Ray keeps it."""
 PATIENCE_S = 600.0
@@ -263,7 +262,7 @@ def _exit_code(info: "JobInfo") -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.status == "STOPPED":
-        return STOPPED
+        return StoppedError.exit_code
     code = info.driver_exit_code
     return code if code is not None and code > 0 else 1
 

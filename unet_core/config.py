@@ -344,18 +344,20 @@ def allowed_uri(uri: str) -> str:
     return uri
 
 
-def _is_remote(uri: str) -> bool:
+def is_remote(uri: str) -> bool:
+    """Whether a URI is no path of a file system."""
     return "://" in uri and not uri.startswith(("file://", "local://"))
 
 
-def _plain(uri: str) -> str:
+def plain(uri: str) -> str:
+    """A local URI as a path; any other as it is."""
     return uri.removeprefix("file://").removeprefix("local://")
 
 
 def refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
     """Output inside input would be read as input on the next run, and the other way round."""
     path, root = (
-        Path(p) if _is_remote(p) else Path(_plain(p)).expanduser().resolve() for p in (uri, other)
+        Path(p) if is_remote(p) else Path(plain(p)).expanduser().resolve() for p in (uri, other)
     )
     if path == root or root in path.parents or path in root.parents:
         raise ValueError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")

@@ -17,6 +17,7 @@ from unet_core.storage.store import Store
 
 FLUSH_S = 60.0
 RECENT = 60
+"""Files that make about an hour."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ class Host:
         self._lanes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def join(self, lane: str, level: int) -> Joined:
-        return Joined(ray.get_runtime_context().get_node_id(), 0, code_version())
+        return Joined(ray.get_runtime_context().get_node_id(), code_version())
 
     async def start(self, lane: str) -> Compute:
         return COMPUTE
