@@ -75,7 +75,7 @@ def _check_ignore_index(config: PredictConfig, header: Header) -> None:
 
 def places(config: PredictConfig | TrainConfig) -> dict[str, str]:
     """Where a job reads and writes data: URIs by their keys in the config."""
-    found = {"output.uri": config.output.uri}
+    found: dict[str, str] = {}
     parts: dict[str, InputConfig | None]
     if isinstance(config, PredictConfig):
         parts = {"input": config.input}
@@ -85,7 +85,7 @@ def places(config: PredictConfig | TrainConfig) -> dict[str, str]:
         if part is not None:
             found[f"{key}.uri"] = part.uri
             found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
-    return found
+    return found | {"output.uri": config.output.uri}
 
 
 def require_reachable(found: dict[str, str], nodes: int, is_shared: bool) -> None:
