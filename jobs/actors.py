@@ -8,19 +8,19 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.dispatch import MAX_FAILED_STARTS, PREFETCH, Attempt, Died, Done, Event, Ready
+from jobs.dispatch import MAX_FAILED_STARTS, PREFETCH, Attempt, Died, Done, Event, Ready, Refused
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
 from unet_core import errors
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import UnetJobsError, WorkersError
+from unet_core.errors import ShardError, UnetJobsError, WorkersError
 from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ class Crash:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """One shard cannot be done; the run goes on without it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Joined:
     """What an actor says when it has a process, before it loads anything."""
 
@@ -82,7 +89,7 @@ class SegmentActor:
         node = ray.get_runtime_context().get_node_id()
         return Joined(node, code_version())
 
-    def start(self) -> Compute | Failure | Crash:
+    def start(self) -> Compute | Failure | Crash | Refusal:
         """Load the model; returns what it computes with."""
 
         def load() -> Compute:
@@ -93,24 +100,28 @@ class SegmentActor:
 
         return _recorded(load)
 
-    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
+    def configure(
+        self, compute: Compute, footer: dict[str, str]
+    ) -> Failure | Crash | Refusal | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
         return _recorded(lambda: replica.configure(compute, footer))
 
-    def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash:
+    def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash | Refusal:
         """Segment and commit one shard."""
         assert self._replica is not None
         replica = self._replica
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
-        return _recorded(lambda: replica.segment(attempt.shard))
+        return _recorded(lambda: replica.segment(attempt.shard, attempt.trial_s))
 
 
-def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
+def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash | Refusal:
     try:
         return call()
+    except ShardError as error:
+        return Refusal(str(error))
     except UnetJobsError as error:
         return Failure(type(error).__name__, str(error))
     except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
@@ -211,6 +222,10 @@ class RayActors:
         log.info("release run=%s actor=%s", self._run, actor)
         self._end(actor)
 
+    def give_up(self, actor: str, reason: str) -> Died:
+        """End an actor whose attempt does not."""
+        return replace(self._bury(actor, reason), is_overdue=True)
+
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
         self._grow()
@@ -260,6 +275,10 @@ class RayActors:
             answer.raise_again()
         elif isinstance(answer, Crash):
             yield self._bury(name, answer.reason)
+        elif isinstance(answer, Refusal):
+            assert isinstance(what, Attempt)
+            self._measures.lost(1)
+            yield Refused(name, what.shard.shard_id, answer.reason)
         elif what == ASK:
             yield self._bury(name, "it was out of reach for a while", blameless=True)
         elif what == JOIN:

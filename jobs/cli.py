@@ -35,6 +35,11 @@ RECIPES = Path(__file__).parent / "recipes"
 READING = """\
 read it:  import pyarrow.dataset as ds
           print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
+LOOKING = """\
+all of them:  import pyarrow.dataset as ds
+              print(ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed"))
+then mend the cause and run it again with --retry-failed, or go on with a larger budget:
+errors.max_failed_images=0.2"""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 
 
@@ -77,14 +82,25 @@ def _interrupt(*_: object) -> None:
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--model", help="Checkpoint, where IMAGES is given.  [default: builtin:nuclei]")
 @click.option("--out", help="Run folder, where IMAGES is given.")
-def predict(source: str, overrides: tuple[str, ...], model: str | None, out: str | None) -> None:
+@click.option("--retry-failed", is_flag=True, help="Do shards with failed images again.")
+@click.option("--refresh", is_flag=True, help="Add images that are new in the input.")
+def predict(
+    source: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    out: str | None,
+    retry_failed: bool,
+    refresh: bool,
+) -> None:
     """Segment everything that is not committed yet. Run it again to continue."""
     config = _predict_config(source, overrides, model, out)
     from jobs.predict import predict as run_predict
 
-    outcome = run_predict(config)
+    outcome = run_predict(config, retry_failed, refresh)
     _show_outcome(outcome)
-    if outcome.set_aside or not outcome.totals.is_reconciled:
+    if outcome.too_many_failed:
+        _show_causes(outcome, config)
+    if not outcome.is_complete:
         sys.exit(1)
 
 
@@ -453,8 +469,26 @@ def _show_outcome(outcome: "Outcome") -> None:
         click.echo(f"{run} is finished already; nothing was written")
     _show_totals(outcome.totals, record.class_names if record else ())
     _show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
-    for shard_id, reason in outcome.set_aside.items():
-        click.echo(f"not committed: shard {shard_id} kills its actors: {reason}", err=True)
+    for shard, reason in outcome.set_aside.items():
+        click.echo(f"not committed: shard {shard}: {reason}", err=True)
+
+
+def _show_causes(outcome: "Outcome", config: PredictConfig) -> None:
+    """Why too many images failed, and what to do."""
+    from jobs.budget import Budget
+    from unet_core.failures import causes
+
+    totals, run = outcome.totals, outcome.run.uri
+    click.echo(
+        f"error: {totals.failed:,} of {totals.images_seen:,} images failed, "
+        f"errors.max_failed_images is {Budget.of(config.errors)}; most frequent:",
+        err=True,
+    )
+    for cause in causes(outcome.run, totals):
+        click.echo(f"  {cause.images:,} x {cause.code}", err=True)
+        for example in cause.examples:
+            click.echo(f"    {example.image_id}: {example.message}", err=True)
+    click.echo(LOOKING.format(run=run), err=True)
 
 
 def _show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
@@ -464,6 +498,13 @@ def _show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     )
     for code, count in totals.errors.items():
         click.echo(f"{'':<10}{count:,} x {code}")
+    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
+        only = next(name for name, n in zip(class_names, totals.class_pixels, strict=True) if n)
+        click.echo(
+            f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
+            "for these images? See model.threshold, and what the model was trained on",
+            err=True,
+        )
     if totals.with_truth:
         _show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
         for name, score in zip(class_names, totals.scores, strict=True):

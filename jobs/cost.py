@@ -19,7 +19,7 @@ from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft, draft, with_members
-from unet_core.run import MANIFEST_NAME, Run
+from unet_core.run import Run
 from unet_core.timings import read_timings
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _whole(job: Job, found: Draft, is_published: bool, head: Shard) -> Shard:
     if not head.has_members:
         return head
     if is_published:
-        return with_members(job.run.store, MANIFEST_NAME, head)
+        return with_members(job.run.store, head)
     return found.with_members(head)
 
 
@@ -119,7 +119,8 @@ def _scratch(job: Job) -> Job:
         each = session.settle(workers, session.offered(workers))
         one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
         workers = workers.model_copy(update=one)
-    changed = config.model_copy(update={"output": output, "workers": workers})
+    errors = config.errors.model_copy(update={"max_failed_images": 1.0})  # a sample says nothing
+    changed = config.model_copy(update={"output": output, "workers": workers, "errors": errors})
     return replace(job, config=changed, run=Run(output.uri, config.storage))
 
 

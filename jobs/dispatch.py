@@ -2,23 +2,33 @@
 
 An actor holds at most two shards: one computes while the next is read; the last ones are shared
 out instead. When an actor dies with two shards, either may be guilty, so neither is charged: both
-become suspects and run alone. Only a death alone counts, and a shard that has been charged
-``max_attempts`` times is set aside.
+become suspects and run alone. Only a death alone counts. A shard that has been charged
+``max_attempts`` times, or that does not come to an end alone, goes on trial: its images are tried
+one by one, and the guilty ones become failed rows. One that cannot be done even so is set aside.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from unet_core.compute import Compute
+from unet_core.config import ErrorsConfig
 from unet_core.errors import WorkersError
 from unet_core.inputs.shards import Shard
 from unet_core.timings import ShardResult
 
 PREFETCH = 2
-MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
+FIRST_S_PER_BYTE = 1e-4
+"""Before anything was committed: slower than any device that people use."""
+SLACK = 10.0
+"""An attempt may be so many times slower than the slowest that came to an end."""
+TRIAL_SLACK = 20.0
+"""A trial restarts its child after each guilty image."""
+OVERHEAD_BYTES = 2**20
+"""What a shard costs besides its bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Attempt:
     shard: Shard
     number: int
     alone: bool
+    trial_s: float | None = None
+    """Try each image by itself first, for at most so long."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,17 @@ class Died:
     reason: str
     blameless: bool = False
     """Its node went, so no shard is to blame."""
+    is_overdue: bool = False
+    """It was ended because its attempt did not."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A shard cannot be done; the actor lives."""
+
+    actor: str
+    shard_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ class Released:
     actor: str
 
 
-Event = Ready | Done | Died | Released
+Event = Ready | Done | Refused | Died | Released
 
 
 class Workers(Protocol):
@@ -89,6 +112,10 @@ class Workers(Protocol):
         """End an actor that nothing is left for; somebody else may need its GPU."""
         ...
 
+    def give_up(self, actor: str, reason: str) -> Died | None:
+        """End an actor whose attempt does not; None where that cannot be done."""
+        ...
+
     def events(self) -> Iterator[Event]:
         """Wait a moment and give what happened; an endless loop calls this.
 
@@ -98,43 +125,82 @@ class Workers(Protocol):
 
 
 @dataclass
+class Patience:
+    """How long an attempt may take, by the size of its shard and by what others took."""
+
+    least_s: float = 420.0
+    """What storage may take until it gives up, and what is put up with beyond that."""
+    slowest_s_per_byte: float | None = None
+
+    def limit_s(self, shard: Shard) -> float:
+        """After so long an attempt counts as hanging."""
+        slowest = self.slowest_s_per_byte
+        rate = FIRST_S_PER_BYTE if slowest is None else SLACK * slowest
+        return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
+
+    def learn(self, shard: Shard, seconds: float) -> None:
+        """An attempt came to an end after so long."""
+        rate = seconds / (shard.bytes + OVERHEAD_BYTES)
+        self.slowest_s_per_byte = max(self.slowest_s_per_byte or 0.0, rate)
+
+
+@dataclass
 class Board:
     """The shards of a plan on their way from waiting to committed."""
 
     waiting: deque[Shard]
-    max_attempts: int = MAX_ATTEMPTS
+    max_attempts: int = ErrorsConfig().max_attempts
+    patience: Patience = field(default_factory=Patience)
+    clock: Callable[[], float] = time.monotonic
     suspects: deque[Shard] = field(default_factory=deque)
+    on_trial: deque[Shard] = field(default_factory=deque)
     in_flight: dict[str, list[Attempt]] = field(default_factory=dict)
-    """By actor; an actor that is absent here is not ready."""
+    """By actor, the oldest first; an actor that is absent here is not ready."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Shard id → why nobody will try it again in this session."""
     charged: dict[str, int] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
+    is_stopped: bool = False
+    _since: dict[str, float] = field(default_factory=dict)
+    """By actor, when the oldest attempt that it holds had it for itself."""
 
     @classmethod
-    def of(cls, plan: list[Shard]) -> "Board":
+    def of(
+        cls, plan: list[Shard], errors: ErrorsConfig | None = None, storage_s: float = 300.0
+    ) -> "Board":
         """All shards of a plan waiting, the largest first."""
-        return cls(deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id))))
+        errors = errors or ErrorsConfig()
+        waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
+        return cls(waiting, errors.max_attempts, Patience(storage_s + errors.stall_s))
 
     @property
     def is_done(self) -> bool:
         """Whether nothing waits and nothing is under way."""
-        return not self.waiting and not self.suspects and not any(self.in_flight.values())
+        return not self._left and not any(self.in_flight.values())
 
     @property
     def open(self) -> int:
         """Shards that are neither committed nor set aside."""
-        return len(self.waiting) + len(self.suspects) + sum(map(len, self.in_flight.values()))
+        return self._left + sum(map(len, self.in_flight.values()))
 
     @property
     def useful(self) -> int:
         """How many actors can have something to do: what an actor holds, no other can begin."""
-        busy = sum(bool(held) for held in self.in_flight.values())
-        return len(self.waiting) + len(self.suspects) + busy
+        return self._left + sum(bool(held) for held in self.in_flight.values())
+
+    @property
+    def _left(self) -> int:
+        return len(self.waiting) + len(self.suspects) + len(self.on_trial)
 
     def has_use_for(self, actor: str) -> bool:
         """Whether an actor holds a shard or may get one."""
-        return bool(self.waiting or self.suspects or self.in_flight[actor])
+        return bool(self._left or self.in_flight[actor])
+
+    def stop(self) -> None:
+        """Begin nothing any more; what is under way comes to its end."""
+        self.is_stopped = True
+        for line in (self.waiting, self.suspects, self.on_trial):
+            line.clear()
 
     def next_for(self, actor: str) -> Attempt | None:
         """What a ready actor should begin now, if anything."""
@@ -143,6 +209,8 @@ class Board:
             return None
         if held and len(self.waiting) < len(self.in_flight):
             return None
+        if not held and self.on_trial:
+            return self._begin(actor, self.on_trial.popleft(), alone=True, on_trial=True)
         if not held and self.suspects:
             return self._begin(actor, self.suspects.popleft(), alone=True)
         if self.waiting:
@@ -151,30 +219,68 @@ class Board:
 
     def done(self, actor: str, shard_id: str) -> Attempt:
         """A shard was committed; returns the attempt that did it."""
-        held = self.in_flight[actor]
-        attempt = next(a for a in held if a.shard.shard_id == shard_id)
-        held.remove(attempt)
+        attempt = self._take_back(actor, shard_id)
+        if attempt.trial_s is None:
+            self.patience.learn(attempt.shard, self.clock() - self._since[actor])
+        self._since[actor] = self.clock()
         return attempt
+
+    def refused(self, event: Refused) -> None:
+        """A shard cannot be done; only its actor could tell."""
+        self._take_back(event.actor, event.shard_id)
+        self._since[event.actor] = self.clock()
+        self.set_aside[event.shard_id] = event.reason
+
+    def overdue(self) -> Iterator[tuple[str, str]]:
+        """Actors whose oldest attempt does not come to an end, and what to say of it."""
+        for actor, held in list(self.in_flight.items()):
+            if not held:
+                continue
+            limit_s = self.patience.limit_s(held[0].shard)
+            limit_s *= TRIAL_SLACK if held[0].trial_s is not None else 1.0
+            if self.clock() - self._since[actor] > limit_s:
+                self._since[actor] = self.clock()
+                name = held[0].shard.uri or held[0].shard.shard_id
+                yield actor, f"shard {name} did not come to an end within {limit_s:.0f} s"
 
     def died(self, event: Died) -> None:
         """Take back what a dead actor held, and judge it."""
         held = self.in_flight.pop(event.actor, [])
         for attempt in held:
             shard = attempt.shard
-            if len(held) == 1 and not event.blameless:
-                self.charged[shard.shard_id] = self.charged.get(shard.shard_id, 0) + 1
-            if self.charged.get(shard.shard_id, 0) >= self.max_attempts:
-                self.set_aside[shard.shard_id] = event.reason
-            elif event.blameless:
+            if self.is_stopped:
+                continue
+            if event.blameless:
                 self.waiting.appendleft(shard)
+            elif len(held) > 1:
+                self.suspects.append(shard)
+            elif attempt.trial_s is not None:
+                self.set_aside[shard.shard_id] = f"none of its images is guilty: {event.reason}"
+            elif self._charge(shard, event) >= self.max_attempts:
+                self.on_trial.append(shard)
             else:
                 self.suspects.append(shard)
 
-    def _begin(self, actor: str, shard: Shard, alone: bool) -> Attempt:
+    def _charge(self, shard: Shard, event: Died) -> int:
+        """A death alone counts; what hangs alone is no accident."""
+        deaths = self.max_attempts if event.is_overdue else 1
+        self.charged[shard.shard_id] = self.charged.get(shard.shard_id, 0) + deaths
+        return self.charged[shard.shard_id]
+
+    def _begin(self, actor: str, shard: Shard, alone: bool, on_trial: bool = False) -> Attempt:
         number = self.attempts.get(shard.shard_id, 0) + 1
         self.attempts[shard.shard_id] = number
-        attempt = Attempt(shard, number, alone)
+        trial_s = self.patience.limit_s(shard) if on_trial else None
+        attempt = Attempt(shard, number, alone, trial_s)
+        if not self.in_flight[actor]:
+            self._since[actor] = self.clock()
         self.in_flight[actor].append(attempt)
+        return attempt
+
+    def _take_back(self, actor: str, shard_id: str) -> Attempt:
+        held = self.in_flight[actor]
+        attempt = next(a for a in held if a.shard.shard_id == shard_id)
+        held.remove(attempt)
         return attempt
 
 
@@ -199,11 +305,18 @@ def dispatch(
                     failed_starts = 0
                 case Done(actor, shard_id, result):
                     on_done(result, board.done(actor, shard_id), actor)
+                case Refused():
+                    board.refused(event)
                 case Died(actor, reason):
                     failed_starts += actor not in board.in_flight and not event.blameless
                     board.died(event)
                     if failed_starts >= MAX_FAILED_STARTS and not board.in_flight:
                         raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
+        for actor, reason in board.overdue():
+            died = workers.give_up(actor, reason)
+            if died is not None:
+                on_event(died)
+                board.died(died)
         on_tick()
         workers.want(board.useful, board.open)
         for actor in list(board.in_flight):

@@ -1,14 +1,18 @@
 """The workers of ``workers.count = "inline"``: one replica on threads of this process, no Ray."""
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.dispatch import PREFETCH, Attempt, Done, Event, Ready
+from jobs.dispatch import PREFETCH, Attempt, Done, Event, Ready, Refused
 from unet_core.compute import Compute, ReplicaSpec
+from unet_core.errors import ShardError
 from unet_core.replica import Replica
 from unet_core.timings import ShardResult
+
+log = logging.getLogger(__name__)
 
 NAME = "inline"
 WAIT_S = 0.5
@@ -43,6 +47,11 @@ class InlineWorkers:
     def release(self, actor: str) -> None:
         """It ends with the run."""
 
+    def give_up(self, actor: str, reason: str) -> None:
+        """A thread cannot be ended; say how to get past what hangs."""
+        log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
+                    "gives it a process that can be ended", reason)  # fmt: skip
+
     def events(self) -> Iterator[Event]:
         """Ready once; then every shard that was committed. Errors are raised as they are."""
         if self._is_new:
@@ -52,7 +61,10 @@ class InlineWorkers:
         done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
         for future in done:
             attempt = self._futures.pop(future)
-            yield Done(NAME, attempt.shard.shard_id, future.result())
+            try:
+                yield Done(NAME, attempt.shard.shard_id, future.result())
+            except ShardError as error:
+                yield Refused(NAME, attempt.shard.shard_id, str(error))
 
     def close(self) -> None:
         """Drop what has not begun and wait for what has; uncommitted shards are done again."""

@@ -1,10 +1,12 @@
 """``unet-jobs predict``, top to bottom: the same story on a laptop and on a cluster."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jobs import session
+from jobs.budget import Budget
 from jobs.dispatch import Attempt, Board, Workers, dispatch
 from jobs.job import Job, places, prepare, require_reachable
 from jobs.progress import RunProgress
@@ -13,9 +15,12 @@ from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft
 from unet_core.manifest import draft as make_draft
+from unet_core.manifest import names as known_names
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,35 @@ class Outcome:
     was_finished: bool = False
     """There was nothing to do: an earlier session had finished the run."""
     set_aside: dict[str, str] = field(default_factory=dict)
-    """Shards that killed their actors, with the reason; not committed."""
+    """Shards that could not be done, by path or id, with the reason; not committed."""
+    too_many_failed: bool = False
+    """More images failed than ``errors.max_failed_images`` puts up with: the run is not
+    finished."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every image is accounted for, within the budget."""
+        return not self.set_aside and not self.too_many_failed and self.totals.is_reconciled
 
 
-def predict(config: PredictConfig) -> Outcome:
+def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = False) -> Outcome:
     """Segment what is not committed yet, and finish the run when nothing is left.
 
-    Raises an error of ``unet_core.errors`` for a config, checkpoint, run folder or store that
-    cannot be used. Interrupted anyhow, the same call continues.
+    ``retry_failed`` takes back the commits of shards with failed images first; ``refresh`` adds
+    what the input has of new objects. Raises an error of ``unet_core.errors`` for a config,
+    checkpoint, run folder or store that cannot be used. Interrupted anyhow, the same call
+    continues.
     """
     job = prepare(config)
     run = job.run
-    if run.is_finished:
-        return Outcome(run, run.finished_totals(), was_finished=True)
     with contextlib.ExitStack() as stack:
         known = run.manifest()
+        if retry_failed:
+            log.warning("done again: %d shards with failed images", run.forget_failed())
+        if refresh and known is not None:
+            known += _new_shards(job, known)
+        if run.is_finished:
+            return Outcome(run, run.finished_totals(), was_finished=True)
         draft = None
         if known is None:
             draft = stack.enter_context(make_draft(list_shards(job.source)))
@@ -51,12 +70,14 @@ def predict(config: PredictConfig) -> Outcome:
 
 def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
     """Place workers, and let them do what is left of the shards."""
-    run = job.run
+    run, errors, budget = job.run, job.config.errors, Budget.of(job.config.errors)
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
-    board = Board.of(plan)
-    if plan or draft is not None:
+    board = Board.of(plan, errors, job.config.storage.deadline_s)
+    if budget.is_exceeded(totals):
+        board.stop()
+    if not board.is_done or draft is not None:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, plan, totals)
         with progress, _workers(job, len(plan), progress) as workers:
@@ -70,14 +91,34 @@ def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
                 totals += result.totals
                 timings.add(result, attempt.number, actor)
                 progress.on_done(result)
+                if budget.is_exceeded(totals):
+                    board.stop()
 
             try:
                 dispatch(board, workers, on_done, progress.on_event, progress.tick)
             finally:
                 timings.flush()
-    if not board.set_aside:
+    exceeded = board.is_stopped or budget.is_exceeded(totals, at_end=totals.shards == len(shards))
+    if totals.shards == len(shards) and not exceeded:
         run.finish(totals)
-    return Outcome(run, totals, set_aside=board.set_aside)
+    names = {shard.shard_id: shard.uri or shard.shard_id for shard in plan}
+    set_aside = {names[shard_id]: why for shard_id, why in board.set_aside.items()}
+    return Outcome(run, totals, set_aside=set_aside, too_many_failed=exceeded)
+
+
+def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
+    """Add what the input has of new objects to the manifest of the run; returns their shards.
+
+    What was written again since it was listed is no new object.
+    """
+    names = known_names(job.run.store, known)
+    generation = 1 + max(shard.generation for shard in known)
+    with make_draft(list_shards(job.source, names), generation) as draft:
+        log.warning("added: %d shards of new objects", len(draft.heads))
+        if draft.heads:
+            job.run.reopen()
+            job.run.publish_manifest(draft)
+        return draft.heads
 
 
 @contextlib.contextmanager

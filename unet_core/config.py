@@ -127,6 +127,21 @@ class OutputConfig(FolderConfig):
     """Keep them beside the masks, one plane per logit; ``uint8`` is round(255 p)."""
 
 
+class ErrorsConfig(Section):
+    """What may go wrong before a run stops; never part of its identity."""
+
+    max_failed_images: (
+        Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(strict=True, ge=0, le=1)]
+    ) = 0.01
+    """A number of images (``100``), or a share of them (``0.01``), which is judged after 1,000
+    images or at the end."""
+    max_attempts: Count = 2
+    """Deaths of actors that a shard may cause alone before its images are tried one by one."""
+    stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    """What takes this much longer than its size and the storage let expect is given up: of a shard
+    the actor, of an image tried alone the image."""
+
+
 class ShareConfig(Section):
     """What each worker gets."""
 
@@ -197,6 +212,7 @@ class PredictConfig(Section):
     tile: TileConfig = TileConfig()
     output: OutputConfig
     workers: WorkersConfig = WorkersConfig()
+    errors: ErrorsConfig = ErrorsConfig()
     storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")

@@ -200,10 +200,14 @@ class Engine:
                     ) from error
             self.most_pixels = batch.pixels // 2
             log.warning("batch split for memory: most_pixels=%d", self.most_pixels)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.free_memory()
         half = (count + 1) // 2
         return [*self.run(batch.part(slice(half))), *self.run(batch.part(slice(half, None)))]
+
+    def free_memory(self) -> None:
+        """Give back device memory that is only kept at hand."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _segment(self, batch: Batch) -> list[Segmented]:

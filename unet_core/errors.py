@@ -6,7 +6,9 @@ UnetJobsError
 ├── RunMismatchError     the run folder belongs to another run         exit 2
 ├── StoreError           storage refused or failed                     exit 3
 │   ├── NotFoundError        there is no such object
+│   ├── ChangedError         an object is not the one that the manifest names
 │   └── ParquetDamagedError  not a Parquet file, or a damaged one
+├── ShardError           one shard cannot be done; the others go on    exit 1
 ├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
 ├── DivergedError        a training's loss is no longer a number       exit 1
 ├── WorkersError         actors cannot be placed or keep dying         exit 1
@@ -49,8 +51,16 @@ class NotFoundError(StoreError):
     """There is no such object."""
 
 
+class ChangedError(StoreError):
+    """An object was written again since it was listed."""
+
+
 class ParquetDamagedError(StoreError):
     """A file is no Parquet file, or a damaged one."""
+
+
+class ShardError(UnetJobsError):
+    """A shard cannot be segmented, and no row could say so honestly; a run sets it aside."""
 
 
 class CommitConflictError(UnetJobsError):

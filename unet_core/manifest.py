@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ParquetDamagedError
-from unet_core.inputs.shards import Member, Shard
+from unet_core.inputs.shards import Known, Member, Shard
 from unet_core.schema import MANIFEST, MEMBER
 from unet_core.storage.store import Store
 
@@ -25,7 +25,13 @@ SHARDS_PER_GROUP = 16
 """In a row group, where shards have members, since an actor reads a whole group for one of them."""
 HEADS_PER_GROUP = 4096
 SPOOL_BYTES = 64 * 2**20
+FOLDER = "manifest"
 HEADS = [name for name in MANIFEST.names if name != "members"]
+
+
+def manifest_name(generation: int) -> str:
+    """Where a run folder has the shards that came with its ``generation``-th listing."""
+    return f"{FOLDER}/{generation:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Draft:
 
     heads: list[Shard]
     file: BinaryIO
+    generation: int = 0
 
     def with_members(self, head: Shard) -> Shard:
         """A shard with its members."""
@@ -47,20 +54,20 @@ class Draft:
         self.file.close()
 
 
-def draft(shards: Iterable[Shard]) -> Draft:
-    """Write shards, as they come, into a temporary file.
+def draft(shards: Iterable[Shard], generation: int = 0) -> Draft:
+    """Write shards, as they come, into a temporary file, for a manifest's ``generation``.
 
     Raises ConfigError if two shards are the same.
     """
     file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115  # the draft owns it
     try:
-        return Draft(_write(iter(shards), file), file)
+        return Draft(_write(iter(shards), file, generation), file, generation)
     except BaseException:
         file.close()
         raise
 
 
-def _write(shards: Iterator[Shard], file: BinaryIO) -> list[Shard]:
+def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Shard]:
     """Write all shards; returns their heads."""
     heads: list[Shard] = []
     ids: set[str] = set()
@@ -77,7 +84,8 @@ def _write(shards: Iterator[Shard], file: BinaryIO) -> list[Shard]:
                         "twice, in the same order; take them out of the list"
                     )
                 ids.add(shard.shard_id)
-                heads.append(dataclasses.replace(shard, members=(), row=len(heads)))
+                row = len(heads)
+                heads.append(dataclasses.replace(shard, members=(), generation=generation, row=row))
     return heads
 
 
@@ -95,30 +103,40 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([*arrays, lists], schema=MANIFEST)
 
 
-def read_heads(file: BinaryIO | bytes) -> list[Shard]:
-    """All shards of a manifest, without their members.
+def read_heads(file: BinaryIO | bytes, generation: int = 0) -> list[Shard]:
+    """All shards of a manifest's file, without their members.
 
     Raises ParquetDamagedError if it is damaged.
     """
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        return list(_heads(pq.ParquetFile(source)))
+        return list(_heads(pq.ParquetFile(source), generation))
     except (pa.ArrowException, OSError) as error:
         raise ParquetDamagedError(f"the manifest is damaged: {error}") from error
 
 
-def _heads(file: pq.ParquetFile) -> Iterator[Shard]:
+def _heads(file: pq.ParquetFile, generation: int) -> Iterator[Shard]:
     row = 0
     for batch in file.iter_batches(columns=HEADS):
         for head in batch.to_pylist():
-            yield Shard(**head, row=row)
+            yield Shard(**head, generation=generation, row=row)
             row += 1
 
 
-def with_members(store: Store, name: str, shard: Shard) -> Shard:
-    """The shard with its members, read from the manifest ``name``."""
+def with_members(store: Store, shard: Shard) -> Shard:
+    """The shard with its members, read from the manifest of a run."""
     group, index = divmod(shard.row, SHARDS_PER_GROUP)
+    name = manifest_name(shard.generation)
     return dataclasses.replace(shard, members=_members(store, name, group)[index])
+
+
+def names(store: Store, heads: list[Shard]) -> Known:
+    """What the shards of a run are made of: every tar, Parquet file and loose image."""
+    found: Known = {shard.uri: shard.etag for shard in heads if shard.uri}
+    for shard in heads:
+        if shard.has_members:
+            found |= {member.key: member.etag for member in with_members(store, shard).members}
+    return found
 
 
 @lru_cache(maxsize=4)

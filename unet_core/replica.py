@@ -14,10 +14,10 @@ from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.run import MANIFEST_NAME
 from unet_core.segment import Segmenter, Settings
 from unet_core.storage.store import Store
 from unet_core.timings import ShardResult
+from unet_core.trial import Trial
 from unet_core.windows import windows_for
 
 
@@ -66,12 +66,24 @@ class Replica:
         )
         self._segmenter = Segmenter(self.engine, settings)
 
-    def segment(self, shard: Shard) -> ShardResult:
-        """Segment and commit one shard; two calls may overlap."""
-        assert self._segmenter is not None, "configure first"
+    def segment(self, shard: Shard, trial_s: float | None = None) -> ShardResult:
+        """Segment and commit one shard; two calls may overlap. With ``trial_s``, each of its images
+        is tried alone first, for at most so many seconds.
+        """
+        settings = self.segmenter.settings
         if shard.has_members:
-            shard = with_members(self._segmenter.settings.output, MANIFEST_NAME, shard)
-        return self._segmenter.segment(shard)
+            shard = with_members(settings.output, shard)
+        guilty = {}
+        if trial_s is not None:
+            self.engine.free_memory()
+            guilty = Trial(self.spec, settings.compute, settings.footer, shard, trial_s).guilty()
+        return self.segmenter.segment(shard, guilty)
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """What segments shards, once it is configured."""
+        assert self._segmenter is not None, "configure first"
+        return self._segmenter
 
     def cancel(self) -> None:
         """Give up the shards under way, soon; they raise StoppedError."""

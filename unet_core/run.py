@@ -17,16 +17,15 @@ from unet_core.compute import Compute
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.inputs.shards import Shard, Source
-from unet_core.manifest import Draft, read_heads
+from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
-from unet_core.parts import read_totals
+from unet_core.parts import metrics_name, read_totals
 from unet_core.storage.store import Store
 from unet_core.windows import Windows
 
 RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
-MANIFEST_NAME = "manifest/00000.parquet"
 READ_THREADS = 16
 
 Identity = dict[str, Any]
@@ -159,21 +158,31 @@ class Run:
         return winner
 
     def manifest(self) -> list[Shard] | None:
-        """All shards of the run as they were found when it began, without their members; None
-        before that.
+        """All shards of the run as they were found when it began and at each refresh, without their
+        members; None before that.
         """
-        if not self.store.exists(MANIFEST_NAME):
+        if not self.store.exists(manifest_name(0)):
             return None
-        return read_heads(self.store.read(MANIFEST_NAME))
+        names = [f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER)]
+        files = [name for name in names if name.endswith(".parquet")]
+        wanted = [manifest_name(number) for number in range(len(files))]
+        if files != wanted:
+            raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
+        return [
+            head
+            for number, name in enumerate(files)
+            for head in read_heads(self.store.read(name), number)
+        ]
 
     def publish_manifest(self, draft: Draft) -> None:
-        """Publish the manifest, unless there is one.
+        """Publish the manifest, or what a refresh adds to it, unless it is there.
 
         Raises RunMismatchError if another driver has just made one of other shards.
         """
-        if self.store.publish_exclusively(MANIFEST_NAME, draft.file):
+        name = manifest_name(draft.generation)
+        if self.store.publish_exclusively(name, draft.file):
             return
-        if self.manifest() != draft.heads:
+        if read_heads(self.store.read(name), draft.generation) != draft.heads:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver made this run of another state of the input; "
                 "run the command again to join it"
@@ -189,6 +198,24 @@ class Run:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             parts = pool.map(lambda shard_id: read_totals(self.store, shard_id), sorted(shard_ids))
             return sum(parts, Totals())
+
+    def reopen(self) -> None:
+        """Take back that the run is finished."""
+        self.store.remove(SUCCESS)
+
+    def forget_failed(self) -> int:
+        """Take back the commits of shards with failed images, so that they are done again; returns
+        how many.
+        """
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            ids = sorted(self.committed())
+            totals = pool.map(lambda shard_id: read_totals(self.store, shard_id), ids)
+            failed = [name for name, found in zip(ids, totals, strict=True) if found.failed]
+            if failed:
+                self.reopen()
+            for _ in pool.map(lambda name: self.store.remove(metrics_name(name)), failed):
+                pass
+        return len(failed)
 
     def finish(self, totals: Totals) -> None:
         """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""

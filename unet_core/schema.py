@@ -17,6 +17,7 @@ MEMBER = pa.struct(
         ("bytes", pa.int64()),
         ("etag", pa.string()),
         ("mask", pa.string()),
+        ("mask_etag", pa.string()),
         ("uri", pa.string()),
     ]
 )

@@ -9,9 +9,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
 
+NOBODY: Mapping[int, ImageError] = MappingProxyType({})
 MOST_ROW_BYTES = 2**31
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait hold more than this."""
@@ -108,31 +110,50 @@ class Segmenter:
         """Let every shard under way raise StoppedError before its next image."""
         self._cancelled.set()
 
-    def segment(self, shard: Shard) -> ShardResult:
-        """Segment one shard and commit its parts.
+    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
+        """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
+        are not touched: they are failed rows.
 
-        Raises StoreError when storage fails, CommitConflictError when another attempt wrote other
-        bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
-        exception.
+        Raises StoreError when storage fails, ShardError when the shard's file is not the one that
+        was listed, CommitConflictError when another attempt wrote other bytes and StoppedError
+        after ``cancel``; what is wrong with an image is a row, never an exception.
         """
+        seconds = Seconds()
+        samples = (
+            replace(sample, failure=guilty.get(place, sample.failure))
+            for place, sample in enumerate(read_shard(self.settings.source, shard))
+        )
+        with self._part() as part:
+            rows, seen = self._fill(part, samples, seconds)
+            return self._commit(shard, rows, part, seen, seconds)
+
+    def rehearse(self, sample: Sample) -> None:
+        """Everything that happens to an image, up to its rows, which are thrown away."""
+        with self._part() as part:
+            self._fill(part, iter([sample]), Seconds())
+
+    def _part(self) -> "contextlib.closing[MasksPart]":
         has_probabilities = self._look.probabilities != "none"
         part = MasksPart(self.settings.encoding, self.settings.footer, has_probabilities)
-        seconds = Seconds()
+        return contextlib.closing(part)
+
+    def _fill(
+        self, part: MasksPart, samples: Iterator[Sample], seconds: Seconds
+    ) -> tuple[list[Row], int]:
+        """Put the masks of samples into a part; returns the rows of the metrics part, and how many
+        images the reader gave.
+        """
         rows: list[Row] = []
         encoded: InOrder[Encoded] = InOrder()
         ahead = 2 * self.settings.threads + 2
-        try:
-            samples = _drawn(read_shard(self.settings.source, shard))
-            with Prefetch(
-                self._pool, self._decode, samples, ahead, lambda d: d.held_bytes, DECODED_BYTES
-            ) as images:
-                for index, future in self._compute(images, encoded, seconds):
-                    encoded.add(index, future)
-                    self._append(encoded.ready(), rows, part, seconds)
-                self._append(encoded.rest(), rows, part, seconds)
-                return self._commit(shard, rows, part, encoded.numbers, seconds)
-        finally:
-            part.close()
+        with Prefetch(
+            self._pool, self._decode, _drawn(samples), ahead, lambda d: d.held_bytes, DECODED_BYTES
+        ) as images:
+            for index, future in self._compute(images, encoded, seconds):
+                encoded.add(index, future)
+                self._append(encoded.ready(), rows, part, seconds)
+            self._append(encoded.rest(), rows, part, seconds)
+        return rows, encoded.numbers
 
     def _decode(self, drawn: tuple[Sample, float]) -> Decoded:
         sample, drawn_s = drawn

@@ -27,7 +27,7 @@ from unet_core.inputs.shards import Shard, readable_name
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
-from unet_core.run import MANIFEST_NAME, Record, Run, open_existing
+from unet_core.run import Record, Run, open_existing
 from unet_core.storage.store import Store
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
@@ -80,7 +80,7 @@ def _check_input_unchanged(
         return
     known: dict[str, str | None] = {}
     for shard in shards:
-        whole = with_members(run.store, MANIFEST_NAME, shard) if shard.has_members else shard
+        whole = with_members(run.store, shard) if shard.has_members else shard
         known.update((m.key, m.etag) for m in whole.members)
         if shard.uri:
             known[shard.uri] = shard.etag
@@ -141,7 +141,7 @@ def _check_shard(
         if deep:
             problems += _recount_masks(rows, windows)
     if deep:
-        whole = with_members(run.store, MANIFEST_NAME, shard) if shard.has_members else shard
+        whole = with_members(run.store, shard) if shard.has_members else shard
         problems += _recount_input(record, whole, rows, run.store.storage)
     ids.update(row["image_id"] for row in rows.to_pylist() if row["status"] == "ok")
     return [f"shard {name}: {problem}" for problem in problems]

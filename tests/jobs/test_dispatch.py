@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.dispatch import PREFETCH, Board, Died, Done, Ready, dispatch
+from jobs.dispatch import PREFETCH, Board, Died, Done, Patience, Ready, Refused, dispatch
 from jobs.session import Placement, settle, wanted
-from unet_core.config import WorkersConfig
+from unet_core.config import ErrorsConfig, WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
@@ -21,10 +21,23 @@ def shard(name: str, size: int = 1) -> Shard:
 
 
 class ScriptedWorkers:
-    """Actors that finish the older shard they hold, unless a script says that it kills them."""
+    """Actors that finish the older shard they hold, unless a script says that it kills them.
 
-    def __init__(self, actors: int, killers: dict[str, int], dead_on_arrival: int = 0) -> None:
+    On trial a killer's guilty images are found, unless it is incurable.
+    """
+
+    def __init__(
+        self,
+        actors: int,
+        killers: dict[str, int],
+        dead_on_arrival: int = 0,
+        incurable: frozenset[str] = frozenset(),
+        hanging: frozenset[str] = frozenset(),
+    ) -> None:
         self.killers = dict(killers)
+        self.incurable, self.hanging = incurable, hanging
+        self.now = 0.0
+        self.given_up: list[str] = []
         self.dead_on_arrival = dead_on_arrival
         self.held: dict[str, list] = {}
         self.fresh = [f"actor-{n}" for n in range(actors)]
@@ -35,11 +48,30 @@ class ScriptedWorkers:
     def submit(self, actor, attempt) -> None:
         self.held[actor].append(attempt)
         self.started.append((attempt.shard.shard_id, attempt.alone))
+        assert attempt.alone or attempt.trial_s is None
         assert len(self.held[actor]) <= PREFETCH
         assert not (attempt.alone and len(self.held[actor]) > 1)
 
     def want(self, actors, shards) -> None:
         self.wanted = actors
+
+    def kills(self, attempt) -> bool:
+        name = attempt.shard.shard_id
+        is_cured = attempt.trial_s is not None and name not in self.incurable
+        return bool(self.killers.get(name)) and not is_cured
+
+    def pressure(self, actor) -> int:
+        held = self.held[actor]
+        return len(held) if held and not self.hangs(held[0]) else 0
+
+    def hangs(self, attempt) -> bool:
+        return attempt.shard.shard_id in self.hanging and attempt.trial_s is None
+
+    def give_up(self, actor, reason):
+        self.given_up.append(reason)
+        del self.held[actor]
+        self.replace()
+        return Died(actor, reason, is_overdue=True)
 
     def release(self, actor) -> None:
         assert not self.held.pop(actor)
@@ -60,8 +92,11 @@ class ScriptedWorkers:
                 self.held[actor] = []
                 yield Ready(actor)
             return
-        actor = max(self.held, key=lambda name: len(self.held[name]))
-        killer = next((a for a in self.held[actor] if self.killers.get(a.shard.shard_id)), None)
+        actor = max(self.held, key=self.pressure)
+        self.now += 1.0
+        killer = next((a for a in self.held[actor] if self.kills(a)), None)
+        if self.held[actor] and self.hangs(self.held[actor][0]):
+            return
         if killer is not None:
             self.killers[killer.shard.shard_id] -= 1
             del self.held[actor]
@@ -72,9 +107,10 @@ class ScriptedWorkers:
             yield Done(actor, name, ShardResult(name, Totals(), Seconds()))
 
 
-def run(names, actors=2, killers=None, dead_on_arrival=0):
-    board = Board.of([shard(name) for name in names])
-    workers = ScriptedWorkers(actors, killers or {}, dead_on_arrival)
+def run(names, actors=2, killers=None, **script):
+    workers = ScriptedWorkers(actors, killers or {}, **script)
+    board = Board.of([shard(name) for name in names], ErrorsConfig(stall_s=50), storage_s=50)
+    board.clock = lambda: workers.now
     done: list[str] = []
     dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
     return board, workers, done
@@ -97,12 +133,57 @@ def test_a_single_death_charges_nobody_and_suspects_run_alone():
     assert all(alone for name, alone in workers.started[2:4])
 
 
-def test_a_poisoned_shard_is_set_aside_after_two_deaths_alone_and_its_neighbour_is_not():
+def test_a_poisoned_shard_goes_on_trial_after_two_deaths_alone_and_its_neighbour_does_not():
     board, workers, done = run("abcdef", actors=2, killers={"c": 99})
+    assert sorted(done) == list("abcdef")
+    assert (board.set_aside, board.charged) == ({}, {"c": 2})
+    assert Counter(name for name, _ in workers.started)["c"] == 4
+
+
+def test_a_shard_that_kills_even_on_trial_is_set_aside():
+    board, workers, done = run("abcdef", killers={"c": 99}, incurable=frozenset("c"))
     assert sorted(done) == list("abdef")
-    assert board.set_aside == {"c": "killed by c"}
-    assert board.charged == {"c": 2}
-    assert Counter(name for name, _ in workers.started)["c"] == 3
+    assert board.set_aside == {"c": "none of its images is guilty: killed by c"}
+    assert Counter(name for name, _ in workers.started)["c"] == 4
+
+
+def test_what_does_not_come_to_an_end_goes_on_trial_after_hanging_once_alone():
+    board, workers, done = run("abcdef", actors=2, hanging=frozenset("c"))
+    assert sorted(done) == list("abcdef")
+    assert (set(board.charged), board.set_aside) == ({"c"}, {})
+    assert len(workers.given_up) == 2
+    assert workers.now > 2 * 100
+    assert "shard c did not come to an end within" in workers.given_up[0]
+
+
+def test_patience_follows_the_size_of_a_shard_and_the_slowest_that_came_to_an_end():
+    patience, small, large = Patience(100.0), shard("s", 10), shard("l", 10**9)
+    assert patience.limit_s(small) < 300 < 10**4 < patience.limit_s(large)
+    patience.learn(shard("m", 10**7), 10.0)
+    patience.learn(shard("m", 10**7), 2.0)
+    assert patience.limit_s(small) == pytest.approx(100 + 10 * 10 / 11, rel=0.1)
+    assert patience.limit_s(large) == pytest.approx(100 + 10 * 10 * 100, rel=0.15)
+
+
+def test_a_stopped_board_begins_nothing_and_keeps_what_is_under_way():
+    board = Board.of([shard(name) for name in "abcd"])
+    board.in_flight = {"first": []}
+    assert board.next_for("first") is not None
+    board.stop()
+    assert board.next_for("first") is None
+    assert (board.is_done, board.open) == (False, 1)
+    board.died(Died("first", "died"))
+    assert board.is_done
+    assert board.set_aside == {}
+
+
+def test_a_refused_shard_is_set_aside_at_once():
+    board = Board.of([shard("a")])
+    board.in_flight = {"first": []}
+    board.next_for("first")
+    board.refused(Refused("first", "a", "it is gone"))
+    assert board.is_done
+    assert (board.set_aside, board.charged) == ({"a": "it is gone"}, {})
 
 
 def test_a_lost_node_charges_nobody():
@@ -208,11 +289,21 @@ def test_actors_that_fit_no_node_are_refused_with_what_there_is():
     st.integers(1, 12),
     st.integers(1, 4),
     st.dictionaries(st.integers(0, 11), st.sampled_from([1, 2, 99]), max_size=3),
+    st.frozensets(st.integers(0, 11), max_size=3),
+    st.frozensets(st.integers(0, 11), max_size=2),
 )
-def test_whatever_kills_actors_every_shard_is_done_or_set_aside(shards, actors, killers):
+def test_whatever_kills_or_stalls_actors_every_shard_is_done_or_set_aside(
+    shards, actors, killers, incurable, hanging
+):
     names = [f"s{n:02d}" for n in range(shards)]
     scripted = {names[n]: times for n, times in killers.items() if n < shards}
-    board, _, done = run(names, actors, scripted)
+    script = {
+        key: frozenset(names[n] for n in chosen if n < shards)
+        for key, chosen in (("incurable", incurable), ("hanging", hanging))
+    }
+    board, _, done = run(names, actors, scripted, **script)
     assert sorted([*done, *board.set_aside]) == names
-    assert set(board.set_aside) <= set(scripted)
-    assert {name for name, times in scripted.items() if times == 99} <= set(board.set_aside)
+    assert set(board.charged) <= set(scripted) | script["hanging"]
+    forever = {name for name, times in scripted.items() if times == 99}
+    assert forever & script["incurable"] <= set(board.set_aside)
+    assert set(board.set_aside) <= set(scripted) & script["incurable"]

@@ -35,7 +35,7 @@ def test_every_problem_is_told_at_once_with_what_is_allowed():
         'job.toml: workers.gpus: got -1, allowed: "auto" or a number of 0.0 or more',
         'job.toml: workers.count: got \'all\', allowed: "auto" or "inline" or a whole number',
         "job.toml: nonsense: unknown key; "
-        "allowed here: input, model, tile, output, workers, storage",
+        "allowed here: input, model, tile, output, workers, errors, storage",
     ]
 
 

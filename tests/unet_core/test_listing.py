@@ -158,5 +158,5 @@ def test_the_driver_holds_heads_and_members_come_from_the_manifest(images):
         store.publish("manifest/00000.parquet", made.file)
         assert all(head.members == () for head in made.heads)
         for shard, head in zip(whole, made.heads, strict=True):
-            again = with_members(store, "manifest/00000.parquet", head)
+            again = with_members(store, head)
             assert (again.members, again.shard_id) == (shard.members, shard.shard_id)

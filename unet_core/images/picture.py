@@ -12,7 +12,7 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, NotFoundError
+from unet_core.errors import ImageError
 from unet_core.images.codec import Raster, class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import LargeTiff, open_large
 from unet_core.images.preprocessing import (
@@ -206,16 +206,10 @@ def _unusable(why: object) -> ImageError:
 def _opened(
     read: Callable[[], bytes], ranged: Ranged | None, rules: Rules, as_labels: bool
 ) -> tuple[LargeTiff | None, bytes]:
-    """A file that is read by window, or else all its bytes.
-
-    An object that the manifest names and that is gone is a matter of its image.
-    """
-    try:
-        if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-            large = open_large(ranged.read, ranged.size, rules, as_labels)
-            if large is not None:
-                return large, b""
-        data = read()
-    except NotFoundError as error:
-        raise ImageError("missing", f"{error}; it was there when the run began") from error
+    """A file that is read by window, or else all its bytes."""
+    if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
+        large = open_large(ranged.read, ranged.size, rules, as_labels)
+        if large is not None:
+            return large, b""
+    data = read()
     return open_large(lambda start, stop: data[start:stop], len(data), rules, as_labels), data

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-from unet_core.errors import ConfigError, NotFoundError, StoreError
+from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.images.codec import is_image
 from unet_core.inputs.shards import (
     LARGE_FILE_BYTES,
+    Known,
     Member,
     Ranged,
     Sample,
@@ -27,12 +27,13 @@ ResultT = TypeVar("ResultT")
 SHOWN = 3
 
 
-def list_shards(source: Source) -> Iterator[Shard]:
+def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """Groups of ``input.shard_images`` images, by name.
 
     Raises ConfigError if masks are asked for and none fits any image.
     """
-    members = _pair(source, [entry for entry in source.entries() if is_image(entry.name)])
+    found = _pair(source, [entry for entry in source.entries() if is_image(entry.name)])
+    members = [member for member in found if member.key not in known]
     step = source.config.shard_images
     for at in range(0, len(members), step):
         yield group(members[at : at + step], at)
@@ -43,8 +44,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     masks = source.config.masks
     mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
     for member in shard.members:
-        image = File(source.root, member.key, source.root)
-        mask = File(mask_root, member.mask, mask_root) if member.mask else None
+        image = File(source.root, member.key, source.root, member.etag)
+        mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
         yield sample_of(
             member, _stem(PurePosixPath(member.key).name), source.root.uri(member.key), image, mask
         )
@@ -84,7 +85,8 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         store = Store(masks, source.root.storage)
         below = _path_below(store.uri(), source.root.uri())
         members = [m for m in members if not (below and m.key.startswith(below))]
-        by_stem = _by_stem([e.name for e in store.list() if is_image(e.name)], masks)
+        entries = [entry for entry in store.list() if is_image(entry.name)]
+        by_stem = _by_stem([entry.name for entry in entries], masks)
     else:
         stems = {_stem(m.key) for m in members}
         is_mask = [
@@ -94,7 +96,12 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
         members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
         by_stem = {s.removesuffix(masks): name for s, name in _by_stem(found, masks).items()}
-    paired = [m._replace(mask=by_stem.get(_stem(m.key))) for m in members]
+    etags = {entry.name: entry.etag for entry in entries}
+    found_masks = (by_stem.get(_stem(member.key)) for member in members)
+    paired = [
+        member._replace(mask=mask, mask_etag=etags[mask] if mask is not None else None)
+        for member, mask in zip(members, found_masks, strict=True)
+    ]
     _say_unmatched([m.key for m in paired if m.mask is None], len(paired), by_stem, masks)
     return paired
 
@@ -132,26 +139,40 @@ def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], mask
 
 @dataclass(frozen=True)
 class File:
-    """A loose object, to be read whole or in pieces."""
+    """A loose object, to be read whole or in pieces, as it was when it was listed.
+
+    Reading raises StoreError, and ImageError (``missing``, ``changed``) if it is only this object.
+    """
 
     store: Store
     name: str
     root: Store
     """Where the input lies; if that is gone, it is not the object that is missing."""
+    etag: str | None = None
 
     def read(self) -> bytes:
-        """All bytes; raises StoreError, NotFoundError only if the rest is still there."""
-        return self._unless_gone(lambda: self.store.read(self.name))
+        """All bytes."""
+        return self._held(lambda: self.store.read(self.name, etag=self.etag))
 
     def open(self) -> Ranged:
-        """Its size, and pieces of it; raises as ``read``."""
-        size = self._unless_gone(lambda: self.store.entry(self.name).bytes)
-        return Ranged(size, partial(self.store.read, self.name))
+        """Its size, and pieces of it."""
+        size = self._held(lambda: self.store.entry(self.name).bytes)
+        return Ranged(size, self._piece)
 
-    def _unless_gone(self, look: Callable[[], ResultT]) -> ResultT:
+    def _piece(self, start: int, stop: int) -> bytes:
+        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
+
+    def _held(self, look: Callable[[], ResultT]) -> ResultT:
         try:
             return look()
-        except NotFoundError:
-            if self.root.exists():
-                raise
-            raise StoreError(f"{self.root.uri()} is gone; was it unmounted?") from None
+        except ChangedError as error:
+            raise ImageError("changed", str(error)) from error
+        except NotFoundError as error:
+            require_there(self.root)
+            raise ImageError("missing", f"{error}; it was there when the run began") from error
+
+
+def require_there(root: Store) -> None:
+    """Raises StoreError if it is not one object of the input that is gone, but all of it."""
+    if not root.exists():
+        raise StoreError(f"{root.uri()} is gone; was it unmounted, or deleted?")

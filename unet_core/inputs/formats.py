@@ -5,10 +5,10 @@
 from collections.abc import Iterator
 
 from unet_core.config import InputConfig, StorageConfig
-from unet_core.errors import ConfigError, StoreError
+from unet_core.errors import ChangedError, ConfigError, NotFoundError, ShardError, StoreError
 from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.inputs import folder, listing, parquet, webdataset
-from unet_core.inputs.shards import Sample, Shard, Source, readable_name
+from unet_core.inputs.shards import Known, Sample, Shard, Source, readable_name
 from unet_core.storage.store import Store, split
 
 FORMATS = {
@@ -45,13 +45,15 @@ def open_source(
     return Source(config, found, root, names, listing)
 
 
-def list_shards(source: Source) -> Iterator[Shard]:
-    """All shards of the input, by name, one after the other: they may be many.
+def list_shards(source: Source, known: Known | None = None) -> Iterator[Shard]:
+    """All shards of the input, by name, one after the other: they may be many; of what is not
+    ``known``, if that is given.
 
-    Raises ConfigError if masks are asked for and none fits any image.
+    Raises ConfigError if masks are asked for and none fits any image, StoreError if there is
+    nothing.
     """
-    is_empty = True
-    for shard in FORMATS[source.format].list_shards(source):
+    is_empty = known is None
+    for shard in FORMATS[source.format].list_shards(source, known or {}):
         for name in (shard.uri, *(member.key for member in shard.members)):
             if not name.isascii() and readable_name(name) != name:
                 raise StoreError(f"{name!r} below {source.config.uri} is not UTF-8; rename it")
@@ -62,8 +64,18 @@ def list_shards(source: Source) -> Iterator[Shard]:
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
-    """The images of one shard, always in the same order."""
-    return FORMATS[source.format].read(source, shard)
+    """The images of one shard, always in the same order.
+
+    Raises ShardError if its tar or Parquet file is not the one that was listed, StoreError if
+    storage fails.
+    """
+    try:
+        yield from FORMATS[source.format].read(source, shard)
+        if shard.uri and source.root.is_local:  # objects are held to their etag by each request
+            source.root.require_etag(shard.uri, shard.etag)
+    except (ChangedError, NotFoundError) as error:
+        folder.require_there(source.root)
+        raise ShardError(f"{error}; restore it, or begin a new run") from error
 
 
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.folder import File, group, sample_of
-from unet_core.inputs.shards import Member, Sample, Shard, Source
+from unet_core.inputs.shards import Known, Member, Sample, Shard, Source
 from unet_core.storage.store import Store, split
 
 PARQUET = (".parquet", ".pq")
@@ -38,13 +38,14 @@ class Line(NamedTuple):
     id: str | None = None
 
 
-def list_shards(source: Source) -> Iterator[Shard]:
+def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """Groups of ``input.shard_images`` rows, in the order of the list. Nothing listed is opened.
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """
     allowed = Allowed.of(source)
-    members = (allowed.member(line) for line in _lines(source))
+    found = (allowed.member(line) for line in _lines(source))
+    members = (member for member in found if member.key not in known)
     first = 0
     while some := list(islice(members, source.config.shard_images)):
         yield group(some, first)
@@ -55,15 +56,15 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, in the order of the list; bytes are read when asked for."""
     for member in shard.members:
         assert member.uri is not None
-        image = _file(source, member.uri)
-        mask = _file(source, member.mask) if member.mask else None
+        image = _file(source, member.uri, member.etag)
+        mask = _file(source, member.mask, member.mask_etag) if member.mask else None
         yield sample_of(member, PurePosixPath(member.key).stem, member.uri, image, mask)
 
 
-def _file(source: Source, uri: str) -> File:
+def _file(source: Source, uri: str, etag: str | None) -> File:
     """One listed object, below the prefix that allows it."""
     prefix = Allowed.of(source).prefix_of(uri)
-    return File(_store_of(prefix, source.root), uri[len(prefix) :], source.root)
+    return File(_store_of(prefix, source.root), uri[len(prefix) :], source.root, etag)
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +97,7 @@ class Allowed:
             mask = self._absolute(line.mask)
             self.prefix_of(mask)
         image_id = line.id or uri[len(prefix) :]
-        return Member(image_id, line.bytes or 0, line.etag or "", mask, uri)
+        return Member(image_id, line.bytes or 0, line.etag or "", mask, None, uri)
 
     def prefix_of(self, uri: str) -> str:
         """The allowed prefix above a URI; raises ConfigError if there is none."""

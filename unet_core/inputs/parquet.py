@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError
-from unet_core.inputs.shards import Sample, Shard, Source, make_shard
+from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")
@@ -20,25 +20,33 @@ BATCH_ROWS = 16
 FOOTER_THREADS = 16
 
 
-def list_shards(source: Source) -> Iterator[Shard]:
+def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """Row ranges of about ``input.shard_images`` rows, made of whole row groups. Reads footers.
 
     Raises ConfigError for a column that is not there, StoreError for a file that is no Parquet or
     has row groups that do not fit memory.
     """
-    files = [entry for entry in source.entries() if entry.name.endswith(EXTENSIONS)]
+    files = [
+        entry
+        for entry in source.entries()
+        if entry.name.endswith(EXTENSIONS) and entry.name not in known
+    ]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):
             yield from _ranges(source, entry, footer)
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
-    """The images of one row range. What is damaged inside the file fails the rows that are left."""
+    """The images of one row range. What is damaged inside the file fails the rows that are left.
+
+    Raises StoreError if storage fails, ChangedError and NotFoundError if the file is not the one
+    that was listed.
+    """
     assert shard.first is not None
     assert shard.count is not None
     row = shard.first
     try:
-        with source.root.open_parquet(shard.uri) as file:
+        with source.root.open_parquet(shard.uri, etag=shard.etag) as file:
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):

@@ -26,6 +26,7 @@ class Member(NamedTuple):
     etag: str
     mask: str | None = None
     """Path of its truth below the masks' root; in a list its URI."""
+    mask_etag: str | None = None
     uri: str | None = None
     """Where it lies, if not at ``key`` below the input root."""
 
@@ -45,8 +46,9 @@ class Shard:
     """Images; None where only reading tells."""
     members: tuple[Member, ...] = ()
     """Only while it is read: the driver holds shards without them."""
+    generation: int = 0
     row: int = 0
-    """Where the manifest has it; no part of its identity."""
+    """Where the manifest has it: its file, and the row there; no part of its identity."""
 
     @property
     def has_members(self) -> bool:
@@ -65,7 +67,11 @@ class Ranged:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it was found: named, not yet decoded. Reading raises StoreError."""
+    """One image as it was found: named, not yet decoded.
+
+    Reading raises StoreError, and ImageError (``missing``, ``changed``) where the image alone is
+    not what it was when the run began.
+    """
 
     image_id: str
     key: str
@@ -101,6 +107,10 @@ class Source:
         listed = self.listing.copy() or self.root.list()
         self.listing.clear()
         return listed
+
+
+Known = dict[str, str | None]
+"""Names that a run has already, with their etags: tars, Parquet files, keys of loose images."""
 
 
 def readable_name(name: str) -> str:

@@ -10,21 +10,21 @@ from typing import Any, BinaryIO, cast
 
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
-from unet_core.inputs.shards import Sample, Shard, Source, make_shard, readable_name
+from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, readable_name
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
 
 
-def list_shards(source: Source) -> Iterator[Shard]:
+def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """A shard for every tar, by name; nothing is opened.
 
     Raises ConfigError for ``input.masks`` that cannot be a member suffix.
     """
     _mask_suffix(source)
     for entry in source.entries():
-        if entry.name.endswith(EXTENSIONS):
+        if entry.name.endswith(EXTENSIONS) and entry.name not in known:
             yield make_shard(entry.name, entry.bytes, entry.etag)
 
 
@@ -51,13 +51,14 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """Stream a tar once, to its very end. Members of one sample are neighbours and share the name
     up to a suffix; a tar that is cut short or damaged has a failed sample of its own, the last.
 
-    Raises StoreError if storage fails.
+    Raises StoreError if storage fails, ChangedError and NotFoundError if the tar is not the one
+    that was listed.
     """
     uri = source.root.uri(shard.uri)
     mask_suffix = _mask_suffix(source)
     group: list[_Found] = []
     failure: ImageError | None = None
-    with source.root.open(shard.uri, shard.bytes) as stream:
+    with source.root.open(shard.uri, shard.bytes, shard.etag) as stream:
         members = _members(stream, uri)
         while True:
             try:

@@ -9,17 +9,18 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import fsspec
 
 from unet_core.config import StorageConfig
-from unet_core.errors import StoreError
+from unet_core.errors import ChangedError, StoreError
 
 ResultT = TypeVar("ResultT")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
+REWRITTEN = "was written again since the run began"
 EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
 
@@ -113,6 +114,31 @@ def _role_session(storage: StorageConfig) -> Any:
     return session
 
 
+def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag: str) -> bytes:
+    """Bytes [start, stop) of an S3 object if it still has that ETag; one request.
+
+    Raises ChangedError if it does not.
+    """
+
+    async def read() -> bytes:
+        bucket, key, _ = fs.split_path(path)
+        wanted = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        found = await fs._call_s3(
+            "get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **wanted
+        )
+        try:
+            return bytes(await found["Body"].read())
+        finally:
+            found["Body"].close()
+
+    try:
+        return cast(bytes, fsspec.asyn.sync(fs.loop, read))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # what s3fs makes of a 412
+            raise ChangedError(f"{fs.unstrip_protocol(path)} {REWRITTEN}") from error
+        raise
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: busy, away, or cut off."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
@@ -144,13 +170,13 @@ def _is_about_credentials(error: BaseException) -> bool:
 def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: float) -> ResultT:
     """Call; while the store is busy or away try again, with growing pauses, until the deadline.
 
-    Raises FileNotFoundError and FileExistsError as they are, StoreError for everything else.
+    Raises FileNotFoundError, FileExistsError and ChangedError as they are, StoreError for the rest.
     """
     end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
     while True:
         try:
             return call()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, ChangedError):
             raise
         except Exception as error:  # the libraries of the stores share no base class
             if not is_transient(error):

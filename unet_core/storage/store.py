@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
-from unet_core.errors import NotFoundError, ParquetDamagedError, StoreError
-from unet_core.storage.object_stores import connect, persist, refused
+from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError
+from unet_core.storage.object_stores import REWRITTEN, connect, persist, read_if_match, refused
 from unet_core.storage.ranges import Ranges
 
 ResultT = TypeVar("ResultT")
@@ -87,38 +87,58 @@ class Store:
         """Whether there is such an object or folder."""
         return bool(self._try("look at", name, lambda: self.fs.exists(self._path(name))))
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """All bytes of one object, or those in [start, stop)."""
+    def read(
+        self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
+    ) -> bytes:
+        """All bytes of one object, or those in [start, stop).
+
+        Raises NotFoundError if it is not there, ChangedError if it has another etag than that.
+        """
         path = self._path(name)
         try:
+            if self.is_local:
+                return self._try("read", name, lambda: self._read_locally(name, start, stop, etag))
+            if etag and "s3" in _protocols(self.fs):
+                return self._try(
+                    "read", name, lambda: read_if_match(self.fs, path, start, stop, etag)
+                )
             return bytes(
                 self._try("read", name, lambda: self.fs.cat_file(path, start=start, end=stop))
             )
         except FileNotFoundError as error:
             raise NotFoundError(str(refused("read", self.uri(name), error))) from error
 
-    def open(self, name: str, size: int | None = None) -> BinaryIO:
+    def open(self, name: str, size: int | None = None, etag: str | None = None) -> BinaryIO:
         """An object as a stream, read once from front to back in large pieces."""
-        return cast(BinaryIO, io.BufferedReader(self.open_raw(name, size), COPY_BYTES))
+        return cast(BinaryIO, io.BufferedReader(self.open_raw(name, size, etag), COPY_BYTES))
 
-    def open_raw(self, name: str, size: int | None = None) -> io.RawIOBase:
-        """An object as a file without a buffer: each read is one request."""
+    def open_raw(self, name: str, size: int | None = None, etag: str | None = None) -> io.RawIOBase:
+        """An object as a file without a buffer: each read is one request.
+
+        Raises NotFoundError and ChangedError as ``read``; local files as they are opened.
+        """
         if self.is_local:
             try:
+                self.require_etag(name, etag)
                 return open(self._path(name), "rb", buffering=0)
+            except FileNotFoundError as error:
+                raise NotFoundError(str(refused("open", self.uri(name), error))) from error
             except OSError as error:
                 raise refused("open", self.uri(name), error) from error
         if size is None:
             size = self._size_of(name)
-        return Ranges(lambda start, stop: self.read(name, start, stop), size, self.uri(name))
+        return Ranges(lambda start, stop: self.read(name, start, stop, etag), size, self.uri(name))
 
     @contextlib.contextmanager
-    def open_parquet(self, name: str, size: int | None = None) -> Iterator[pq.ParquetFile]:
+    def open_parquet(
+        self, name: str, size: int | None = None, etag: str | None = None
+    ) -> Iterator[pq.ParquetFile]:
         """A Parquet file, its column chunks read in few requests.
 
-        Raises ParquetDamagedError where it is none, or no longer.
+        Raises ParquetDamagedError where it is none, or no longer; NotFoundError and ChangedError as
+        ``read``.
         """
-        with self.open_raw(name, size) as raw:
+        with self.open_raw(name, size, etag) as raw:
             try:
                 with pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file:
                     yield file
@@ -196,6 +216,28 @@ class Store:
                 raise refused(verb, self.uri(name), error) from error
         return persist(call, verb, self.uri(name), self.storage.deadline_s)
 
+    def _read_locally(
+        self, name: str, start: int | None, stop: int | None, etag: str | None
+    ) -> bytes:
+        with open(self._path(name), "rb") as file:
+            self._hold_to(name, os.fstat(file.fileno()), etag)
+            if start is None or stop is None:
+                data = file.read()
+            else:
+                file.seek(start)
+                data = file.read(stop - start)
+            self._hold_to(name, os.fstat(file.fileno()), etag)  # written in place meanwhile
+            return data
+
+    def require_etag(self, name: str, etag: str | None) -> None:
+        """Raises ChangedError if a local file has another etag than that."""
+        if etag:
+            self._hold_to(name, os.stat(self._path(name)), etag)
+
+    def _hold_to(self, name: str, stat: os.stat_result, etag: str | None) -> None:
+        if etag and _local_etag(stat) != etag:
+            raise ChangedError(f"{self.uri(name)} {REWRITTEN}")
+
     def _write(self, name: str, call: Callable[[], None]) -> None:
         try:
             self._try("write", name, call)
@@ -207,7 +249,7 @@ class Store:
         try:
             return int(self._try("open", name, lambda: self.fs.info(path))["size"])
         except FileNotFoundError as error:
-            raise refused("open", self.uri(name), error) from error
+            raise NotFoundError(str(refused("open", self.uri(name), error))) from error
 
     def _locally(
         self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None]

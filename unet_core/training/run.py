@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
+from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
-from unet_core.run import MANIFEST_NAME, RUN_JSON, SUCCESS, Identity, require_empty, require_equal
+from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
 from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
@@ -122,7 +123,7 @@ class TrainingRun:
 
     def has_manifest(self) -> bool:
         """Whether the images were counted to the end."""
-        return self.store.exists(MANIFEST_NAME)
+        return self.store.exists(manifest_name(0))
 
     def publish_manifest(self, splits: tuple[Split, Split]) -> None:
         """Write down how many images each shard has."""
@@ -131,14 +132,14 @@ class TrainingRun:
             for split in splits
             for shard, count in zip(split.input.shards, split.counts, strict=True)
         ]
-        self.store.publish(MANIFEST_NAME, _parquet(pa.Table.from_pylist(rows)))
+        self.store.publish(manifest_name(0), _parquet(pa.Table.from_pylist(rows)))
 
     def recall_counts(self, splits: tuple[Split, Split]) -> None:
         """Set the counts as they were found when the training began.
 
         Raises RunMismatchError if the shards are not those of then.
         """
-        with self.store.open_parquet(MANIFEST_NAME) as file:
+        with self.store.open_parquet(manifest_name(0)) as file:
             rows = file.read().to_pylist()
         for split in splits:
             then = {row["shard_id"]: row["images"] for row in rows if row["split"] == split.name}
