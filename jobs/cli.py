@@ -153,12 +153,26 @@ def plan(
     help="Ray's job server, e.g. http://localhost:8265.  [env: RAY_API_SERVER_ADDRESS]",
 )
 @click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
-def submit(verb: str, path: str, overrides: tuple[str, ...], address: str, follow: bool) -> None:
+@click.option("--retry-failed", is_flag=True, help="As of predict.")
+@click.option("--refresh", is_flag=True, help="As of predict.")
+def submit(
+    verb: str,
+    path: str,
+    overrides: tuple[str, ...],
+    address: str,
+    follow: bool,
+    retry_failed: bool,
+    refresh: bool,
+) -> None:
     """Run predict or train as a job on a Ray cluster.
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
     config: PredictConfig | TrainConfig
+    given = {"--retry-failed": retry_failed, "--refresh": refresh}
+    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    if flags and verb != "predict":
+        raise ConfigError(f"{flags[0]} goes with predict")
     if verb == "predict":
         config = load(PredictConfig, path, list(overrides))
     else:
@@ -167,7 +181,8 @@ def submit(verb: str, path: str, overrides: tuple[str, ...], address: str, follo
     from jobs.package import pack as pack_job
 
     is_verbose = logging.getLogger().isEnabledFor(logging.INFO)
-    package = replace(pack_job(verb, path, list(overrides), config), is_verbose=is_verbose)
+    packed = pack_job(verb, path, list(overrides), config)
+    package = replace(packed, is_verbose=is_verbose, flags=flags)
     from jobs.submit import JobServer, run_name
 
     name = run_name(verb, config)

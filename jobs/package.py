@@ -26,16 +26,20 @@ class Package:
     files: dict[str, Path]
     overrides: list[str]
     is_verbose: bool = False
+    flags: tuple[str, ...] = ()
+    """Of the verb: ``--refresh`` and the like."""
 
     @property
     def entrypoint(self) -> str:
         """What the cluster runs."""
         verbose = ["-v"] if self.is_verbose else []
-        return shlex.join(["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides])
+        words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
+        return shlex.join(words)
 
     def digest(self, config: PredictConfig | TrainConfig) -> str:
         """Of all that decides what the job does: its config, and what its files hold."""
         digest = hashlib.sha256(config.model_dump_json().encode())
+        digest.update("\0".join(self.flags).encode())
         for name, path in sorted(self.files.items()):
             if name != CONFIG:
                 digest.update(f"\0{name}\0".encode())

@@ -18,18 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from tests.data import write_folder, write_tars
+from tests.data import write_checkpoint, write_folder, write_tars
 from tests.s3 import S3
 from tests.s3 import start as start_s3
 from unet_core.config import PredictConfig, build
-from unet_core.images.preprocessing import Preprocessing
-from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header, palette_of
 from unet_core.networks.presets import preset
-from unet_core.networks.reach import tiling_of
-from unet_core.networks.unet import UNet
 
 ConfigMaker = Callable[..., PredictConfig]
 
@@ -49,18 +43,8 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A network with random weights that gives a mix of both classes."""
-    torch.manual_seed(1)
-    spec = preset("padded", in_channels=1, classes=1, width=4)
-    header = Header(
-        spec,
-        tiling_of(spec),
-        ("background", "nucleus"),
-        Preprocessing(color="gray", normalisation="percentile"),
-        palette_of(2),
-    )
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    path.write_bytes(checkpoint.serialise(UNet(spec).eval(), header))
-    return str(path)
+    return write_checkpoint(path, preset("padded", in_channels=1, classes=1, width=4))
 
 
 @pytest.fixture

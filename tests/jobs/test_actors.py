@@ -10,6 +10,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -17,12 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.predict import predict
 from jobs.version import CodeVersion
-from tests.data import digests, write_tars
+from tests import poison
+from tests.data import digests, write_checkpoint, write_tar, write_tars
 from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
+from unet_core.images.picture import Decoder
 from unet_core.storage.store import Store
+from unet_core.synthetic import nuclei, png
 from unet_core.verify import verify
 
 pytestmark = [
@@ -129,6 +133,32 @@ def test_nodes_that_join_get_shards_and_those_that_leave_lose_only_theirs(
     assert digests(run) == digests(tmp_path / "undisturbed")
     (timings,) = (run / "timings").glob("*")
     assert len(set(pq.read_table(timings)["actor"].to_pylist())) == 2
+
+
+def test_images_that_kill_or_hang_their_actors_become_failed_rows(make_config, tmp_path):
+    small, large = (png(nuclei(n, n, np.random.default_rng(n))[0]) for n in (32, 96))
+    (tmp_path / "in").mkdir()
+    for number in range(4):  # the largest come first, so the rate is known when one hangs
+        write_tar(tmp_path / "in" / f"good-{number}.tar", {"a.png": large, "b.png": large})
+    for harm in ("kills", "hangs"):
+        members = {"a.png": small, f"{harm}.png": small, "z.png": small}
+        write_tar(tmp_path / "in" / f"{harm}.tar", members)
+    decode = Decoder.decode
+    model = write_checkpoint(tmp_path / "model.safetensors", poison.SPEC, poison.network())
+    Decoder.decode = decode  # the driver stays unharmed
+    config = make_config(
+        input={"uri": str(tmp_path / "in"), "masks": ""},
+        model={"checkpoint": model, "factory": "tests.poison:network"},
+        workers={"count": 2, "gpus": 1, "cpus": 1},
+        storage={**SHARED, "deadline_s": 2},
+        errors={"max_failed_images": 2, "stall_s": 4},
+    )
+    outcome = predict(config)
+    assert outcome.is_complete
+    assert outcome.totals.errors == {"timeout": 1, "worker_died": 1}
+    assert (outcome.totals.ok, outcome.totals.failed) == (12, 2)
+    findings = verify(config.output.uri, deep=True)
+    assert findings.problems == findings.notes == []
 
 
 def test_actors_of_other_code_are_refused(make_config, monkeypatch):
