@@ -21,7 +21,6 @@ from unet_core.run import Run
 from unet_core.synthetic import png
 from unet_core.verify import verify
 
-
 PUBLISH = Run.publish_manifest
 
 

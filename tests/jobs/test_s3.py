@@ -21,7 +21,7 @@ from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET, POLICY
 from tests.unet_core.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
-from unet_core.errors import StoreError
+from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.parts import read_masks, read_metrics
 from unet_core.run import Run
@@ -184,6 +184,41 @@ def test_keys_that_cannot_be_listed_are_told_and_a_list_reads_them(s3, prefix, t
     (shard,) = list_shards(source)
     (sample,) = read_shard(source, shard)
     assert sample.read() == b"a//b.png"
+
+
+def test_objects_that_change_under_a_run_are_never_read(s3, prefix, folder, tars):
+    storage = StorageConfig(endpoint_url=s3.url)
+    client = s3.client()
+
+    def flip(key):
+        """Another object of the same size."""
+        data = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+        data[-5] ^= 1
+        client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+
+    loose = InputConfig(uri=s3.upload(folder / "images", f"{prefix}/loose"))
+    source = open_source(loose, storage)
+    (shard,) = list_shards(source)
+    flip(f"{prefix}/loose/cell01.png")
+    client.delete_object(Bucket=BUCKET, Key=f"{prefix}/loose/cell02.png")
+    codes = {}
+    for sample in read_shard(source, shard):
+        try:
+            codes[sample.key] = sample.read()[:4] == b"\x89PNG"
+        except ImageError as failure:
+            codes[sample.key] = failure.code
+    assert codes.pop("cell01") == "changed"
+    assert codes.pop("cell02") == "missing"
+    assert list(codes.values()) == [True] * 10
+
+    source = open_source(InputConfig(uri=s3.upload(tars, f"{prefix}/tars")), storage)
+    first, second, *_ = list_shards(source)
+    flip(f"{prefix}/tars/{first.uri}")
+    client.delete_object(Bucket=BUCKET, Key=f"{prefix}/tars/{second.uri}")
+    with pytest.raises(ShardError, match=r"shard-0\.tar was written again since the run began"):
+        list(read_shard(source, first))
+    with pytest.raises(ShardError, match=r"shard-1\.tar: there is no such file"):
+        list(read_shard(source, second))
 
 
 def test_the_options_of_storage_reach_the_store(s3, prefix):
