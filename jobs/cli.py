@@ -242,6 +242,8 @@ def status(run: str, overrides: tuple[str, ...]) -> None:
             _show(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
         return
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
+    if not found.is_finished and found.committed == found.shards:
+        state = "every shard is done, but it is not finished: run predict again to see why"
     _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
     _show_totals(found.totals, found.class_names)
     if found.seconds.shares:
@@ -482,6 +484,10 @@ def _show_outcome(outcome: "Outcome") -> None:
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
+    if outcome.done_again:
+        _show(again=f"{outcome.done_again:,} shards with failed images")
+    if outcome.added:
+        _show(added=f"{outcome.added:,} shards of new objects")
     _show_totals(outcome.totals, record.class_names if record else ())
     _show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
     for shard, reason in outcome.set_aside.items():

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.actors import PLACING_WARNING_S, Failure
-from jobs.job import places, require_reachable
+from jobs.job import checkpoint_place, places, require_reachable
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -201,8 +200,5 @@ def _group(config: TrainConfig) -> Group:
 
 
 def _require_reachable(config: TrainConfig) -> None:
-    needed, named = places(config), config.model.checkpoint
-    came_along = not Path(named).is_absolute() and session.has_working_dir()
-    if named and not named.startswith("builtin:") and not came_along:
-        needed["model.checkpoint"] = named
+    needed = places(config) | checkpoint_place(config, session.has_working_dir())
     require_reachable(needed, session.node_count(), config.storage.shared)

@@ -1,6 +1,7 @@
 """A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from unet_core import schema
 from unet_core.compute import Compute, ReplicaSpec
@@ -86,6 +87,16 @@ def places(config: PredictConfig | TrainConfig) -> dict[str, str]:
             found[f"{key}.uri"] = part.uri
             found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
     return found | {"output.uri": config.output.uri}
+
+
+def checkpoint_place(config: PredictConfig | TrainConfig, came_along: bool) -> dict[str, str]:
+    """Where workers find the checkpoint, as ``places`` says it; nothing if they have it anyhow:
+    built in, or ``came_along`` with a job's files.
+    """
+    named = config.model.checkpoint
+    has_come = came_along and not is_remote(named) and not Path(named).is_absolute()
+    is_elsewhere = named and not named.startswith("builtin:") and not has_come
+    return {"model.checkpoint": named} if is_elsewhere else {}
 
 
 def require_reachable(found: dict[str, str], nodes: int, is_shared: bool) -> None:

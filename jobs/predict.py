@@ -1,14 +1,13 @@
 """``unet-jobs predict``, top to bottom: the same story on a laptop and on a cluster."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jobs import session
 from jobs.budget import Budget
 from jobs.dispatch import Attempt, Board, Workers, dispatch
-from jobs.job import Job, places, prepare, require_reachable
+from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig, is_remote
 from unet_core.inputs.formats import list_shards
@@ -19,8 +18,6 @@ from unet_core.manifest import names as known_names
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,10 @@ class Outcome:
     """There was nothing to do: an earlier session had finished the run."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Shards that could not be done, by path or id, with the reason; not committed."""
+    done_again: int = 0
+    """Shards whose commits were taken back for their failed images."""
+    added: int = 0
+    """Shards of objects that were new in the input."""
     too_many_failed: bool = False
     """More images failed than ``errors.max_failed_images`` puts up with: the run is not
     finished."""
@@ -55,17 +56,16 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     run = job.run
     with contextlib.ExitStack() as stack:
         known = run.manifest()
-        if retry_failed:
-            log.warning("done again: %d shards with failed images", run.forget_failed())
-        if refresh and known is not None:
-            known += _new_shards(job, known)
+        again = run.forget_failed() if retry_failed else 0
+        new = _new_shards(job, known) if refresh and known is not None else []
         if run.is_finished:
             return Outcome(run, run.finished_totals(), was_finished=True)
         draft = None
         if known is None:
             draft = stack.enter_context(make_draft(list_shards(job.source)))
         job.source.listing.clear()
-        return segment(job, draft.heads if draft is not None else known or [], draft)
+        shards = draft.heads if draft is not None else [*(known or []), *new]
+        return replace(segment(job, shards, draft), done_again=again, added=len(new))
 
 
 def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
@@ -114,7 +114,6 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
     names = known_names(job.run.store, known)
     generation = 1 + max(shard.generation for shard in known)
     with make_draft(list_shards(job.source, names), generation) as draft:
-        log.warning("added: %d shards of new objects", len(draft.heads))
         if draft.heads:
             job.run.reopen()
             job.run.publish_manifest(draft)
@@ -137,7 +136,8 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
         from jobs.actors import RayActors
 
         with session.connected():
-            needed, is_shared = places(job.config), job.config.storage.shared
+            is_shared = job.config.storage.shared
+            needed = places(job.config) | checkpoint_place(job.config, session.has_working_dir())
             require_reachable(needed, session.node_count(), is_shared)
             only_here = not is_shared and not all(map(is_remote, needed.values()))
             placement = session.settle(workers, session.offered(workers, only_here))

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.inspect import plan, status
+from jobs.job import checkpoint_place
 from jobs.predict import predict
 from tests.data import digests
 from tests.dying_driver import STAGES
@@ -172,3 +173,20 @@ def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
     assert process.returncode == (0 if finished_first else 130)
     assert finished_first or "the same command continues" in errors
     assert predict(config).totals.images_seen == 12
+
+
+@pytest.mark.parametrize(
+    ("named", "came_along", "is_needed"),
+    [
+        ("builtin:nuclei", False, False),
+        ("mine.safetensors", True, False),
+        ("mine.safetensors", False, True),
+        ("/models/mine.safetensors", True, True),
+        ("s3://bucket/mine.safetensors", True, True),
+    ],
+)
+def test_workers_must_see_the_checkpoint_unless_they_have_it(
+    make_config, named, came_along, is_needed
+):
+    place = checkpoint_place(make_config(model={"checkpoint": named}), came_along)
+    assert place == ({"model.checkpoint": named} if is_needed else {})
