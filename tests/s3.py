@@ -54,13 +54,13 @@ class S3:
                 client.put_object(Bucket=BUCKET, Key=name, Body=path.read_bytes())
         return f"s3://{BUCKET}/{prefix}"
 
-    def objects(self, prefix: str) -> dict[str, bytes]:
+    def objects(self, prefix: str, bucket: str = BUCKET) -> dict[str, bytes]:
         """Name below a prefix → bytes."""
         client = self.client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
         return {
-            key[len(prefix) + 1 :]: client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+            key[len(prefix) + 1 :]: client.get_object(Bucket=bucket, Key=key)["Body"].read()
             for key in keys
         }
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from unet_core.errors import ConfigError, ParquetDamagedError
 from unet_core.inputs.shards import Known, Member, Shard
 from unet_core.schema import MANIFEST, MEMBER
+from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
@@ -54,16 +55,19 @@ class Draft:
         self.file.close()
 
 
+@local_space()
 def draft(shards: Iterable[Shard], generation: int = 0) -> Draft:
     """Write shards, as they come, into a temporary file, for a manifest's ``generation``.
 
-    Raises ConfigError if two shards are the same.
+    Raises ConfigError if two shards are the same, StoreError if there is no room for it.
     """
     file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115  # the draft owns it
     try:
-        return Draft(_write(iter(shards), file, generation), file, generation)
+        heads = _write(iter(shards), file, generation)
+        file.flush()
+        return Draft(heads, file, generation)
     except BaseException:
-        file.close()
+        drop(file)
         raise
 
 

@@ -1,5 +1,6 @@
 """The two Parquet parts of a shard: masks first, metrics last. The metrics part is the commit."""
 
+import contextlib
 import hashlib
 import io
 import tempfile
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from unet_core import schema
 from unet_core.errors import CommitConflictError, ParquetDamagedError
 from unet_core.metrics import Totals
+from unet_core.storage.spool import drop
 from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -72,8 +74,9 @@ class MasksPart:
 
     def close(self) -> None:
         """Drop the spooled file."""
-        self._writer.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # no room for a footer that nobody reads
+            self._writer.close()
+        drop(cast(BinaryIO, self._file))
 
     def _flush(self) -> None:
         if self._rows:

@@ -7,6 +7,7 @@ progress. Running the same command again is the resume.
 import dataclasses
 import hashlib
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ from unet_core.networks.checkpoint import Header
 from unet_core.parts import metrics_name, read_totals
 from unet_core.storage.store import Store
 from unet_core.windows import Windows
+
+log = logging.getLogger(__name__)
 
 RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
@@ -151,6 +154,12 @@ class Run:
         assert self.record is None
         if self.store.publish_exclusively(RUN_JSON, record.to_json()):
             self.record = record
+            if not self.store.has_one_winner():
+                log.warning(
+                    "%s: this store overwrites what is to be created once, so nothing keeps two "
+                    "drivers of this run apart; start only one at a time",
+                    self.store.uri(),
+                )
             return record
         winner = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
         self.record = winner

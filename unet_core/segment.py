@@ -27,6 +27,7 @@ from unet_core.inputs.shards import Sample, Shard, Source
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
 from unet_core.rows import Encoded, Encoder, Row
+from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 from unet_core.tiling import Piece, TileQueue, stack
 from unet_core.timings import Seconds, ShardResult
@@ -110,13 +111,15 @@ class Segmenter:
         """Let every shard under way raise StoppedError before its next image."""
         self._cancelled.set()
 
+    @local_space()
     def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
         """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
         are not touched: they are failed rows.
 
-        Raises StoreError when storage fails, ShardError when the shard's file is not the one that
-        was listed, CommitConflictError when another attempt wrote other bytes and StoppedError
-        after ``cancel``; what is wrong with an image is a row, never an exception.
+        Raises StoreError when storage or local temporary space fails, ShardError when the shard's
+        file is not the one that was listed, CommitConflictError when another attempt wrote other
+        bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
+        exception.
         """
         seconds = Seconds()
         samples = (

@@ -15,12 +15,14 @@ import fsspec
 
 from unet_core.config import StorageConfig
 from unet_core.errors import ChangedError, StoreError
+from unet_core.storage.spool import FULL
 
 ResultT = TypeVar("ResultT")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
 REWRITTEN = "was written again since the run began"
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
 
@@ -53,9 +55,9 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
         "use_listings_cache": False,
         "max_concurrency": 1,  # one request a read: no size is asked for first
         "config_kwargs": {
-            "retries": {"mode": "standard", "max_attempts": 2},
-            "connect_timeout": 10,
-            "read_timeout": 60,
+            "retries": {"mode": "standard", "max_attempts": 1},  # persist asks again
+            "connect_timeout": _cut_off_s(storage.deadline_s, 10),
+            "read_timeout": _cut_off_s(storage.deadline_s, 60),
         },
         "s3_additional_kwargs": {key: value for key, value in written.items() if value},
     }
@@ -68,6 +70,11 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
     elif storage.profile:
         options["profile"] = storage.profile
     return options
+
+
+def _cut_off_s(deadline_s: float, most_s: float) -> float:
+    """When silence ends a request, in seconds: early enough to ask again before the deadline."""
+    return min(most_s, max(1.0, deadline_s / 4))
 
 
 def _role_session(storage: StorageConfig) -> Any:
@@ -197,7 +204,20 @@ def refused(verb: str, where: str, error: BaseException) -> StoreError:
     if isinstance(error, FileNotFoundError):
         reason, hint = "there is no such file, folder or bucket", ""
     elif "://" in where and isinstance(error, PermissionError):
-        hint = "; check the credentials, the bucket's policy and whether a token expired"
+        hint = (
+            "; check the credentials, the bucket's policy and whether a token expired; then the "
+            "same command continues"
+        )
+    elif "://" in where and getattr(error, "errno", None) == errno.EINVAL:
+        # an answer to HEAD has no body, so expired credentials are a bare 400
+        hint = (
+            "; check the credentials, whether a token expired, and storage.region; then the same "
+            "command continues"
+        )
+    elif getattr(error, "errno", None) in FULL:
+        hint = "; make room there, then the same command continues"
+    elif isinstance(error, OSError) and error.errno in NOT_WRITABLE and verb == "write":
+        hint = "; let this user write there, then the same command continues"
     elif type(error).__module__.startswith("botocore") and _is_about_credentials(error):
         hint = (
             "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or "

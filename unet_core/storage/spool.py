@@ -1,11 +1,43 @@
 """Bytes that wait on local disk."""
 
+import contextlib
+import errno
+import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
+from unet_core.errors import StoreError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IN_MEMORY_BYTES = 8 * 2**20
+
+
+@contextlib.contextmanager
+def local_space() -> Iterator[None]:
+    """Around whatever writes temporary files, or as a decorator of it.
+
+    Raises StoreError that names their folder, where it has no room for them.
+    """
+    try:
+        yield
+    except OSError as error:
+        has_none = isinstance(error, FileNotFoundError) and tempfile.tempdir is None
+        if error.errno not in FULL and not has_none:
+            raise
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        raise StoreError(
+            f"local temporary space is full: {folder}: {error.strerror}; make room there, or set "
+            "TMPDIR to a larger folder; then the same command continues"
+        ) from error
+
+
+def drop(file: IO[Any]) -> None:
+    """Close a temporary file; what it could not write for want of room is no longer wanted."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class Spool:
@@ -13,7 +45,7 @@ class Spool:
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)  # noqa: SIM115  # closed below
-        weakref.finalize(self, self._file.close)
+        weakref.finalize(self, drop, self._file)
         self._lock = threading.Lock()
 
     def keep(self, payload: dict[str, bytes]) -> Callable[[], dict[str, bytes]]:

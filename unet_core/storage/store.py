@@ -85,7 +85,13 @@ class Store:
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such an object or folder."""
-        return bool(self._try("look at", name, lambda: self.fs.exists(self._path(name))))
+        if self.is_local:
+            return os.path.exists(self._path(name))
+        try:  # not by ``exists``: s3fs calls a bucket missing that it could not ask about
+            self._try("look at", name, lambda: self.fs.info(self._path(name)))
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
@@ -184,6 +190,20 @@ class Store:
         except FileExistsError:
             return False
         return True
+
+    def has_one_winner(self) -> bool:
+        """Whether this store keeps ``publish_exclusively``: some accept the second object too.
+
+        Local disks do, and are not asked. Elsewhere a small object is made twice and removed.
+        """
+        if self.is_local:
+            return True
+        name = f"_probe-{uuid.uuid4().hex}"
+        self.publish_exclusively(name, b"first")
+        try:
+            return not self.publish_exclusively(name, b"second")
+        finally:
+            self.remove(name)
 
     def remove(self, name: str) -> None:
         """Delete one object, and a local folder that it leaves empty; none there is fine."""
@@ -301,7 +321,7 @@ class Store:
         try:
             return level.result()
         except FileNotFoundError:
-            if self.fs.exists(root):
+            if self.exists(root[len(self.root) + 1 :]):
                 return []
             raise
 

@@ -1,0 +1,261 @@
+"""What an object store and the way to it can do to a run, done to it by a proxy."""
+
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass, field
+
+import pytest
+
+from jobs.predict import predict
+from tests.data import digests, pictures, write_tar
+from tests.fault_proxy import FaultProxy, Rule
+from tests.s3 import BUCKET, S3
+from unet_core.config import PredictConfig, StorageConfig, build
+from unet_core.errors import StoreError
+from unet_core.run import Run
+from unet_core.storage import object_stores
+from unet_core.synthetic import png
+from unet_core.verify import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
+
+ALWAYS = float("inf")
+PLACES = {
+    "an input tar": ("GET", r"\.tar"),
+    "a listing of the input": ("GET", r"list-type=2.*prefix=[^&]*input"),
+    "a look at the run": ("HEAD", r"/run/run\.json"),
+    "run.json": ("PUT", r"/run/run\.json"),
+    "the probe": ("PUT", r"/run/_probe"),
+    "the manifest": ("PUT", r"/run/manifest/"),
+    "a masks part": ("PUT", r"/run/masks/"),
+    "a metrics part": ("PUT", r"/run/metrics/"),
+    "a metrics part read back": ("GET", r"/run/metrics/"),
+    "_SUCCESS": ("PUT", r"/run/_SUCCESS"),
+}
+FAULTS = {
+    "slow down": {"last": 3},
+    "internal error": {},
+    "reset": {"last": 2},
+    "cut": {},
+    "reset inside": {},
+    "cut inside": {"last": 2},
+    "reset after": {},
+    "stall": {"seconds": 0.1},
+    "latency": {"seconds": 0.05},
+    "lost answer": {},
+    "refuse": {"seconds": 0.1},
+}
+LOOSE = ("GET", r"\.png")
+BROKEN_BODIES = ("slow down", "internal error", "reset", "cut", "reset inside", "cut inside")
+
+
+@dataclass
+class World:
+    """A few pictures in the store, and the proxy that leads to it."""
+
+    s3: S3
+    proxy: FaultProxy
+    model: str
+    files: dict[str, bytes]
+    prefix: str
+    expected: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Kind of input → digests of the parts of a run on local disk that nothing disturbed."""
+    calm: dict[str, Rule] = field(default_factory=dict)
+    """Place → what a run without faults asks there."""
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """All that it asks."""
+
+    def upload(self, bucket=BUCKET):
+        for name, data in self.files.items():
+            key = f"{self.prefix}/input-{name}"
+            self.s3.client().put_object(Bucket=bucket, Key=key, Body=data)
+
+    def config(self, out="", kind="tars", bucket=BUCKET, **storage):
+        """``out`` is a local folder, or a new place in the bucket."""
+        inside = f"s3://{bucket}/{self.prefix}/{uuid.uuid4().hex[:8]}/run"
+        table = {
+            "input": {"uri": f"s3://{bucket}/{self.prefix}/input-{kind}", "shard_images": 3},
+            "model": {"checkpoint": self.model},
+            "tile": {"size": 256},
+            "output": {"uri": str(out or inside)},
+            "workers": {"count": "inline"},
+            "storage": {"endpoint_url": self.proxy.url, **storage},
+        }
+        return build(PredictConfig, table, [])
+
+    def parts(self, config):
+        """Digests of a run in the store."""
+        bucket, _, prefix = config.output.uri.removeprefix("s3://").partition("/")
+        return {
+            name: hashlib.sha256(data).hexdigest()
+            for name, data in self.s3.objects(prefix, bucket).items()
+            if name.startswith(("masks/", "metrics/"))
+        }
+
+
+def rules(fault, *places, **how):
+    return {place: Rule(*PLACES[place], fault, **how) for place in places or PLACES}
+
+
+@pytest.fixture(scope="module")
+def calm_world(s3_server, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    made = pictures()[:6]
+    files = {f"loose/{name}.png": png(image) for name, image, _ in made}
+    for tar, members in (("a", made[:2]), ("b", made[2:4])):
+        write_tar(folder / tar, {f"{name}.png": png(image) for name, image, _ in members})
+        files[f"tars/{tar}.tar"] = (folder / tar).read_bytes()
+    with pytest.MonkeyPatch.context() as environment, FaultProxy(s3_server.url).running() as proxy:
+        for name, value in s3_server.environment().items():
+            environment.setenv(name, value)
+        world = World(s3_server, proxy, tiny_model, files, f"test-{uuid.uuid4().hex[:8]}")
+        world.upload()
+        for kind in ("tars", "loose"):
+            predict(world.config(folder / kind, kind))
+            world.expected[kind] = digests(folder / kind)
+        world.calm = rules("none", last=ALWAYS)
+        proxy.use(*world.calm.values())
+        predict(world.config())
+        world.asked = list(proxy.requests)
+        yield world
+
+
+@pytest.fixture
+def world(s3, calm_world, monkeypatch):
+    """The same with nothing counted and no rules yet, and with short pauses."""
+    monkeypatch.setattr(object_stores, "FIRST_PAUSE_S", 0.01)
+    calm_world.proxy.use()
+    return calm_world
+
+
+def require_undisturbed(world, config, kind="tars"):
+    world.proxy.use()
+    assert world.parts(config) == world.expected[kind]
+    findings = verify(config.output.uri, deep=True, storage=config.storage)
+    assert findings.problems == findings.notes == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_any_place_leaves_no_trace_and_costs_no_more_than_it_must(world, fault):
+    striking = rules(fault, **FAULTS[fault])
+    world.proxy.use(*striking.values())
+    config = world.config()
+    assert predict(config).totals.failed == 0
+    for place, rule in striking.items():
+        undisturbed = world.calm[place].seen
+        assert rule.hits in (rule.last, rule.seen), place
+        assert undisturbed <= rule.seen <= undisturbed + rule.hits, place
+    require_undisturbed(world, config)
+
+
+def test_loose_images_are_read_again_one_by_one(world):
+    names = [name for name in world.files if name.startswith("loose")]
+    striking = [Rule("GET", name, fault) for name, fault in zip(names, BROKEN_BODIES, strict=True)]
+    world.proxy.use(*striking)
+    config = world.config(kind="loose")
+    assert predict(config).totals.failed == 0
+    assert [(rule.hits, rule.seen) for rule in striking] == [(1, 2)] * len(names)
+    require_undisturbed(world, config, "loose")
+
+
+@pytest.mark.parametrize("place", ["an input tar", "a metrics part"])
+def test_a_request_that_nobody_answers_is_cut_off_and_asked_again(world, place):
+    (rule,) = rules("stall", place, seconds=100).values()
+    world.proxy.use(rule)
+    config = world.config(deadline_s=4)
+    predict(config)
+    assert (rule.hits, rule.seen) == (1, world.calm[place].seen + 1)
+    require_undisturbed(world, config)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_credentials_that_expire_stop_the_run_with_one_message_and_good_ones_finish_it(
+    world, share
+):
+    first = 1 + int(share * (len(world.asked) - 1))
+    rule = Rule(".*", "", "expired token", first, ALWAYS)
+    world.proxy.use(rule)
+    config = world.config()
+    with pytest.raises(StoreError, match=r"check the credentials.*token expired.*same comm") as seen:
+        predict(config)
+    assert seen.value.exit_code == 3
+    assert 1 <= rule.hits <= 6  # two shards are under way, and nothing is asked again
+    world.proxy.use()
+    assert predict(config).totals.failed == 0
+    require_undisturbed(world, config)
+
+
+@pytest.mark.parametrize("place", ["an input tar", "a masks part"])
+def test_a_store_that_never_recovers_ends_at_the_deadline_and_the_run_can_go_on(world, place):
+    (rule,) = rules("slow down", place, last=ALWAYS).values()
+    world.proxy.use(rule)
+    config = world.config(deadline_s=0.3)
+    with pytest.raises(StoreError, match=r"tried for 0\.3 s.*same command continues") as seen:
+        predict(config)
+    assert seen.value.exit_code == 3
+    assert 4 <= rule.hits <= 24  # pauses double
+    world.proxy.use()
+    assert predict(config).totals.failed == 0
+    require_undisturbed(world, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "path"),
+    [("tars", *PLACES["an input tar"]), ("loose", *LOOSE), ("tars", *PLACES["a masks part"])],
+)
+def test_a_bucket_that_is_deleted_stops_the_run_and_fails_no_image(
+    world, tmp_path, kind, method, path
+):
+    bucket, client = f"gone-{uuid.uuid4().hex[:8]}", world.s3.client()
+
+    def delete(_):
+        for item in client.list_objects_v2(Bucket=bucket).get("Contents", []):
+            client.delete_object(Bucket=bucket, Key=item["Key"])
+        client.delete_bucket(Bucket=bucket)
+
+    client.create_bucket(Bucket=bucket)
+    world.upload(bucket)
+    predict(world.config(tmp_path, kind, bucket))
+    config = world.config("", kind, bucket)
+    world.proxy.use(Rule(method, path, "none", before=delete))
+    with pytest.raises(StoreError, match=f"s3://{bucket}/.* (is gone|no such .*bucket)") as seen:
+        predict(config)
+    assert seen.value.exit_code == 3
+    client.create_bucket(Bucket=bucket)
+    world.upload(bucket)
+    assert predict(config).totals.failed == 0
+    assert world.parts(config) == digests(tmp_path)
+
+
+def test_a_bucket_that_cannot_be_asked_about_is_not_called_missing(world):
+    rule = Rule("HEAD", f"/{BUCKET}$", "slow down", last=3)
+    world.proxy.use(rule)
+    assert Run(f"s3://{BUCKET}", StorageConfig(endpoint_url=world.proxy.url)).store.exists()
+    assert rule.hits == 3
+
+
+def test_a_store_that_overwrites_what_is_to_be_created_once_is_told_at_the_start_of_a_run(
+    world, caplog
+):
+    def make_way(path):
+        key = re.match(rf"/{BUCKET}/([^?]*)", path).group(1)
+        world.s3.client().delete_object(Bucket=BUCKET, Key=key)
+
+    def warnings(rule):
+        caplog.clear()
+        world.proxy.use(rule)
+        predict(config)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    config = world.config()
+    assert warnings(Rule("PUT", "/_probe", "none", last=ALWAYS)) == []
+    config = world.config()
+    careless = Rule("PUT", "/run/", "none", last=ALWAYS, before=make_way)
+    (warning,) = warnings(careless)
+    assert "start only one at a time" in warning
+    key = config.output.uri.removeprefix(f"s3://{BUCKET}/")
+    assert [name for name in world.s3.objects(key) if "_probe" in name] == []
+    world.s3.client().delete_object(Bucket=BUCKET, Key=f"{key}/_SUCCESS")
+    assert warnings(resumed := Rule("PUT", "/_probe", "none", last=ALWAYS)) == []
+    assert resumed.seen == 0
