@@ -173,11 +173,12 @@ class FaultProxy:
         if not head.expects:
             await _copy(client, store, head.length)
         answer = _Head(await store.reader.readuntil(b"\r\n\r\n"))
-        if " 100 " in answer.start:
-            client.writer.write(answer.raw)
-            await _copy(client, store, head.length)
+        while " 100 " in answer.start:  # some servers say it twice
+            if head.expects:
+                client.writer.write(answer.raw)
+                await _copy(client, store, head.length)
+                head.expects = False
             answer = _Head(await store.reader.readuntil(b"\r\n\r\n"))
-            head.expects = False
         has_body = not head.start.startswith("HEAD") and " 204 " not in answer.start
         length = answer.length if has_body else 0
         if fault == "lost answer":

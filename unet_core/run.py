@@ -152,14 +152,14 @@ class Run:
     def establish(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
         assert self.record is None
+        if not self.store.has_one_winner():
+            log.warning(
+                "%s: this store overwrites what is to be created once, so nothing keeps two "
+                "drivers of this run apart; start only one at a time",
+                self.store.uri(),
+            )
         if self.store.publish_exclusively(RUN_JSON, record.to_json()):
             self.record = record
-            if not self.store.has_one_winner():
-                log.warning(
-                    "%s: this store overwrites what is to be created once, so nothing keeps two "
-                    "drivers of this run apart; start only one at a time",
-                    self.store.uri(),
-                )
             return record
         winner = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
         self.record = winner

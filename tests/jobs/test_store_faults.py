@@ -1,11 +1,13 @@
 """What an object store and the way to it can do to a run, done to it by a proxy."""
 
+import contextlib
 import hashlib
 import re
 import uuid
 from dataclasses import dataclass, field
 
 import pytest
+from botocore.exceptions import ClientError
 
 from jobs.predict import predict
 from tests.data import digests, pictures, write_tar
@@ -145,7 +147,8 @@ def test_a_fault_at_any_place_leaves_no_trace_and_costs_no_more_than_it_must(wor
     for place, rule in striking.items():
         undisturbed = world.calm[place].seen
         assert rule.hits in (rule.last, rule.seen), place
-        assert undisturbed <= rule.seen <= undisturbed + rule.hits, place
+        compared = striking["a metrics part"].hits if place == "a metrics part read back" else 0
+        assert undisturbed <= rule.seen <= undisturbed + rule.hits + compared, place
     require_undisturbed(world, config)
 
 
@@ -177,7 +180,7 @@ def test_credentials_that_expire_stop_the_run_with_one_message_and_good_ones_fin
     rule = Rule(".*", "", "expired token", first, ALWAYS)
     world.proxy.use(rule)
     config = world.config()
-    with pytest.raises(StoreError, match=r"check the credentials.*token expired.*same comm") as seen:
+    with pytest.raises(StoreError, match=r"credentials.*token expired.*same comm") as seen:
         predict(config)
     assert seen.value.exit_code == 3
     assert 1 <= rule.hits <= 6  # two shards are under way, and nothing is asked again
@@ -210,9 +213,11 @@ def test_a_bucket_that_is_deleted_stops_the_run_and_fails_no_image(
     bucket, client = f"gone-{uuid.uuid4().hex[:8]}", world.s3.client()
 
     def delete(_):
-        for item in client.list_objects_v2(Bucket=bucket).get("Contents", []):
-            client.delete_object(Bucket=bucket, Key=item["Key"])
-        client.delete_bucket(Bucket=bucket)
+        while True:  # the other shard may be writing
+            for item in client.list_objects_v2(Bucket=bucket).get("Contents", []):
+                client.delete_object(Bucket=bucket, Key=item["Key"])
+            with contextlib.suppress(ClientError):
+                return client.delete_bucket(Bucket=bucket)
 
     client.create_bucket(Bucket=bucket)
     world.upload(bucket)

@@ -1,5 +1,11 @@
 import pytest
-from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import (
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ReadTimeoutError,
+    SSLError,
+)
 
 from unet_core.errors import StoreError
 from unet_core.storage import object_stores
@@ -40,6 +46,9 @@ AWAY = EndpointConnectionError(endpoint_url="http://store")
         (OSError(121, "We encountered an internal error"), True),
         (ConnectionResetError(), True),
         (TimeoutError(), True),
+        (ReadTimeoutError(endpoint_url="http://store"), True),
+        (ConnectTimeoutError(endpoint_url="http://store"), True),
+        (SSLError(endpoint_url="http://store", error="self-signed certificate"), False),
         (PermissionError("ExpiredToken"), False),
         (FileNotFoundError(), False),
         (FileExistsError(), False),

@@ -55,7 +55,7 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
         "use_listings_cache": False,
         "max_concurrency": 1,  # one request a read: no size is asked for first
         "config_kwargs": {
-            "retries": {"mode": "standard", "max_attempts": 1},  # persist asks again
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # persist asks again
             "connect_timeout": _cut_off_s(storage.deadline_s, 10),
             "read_timeout": _cut_off_s(storage.deadline_s, 60),
         },
@@ -152,11 +152,18 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, TimeoutError | ConnectionError | asyncio.TimeoutError):
         return True
+    if type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3"):
+        return not _is_permanent(error)  # some of these are OSErrors without a number
     if isinstance(error, OSError):
         return error.errno in BUSY or isinstance(error.__cause__, ConnectionError)
-    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3") and (
-        not _is_about_credentials(error)
-    )
+    return False
+
+
+def _is_permanent(error: BaseException) -> bool:
+    """Of the libraries' own errors: whether they are about something that stays as it is."""
+    from botocore.exceptions import SSLError
+
+    return isinstance(error, SSLError) or _is_about_credentials(error)
 
 
 def _is_about_credentials(error: BaseException) -> bool:
