@@ -94,10 +94,8 @@ def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
                 if budget.is_exceeded(totals):
                     board.stop()
 
-            try:
+            with timings:
                 dispatch(board, workers, on_done, progress.on_event, progress.tick)
-            finally:
-                timings.flush()
     exceeded = board.is_stopped or budget.is_exceeded(totals, at_end=totals.shards == len(shards))
     if totals.shards == len(shards) and not exceeded:
         run.finish(totals)

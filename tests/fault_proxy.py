@@ -34,6 +34,7 @@ class Rule:
     - ``reset inside``, ``cut inside``, ``reset after``: the same in the middle of the body, or
       behind it: the body of a PUT, which then never reaches the store, else that of the answer
     - ``stall``: the answer stops for ``seconds``, in its middle if it has a body, then goes on
+    - ``silence``: it is not read, and not answered
     - ``latency``: ``seconds`` go by before the request is passed on
     - ``lost answer``: the store does what it was asked, and the connection is reset
     - ``refuse``: for ``seconds``, nobody listens
@@ -146,6 +147,9 @@ class FaultProxy:
             await asyncio.sleep(rule.seconds)
         elif fault == "none" and rule.before is not None:
             await asyncio.to_thread(rule.before, path)
+        elif fault == "silence":
+            await asyncio.sleep(rule.seconds)
+            return False
         elif fault in REFUSALS:
             client.writer.write(_refusal(method, *REFUSALS[fault]))
             await client.writer.drain()

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unet_core.errors import StoreError
 from unet_core.metrics import Totals
 from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store
@@ -70,7 +71,9 @@ class ShardResult:
 
 
 class TimingsLog:
-    """Collects results and writes them to ``timings/`` about once a minute."""
+    """Collects results and writes them to ``timings/`` about once a minute, and at the end of a
+    ``with`` block.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -78,6 +81,16 @@ class TimingsLog:
         self._rows: list[dict[str, Any]] = []
         self._files = 0
         self._flushed = time.monotonic()
+
+    def __enter__(self) -> "TimingsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Flush, but not into storage that has just failed: its second error would hide the first,
+        after another deadline.
+        """
+        if kind is None or not issubclass(kind, StoreError):
+            self.flush()
 
     def add(self, result: ShardResult, attempt: int, actor: str) -> None:
         """Note one committed attempt."""

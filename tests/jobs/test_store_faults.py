@@ -162,9 +162,12 @@ def test_loose_images_are_read_again_one_by_one(world):
     require_undisturbed(world, config, "loose")
 
 
-@pytest.mark.parametrize("place", ["an input tar", "a metrics part"])
-def test_a_request_that_nobody_answers_is_cut_off_and_asked_again(world, place):
-    (rule,) = rules("stall", place, seconds=100).values()
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [("an input tar", "stall"), ("a metrics part", "stall"), ("a metrics part", "silence")],
+)
+def test_a_request_that_nobody_answers_is_cut_off_and_asked_again(world, place, fault):
+    (rule,) = rules(fault, place, seconds=100).values()
     world.proxy.use(rule)
     config = world.config(deadline_s=4)
     predict(config)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import fsspec
+import fsspec.asyn
 
 from unet_core.config import StorageConfig
 from unet_core.errors import ChangedError, StoreError
@@ -20,6 +21,8 @@ from unet_core.storage.spool import FULL
 ResultT = TypeVar("ResultT")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+SLOWEST_BYTES_PER_S = 2**16
+"""A write that takes longer than this would need is one that gets nowhere."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
 REWRITTEN = "was written again since the run began"
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -70,6 +73,20 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
     elif storage.profile:
         options["profile"] = storage.profile
     return options
+
+
+def write(fs: Any, path: str, data: bytes, deadline_s: float, **how: Any) -> None:
+    """Put an object whole. Raises TimeoutError if that gets nowhere: time limits of the libraries
+    begin when all is sent, so a store that takes nothing would hold them for ever.
+    """
+    if not getattr(fs, "async_impl", False):
+        fs.pipe_file(path, data, **how)
+        return
+    limit_s = _cut_off_s(deadline_s, 60) + len(data) / SLOWEST_BYTES_PER_S
+    try:
+        fsspec.asyn.sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
+    except fsspec.FSTimeoutError as error:
+        raise TimeoutError(f"{len(data)} bytes were not taken in {limit_s:.0f} s") from error
 
 
 def _cut_off_s(deadline_s: float, most_s: float) -> float:

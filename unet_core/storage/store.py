@@ -22,7 +22,14 @@ import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError
-from unet_core.storage.object_stores import REWRITTEN, connect, persist, read_if_match, refused
+from unet_core.storage.object_stores import (
+    REWRITTEN,
+    connect,
+    persist,
+    read_if_match,
+    refused,
+    write,
+)
 from unet_core.storage.ranges import Ranges
 
 ResultT = TypeVar("ResultT")
@@ -172,7 +179,7 @@ class Store:
             self._locally(name, source, os.replace)
         else:
             data = _all_bytes(source)
-            self._write(name, lambda: self.fs.pipe_file(path, data))
+            self._write(name, lambda: self._put(path, data))
 
     def publish_exclusively(self, name: str, source: bytes | BinaryIO) -> bool:
         """Make an object appear whole if there is none; False if there was one.
@@ -287,10 +294,13 @@ class Store:
         except OSError as error:
             raise refused("write", self.uri(name), error) from error
 
+    def _put(self, path: str, data: bytes, **how: Any) -> None:
+        write(self.fs, path, data, self.storage.deadline_s, **how)
+
     def _create(self, path: str, data: bytes) -> None:
         """Exclusive create; some stores refuse with a bare 412 that s3fs calls EINVAL."""
         try:
-            self.fs.pipe_file(path, data, mode="create")
+            self._put(path, data, mode="create")
         except FileExistsError:
             raise
         except OSError as error:
