@@ -77,6 +77,7 @@ class MasksPart:
         with contextlib.suppress(OSError):  # no room for a footer that nobody reads
             self._writer.close()
         drop(cast(BinaryIO, self._file))
+        self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
 
     def _flush(self) -> None:
         if self._rows:
