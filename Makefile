@@ -6,10 +6,10 @@ FOLDER ?= demo
 N ?= 2
 GPUS ?= 1
 
-.PHONY: help install demo data predict train up down test lint types clean
+.PHONY: help install demo data predict train up down test test-rgw lint types clean
 
 help:  ## Print this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed  ## Make .venv from the pinned constraints
 
@@ -39,6 +39,10 @@ down:  ## End it
 
 test: lint types  ## Lint, types, tests
 	$(BIN)/python -m pytest
+
+test-rgw: install  ## The tests of object storage against a real Ceph (see tests/rgw.py)
+	UNET_JOBS_TEST_STORE=rgw AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required \
+	$(BIN)/python -m pytest -rs tests/jobs/test_s3.py tests/unet_core/test_object_stores.py tests/jobs/test_store_faults.py
 
 lint: install
 	$(BIN)/ruff check .

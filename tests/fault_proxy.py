@@ -66,9 +66,12 @@ class Rule:
 
 
 class FaultProxy:
-    """Passes requests on to ``target`` (``http://host:port``)."""
+    """Passes requests on to ``target`` (``http://host:port``), and tells ``on_request`` of them."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(
+        self, target: str, on_request: Callable[[str, str], object] = lambda method, path: None
+    ) -> None:
+        self._on_request = on_request
         parts = urlsplit(target)
         self._target = parts.hostname, parts.port
         self.rules: list[Rule] = []
@@ -141,6 +144,7 @@ class FaultProxy:
         head = _Head(await client.reader.readuntil(b"\r\n\r\n"))
         method, path = head.start.split(" ")[:2]
         self.requests.append((method, path))
+        self._on_request(method, path)
         rule = next((rule for rule in self.rules if rule.matches(method, path)), None)
         fault = rule.fault if rule is not None and rule.strikes() else ""
         if fault == "latency":
@@ -173,7 +177,7 @@ class FaultProxy:
             store.close()
 
     async def _pass_on(self, head, client: "_Side", store: "_Side", fault: str, rule) -> bool:
-        store.writer.write(head.raw)
+        store.writer.write(head.raw[:-2] + b"Connection: close\r\n\r\n")
         if not head.expects:
             await _copy(client, store, head.length)
         answer = _Head(await store.reader.readuntil(b"\r\n\r\n"))

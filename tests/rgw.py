@@ -5,7 +5,8 @@
     apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-mgr ceph-common
 
 Monitor, one OSD in memory, manager and gateway live in a temporary folder, speak to 127.0.0.1
-alone and end with ``Rgw.stop``. Ready in about 20 s.
+alone and end with the session. Ready in about 20 s. As many stores, it wants the environment
+variables that the target sets.
 """
 
 import contextlib
@@ -15,10 +16,13 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.fault_proxy import FaultProxy
 from tests.s3 import BUCKET, S3
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin", "ceph", "ceph-authtool")
@@ -70,6 +74,23 @@ ENTITIES = {
 }
 
 
+@contextlib.contextmanager
+def running() -> Iterator[S3]:
+    """A store while the block runs; a proxy without rules notes what it is asked."""
+    cluster = Rgw()
+    try:
+        s3 = cluster.start()
+
+        def note(method: str, path: str) -> None:
+            s3.requests.append((method, unquote(path.partition("?")[0])))
+
+        with FaultProxy(s3.url, note).running() as proxy:
+            s3.url = proxy.url
+            yield s3
+    finally:
+        cluster.stop()
+
+
 class Rgw:
     """One cluster of four processes."""
 
@@ -85,13 +106,6 @@ class Rgw:
 
     def start(self) -> S3:
         """Start everything, make the user and the bucket."""
-        try:
-            return self._start()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _start(self) -> S3:
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         self._config.write_text(
             CONFIG.format(fsid=fsid, mon=_free_port(), root=self.root, gateway=self._gateway)

@@ -1,5 +1,6 @@
 import pytest
 from botocore.exceptions import (
+    ClientError,
     ConnectTimeoutError,
     EndpointConnectionError,
     NoCredentialsError,
@@ -76,3 +77,19 @@ def test_what_will_not_pass_is_asked_once(no_waiting):
     with pytest.raises(StoreError, match=r"cannot read s3://b/x: ExpiredToken; check the cred"):
         persist(failing([PermissionError("ExpiredToken"), BUSY]), "read", "s3://b/x", 60)
     assert no_waiting[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message", "told"),
+    [
+        (22, "400", "Bad Request", r"Bad Request; check the credentials, whether a token expired"),
+        (22, "InvalidToken", None, r"InvalidToken; check the credentials, whether a token expired"),
+        (22, "InvalidRequest", None, r"InvalidRequest$"),
+        (16, "SlowDown", None, r"tried for 0 s, last: SlowDown; the same command continues"),
+    ],
+)
+def test_a_refusal_is_told_by_its_code_where_the_store_says_no_more(number, code, message, told):
+    error = OSError(number, message)
+    error.__cause__ = ClientError({"Error": {"Code": code}}, "HeadObject")
+    with pytest.raises(StoreError, match=told):
+        persist(failing([error]), "look at", "s3://b/x", 0)

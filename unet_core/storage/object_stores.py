@@ -25,6 +25,12 @@ SLOWEST_BYTES_PER_S = 2**16
 """A write that takes longer than this would need is one that gets nowhere."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
 REWRITTEN = "was written again since the run began"
+ABOUT_CREDENTIALS = {
+    "400",  # an answer to HEAD has no body, so expired credentials are no more than this
+    "AuthorizationHeaderMalformed",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
@@ -232,8 +238,7 @@ def refused(verb: str, where: str, error: BaseException) -> StoreError:
             "; check the credentials, the bucket's policy and whether a token expired; then the "
             "same command continues"
         )
-    elif "://" in where and getattr(error, "errno", None) == errno.EINVAL:
-        # an answer to HEAD has no body, so expired credentials are a bare 400
+    elif _code(error) in ABOUT_CREDENTIALS:
         hint = (
             "; check the credentials, whether a token expired, and storage.region; then the same "
             "command continues"
@@ -250,6 +255,13 @@ def refused(verb: str, where: str, error: BaseException) -> StoreError:
     return StoreError(f"cannot {verb} {where}: {reason}{hint}")
 
 
+def _code(error: BaseException) -> str:
+    """What S3 calls a refusal, if it is one."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response["Error"].get("Code", "")) if isinstance(response, dict) else ""
+
+
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300]
+    said = error.args[-1] if error.args else None  # None, where a store gives no message
+    text = said if isinstance(said, str) else _code(error) or str(error)
+    return " ".join((text or type(error).__name__).split())[:300]
