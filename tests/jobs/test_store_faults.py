@@ -36,17 +36,17 @@ PLACES = {
     "_SUCCESS": ("PUT", r"/run/_SUCCESS"),
 }
 FAULTS = {
-    "slow down": {"last": 3},
+    "slow down": {"last": 2},
     "internal error": {},
     "reset": {"last": 2},
     "cut": {},
     "reset inside": {},
-    "cut inside": {"last": 2},
+    "cut inside": {},
     "reset after": {},
-    "stall": {"seconds": 0.1},
-    "latency": {"seconds": 0.05},
+    "stall": {"seconds": 0.02},
+    "latency": {"seconds": 0.02},
     "lost answer": {},
-    "refuse": {"seconds": 0.1},
+    "refuse": {"seconds": 0.05},
 }
 LOOSE = ("GET", r"\.png")
 BROKEN_BODIES = ("slow down", "internal error", "reset", "cut", "reset inside", "cut inside")
@@ -134,7 +134,8 @@ def world(s3, calm_world, monkeypatch):
 def require_undisturbed(world, config, kind="tars"):
     world.proxy.use()
     assert world.parts(config) == world.expected[kind]
-    findings = verify(config.output.uri, deep=True, storage=config.storage)
+    storage = config.storage.model_copy(update={"endpoint_url": world.s3.url})
+    findings = verify(config.output.uri, deep=True, storage=storage)
     assert findings.problems == findings.notes == []
 
 
@@ -162,20 +163,18 @@ def test_loose_images_are_read_again_one_by_one(world):
     require_undisturbed(world, config, "loose")
 
 
-@pytest.mark.parametrize(
-    ("place", "fault"),
-    [("an input tar", "stall"), ("a metrics part", "stall"), ("a metrics part", "silence")],
-)
-def test_a_request_that_nobody_answers_is_cut_off_and_asked_again(world, place, fault):
-    (rule,) = rules(fault, place, seconds=100).values()
-    world.proxy.use(rule)
+def test_a_request_that_nobody_answers_is_cut_off_and_asked_again(world):
+    stalled = rules("stall", "an input tar", "a metrics part", seconds=100)
+    stalled |= rules("silence", "a masks part", seconds=100)
+    world.proxy.use(*stalled.values())
     config = world.config(deadline_s=4)
     predict(config)
-    assert (rule.hits, rule.seen) == (1, world.calm[place].seen + 1)
+    for place, rule in stalled.items():
+        assert (rule.hits, rule.seen) == (1, world.calm[place].seen + 1), place
     require_undisturbed(world, config)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
 def test_credentials_that_expire_stop_the_run_with_one_message_and_good_ones_finish_it(
     world, share
 ):
@@ -192,9 +191,8 @@ def test_credentials_that_expire_stop_the_run_with_one_message_and_good_ones_fin
     require_undisturbed(world, config)
 
 
-@pytest.mark.parametrize("place", ["an input tar", "a masks part"])
-def test_a_store_that_never_recovers_ends_at_the_deadline_and_the_run_can_go_on(world, place):
-    (rule,) = rules("slow down", place, last=ALWAYS).values()
+def test_a_store_that_never_recovers_ends_at_the_deadline_and_the_run_can_go_on(world):
+    (rule,) = rules("slow down", "a masks part", last=ALWAYS).values()
     world.proxy.use(rule)
     config = world.config(deadline_s=0.3)
     with pytest.raises(StoreError, match=r"tried for 0\.3 s.*same command continues") as seen:
