@@ -28,6 +28,7 @@ from unet_core.images.tiff import (
     is_stack,
     page_pixels,
     planes,
+    refuse_circles,
     require_allowed,
     stack_axes,
 )
@@ -127,6 +128,7 @@ def open_large(
         header.seek(0)
         try:
             with tifffile.TiffFile(header) as tiff:
+                refuse_circles(tiff)
                 pages, is_stacked = _pages_of(tiff, rules)
                 if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from unet_core.errors import ImageError
 
@@ -19,6 +19,10 @@ VALUES_PER_PIXEL = 8
 """A file's pages and channels together hold at most this many times ``max_pixels`` values."""
 MAX_PLANES = 2**20
 """OME metadata may claim at most this many planes: their list alone takes memory."""
+MAX_PAGES = 2**15
+"""A page takes about 16 kB as soon as it is listed."""
+SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
+"""Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,12 @@ def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
     Raises ImageError for pages that are refused, and axes or colours that are not understood.
     """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
         pages = pages or [tiff.pages.first]
         for page in pages:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, rules.max_pixels)
+            _check_segments(page, data, rules)
         series = full_series(tiff)
         _check_values(pages, series, rules)
         if is_stack(tiff, len(pages), series, rules):
@@ -63,6 +69,60 @@ def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
             return stacks
         require_allowed(len(pages), rules)
         return [_page(page, rules, as_labels) for page in pages]
+
+
+class _Chain(list[int]):
+    """Where the pages of a file lie; grows as tifffile follows them."""
+
+    def __init__(self, offsets: list[int]) -> None:
+        super().__init__(offsets)
+        self._seen = set(offsets)
+
+    def append(self, offset: int) -> None:
+        """Raises ImageError for a page that was there before, and for too many."""
+        if offset in self._seen:
+            raise ImageError("decode", f"its pages go in a circle at byte {offset}")
+        if len(self) >= MAX_PAGES:
+            raise ImageError("too_large", f"more than {MAX_PAGES} pages")
+        self._seen.add(offset)
+        super().append(offset)
+
+
+def refuse_circles(tiff: Any) -> None:
+    """Let pages that follow each other without an end raise ImageError; tifffile never ends."""
+    tiff.pages._offsets = _Chain(tiff.pages._offsets)
+
+
+def _check_segments(page: Any, data: bytes, rules: Rules) -> None:
+    """Raise ImageError for pixels of no type, and for strips or tiles that are far larger than
+    their image.
+    """
+    if page.dtype is None:
+        raise ImageError("mode", f"pixels of {page.bitspersample} bits are not supported")
+    side = side_of(page)
+    if math.prod(side) > rules.max_pixels:
+        raise ImageError("too_large", f"segments of {side[0]} × {side[1]} pixels")
+    if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
+        for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+            check_sniffed(data[start : start + count], side)
+
+
+def side_of(page: Any) -> tuple[int, int]:
+    """Rows and columns of the strips or tiles of a page."""
+    if page.is_tiled:
+        return page.tilelength, page.tilewidth
+    return page.rowsperstrip, page.imagewidth
+
+
+def check_sniffed(data: bytes, side: tuple[int, int]) -> None:
+    """Raise ImageError for an image in a strip or tile that is far larger than that."""
+    try:
+        with Image.open(io.BytesIO(data), formats=SNIFFED) as image:
+            width, height = image.size
+    except UnidentifiedImageError:
+        return
+    if width * height > 4 * math.prod(side):
+        raise ImageError("decode", f"{height} × {width} pixels in a segment of {side}")
 
 
 def full_series(tiff: Any) -> list[Any]:

@@ -4,7 +4,6 @@ Nothing here has a position in the file, so threads may load segments side by si
 claim is checked before it is believed: a segment is never read or decoded to more than its limit.
 """
 
-import io
 import math
 import threading
 from collections import OrderedDict
@@ -14,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError, StoreError, UnetJobsError
 from unet_core.images.codec import one_line
+from unet_core.images.tiff import check_sniffed, side_of
 
 ReadRange = Callable[[int, int], bytes]
 """Bytes [start, stop) of the file; called by several threads at once."""
@@ -34,8 +33,6 @@ BAND_ROWS = 4096
 PIECE_COLUMNS = 4096
 """of this many pixels, which costs one read a row."""
 BLOCK_BYTES = 2**20
-SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
-"""Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
 
 
 class Segments:
@@ -110,7 +107,7 @@ class Encoded(Segments):
     def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
         super().__init__(pages, read_range, size)
         layout = pages[0].keyframe
-        self.side = _side(layout)
+        self.side = side_of(layout)
         self._down, self._across = (
             -(-length // side) for length, side in zip(self.shape, self.side, strict=True)
         )
@@ -143,7 +140,7 @@ class Encoded(Segments):
 
     def _decoded(self, data: bytes, index: int, tables: bytes | None) -> Array:
         if self._is_sniffed:
-            _check_sniffed(data, self.side)
+            check_sniffed(data, self.side)
         segment_DHWS, _, _ = self._decode(data, index, jpegtables=tables)
         return segment_DHWS[0]
 
@@ -162,7 +159,7 @@ def segments_of(
         return None
     if all(one.is_final for one in pages):
         return Raw(pages, read_range, size, cache_bytes)
-    decoded_bytes = math.prod(_side(page)) * int(page.shaped[4]) * page.dtype.itemsize
+    decoded_bytes = math.prod(side_of(page)) * int(page.shaped[4]) * page.dtype.itemsize
     if page.is_tiled and decoded_bytes > SEGMENT_BYTES:
         raise ImageError("too_large", f"tiles of {decoded_bytes} bytes, allowed: {SEGMENT_BYTES}")
     is_small = page.is_tiled or decoded_bytes <= STRIP_BYTES
@@ -214,20 +211,3 @@ class Cache:
 def _cost(segment_HWS: Array | None) -> int:
     """Bytes that a segment takes in the cache, with its entry."""
     return 512 + (0 if segment_HWS is None else segment_HWS.nbytes)
-
-
-def _side(page: Any) -> tuple[int, int]:
-    if page.is_tiled:
-        return page.tilelength, page.tilewidth
-    return page.rowsperstrip, page.imagewidth
-
-
-def _check_sniffed(data: bytes, side: tuple[int, int]) -> None:
-    """Raise ImageError for an image in a segment that is far larger than the segment."""
-    try:
-        with Image.open(io.BytesIO(data), formats=SNIFFED) as image:
-            width, height = image.size
-    except UnidentifiedImageError:
-        return
-    if width * height > 4 * math.prod(side):
-        raise ImageError("decode", f"{height} × {width} pixels in a segment of {side}")
