@@ -4,6 +4,7 @@ Imports pydantic and nothing heavier, so that a mistake costs less than a second
 """
 
 import copy
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,6 +20,7 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
+AUTHORITY = re.compile(r"(\w+)://([^/]*)")
 PROTOCOLS = ("file", "local", "memory", "s3", "gs", "abfs")
 
 
@@ -71,6 +73,11 @@ class InputConfig(Section):
     @classmethod
     def _masks_allowed(cls, masks: str) -> str:
         return allowed_uri(masks) if masks else masks
+
+    @field_validator("allow")
+    @classmethod
+    def _prefixes_allowed(cls, prefixes: list[str]) -> list[str]:
+        return [allowed_uri(prefix) for prefix in prefixes]
 
 
 class ModelConfig(Section):
@@ -344,9 +351,13 @@ def _apply(table: dict[str, Any], override: str) -> None:
 
 
 def allowed_uri(uri: str) -> str:
-    """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols."""
+    """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols,
+    credentials (which no message repeats).
+    """
     if not uri.strip():
         raise ValueError("is empty; give a path")
+    if has_credentials(uri):
+        raise ValueError("holds credentials; give them in the environment instead")
     if "::" in uri:
         raise ValueError(f"got {uri!r}, but chained URIs (::) are not allowed")
     protocol, separator, _ = uri.partition("://")
@@ -358,6 +369,19 @@ def allowed_uri(uri: str) -> str:
     if separator and ".." in uri.split("/"):
         raise ValueError(f"got {uri!r}, but '..' is not allowed in a URI")
     return uri
+
+
+def has_credentials(uri: str) -> bool:
+    """Whether a URI names a user before its host or bucket, also where a slash in the password cuts
+    it short; ``abfs://container@account`` and access points (``s3://arn:…``) are none.
+    """
+    for protocol, authority in AUTHORITY.findall(uri):
+        user, at, _ = authority.rpartition("@")
+        if protocol in ("file", "local", "memory") or authority.startswith("arn:"):
+            continue
+        if ":" in (user if at else authority) or (at and protocol != "abfs"):
+            return True
+    return False
 
 
 def is_remote(uri: str) -> bool:

@@ -17,7 +17,8 @@ RETRY_S = 0.2
 class Prefetch(Generic[ItemT, ResultT]):
     """Draws items from an iterator on a thread of its own, works on them in a pool, and gives the
     results in the order of the items. At most ``ahead`` results wait, and what waits and is under
-    way weighs about ``budget`` at most, if each is as heavy as the heaviest yet.
+    way weighs about ``budget`` at most, if each is as heavy as the heaviest yet; until it is worked
+    on, an item weighs something itself.
 
     A context manager: the reading begins when it is entered and ends when it is left. Errors of
     the iterator or of the work are raised where the results are used.
@@ -31,9 +32,10 @@ class Prefetch(Generic[ItemT, ResultT]):
         ahead: int,
         weigh: Callable[[ResultT], int] = lambda _: 0,
         budget: int = 0,
+        weigh_item: Callable[[ItemT], int] = lambda _: 0,
     ) -> None:
         self._pool, self._work, self._items = pool, work, items
-        self._weigh, self._budget = weigh, budget
+        self._weigh, self._weigh_item, self._budget = weigh, weigh_item, budget
         self._waiting = 0
         self._under_way = 0
         self._heaviest: int | None = None
@@ -74,7 +76,7 @@ class Prefetch(Generic[ItemT, ResultT]):
     def _read(self) -> None:
         try:
             for item in self._items:
-                self._wait_for_room()
+                self._wait_for_room(self._weigh_item(item))
                 if not self._put(self._pool.submit(self._worked, item)):
                     return
             self._put(None)
@@ -89,24 +91,28 @@ class Prefetch(Generic[ItemT, ResultT]):
             return result
         finally:
             with self._weighed:
-                self._waiting += weight
+                self._waiting += weight - self._weigh_item(item)
                 self._under_way -= 1
                 self._heaviest = max(self._heaviest or 0, weight)
                 self._weighed.notify()
 
-    def _wait_for_room(self) -> None:
-        """Until another result as heavy as the heaviest yet would fit, or nothing else is there."""
+    def _wait_for_room(self, weight: int) -> None:
+        """Until an item, and a result as heavy as the heaviest yet, would fit, or nothing else is
+        there.
+        """
         with self._weighed:
-            while not self._left.is_set() and not self._has_room():
+            while not self._left.is_set() and not self._has_room(weight):
                 self._weighed.wait(RETRY_S)
             self._under_way += 1
+            self._waiting += weight
 
-    def _has_room(self) -> bool:
+    def _has_room(self, weight: int) -> bool:
         if not self._under_way and not self._waiting:
             return True
         if self._heaviest is None:
             return False
-        return self._waiting + (self._under_way + 1) * self._heaviest <= self._budget
+        results = (self._under_way + 1) * self._heaviest
+        return self._waiting + weight + results <= self._budget
 
     def _put(self, item: Future[ResultT] | BaseException | None) -> bool:
         """Wait for a place in the queue; False if nobody reads it any more."""

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 NOBODY: Mapping[int, ImageError] = MappingProxyType({})
 MOST_ROW_BYTES = 2**31
 DECODED_BYTES = 256 * 2**20
-"""No further image is decoded while those that wait hold more than this."""
+"""No further image is decoded while those that wait, encoded or decoded, hold more than this."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,13 @@ class Segmenter:
         encoded: InOrder[Encoded] = InOrder()
         ahead = 2 * self.settings.threads + 2
         with Prefetch(
-            self._pool, self._decode, _drawn(samples), ahead, lambda d: d.held_bytes, DECODED_BYTES
+            self._pool,
+            self._decode,
+            _drawn(samples),
+            ahead,
+            lambda decoded: decoded.held_bytes,
+            DECODED_BYTES,
+            lambda drawn: drawn[0].encoded_bytes,
         ) as images:
             for index, future in self._compute(images, encoded, seconds):
                 encoded.add(index, future)

@@ -85,7 +85,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
     whole = predict(make_config(out="undisturbed"))
     sizes = {entry.name: entry.bytes for entry in whole.run.store.list()}
     those = [size for name, size in sizes.items() if name.startswith(victims)]
-    room = 40_000 if scarce is small_disk else max(those) - 1
+    room = 40_000 if scarce is small_disk else max(those) - 100  # paths differ
     run = tmp_path / "disk" / "run"
     config = make_config(out="disk/run")
     toml = write_toml(config, tmp_path / "job.toml")

@@ -61,7 +61,8 @@ class LargeTiff:
         finish: Callable[[Array], Array],
         cache_bytes: int,
     ) -> None:
-        self.cache_bytes = cache_bytes
+        self.held_bytes = cache_bytes
+        """What it takes of memory."""
         self.shape = segments.shape
         """Height and width in pixels."""
         self._segments, self._wanted, self._finish = segments, wanted, finish

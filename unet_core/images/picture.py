@@ -110,10 +110,10 @@ class Decoder:
                 raise sample.failure
             images = self._images(sample)
         except ImageError as failure:
-            return [Rejected(sample, failure)]
-        samples = [sample]
+            return [Rejected(sample.bare, failure)]
+        samples = [sample.bare]  # many small images wait for a batch, and not their files
         if len(images) > 1:
-            samples = [_page_of(sample, page) for page in range(len(images))]
+            samples = [_page_of(sample.bare, page) for page in range(len(images))]
         truths = self._truths(sample, images)
         return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
 
@@ -148,7 +148,7 @@ class Decoder:
 
         corner_CHW = read(0, 0, 1, 1)
         height, width = image.shape
-        pixels = Pixels(len(corner_CHW), height, width, corner_CHW.dtype, read, image.cache_bytes)
+        pixels = Pixels(len(corner_CHW), height, width, corner_CHW.dtype, read, image.held_bytes)
         offset, scale = offset_and_scale_by_rows(
             lambda start, stop: read(start, 0, stop - start, width), height, width, self.wanted
         )
@@ -191,7 +191,7 @@ class Decoder:
             except ImageError as failure:
                 raise _unusable(failure) from failure
 
-        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.cache_bytes)
+        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.held_bytes)
 
 
 def _page_of(sample: Sample, page: int) -> Sample:
@@ -212,4 +212,7 @@ def _opened(
         if large is not None:
             return large, b""
     data = read()
-    return open_large(lambda start, stop: data[start:stop], len(data), rules, as_labels), data
+    large = open_large(lambda start, stop: data[start:stop], len(data), rules, as_labels)
+    if large is not None:
+        large.held_bytes += len(data)
+    return large, data

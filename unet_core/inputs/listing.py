@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import urllib.parse
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from unet_core.config import has_credentials
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.folder import File, group, sample_of
@@ -26,6 +28,9 @@ from unet_core.storage.store import Store, split
 PARQUET = (".parquet", ".pq")
 INVENTORY = "manifest.json"
 BATCH_ROWS = 65_536
+SHOWN = 1000
+MAX_ROW_CHARACTERS = 2**20
+"""A row of a list names an image; a packed list of a few kB can hold one of many GB."""
 
 
 class Line(NamedTuple):
@@ -106,8 +111,9 @@ class Allowed:
                 rest = uri[len(prefix) :]
                 if _is_plain(rest):
                     return prefix
+        named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:SHOWN])
         raise ConfigError(
-            f"input.allow: the list names {uri!r}; allowed is what lies below "
+            f"input.allow: the list names {named}; allowed is what lies below "
             f"{', '.join(self.prefixes)}"
         )
 
@@ -153,7 +159,9 @@ def _parquet_lines(source: Source, name: str, size: int | None) -> Iterator[Line
 
 def _cast(column: pa.Array, name: str, where: str) -> pa.Array:
     try:
-        return column.cast(pa.int64() if name == "bytes" else pa.string())
+        cast = column.cast(pa.int64() if name == "bytes" else pa.string())
+        cast.validate(full=True)  # text may be no UTF-8
+        return cast
     except pa.ArrowException as error:
         raise ConfigError(f"{where}: column {name!r} is {column.type}: {error}") from error
 
@@ -163,7 +171,7 @@ def _csv_lines(source: Source, name: str) -> Iterator[Line]:
     where, number = source.root.uri(name), 1
     with source.root.open(name) as stream, _text(name, stream) as text:
         try:
-            rows = csv.reader(text)
+            rows = csv.reader(_bounded(text))
             header = next(rows, [])
             columns = _columns(source, header, where)
             fields = [columns.get(column) for column in header]
@@ -175,13 +183,21 @@ def _csv_lines(source: Source, name: str) -> Iterator[Line]:
                     raise ConfigError(f"{where}: line {number} has no uri")
                 size = known.pop("bytes", None)
                 yield Line(**known, bytes=int(size) if size else None)
-        except (ValueError, csv.Error, EOFError, gzip.BadGzipFile) as error:
+        except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ConfigError(f"{where}: line {number} cannot be read: {error}") from error
 
 
 def _text(name: str, stream: Any) -> io.TextIOWrapper:
     plain = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
     return io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+
+
+def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a text. Raises ValueError for one that is too long."""
+    while line := text.readline(MAX_ROW_CHARACTERS):
+        if len(line) == MAX_ROW_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_ROW_CHARACTERS} characters")
+        yield line
 
 
 def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
@@ -217,13 +233,17 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
         raise ConfigError(f"{where}: the inventory is {kind}, allowed: CSV, Parquet")
     home = Store(_bucket_of(where), source.root.storage)
     for file in files:
-        for row in _inventory_rows(home, file, columns):
-            if is_image(row["Key"]) and _is_current(row):
-                yield Line(
-                    f"s3://{bucket}/{row['Key']}",
-                    bytes=int(row.get("Size") or 0),
-                    etag=row.get("ETag") or "",
-                )
+        try:
+            for row in _inventory_rows(home, file, columns):
+                if is_image(row["Key"]) and _is_current(row):
+                    yield Line(
+                        f"s3://{bucket}/{row['Key']}",
+                        bytes=int(row.get("Size") or 0),
+                        etag=row.get("ETag") or "",
+                    )
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error, EOFError,
+                gzip.BadGzipFile, zlib.error) as error:  # fmt: skip
+            raise ConfigError(f"{home.uri(file)}: not a file of an inventory: {error}") from error
 
 
 def _is_current(row: dict[str, Any]) -> bool:
@@ -253,6 +273,6 @@ def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict
                     yield {wanted[key]: value for key, value in row.items()}
         return
     with home.open(file) as stream, _text(file, stream) as text:
-        for row in csv.reader(text):
+        for row in csv.reader(_bounded(text)):
             named = dict(zip(columns, row, strict=False))
             yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}

@@ -83,6 +83,13 @@ class Sample:
     open: Callable[[], Ranged] | None = None
     """Where the image is a file of its own, which need not be read whole."""
     open_mask: Callable[[], Ranged] | None = None
+    encoded_bytes: int = 0
+    """What the image and its truth hold in memory before they are read: tars are streamed."""
+
+    @property
+    def bare(self) -> "Sample":
+        """Its names alone, for what is left when everything is read."""
+        return Sample(self.image_id, self.key, self.source_uri, bytes)
 
 
 @dataclass(frozen=True)

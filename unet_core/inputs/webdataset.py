@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -15,6 +17,9 @@ from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, re
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
+CHUNK_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
+"""All that describes one member, and what describes all of them together."""
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
@@ -36,7 +41,8 @@ class _TarMember(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> "_TarMember":
         try:
-            member = super().fromtarfile(tarfile_)
+            with tarfile_.fileobj.fileobj.metered():
+                member = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing from the stubs
             tarfile_.has_end_mark = True
             raise
@@ -44,7 +50,45 @@ class _TarMember(tarfile.TarInfo):
             tarfile_.has_strange_blocks = True
             raise
         tarfile_.has_end_mark = False
+        shared = tarfile_.pax_headers
+        if sum(map(len, (*shared, *shared.values()))) > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES} bytes")
         return member
+
+
+class _Metered:
+    """A stream that gives only so much while a header is read: headers say themselves how long
+    they are, and a packed tar of a few kB can hold one of many GB.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._left: int | None = None
+        self._empty = 0
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """Headers within a header share its meter."""
+        if self._left is not None:
+            yield
+            return
+        self._left = MAX_HEADER_BYTES
+        try:
+            yield
+        finally:
+            self._left = None
+
+    def read(self, size: int) -> bytes:
+        """Raises ReadError for a header that is too long, and for reading on behind the end."""
+        if self._left is not None:
+            self._left -= size
+            if self._left < 0:
+                raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES} bytes")
+        data = self._stream.read(size)
+        self._empty = 0 if data else self._empty + 1
+        if self._empty > 2:  # the end is asked for once; to skip a lying member, for years
+            raise tarfile.ReadError("it ends within a member")
+        return data
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -57,6 +101,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     uri = source.root.uri(shard.uri)
     mask_suffix = _mask_suffix(source)
     group: list[_Found] = []
+    held = 0
     failure: ImageError | None = None
     with source.root.open(shard.uri, shard.bytes, shard.etag) as stream:
         members = _members(stream, uri)
@@ -71,7 +116,10 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             key, suffix = _split_member(info, mask_suffix)
             if group and group[0].key != key:
                 yield from _samples_of(shard, uri, group, mask_suffix)
-                group = []
+                group, held = [], 0
+            held += _size_of(data)
+            if held > MAX_ENCODED_BYTES:  # a tar may hold the same name any number of times
+                data = ImageError("too_large", f"its names hold {held} bytes together")
             group.append(_Found(key, suffix, data))
     yield from _samples_of(shard, uri, group, mask_suffix)
     if failure is not None:
@@ -106,7 +154,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
     """Names and contents of the image members. Raises ImageError where the tar is damaged."""
     try:
         with tarfile.open(
-            fileobj=_unpacked(stream),
+            fileobj=cast(BinaryIO, _Metered(_unpacked(stream))),
             mode="r|",
             tarinfo=_TarMember,
             ignore_zeros=True,
@@ -118,6 +166,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
                 hidden = name.rpartition("/")[2].startswith(".")
                 if not info.isdir() and is_image(name) and not hidden:
                     yield name, _content(tar, info)
+                tar.members.clear()  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
                 raise tarfile.ReadError("it has no end mark")
             if getattr(tar, "has_strange_blocks", False):
@@ -149,7 +198,10 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:
     if info.size > MAX_ENCODED_BYTES:
         return ImageError("too_large", f"{info.size} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     file = tar.extractfile(info)
-    return file.read() if file is not None else b""
+    assert file is not None
+    content = io.BytesIO()  # grows in place; reading at once would take twice the memory
+    shutil.copyfileobj(file, content, CHUNK_BYTES)
+    return content.getvalue()
 
 
 def _split_member(name: str, mask_suffix: str) -> tuple[str, str]:
@@ -177,7 +229,12 @@ def _samples_of(shard: Shard, uri: str, group: list[_Found], mask_suffix: str) -
             read=_giver(found.data),
             read_mask=_giver(mask) if mask is not None else None,
             failure=found.data if isinstance(found.data, ImageError) else None,
+            encoded_bytes=_size_of(found.data) + _size_of(mask),
         )
+
+
+def _size_of(data: bytes | ImageError | None) -> int:
+    return len(data) if isinstance(data, bytes) else 0
 
 
 def _giver(data: bytes | ImageError) -> Callable[[], bytes]:
