@@ -75,3 +75,7 @@ def _file(name: str, data: bytes) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(data)
         yield Path(folder) / name
+
+
+def rows_with(name: str, data: bytes, keys: dict[str, Any]) -> list[tuple[str, str]]:
+    return rows(name, data, **keys)

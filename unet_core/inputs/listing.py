@@ -171,7 +171,7 @@ def _csv_lines(source: Source, name: str) -> Iterator[Line]:
     where, number = source.root.uri(name), 1
     with source.root.open(name) as stream, _text(name, stream) as text:
         try:
-            rows = csv.reader(_bounded(text))
+            rows = _rows(text)
             header = next(rows, [])
             columns = _columns(source, header, where)
             fields = [columns.get(column) for column in header]
@@ -192,12 +192,21 @@ def _text(name: str, stream: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
 
 
-def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
-    """The lines of a text. Raises ValueError for one that is too long."""
-    while line := text.readline(MAX_ROW_CHARACTERS):
-        if len(line) == MAX_ROW_CHARACTERS:
-            raise ValueError(f"it has more than {MAX_ROW_CHARACTERS} characters")
-        yield line
+def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
+    """Rows of a CSV file. Raises ValueError for one that is too long."""
+    left = MAX_ROW_CHARACTERS
+
+    def lines() -> Iterator[str]:
+        nonlocal left
+        while line := text.readline(left):
+            left -= len(line)
+            if not left:
+                raise ValueError(f"a row has more than {MAX_ROW_CHARACTERS} characters")
+            yield line
+
+    for row in csv.reader(lines()):
+        left = MAX_ROW_CHARACTERS
+        yield row
 
 
 def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
@@ -273,6 +282,6 @@ def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict
                     yield {wanted[key]: value for key, value in row.items()}
         return
     with home.open(file) as stream, _text(file, stream) as text:
-        for row in csv.reader(_bounded(text)):
+        for row in _rows(text):
             named = dict(zip(columns, row, strict=False))
             yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}

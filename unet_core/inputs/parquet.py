@@ -16,7 +16,8 @@ EXTENSIONS = (".parquet", ".pq")
 MAX_ROW_GROUP_BYTES = 2**30
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 SHARD_BYTES = 2**28
-BATCH_ROWS = 16
+BATCH_ROWS = 1
+"""A dictionary may hold one image of 1 GiB that every row repeats."""
 FOOTER_THREADS = 16
 
 
@@ -50,7 +51,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
-                for values in batch.to_pylist():
+                for values in _with_bytes_for_text(batch).to_pylist():
                     yield _sample(source, shard, row, values)
                     row += 1
             if row != shard.first + shard.count:
@@ -89,6 +90,12 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
         if column not in schema.names:
             there = ", ".join(schema.names)
             raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
+    ids = source.config.id_column
+    if ids and not _is_id(schema.field(ids).type):
+        raise ConfigError(
+            f"input.id_column: {ids!r} in {where} is {schema.field(ids).type}, allowed: text or "
+            "numbers"
+        )
     for column in (source.config.image_column, source.config.masks):
         if column and not _holds_bytes(schema.field(column).type):
             raise ConfigError(
@@ -101,6 +108,30 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_id(kind.value_type)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(is_number or pa.types.is_decimal(kind) or _is_text(kind) or _holds_bytes(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _with_bytes_for_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Text as its bytes: nothing in a file makes sure that it is UTF-8."""
+    return batch.cast(pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema]))
+
+
+def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _bytes_for_text(field.type)) for field in kind])
+    if pa.types.is_dictionary(kind) and _is_text(kind.value_type):
+        return pa.dictionary(kind.index_type, pa.binary())
+    return pa.large_binary() if _is_text(kind) else kind
 
 
 def _check_row_groups(source: Source, metadata: pq.FileMetaData, where: str) -> None:
@@ -157,12 +188,13 @@ def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> S
     config = source.config
     data, path = _payload(values[config.image_column])
     given = values.get(config.id_column) if config.id_column else None
-    image_id = f"{shard.uri}#{row}" if given is None else str(given)
+    given = _text(given)
+    image_id = f"{shard.uri}#{row}" if given is None else given
     failure = None
     if data is None:
         failure = ImageError("empty", "the row has no bytes; paths inside data are not followed")
     mask = _payload(values[config.masks])[0] if config.masks else None
-    name = path or (str(given) if given is not None else str(row))
+    name = path or (given if given is not None else str(row))
     return Sample(
         image_id=image_id,
         key=PurePosixPath(name).stem if path or "/" in name else name,
@@ -170,11 +202,19 @@ def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> S
         read=lambda: data or b"",
         read_mask=(lambda: mask) if mask is not None else None,
         failure=failure,
+        encoded_bytes=len(data or b"") + len(mask or b""),
     )
 
 
 def _payload(value: Any) -> tuple[bytes | None, str | None]:
     """Bytes and path of a cell: binary, or the struct that dataset libraries write."""
     if isinstance(value, dict):
-        return value.get("bytes"), value.get("path")
+        path = value.get("path")
+        return _payload(value.get("bytes"))[0], _text(path) if isinstance(path, bytes) else None
     return value, None
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return None if value is None else str(value)

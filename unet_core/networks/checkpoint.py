@@ -10,9 +10,7 @@ import importlib.resources
 import json
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, StoreError
@@ -24,8 +22,12 @@ from unet_core.storage.store import read_file, read_range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+MadeT = TypeVar("MadeT")
+
 FORMAT = "unet-jobs/2"
 MAX_HEADER_BYTES = 16 * 2**20
+MOST = 2**16
+"""Of whatever a checkpoint counts; class ids are 16 bits."""
 DEFAULT_COLORS = (
     (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
     (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
@@ -89,9 +91,11 @@ def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict
             raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
         header = json.loads(read_range(path, 8, 8 + length, storage))
         metadata: dict[str, str] = header.get("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata are texts")
     except StoreError as error:
         raise CheckpointError(f"model.checkpoint: {error}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
     return metadata
 
@@ -106,15 +110,17 @@ def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
     try:
         model, tiling = json.loads(metadata["model"]), json.loads(metadata["tiling"])
         header = Header(
-            network=Factory(**model) if "factory" in model else UNetSpec(**model),
-            tiling=Tiling(**{**tiling, "sides": Sides(**tiling["sides"])}),
-            class_names=tuple(json.loads(metadata["classes"])),
+            network=_made(Factory if "factory" in model else UNetSpec, model),
+            tiling=_made(Tiling, {**tiling, "sides": _made(Sides, tiling["sides"])}),
+            class_names=tuple(_list_of(str, json.loads(metadata["classes"]))),
             preprocessing=Preprocessing.model_validate_json(metadata["preprocessing"]),
-            palette=tuple(tuple(rgb) for rgb in json.loads(metadata["palette"])),
-            training=json.loads(metadata.get("training", "{}")),
+            palette=tuple(map(_color, _list_of(list, json.loads(metadata["palette"])))),
+            training=dict(json.loads(metadata.get("training", "{}"))),
         )
-    except (KeyError, TypeError, ValueError, ConfigError, ValidationError) as error:
-        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {error}") from error
+        _check_sizes(header)
+    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
     if len(header.class_names) != header.classes:
         raise CheckpointError(
             f"{checkpoint}: {len(header.class_names)} class names, but {header.classes} classes"
@@ -126,6 +132,51 @@ def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
             f"{header.network.in_channels}"
         )
     return header
+
+
+def _made(kind: type[MadeT], values: dict[str, Any]) -> MadeT:
+    """A dataclass from JSON, its values of exactly the types that it declares.
+
+    Raises TypeError for others; ValueError and ConfigError as the class does.
+    """
+    made = kind(**values)
+    for name, wanted in get_type_hints(kind).items():
+        value, plain = getattr(made, name), get_origin(wanted) or wanted
+        if isinstance(plain, type) and type(value) is not plain:
+            raise TypeError(f"{name} is {str(value)[:50]!r}, not {plain.__name__}")
+    return made
+
+
+def _list_of(kind: type[MadeT], values: Any) -> list[MadeT]:
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise TypeError(f"{str(values)[:50]!r} is no list of {kind.__name__}")
+    return values
+
+
+def _color(values: list[Any]) -> tuple[int, int, int]:
+    red, green, blue = _list_of(int, values)
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ValueError(f"{values} is no colour")
+    return red, green, blue
+
+
+def _check_sizes(header: Header) -> None:
+    """Raise ValueError for sizes that no network has, and that memory would have to pay for."""
+    network, tiling, sides = header.network, header.tiling, header.tiling.sides
+    counts = {
+        "classes": network.classes,
+        "in_channels": network.in_channels,
+        "channels": tiling.channels,
+        "smallest": sides.smallest,
+        "step": sides.step,
+        "stride": tiling.stride,
+    }
+    lengths = {"margin": tiling.margin, "halo": tiling.halo, "receptive": tiling.receptive_field}
+    for name, value in (counts | lengths).items():
+        if not (name in counts) <= value <= MOST:
+            raise ValueError(f"{name} is {value}, allowed: up to {MOST}")
+    if isinstance(network, UNetSpec) and network.sides != sides:
+        raise ValueError(f"sides are {sides}, but those of its network are {network.sides}")
 
 
 def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
@@ -162,6 +213,7 @@ def load(
     CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
     """
     import safetensors.torch
+    import torch
     from safetensors import SafetensorError
 
     from unet_core.networks.construction import build
@@ -171,20 +223,31 @@ def load(
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
     header = read_header(checkpoint, storage)
     require_factory(checkpoint, header, factory)
-    network = build(header.network)
     try:
         tensors = safetensors.torch.load(data)
-        for name, buffer in network.named_buffers():
-            if name.endswith("num_batches_tracked"):
-                tensors[name] = buffer  # counts training steps; not kept
         bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if bad:
             raise CheckpointError(f"{checkpoint}: NaN or infinite weights in {', '.join(bad[:3])}")
-        network.load_state_dict(tensors, strict=True)
-    except (RuntimeError, SafetensorError) as error:
+        if isinstance(header.network, UNetSpec):
+            with torch.device("meta"):  # a small file must not bring about a large network
+                _fill(build(header.network), {name: t.to("meta") for name, t in tensors.items()})
+        network = build(header.network)
+        _fill(network, tensors)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
     return network.eval(), header
+
+
+def _fill(network: "nn.Module", tensors: "dict[str, Tensor]") -> None:
+    """Give a network its weights, strictly. Raises RuntimeError for those that do not fit."""
+    found = dict(tensors)
+    for name, own in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            found[name] = own  # counts training steps; not kept
+        elif name in found and found[name].is_floating_point() != own.is_floating_point():
+            raise RuntimeError(f"{name} holds {found[name].dtype}, not {own.dtype}")
+    network.load_state_dict(found, strict=True)
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
