@@ -5,8 +5,9 @@ FOLDER ?= demo
 
 N ?= 2
 GPUS ?= 1
+SECONDS ?= 600
 
-.PHONY: help install demo data predict train up down test test-rgw lint types clean
+.PHONY: help install demo data predict train up down test test-rgw fuzz lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ test: lint types  ## Lint, types, tests
 test-rgw: install  ## The tests of object storage against a real Ceph (see tests/rgw.py)
 	UNET_JOBS_TEST_STORE=rgw AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required \
 	$(BIN)/python -m pytest -rs tests/jobs/test_s3.py tests/unet_core/test_object_stores.py tests/jobs/test_store_faults.py
+
+fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECONDS=600
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: install
 	$(BIN)/ruff check .

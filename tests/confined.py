@@ -5,6 +5,7 @@ milliseconds and begins with the same memory.
 """
 
 import multiprocessing
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 MIB = 2**20
 MEMORY = 512 * MIB
 SECONDS = 20.0
-PRELOADED = ["tests.doors"]
+PRELOADED = ["tests.doors", "tests.data"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ def confined(
     call: Callable[..., Any], *args: Any, memory: int = MEMORY, seconds: float = SECONDS
 ) -> Outcome:
     """Call; ``memory`` bytes on top of what the child begins with."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(theirs, memory, call, args))
     child.start()
@@ -47,6 +47,14 @@ def confined(
     finally:
         child.kill()
         child.join()
+
+
+def fork_server() -> Any:
+    """Where children come from."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # others take 1 GiB beforehand
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def limit_memory(room: int) -> int:

@@ -3,9 +3,9 @@
 What they return is small and says what came of it; what they raise is the door's own.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,56 @@ from unet_core.images.codec import decode_images, decode_labels
 from unet_core.images.tiff import Rules
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
+from unet_core.networks.weights import read_tensors
 
 PIXELS = 2**20
+SIDE = 64
+SHOWN = 20
 
 
 def image(data: bytes, **rules: Any) -> list[tuple[int, ...]]:
     """Shapes of the images of a file."""
-    return [r.pixels_HWC.shape for r in decode_images(data, Rules(PIXELS, **rules))]
+    return [r.pixels_HWC.shape for r in decode_images(data, Rules(PIXELS, **rules))][:SHOWN]
 
 
 def labels(data: bytes) -> tuple[int, ...]:
     """The shape of a mask."""
-    return decode_labels(data, Rules(PIXELS), {}, 2, 255).shape
+    return decode_labels(data, Rules(PIXELS), {}, 65536, 65535).shape
 
 
-def windows(data: bytes, **rules: Any) -> tuple[int, ...] | None:
-    """The shape of an image that is read by window, all of it; None if it is not."""
+def windows(data: bytes) -> tuple[int, ...] | None:
+    """The shape of an image of any size that is read by window, at its corners; None if it is not.
+
+    For a child process: it changes what counts as large.
+    """
     large_tiff.SMALL_PIXELS = 0
-    rule = Rules(PIXELS, **rules)
-    large = large_tiff.open_large(lambda start, stop: data[start:stop], len(data), rule)
+    rules = Rules(PIXELS)
+    large = large_tiff.open_large(lambda start, stop: data[start:stop], len(data), rules)
     if large is None:
         return None
     height, width = large.shape
-    for y in (0, max(0, height - 64)):
-        for x in (0, max(0, width - 64)):
-            large.read(y, x, min(64, height), min(64, width))
+    for y in (0, max(0, height - SIDE)):
+        for x in (0, max(0, width - SIDE)):
+            large.read(y, x, min(SIDE, height), min(SIDE, width))
     return large.shape
 
 
-def rows(name: str, data: bytes, **keys: Any) -> list[tuple[str, str]]:
-    """Id and outcome of each image of an input file: an error code, or how many bytes it has."""
+def picture(data: bytes) -> list[tuple[int, ...]]:
+    """A file decoded by window, as a mask and whole; raises what the last one does."""
+    for attempt in (windows, labels):
+        with contextlib.suppress(ImageError):
+            attempt(data)
+    return image(data)
+
+
+def rows(name: str, data: bytes, keys: dict[str, Any]) -> list[tuple[str, str]]:
+    """Id and outcome of the first images of an input file: an error code, or how many bytes it has.
+
+    Reads all of them; relative URIs of a list start in an empty folder.
+    """
     with _file(name, data) as path:
-        return [row for _, row in zip(range(10), _rows(path, keys), strict=False)]
-    
+        return list(_rows(path, keys))[:SHOWN]
+
 
 def _rows(path: Path, keys: dict[str, Any]) -> Iterator[tuple[str, str]]:
     source = open_source(InputConfig(uri=str(path), **keys))
@@ -57,25 +74,37 @@ def _rows(path: Path, keys: dict[str, Any]) -> Iterator[tuple[str, str]]:
             try:
                 if sample.failure is not None:
                     raise sample.failure
-                found = str(len(sample.read()))
+                outcome = str(len(sample.read()))
+                if sample.read_mask is not None:
+                    sample.read_mask()
             except ImageError as error:
-                found = error.code
-            yield sample.image_id, found
+                outcome = error.code
+            yield sample.image_id, outcome
 
 
-def weights(data: bytes) -> list[str]:
+def listed(name: str, data: bytes, keys: dict[str, Any]) -> int:
+    """How many images a list names; none is opened."""
+    with _file(name, data) as path:
+        source = open_source(InputConfig(uri=str(path), format="list", **keys))
+        return sum(len(shard.members) for shard in list_shards(source))
+
+
+def network(data: bytes) -> tuple[str, ...]:
     """The class names of a checkpoint, loaded."""
     with _file("x.safetensors", data) as path:
         checkpoint.read_header(str(path))
-        return list(checkpoint.load(str(path))[1].class_names)
+        return checkpoint.load(str(path))[1].class_names
 
 
-@contextmanager
+def tensors(data: bytes) -> int:
+    """How many tensors a file from elsewhere has."""
+    with _file("x.pth", data) as path:
+        return len(read_tensors(str(path)))
+
+
+@contextlib.contextmanager
 def _file(name: str, data: bytes) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / name).write_bytes(data)
-        yield Path(folder) / name
-
-
-def rows_with(name: str, data: bytes, keys: dict[str, Any]) -> list[tuple[str, str]]:
-    return rows(name, data, **keys)
+        path = Path(folder) / name
+        path.write_bytes(data)
+        yield path

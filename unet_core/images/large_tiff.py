@@ -30,6 +30,7 @@ from unet_core.images.tiff import (
     planes,
     refuse_circles,
     require_allowed,
+    require_numbers,
     stack_axes,
 )
 from unet_core.images.tiff_segments import Cache, ReadRange, Segments, segments_of
@@ -149,6 +150,7 @@ def open_large(
 def _pages_of(tiff: Any, rules: Rules) -> tuple[list[Any], bool]:
     """The page of a large image, or those of its channels and True; none for anything else."""
     first = tiff.pages.first
+    require_numbers(first)
     if first.imagewidth * first.imagelength <= SMALL_PIXELS:
         return [], False
     series = full_series(tiff)

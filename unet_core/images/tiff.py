@@ -21,6 +21,10 @@ MAX_PLANES = 2**20
 """OME metadata may claim at most this many planes: their list alone takes memory."""
 MAX_PAGES = 2**15
 """A page takes about 16 kB as soon as it is listed."""
+NUMBERS = (
+    "imagewidth", "imagelength", "imagedepth", "tilewidth", "tilelength", "tiledepth",
+    "rowsperstrip", "samplesperpixel",
+)  # fmt: skip
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
 
@@ -59,6 +63,7 @@ def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
         pages = pages or [tiff.pages.first]
         for page in pages:
+            require_numbers(page)
             check_size(page.imagewidth, page.imagelength * page.imagedepth, rules.max_pixels)
             _check_segments(page, data, rules)
         series = full_series(tiff)
@@ -91,6 +96,14 @@ class _Chain(list[int]):
 def refuse_circles(tiff: Any) -> None:
     """Let pages that follow each other without an end raise ImageError; tifffile never ends."""
     tiff.pages._offsets = _Chain(tiff.pages._offsets)
+
+
+def require_numbers(page: Any) -> None:
+    """Raise ImageError for a page whose sizes are texts or lists: times a number, they fill memory."""
+    for name in NUMBERS:
+        value = getattr(page, name)
+        if not isinstance(value, int):
+            raise ImageError("decode", f"{name} is {str(value)[:50]}, not a number")
 
 
 def _check_segments(page: Any, data: bytes, rules: Rules) -> None:

@@ -233,7 +233,7 @@ def load(
                 _fill(build(header.network), {name: t.to("meta") for name, t in tensors.items()})
         network = build(header.network)
         _fill(network, tensors)
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
     return network.eval(), header
