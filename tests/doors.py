@@ -11,9 +11,10 @@ from typing import Any
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
-from unet_core.images import large_tiff
+from unet_core.images import large_tiff, tiff
 from unet_core.images.codec import decode_images, decode_labels
 from unet_core.images.tiff import Rules
+from unet_core.inputs import webdataset
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
 from unet_core.networks.weights import read_tensors
@@ -56,6 +57,27 @@ def picture(data: bytes) -> list[tuple[int, ...]]:
         with contextlib.suppress(ImageError):
             attempt(data)
     return image(data)
+
+
+def picture_or_code(data: bytes) -> object:
+    """The shapes, or the code of the refusal. For a child process: it allows fewer pages."""
+    tiff.MAX_PAGES = 1000
+    try:
+        return picture(data)
+    except ImageError as error:
+        return error.code
+
+
+def codes(files: list[bytes]) -> list[str]:
+    """The codes of those files that are refused."""
+    found = map(picture_or_code, files)
+    return [code for code in found if isinstance(code, str)]
+
+
+def few_bytes(data: bytes) -> list[tuple[str, str]]:
+    """The rows of a tar whose members may hold 64 MiB. For a child process: it changes that."""
+    webdataset.MAX_ENCODED_BYTES = 64 * 2**20
+    return rows("t.tar", data, {})
 
 
 def rows(name: str, data: bytes, keys: dict[str, Any]) -> list[tuple[str, str]]:
