@@ -1,0 +1,233 @@
+"""Drivers as forks of a process that has imported everything and used nothing, and a Ray cluster
+in a process of its own.
+
+The harness itself never runs torch, Arrow's threads or Ray, so that every fork is as good as a
+fresh interpreter; cell ``fresh`` holds them against each other.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs import cli, inline, predict
+from jobs.dispatch import Board, Died
+from tests.chaos.faults import PLAN, PLANTS, Plan
+from unet_core import replica, verify
+from unet_core.config import PredictConfig, build
+
+LOADED = (cli, inline, predict, replica, verify)
+"""What a driver imports when it needs it."""
+LIMIT_S = 120.0
+"""No run of these small inputs takes so long unless it hangs."""
+ACCELERATOR = "accelerator_type:CHAOS"
+
+
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a child process."""
+    reading, writing = os.pipe()
+    pid = _fork()
+    if not pid:
+        try:
+            answer = (True, function(*arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        with open(writing, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(pid, 0)
+    is_good, answer = pickle.loads(data) if data else (False, f"{function} died")
+    if not is_good:
+        raise RuntimeError(answer)
+    return answer
+
+
+def _fork() -> int:
+    _require_one_thread()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.fork()
+
+
+def _require_one_thread() -> None:
+    """A fork loses all threads but its own; the allocator's starts again by itself."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    assert sorted({*names} - {"jemalloc_bg_thd"}) == names[:1], f"threads: {names}"
+
+
+class Driver:
+    """``unet-jobs predict CONFIG.toml`` in a fork."""
+
+    def __init__(self, toml: Path) -> None:
+        self.log = toml.with_suffix(".log")
+        self.code: int | None = None
+        self.pid = _fork()
+        if not self.pid:
+            self._be(toml)
+
+    def _be(self, toml: Path) -> None:
+        code: Any = 70
+        try:
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.argv = ["unet-jobs", "predict", str(toml)]
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 70)
+
+    def wait(self, may_stop: bool = False) -> int | None:
+        """Its exit code, or minus the signal that ended or (if it ``may_stop``) stopped it; None
+        if it hung, in which case it is dead now.
+        """
+        deadline = time.monotonic() + LIMIT_S
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG | (os.WUNTRACED if may_stop else 0))
+            if pid and os.WIFSTOPPED(status):
+                return -os.WSTOPSIG(status)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                return None
+            else:
+                time.sleep(0.002)
+        return self.code
+
+    @property
+    def is_alive(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is None
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def last_words(self) -> str:
+        """The end of what it printed."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return " | ".join(text.strip().splitlines()[-3:])[-400:]
+
+
+class ClusterHost:
+    """A process with a warm local Ray cluster, that is the driver of one run after another."""
+
+    def __init__(self) -> None:
+        _require_one_thread()
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_host, args=(theirs, self._pipe))
+        self._process.start()
+        theirs.close()
+
+    def predict(self, table: dict, losing_a_node: bool = False) -> dict[str, Any]:
+        """Run a config; gives ``error``, ``set_aside`` and ``deaths``."""
+        self._pipe.send((table, losing_a_node))
+        try:
+            if self._pipe.poll(3 * LIMIT_S):
+                return self._pipe.recv()
+            reason = "it hung"
+        except EOFError:
+            reason = "the driver died"
+        return {"error": reason, "set_aside": {}, "deaths": [], "is_broken": True}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _host(pipe: Any, other_end: Any) -> None:
+    other_end.close()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parents[2]}"
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20}
+    marked = {**node, "resources": {ACCELERATOR: 1}}
+    with open(os.environ[PLAN] + ".ray.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False}
+    )
+    try:
+        cluster.add_node(**marked)
+        ray.init(address=cluster.address, log_to_driver=False)
+        plan = Plan.read()
+        for bug in plan.plants:
+            PLANTS[bug]()
+        deaths: list[dict[str, Any]] = []
+        _watch_deaths(deaths)
+        while True:
+            try:
+                table, losing_a_node = pipe.recv()
+            except EOFError:
+                return
+            deaths.clear()
+            extra = cluster.add_node(**marked) if losing_a_node else None
+            if extra is not None:
+                remover = threading.Thread(target=_remove, args=(cluster, extra, Plan.read()))
+                remover.start()
+            pipe.send({**_predict(table), "deaths": list(deaths)})
+            if extra is not None:
+                remover.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
+
+
+def _predict(table: dict) -> dict[str, Any]:
+    try:
+        outcome = predict.predict(build(PredictConfig, table, []))
+    except Exception:
+        return {"error": traceback.format_exc(), "set_aside": {}}
+    return {"error": "", "set_aside": outcome.set_aside}
+
+
+def _watch_deaths(deaths: list[dict[str, Any]]) -> None:
+    """Note what each dead actor held, and who was charged for it."""
+    judge = Board.died
+
+    def died(board: Board, event: Died) -> None:
+        held = [attempt.shard.shard_id for attempt in board.in_flight.get(event.actor, [])]
+        before = dict(board.charged)
+        judge(board, event)
+        charged = [shard for shard, n in board.charged.items() if n != before.get(shard, 0)]
+        deaths.append({"held": held, "charged": charged, "blameless": event.blameless})
+
+    Board.died = died
+
+
+def _remove(cluster: Any, node: Any, plan: Plan) -> None:
+    """Crash a node once the fault fired somewhere, then let the process go on that met it."""
+    deadline = time.monotonic() + LIMIT_S
+    while not plan.fired() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    cluster.remove_node(node, allow_graceful=False)
+    plan.go.touch()
