@@ -22,7 +22,7 @@ from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
 from unet_core.parts import metrics_name, read_totals
-from unet_core.storage.store import Store
+from unet_core.storage.store import TEMPORARY, Store
 from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -228,10 +228,10 @@ class Run:
 
     def finish(self, totals: Totals) -> None:
         """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""
-        for folder in ("masks", "metrics"):
-            for entry in self.store.list(folder):
-                if entry.name.startswith("_"):
-                    self.store.remove(f"{folder}/{entry.name}")
+        for entry in self.store.list():
+            name = entry.name.rpartition("/")[2]
+            if name.startswith("_") and name.endswith(TEMPORARY):
+                self.store.remove(entry.name)
         text = json.dumps(dataclasses.asdict(totals), indent=1)
         self.store.publish(SUCCESS, text.encode() + b"\n")
 

@@ -36,6 +36,8 @@ ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
 LIST_THREADS = 16
+TEMPORARY = ".tmp"
+"""How names of files that are not yet published end; they begin with ``_``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +418,7 @@ class _TemporaryTwin:
     def __init__(self, path: str, source: bytes | BinaryIO) -> None:
         folder, name = os.path.split(path)
         self.source = source
-        self.twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}.tmp")
+        self.twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")
 
     def __enter__(self) -> str:
         os.makedirs(os.path.dirname(self.twin), exist_ok=True)
