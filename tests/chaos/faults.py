@@ -147,9 +147,7 @@ def _reading(meet: Meet, fault: Fault) -> None:
 
 
 def _decoding(meet: Meet, fault: Fault) -> None:
-    around(
-        Decoder, "decode", meet, lambda _, sample: fault.image in ("", sample.image_id)
-    )
+    around(Decoder, "decode", meet, lambda _, sample: fault.image in ("", sample.image_id))
 
 
 def _device(meet: Meet, fault: Fault) -> None:
@@ -193,6 +191,7 @@ STAGES: dict[str, Callable[[Meet, Fault], None]] = {
 
 
 # Actions
+
 
 def _signal(number: signal.Signals) -> Callable[[Plan], None]:
     return lambda plan: os.kill(os.getpid(), number)
@@ -239,6 +238,7 @@ ACTIONS: dict[str, Callable[[Plan], None]] = {
 
 
 # Bugs that the harness must find
+
 
 def _swap_parts() -> None:
     """The commit comes before what it commits."""

@@ -18,6 +18,8 @@ CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "changed", "missing
 """Error codes that an undisturbed run does not have."""
 KINDS = ("lost", "duplicated", "differing", "unaccounted", "orphaned", "uncovered")
 
+MANIFEST = "manifest/00000.parquet"
+
 Findings = dict[str, list[str]]
 Row = dict[str, Any]
 
@@ -62,17 +64,18 @@ def examine(
     found: Findings = {kind: [] for kind in KINDS}
     metrics, masks = parts(run, "metrics"), parts(run, "masks")
     try:
+        planned = {row["shard_id"] for row in pq.read_table(run / MANIFEST).to_pylist()}
         rows = {shard: part.rows for shard, part in metrics.items()}
         windows = {shard: part.rows for shard, part in masks.items()}
     except (pa.ArrowException, OSError) as error:
-        found["orphaned"].append(f"a part cannot be read: {error}")
+        found["orphaned"].append(f"a part or the manifest cannot be read: {error}")
         return found
     _rows(rows, expected, victims, found)
     _bytes(run, undisturbed, rows, found)
     _counts(run, metrics, rows, found)
-    _orphans(run, metrics, masks, found)
-    for shard in rows:
-        _windows(shard, rows[shard], windows.get(shard, []), found)
+    _orphans(run, planned, metrics, masks, found)
+    for shard, of_shard in rows.items():
+        _windows(shard, of_shard, windows.get(shard, []), found)
     return found
 
 
@@ -123,7 +126,7 @@ def _bytes(run: Path, undisturbed: Path, rows: dict[str, list[Row]], found: Find
                 found["differing"] += _other_rows(mine[shard], theirs[shard], rows[shard])
             else:
                 found["differing"].append(f"{mine[shard].name} has other bytes")
-    for name in ("manifest/00000.parquet", "run.json"):
+    for name in (MANIFEST, "run.json"):
         mine, theirs = _content(run / name), _content(undisturbed / name)
         if mine != theirs:
             found["differing"].append(f"{name} says something else")
@@ -158,20 +161,25 @@ def _counts(
             found["unaccounted"].append(f"{shard}: {seen} seen, {ok} ok, {failed} failed")
         pixels = sum(row["height"] * row["width"] for row in of_shard if row["status"] == "ok")
         total.update(shards=1, images_seen=seen, ok=ok, failed=failed, pixels=pixels)
-    if not (run / "_SUCCESS").exists():
-        found["unaccounted"].append("there is no _SUCCESS")
+    try:
+        claimed = json.loads((run / "_SUCCESS").read_text())
+    except (FileNotFoundError, ValueError) as error:
+        found["unaccounted"].append(f"_SUCCESS cannot be read: {error}")
         return
-    claimed = json.loads((run / "_SUCCESS").read_text())
     for what, count in total.items():
-        if claimed[what] != count:
-            found["unaccounted"].append(f"_SUCCESS says {claimed[what]} {what}, there are {count}")
+        if claimed.get(what) != count:
+            said = f"_SUCCESS says {claimed.get(what)} {what}, there are {count}"
+            found["unaccounted"].append(said)
 
 
 def _orphans(
-    run: Path, metrics: dict[str, Part], masks: dict[str, Part], found: Findings
+    run: Path,
+    planned: set[str],
+    metrics: dict[str, Part],
+    masks: dict[str, Part],
+    found: Findings,
 ) -> None:
     """Nothing without its counterpart, and nothing that was left behind."""
-    planned = {row["shard_id"] for row in pq.read_table(run / "manifest/00000.parquet").to_pylist()}
     for shard in sorted(metrics.keys() | masks.keys() | planned):
         if shard not in planned:
             found["orphaned"].append(f"{shard} is not in the manifest")

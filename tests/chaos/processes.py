@@ -183,9 +183,7 @@ def _host(pipe: Any, other_end: Any) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**node, "include_dashboard": False}
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         cluster.add_node(**marked)
         ray.init(address=cluster.address, log_to_driver=False)

@@ -14,7 +14,8 @@ def row(cell: Cell, results: list[Result]) -> Row:
     counts = [str(sum(len(r.findings[kind]) for r in results)) for kind in KINDS]
     fired = str(sum(result.fired for result in results))
     seconds = [
-        f"{statistics.median(getattr(r, name) for r in results):.2f}" for name in ("over", "seconds")
+        f"{statistics.median(getattr(r, name) for r in results):.2f}"
+        for name in ("over", "seconds")
     ]
     return [cell.name, str(len(results)), fired, *counts, *seconds]
 
