@@ -7,7 +7,7 @@ N ?= 2
 GPUS ?= 1
 SECONDS ?= 600
 
-.PHONY: help install demo data predict train up down test test-rgw fuzz lint types clean
+.PHONY: help install demo data predict train up down test test-rgw fuzz chaos lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-rgw: install  ## The tests of object storage against a real Ceph (see tests
 
 fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECONDS=600
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: half an hour and more
+	$(BIN)/python -m tests.chaos --seed 1 --runs 20
 
 lint: install
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ class Data:
             "tile": {"size": 48},
             "output": {"uri": str(out)},
             "workers": {"count": "inline"},
+            "errors": {"max_failed_images": 1.0},
         }
         if not self.shard_images:
             table["input"]["masks"] = "mask.png"

@@ -205,11 +205,14 @@ def _hang(plan: Plan) -> None:
 def _eat(plan: Plan) -> None:
     """Allocate without end; a limit of the process stands for that of a container."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * mmap.PAGESIZE + SPARE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + SPARE_BYTES, before[1]))
     eaten = []
-    while True:
-        eaten.append(bytearray(2**24))
+    try:
+        while True:
+            eaten.append(bytearray(2**24))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _wait(plan: Plan) -> None:

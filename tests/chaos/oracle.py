@@ -54,12 +54,12 @@ def parts(run: Path, folder: str) -> dict[str, Part]:
 
 
 def examine(
-    run: Path, undisturbed: Path, expected: list[tuple[str, str]], victims: dict[str, set[str]]
+    run: Path, undisturbed: Path, expected: list[tuple[str, str]], may_be_hit: dict[str, str]
 ) -> Findings:
     """What is wrong with a finished run.
 
-    ``expected``: id and error code (or nothing) of each row that there must be. ``victims``: ids
-    of images that may have a circumstantial failure, with the codes that are right.
+    ``expected``: id and error code (or nothing) of each row that there must be.
+    ``may_be_hit``: images that may have failed by mishap instead, with the code that is right.
     """
     found: Findings = {kind: [] for kind in KINDS}
     metrics, masks = parts(run, "metrics"), parts(run, "masks")
@@ -70,7 +70,7 @@ def examine(
     except (pa.ArrowException, OSError) as error:
         found["orphaned"].append(f"a part or the manifest cannot be read: {error}")
         return found
-    _rows(rows, expected, victims, found)
+    _rows(rows, expected, may_be_hit, found)
     _bytes(run, undisturbed, rows, found)
     _counts(run, metrics, rows, found)
     _orphans(run, planned, metrics, masks, found)
@@ -82,7 +82,7 @@ def examine(
 def _rows(
     rows: dict[str, list[Row]],
     expected: list[tuple[str, str]],
-    victims: dict[str, set[str]],
+    may_be_hit: dict[str, str],
     found: Findings,
 ) -> None:
     """Each expected image has its row, no image has another, and each says what it must."""
@@ -92,7 +92,7 @@ def _rows(
         for row in of_shard:
             name, code = row["image_id"], row["error_code"] or ""
             shards[name].add(shard)
-            if code in CIRCUMSTANTIAL and code in victims.get(name, set()):
+            if code and code == may_be_hit.get(name):
                 code = next((c for n, c in wanted if n == name), "")
             there[name, code] += 1
     names_there, names_wanted = Counter(), Counter()
