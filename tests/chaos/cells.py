@@ -53,6 +53,8 @@ class Result:
     seconds: float = 0.0
     over: float = 0.0
     """Seconds beyond those of the undisturbed run."""
+    held: list[int] = field(default_factory=list)
+    """How many shards each actor had that died."""
     findings: oracle.Findings = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     @property
@@ -286,6 +288,7 @@ def _on_actors(case: Case, losing_a_node: bool = False, **sections: dict) -> Res
     for shard, reason in outcome["set_aside"].items():
         case.result.findings["ended"].append(f"{shard} was set aside: {reason}")
     case.deaths = outcome["deaths"]
+    case.result.held = [len(death["held"]) for death in case.deaths]
     return case.judged(seconds, base_s)
 
 
@@ -296,9 +299,14 @@ def _actor(case: Case) -> Result:
 
 
 def _node(case: Case) -> Result:
-    """A node crashes in the middle, while the one beside it stays."""
-    case.suffer("wait")
-    return _on_actors(case, losing_a_node=True, workers={**ACTORS, "accelerator_type": "CHAOS"})
+    """A node crashes while both actors are at work, each on a node of its own."""
+    first = case.draw.randint(1, max(1, len(case.data.shards) - 3))
+    fault = Fault(case.cell.stage, "wait", (first, first + 1))
+    case.plan = Plan(case.plan.folder, (fault,), case.bench.plants)
+    workers = {**ACTORS, "accelerator_type": "CHAOS"}
+    result = _on_actors(case, losing_a_node=True, workers=workers)
+    result.fired = any(death["blameless"] and death["held"] for death in case.deaths)
+    return result
 
 
 POISON = {"kill": "worker_died", "hang": "timeout", "eat": "out_of_memory"}

@@ -200,7 +200,9 @@ def _host(pipe: Any, other_end: Any) -> None:
             deaths.clear()
             extra = cluster.add_node(**marked) if losing_a_node else None
             if extra is not None:
-                remover = threading.Thread(target=_remove, args=(cluster, extra, Plan.read()))
+                remover = threading.Thread(
+                    target=_remove, args=(cluster, extra, Plan.read(), deaths)
+                )
                 remover.start()
             pipe.send({**_predict(table), "deaths": list(deaths)})
             if extra is not None:
@@ -233,10 +235,14 @@ def _watch_deaths(deaths: list[dict[str, Any]]) -> None:
     Board.died = died
 
 
-def _remove(cluster: Any, node: Any, plan: Plan) -> None:
-    """Crash a node once the fault fired somewhere, then let the process go on that met it."""
-    deadline = time.monotonic() + LIMIT_S
-    while not plan.fired() and time.monotonic() < deadline:
+def _remove(cluster: Any, node: Any, plan: Plan, deaths: list[dict[str, Any]]) -> None:
+    """Crash a node once both actors wait; the one that is left goes on when the other's death is
+    known, since a process may outlive its node for a while.
+    """
+    deadline = time.monotonic() + LIMIT_S / 4
+    while plan.fired() < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     cluster.remove_node(node, allow_graceful=False)
+    while not deaths and time.monotonic() < deadline + LIMIT_S / 4:
+        time.sleep(0.005)
     plan.go.touch()

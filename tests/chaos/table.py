@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from tests.chaos.cells import KINDS, Cell, Result
 
 Row = list[str]
-HEAD = ["cell", "runs", "fired", *KINDS, "over_s", "run_s"]
+HEAD = ["cell", "runs", "fired", "alone", *KINDS, "over_s", "run_s"]
 
 
 def row(cell: Cell, results: list[Result]) -> Row:
-    """Sums over the runs of a cell; seconds are medians."""
+    """Sums over the runs of a cell; ``alone``: of the actors that died, how many had one shard, so
+    that it may be charged. Seconds are medians.
+    """
+    held = [shards for result in results for shards in result.held]
+    alone = f"{held.count(1)}/{len(held)}"
     counts = [str(sum(len(r.findings[kind]) for r in results)) for kind in KINDS]
     fired = str(sum(result.fired for result in results))
     seconds = [
         f"{statistics.median(getattr(r, name) for r in results):.2f}"
         for name in ("over", "seconds")
     ]
-    return [cell.name, str(len(results)), fired, *counts, *seconds]
+    return [cell.name, str(len(results)), fired, alone, *counts, *seconds]
 
 
 def is_clean(results: list[Result]) -> bool:
