@@ -26,6 +26,7 @@ from jobs.dispatch import Board
 from tests.foreign import small
 from unet_core.engine import Engine
 from unet_core.images.picture import Decoder
+from unet_core.inputs.shards import Sample
 from unet_core.storage.store import Store
 
 PLAN = "UNET_JOBS_CHAOS_PLAN"
@@ -147,7 +148,11 @@ def _reading(meet: Meet, fault: Fault) -> None:
 
 
 def _decoding(meet: Meet, fault: Fault) -> None:
-    around(Decoder, "decode", meet, lambda _, sample: fault.image in ("", sample.image_id))
+    def is_there(_: Decoder, sample: Sample) -> bool:
+        """What is known to be bad is not decoded."""
+        return not fault.image or (sample.image_id == fault.image and sample.failure is None)
+
+    around(Decoder, "decode", meet, is_there)
 
 
 def _device(meet: Meet, fault: Fault) -> None:
