@@ -17,8 +17,9 @@ from typing import Any
 from tests.chaos import oracle
 from tests.chaos.data import FACTORY, Data, Image, make, write_toml
 from tests.chaos.faults import PLAN, Fault, Plan
-from tests.chaos.processes import ClusterHost, Driver, forked
+from tests.chaos.processes import ClusterHost, Driver, StoreHost, forked
 from tests.data import write_checkpoint
+from unet_core.config import StorageConfig
 from unet_core.networks.presets import Factory
 from unet_core.verify import verify
 
@@ -70,6 +71,8 @@ class Bench:
         os.environ[PLAN] = str(work / "plan.json")
         self._made: dict[int, Undisturbed] = {}
         self._host: ClusterHost | None = None
+        self._store: StoreHost | None = None
+        self._in_store: dict[Path, Undisturbed] = {}
         self._actors_s: float | None = None
         network = Factory(FACTORY, {"in_channels": 1, "classes": 1}, 1, 1)
         self._plan("checkpoint").write()
@@ -98,6 +101,35 @@ class Bench:
             self._host = ClusterHost()
         return self._host
 
+    @property
+    def store(self) -> StoreHost:
+        if self._store is None:
+            self._store = StoreHost()
+        return self._store
+
+    def store_table(self, data: Data, name: str) -> dict[str, dict]:
+        """The config of a run in the object store, whose input is there too."""
+        table = data.table(self.checkpoint, Path("run"))
+        table["input"]["uri"] = self.store.upload(data.root)
+        table["output"]["uri"] = self.store.uri(name)
+        return table | {"storage": {"endpoint_url": self.store.url, "deadline_s": 60}}
+
+    def in_store(self, base: Undisturbed) -> Undisturbed:
+        """The undisturbed run of an input in the object store, fetched from there."""
+        if base.run not in self._in_store:
+            self.store.use([])
+            self._plan(f"store-{base.run.name}").write()
+            name = f"store-{base.run.name}"
+            toml = write_toml(self.store_table(base.data, name), self.work / f"{name}.toml")
+            start = time.monotonic()
+            driver = Driver(toml)
+            if driver.wait() != 0:
+                raise RuntimeError(f"the undisturbed run failed: {driver.last_words}")
+            seconds = time.monotonic() - start
+            self.store.download(name, self.work / name)
+            self._in_store[base.run] = Undisturbed(base.data, self.work / name, seconds)
+        return self._in_store[base.run]
+
     def actors_s(self) -> float:
         """What an undisturbed run on actors takes, once the cluster is warm."""
         if self._actors_s is None:
@@ -116,6 +148,9 @@ class Bench:
         if self._host is not None:
             self._host.close()
             self._host = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
 
 class Case:
@@ -135,6 +170,8 @@ class Case:
         self.may_be_hit: dict[str, str] = {}
         """Those that only may."""
         self.deaths: list[dict[str, Any]] = []
+        self.storage: StorageConfig | None = None
+        """Where the input is, if not on this disk."""
         self.result = Result(fired=False)
         self.plan = Plan(self.folder / "faults", (), bench.plants)
 
@@ -174,7 +211,7 @@ class Case:
             for image in self.data.images
         ]
         found = forked(oracle.examine, self.run, self.base.run, expected, self.may_be_hit)
-        found |= forked(_judge, self.run, set(self.victims), self.deaths)
+        found |= forked(_judge, self.run, set(self.victims), self.deaths, self.storage)
         for kind, texts in found.items():
             self.result.findings[kind] += texts
         if self.result.is_clean:
@@ -182,11 +219,13 @@ class Case:
         return self.result
 
 
-def _judge(run: Path, victims: set[str], deaths: list[dict[str, Any]]) -> oracle.Findings:
+def _judge(
+    run: Path, victims: set[str], deaths: list[dict[str, Any]], storage: StorageConfig | None
+) -> oracle.Findings:
     """The product's own word, and whether innocents were charged."""
     found: oracle.Findings = {"verify": [], "charged": []}
     try:
-        found["verify"] = verify(str(run), deep=True).problems
+        found["verify"] = verify(str(run), deep=True, storage=storage).problems
     except Exception as error:
         found["verify"] = [f"verify fails: {error}"]
     guilty = {
@@ -309,6 +348,7 @@ def _node(case: Case) -> Result:
     return result
 
 
+STORE_FAULTS = ("slow down", "internal error", "reset", "cut inside", "reset after", "lost answer")
 POISON = {"kill": "worker_died", "hang": "timeout", "eat": "out_of_memory"}
 
 
@@ -370,6 +410,29 @@ def _disturbed(data: Data, victim: Image, how: str) -> Iterator[None]:
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def _store(case: Case) -> Result:
+    """The object store refuses, breaks connections or loses answers, once here and once there."""
+    base = case.bench.in_store(case.base)
+    name = case.folder.name
+    rules = []
+    for method in ("GET", "PUT", "HEAD"):
+        first = case.draw.randint(1, 10)
+        rules.append((method, case.cell.action, first, first + case.draw.randint(0, 2)))
+    case.plan.write()
+    start = time.monotonic()
+    case.bench.store.use(rules)
+    table = case.bench.store_table(base.data, name)
+    driver = Driver(write_toml(table, case.folder / "job.toml"))
+    case.ended("the driver", driver, driver.wait(), (0,))
+    seconds = time.monotonic() - start
+    case.result.fired = case.bench.store.hits() > 0
+    case.bench.store.use([])
+    case.storage = StorageConfig(endpoint_url=case.bench.store.url)
+    case.bench.store.download(name, case.run)
+    case.base = base
+    return case.judged(seconds, base.seconds)
+
+
 def _has_proxy() -> str:
     found = importlib.util.find_spec("tests.fault_proxy")
     return "" if found else "there is no tests/fault_proxy.py yet"
@@ -391,9 +454,9 @@ class Cell:
     @property
     def name(self) -> str:
         parts = [self.kind, self.stage]
-        if self.kind in ("crash", "poison", "input"):
+        if self.kind in ("crash", "poison", "input", "store"):
             parts.append(self.action)
-        if self.is_loose is not None:
+        if self.kind == "input":
             parts.append("loose" if self.is_loose else "tar")
         return "/".join(parts).replace(" ", "-")
 
@@ -414,6 +477,7 @@ CELLS = (
         for action in ("rewritten", "deleted", "added")
         for is_loose in (False, True)
     ),
+    *(Cell("store", "requests", _store, action, _has_proxy, False) for action in STORE_FAULTS),
     *(Cell("actor", stage, _actor) for stage in OF_ACTORS),
     *(Cell("crash", "device", _actor, action) for action in ("memory error", "runtime error")),
     Cell("node", "device", _node, "wait"),

@@ -8,6 +8,7 @@ fresh interpreter; cell ``fresh`` holds them against each other.
 import contextlib
 import functools
 import importlib.metadata
+import logging
 import multiprocessing
 import os
 import pickle
@@ -211,6 +212,81 @@ def _host(pipe: Any, other_end: Any) -> None:
         ray.shutdown()
         cluster.shutdown()
         Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
+
+
+class StoreHost:
+    """A process with an object store and a proxy before it that does harm."""
+
+    def __init__(self) -> None:
+        _require_one_thread()
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._pipe))
+        self._process.start()
+        theirs.close()
+        environment, self.url, self._bucket = self._pipe.recv()
+        os.environ.update(environment)
+        self._uploaded: set[str] = set()
+
+    def uri(self, name: str) -> str:
+        return f"s3://{self._bucket}/{name}"
+
+    def upload(self, folder: Path) -> str:
+        """Copy a folder, once."""
+        if folder.name not in self._uploaded:
+            self._uploaded.add(folder.name)
+            self._ask("upload", folder, folder.name)
+        return self.uri(folder.name)
+
+    def download(self, name: str, folder: Path) -> None:
+        """Copy everything below a name to local disk."""
+        self._ask("download", name, folder)
+
+    def use(self, rules: list[tuple[str, str, int, int]]) -> None:
+        """Method, fault, and the first and the last of the requests that it happens to."""
+        self._ask("use", rules)
+
+    def hits(self) -> int:
+        """Requests that a fault happened to."""
+        return self._ask("hits")
+
+    def _ask(self, *request: Any) -> Any:
+        self._pipe.send(request)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(30)
+
+
+def _serve(pipe: Any, other_end: Any) -> None:
+    other_end.close()
+    from tests.fault_proxy import FaultProxy, Rule
+    from tests.s3 import BUCKET, start
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    s3, server = start()
+
+    def download(name: str, folder: Path) -> None:
+        for path, data in s3.objects(name).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+
+    with FaultProxy(s3.url).running() as proxy:
+        answers: dict[str, Callable[..., Any]] = {
+            "upload": s3.upload,
+            "download": download,
+            "use": lambda rules: proxy.use(
+                *(Rule(method, "", fault, first, last) for method, fault, first, last in rules)
+            ),
+            "hits": lambda: sum(rule.hits for rule in proxy.rules),
+        }
+        pipe.send((s3.environment(), proxy.url, BUCKET))
+        with contextlib.suppress(EOFError):
+            while True:
+                what, *arguments = pipe.recv()
+                pipe.send(answers[what](*arguments))
+    server.stop()
 
 
 def _predict(table: dict) -> dict[str, Any]:
