@@ -137,7 +137,7 @@ LIE = np.zeros((9000, 9000), np.uint8)
             ("tiff 65535 samples", "decode", tiff_of(t277=65535)),
             ("tiff countless strips", "decode", tiff_of(t273=(4, 10**9, 8))),
             ("tiff long text", [(8, 8, 1)], tiff_of(t270=(2, 2**32 - 1, 8))),
-            ("tiff countless tiles", "decode", tiff_of(**TILED | {"t324": (4, 10**9, 8)})),
+            ("tiff countless tiles", [(8, 8, 1)], tiff_of(**TILED | {"t324": (4, 10**9, 8)})),
             ("tiff tiles of nothing", "decode", tiff_of(**TILED | {"t322": 0, "t323": 0})),
             ("tiff huge tiles", "too_large", tiff_of(t259=8, **TILED | {"t322": 2**16,
                                                                        "t323": 2**16})),
@@ -181,7 +181,6 @@ def header(name="x.png", size=0, kind=b"0", size_field=b"", **fields):
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     fields = {"124": size_field} | fields
     for at, value in fields.items():
-        block[int(at.strip("_")) :][: len(value)] = value
         block[int(at.strip("_")) : int(at.strip("_")) + len(value)] = value
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[-512:])
@@ -202,7 +201,7 @@ def pax(kind=b"x", **records):
 def sparse(real_size, is_extended=0):
     fields = {"_386": b"00000000000\0", "_398": b"00000001000\0", "_482": bytes([is_extended]),
               "_483": real_size}  # fmt: skip
-    return header(size=512, kind=b"S", **fields) + bytes(512)
+    return header(size=512, kind=b"S", **fields)
 
 
 def packed(*parts):
@@ -239,7 +238,7 @@ TEN = [(f"t.tar/{n}", "0") for n in range(20)]
             ("pax size", [("t.tar/x", "too_large"), *BAD],
              pax(size=b"99999999999999999999") + header() + END),
             ("pax size below zero", [("t.tar/x", "0"), *BAD], pax(size=b"-1024") + header() + END),
-            ("sparse of 8 GiB", [("t.tar/x", "too_large")], sparse(b"77777777777\0") + END),
+            ("sparse of 8 GiB", [("t.tar/x", "too_large")], sparse(b"77777777777\0") + bytes(512) + END),
             ("pax sparse of 4 TiB", [("t.tar/x", "too_large")],
              pax(GNU_sparse_map=b"0,1", GNU_sparse_size=b"%d" % 2**42) + header(size=512) +
              bytes(512) + END),
@@ -270,10 +269,9 @@ def test_a_tar_that_lies_is_told_in_rows_and_read_in_bounded_memory(data, expect
 # --- Parquet --------------------------------------------------------------------------------
 
 
-def parquet(column, **options):
+def parquet(column, name="image", ids=None, **options):
     buffer = io.BytesIO()
-    ids = options.pop("ids", None)
-    table = {"image": column} | ({"id": ids} if ids is not None else {})
+    table = {name: column} | ({"id": ids} if ids is not None else {})
     pq.write_table(pa.table(table), buffer, **options)
     return buffer.getvalue()
 
@@ -324,27 +322,14 @@ EMPTY = [("t.parquet#0", "empty"), ("t.parquet#1", "empty")]
 def test_a_parquet_file_that_lies_is_refused_or_told_in_rows(data, keys, expected):
     found = confined(doors.rows, "t.parquet", data, keys, memory=1024 * MIB)
     assert (found.error or found.value) == expected, found.text
-    assert found.memory < 256 * MIB
+    assert found.memory < 384 * MIB
 
 
-def test_a_row_group_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path):
-    data = bytearray(parquet([b"a" * 5000], use_dictionary=False, compression="none"))
-    honest, lie = varint(2 * 5004 + 24), varint(2 * 2**40)
-    for size in range(5000, 5100):  # where the footer says how large the column is
-        honest = varint(2 * size)
-        if data.rfind(honest) > len(data) - 400:
-            break
-    data[-8:-4] = struct.pack("<I", struct.unpack("<I", data[-8:-4])[0] + 2 * (len(lie) - 2))
-    data[:] = data[: len(data) - 400] + data[len(data) - 400 :].replace(honest, lie)
-    found = confined(doors.rows, "t.parquet", bytes(data), {}, memory=256 * MIB)
-    assert found.error in ("StoreError", "ParquetDamagedError"), found.text
-
-
-def varint(value):
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
+def test_a_row_group_that_memory_cannot_hold_is_refused_before_it_is_read():
+    data = parquet([bytes(64 * MIB)] * 17, use_dictionary=False, compression="zstd")
+    found = confined(doors.rows, "t.parquet", data, {}, memory=256 * MIB)
+    assert (found.error, "row group 0 holds 1.1 GiB" in found.text) == ("StoreError", True)
+    assert found.memory < 64 * MIB
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -459,7 +444,7 @@ def inventory(**keys):
             ("a line without an end", "x.csv.gz", squeezed(256 * MIB, 31)),
             ("a row without an end", "x.csv.gz", packed(b"uri\n", b'"\n",' * 10**6)),
             ("damaged gzip", "x.csv.gz", gzip.compress(b"uri\na.png\n")[:-9] + bytes(9)),
-            ("no UTF-8", "x.parquet", parquet([b"a"] * 2, ids=NOT_UTF8)),
+            ("no UTF-8", "x.parquet", parquet(NOT_UTF8, "uri")),
             ("inventory of something else", "manifest.json", inventory()),
             ("inventory without keys", "manifest.json", inventory(fileSchema="Size")),
             ("credentials", "x.csv", b"uri\ns3://KEY:hunter2@b/x.png\n"),
@@ -472,14 +457,7 @@ def inventory(**keys):
     ],
 )
 def test_a_list_that_leads_elsewhere_is_refused_and_repeats_no_secret(name, data):
-    keys = {"id_column": ""}
-    if name.endswith(".parquet"):
-        data = data.replace(b"id", b"id").replace(b"image", b"image")
-        table = pa.table({"uri": NOT_UTF8})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        data = buffer.getvalue()
-    found = confined(doors.listed, name, data, keys, memory=512 * MIB)
+    found = confined(doors.listed, name, data, {}, memory=512 * MIB)
     assert found.error == "ConfigError", found
     assert "hunter2" not in found.text
     assert "ter2" not in found.text
@@ -551,14 +529,14 @@ LONG = "/".join(["d" * 200] * 4) + "/" + "n" * 80
 IMAGE = png(nuclei(32, 32, np.random.default_rng(0))[0])
 
 
-def in_a_folder(root, names, s3):
+def in_a_folder(root, names, _):
     for name in names:
         (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "in" / name).write_bytes(IMAGE)
     return {"uri": str(root / "in")}, {}, ""
 
 
-def in_a_tar(root, names, s3):
+def in_a_tar(root, names, _):
     with tarfile.open(root / "in.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name in names:
             info = tarfile.TarInfo(name)
@@ -579,7 +557,8 @@ def in_a_store(root, names, s3):
 def test_images_of_any_name_are_segmented_found_and_verified(place, make_config, tmp_path, s3):
     names = [f"{name}.png" for name in (*NAMES, LONG)]
     section, storage, before = place(tmp_path, names, s3)
-    predict(make_config(input={**section, "masks": ""}, storage=storage))
+    config = make_config(input={**section, "masks": ""}, storage=storage)
+    predict(config)
     ids = sorted(f"{before}{name.removesuffix('.png') if before else name}" for name in names)
     run = str(tmp_path / "run")
     rows = [row for path in (tmp_path / "run" / "metrics").iterdir()
@@ -588,4 +567,4 @@ def test_images_of_any_name_are_segmented_found_and_verified(place, make_config,
     assert {row["status"] for row in rows} == {"ok"}
     masks = {read_mask(run, image_id).tobytes() for image_id in ids}
     assert len(masks) == 1
-    assert verify(run, deep=True).problems == []
+    assert verify(run, deep=True, storage=config.storage).problems == []

@@ -137,11 +137,7 @@ def _is_plain(path: str) -> bool:
 def _lines(source: Source) -> Iterator[Line]:
     for entry in source.entries():
         if entry.name.endswith(PARQUET):
-            try:
-                yield from _parquet_lines(source, entry.name, entry.bytes)
-            except UnicodeDecodeError as error:
-                where = source.root.uri(entry.name)
-                raise ConfigError(f"{where}: the name of a column is no UTF-8") from error
+            yield from _parquet_lines(source, entry.name, entry.bytes)
         elif entry.name.endswith((".csv", ".csv.gz")):
             yield from _csv_lines(source, entry.name)
         elif entry.name.endswith(INVENTORY):

@@ -234,7 +234,7 @@ def load(
         network = build(header.network)
         _fill(network, tensors)
     except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:500]
         raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
     return network.eval(), header
 

@@ -157,7 +157,8 @@ class Store:
             try:
                 with pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file:
                     yield file
-            except (pa.ArrowException, OSError) as error:  # Arrow calls bad pages I/O errors
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                # Arrow calls bad pages I/O errors, and names need not be UTF-8
                 reason = " ".join(str(error).split())
                 raise ParquetDamagedError(
                     f"{self.uri(name)} is not a whole Parquet file: {reason}"
