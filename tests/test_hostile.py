@@ -238,7 +238,8 @@ TEN = [(f"t.tar/{n}", "0") for n in range(20)]
             ("pax size", [("t.tar/x", "too_large"), *BAD],
              pax(size=b"99999999999999999999") + header() + END),
             ("pax size below zero", [("t.tar/x", "0"), *BAD], pax(size=b"-1024") + header() + END),
-            ("sparse of 8 GiB", [("t.tar/x", "too_large")], sparse(b"77777777777\0") + bytes(512) + END),
+            ("sparse of 8 GiB", [("t.tar/x", "too_large")],
+             sparse(b"77777777777\0") + bytes(512) + END),
             ("pax sparse of 4 TiB", [("t.tar/x", "too_large")],
              pax(GNU_sparse_map=b"0,1", GNU_sparse_size=b"%d" % 2**42) + header(size=512) +
              bytes(512) + END),
@@ -256,7 +257,7 @@ TEN = [(f"t.tar/{n}", "0") for n in range(20)]
             ("packed twice", BAD, gzip.compress(gzip.compress(header() + END))),
             ("20,000 empty members", TEN,
              packed(b"".join(header(f"{n}.png") for n in range(20_000)), END)),
-            ("100,000 other members", [], packed(header("x.txt") * 100_000, END)),
+            ("30,000 other members", [], packed(header("x.txt") * 30_000, END)),
         ]
     ],
 )  # fmt: skip
@@ -323,13 +324,6 @@ def test_a_parquet_file_that_lies_is_refused_or_told_in_rows(data, keys, expecte
     found = confined(doors.rows, "t.parquet", data, keys, memory=1024 * MIB)
     assert (found.error or found.value) == expected, found.text
     assert found.memory < 384 * MIB
-
-
-def test_a_row_group_that_memory_cannot_hold_is_refused_before_it_is_read():
-    data = parquet([bytes(64 * MIB)] * 17, use_dictionary=False, compression="zstd")
-    found = confined(doors.rows, "t.parquet", data, {}, memory=256 * MIB)
-    assert (found.error, "row group 0 holds 1.1 GiB" in found.text) == ("StoreError", True)
-    assert found.memory < 64 * MIB
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -445,7 +439,6 @@ def inventory(**keys):
             ("a row without an end", "x.csv.gz", packed(b"uri\n", b'"\n",' * 10**6)),
             ("damaged gzip", "x.csv.gz", gzip.compress(b"uri\na.png\n")[:-9] + bytes(9)),
             ("no UTF-8", "x.parquet", parquet(NOT_UTF8, "uri")),
-            ("inventory of something else", "manifest.json", inventory()),
             ("inventory without keys", "manifest.json", inventory(fileSchema="Size")),
             ("credentials", "x.csv", b"uri\ns3://KEY:hunter2@b/x.png\n"),
             ("credentials with a slash", "x.csv", b"uri\ns3://KEY:hun/ter2@b/x.png\n"),

@@ -99,7 +99,7 @@ def refuse_circles(tiff: Any) -> None:
 
 
 def require_numbers(page: Any) -> None:
-    """Raise ImageError for a page whose sizes are texts or lists: times a number, they fill memory."""
+    """Raise ImageError for sizes that are texts or lists: times a number, they fill memory."""
     for name in NUMBERS:
         value = getattr(page, name)
         if not isinstance(value, int):
