@@ -25,6 +25,11 @@ def is_cluster_named() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+if not is_cluster_named():
+    # Read when Ray is imported; without it, Ray takes this machine's address for 127.0.0.1 and
+    # listens to the network.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 Nodes = list[tuple[float, float]]
 """GPUs and CPUs of each node that may hold actors."""
 
@@ -74,10 +79,6 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a busy machine
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean what they meant
-    if (
-        not is_cluster_named()
-    ):  # or Ray takes this machine's address for 127.0.0.1, and listens there
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():

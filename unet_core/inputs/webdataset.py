@@ -166,7 +166,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
                 hidden = name.rpartition("/")[2].startswith(".")
                 if not info.isdir() and is_image(name) and not hidden:
                     yield name, _content(tar, info)
-                tar.members.clear()  # it would remember every one
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
                 raise tarfile.ReadError("it has no end mark")
             if getattr(tar, "has_strange_blocks", False):

@@ -110,7 +110,7 @@ def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
     try:
         model, tiling = json.loads(metadata["model"]), json.loads(metadata["tiling"])
         header = Header(
-            network=_made(Factory if "factory" in model else UNetSpec, model),
+            network=_made(Factory, model) if "factory" in model else _made(UNetSpec, model),
             tiling=_made(Tiling, {**tiling, "sides": _made(Sides, tiling["sides"])}),
             class_names=tuple(_list_of(str, json.loads(metadata["classes"]))),
             preprocessing=Preprocessing.model_validate_json(metadata["preprocessing"]),
