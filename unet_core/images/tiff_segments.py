@@ -56,8 +56,9 @@ class Segments:
 
     def _read(self, start: int, stop: int) -> bytes:
         """Raises ImageError for what the file never had, StoreError for what it has no more."""
-        if stop > self._size:
-            raise ImageError("decode", f"a segment ends at byte {stop}, the file at {self._size}")
+        if not 0 <= start <= stop <= self._size:
+            where = f"a segment lies at bytes {start} to {stop}"
+            raise ImageError("decode", f"{where}, the file ends at {self._size}")
         data = self._read_range(start, stop)
         if len(data) != stop - start:
             raise StoreError(
