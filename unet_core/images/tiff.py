@@ -104,6 +104,9 @@ def require_numbers(page: Any) -> None:
         value = getattr(page, name)
         if not isinstance(value, int):
             raise ImageError("decode", f"{name} is {str(value)[:50]}, not a number")
+    for kind in {*map(type, page.dataoffsets), *map(type, page.databytecounts)}:
+        if not issubclass(kind, int | np.integer):
+            raise ImageError("decode", "where its strips or tiles lie is no number")
 
 
 def _check_segments(page: Any, data: bytes, rules: Rules) -> None:

@@ -17,7 +17,7 @@ import tifffile
 from unet_core.arrays import Array
 from unet_core.errors import ImageError, StoreError, UnetJobsError
 from unet_core.images.codec import one_line
-from unet_core.images.tiff import check_sniffed, side_of
+from unet_core.images.tiff import check_sniffed, require_numbers, side_of
 
 ReadRange = Callable[[int, int], bytes]
 """Bytes [start, stop) of the file; called by several threads at once."""
@@ -153,6 +153,8 @@ def segments_of(
 
     Raises ImageError for headers that lie.
     """
+    for one in pages:
+        require_numbers(one)
     page = pages[0].keyframe
     # restart markers of one JPEG (NDPI), planes behind a page (LSM, STK), volumes
     is_odd = page.jpegheader is not None or page.is_lsm or page.is_stk or page.tiledepth > 1
