@@ -101,7 +101,7 @@ def refuse_circles(tiff: Any) -> None:
 def require_numbers(page: Any) -> None:
     """Raise ImageError for sizes that are texts or lists: times a number, they fill memory."""
     for name in NUMBERS:
-        value = getattr(page, name)
+        value = getattr(page.keyframe, name)
         if not isinstance(value, int):
             raise ImageError("decode", f"{name} is {str(value)[:50]}, not a number")
     for kind in {*map(type, page.dataoffsets), *map(type, page.databytecounts)}:
