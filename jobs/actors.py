@@ -15,7 +15,18 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.dispatch import MAX_FAILED_STARTS, PREFETCH, Attempt, Died, Done, Event, Ready, Refused
+from jobs.dispatch import (
+    MAX_FAILED_STARTS,
+    PREFETCH,
+    PULSE_S,
+    Attempt,
+    Died,
+    Done,
+    Event,
+    Pulse,
+    Ready,
+    Refused,
+)
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
 from unet_core import errors
@@ -34,7 +45,9 @@ LOOK_S = 5.0
 PLACING_WARNING_S = 30.0
 DOUBT_S = 60.0
 """How long an actor may be out of reach before it is given up."""
-JOIN, START, CONFIGURE, ASK = "join", "start", "configure", "ask"
+JOIN, START, CONFIGURE, ASK, PULSE = "join", "start", "configure", "ask", "pulse"
+MOST_PULSES = 50
+"""A second, of all actors together."""
 NODE_DIED = "its node has died"
 """What Ray says of an actor that had not yet told where it is."""
 
@@ -108,6 +121,10 @@ class SegmentActor:
         replica = self._replica
         return _recorded(lambda: replica.configure(compute, footer))
 
+    def pulse(self) -> dict[str, int]:
+        """How far its shards are."""
+        return self._replica.steps() if self._replica is not None else {}
+
     def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash | Refusal:
         """Segment and commit one shard."""
         assert self._replica is not None
@@ -163,7 +180,7 @@ class RayActors:
             ),
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=PREFETCH,
+            max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
         )(SegmentActor)
         self._measures = Measures(self._run)
         self._placed = 0
@@ -175,7 +192,7 @@ class RayActors:
         self._doubted: dict[str, float] = {}
         """Actors out of reach, since when."""
         self._decided: tuple[Compute, dict[str, str]] | None = None
-        self._heard = self._looked = time.monotonic()
+        self._heard = self._looked = self._felt = time.monotonic()
         self._room = placement.actors
         self._useful = max(1, shards)
         self._grow()
@@ -229,6 +246,7 @@ class RayActors:
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
         self._grow()
+        self._take_pulses()
         calls = list(self._calls)
         ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
         if ready:
@@ -239,7 +257,7 @@ class RayActors:
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
         answers = [(reference, _answer(reference)) for reference in ready]
-        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError))
+        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | Crash))
         for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
@@ -262,12 +280,26 @@ class RayActors:
             self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
             self._call(name, JOIN, "join", log.getEffectiveLevel())
 
+    def _take_pulses(self) -> None:
+        """Now and then ask actors that are at work how far they are."""
+        every_s = max(PULSE_S, len(self._handles) / MOST_PULSES)
+        if time.monotonic() - self._felt < every_s:
+            return
+        self._felt = time.monotonic()
+        asked = {name for name, what in self._calls.values() if what == PULSE}
+        busy = {name for name, what in self._calls.values() if isinstance(what, Attempt)}
+        for name in busy - asked:
+            self._call(name, PULSE, "pulse")
+
     def _call(self, name: str, what: str | Attempt, method: str, *arguments: Any) -> None:
         reference = getattr(self._handles[name], method).remote(*arguments)
         self._calls[reference] = (name, what)
 
     def _receive(self, name: str, what: str | Attempt, answer: Any) -> Iterator[Event]:
-        if isinstance(answer, ray.exceptions.ActorUnavailableError):
+        if what == PULSE:
+            if isinstance(answer, dict):  # else what it works on tells what became of it
+                yield Pulse(name, answer)
+        elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._doubt(name, str(answer))
         elif isinstance(answer, ray.exceptions.RayError):
             yield self._bury(name, str(answer), getattr(answer, "preempted", False))
@@ -279,22 +311,27 @@ class RayActors:
             assert isinstance(what, Attempt)
             self._measures.lost(1)
             yield Refused(name, what.shard.shard_id, answer.reason)
-        elif what == ASK:
-            yield self._bury(name, "it was out of reach for a while", blameless=True)
-        elif what == JOIN:
-            code_version().require(answer.code, f"node {answer.node_id[:12]}")
-            self._nodes[name] = answer.node_id
-            self._call(name, START, "start")
-        elif what == START:
-            self._computes[name] = answer
-            if self._decided is not None:
-                self._call(name, CONFIGURE, "configure", *self._decided)
-        elif what == CONFIGURE:
-            self._measures.ready(name)
-            yield Ready(name)
         elif isinstance(what, Attempt):
             self._measures.done(name, what, answer)
             yield Done(name, what.shard.shard_id, answer)
+        elif what == ASK:
+            yield self._bury(name, "it was out of reach for a while", blameless=True)
+        else:
+            yield from self._started(name, what, answer)
+
+    def _started(self, name: str, step: str, answer: Any) -> Iterator[Ready]:
+        """An actor has come one step further on its way to be ready."""
+        if step == JOIN:
+            code_version().require(answer.code, f"node {answer.node_id[:12]}")
+            self._nodes[name] = answer.node_id
+            self._call(name, START, "start")
+        elif step == START:
+            self._computes[name] = answer
+            if self._decided is not None:
+                self._call(name, CONFIGURE, "configure", *self._decided)
+        elif step == CONFIGURE:
+            self._measures.ready(name)
+            yield Ready(name)
 
     def _doubt(self, name: str, reason: str) -> Iterator[Died]:
         """An actor cannot be reached: ask it again until it is known whether it, or its node,

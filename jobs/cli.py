@@ -3,6 +3,7 @@ so that ``--help`` and a wrong config cost less than a second.
 """
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -38,8 +39,9 @@ read it:  import pyarrow.dataset as ds
 LOOKING = """\
 all of them:  import pyarrow.dataset as ds
               print(ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed"))
-then mend the cause and run it again with --retry-failed, or go on with a larger budget:
-errors.max_failed_images=0.2"""
+go on with a larger budget: errors.max_failed_images=0.2
+if the cause is gone (what was missing is back, memory is free): --retry-failed
+if images were mended: they are others now, and need a new run"""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 
 
@@ -70,7 +72,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one ended", err=True)
-        sys.exit(StoppedError.exit_code)
+        sys.stdout.flush()
+        os._exit(StoppedError.exit_code)  # without waiting for threads that may hang for ever
 
 
 def _interrupt(*_: object) -> None:

@@ -3,8 +3,8 @@
 An actor holds at most two shards: one computes while the next is read; the last ones are shared
 out instead. When an actor dies with two shards, either may be guilty, so neither is charged: both
 become suspects and run alone. Only a death alone counts. A shard that has been charged
-``max_attempts`` times, or that does not come to an end alone, goes on trial: its images are tried
-one by one, and the guilty ones become failed rows. One that cannot be done even so is set aside.
+``max_attempts`` times, or that stands still alone, goes on trial: its images are tried one by one,
+and the guilty ones become failed rows. One that cannot be done even so is set aside.
 """
 
 import time
@@ -21,12 +21,13 @@ from unet_core.timings import ShardResult
 
 PREFETCH = 2
 MAX_FAILED_STARTS = 3
-FIRST_S_PER_BYTE = 1e-4
-"""Before anything was committed: slower than any device that people use."""
-SLACK = 10.0
-"""An attempt may be so many times slower than the slowest that came to an end."""
-TRIAL_SLACK = 20.0
-"""A trial restarts its child after each guilty image."""
+MAX_TRIALS = 2
+TRIAL_SLACK = 10.0
+"""On trial a child has to load the model, and every image as much time as an attempt."""
+PULSE_S = 2.0
+"""How often actors are asked how far they are."""
+PAUSE_S = 30.0
+"""A driver that was stopped for longer has heard nothing meanwhile, and blames nobody for it."""
 OVERHEAD_BYTES = 2**20
 """What a shard costs besides its bytes."""
 
@@ -71,6 +72,15 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Pulse:
+    """How far the shards of an actor are."""
+
+    actor: str
+    steps: dict[str, int]
+    """By shard under way: how often something of it came to an end."""
+
+
+@dataclass(frozen=True)
 class Refused:
     """A shard cannot be done; the actor lives."""
 
@@ -86,7 +96,7 @@ class Released:
     actor: str
 
 
-Event = Ready | Done | Refused | Died | Released
+Event = Ready | Done | Refused | Pulse | Died | Released
 
 
 class Workers(Protocol):
@@ -126,22 +136,23 @@ class Workers(Protocol):
 
 @dataclass
 class Patience:
-    """How long an attempt may take, by the size of its shard and by what others took."""
+    """How long an attempt may stand still: as long as storage may take until it gives up, a while
+    beyond that, and the time that a whole shard of its size takes at the rate of this run.
+    """
 
     least_s: float = 420.0
-    """What storage may take until it gives up, and what is put up with beyond that."""
-    slowest_s_per_byte: float | None = None
+    seconds: float = 0.0
+    bytes: int = 0
 
     def limit_s(self, shard: Shard) -> float:
-        """After so long an attempt counts as hanging."""
-        slowest = self.slowest_s_per_byte
-        rate = FIRST_S_PER_BYTE if slowest is None else SLACK * slowest
+        """After so long without a step an attempt counts as hanging."""
+        rate = self.seconds / self.bytes if self.bytes else 0.0
         return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
 
     def learn(self, shard: Shard, seconds: float) -> None:
         """An attempt came to an end after so long."""
-        rate = seconds / (shard.bytes + OVERHEAD_BYTES)
-        self.slowest_s_per_byte = max(self.slowest_s_per_byte or 0.0, rate)
+        self.seconds += seconds
+        self.bytes += shard.bytes + OVERHEAD_BYTES
 
 
 @dataclass
@@ -161,8 +172,15 @@ class Board:
     charged: dict[str, int] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     is_stopped: bool = False
+    failed_starts: int = 0
+    """Actors that died before they were ready, one after the other, while none was."""
+    _trials: dict[str, int] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
-    """By actor, when the oldest attempt that it holds had it for itself."""
+    """By actor, when its oldest attempt became that."""
+    _heard: dict[str, float] = field(default_factory=dict)
+    """By actor, when that attempt made its last step."""
+    _steps: dict[str, int] = field(default_factory=dict)
+    """By shard, how far its attempt was when it was last heard of."""
 
     @classmethod
     def of(
@@ -171,7 +189,8 @@ class Board:
         """All shards of a plan waiting, the largest first."""
         errors = errors or ErrorsConfig()
         waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
-        return cls(waiting, errors.max_attempts, Patience(storage_s + errors.stall_s))
+        least_s = max(storage_s + errors.stall_s, 3 * PULSE_S)
+        return cls(waiting, errors.max_attempts, Patience(least_s))
 
     @property
     def is_done(self) -> bool:
@@ -217,49 +236,89 @@ class Board:
             return self._begin(actor, self.waiting.popleft(), alone=False)
         return None
 
+    def note(self, event: "Ready | Refused | Pulse | Died | Released") -> None:
+        """Something happened to an actor; commits are told to ``done``."""
+        match event:
+            case Ready(actor):
+                self.in_flight[actor] = []
+                self.failed_starts = 0
+            case Refused():
+                self.refused(event)
+            case Pulse():
+                self.hear(event)
+            case Died():
+                self.died(event)
+
     def done(self, actor: str, shard_id: str) -> Attempt:
         """A shard was committed; returns the attempt that did it."""
-        attempt = self._take_back(actor, shard_id)
-        if attempt.trial_s is None:
-            self.patience.learn(attempt.shard, self.clock() - self._since[actor])
-        self._since[actor] = self.clock()
+        since = self._since[actor]
+        attempt, was_oldest = self._take_back(actor, shard_id)
+        if was_oldest and attempt.trial_s is None:
+            self.patience.learn(attempt.shard, self.clock() - since)
         return attempt
 
     def refused(self, event: Refused) -> None:
         """A shard cannot be done; only its actor could tell."""
         self._take_back(event.actor, event.shard_id)
-        self._since[event.actor] = self.clock()
         self.set_aside[event.shard_id] = event.reason
 
+    def hear(self, event: Pulse) -> None:
+        """Note whether the oldest attempt of an actor has made a step."""
+        held = self.in_flight.get(event.actor)
+        if not held:
+            return
+        oldest = held[0].shard.shard_id
+        steps = event.steps.get(oldest, 0)
+        if steps != self._steps.get(oldest, 0):
+            self._steps[oldest], self._heard[event.actor] = steps, self.clock()
+
+    def forgive(self, seconds: float) -> None:
+        """Nobody was listened to for so long."""
+        for times in (self._since, self._heard):
+            times.update({actor: at + seconds for actor, at in times.items()})
+
     def overdue(self) -> Iterator[tuple[str, str]]:
-        """Actors whose oldest attempt does not come to an end, and what to say of it."""
+        """Actors whose oldest attempt stands still, and what to say of it."""
         for actor, held in list(self.in_flight.items()):
             if not held:
                 continue
             limit_s = self.patience.limit_s(held[0].shard)
             limit_s *= TRIAL_SLACK if held[0].trial_s is not None else 1.0
-            if self.clock() - self._since[actor] > limit_s:
-                self._since[actor] = self.clock()
+            if self.clock() - self._heard[actor] > limit_s:
+                self._heard[actor] = self.clock()
                 name = held[0].shard.uri or held[0].shard.shard_id
-                yield actor, f"shard {name} did not come to an end within {limit_s:.0f} s"
+                yield actor, f"shard {name} has made no step for {limit_s:.0f} s"
 
     def died(self, event: Died) -> None:
         """Take back what a dead actor held, and judge it."""
+        is_failed_start = event.actor not in self.in_flight and not event.blameless
         held = self.in_flight.pop(event.actor, [])
+        if is_failed_start and not self.in_flight:
+            self.failed_starts += 1
         for attempt in held:
             shard = attempt.shard
             if self.is_stopped:
                 continue
-            if event.blameless:
+            if attempt.trial_s is not None:
+                self._try_again(shard, event)
+            elif event.blameless:
                 self.waiting.appendleft(shard)
             elif len(held) > 1:
                 self.suspects.append(shard)
-            elif attempt.trial_s is not None:
-                self.set_aside[shard.shard_id] = f"none of its images is guilty: {event.reason}"
             elif self._charge(shard, event) >= self.max_attempts:
                 self.on_trial.append(shard)
             else:
                 self.suspects.append(shard)
+
+    def _try_again(self, shard: Shard, event: Died) -> None:
+        """A trial came to no end; the actor may have died for another reason."""
+        tried = self._trials.get(shard.shard_id, 0) + (not event.blameless)
+        self._trials[shard.shard_id] = tried
+        if tried >= MAX_TRIALS:
+            reason = f"its images were tried one by one, and even so: {event.reason}"
+            self.set_aside[shard.shard_id] = reason
+        else:
+            self.on_trial.append(shard)
 
     def _charge(self, shard: Shard, event: Died) -> int:
         """A death alone counts; what hangs alone is no accident."""
@@ -272,16 +331,19 @@ class Board:
         self.attempts[shard.shard_id] = number
         trial_s = self.patience.limit_s(shard) if on_trial else None
         attempt = Attempt(shard, number, alone, trial_s)
+        self._steps.pop(shard.shard_id, None)
         if not self.in_flight[actor]:
-            self._since[actor] = self.clock()
+            self._since[actor] = self._heard[actor] = self.clock()
         self.in_flight[actor].append(attempt)
         return attempt
 
-    def _take_back(self, actor: str, shard_id: str) -> Attempt:
+    def _take_back(self, actor: str, shard_id: str) -> tuple[Attempt, bool]:
+        """The attempt, and whether it was the oldest; then the next one is."""
         held = self.in_flight[actor]
-        attempt = next(a for a in held if a.shard.shard_id == shard_id)
-        held.remove(attempt)
-        return attempt
+        place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
+        if place == 0:
+            self._since[actor] = self._heard[actor] = self.clock()
+        return held.pop(place), place == 0
 
 
 def dispatch(
@@ -295,34 +357,42 @@ def dispatch(
 
     Raises WorkersError when actors die again and again before they are ready.
     """
-    failed_starts = 0
+    awake = board.clock()
     while not board.is_done:
         for event in workers.events():
             on_event(event)
-            match event:
-                case Ready(actor):
-                    board.in_flight[actor] = []
-                    failed_starts = 0
-                case Done(actor, shard_id, result):
-                    on_done(result, board.done(actor, shard_id), actor)
-                case Refused():
-                    board.refused(event)
-                case Died(actor, reason):
-                    failed_starts += actor not in board.in_flight and not event.blameless
-                    board.died(event)
-                    if failed_starts >= MAX_FAILED_STARTS and not board.in_flight:
-                        raise WorkersError(f"{failed_starts} actors died while starting: {reason}")
-        for actor, reason in board.overdue():
-            died = workers.give_up(actor, reason)
-            if died is not None:
-                on_event(died)
-                board.died(died)
+            if isinstance(event, Done):
+                on_done(event.result, board.done(event.actor, event.shard_id), event.actor)
+            else:
+                board.note(event)
+            if board.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
+                raise WorkersError(
+                    f"{board.failed_starts} actors died while starting: {event.reason}"
+                )
+        slept, awake = board.clock() - awake, board.clock()
+        if slept > PAUSE_S:
+            board.forgive(slept)
+        _give_up(board, workers, on_event)
         on_tick()
         workers.want(board.useful, board.open)
-        for actor in list(board.in_flight):
-            while (attempt := board.next_for(actor)) is not None:
-                workers.submit(actor, attempt)
-            if not board.has_use_for(actor):
-                del board.in_flight[actor]
-                workers.release(actor)
-                on_event(Released(actor))
+        _hand_out(board, workers, on_event)
+
+
+def _give_up(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
+    """End the actors whose attempts stand still."""
+    for actor, reason in board.overdue():
+        died = workers.give_up(actor, reason)
+        if died is not None:
+            on_event(died)
+            board.died(died)
+
+
+def _hand_out(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
+    """Let every actor begin what it should, and end those that nothing is left for."""
+    for actor in list(board.in_flight):
+        while (attempt := board.next_for(actor)) is not None:
+            workers.submit(actor, attempt)
+        if not board.has_use_for(actor):
+            del board.in_flight[actor]
+            workers.release(actor)
+            on_event(Released(actor))

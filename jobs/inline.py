@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.dispatch import PREFETCH, Attempt, Done, Event, Ready, Refused
+from jobs.dispatch import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ShardError
 from unet_core.replica import Replica
@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 NAME = "inline"
 WAIT_S = 0.5
+STOP_S = 30.0
+"""How long a shard under way may take to notice that it is given up."""
 
 
 class InlineWorkers:
@@ -58,6 +60,7 @@ class InlineWorkers:
             self._is_new = False
             yield Ready(NAME)
             return
+        yield Pulse(NAME, self._replica.steps())
         done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
         for future in done:
             attempt = self._futures.pop(future)
@@ -67,7 +70,11 @@ class InlineWorkers:
                 yield Refused(NAME, attempt.shard.shard_id, str(error))
 
     def close(self) -> None:
-        """Drop what has not begun and wait for what has; uncommitted shards are done again."""
+        """Drop what has not begun and wait a while for what has; the rest is done next time."""
         self._replica.cancel()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        _, hanging = wait(self._futures, timeout=STOP_S)
+        for future in hanging:
+            shard = self._futures[future].shard
+            log.warning("shard %s does not stop", shard.uri or shard.shard_id)
         torch.set_num_threads(self._threads_before)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from jobs import session
 from jobs.budget import Budget
@@ -10,7 +11,8 @@ from jobs.dispatch import Attempt, Board, Workers, dispatch
 from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig, is_remote
-from unet_core.inputs.formats import list_shards
+from unet_core.errors import RunMismatchError
+from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.manifest import Draft
 from unet_core.manifest import draft as make_draft
@@ -56,10 +58,14 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     run = job.run
     with contextlib.ExitStack() as stack:
         known = run.manifest()
-        again = run.forget_failed() if retry_failed else 0
+        again = 0
+        if retry_failed and known is not None:
+            again = run.forget_failed(known, partial(is_there, job.source))
         new = _new_shards(job, known) if refresh and known is not None else []
         if run.is_finished:
-            return Outcome(run, run.finished_totals(), was_finished=True)
+            totals = run.finished_totals()
+            if known is not None and totals.shards == len(known):
+                return Outcome(run, totals, was_finished=True)
         draft = None
         if known is None:
             draft = stack.enter_context(make_draft(list_shards(job.source)))
@@ -96,8 +102,14 @@ def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
 
             with timings:
                 dispatch(board, workers, on_done, progress.on_event, progress.tick)
-    exceeded = board.is_stopped or budget.is_exceeded(totals, at_end=totals.shards == len(shards))
-    if totals.shards == len(shards) and not exceeded:
+    is_done = totals.shards == len(shards)
+    exceeded = budget.is_exceeded(totals, at_end=True) if is_done else board.is_stopped
+    if is_done and not exceeded:
+        if not run.has_all(shards):
+            raise RunMismatchError(
+                f"{run.store.uri()}: another driver has added shards or taken commits back "
+                "meanwhile; run the same command again"
+            )
         run.finish(totals)
     names = {shard.shard_id: shard.uri or shard.shard_id for shard in plan}
     set_aside = {names[shard_id]: why for shard_id, why in board.set_aside.items()}

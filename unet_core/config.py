@@ -145,8 +145,8 @@ class ErrorsConfig(Section):
     max_attempts: Count = 2
     """Deaths of actors that a shard may cause alone before its images are tried one by one."""
     stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
-    """What takes this much longer than its size and the storage let expect is given up: of a shard
-    the actor, of an image tried alone the image."""
+    """What stands still for this much longer than its size and the storage let expect is given up:
+    of a shard the actor, of an image tried alone the image."""
 
 
 class ShareConfig(Section):

@@ -14,6 +14,7 @@ from itertools import accumulate, chain, islice
 from typing import BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ParquetDamagedError
@@ -136,10 +137,12 @@ def with_members(store: Store, shard: Shard) -> Shard:
 
 def names(store: Store, heads: list[Shard]) -> Known:
     """What the shards of a run are made of: every tar, Parquet file and loose image."""
-    found: Known = {shard.uri: shard.etag for shard in heads if shard.uri}
-    for shard in heads:
-        if shard.has_members:
-            found |= {member.key: member.etag for member in with_members(store, shard).members}
+    found = {shard.uri for shard in heads if shard.uri}
+    for generation in sorted({shard.generation for shard in heads if shard.has_members}):
+        with store.open_parquet(manifest_name(generation)) as file:
+            for batch in file.iter_batches(SHARDS_PER_GROUP, columns=["members"]):
+                keys = pc.list_flatten(batch["members"]).field("key")
+                found.update(keys.to_pylist())
     return found
 
 

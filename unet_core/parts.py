@@ -18,6 +18,8 @@ from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
+CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"}
+"""Codes of failures that one attempt may meet and another not."""
 COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index": False}
 
 
@@ -97,18 +99,49 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> None
     """Publish both parts, masks first; the metrics part, exclusive and last, is the commit.
 
     A shard that is committed already is left alone. Raises CommitConflictError if its commit has
-    other bytes than this one.
+    other bytes than this one, unless they speak of failures that may differ.
     """
     name = metrics_name(shard_id)
     if not store.exists(name):
-        store.publish(masks_name(shard_id), masks)
+        is_first = store.publish_exclusively(masks_name(shard_id), masks)
+        if not is_first and not store.exists(name):
+            store.publish(masks_name(shard_id), masks)  # those of an attempt that came to no commit
         if store.publish_exclusively(name, metrics):
             return
-    if store.read(name) != metrics:
+    kept = store.read(name)
+    if kept == metrics:
+        return
+    _require_its_masks(store, shard_id)
+    if not _agree(kept, metrics):
         raise CommitConflictError(
             f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
             f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
         )
+
+
+def _require_its_masks(store: Store, shard_id: str) -> None:
+    """Take a commit back whose masks another attempt has replaced just before it.
+
+    Raises CommitConflictError if so; the same command does the shard again.
+    """
+    _, footer = read_metrics(store, shard_id)
+    sha256 = hashlib.sha256(store.read(masks_name(shard_id))).hexdigest()
+    if footer.get("masks_sha256") != sha256:
+        store.remove(metrics_name(shard_id))
+        raise CommitConflictError(
+            f"two attempts at shard {shard_id} had different failures at once, and its commit was "
+            "taken back; run the same command again"
+        )
+
+
+def _agree(kept: bytes, metrics: bytes) -> bool:
+    """Whether two metrics parts differ only in images that circumstances failed in one of them."""
+    both = [pq.read_table(io.BytesIO(part)).to_pylist() for part in (kept, metrics)]
+    uncertain = {
+        row["image_id"] for rows in both for row in rows if row["error_code"] in CIRCUMSTANTIAL
+    }
+    mine, theirs = ([row for row in rows if row["image_id"] not in uncertain] for rows in both)
+    return mine == theirs
 
 
 def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:

@@ -1,6 +1,7 @@
 """One replica of the model with everything around it: what an actor is, without Ray."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -76,7 +77,8 @@ class Replica:
         guilty = {}
         if trial_s is not None:
             self.engine.free_memory()
-            guilty = Trial(self.spec, settings.compute, settings.footer, shard, trial_s).guilty()
+            trial = Trial(self.spec, settings.compute, settings.footer, shard, trial_s)
+            guilty = trial.guilty(partial(self.segmenter.step, shard.shard_id))
         return self.segmenter.segment(shard, guilty)
 
     @property
@@ -84,6 +86,10 @@ class Replica:
         """What segments shards, once it is configured."""
         assert self._segmenter is not None, "configure first"
         return self._segmenter
+
+    def steps(self) -> dict[str, int]:
+        """By shard under way, how often something of it came to an end."""
+        return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
     def cancel(self) -> None:
         """Give up the shards under way, soon; they raise StoppedError."""

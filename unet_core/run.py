@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,19 +213,30 @@ class Run:
         """Take back that the run is finished."""
         self.store.remove(SUCCESS)
 
-    def forget_failed(self) -> int:
+    def forget_failed(self, shards: list[Shard], is_there: Callable[[Shard], bool]) -> int:
         """Take back the commits of shards with failed images, so that they are done again; returns
-        how many.
+        how many. What is no longer there as it was keeps its commit: it could not be done again.
         """
+        committed = self.committed()
+        heads = [shard for shard in shards if shard.shard_id in committed]
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            ids = sorted(self.committed())
-            totals = pool.map(lambda shard_id: read_totals(self.store, shard_id), ids)
-            failed = [name for name, found in zip(ids, totals, strict=True) if found.failed]
-            if failed:
+            totals = pool.map(lambda shard: read_totals(self.store, shard.shard_id), heads)
+            failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
+            there = pool.map(is_there, failed)
+            again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
+            if again:
                 self.reopen()
-            for _ in pool.map(lambda name: self.store.remove(metrics_name(name)), failed):
+            for _ in pool.map(lambda name: self.store.remove(metrics_name(name)), again):
                 pass
-        return len(failed)
+        return len(again)
+
+    def has_all(self, shards: list[Shard]) -> bool:
+        """Whether these are all shards of the run, and committed: another driver may have added
+        some or taken commits back.
+        """
+        generations = 1 + max((shard.generation for shard in shards), default=0)
+        are_all = len(self.store.list(FOLDER)) == generations
+        return are_all and {shard.shard_id for shard in shards} <= self.committed()
 
     def finish(self, totals: Totals) -> None:
         """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -106,6 +107,12 @@ class Segmenter:
         """When the last of them came to an end."""
         self._counting = threading.Lock()
         self._cancelled = threading.Event()
+        self.steps: dict[str, int] = {}
+        """By shard under way: how often something of it came to an end."""
+
+    def step(self, shard_id: str) -> None:
+        """Something of a shard came to an end."""
+        self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
 
     def cancel(self) -> None:
         """Let every shard under way raise StoppedError before its next image."""
@@ -126,9 +133,12 @@ class Segmenter:
             replace(sample, failure=guilty.get(place, sample.failure))
             for place, sample in enumerate(read_shard(self.settings.source, shard))
         )
-        with self._part() as part:
-            rows, seen = self._fill(part, samples, seconds)
-            return self._commit(shard, rows, part, seen, seconds)
+        try:
+            with self._part() as part:
+                rows, seen = self._fill(part, samples, seconds, partial(self.step, shard.shard_id))
+                return self._commit(shard, rows, part, seen, seconds)
+        finally:
+            self.steps.pop(shard.shard_id, None)
 
     def rehearse(self, sample: Sample) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
@@ -141,7 +151,11 @@ class Segmenter:
         return contextlib.closing(part)
 
     def _fill(
-        self, part: MasksPart, samples: Iterator[Sample], seconds: Seconds
+        self,
+        part: MasksPart,
+        samples: Iterator[Sample],
+        seconds: Seconds,
+        on_step: Callable[[], None] = lambda: None,
     ) -> tuple[list[Row], int]:
         """Put the masks of samples into a part; returns the rows of the metrics part, and how many
         images the reader gave.
@@ -158,7 +172,7 @@ class Segmenter:
             DECODED_BYTES,
             lambda drawn: drawn[0].encoded_bytes,
         ) as images:
-            for index, future in self._compute(images, encoded, seconds):
+            for index, future in self._compute(images, encoded, seconds, on_step):
                 encoded.add(index, future)
                 self._append(encoded.ready(), rows, part, seconds)
             self._append(encoded.rest(), rows, part, seconds)
@@ -173,7 +187,11 @@ class Segmenter:
         return Decoded(images, drawn_s, clock.seconds, spent - clock.seconds)
 
     def _compute(
-        self, images: Images, encoded: InOrder[Encoded], seconds: Seconds
+        self,
+        images: Images,
+        encoded: InOrder[Encoded],
+        seconds: Seconds,
+        on_step: Callable[[], None],
     ) -> Iterator[tuple[int, Future[Encoded]]]:
         """Run every batch; yield each image's number and its rows to come once it is complete.
 
@@ -186,6 +204,7 @@ class Segmenter:
             for decoded in self._timed(images, seconds):
                 if self._cancelled.is_set():
                     raise StoppedError("stopped")
+                on_step()
                 seconds.reading += decoded.drawn_s + decoded.read_s
                 seconds.decoding += decoded.decode_s
                 for decoded_image in decoded.images:
@@ -198,11 +217,13 @@ class Segmenter:
                     canvas = Canvas(index, image, self.settings.windows, self._look)
                     for pieces in queue.add(canvas):
                         self._start(pieces, running)
-                        yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
+                        batches = running.finished(self.engine.lanes + 1)
+                        yield from self._paste(batches, seconds, on_step)
             for pieces in queue.rest():
                 self._start(pieces, running)
-                yield from self._paste(running.finished(self.engine.lanes + 1), seconds)
-        yield from self._paste(running.finished(0), seconds)
+                batches = running.finished(self.engine.lanes + 1)
+                yield from self._paste(batches, seconds, on_step)
+        yield from self._paste(running.finished(0), seconds, on_step)
 
     @contextlib.contextmanager
     def _device_taken(self, seconds: Seconds) -> Iterator[None]:
@@ -259,9 +280,13 @@ class Segmenter:
                 self._ended = time.perf_counter()
 
     def _paste(
-        self, finished: Iterator[tuple[list[Piece], list[Segmented], float]], seconds: Seconds
+        self,
+        finished: Iterator[tuple[list[Piece], list[Segmented], float]],
+        seconds: Seconds,
+        on_step: Callable[[], None],
     ) -> Iterator[tuple[int, Future[Encoded]]]:
         for pieces, results, device_s in finished:
+            on_step()
             seconds.device += device_s
             for (canvas, tile), result in zip(pieces, results, strict=True):
                 for area in canvas.paste(tile, result):

@@ -5,20 +5,21 @@ not survive is guilty. Nothing of the trial is kept: the shard is then segmented
 the guilty ones.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import ImageError, ShardError, UnetJobsError
+from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError
 from unet_core.images.codec import one_line
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOADING_S = 600.0
 """For the child to load the model."""
+PR_SET_PDEATHSIG = 1  # from prctl.h
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -46,6 +48,13 @@ class Guilty:
 
     place: int
     failure: ImageError
+    is_broken: bool = False
+    """The child ends: what is broken stays broken, and other images would be blamed for it."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The image came to its end."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class Trial:
     image_s: float
     """How long one image may take."""
 
-    def guilty(self) -> dict[int, ImageError]:
+    def guilty(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
         """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
-        ``out_of_memory``.
+        ``out_of_memory``. ``on_step`` is called whenever the child was heard.
 
         Raises what the child raises of this project's errors, and ShardError if it dies or hangs
         while it reads.
@@ -70,30 +79,42 @@ class Trial:
         found: dict[int, ImageError] = {}
         first: int | None = 0
         while first is not None:
-            first = self._try_from(first, found)
+            first = self._try_from(first, found, on_step)
+            on_step()
         log.warning("tried alone shard=%s guilty=%d", self.shard.shard_id, len(found))
         return found
 
-    def _try_from(self, first: int, found: dict[int, ImageError]) -> int | None:
+    def _try_from(
+        self, first: int, found: dict[int, ImageError], on_step: Callable[[], None]
+    ) -> int | None:
         """One child's life; returns the place after the image that ended it, None at the end."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
         child = context.Process(target=_live, args=(self, first, there), daemon=True)
-        child.start()
+        try:
+            child.start()
+        except OSError as error:
+            raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
         place, patience_s = None, LOADING_S
         try:
             while True:
-                message = self._hear(here, patience_s, place)
+                message = _heard(here, patience_s)
+                on_step()
                 patience_s = self.image_s
-                if isinstance(message, Guilty):
-                    found[message.place] = message.failure
-                elif isinstance(message, Began):
-                    place = message.place
-                    if place is None:
+                match message:
+                    case Began(None):
                         return None
-                elif isinstance(message, UnetJobsError):
-                    raise message
+                    case Began(begun):
+                        place = begun
+                    case Passed():
+                        place = None
+                    case Guilty(guilty, failure, is_broken):
+                        found[guilty], place = failure, None
+                        if is_broken:
+                            return guilty + 1
+                    case UnetJobsError():
+                        raise message
         except EOFError:
             child.join()
             failure = ImageError("worker_died", f"tried alone, it {_how(child.exitcode)}")
@@ -104,21 +125,22 @@ class Trial:
             child.join()
             here.close()
         if place is None:
-            raise ShardError(
-                f"its images could not be tried one by one: loading or reading {failure.args[0]}"
-            )
+            raise ShardError(f"its images could not be read one by one: {failure}")
         found[place] = failure
         return place + 1
 
-    def _hear(self, here: Connection, patience_s: float, place: int | None) -> object:
-        if not here.poll(patience_s):
-            raise TimeoutError(place)
-        return here.recv()
+
+def _heard(here: Connection, patience_s: float) -> object:
+    """The child's next word; raises EOFError if it died, TimeoutError if it is silent."""
+    if not here.poll(patience_s):
+        raise TimeoutError
+    return here.recv()
 
 
 def _live(trial: Trial, first: int, pipe: Connection) -> None:
     """The child: try every image from ``first`` on, and say so before each."""
     _end_with_parent()
+    room = None
     try:
         from unet_core.replica import Replica
 
@@ -127,15 +149,15 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
         room = _limit_memory()
         for message in _tried(replica, trial.shard, first, room):
             pipe.send(message)
-        pipe.send(Began(None))
     except UnetJobsError as error:
         pipe.send(error)
+    except MemoryError:
+        pipe.send(ShardError(f"reading it takes more memory than {_needed(room)}"))
 
 
 def _tried(
     replica: "Replica", shard: Shard, first: int, room: int | None
-) -> Iterator[Began | Guilty]:
-    import torch
+) -> Iterator[Began | Passed | Guilty]:
 
     for place, sample in enumerate(read_shard(replica.spec.source, shard)):
         if place < first:
@@ -143,11 +165,21 @@ def _tried(
         yield Began(place)
         try:
             replica.segmenter.rehearse(sample)
-        except (MemoryError, torch.OutOfMemoryError):
-            needed = f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
-            yield Guilty(place, ImageError("out_of_memory", f"it takes more memory than {needed}"))
-        except RuntimeError as error:  # torch's device errors; a broken device stays broken
-            yield Guilty(place, ImageError("worker_died", f"tried alone: {one_line(error)}"))
+            yield Passed()
+        except MemoryError:
+            reason = f"it takes more memory than {_needed(room)}"
+            yield Guilty(place, ImageError("out_of_memory", reason))
+        except WorkersError as error:  # the device has no room for one tile
+            yield Guilty(place, ImageError("out_of_memory", f"tried alone: {error}"))
+        except RuntimeError as error:  # torch's device errors: a broken device stays broken
+            reason = f"tried alone: {one_line(error)}"
+            yield Guilty(place, ImageError("worker_died", reason), is_broken=True)
+            return
+    yield Began(None)
+
+
+def _needed(room: int | None) -> str:
+    return f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
 
 
 def _how(exit_code: int | None) -> str:
@@ -157,7 +189,9 @@ def _how(exit_code: int | None) -> str:
 
 
 def _end_with_parent() -> None:
-    """A child that hangs must not outlive the actor that watches it."""
+    """A child that hangs must not outlive the actor that watches it, whatever it holds."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -191,7 +225,10 @@ def _free_bytes() -> int:
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
+            used = int((CGROUP / "memory.current").read_text())
+            statistics = (CGROUP / "memory.stat").read_text()
+            cached = int(statistics.partition("inactive_file ")[2].split()[0])
+            free = min(free, int(limit) - used + cached)
+    except (OSError, ValueError, IndexError):
         pass  # no cgroup of its own
     return max(free, 2**30)

@@ -14,14 +14,14 @@ from tests.data import digests, write_folder, write_tar, write_tars
 from tests.jobs.test_cli import run_cli  # noqa: F401  # a fixture
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
-from unet_core.errors import StoreError
+from unet_core.errors import RunMismatchError, StoreError
 from unet_core.failures import causes
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.synthetic import png
 from unet_core.verify import verify
 
-PUBLISH = Run.publish_manifest
+PUBLISH, HAS_ALL = Run.publish_manifest, Run.has_all
 
 
 @pytest.fixture
@@ -120,6 +120,76 @@ def test_failed_shards_are_done_again_when_asked(make_config, spoiled):
     redone = {path for path in before if before[path] != after[path]}
     assert len({path for path in redone if path.parent.name == "metrics"}) == 2
     assert digests(run) == parts
+
+
+def test_what_is_no_longer_as_it_was_keeps_its_commit_when_failed_shards_are_done_again(
+    make_config, spoiled
+):
+    (spoiled / "shard-0.tar").unlink()
+    good = png(np.zeros((20, 30), np.uint8))
+    write_tar(spoiled / "bad-0.tar", {"a.png": good, "b.png": good, "cut.png": b"\x89PNG"})
+    config = make_config(input={"uri": str(spoiled)}, errors={"max_failed_images": 1.0})
+    first = predict(config)
+    write_tar(spoiled / "bad-0.tar", {"a.png": good, "b.png": good, "cut.png": good})
+    (spoiled / "bad-1.tar").unlink()
+    parts = digests(config.output.uri)
+    again = predict(config, retry_failed=True)
+    assert (again.was_finished, again.totals) == (True, first.totals)
+    assert digests(config.output.uri) == parts
+
+
+def test_a_driver_does_not_finish_a_run_to_which_another_one_has_added(
+    make_config, spoiled, monkeypatch
+):
+    late = spoiled / "shard-0.tar"
+    data = late.read_bytes()
+    late.unlink()
+    config = make_config(input={"uri": str(spoiled)}, errors={"max_failed_images": 1.0})
+    run = Run(config.output.uri)
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    def has_all(self, shards):
+        """Just before: another driver adds a shard, and dies."""
+        late.write_bytes(data)
+        monkeypatch.undo()
+        monkeypatch.setattr("jobs.predict.segment", dies)
+        with pytest.raises(KeyboardInterrupt):
+            predict(config, refresh=True)
+        monkeypatch.undo()
+        return HAS_ALL(self, shards)
+
+    monkeypatch.setattr(Run, "has_all", has_all)
+    with pytest.raises(RunMismatchError, match="another driver has added shards"):
+        predict(config)
+    assert not run.is_finished
+    assert predict(config).totals.shards == 8
+    assert Run(config.output.uri).is_finished
+
+
+def test_a_run_that_was_finished_too_early_is_gone_on_with(make_config, spoiled):
+    config = make_config(input={"uri": str(spoiled)}, errors={"max_failed_images": 1.0})
+    first = predict(config)
+    success = first.run.store.read("_SUCCESS")
+    one = min(first.run.committed())
+    first.run.store.remove(f"metrics/{one}.parquet")
+    first.run.store.publish("_SUCCESS", success.replace(b'"shards": 8', b'"shards": 7'))
+    again = predict(config)
+    assert (again.was_finished, again.totals) == (False, first.totals)
+    assert first.run.store.read("_SUCCESS") == success
+
+
+def test_a_list_whose_images_are_gone_as_a_whole_stops_the_run(make_config, tmp_path):
+    (tmp_path / "in").mkdir()
+    images = write_folder(tmp_path / "in") / "images"
+    lines = [f"{path},{'0' * 32}" for path in sorted(images.iterdir())]
+    (tmp_path / "list.csv").write_text("\n".join(["uri,etag", *lines]))
+    section = {"uri": f"{tmp_path}/list.csv", "format": "list", "masks": "", "allow": [str(images)]}
+    assert predict(make_config(input=section)).totals.ok == 12  # local files have no such etag
+    images.rename(tmp_path / "away")
+    with pytest.raises(StoreError, match="images is gone"):
+        predict(make_config(input=section, out="again"))
 
 
 def test_loose_images_that_change_under_a_run_are_failed_rows(make_config, tmp_path, once_listed):

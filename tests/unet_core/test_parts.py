@@ -1,3 +1,4 @@
+import hashlib
 import io
 
 import numpy as np
@@ -5,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_core.errors import CommitConflictError
-from unet_core.parts import ROW_GROUP_BYTES, MasksPart, commit
+from unet_core.parts import ROW_GROUP_BYTES, MasksPart, commit, metrics_part
 from unet_core.storage.store import Store
 
 
@@ -43,12 +44,67 @@ def test_a_part_is_the_same_bytes_every_time():
     assert len(digests) == 1
 
 
+def parts(failed=(), masks=b"masks", other=0):
+    """Masks, and a metrics part of two images that belongs to them."""
+    rows = [
+        {"image_id": name, "status": "failed" if name in failed else "ok", "height": other,
+         "error_code": "timeout" if name in failed else None}
+        for name in "ab"
+    ]  # fmt: skip
+    footer = {"masks_sha256": hashlib.sha256(masks).hexdigest(), "images_seen": "2"}
+    return io.BytesIO(masks), metrics_part(rows, footer)
+
+
+def commit_all(store, **made):
+    masks, metrics = parts(**made)
+    commit(store, "s", masks, metrics)
+    return store.read("masks/s.parquet"), store.read("metrics/s.parquet")
+
+
 def test_a_second_commit_must_be_equal_and_changes_nothing(tmp_path):
     store = Store(str(tmp_path))
-    commit(store, "s", io.BytesIO(b"masks"), b"metrics")
-    commit(store, "s", io.BytesIO(b"late masks"), b"metrics")
-    assert store.read("masks/s.parquet") == b"masks"
+    first = commit_all(store)
+    assert commit_all(store) == first
     with pytest.raises(CommitConflictError, match="shard s is committed with other bytes"):
-        commit(store, "s", io.BytesIO(b"other"), b"other metrics")
+        commit_all(store, masks=b"others", other=1)
     assert store.read("masks/s.parquet") == b"masks"
-    assert store.read("metrics/s.parquet") == b"metrics"
+    assert commit_all(store, failed="a", masks=b"less") == first  # it failed there, and not here
+
+
+def test_masks_without_a_commit_are_replaced(tmp_path):
+    store = Store(str(tmp_path))
+    store.publish("masks/s.parquet", b"of an attempt that was killed")
+    assert commit_all(store)[0] == b"masks"
+
+
+class Raced(Store):
+    """Another attempt works on the shard just before a name is written here."""
+
+    def before(self, name, happens):
+        self.when, self.happens = name, happens
+        return self
+
+    def publish_exclusively(self, name, source):
+        if name.startswith(self.when):
+            self.when = "never"
+            self.happens()
+        return super().publish_exclusively(name, source)
+
+
+def test_an_attempt_that_loses_a_race_leaves_the_masks_of_the_winner(tmp_path):
+    store = Store(str(tmp_path))
+    raced = Raced(str(tmp_path)).before("masks/", lambda: commit_all(store))
+    assert commit_all(raced, failed="a", masks=b"less")[0] == b"masks"
+
+
+def test_a_commit_whose_masks_were_replaced_just_before_is_taken_back(tmp_path):
+    store = Store(str(tmp_path))
+
+    def other_commits():  # its masks were there, and ours took their place
+        store.publish_exclusively("metrics/s.parquet", parts()[1])
+
+    store.publish("masks/s.parquet", b"masks")
+    raced = Raced(str(tmp_path)).before("metrics/", other_commits)
+    with pytest.raises(CommitConflictError, match="taken back; run the same command again"):
+        commit_all(raced, failed="a", masks=b"less")
+    assert not store.exists("metrics/s.parquet")

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, StoreError, UnetJobsError
+from unet_core.errors import ImageError, UnetJobsError
 from unet_core.images.codec import one_line
 from unet_core.images.tiff import check_sniffed, require_numbers, side_of
 
@@ -55,15 +55,16 @@ class Segments:
         raise NotImplementedError
 
     def _read(self, start: int, stop: int) -> bytes:
-        """Raises ImageError for what the file never had, StoreError for what it has no more."""
+        """Raises ImageError for what the file never had, or has no more."""
         if not 0 <= start <= stop <= self._size:
             where = f"a segment lies at bytes {start} to {stop}"
             raise ImageError("decode", f"{where}, the file ends at {self._size}")
         data = self._read_range(start, stop)
         if len(data) != stop - start:
-            raise StoreError(
+            raise ImageError(
+                "changed",
                 f"the TIFF changed while it was read: {stop - start} bytes were asked for, "
-                f"{len(data)} came"
+                f"{len(data)} came",
             )
         return data
 

@@ -53,7 +53,7 @@ def list_shards(source: Source, known: Known | None = None) -> Iterator[Shard]:
     nothing.
     """
     is_empty = known is None
-    for shard in FORMATS[source.format].list_shards(source, known or {}):
+    for shard in FORMATS[source.format].list_shards(source, known or set()):
         for name in (shard.uri, *(member.key for member in shard.members)):
             if not name.isascii() and readable_name(name) != name:
                 raise StoreError(f"{name!r} below {source.config.uri} is not UTF-8; rename it")
@@ -76,6 +76,19 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
     except (ChangedError, NotFoundError) as error:
         folder.require_there(source.root)
         raise ShardError(f"{error}; restore it, or begin a new run") from error
+
+
+def is_there(source: Source, shard: Shard) -> bool:
+    """Whether the tar or Parquet file of a shard is the one that was listed; loose images are
+    looked at one by one when they are read.
+    """
+    if not shard.uri:
+        return True
+    try:
+        return source.root.entry(shard.uri).etag == shard.etag
+    except NotFoundError:
+        folder.require_there(source.root)
+        return False
 
 
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:

@@ -69,7 +69,9 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 def _file(source: Source, uri: str, etag: str | None) -> File:
     """One listed object, below the prefix that allows it."""
     prefix = Allowed.of(source).prefix_of(uri)
-    return File(_store_of(prefix, source.root), uri[len(prefix) :], source.root, etag)
+    store = _store_of(prefix, source.root)
+    # what lists call an etag is that of object stores: on local disk it says nothing
+    return File(store, uri[len(prefix) :], store, None if store.is_local else etag)
 
 
 @lru_cache(maxsize=64)
@@ -102,7 +104,8 @@ class Allowed:
             mask = self._absolute(line.mask)
             self.prefix_of(mask)
         image_id = line.id or uri[len(prefix) :]
-        return Member(image_id, line.bytes or 0, line.etag or "", mask, None, uri)
+        etag = (line.etag or "").strip('"')
+        return Member(image_id, line.bytes or 0, etag, mask, None, uri)
 
     def prefix_of(self, uri: str) -> str:
         """The allowed prefix above a URI; raises ConfigError if there is none."""

@@ -5,7 +5,7 @@ A shard's id is a digest of path, size, etag and members: never of a rank, a pos
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,8 +116,8 @@ class Source:
         return listed
 
 
-Known = dict[str, str | None]
-"""Names that a run has already, with their etags: tars, Parquet files, keys of loose images."""
+Known = Set[str]
+"""Names that a run has already: tars, Parquet files, keys of loose images."""
 
 
 def readable_name(name: str) -> str:

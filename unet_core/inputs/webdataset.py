@@ -173,7 +173,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
                 raise tarfile.ReadError("blocks between its members are no headers")
     except (gzip.BadGzipFile, EOFError) as error:
         raise _damaged(error) from error
-    except StoreError:
+    except (StoreError, MemoryError):
         raise
     except OSError as error:
         raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error

@@ -31,6 +31,7 @@ ABOUT_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
+PRECONDITION = {"412", "PreconditionFailed"}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
@@ -154,7 +155,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
         bucket, key, _ = fs.split_path(path)
         wanted = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         found = await fs._call_s3(
-            "get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **wanted
+            "get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **wanted, **fs.req_kw
         )
         try:
             return bytes(await found["Body"].read())
@@ -164,7 +165,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
     try:
         return cast(bytes, fsspec.asyn.sync(fs.loop, read))
     except OSError as error:
-        if error.errno == errno.EINVAL:  # what s3fs makes of a 412
+        if _code(error) in PRECONDITION:
             raise ChangedError(f"{fs.unstrip_protocol(path)} {REWRITTEN}") from error
         raise
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from unet_core.errors import StoreError
+from unet_core.errors import ChangedError
 
 
 class Ranges(io.RawIOBase):
@@ -34,13 +34,13 @@ class Ranges(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer by one request. Raises StoreError if the object has become shorter."""
+        """Fill the buffer by one request. Raises ChangedError if the object has become shorter."""
         stop = min(self._at + len(buffer), self._size)
         if stop <= self._at:
             return 0
         data = self._read(self._at, stop)
         if len(data) != stop - self._at:
-            raise StoreError(
+            raise ChangedError(
                 f"{self._where} changed while it was read: {stop - self._at} bytes were asked for, "
                 f"{len(data)} came"
             )

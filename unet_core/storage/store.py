@@ -157,6 +157,8 @@ class Store:
             try:
                 with pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file:
                     yield file
+            except MemoryError:  # also Arrow's: it says nothing of the file
+                raise
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 # Arrow calls bad pages I/O errors, and names need not be UTF-8
                 reason = " ".join(str(error).split())
