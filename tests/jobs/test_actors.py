@@ -275,7 +275,7 @@ def test_an_actor_killed_with_the_run_in_the_store_loses_nothing(
     config = make_config(
         input={"uri": s3.upload(write_many_tars(tmp_path), f"{prefix}/tars")},
         output={"uri": f"s3://{BUCKET}/{prefix}/run"},
-        storage={"endpoint_url": s3.url},
+        storage={"endpoint_url": s3.url, **SHARED},  # the checkpoint is a plain path
         workers={"count": 2, "gpus": 1, "cpus": 1},
     )
     arguments = (1, f"s3://{BUCKET}/{prefix}/run", killed)
