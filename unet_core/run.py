@@ -23,7 +23,7 @@ from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
 from unet_core.parts import metrics_name, read_totals
-from unet_core.storage.store import TEMPORARY, Store
+from unet_core.storage.store import Store, is_temporary
 from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -241,8 +241,7 @@ class Run:
     def finish(self, totals: Totals) -> None:
         """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""
         for entry in self.store.list():
-            name = entry.name.rpartition("/")[2]
-            if name.startswith("_") and name.endswith(TEMPORARY):
+            if is_temporary(entry.name):
                 self.store.remove(entry.name)
         text = json.dumps(dataclasses.asdict(totals), indent=1)
         self.store.publish(SUCCESS, text.encode() + b"\n")

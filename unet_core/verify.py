@@ -28,7 +28,7 @@ from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
 from unet_core.run import Record, Run, open_existing
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, is_temporary
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 
@@ -107,9 +107,9 @@ def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: 
     waiting = len(uncommitted) - len(unknown)
     if waiting:
         findings.notes.append(f"{waiting} masks parts without a commit; predict will redo them")
-    leftovers = sum(e.name.rpartition("/")[2].startswith("_") for e in run.store.list("masks"))
+    leftovers = sum(is_temporary(entry.name) for entry in run.store.list())
     if leftovers:
-        findings.notes.append(f"{leftovers} temporary files of killed attempts in masks/")
+        findings.notes.append(f"{leftovers} temporary files of killed attempts")
 
 
 def _check_shard(

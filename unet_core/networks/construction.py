@@ -6,7 +6,9 @@ import importlib.metadata
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -50,9 +52,15 @@ def origin(spec: Factory) -> str:
     module = importlib.import_module(spec.factory.partition(":")[0])
     source = inspect.getsource(module).encode()
     package = module.__name__.partition(".")[0]
-    names = importlib.metadata.packages_distributions().get(package, [])
+    names = _distributions().get(package, [])
     versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
     return " ".join([*versions, hashlib.sha256(source).hexdigest()[:16]])
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Of every installed package; looking takes a quarter of a second."""
+    return importlib.metadata.packages_distributions()
 
 
 def _made_by(spec: Factory) -> nn.Module:

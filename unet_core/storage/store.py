@@ -386,6 +386,12 @@ class Store:
                         yield Entry(name, info.st_size, _local_etag(info))
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file is not yet published, or was left behind by who would have done so."""
+    base = name.rpartition("/")[2]
+    return base.startswith("_") and base.endswith(TEMPORARY)
+
+
 def split(uri: str) -> tuple[str, str]:
     """A file's URI as its folder and its name."""
     folder, _, name = uri.rstrip("/").rpartition("/")
