@@ -15,8 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.dispatch import (
-    MAX_FAILED_STARTS,
+from jobs.board import (
     PREFETCH,
     PULSE_S,
     Attempt,
@@ -27,6 +26,7 @@ from jobs.dispatch import (
     Ready,
     Refused,
 )
+from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
 from unet_core import errors
@@ -131,7 +131,16 @@ class SegmentActor:
         replica = self._replica
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
-        return _recorded(lambda: replica.segment(attempt.shard, attempt.trial_s))
+
+        def work() -> ShardResult:
+            from unet_core.trial import find_guilty  # torch, again
+
+            guilty = {}
+            if attempt.trial_s is not None:
+                guilty = find_guilty(replica, attempt.shard, attempt.trial_s)
+            return replica.segment(attempt.shard, guilty)
+
+        return _recorded(work)
 
 
 def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash | Refusal:

@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.dispatch import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
+from jobs.board import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ShardError
 from unet_core.replica import Replica

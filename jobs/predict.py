@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from jobs import session
+from jobs.board import Attempt, Board
 from jobs.budget import Budget
-from jobs.dispatch import Attempt, Board, Workers, dispatch
+from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig, is_remote

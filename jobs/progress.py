@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jobs.dispatch import Died, Event, Ready, Released
+from jobs.board import Died, Event, Ready, Released
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
 from unet_core.timings import ShardResult

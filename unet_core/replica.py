@@ -1,24 +1,22 @@
 """One replica of the model with everything around it: what an actor is, without Ray."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
-from unet_core.errors import CheckpointError
+from unet_core.errors import CheckpointError, ImageError
 from unet_core.inputs.shards import Shard
 from unet_core.manifest import with_members
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.segment import Segmenter, Settings
+from unet_core.segment import NOBODY, Segmenter, Settings
 from unet_core.storage.store import Store
 from unet_core.timings import ShardResult
-from unet_core.trial import Trial
 from unet_core.windows import windows_for
 
 
@@ -67,19 +65,13 @@ class Replica:
         )
         self._segmenter = Segmenter(self.engine, settings)
 
-    def segment(self, shard: Shard, trial_s: float | None = None) -> ShardResult:
-        """Segment and commit one shard; two calls may overlap. With ``trial_s``, each of its images
-        is tried alone first, for at most so many seconds.
-        """
-        settings = self.segmenter.settings
-        if shard.has_members:
-            shard = with_members(settings.output, shard)
-        guilty = {}
-        if trial_s is not None:
-            self.engine.free_memory()
-            trial = Trial(self.spec, settings.compute, settings.footer, shard, trial_s)
-            guilty = trial.guilty(partial(self.segmenter.step, shard.shard_id))
-        return self.segmenter.segment(shard, guilty)
+    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
+        """Segment and commit one shard without its ``guilty`` images; two calls may overlap."""
+        return self.segmenter.segment(self.with_members(shard), guilty)
+
+    def with_members(self, shard: Shard) -> Shard:
+        """The shard with its members, if it has any."""
+        return with_members(self.segmenter.settings.output, shard) if shard.has_members else shard
 
     @property
     def segmenter(self) -> Segmenter:

@@ -235,7 +235,8 @@ class Run:
         some or taken commits back.
         """
         generations = 1 + max((shard.generation for shard in shards), default=0)
-        are_all = len(self.store.list(FOLDER)) == generations
+        files = [entry for entry in self.store.list(FOLDER) if not is_temporary(entry.name)]
+        are_all = len(files) == generations
         return are_all and {shard.shard_id for shard in shards} <= self.committed()
 
     def finish(self, totals: Totals) -> None:

@@ -14,18 +14,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError
 from unet_core.images.codec import one_line
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
-
-if TYPE_CHECKING:
-    from unet_core.replica import Replica
+from unet_core.replica import Replica
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +53,20 @@ class Guilty:
 @dataclass(frozen=True)
 class Passed:
     """The image came to its end."""
+
+
+def find_guilty(replica: Replica, shard: Shard, image_s: float) -> dict[int, ImageError]:
+    """Failures of a shard's images by their place in it: of those that could not be segmented alone
+    within ``image_s`` seconds, or took their process along.
+
+    Raises ShardError if the child dies or hangs while it reads.
+    """
+    settings = replica.segmenter.settings
+    replica.engine.free_memory()
+    trial = Trial(
+        replica.spec, settings.compute, settings.footer, replica.with_members(shard), image_s
+    )
+    return trial.guilty(partial(replica.segmenter.step, shard.shard_id))
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,6 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
     _end_with_parent()
     room = None
     try:
-        from unet_core.replica import Replica
-
         replica = Replica(trial.spec)
         replica.configure(trial.compute, trial.footer)
         room = _limit_memory()
@@ -156,7 +166,7 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
 
 
 def _tried(
-    replica: "Replica", shard: Shard, first: int, room: int | None
+    replica: Replica, shard: Shard, first: int, room: int | None
 ) -> Iterator[Began | Passed | Guilty]:
 
     for place, sample in enumerate(read_shard(replica.spec.source, shard)):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.dispatch import Board
+from jobs.board import Board
 from unet_core.config import InputConfig
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.manifest import draft

@@ -18,7 +18,8 @@ import ray
 
 from jobs import session
 from jobs.actors import JOIN, Joined, RayActors
-from jobs.dispatch import Attempt, Board, Event, Ready, dispatch
+from jobs.board import Attempt, Board, Event, Ready
+from jobs.dispatch import dispatch
 from jobs.version import code_version
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig, build

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 import unet_core.segment
-from jobs.dispatch import Board
+from jobs.board import Board
 from tests.foreign import small
 from unet_core.engine import Engine
 from unet_core.images.picture import Decoder

@@ -24,7 +24,7 @@ from typing import Any
 import pandas
 
 from jobs import cli, inline, predict
-from jobs.dispatch import Board, Died
+from jobs.board import Board, Died
 from tests.chaos.faults import PLAN, PLANTS, Plan
 from unet_core import replica, verify
 from unet_core.config import PredictConfig, build

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.dispatch import PREFETCH, Board, Died, Done, Patience, Pulse, Ready, Refused, dispatch
+from jobs.board import PREFETCH, Board, Died, Done, Patience, Pulse, Ready, Refused
+from jobs.dispatch import dispatch
 from jobs.session import Placement, settle, wanted
 from unet_core.config import ErrorsConfig, WorkersConfig
 from unet_core.errors import WorkersError
