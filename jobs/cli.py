@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.session import LOG_FORMAT
+from jobs.show import READING, show, show_causes, show_cost, show_outcome, show_totals
 from unet_core import __version__
 from unet_core.config import (
     ImportConfig,
@@ -25,23 +26,10 @@ from unet_core.errors import ConfigError, StoppedError, UnetJobsError
 from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from jobs.cost import Cost
-    from jobs.predict import Outcome
     from jobs.submit import JobServer
-    from unet_core.metrics import Totals
 
-ACTORS_SHOWN = (1, 8, 64)
 RECIPES = Path(__file__).parent / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
-READING = """\
-read it:  import pyarrow.dataset as ds
-          print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
-LOOKING = """\
-all of them:  import pyarrow.dataset as ds
-              print(ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed"))
-go on with a larger budget: errors.max_failed_images=0.2
-if the cause is gone (what was missing is back, memory is free): --retry-failed
-if images were mended: they are others now, and need a new run"""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 
 
@@ -100,9 +88,9 @@ def predict(
     from jobs.predict import predict as run_predict
 
     outcome = run_predict(config, retry_failed, refresh)
-    _show_outcome(outcome)
+    show_outcome(outcome)
     if outcome.too_many_failed:
-        _show_causes(outcome, config)
+        show_causes(outcome, config)
     if not outcome.is_complete:
         sys.exit(1)
 
@@ -131,7 +119,7 @@ def plan(
     made = make_plan(config)
     size = sum(shard.bytes for shard in made.shards)
     left = sum(shard.bytes for shard in made.left)
-    _show(
+    show(
         run=made.uri + (" (finished)" if made.is_finished else ""),
         input=f"{config.input.uri} ({made.format})",
         shards=f"{len(made.shards):,}, {len(made.left):,} left",
@@ -142,7 +130,7 @@ def plan(
     if cost:
         from jobs.cost import estimate
 
-        _show_cost(estimate(config), price)
+        show_cost(estimate(config), price)
 
 
 @cli.command(options_metavar="[OPTIONS]")
@@ -189,7 +177,7 @@ def submit(
     from jobs.submit import JobServer, run_name
 
     name = run_name(verb, config)
-    _show(job=name)
+    show(job=name)
     server = JobServer(address)
     job = server.submit(name, package, config)
     if job.before:
@@ -198,8 +186,8 @@ def submit(
         click.echo(f"{job.id} is at work already")
     if follow:
         sys.exit(_follow(server, job.id))
-    _show(follow="the same command with --follow")
-    _show(stop=f"ray job stop --address {address} {job.id}")
+    show(follow="the same command with --follow")
+    show(stop=f"ray job stop --address {address} {job.id}")
 
 
 def _follow(server: "JobServer", job_id: str) -> int:
@@ -240,18 +228,18 @@ def status(run: str, overrides: tuple[str, ...]) -> None:
     if isinstance(found, TrainingStatus):
         state = "finished" if found.is_finished else "not finished: run train again to continue"
         at = found.position
-        _show(training=found.uri, state=state, saved=f"{at.step:,} of {found.steps:,} steps")
+        show(training=found.uri, state=state, saved=f"{at.step:,} of {found.steps:,} steps")
         if at.best is not None:
-            _show(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
+            show(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
         return
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     if not found.is_finished and found.committed == found.shards:
         state = "every shard is done, but it is not finished: run predict again to see why"
-    _show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
-    _show_totals(found.totals, found.class_names)
+    show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
+    show_totals(found.totals, found.class_names)
     if found.seconds.shares:
         shares = [f"{what} {share:.0%}" for what, share in found.seconds.shares.items()]
-        _show(device=", ".join(shares))
+        show(device=", ".join(shares))
 
 
 @cli.command()
@@ -264,8 +252,8 @@ def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
     from unet_core.verify import verify as check
 
     findings = check(run, deep, storage)
-    _show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
-    _show_totals(findings.totals, findings.class_names)
+    show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
+    show_totals(findings.totals, findings.class_names)
     for note in findings.notes:
         click.echo(f"note: {note}")
     for problem in findings.problems:
@@ -296,8 +284,8 @@ def pack(
     from jobs.pack import pack as run_pack
 
     packed = run_pack(config, kind, shard_mb * 10**6)
-    _show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
-    _show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+    show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
+    show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
 
 
 @cli.command()
@@ -313,9 +301,9 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
     if trained.was_finished:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
     value = "–" if trained.value is None else f"{trained.value:.4f}"
-    _show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
-    _show(best=f"{trained.best} (val {trained.metric} {value})")
-    _show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
+    show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
+    show(best=f"{trained.best} (val {trained.metric} {value})")
+    show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
 
 
 @cli.command(options_metavar="[OPTIONS]")
@@ -338,7 +326,7 @@ def model(name: str, options: tuple[str, ...], factory: str) -> None:
         return
     described = describe(name, list(options), factory)
     Console().print(layers_table(described))
-    _show(**sentences(described.tiling))
+    show(**sentences(described.tiling))
 
 
 @cli.command("import-weights")
@@ -371,7 +359,7 @@ def import_weights(
     header = run_import(config)
     wanted, tiling = header.preprocessing, header.tiling
     kind = "exact tiles" if tiling.is_exact else "blended tiles"
-    _show(
+    show(
         wrote=destination,
         network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
         images=f"{wanted.color}, {wanted.normalisation}",
@@ -393,7 +381,7 @@ def export(source: str, overrides: tuple[str, ...], kind: str, out: str, factory
     from jobs.export import export_onnx
 
     size = export_onnx(source, out, storage, factory)
-    _show(wrote=f"{out} ({kind}, {size / 1e6:.1f} MB); the same logits under onnxruntime")
+    show(wrote=f"{out} ({kind}, {size / 1e6:.1f} MB); the same logits under onnxruntime")
 
 
 @cli.command()
@@ -408,8 +396,8 @@ def demo(folder: Path, data_only: bool) -> None:
         click.echo(f"wrote {folder}/images and {write_data(folder)}")
         return
     shown = run_demo(folder)
-    _show_outcome(shown.outcome)
-    _show(config=str(shown.config), look_at=str(shown.sheet))
+    show_outcome(shown.outcome)
+    show(config=str(shown.config), look_at=str(shown.sheet))
     click.echo(READING.format(run=shown.outcome.run.uri))
 
 
@@ -456,86 +444,3 @@ def _storage(overrides: tuple[str, ...]) -> StorageConfig:
             raise ConfigError(f"{override}: only storage.key=value goes here")
     places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
     return build(PredictConfig, places, list(overrides), source="command line").storage
-
-
-def _show_cost(cost: "Cost", price: float | None) -> None:
-    about = "" if cost.is_counted else "about "
-    _show(
-        measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
-        f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
-        left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
-        " GB",
-        time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
-    )
-    hours = cost.device_hours_per_million
-    unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
-    money = f", at {price:g} each: {_span(hours, price)}" if price is not None else ""
-    _show(million=f"{_span(hours)} {unit}{money}")
-
-
-def _time(hours: tuple[float, float]) -> str:
-    units = {"h": 1.0, "min": 60.0, "s": 3600.0}
-    unit = next((u for u, each in units.items() if hours[1] * each >= 2), "s")
-    return f"{_span(hours, units[unit])} {unit}"
-
-
-def _span(values: tuple[float, float], factor: float = 1.0) -> str:
-    return " to ".join(f"{value * factor:,.3g}" for value in values)
-
-
-def _show_outcome(outcome: "Outcome") -> None:
-    run, record = outcome.run.uri, outcome.run.record
-    if outcome.was_finished:
-        click.echo(f"{run} is finished already; nothing was written")
-    if outcome.done_again:
-        _show(again=f"{outcome.done_again:,} shards with failed images")
-    if outcome.added:
-        _show(added=f"{outcome.added:,} shards of new objects")
-    _show_totals(outcome.totals, record.class_names if record else ())
-    _show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
-    for shard, reason in outcome.set_aside.items():
-        click.echo(f"not committed: shard {shard}: {reason}", err=True)
-
-
-def _show_causes(outcome: "Outcome", config: PredictConfig) -> None:
-    """Why too many images failed, and what to do."""
-    from jobs.budget import Budget
-    from unet_core.failures import causes
-
-    totals, run = outcome.totals, outcome.run.uri
-    click.echo(
-        f"error: {totals.failed:,} of {totals.images_seen:,} images failed, "
-        f"errors.max_failed_images is {Budget.of(config.errors)}; most frequent:",
-        err=True,
-    )
-    for cause in causes(outcome.run, totals):
-        click.echo(f"  {cause.images:,} x {cause.code}", err=True)
-        for example in cause.examples:
-            click.echo(f"    {example.image_id}: {example.message}", err=True)
-    click.echo(LOOKING.format(run=run), err=True)
-
-
-def _show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
-    balance = "=" if totals.is_reconciled else "≠"
-    _show(
-        images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
-    )
-    for code, count in totals.errors.items():
-        click.echo(f"{'':<10}{count:,} x {code}")
-    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
-        only = next(name for name, n in zip(class_names, totals.class_pixels, strict=True) if n)
-        click.echo(
-            f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
-            "for these images? See model.threshold, and what the model was trained on",
-            err=True,
-        )
-    if totals.with_truth:
-        _show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
-        for name, score in zip(class_names, totals.scores, strict=True):
-            if score.iou is not None and score.dice is not None:
-                click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
-
-
-def _show(**lines: str) -> None:
-    for name, text in lines.items():
-        click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")

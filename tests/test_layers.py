@@ -48,7 +48,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ("fsspec", {"unet_core.storage.object_stores"}),
         ("ray", {"jobs.session", "jobs.actors", "jobs.ddp", "jobs.measures", "jobs.submit"}),
         ("safetensors", {"unet_core.networks.checkpoint", "unet_core.networks.weights"}),
-        ("click", {"jobs.cli"}),
+        ("click", {"jobs.cli", "jobs.show"}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.cli"}),
         ("scipy", {"unet_core.training.boundary"}),
         ("matplotlib", {"unet_core.training.curves"}),
