@@ -9,7 +9,6 @@ import sys
 
 from jobs.cli import main
 from unet_core.engine import Engine
-from unet_core.images.picture import Decoder
 from unet_core.storage.store import Store
 
 
@@ -29,20 +28,13 @@ def die_at(owner, name, is_there, n):
 
 
 STAGES = {
-    "decoding": lambda n: die_at(Decoder, "decode", lambda *_: True, n),
     "device": lambda n: die_at(Engine, "run", lambda *_: True, n),
-    "before masks": lambda n: die_at(
-        Store, "publish", lambda _, name, *__: name.startswith("masks"), n
-    ),
     "between masks and metrics": lambda n: die_at(
         Store, "publish_exclusively", lambda _, name, *__: name.startswith("metrics"), n
     ),
     "inside a publication": lambda n: die_at(os, "link", lambda *_: True, n + 2),
     "before the manifest": lambda n: die_at(
         Store, "publish_exclusively", lambda _, name, *__: name.startswith("manifest"), 1
-    ),
-    "before success": lambda n: die_at(
-        Store, "publish", lambda _, name, *__: name == "_SUCCESS", 1
     ),
 }
 

@@ -180,7 +180,7 @@ STAGES: dict[str, Callable[[Meet, Fault], None]] = {
     "reading": _reading,
     "decoding": _decoding,
     "device": _device,
-    "before masks": _publishing("publish", "masks/"),
+    "before masks": _publishing("publish_exclusively", "masks/"),
     "inside masks": _inside("masks"),
     "before metrics": _publishing("publish_exclusively", "metrics/"),
     "inside metrics": _inside("metrics"),
