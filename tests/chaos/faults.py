@@ -166,6 +166,14 @@ def _publishing(method: str, prefix: str, after: bool = False) -> Callable[[Meet
     return wrap
 
 
+def _either(*ways: Callable[[Meet, Fault], None]) -> Callable[[Meet, Fault], None]:
+    def wrap(meet: Meet, fault: Fault) -> None:
+        for way in ways:
+            way(meet, fault)
+
+    return wrap
+
+
 def _inside(folder: str) -> Callable[[Meet, Fault], None]:
     """When bytes were written and synced, but nothing has its final name yet."""
 
@@ -180,7 +188,9 @@ STAGES: dict[str, Callable[[Meet, Fault], None]] = {
     "reading": _reading,
     "decoding": _decoding,
     "device": _device,
-    "before masks": _publishing("publish_exclusively", "masks/"),
+    "before masks": _either(
+        _publishing("publish_exclusively", "masks/"), _publishing("publish", "masks/")
+    ),
     "inside masks": _inside("masks"),
     "before metrics": _publishing("publish_exclusively", "metrics/"),
     "inside metrics": _inside("metrics"),

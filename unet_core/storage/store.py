@@ -263,9 +263,13 @@ class Store:
             return data
 
     def require_etag(self, name: str, etag: str | None) -> None:
-        """Raises ChangedError if a local file has another etag than that."""
+        """Raises ChangedError if a local file has another etag, NotFoundError if it is gone."""
         if etag:
-            self._hold_to(name, os.stat(self._path(name)), etag)
+            try:
+                stat = os.stat(self._path(name))
+            except FileNotFoundError as error:
+                raise NotFoundError(str(refused("read", self.uri(name), error))) from error
+            self._hold_to(name, stat, etag)
 
     def _hold_to(self, name: str, stat: os.stat_result, etag: str | None) -> None:
         if etag and _local_etag(stat) != etag:
