@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -354,7 +355,9 @@ POISON = {"kill": "worker_died", "hang": "timeout", "eat": "out_of_memory"}
 
 def _poison(case: Case) -> Result:
     """One image spoils every process that decodes it, and becomes one failed row."""
-    victim = case.draw.choice(case.data.segmented).image_id
+    seen = Counter(image.image_id for image in case.data.images)
+    alone = [image for image in case.data.segmented if seen[image.image_id] == 1]
+    victim = case.draw.choice(alone).image_id
     case.victims = {victim: POISON[case.cell.action]}
     case.suffer(case.cell.action, image=victim)
     return _on_actors(case, errors={"stall_s": 4}, storage={**SHARED, "deadline_s": 2})
