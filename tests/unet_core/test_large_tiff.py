@@ -10,7 +10,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_core.errors import ImageError, StoreError
+from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode, decode_images
 from unet_core.images.large_tiff import open_large
@@ -382,8 +382,9 @@ def test_a_file_that_has_become_shorter_is_refused():
     file = [data]
     image = open_large(lambda start, stop: file[0][start:stop], len(data), RULES)
     file[0] = data[:15_000]
-    with pytest.raises(StoreError, match="changed while it was read"):
+    with pytest.raises(ImageError, match="changed while it was read") as caught:
         image.read(0, 0, HEIGHT, WIDTH)
+    assert caught.value.code == "changed"
 
 
 @pytest.mark.parametrize(
