@@ -34,8 +34,7 @@ class Rule:
     - ``reset inside``, ``cut inside``, ``reset after``: the same in the middle of the body, or
       behind it: the body of a PUT, which then never reaches the store, else that of the answer
     - ``stall``: the answer stops for ``seconds``, in its middle if it has a body, then goes on
-    - ``silence``: it is not read, and not answered
-    - ``latency``: ``seconds`` go by before the request is passed on
+    - ``silence``: for ``seconds`` its body is not read and nothing is answered; then it is passed on
     - ``lost answer``: the store does what it was asked, and the connection is reset
     - ``refuse``: for ``seconds``, nobody listens
     - ``none``: it is counted, and passes; after ``before`` was called, if there is one
@@ -147,13 +146,10 @@ class FaultProxy:
         self._on_request(method, path)
         rule = next((rule for rule in self.rules if rule.matches(method, path)), None)
         fault = rule.fault if rule is not None and rule.strikes() else ""
-        if fault == "latency":
+        if fault == "silence":
             await asyncio.sleep(rule.seconds)
         elif fault == "none" and rule.before is not None:
             await asyncio.to_thread(rule.before, path)
-        elif fault == "silence":
-            await asyncio.sleep(rule.seconds)
-            return False
         elif fault in REFUSALS:
             client.writer.write(_refusal(method, *REFUSALS[fault]))
             await client.writer.drain()

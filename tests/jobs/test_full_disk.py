@@ -166,7 +166,8 @@ def test_what_waits_on_disk_for_a_large_image_needs_room_too(tmp_path, monkeypat
     keep = spool.local_space()(spool.Spool().keep)
     with small_files(tmp_path, 100):
         keep({"few": bytes(90)})
+        keep({"many": bytes(3_000)})  # which waits in a buffer
         with pytest.raises(StoreError, match=f"is full: {tmp_path}"):
-            keep({"many": bytes(10_000)})
+            keep({"more": bytes(90)})
         del keep
     assert capsys.readouterr().err == ""
