@@ -34,7 +34,7 @@ class Rule:
     - ``reset inside``, ``cut inside``, ``reset after``: the same in the middle of the body, or
       behind it: the body of a PUT, which then never reaches the store, else that of the answer
     - ``stall``: the answer stops for ``seconds``, in its middle if it has a body, then goes on
-    - ``silence``: for ``seconds`` its body is not read and nothing is answered; then it is passed on
+    - ``silence``: for ``seconds`` it is not read and not answered, then passed on
     - ``lost answer``: the store does what it was asked, and the connection is reset
     - ``refuse``: for ``seconds``, nobody listens
     - ``none``: it is counted, and passes; after ``before`` was called, if there is one
