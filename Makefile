@@ -48,7 +48,7 @@ test-rgw: install  ## The tests of object storage against a real Ceph (see tests
 fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECONDS=600
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
-chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: half an hour and more
+chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: an hour and a half
 	$(BIN)/python -m tests.chaos --seed 1 --runs 20
 
 lint: install

@@ -49,6 +49,9 @@ class Host:
     async def configure(self, lane: str, compute: Compute, footer: dict[str, str]) -> None:
         return None
 
+    async def pulse(self, lane: str) -> dict[str, int]:
+        return {}
+
     async def segment(self, lane: str, attempt: Attempt) -> ShardResult:
         async with self._lanes[lane]:
             await asyncio.sleep(SHARD_S)
