@@ -102,7 +102,7 @@ class SegmentActor:
         node = ray.get_runtime_context().get_node_id()
         return Joined(node, code_version())
 
-    def start(self) -> Compute | Failure | Crash | Refusal:
+    def start(self) -> Compute | Failure | Crash:
         """Load the model; returns what it computes with."""
 
         def load() -> Compute:
@@ -113,9 +113,7 @@ class SegmentActor:
 
         return _recorded(load)
 
-    def configure(
-        self, compute: Compute, footer: dict[str, str]
-    ) -> Failure | Crash | Refusal | None:
+    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
@@ -132,22 +130,23 @@ class SegmentActor:
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
 
-        def work() -> ShardResult:
-            from unet_core.trial import find_guilty  # torch, again
-
+        def work() -> ShardResult | Refusal:
             guilty = {}
-            if attempt.trial_s is not None:
-                guilty = find_guilty(replica, attempt.shard, attempt.trial_s)
-            return replica.segment(attempt.shard, guilty)
+            try:
+                if attempt.trial_s is not None:
+                    from unet_core.trial import find_guilty  # torch, again
+
+                    guilty = find_guilty(replica, attempt.shard, attempt.trial_s)
+                return replica.segment(attempt.shard, guilty)
+            except ShardError as error:
+                return Refusal(str(error))
 
         return _recorded(work)
 
 
-def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash | Refusal:
+def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
     try:
         return call()
-    except ShardError as error:
-        return Refusal(str(error))
     except UnetJobsError as error:
         return Failure(type(error).__name__, str(error))
     except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from jobs import cli
 from tests import rgw
 from tests.data import write_checkpoint, write_folder, write_tars
 from tests.s3 import S3
@@ -81,6 +82,22 @@ def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
         return build(PredictConfig, base, list(overrides))
 
     return make
+
+
+@pytest.fixture
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; returns exit code, standard output and standard error."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["unet-jobs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

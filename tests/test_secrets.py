@@ -8,7 +8,6 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.package import pack
-from tests.jobs.test_cli import run_cli  # noqa: F401
 from tests.jobs.test_predict import write_toml
 from tests.s3 import BUCKET
 from unet_core.config import PredictConfig
@@ -30,7 +29,7 @@ def contents(folder: Path) -> str:
 
 
 @pytest.fixture
-def say(run_cli, caplog, monkeypatch):  # noqa: F811
+def say(run_cli, caplog, monkeypatch):
     """Run a command; returns its exit code and everything that it says and logs."""
     for name in ("jobs", "unet_core"):
         caplog.set_level(logging.DEBUG, logger=name)

@@ -168,7 +168,6 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
 def _tried(
     replica: Replica, shard: Shard, first: int, room: int | None
 ) -> Iterator[Began | Passed | Guilty]:
-
     for place, sample in enumerate(read_shard(replica.spec.source, shard)):
         if place < first:
             continue

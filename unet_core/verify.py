@@ -97,17 +97,18 @@ def _check_input_unchanged(
 def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
     for shard_id in sorted(committed - expected):
         findings.problems.append(f"metrics/{shard_id}.parquet belongs to no shard of the manifest")
-    masks = {e.name for e in run.store.list("masks")}
-    uncommitted = sorted(
+    names = [entry.name for entry in run.store.list()]
+    masks = [name.removeprefix("masks/") for name in names if name.startswith("masks/")]
+    uncommitted = [
         name for name in masks
         if not name.startswith("_") and name.removesuffix(".parquet") not in committed
-    )  # fmt: skip
+    ]  # fmt: skip
     unknown = [n for n in uncommitted if n.removesuffix(".parquet") not in expected]
     findings.problems += [f"masks/{name} belongs to no shard of the manifest" for name in unknown]
     waiting = len(uncommitted) - len(unknown)
     if waiting:
         findings.notes.append(f"{waiting} masks parts without a commit; predict will redo them")
-    leftovers = sum(is_temporary(entry.name) for entry in run.store.list())
+    leftovers = sum(map(is_temporary, names))
     if leftovers:
         findings.notes.append(f"{leftovers} temporary files of killed attempts")
 

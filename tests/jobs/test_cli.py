@@ -12,20 +12,6 @@ from tests.foreign import small
 from unet_core.synthetic import nuclei, png
 
 
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """Run a command line; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["unet-jobs", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.parametrize(
     "verb",
     [

@@ -11,7 +11,6 @@ import pytest
 from jobs.budget import Budget
 from jobs.predict import predict
 from tests.data import digests, write_folder, write_tar, write_tars
-from tests.jobs.test_cli import run_cli  # noqa: F401  # a fixture
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
@@ -70,7 +69,7 @@ def test_a_budget_is_a_number_or_a_share_judged_when_it_means_something(
     assert budget.is_exceeded(totals, at_end) == exceeded
 
 
-def test_a_run_over_its_budget_is_not_finished_and_tells_why(run_cli, make_config, spoiled):  # noqa: F811
+def test_a_run_over_its_budget_is_not_finished_and_tells_why(run_cli, make_config, spoiled):
     config = make_config(input={"uri": str(spoiled)})
     run = config.output.uri
     toml = write_toml(config, spoiled.parent / "job.toml")
@@ -286,7 +285,7 @@ def test_new_objects_enter_by_refresh_only(make_config, tmp_path, kind):
     assert len(list((tmp_path / "run" / "manifest").iterdir())) == 2
 
 
-def test_a_run_that_finds_one_class_everywhere_says_so(run_cli, make_config, tmp_path):  # noqa: F811
+def test_a_run_that_finds_one_class_everywhere_says_so(run_cli, make_config, tmp_path):
     config = make_config(model={"threshold": 0.9999})
     code, _, error = run_cli("predict", write_toml(config, tmp_path / "job.toml"))
     assert code == 0
