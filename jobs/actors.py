@@ -7,14 +7,15 @@ since exceptions that do not pickle lose their cause.
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
+from jobs.answers import Crash, Failure, Refusal, recorded
 from jobs.board import (
     PREFETCH,
     PULSE_S,
@@ -29,9 +30,8 @@ from jobs.board import (
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
-from unet_core import errors
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import ShardError, UnetJobsError, WorkersError
+from unet_core.errors import ShardError, WorkersError
 from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
@@ -50,34 +50,6 @@ MOST_PULSES = 50
 """A second, of all actors together."""
 NODE_DIED = "its node has died"
 """What Ray says of an actor that had not yet told where it is."""
-
-ResultT = TypeVar("ResultT")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error of this project that stops the run, as a plain record."""
-
-    kind: str
-    message: str
-
-    def raise_again(self) -> None:
-        """Raise it where it is understood."""
-        raise getattr(errors, self.kind)(self.message)
-
-
-@dataclass(frozen=True)
-class Crash:
-    """Something went wrong with the process rather than with the run: memory, or the device."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One shard cannot be done; the run goes on without it."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -111,13 +83,13 @@ class SegmentActor:
             self._replica = Replica(self._spec)
             return self._replica.probe()
 
-        return _recorded(load)
+        return recorded(load)
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
-        return _recorded(lambda: replica.configure(compute, footer))
+        return recorded(lambda: replica.configure(compute, footer))
 
     def pulse(self) -> dict[str, int]:
         """How far its shards are."""
@@ -141,17 +113,7 @@ class SegmentActor:
             except ShardError as error:
                 return Refusal(str(error))
 
-        return _recorded(work)
-
-
-def _recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
-    try:
-        return call()
-    except UnetJobsError as error:
-        return Failure(type(error).__name__, str(error))
-    except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
-        log.exception("the actor cannot go on")
-        return Crash(f"{type(error).__name__}: {error}")
+        return recorded(work)
 
 
 def _answer(reference: Any) -> Any:

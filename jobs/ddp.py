@@ -17,7 +17,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.actors import PLACING_WARNING_S, Failure
+from jobs.actors import PLACING_WARNING_S
+from jobs.answers import Failure
 from jobs.job import checkpoint_place, places, require_reachable
 from jobs.version import code_version
 from unet_core.config import WorkersConfig

@@ -11,7 +11,7 @@ from unet_core.images.tiff import Rules
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.metrics import Scores
 from unet_core.parts import read_metrics
-from unet_core.results import read_mask
+from unet_core.results import open_run
 from unet_core.synthetic import write_webdataset
 
 IMAGES, SHARDS, SHOWN = 64, 8, 8
@@ -70,7 +70,7 @@ def draw_sheet(config: PredictConfig, outcome: Outcome) -> bytes:
     scores = {r["image_id"]: Scores(r["tp"][1], r["fp"][1], r["fn"][1]) for r in rows.to_pylist()}
     entries = []
     for sample in list(read_shard(source, shard))[:SHOWN]:
-        mask_HW, iou = read_mask(run.uri, sample.image_id), scores[sample.image_id].iou
+        mask_HW, iou = open_run(run.uri).mask(sample.image_id), scores[sample.image_id].iou
         assert sample.read_mask is not None
         truth_HW = decode_labels(sample.read_mask(), Rules(config.input.max_pixels), {}, 2, 255)
         image_HW = decode_image(sample.read(), config.input.max_pixels).pixels_HWC[..., 0]

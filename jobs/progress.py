@@ -184,3 +184,35 @@ class RunProgress:
             f"{before + done:,} of {of} images, {rate} images/s, {failed} failed, "
             f"{self._done_shards}/{self._shards} shards{at_work}"
         )
+
+
+class ShardsProgress:
+    """Counts shards of something done once more with each of them."""
+
+    def __init__(self, what: str, shards: int, done: int) -> None:
+        self._what, self._shards, self._done = what, shards, done
+        self._images = 0
+        self._started = time.monotonic()
+        self._pace = Pace()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            *bar_columns(), console=self._console, disable=not self._console.is_terminal
+        )
+        self._task = self._bar.add_task(what, total=shards, completed=done, counts="")
+
+    def __enter__(self) -> "ShardsProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_done(self, images: int) -> None:
+        """A shard came to its end."""
+        self._done += 1
+        self._images += images
+        rate = self._images / max(time.monotonic() - self._started, 1e-3)
+        text = f"{self._done:,}/{self._shards:,} shards, {rate:.1f} images/s"
+        self._bar.update(self._task, completed=self._done, counts=text)
+        if self._bar.disable and self._pace.is_due():
+            self._console.print(f"{self._what}: {text}")

@@ -22,7 +22,7 @@ from tests.s3 import BUCKET
 from tests.unet_core.test_checkpoint import rewritten
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError
-from unet_core.results import read_mask
+from unet_core.results import open_run
 from unet_core.synthetic import nuclei, png
 from unet_core.verify import verify
 
@@ -558,6 +558,6 @@ def test_images_of_any_name_are_segmented_found_and_verified(place, make_config,
             for row in pq.read_table(path).to_pylist()]  # fmt: skip
     assert sorted(row["image_id"] for row in rows) == ids
     assert {row["status"] for row in rows} == {"ok"}
-    masks = {read_mask(run, image_id).tobytes() for image_id in ids}
+    masks = {open_run(run).mask(image_id).tobytes() for image_id in ids}
     assert len(masks) == 1
     assert verify(run, deep=True, storage=config.storage).problems == []

@@ -6,13 +6,13 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from unet_core.networks.checkpoint import load_model as load_model
-    from unet_core.results import read_mask as read_mask
+    from unet_core.results import open_run as open_run
 
-_DOORS = {"load_model": "networks.checkpoint", "read_mask": "results"}
+_DOORS = {"load_model": "networks.checkpoint", "open_run": "results"}
 
 
 def __getattr__(name: str) -> Any:
-    """``load_model`` and ``read_mask``, imported when they are first asked for."""
+    """``load_model`` and ``open_run``, imported when they are first asked for."""
     if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,17 +1,22 @@
-"""Reading a run back: masks by image, whole or by window."""
+"""Reading a run back: its totals, its masks by image or by shard, whole or by window."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.config import StorageConfig
+from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
 from unet_core.images.codec import decode_mask
+from unet_core.inputs.shards import Shard, Source
+from unet_core.metrics import Totals
 from unet_core.parts import masks_name, metrics_name
 from unet_core.run import Run, open_existing
 from unet_core.storage.store import Store
@@ -20,34 +25,127 @@ READ_THREADS = 16
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
 
 
-def read_mask(
-    run: str,
-    image_id: str,
-    window: tuple[int, int, int, int] | None = None,
-    storage: StorageConfig | None = None,
-) -> Array:
-    """Class ids HW of one image, or of a window (y, x, height, width) of it.
+@dataclass(frozen=True)
+class StoredMask:
+    """The mask of one image in a masks part."""
 
-    Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
-    mask of that image, with the reason, and ValueError for a window that leaves the image.
+    image_id: str
+    height: int
+    width: int
+    windows: Iterator[tuple[Box, Array]]
+    """Class ids HW by place, read when they are asked for and only once; they cover the image."""
+
+    def whole(self) -> Array:
+        """Class ids HW of the image; an alternative to ``windows``."""
+        mask_HW = np.empty((0, 0), np.uint8)
+        for box, window_HW in self.windows:
+            if box.shape == (self.height, self.width):
+                return window_HW
+            if not mask_HW.size:
+                mask_HW = np.empty((self.height, self.width), window_HW.dtype)
+            mask_HW[box.y : box.y + box.height, box.x : box.x + box.width] = window_HW
+        return mask_HW
+
+
+class Results:
+    """A run, read back."""
+
+    def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
+        """Raises StoreError if there is no run at ``uri``."""
+        self.run, self.record = open_existing(uri, storage)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class id."""
+        return self.record.class_names
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """RGB by class id."""
+        return self.record.palette
+
+    @cached_property
+    def config(self) -> PredictConfig:
+        """What the run was made with; storage as it is reached now."""
+        made_with = PredictConfig.model_validate(self.record.config)
+        return made_with.model_copy(update={"storage": self.run.store.storage})
+
+    @cached_property
+    def source(self) -> Source:
+        """The input of the run, where it was; nothing is listed."""
+        identity = self.record.identity
+        root = Store(identity["input.uri"], self.run.store.storage)
+        return Source(
+            self.config.input, identity["input.format"], root, tuple(identity["input.names"])
+        )
+
+    def shards(self) -> list[Shard]:
+        """The committed shards, by the order of the manifest, without their members."""
+        committed = self.run.committed()
+        return [s for s in self.run.manifest() or [] if s.shard_id in committed]
+
+    @cached_property
+    def totals(self) -> Totals:
+        """The sums of all committed shards, with micro scores where there is truth."""
+        if self.run.is_finished:
+            return self.run.finished_totals()
+        return self.run.totals(self.run.committed())
+
+    def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
+        """Class ids HW of one image, or of a window (y, x, height, width) of it.
+
+        Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
+        mask of that image, with the reason, and ValueError for a window that leaves the image.
+        """
+        shard_id = _shard_of(self.run, image_id)
+        mask_HW, wanted = None, None
+        for row, payload in _rows(self.run.store, shard_id, image_id, window):
+            if wanted is None or mask_HW is None:
+                wanted = Box(*(window or (0, 0, row["image_height"], row["image_width"])))
+                _require_inside(wanted, row)
+                mask_HW = np.empty(wanted.shape, np.uint8)
+            stored_HW = decode_mask(payload, row["encoding"], row["height"], row["width"])
+            mask_HW = mask_HW.astype(stored_HW.dtype, copy=False)
+            rows, columns = (slice(row[at], row[at] + row[n]) for at, n in
+                             (("y", "height"), ("x", "width")))  # fmt: skip
+            here, there = wanted.shared(rows, columns)
+            mask_HW[here] = stored_HW[there]
+        if mask_HW is None:
+            raise NotFoundError(f"{self.run.uri} has no mask of {image_id} in that window")
+        return mask_HW
+
+
+def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
+    """The results of a run folder; raises StoreError if it is none."""
+    return Results(uri, storage)
+
+
+def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
+    """The masks of a committed shard in the order of its images, one row group in memory at a time.
+
+    What is not read of one mask before the next is asked for is skipped.
     """
-    found, _ = open_existing(run, storage)
-    shard_id = _shard_of(found, image_id)
-    mask_HW, wanted = None, None
-    for row, payload in _rows(found.store, shard_id, image_id, window):
-        if wanted is None or mask_HW is None:
-            wanted = Box(*(window or (0, 0, row["image_height"], row["image_width"])))
-            _require_inside(wanted, row)
-            mask_HW = np.empty(wanted.shape, np.uint8)
-        stored_HW = decode_mask(payload, row["encoding"], row["height"], row["width"])
-        mask_HW = mask_HW.astype(stored_HW.dtype, copy=False)
-        rows, columns = (slice(row[at], row[at] + row[n]) for at, n in
-                         (("y", "height"), ("x", "width")))  # fmt: skip
-        here, there = wanted.shared(rows, columns)
-        mask_HW[here] = stored_HW[there]
-    if mask_HW is None:
-        raise NotFoundError(f"{run} has no mask of {image_id} in that window")
-    return mask_HW
+    for image_id, rows in groupby(_all_rows(store, shard_id), key=lambda row: row["image_id"]):
+        first = next(rows)
+        windows = (_window(row) for row in chain([first], rows))
+        yield StoredMask(image_id, first["image_height"], first["image_width"], windows)
+
+
+def _all_rows(store: Store, shard_id: str) -> Iterator[dict[str, Any]]:
+    with store.open_parquet(masks_name(shard_id)) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=[*PLACE, "mask"])
+            for batch in table.to_batches(max_chunksize=1):
+                yield from batch.to_pylist()
+
+
+def _window(row: dict[str, Any]) -> tuple[Box, Array]:
+    box = Box(row["y"], row["x"], row["height"], row["width"])
+    return box, decode_mask(_payload(row["mask"]), row["encoding"], *box.shape)
+
+
+def _payload(mask: bytes | dict[str, Any]) -> bytes:
+    return mask if isinstance(mask, bytes) else mask["bytes"]
 
 
 def _require_inside(wanted: Box, row: dict[str, Any]) -> None:
@@ -72,11 +170,7 @@ def _rows(
             if met:
                 masks = file.read_row_group(group, columns=["mask"])["mask"]
                 for number in met:
-                    payload = masks[number].as_py()
-                    yield (
-                        places[number],
-                        payload if isinstance(payload, bytes) else payload["bytes"],
-                    )
+                    yield places[number], _payload(masks[number].as_py())
 
 
 def _meets(row: dict[str, Any], window: tuple[int, int, int, int] | None) -> bool:

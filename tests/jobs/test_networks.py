@@ -7,7 +7,7 @@ from jobs.predict import predict
 from tests.data import digests, pictures, write_checkpoint
 from tests.reference.whole_image import logits_of
 from tests.unet_core.test_segment import masks_of, table
-from unet_core import read_mask
+from unet_core import open_run
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint
 from unet_core.networks.presets import PRESETS, Factory, preset
@@ -131,12 +131,12 @@ def test_masks_are_read_back_by_image_and_window(make_config, tmp_path):
     predict(make_config("output.encoding=png"))
     run = str(tmp_path / "run")
     for image_id, mask_HW in masks_of(tmp_path / "run").items():
-        assert (read_mask(run, image_id) == mask_HW).all()
-        assert (read_mask(run, image_id, (3, 5, 20, 17)) == mask_HW[3:23, 5:22]).all()
+        assert (open_run(run).mask(image_id) == mask_HW).all()
+        assert (open_run(run).mask(image_id, (3, 5, 20, 17)) == mask_HW[3:23, 5:22]).all()
     with pytest.raises(ValueError, match="leaves the image of 64 × 64"):
-        read_mask(run, "shard-0.tar/cell00", (50, 0, 20, 20))
+        open_run(run).mask("shard-0.tar/cell00", (50, 0, 20, 20))
     with pytest.raises(Exception, match="has no image nowhere among 6 committed shards"):
-        read_mask(run, "nowhere")
+        open_run(run).mask("nowhere")
 
 
 def test_illegal_sizes_are_refused_with_their_neighbours(make_config, checkpoints):

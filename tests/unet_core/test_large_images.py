@@ -6,7 +6,7 @@ import tifffile
 
 from jobs.predict import predict
 from tests.unet_core.test_segment import masks_of, table
-from unet_core import read_mask
+from unet_core import open_run
 from unet_core.synthetic import nuclei
 
 SHAPE = (700, 530)
@@ -59,8 +59,10 @@ def test_a_large_image_has_the_rows_of_a_small_one(
     masks = masks_of(tmp_path / "small")
     assert len(masks) == 3
     for image_id, mask_HW in masks.items():
-        assert (read_mask(run, image_id) == mask_HW).all()
-    assert (read_mask(run, "0.tif", (100, 200, 300, 77)) == masks["0.tif"][100:400, 200:277]).all()
+        assert (open_run(run).mask(image_id) == mask_HW).all()
+    assert (
+        open_run(run).mask("0.tif", (100, 200, 300, 77)) == masks["0.tif"][100:400, 200:277]
+    ).all()
     assert rows_of(tmp_path / "large") == rows_of(tmp_path / "small")
 
 

@@ -1,0 +1,50 @@
+"""What a process of Ray answers instead of raising: exceptions may lose their cause on the way."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from unet_core import errors
+from unet_core.errors import UnetJobsError
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of this project that stops the run, as a plain record."""
+
+    kind: str
+    message: str
+
+    def raise_again(self) -> None:
+        """Raise it where it is understood."""
+        raise getattr(errors, self.kind)(self.message)
+
+
+@dataclass(frozen=True)
+class Crash:
+    """Something went wrong with the process rather than with the run: memory, or the device."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One shard cannot be done; the run goes on without it."""
+
+    reason: str
+
+
+def recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
+    """What a call gives, or what went wrong with it as a record; bugs are raised."""
+    try:
+        return call()
+    except UnetJobsError as error:
+        return Failure(type(error).__name__, str(error))
+    except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
+        log.exception("the actor cannot go on")
+        return Crash(f"{type(error).__name__}: {error}")

@@ -1,0 +1,156 @@
+"""What is done once more with every committed shard of a run (evaluated, exported ...), on threads
+of this process or on all nodes of a Ray cluster.
+
+A task keeps its own record of what is done, by shard, and does a shard the same way each time: the
+same command continues. No model is loaded, so no GPU is asked for.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from jobs import session
+from jobs.answers import Crash, Failure, Refusal, recorded
+from jobs.job import require_reachable
+from jobs.progress import ShardsProgress
+from jobs.version import CodeVersion, code_version
+from unet_core.config import PredictConfig, WorkersConfig
+from unet_core.errors import ShardError, StoppedError
+from unet_core.inputs.shards import Shard
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Shards asked for, for each core."""
+RETRIES = 2
+WAIT_S = 0.5
+
+Answer = int | Failure | Crash | Refusal
+
+
+class Task(Protocol):
+    """What is done with each shard; travels to the nodes."""
+
+    def done(self) -> set[str]:
+        """Ids of the shards that it has been done with. One listing."""
+        ...
+
+    def do(self, shard: Shard) -> int:
+        """Do one shard and publish what comes of it; returns how many images it had.
+
+        Raises ShardError if it cannot be done, which the others do not mind.
+        """
+        ...
+
+
+def spread(
+    task: Task, shards: list[Shard], config: PredictConfig, places: dict[str, str], what: str
+) -> dict[str, str]:
+    """Do a task with all shards that it is not done with.
+
+    ``places``: what it reads and writes, by what people call it, which all nodes have to reach.
+    ``what``: shown to people, e.g. "evaluating". Returns the shards that could not be done, by path
+    or id, with the reason; raises any other error of this project.
+    """
+    done = task.done()
+    left = [shard for shard in shards if shard.shard_id not in done]
+    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))
+    if not left:
+        return {}
+    with ShardsProgress(what, len(shards), len(shards) - len(left)) as progress:
+        refused = {}
+        run = _here if is_here(config.workers) else _on_cluster
+        for shard, answer in run(task, left, config, places):
+            if isinstance(answer, Failure):
+                answer.raise_again()
+            if isinstance(answer, Crash | Refusal):
+                refused[shard.uri or shard.shard_id] = answer.reason
+            else:
+                assert isinstance(answer, int)
+                progress.on_done(answer)
+        return refused
+
+
+def is_here(workers: WorkersConfig) -> bool:
+    """Whether this process does it: no cluster is named, and no actors were asked for."""
+    if workers.count == "auto":
+        return not session.is_cluster_named()
+    return workers.count == "inline"
+
+
+def _here(
+    task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
+) -> Iterator[tuple[Shard, Answer]]:
+    """On threads; what is under way when this one is stopped comes to its end."""
+    stopped = threading.Event()
+
+    def do(shard: Shard) -> Answer:
+        if stopped.is_set():
+            raise StoppedError("stopped")
+        return _answer(task, shard)
+
+    with ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1) as pool:
+        futures = {pool.submit(do, shard): shard for shard in left}
+        try:
+            while futures:
+                ready, _ = wait(futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield futures.pop(future), future.result()
+        finally:
+            stopped.set()
+
+
+def _on_cluster(
+    task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
+) -> Iterator[tuple[Shard, Answer]]:
+    """As calls of Ray on whatever node has a core, a few for each core at a time."""
+    import ray
+
+    with session.connected():
+        require_reachable(places, session.node_count(), config.storage.shared)
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_remotely)
+        mine = code_version()
+        calls: dict[Any, Shard] = {}
+        waiting = iter(left)
+        try:
+            while True:
+                room = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(calls)
+                for shard, _ in zip(waiting, range(room), strict=False):
+                    calls[remote.remote(mine, task, shard)] = shard
+                if not calls:
+                    return
+                ready, _ = ray.wait(list(calls), timeout=WAIT_S)
+                for reference in ready:
+                    yield calls.pop(reference), _got(reference)
+        finally:
+            for reference in calls:
+                ray.cancel(reference, force=True)
+
+
+def _got(reference: Any) -> Answer:
+    import ray
+
+    try:
+        answer: Answer = ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        raise  # a bug of ours: its traceback is the message
+    except ray.exceptions.RayError as error:
+        return Crash(" ".join(str(error).split())[:300])
+    return answer
+
+
+def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> Answer:
+    answer = recorded(lambda: driver.require(code_version(), "a node"))
+    return answer if answer is not None else _answer(task, shard)
+
+
+def _answer(task: Task, shard: Shard) -> Answer:
+    def do() -> int | Refusal:
+        try:
+            return task.do(shard)
+        except ShardError as error:
+            return Refusal(str(error))
+
+    return recorded(do)

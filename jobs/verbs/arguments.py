@@ -1,0 +1,60 @@
+"""What arguments mean: a config from a file or from plain paths, a section of it from overrides."""
+
+from pathlib import Path
+from typing import Any
+
+from unet_core.config import PredictConfig, StorageConfig, build, load
+from unet_core.errors import ConfigError
+from unet_core.train_config import TrainConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""A recipe's name alone means the shipped one, if there is no such file here."""
+OVERRIDES = "[SECTION.KEY=VALUE]..."
+STORAGE = "[STORAGE.KEY=VALUE]..."
+
+
+def predict_config(
+    source: str, overrides: tuple[str, ...], model: str | None, out: str | None
+) -> PredictConfig:
+    """Of ``predict`` and its kin: a TOML, or a folder of images."""
+    if source.endswith(".toml"):
+        if model or out:
+            raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
+        return load(PredictConfig, source, list(overrides))
+    if not out and not any(o.startswith("output.uri=") for o in overrides):
+        raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
+    table: dict[str, Any] = {"input": {"uri": source}, "output": {}}
+    if model:
+        table["model"] = {"checkpoint": model}
+    if out:
+        table["output"]["uri"] = out
+    return build(PredictConfig, table, list(overrides), source="command line")
+
+
+def train_config(source: str, overrides: list[str], out: str | None) -> TrainConfig:
+    """Of ``train``: a TOML, a recipe, or two folders."""
+    if source.endswith(".toml"):
+        if out:
+            raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
+        return load(TrainConfig, recipe(source), overrides)
+    if not overrides or "=" in overrides[0] or not out:
+        raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
+    masks = overrides.pop(0)
+    pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
+    table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
+    return build(TrainConfig, table, overrides, source="command line")
+
+
+def recipe(path: str) -> str:
+    """A file as it is, or the shipped recipe of that name."""
+    shipped = RECIPES / path
+    return str(shipped) if not Path(path).exists() and shipped.is_file() else path
+
+
+def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
+    """The storage section that overrides make."""
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"{override}: only storage.key=value goes here")
+    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
+    return build(PredictConfig, places, list(overrides), source="command line").storage

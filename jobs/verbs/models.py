@@ -1,0 +1,103 @@
+"""The verbs about networks: train, model, import-weights, export to ONNX."""
+
+import click
+
+from jobs.verbs.arguments import OVERRIDES, STORAGE, storage_of, train_config
+from jobs.verbs.show import show
+from unet_core.config import ImportConfig, build
+
+
+@click.command()
+@click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
+def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
+    """Train a network on images with masks. Run it again to continue."""
+    config = train_config(source, list(overrides), out)
+    from jobs.train import train as run_train
+
+    trained = run_train(config)
+    if trained.was_finished:
+        click.echo(f"{config.output.uri} is finished already; nothing was written")
+    value = "–" if trained.value is None else f"{trained.value:.4f}"
+    show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
+    show(best=f"{trained.best} (val {trained.metric} {value})")
+    show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("name", metavar="[PRESET|CHECKPOINT]", default="")
+@click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--factory", default="", help="The function that a checkpoint names, if you trust it."
+)
+def model(name: str, options: tuple[str, ...], factory: str) -> None:
+    """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
+
+    Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
+    """
+    from rich.console import Console
+
+    from jobs.describe import describe, layers_table, presets_table, sentences
+
+    if not name:
+        Console().print(presets_table())
+        return
+    described = describe(name, list(options), factory)
+    Console().print(layers_table(described))
+    show(**sentences(described.tiling))
+
+
+@click.command("import-weights")
+@click.argument("source")
+@click.argument("destination")
+@click.argument("overrides", nargs=-1, metavar="[MODEL.KEY=VALUE]...")
+@click.option("--layout", help="Which published U-Net, where the keys fit several.")
+@click.option("--factory", help="package.module:function that makes another network.")
+def import_weights(
+    source: str,
+    destination: str,
+    overrides: tuple[str, ...],
+    layout: str | None,
+    factory: str | None,
+) -> None:
+    """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
+
+    Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
+    0..1) or others, and model.classes='["background", "cell"]'.
+    """
+    chosen = {"layout": layout, "factory": factory}
+    table = {
+        "source": source,
+        "destination": destination,
+        "model": {key: value for key, value in chosen.items() if value},
+    }
+    config = build(ImportConfig, table, list(overrides), source="command line")
+    from unet_core.networks.weights import import_weights as run_import
+
+    header = run_import(config)
+    wanted, tiling = header.preprocessing, header.tiling
+    kind = "exact tiles" if tiling.is_exact else "blended tiles"
+    show(
+        wrote=destination,
+        network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
+        images=f"{wanted.color}, {wanted.normalisation}",
+        tiles=f"{kind}, halo {tiling.halo}, sides {tiling.sides}",
+    )
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="RUN|CHECKPOINT")
+@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.option("--format", "kind", type=click.Choice(["onnx"]), required=True)
+@click.option("--out", required=True, help="The file to write.")
+@click.option(
+    "--factory", default="", help="The function that a checkpoint names, if you trust it."
+)
+def export(source: str, overrides: tuple[str, ...], kind: str, out: str, factory: str) -> None:
+    """Write a run's or a checkpoint's network as ONNX, with its logits compared."""
+    storage = storage_of(overrides)
+    from jobs.export import export_onnx
+
+    size = export_onnx(source, out, storage, factory)
+    show(wrote=f"{out} ({kind}, {size / 1e6:.1f} MB); the same logits under onnxruntime")

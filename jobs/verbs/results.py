@@ -1,0 +1,56 @@
+"""The verbs that look at what is there: status, verify."""
+
+import sys
+
+import click
+
+from jobs.verbs.arguments import STORAGE, storage_of
+from jobs.verbs.show import show, show_totals
+
+
+@click.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar=STORAGE)
+def status(run: str, overrides: tuple[str, ...]) -> None:
+    """Show how a run stands."""
+    storage = storage_of(overrides)
+    from jobs.inspect import TrainingStatus
+    from jobs.inspect import status as read_status
+
+    found = read_status(run, storage)
+    if isinstance(found, TrainingStatus):
+        state = "finished" if found.is_finished else "not finished: run train again to continue"
+        at = found.position
+        show(training=found.uri, state=state, saved=f"{at.step:,} of {found.steps:,} steps")
+        if at.best is not None:
+            show(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
+        return
+    state = "finished" if found.is_finished else "not finished: run predict again to continue"
+    if not found.is_finished and found.committed == found.shards:
+        state = "every shard is done, but it is not finished: run predict again to see why"
+    show(run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed")
+    show_totals(found.totals, found.class_names)
+    if found.seconds.shares:
+        shares = [f"{what} {share:.0%}" for what, share in found.seconds.shares.items()]
+        show(device=", ".join(shares))
+
+
+@click.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.option("--deep", is_flag=True, help="Also recount the input and every mask.")
+def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
+    """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
+    storage = storage_of(overrides)
+    from unet_core.verify import verify as check
+
+    findings = check(run, deep, storage)
+    show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
+    show_totals(findings.totals, findings.class_names)
+    for note in findings.notes:
+        click.echo(f"note: {note}")
+    for problem in findings.problems:
+        click.echo(f"problem: {problem}")
+    if findings.problems:
+        sys.exit(1)
+    click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))

@@ -1,0 +1,207 @@
+"""The verbs that segment: predict, plan, submit, pack, demo."""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.verbs.arguments import OVERRIDES, predict_config, recipe
+from jobs.verbs.show import READING, show, show_causes, show_cost, show_outcome
+from unet_core.config import PredictConfig, build, load
+from unet_core.errors import ConfigError, StoppedError
+from unet_core.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from jobs.submit import JobServer
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="CONFIG.toml|IMAGES")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--model", help="Checkpoint, where IMAGES is given.  [default: builtin:nuclei]")
+@click.option("--out", help="Run folder, where IMAGES is given.")
+@click.option("--retry-failed", is_flag=True, help="Do shards with failed images again.")
+@click.option("--refresh", is_flag=True, help="Add images that are new in the input.")
+def predict(
+    source: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    out: str | None,
+    retry_failed: bool,
+    refresh: bool,
+) -> None:
+    """Segment everything that is not committed yet. Run it again to continue."""
+    config = predict_config(source, overrides, model, out)
+    from jobs.predict import predict as run_predict
+
+    outcome = run_predict(config, retry_failed, refresh)
+    show_outcome(outcome)
+    if outcome.too_many_failed:
+        show_causes(outcome, config)
+    if not outcome.is_complete:
+        sys.exit(1)
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="CONFIG.toml|IMAGES")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--model", help="Checkpoint, where IMAGES is given.")
+@click.option("--out", help="Run folder, where IMAGES is given.")
+@click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --cost: of an hour of one GPU.")
+def plan(
+    source: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    out: str | None,
+    cost: bool,
+    price: float | None,
+) -> None:
+    """Show what predict would do. Leaves nothing behind."""
+    if price is not None and not cost:
+        raise ConfigError("--price goes with --cost")
+    config = predict_config(source, overrides, model, out)
+    from jobs.inspect import plan as make_plan
+
+    made = make_plan(config)
+    size = sum(shard.bytes for shard in made.shards)
+    left = sum(shard.bytes for shard in made.left)
+    show(
+        run=made.uri + (" (finished)" if made.is_finished else ""),
+        input=f"{config.input.uri} ({made.format})",
+        shards=f"{len(made.shards):,}, {len(made.left):,} left",
+        images="known when the tars are read" if made.images is None else f"{made.images:,}",
+        bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
+        workers=made.workers,
+    )
+    if cost:
+        from jobs.cost import estimate
+
+        show_cost(estimate(config), price)
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("verb", type=click.Choice(["predict", "train"]), metavar="predict|train")
+@click.argument("path", metavar="CONFIG.toml")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option(
+    "--address",
+    envvar="RAY_API_SERVER_ADDRESS",
+    required=True,
+    help="Ray's job server, e.g. http://localhost:8265.  [env: RAY_API_SERVER_ADDRESS]",
+)
+@click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
+@click.option("--retry-failed", is_flag=True, help="As of predict.")
+@click.option("--refresh", is_flag=True, help="As of predict.")
+def submit(
+    verb: str,
+    path: str,
+    overrides: tuple[str, ...],
+    address: str,
+    follow: bool,
+    retry_failed: bool,
+    refresh: bool,
+) -> None:
+    """Run predict or train as a job on a Ray cluster.
+
+    Submitted again, a run is followed where it is at work, and continued where it ended.
+    """
+    config: PredictConfig | TrainConfig
+    given = {"--retry-failed": retry_failed, "--refresh": refresh}
+    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    if flags and verb != "predict":
+        raise ConfigError(f"{flags[0]} goes with predict")
+    if verb == "predict":
+        config = load(PredictConfig, path, list(overrides))
+    else:
+        path = recipe(path)
+        config = load(TrainConfig, path, list(overrides))
+    from jobs.package import pack as pack_job
+
+    is_verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    packed = pack_job(verb, path, list(overrides), config)
+    package = replace(packed, is_verbose=is_verbose, flags=flags)
+    from jobs.submit import JobServer, run_name
+
+    name = run_name(verb, config)
+    show(job=name)
+    server = JobServer(address)
+    job = server.submit(name, package, config)
+    if job.before:
+        click.echo(f"{job.before} as {job.id}")
+    if not job.is_new:
+        click.echo(f"{job.id} is at work already")
+    if follow:
+        sys.exit(_follow(server, job.id))
+    show(follow="the same command with --follow")
+    show(stop=f"ray job stop --address {address} {job.id}")
+
+
+def _follow(server: "JobServer", job_id: str) -> int:
+    """Show a job until it ends; Ctrl-C asks whether to stop it or to leave it alone."""
+    from jobs.progress import FollowedProgress
+    from jobs.submit import Follower
+
+    shown = FollowedProgress()
+    follower = Follower(server, job_id, shown.show)
+    while True:
+        try:
+            with shown:
+                code, how = follower.follow()
+            click.echo(how)
+            return code
+        except KeyboardInterrupt:
+            answer = "d"
+            if sys.stdin.isatty():
+                question = "\n[s]top the job, [d]etach and let it run, or [f]ollow on?"
+                answer = click.prompt(question, default="f", type=click.Choice(["s", "d", "f"]))
+            if answer == "d":
+                click.echo(f"{job_id} runs on; the same command follows it again", err=True)
+                return StoppedError.exit_code
+            if answer == "s":
+                server.stop(job_id)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--format", "kind", type=click.Choice(["webdataset", "parquet"]), required=True)
+@click.option(
+    "--shard-mb",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Size of a shard in megabytes.",
+)
+def pack(
+    source: str, destination: str, overrides: tuple[str, ...], kind: str, shard_mb: int
+) -> None:
+    """Pack loose images, and their masks (input.masks=...), into balanced shards."""
+    table = {"input": {"uri": source}, "output": {"uri": destination}}
+    config = build(PredictConfig, table, list(overrides), source="command line")
+    from jobs.pack import pack as run_pack
+
+    packed = run_pack(config, kind, shard_mb * 10**6)
+    show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
+    show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="demo")
+@click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
+def demo(folder: Path, data_only: bool) -> None:
+    """Try it: sample images, a run on two local Ray actors, a picture."""
+    from jobs.demo import demo as run_demo
+    from jobs.demo import write_data
+
+    if data_only:
+        click.echo(f"wrote {folder}/images and {write_data(folder)}")
+        return
+    shown = run_demo(folder)
+    show_outcome(shown.outcome)
+    show(config=str(shown.config), look_at=str(shown.sheet))
+    click.echo(READING.format(run=shown.outcome.run.uri))
