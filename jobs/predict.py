@@ -11,6 +11,7 @@ from jobs.budget import Budget
 from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
 from jobs.progress import RunProgress
+from jobs.report import ending_report
 from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
@@ -40,6 +41,8 @@ class Outcome:
     too_many_failed: bool = False
     """More images failed than ``errors.max_failed_images`` puts up with: the run is not
     finished."""
+    report: str = ""
+    """Where the page about the run is, if there is one."""
 
     @property
     def is_complete(self) -> bool:
@@ -48,13 +51,21 @@ class Outcome:
 
 
 def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = False) -> Outcome:
-    """Segment what is not committed yet, and finish the run when nothing is left.
+    """Segment what is not committed yet, finish the run when nothing is left, and write its report.
 
     ``retry_failed`` takes back the commits of shards with failed images first; ``refresh`` adds
     what the input has of new objects. Raises an error of ``unet_core.errors`` for a config,
     checkpoint, run folder or store that cannot be used. Interrupted anyhow, the same call
     continues.
     """
+    outcome = _predicted(config, retry_failed, refresh)
+    output = config.output
+    was_done = not outcome.was_finished
+    report = ending_report(output.uri, config.storage, output.report, was_done)
+    return replace(outcome, report=report)
+
+
+def _predicted(config: PredictConfig, retry_failed: bool, refresh: bool) -> Outcome:
     job = prepare(config)
     run = job.run
     with contextlib.ExitStack() as stack:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import session
+from jobs.report import ending_report
 from jobs.train_progress import TrainProgress
 from unet_core.fit import Event, fit
 from unet_core.storage.store import Store
@@ -32,6 +33,8 @@ class Trained:
     """Of the best weights."""
     was_finished: bool = False
     """There was nothing to do: an earlier session had finished the training."""
+    report: str = ""
+    """Where the page about the training is, if there is one."""
 
 
 def train(config: TrainConfig) -> Trained:
@@ -55,6 +58,9 @@ def train(config: TrainConfig) -> Trained:
         metric=config.train.best,
         value=done.best,
         was_finished=was_finished,
+        report=ending_report(
+            config.output.uri, config.storage, config.output.report, not was_finished
+        ),
     )
 
 

@@ -74,7 +74,7 @@ def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
             "input": {"uri": str(tars), "masks": "mask.png"},
             "model": {"checkpoint": tiny_model},
             "tile": {"size": 256},
-            "output": {"uri": str(tmp_path / out)},
+            "output": {"uri": str(tmp_path / out), "report": False},
             "workers": {"count": "inline"},
         }
         for section, keys in table.items():

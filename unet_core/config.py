@@ -118,6 +118,8 @@ class FolderConfig(Section):
 
     uri: str
     """The run folder."""
+    report: bool = True
+    """Write ``report.html`` there at the end."""
 
     @field_validator("uri")
     @classmethod

@@ -20,7 +20,6 @@ from unet_core.networks.checkpoint import Header
 from unet_core.run import Identity
 from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
-from unet_core.training import curves
 from unet_core.training.census import counted
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, Split, open_splits
@@ -30,10 +29,8 @@ from unet_core.training.lanes import Order
 from unet_core.training.learner import BatchCounts, Learner, rate_at
 from unet_core.training.losses import Loss, balanced
 from unet_core.training.ranks import Ranks
-from unet_core.training.run import BEST, CURVES, LAST, Position, TrainingRun, identity
+from unet_core.training.run import BEST, LAST, Position, TrainingRun, identity
 from unet_core.training.start import checkpoint_digest, new_network
-
-CURVES_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,6 @@ class Fitting:
     steps: int
     """Optimiser steps of the whole training."""
     _saved: float = field(default_factory=time.monotonic)
-    _drawn: float = field(default_factory=time.monotonic)
     _unchecked: tuple[float, list[str]] = (0.0, [])
     """This rank's part of the last step's loss, and whose it is."""
 
@@ -216,16 +212,14 @@ class Fitting:
         self._save(position)
         if is_best:
             self.ranks.first(lambda: self._publish(BEST, position))
-        self.ranks.first(self._draw_curves)
         seconds = time.perf_counter() - started
         return Epoch(number, position.step, loss, found, is_best, seconds)
 
     def finish(self, position: Position) -> None:
-        """Publish the last weights and the curves, then ``_SUCCESS``."""
+        """Publish the last weights, then ``_SUCCESS``."""
 
         def publish() -> None:
             self._publish(LAST, position)
-            self._draw_curves(after_s=0)
             self.run.finish(position)
 
         self.ranks.first(publish)
@@ -319,9 +313,3 @@ class Fitting:
         at = {"step": position.step, "epoch": position.epoch}
         columns = ("split", "name", "class", "value")
         self.run.history += [{**at, **dict(zip(columns, row, strict=True))} for row in rows]
-
-    def _draw_curves(self, after_s: float = CURVES_S) -> None:
-        if time.monotonic() - self._drawn >= after_s:
-            self._drawn = time.monotonic()
-            title = self.run.store.uri()
-            self.run.store.publish(CURVES, curves.draw(self.run.rows(), title))

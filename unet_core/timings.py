@@ -4,6 +4,7 @@ import datetime
 import io
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store
 
 FLUSH_S = 60.0
+READ_THREADS = 16
 RECENT = 60
 """Files that make about an hour."""
 
@@ -121,7 +123,8 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    tables = [pq.read_table(io.BytesIO(store.read(name))) for name in names]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tables = list(pool.map(lambda name: pq.read_table(io.BytesIO(store.read(name))), names))
     both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
     return both.select(TIMINGS.names)  # earlier versions had other columns
 

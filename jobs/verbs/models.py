@@ -22,6 +22,8 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
     value = "–" if trained.value is None else f"{trained.value:.4f}"
     show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
     show(best=f"{trained.best} (val {trained.metric} {value})")
+    if trained.report:
+        show(report=trained.report)
     show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
 
 

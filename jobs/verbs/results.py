@@ -1,11 +1,12 @@
-"""The verbs that look at what is there: status, verify."""
+"""The verbs that look at what is there: status, verify, report."""
 
 import sys
 
 import click
 
 from jobs.verbs.arguments import STORAGE, storage_of
-from jobs.verbs.show import show, show_totals
+from jobs.verbs.show import harmless, show, show_totals
+from unet_core.errors import ConfigError
 
 
 @click.command()
@@ -54,3 +55,37 @@ def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
     if findings.problems:
         sys.exit(1)
     click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.option("--previews", metavar="DIR", help="Write PNG overlays of images there instead.")
+@click.option("--ids", metavar="ID", multiple=True, help="With --previews: this image; repeatable.")
+@click.option(
+    "--worst", type=click.IntRange(min=1), help="With --previews: so many; else 20 at random."
+)
+def report(
+    run: str,
+    overrides: tuple[str, ...],
+    previews: str | None,
+    ids: tuple[str, ...],
+    worst: int | None,
+) -> None:
+    """Write RUN/report.html: a run or a training on one page."""
+    storage = storage_of(overrides)
+    if (ids or worst) and not previews:
+        raise ConfigError("--ids and --worst go with --previews DIR")
+    if ids and worst:
+        raise ConfigError("--ids and --worst exclude each other; give one of them")
+    from jobs.report import write_previews, write_report
+
+    if previews is None:
+        show(report=write_report(run, storage))
+        return
+    done = write_previews(run, previews, list(ids), worst or 0, storage)
+    show(previews=f"{previews}, {done.written:,} images")
+    for image_id, reason in done.refused.items():
+        click.echo(harmless(f"not drawn: {image_id}: {reason}"), err=True)
+    if done.refused:
+        sys.exit(1)

@@ -194,14 +194,14 @@ def pack(
 @click.argument("folder", type=click.Path(path_type=Path), default="demo")
 @click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
 def demo(folder: Path, data_only: bool) -> None:
-    """Try it: sample images, a run on two local Ray actors, a picture."""
+    """Try it: sample images, a run on two local Ray actors, a report."""
     from jobs.demo import demo as run_demo
     from jobs.demo import write_data
 
     if data_only:
         click.echo(f"wrote {folder}/images and {write_data(folder)}")
         return
-    shown = run_demo(folder)
-    show_outcome(shown.outcome)
-    show(config=str(shown.config), look_at=str(shown.sheet))
-    click.echo(READING.format(run=shown.outcome.run.uri))
+    path, outcome = run_demo(folder)
+    show_outcome(outcome)
+    show(config=str(path))
+    click.echo(READING.format(run=outcome.run.uri))

@@ -62,8 +62,10 @@ def show_outcome(outcome: "Outcome") -> None:
         show(added=f"{outcome.added:,} shards of new objects")
     show_totals(outcome.totals, record.class_names if record else ())
     show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
+    if outcome.report:
+        show(report=outcome.report)
     for shard, reason in outcome.set_aside.items():
-        click.echo(_harmless(f"not committed: shard {shard}: {reason}"), err=True)
+        click.echo(harmless(f"not committed: shard {shard}: {reason}"), err=True)
 
 
 def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
@@ -80,7 +82,7 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     for cause in causes(outcome.run, totals):
         click.echo(f"  {cause.images:,} x {cause.code}", err=True)
         for example in cause.examples:
-            click.echo(_harmless(f"    {example.image_id}: {example.message}"), err=True)
+            click.echo(harmless(f"    {example.image_id}: {example.message}"), err=True)
     click.echo(LOOKING.format(run=run), err=True)
 
 
@@ -112,6 +114,6 @@ def show(**lines: str) -> None:
         click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """A line in which names from elsewhere cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -5,7 +5,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
 
 from jobs.predict import predict
@@ -58,8 +57,6 @@ def test_training_learns_and_keeps_the_best_and_the_last(folder, tmp_path):
     assert [r["value"] for r in history if (r["name"], r["class"]) == ("iou", "nucleus")] == [
         nucleus(epoch) for epoch in seen
     ]
-    with Image.open(out / "learning_curves.png") as curves:
-        assert curves.size[0] > 500
     checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert checkpoints == ["000000042"]
 

@@ -26,7 +26,6 @@ from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import Split
 
 BEST, LAST = "best.safetensors", "last.safetensors"
-CURVES = "learning_curves.png"
 CHECKPOINT = re.compile(r"checkpoints/(\d+)/state\.safetensors")
 HISTORY_FILE = re.compile(r"history/(\d+)\.parquet")
 

@@ -21,7 +21,7 @@ def config_of(folder, output, *overrides):
                  "val_fraction": 0.3},
         "model": {"width": 4, "depth": 2, "classes": ["background", "nucleus"]},
         "train": {"epochs": 6, "crop": 64, "batch": 3, "crops_per_image": 3, "learning_rate": 1e-2},
-        "output": {"uri": str(output)},
+        "output": {"uri": str(output), "report": False},
         "workers": {"count": "inline"},
     }  # fmt: skip
     return build(TrainConfig, table, list(overrides))

@@ -1,0 +1,80 @@
+import logging
+
+import numpy as np
+from PIL import Image
+
+from jobs.predict import predict
+from jobs.report import NAME, ending_report, preview_name, write_report
+from jobs.train import train
+from tests.unet_core.training.scenes import config_of
+from unet_core.config import StorageConfig
+
+
+def test_predict_writes_a_report_unless_nothing_was_to_do(make_config, run_cli, tmp_path):
+    config = make_config("output.report=true")
+    outcome = predict(config)
+    page = tmp_path / "run" / NAME
+    assert outcome.report == str(page)
+    assert "finished" in page.read_text()
+    page.write_text("mine")
+    assert predict(config).report == str(page)
+    assert page.read_text() == "mine"
+    code, text, _ = run_cli("report", tmp_path / "run")
+    assert (code, f"report:   {page}" in text) == (0, True)
+    assert page.stat().st_size > 10_000
+
+
+def test_a_report_that_cannot_be_written_loses_nothing(make_config, tmp_path, caplog):
+    predict(make_config())
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    (tmp_path / "run" / NAME / "in the way").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        outcome = predict(make_config("output.report=true"))
+    assert outcome.is_complete
+    assert (tmp_path / "run" / "_SUCCESS").exists()
+    assert outcome.report == ""
+    assert f"write it later with: unet-jobs report {tmp_path}/run" in caplog.text
+
+
+def test_damage_that_nobody_thought_of_is_told_too(tmp_path, caplog):
+    (tmp_path / "run.json").write_text("[]")
+    assert ending_report(str(tmp_path), StorageConfig(), True, was_done=True) == ""
+    assert "the report could not be written" in caplog.text
+
+
+def test_previews_are_named_after_their_images(make_config, run_cli, tmp_path):
+    predict(make_config())
+    to = tmp_path / "previews"
+    code, text, errors = run_cli(
+        "report", tmp_path / "run", "--previews", to, "--ids", "shard-4.tar/cell04", "--ids", "no"
+    )
+    assert (code, "1 images" in text) == (1, True)
+    assert "not drawn: no: the run has no mask of it" in errors
+    with Image.open(to / "shard-4.tar" / "cell04.png") as drawn:
+        assert (drawn.size, drawn.mode) == ((270, 300), "RGB")
+        assert (np.ptp(np.asarray(drawn), axis=2) > 0).any()
+    code, text, _ = run_cli("report", tmp_path / "run", "--previews", to, "--worst", "3")
+    assert (code, "3 images" in text) == (0, True)
+    code, _, errors = run_cli("report", tmp_path / "run", "--worst", "3")
+    assert (code, "go with --previews" in errors) == (2, True)
+
+
+def test_no_image_id_leaves_the_folder_of_previews():
+    assert preview_name("a/b.png") == "a/b.png"
+    assert preview_name("a/b.tif") == "a/b.tif.png"
+    assert preview_name("../.x//y") == "%2E./%2Ex/%2E/y.png"
+    assert preview_name("/etc/a\\b?c") == "%2E/etc/a%5Cb%3Fc.png"
+
+
+def test_a_training_explains_itself(folder, tmp_path):
+    out = tmp_path / "m"
+    config = config_of(folder, out, "train.epochs=2", "output.report=true")
+    done = train(config)
+    assert done.report == str(out / NAME)
+    page = (out / NAME).read_text()
+    for text in ("Learning curves", "Validation IoU", "nucleus", f"--model {out}/best.safetensors",
+                 "train.epochs=2", "after step"):  # fmt: skip
+        assert text in page, text
+    (out / "_SUCCESS").unlink()
+    write_report(str(out))
+    assert "not finished" in (out / NAME).read_text()

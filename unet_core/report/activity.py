@@ -1,0 +1,152 @@
+"""How fast a run was and where its devices' time went, hour by hour, from ``timings/``.
+
+Each committed attempt counts over the time since its actor's last one; time in which no actor was
+at work is cut out.
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unet_core.arrays import Array
+from unet_core.report.charts import Plot, Series, lines, stack
+from unet_core.timings import Seconds
+
+BINS = 60
+LEAST_SHARDS = 6
+PAUSE_S = 120.0
+MOST_ACTORS = 32
+STATES = {
+    "busy": "device_s",
+    "waiting for a shard": "waiting_for_shard_s",
+    "waiting for reading": "waiting_for_reading_s",
+    "waiting for decoding": "waiting_for_decoding_s",
+}
+UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
+@dataclass(frozen=True)
+class Actor:
+    """What one actor did."""
+
+    name: str
+    shards: int
+    images: int
+    shares: tuple[float, ...]
+    """By ``STATES``."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """The times of a run."""
+
+    began: datetime.datetime
+    ended: datetime.datetime
+    worked_s: float
+    """Without pauses."""
+    pauses: int
+    images_per_s: float
+    megapixels_per_s: float
+    shares: dict[str, float]
+    actors: tuple[Actor, ...]
+    """Empty if there are too many to show."""
+    actor_count: int
+    rate: Plot | None
+    where: Plot | None
+    """Both None for a few shards."""
+
+
+def activity(table: pa.Table) -> Activity | None:
+    """Of the rows in ``timings/``; None if there are none."""
+    table = table.sort_by([("actor", "ascending"), ("finished", "ascending")]).combine_chunks()
+    if not table.num_rows:
+        return None
+    start_s, end_s, pauses = _without_pauses(*_intervals(table))
+    worked_s = max(float(end_s.max()), 1e-3)
+    images = table["images"].to_numpy().astype(float)
+    sums = Seconds(**{name: pc.sum(table[f"{name}_s"]).as_py() or 0.0 for name in vars(Seconds())})
+    actors = _actors(table)
+    rate, where = None, None
+    if table.num_rows >= LEAST_SHARDS:
+        rate, where = _plots(table, images, start_s, end_s, worked_s, pauses)
+    return Activity(
+        began=pc.min(table["finished"]).as_py()
+        - datetime.timedelta(seconds=float((end_s - start_s)[np.argmin(end_s)])),
+        ended=pc.max(table["finished"]).as_py(),
+        worked_s=worked_s,
+        pauses=len(pauses),
+        images_per_s=images.sum() / worked_s,
+        megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
+        shares=sums.shares,
+        actors=actors if len(actors) <= MOST_ACTORS else (),
+        actor_count=len(actors),
+        rate=rate,
+        where=where,
+    )
+
+
+def _intervals(table: pa.Table) -> tuple[Array, Array]:
+    """Seconds at which each attempt began and ended; rows are ordered by actor."""
+    ends = table["finished"].cast(pa.int64()).to_numpy() / 1e3
+    names = pc.dictionary_encode(table["actor"]).combine_chunks().indices.to_numpy()
+    spent = np.stack([table[column].to_numpy() for column in STATES.values()]).sum(axis=0)
+    before = np.concatenate([[-np.inf], ends[:-1]])
+    before[np.concatenate([[True], names[1:] != names[:-1]])] = -np.inf
+    return np.minimum(np.maximum(before, ends - spent), ends - 1e-3), ends
+
+
+def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
+    """The same from 0, long times in which nobody worked cut out; and where they were."""
+    order = np.argsort(start_s)
+    busy_until = np.maximum.accumulate(end_s[order])
+    gaps = start_s[order][1:] - busy_until[:-1]
+    cut = np.flatnonzero(gaps > PAUSE_S)
+    ends = busy_until[:-1][cut]
+    lengths = np.concatenate([[0.0], np.cumsum(gaps[cut])])
+
+    def shifted(at_s: Array) -> Array:
+        return at_s - start_s.min() - lengths[np.searchsorted(ends, at_s, side="left")]
+
+    return shifted(start_s), shifted(end_s), shifted(ends).tolist()
+
+
+def _plots(
+    table: pa.Table, images: Array, start_s: Array, end_s: Array, worked_s: float,
+    pauses: list[float],
+) -> tuple[Plot | None, Plot]:  # fmt: skip
+    edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
+    overlap = _overlap(start_s, end_s, edges)
+    rates = images @ overlap / np.diff(edges)
+    size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
+    middles = (edges[:-1] + edges[1:]) / 2 / size
+    rules = tuple((at / size, "paused") for at in pauses)
+    series = [Series("images per second", [0.0, *middles, worked_s / size],
+                     [rates[0], *rates, rates[-1]])]  # fmt: skip
+    rate = lines("Images per second", series, f"{unit} at work", rules=rules)
+    spent = np.stack([table[column].to_numpy() for column in STATES.values()])
+    parts = (spent @ overlap).T
+    totals = parts.sum(axis=1, keepdims=True)
+    shares = np.divide(parts, totals, out=np.zeros_like(parts), where=totals > 0)
+    assert rate is not None
+    return rate, stack("What the devices did", list(STATES), shares, rate)
+
+
+def _overlap(start_s: Array, end_s: Array, edges: Array) -> Array:
+    """Of each attempt, the share that falls into each bin."""
+    reached = np.clip(edges[None] - start_s[:, None], 0, (end_s - start_s)[:, None])
+    shares: Array = np.diff(reached, axis=1) / (end_s - start_s)[:, None]
+    return shares
+
+
+def _actors(table: pa.Table) -> tuple[Actor, ...]:
+    sums = [("shard_id", "count"), ("images", "sum"), *((c, "sum") for c in STATES.values())]
+    rows = table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist()
+    found = []
+    for row in rows:
+        spent = [row[f"{column}_sum"] for column in STATES.values()]
+        shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
+        found.append(Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares))
+    return tuple(found)

@@ -1,0 +1,304 @@
+"""What there is to say of a run, gathered once; the page only lays it out."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.compact import batches
+from unet_core.config import PredictConfig, build
+from unet_core.failures import Cause, causes
+from unet_core.metrics import Scores, Totals, mean, ratio
+from unet_core.report.activity import Activity, activity
+from unet_core.report.charts import Plot, histogram
+from unet_core.report.command import command, toml
+from unet_core.report.images import fetch
+from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
+from unet_core.report.pictures import PANEL, Panel, panels, view
+from unet_core.results import Results
+from unet_core.timings import read_timings
+
+SHOWN = 8
+"""Images of a sheet."""
+MOST_CLASSES = 64
+MOST_SIZES = 8
+TIMING_FILES = 2880
+"""About two days at work."""
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class over all images; None is undefined."""
+
+    name: str
+    color: str
+    share: float | None
+    """Of all pixels in the masks."""
+    dice: float | None
+    iou: float | None
+    precision: float | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Pixels of one true and one predicted class."""
+
+    count: int
+    share: float
+    """Of the pixels of the true class."""
+    truth: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images of one size."""
+
+    text: str
+    images: int
+    width: float | None
+    """Percent of the longest bar; None for what is no single size."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a sheet: its panels, or why there are none."""
+
+    pick: Pick
+    panels: tuple[Panel, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Images that were picked for one reason."""
+
+    name: str
+    about: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything on the page of a run."""
+
+    uri: str
+    is_finished: bool
+    shards: int
+    committed: int
+    totals: Totals
+    classes: tuple[ClassRow, ...]
+    """The most frequent ones, if there are very many."""
+    class_count: int
+    mean_row: ClassRow | None
+    """Mean of the defined values of all classes."""
+    confusion: tuple[tuple[Cell, ...], ...]
+    plots: tuple[Plot, ...]
+    sizes: tuple[Size, ...]
+    sheets: tuple[Sheet, ...]
+    causes: tuple[Cause, ...]
+    activity: Activity | None
+    warnings: tuple[str, ...]
+    command: str
+    config: str
+    versions: dict[str, str]
+    identity: dict[str, str]
+
+
+def run_facts(results: Results) -> RunFacts:
+    """Read the rows of a run once, and its images that are worth a look."""
+    record, totals = results.record, results.totals
+    measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
+    shards = results.run.manifest() or []
+    rows = class_rows(results, totals)
+    found = list(causes(results.run, totals)) if totals.failed else []
+    is_finished = results.run.is_finished
+    return RunFacts(
+        uri=results.run.uri,
+        is_finished=is_finished,
+        shards=len(shards),
+        committed=totals.shards,
+        totals=totals,
+        classes=most_frequent(rows),
+        class_count=len(rows),
+        mean_row=_mean_row(rows) if totals.with_truth else None,
+        confusion=_confusion(measured.confusion_KK, results.class_names),
+        plots=distributions(measured),
+        sizes=sizes_of(measured.sizes),
+        sheets=sheets(results, measured),
+        causes=tuple(found),
+        activity=activity(read_timings(results.run.store, TIMING_FILES)),
+        warnings=tuple(_warnings(results, is_finished, len(shards))),
+        command=command_of(results),
+        config=toml(record.config),
+        versions={"unet-jobs": record.version, **_texts(record.compute.model_dump())},
+        identity={"fingerprint": record.fingerprint, **_texts(record.identity)},
+    )
+
+
+def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
+    """Every class, by its id."""
+    nothing = [None] * len(results.class_names)
+    scores = totals.scores or nothing
+    pixels = totals.class_pixels or nothing
+    return [
+        _class_row(name, color, ratio(count or 0, totals.pixels), score)
+        for name, color, count, score in zip(
+            results.class_names, results.palette, pixels, scores, strict=True
+        )
+    ]
+
+
+def _class_row(
+    name: str, color: tuple[int, int, int], share: float | None, score: Scores | None
+) -> ClassRow:
+    rgb = "rgb({} {} {})".format(*color)
+    if score is None:
+        return ClassRow(name, rgb, share, None, None, None, None)
+    precision, recall = (ratio(score.tp, score.tp + wrong) for wrong in (score.fp, score.fn))
+    return ClassRow(name, rgb, share, score.dice, score.iou, precision, recall)
+
+
+def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
+    """As many classes as a table can show, in the order of their ids."""
+    order = sorted(range(len(rows)), key=lambda at: -(rows[at].share or 0.0))[:MOST_CLASSES]
+    return tuple(rows[at] for at in sorted(order))
+
+
+def _mean_row(rows: list[ClassRow]) -> ClassRow:
+    names = ("dice", "iou", "precision", "recall")
+    means = {name: mean(getattr(row, name) for row in rows) for name in names}
+    return ClassRow("mean of classes", "", None, **means)
+
+
+def _confusion(matrix_KK: Array | None, names: tuple[str, ...]) -> tuple[tuple[Cell, ...], ...]:
+    if matrix_KK is None:
+        return ()
+    of_truth = np.maximum(matrix_KK.sum(axis=1), 1)
+    return tuple(
+        tuple(
+            Cell(int(count), int(count) / int(whole), truth, mask)
+            for count, mask in zip(row, names, strict=True)
+        )
+        for row, whole, truth in zip(matrix_KK, of_truth, names, strict=True)
+    )
+
+
+def distributions(measured: Measured) -> tuple[Plot, ...]:
+    """Histograms over images, of what is defined."""
+    values = {
+        "IoU of an image, mean over its classes": measured.iou,
+        "Dice of an image, mean over its classes": measured.dice,
+        "Mean confidence of an image": measured.confidence,
+        "Foreground share of an image": measured.foreground,
+    }
+    plots = (histogram(title, of_images) for title, of_images in values.items())
+    return tuple(plot for plot in plots if plot is not None)
+
+
+def sizes_of(sizes: Array) -> tuple[Size, ...]:
+    """The most frequent sizes, and how many have others."""
+    known, counts = np.unique(sizes, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    kept = order if len(order) <= MOST_SIZES else order[: MOST_SIZES - 1]
+    most = int(counts.max(initial=1))
+    found = [
+        Size(f"{known[at][0]:,} × {known[at][1]:,}", int(counts[at]), 100 * int(counts[at]) / most)
+        for at in kept
+    ]
+    others = order[len(kept) :]
+    if len(others):
+        found.append(Size(f"{len(others):,} other sizes", int(counts[others].sum()), None))
+    return tuple(found)
+
+
+def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
+    """Random, worst and largest images; all of them on one sheet if there are few."""
+    chosen = {"Random": ("drawn by chance", measured.picks[RANDOM])}
+    if len(measured.iou) <= SHOWN:
+        chosen = {"All": ("in the order of the draw", measured.picks[RANDOM])}
+    else:
+        by = "IoU" if measured.has_truth else "mean confidence"
+        chosen["Worst"] = (f"lowest {by} first", measured.worst)
+        chosen["Fullest"] = ("largest share of foreground first", measured.picks[LARGEST])
+    palette, ignore_index = results.palette, results.config.input.ignore_index
+    picks = {pick.image_id: pick for _, of_sheet in chosen.values() for pick in of_sheet}
+    answers = fetch(
+        results, list(picks.values()),
+        lambda fetched: panels(view(fetched, PANEL), palette, ignore_index),
+    )  # fmt: skip
+
+    def entry(pick: Pick) -> Entry:
+        answer = answers[pick.image_id]
+        return Entry(pick, answer.made or (), answer.reason)
+
+    return tuple(
+        Sheet(name, about, tuple(map(entry, of_sheet)))
+        for name, (about, of_sheet) in chosen.items() if of_sheet
+    )  # fmt: skip
+
+
+def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]:
+    totals = results.totals
+    if not is_finished:
+        how = "run predict again to continue"
+        if totals.shards == shards:
+            how = "run predict again to see what keeps it from ending"
+        if _too_many_failed(results):
+            most = results.config.errors.max_failed_images
+            how = f"more images failed than errors.max_failed_images = {most} lets pass"
+        yield f"Not finished: {totals.shards:,} of {shards:,} shards are committed; {how}."
+    if not totals.is_reconciled:
+        yield (
+            f"Not reconciled: {totals.images_seen:,} images were seen, but {totals.ok:,} + "
+            f"{totals.failed:,} have a row; run verify to see where."
+        )
+    if totals.failed:
+        share = totals.failed / max(1, totals.images_seen)
+        yield f"{totals.failed:,} images failed ({share:.2%}); see failures below."
+    if unusable := totals.errors.get("truth", 0):
+        yield f"The truth of {unusable:,} images could not be used; they have no scores."
+    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
+        only = results.class_names[next(n for n, c in enumerate(totals.class_pixels) if c)]
+        yield (
+            f"Every pixel of all {totals.ok:,} images is {only!r}: is this the model for these "
+            "images? See model.threshold, and what the model was trained on."
+        )
+
+
+def _too_many_failed(results: Results) -> bool:
+    most, totals = results.config.errors.max_failed_images, results.totals
+    return totals.failed > (most if isinstance(most, int) else most * totals.images_seen)
+
+
+def command_of(results: Results) -> str:
+    """The command that continues or repeats a run."""
+    config, run = results.config, results.run.uri
+    places = {"input": {"uri": config.input.uri}, "output": {"uri": run}}
+    defaults = build(PredictConfig, places, []).model_dump(mode="json")
+    verb = ["predict", config.input.uri, "--model", config.model.checkpoint, "--out", run]
+    told = {"input.uri", "model.checkpoint", "output.uri"}
+    return command(verb, config.model_dump(mode="json"), defaults, told)
+
+
+def _texts(table: dict[str, object]) -> dict[str, str]:
+    """Values as a page shows them, nested ones flat."""
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and key == "versions":
+            found |= {name: str(version) for name, version in value.items()}
+        elif isinstance(value, dict):
+            found[key] = ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
+        elif isinstance(value, list):
+            found[key] = ", ".join(map(str, value))
+        else:
+            found[key] = str(value)
+    return {key: text or "–" for key, text in found.items()}
+
+
+def defined(value: float) -> float | None:
+    """None for nan."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,146 @@
+"""Images of a run fetched again by id: decoded, with their truth and their stored mask.
+
+Each shard is read at most once, and only until the last image that is wanted from it.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from unet_core.arrays import Array
+from unet_core.errors import ImageError, UnetJobsError
+from unet_core.images.picture import Decoder, Picture
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Shard, Source
+from unet_core.manifest import with_members
+from unet_core.report.measured import Pick
+from unet_core.results import Results, stored_masks
+from unet_core.storage.store import Store
+
+MOST_PIXELS = 64 * 2**20
+"""Larger images are not fetched."""
+PATIENCE_S = 30.0
+"""Storage that is away keeps a report waiting no longer."""
+THREADS = 4
+
+MadeT = TypeVar("MadeT")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One image of a run, ready to be drawn."""
+
+    picture: Picture
+    mask_HW: Array
+
+
+@dataclass(frozen=True)
+class Answer(Generic[MadeT]):
+    """What was made of an image, or why nothing was."""
+
+    made: MadeT | None
+    reason: str = ""
+
+
+def fetch(
+    results: Results, picks: list[Pick], make: Callable[[Fetched], MadeT]
+) -> dict[str, Answer[MadeT]]:
+    """Make something of each image, by id; on a few threads, and one image of a thread at a time.
+
+    What cannot be had (the input is gone or changed, the image is too large) is said in its place.
+    """
+    wanted: dict[str, dict[str, Pick]] = defaultdict(dict)
+    answers: dict[str, Answer[MadeT]] = {}
+    for pick in picks:
+        if pick.height * pick.width > MOST_PIXELS:
+            size = f"{pick.height:,} × {pick.width:,} pixels"
+            answers[pick.image_id] = Answer(None, f"its {size} are too many to show here")
+        else:
+            wanted[pick.shard_id][pick.image_id] = pick
+    heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
+    shelf = _Shelf(results)
+
+    def of_shard(shard_id: str) -> dict[str, Answer[MadeT]]:
+        ids = set(wanted[shard_id])
+        made: dict[str, Answer[MadeT]] = {}
+        reason = "it is not in its shard any more"
+        try:
+            for image_id, fetched in shelf.take(heads[shard_id], ids):
+                made[image_id] = Answer(make(fetched))
+        except (UnetJobsError, MemoryError) as error:
+            reason = str(error) or "too little memory"
+        return {i: made.get(i, Answer(None, shelf.failures.get(i, reason))) for i in ids}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(of_shard, wanted):
+            answers |= found
+    return answers
+
+
+class _Shelf:
+    """Where images and masks are taken from."""
+
+    def __init__(self, results: Results) -> None:
+        record = results.record
+        wanted = Preprocessing.model_validate(record.identity["model.preprocessing"])
+        self._store = results.run.store
+        self._source = _impatient(results.source)
+        self._decoder = Decoder(wanted, len(record.class_names), self._source.config)
+        self.failures: dict[str, str] = {}
+        """Why an image of those asked for could not be taken."""
+
+    def take(self, shard: Shard, ids: set[str]) -> Iterator[tuple[str, Fetched]]:
+        """The images that are there, in the order of the shard."""
+        masks = stored_masks(self._store, shard.shard_id)
+        missing = set(ids)
+        for picture in self._pictures(shard, ids):
+            image_id, shape = picture.sample.image_id, picture.pixels.shape
+            if image_id not in missing:
+                continue  # the first of a name counts
+            mask = next((mask for mask in masks if mask.image_id == image_id), None)
+            if mask is None:
+                self.failures[image_id] = "its mask is not there"
+            elif (mask.height, mask.width) != shape:
+                self.failures[image_id] = "its mask has another size: the input changed"
+            else:
+                yield image_id, Fetched(picture, mask.whole())
+            missing.remove(image_id)
+            if not missing:
+                return
+
+    def _pictures(self, shard: Shard, ids: set[str]) -> Iterator[Picture]:
+        files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
+        whole = with_members(self._store, shard) if shard.has_members else shard
+        for sample in read_shard(self._source, whole):
+            if sample.image_id not in files:
+                continue
+            for image in self._decoder.decode(sample):
+                image_id = image.sample.image_id
+                if image_id not in ids:
+                    continue
+                if isinstance(image, Picture):
+                    yield image
+                else:
+                    self.failures[image_id] = str(image.failure)
+
+
+def _impatient(source: Source) -> Source:
+    storage = source.root.storage
+    deadline_s = min(PATIENCE_S, storage.deadline_s)
+    storage = storage.model_copy(update={"deadline_s": deadline_s})
+    return dataclasses.replace(source, root=Store(source.root.uri(), storage))
+
+
+def truth_of(picture: Picture) -> Array | None:
+    """Class ids HW, if there is a truth that can be read."""
+    if picture.truth is None:
+        return None
+    try:
+        truth_HW: Array = picture.truth.whole()[0]
+    except ImageError:
+        return None
+    return truth_HW

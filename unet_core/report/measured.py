@@ -1,0 +1,174 @@
+"""All rows of a run in one pass: values for distributions, summed confusion, images worth a look.
+
+Batches of Arrow columns come in, NumPy columns are kept: a few bytes an image, whatever the number
+of classes.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unet_core.arrays import Array
+from unet_core.schema import MAX_CONFUSION_CLASSES
+
+CONFIDENCE = 65535
+RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "largest"
+NEEDED = ("shard_id", "image_id", "status", "height", "width", "class_pixels", "confidence_sum",
+          "tp", "fp", "fn", "confusion")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One image of a run, with where it is and what it scored; nan is undefined."""
+
+    image_id: str
+    shard_id: str
+    height: int
+    width: int
+    iou: float
+    """Mean over the classes that occur in it."""
+    dice: float
+    confidence: float
+    foreground: float
+
+
+@dataclass
+class Measured:
+    """What the rows of a run say; a value for each image that is ``ok``."""
+
+    iou: Array
+    """Mean over defined classes; nan without truth."""
+    dice: Array
+    confidence: Array
+    foreground: Array
+    """1 minus the share of class 0."""
+    sizes: Array
+    """Height and width, int32 (N, 2)."""
+    confusion_KK: Array | None = None
+    """Pixels, truth × prediction, of all images with truth."""
+    picks: dict[str, list[Pick]] = field(default_factory=dict)
+    """Images by what they were picked for, the first most so."""
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether any image has a score."""
+        return bool(np.isfinite(self.iou).any())
+
+    @property
+    def worst(self) -> list[Pick]:
+        """Lowest IoU, or without truth lowest confidence."""
+        return self.picks[LOWEST_IOU if self.has_truth else LOWEST_CONFIDENCE]
+
+
+def measure(tables: Iterable[pa.Table], classes: int, most: int = 8) -> Measured:
+    """Go through the rows once; ``most`` images are picked of each kind."""
+    columns: dict[str, list[Array]] = {name: [] for name in _EMPTY}
+    picks = _Picks(most)
+    matrix = np.zeros((classes, classes), np.int64) if classes <= MAX_CONFUSION_CLASSES else None
+    for table in tables:
+        ok = table.select(list(NEEDED)).filter(pc.equal(table["status"], "ok")).combine_chunks()
+        values = _values(ok)
+        for name, column in values.items():
+            columns[name].append(column)
+        if matrix is not None:
+            matrix += _summed(ok["confusion"], classes * classes).reshape(classes, classes)
+        picks.look(ok, values)
+    joined = {name: np.concatenate(parts) if parts else _EMPTY[name] for name, parts in
+              columns.items()}  # fmt: skip
+    has_confusion = matrix is not None and matrix.any()
+    return Measured(**joined, confusion_KK=matrix if has_confusion else None, picks=picks.best)
+
+
+def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:
+    """The images of these ids that are ``ok``, in the order of the run."""
+    found: list[Pick] = []
+    for table in tables:
+        is_ok = pc.equal(table["status"], "ok")
+        wanted = pc.is_in(table["image_id"], value_set=pa.array(image_ids, pa.string()))
+        ok = table.select(list(NEEDED)).filter(pc.and_(is_ok, wanted)).combine_chunks()
+        if ok.num_rows:
+            found += _picked(ok, _values(ok), np.arange(ok.num_rows))
+    return found
+
+
+_NONE = np.zeros(0, np.float32)
+_EMPTY = {"iou": _NONE, "dice": _NONE, "confidence": _NONE, "foreground": _NONE,
+          "sizes": np.zeros((0, 2), np.int32)}  # fmt: skip
+
+
+def _values(ok: pa.Table) -> dict[str, Array]:
+    """Of each row, float32; nan where it is not defined."""
+    sizes = np.stack([ok["height"].to_numpy(), ok["width"].to_numpy()], axis=1).astype(np.int32)
+    pixels = sizes[:, 0].astype(np.int64) * sizes[:, 1]
+    background = pc.list_element(ok["class_pixels"], 0).to_numpy()
+    tp, fp, fn = (_lists(ok[name]) for name in ("tp", "fp", "fn"))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # means of no value
+        found = {
+            "iou": np.nanmean(tp / (tp + fp + fn), axis=1),
+            "dice": np.nanmean(2 * tp / (2 * tp + fp + fn), axis=1),
+            "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE),
+            "foreground": 1 - background / pixels,
+        }
+    return {name: values.astype(np.float32) for name, values in found.items()} | {"sizes": sizes}
+
+
+def _lists(column: pa.ChunkedArray) -> Array:
+    """Equally long lists as float64 (N, K); nan for rows without."""
+    known = pc.is_valid(column).to_numpy(zero_copy_only=False)
+    flat = np.asarray(pc.list_flatten(column))
+    wide = flat.size // max(1, int(known.sum())) or 1
+    values = np.full((len(known), wide), np.nan)
+    values[known] = flat.reshape(-1, wide)
+    return values
+
+
+def _summed(column: pa.ChunkedArray, wide: int) -> Array:
+    flat = np.asarray(pc.list_flatten(column))
+    return flat.reshape(-1, wide).sum(axis=0) if flat.size else np.zeros(wide, np.int64)
+
+
+class _Picks:
+    """The first few images by each order, of all batches so far."""
+
+    def __init__(self, most: int) -> None:
+        kinds = (RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST)
+        self.best: dict[str, list[Pick]] = {kind: [] for kind in kinds}
+        self._keys: dict[str, Array] = {kind: np.zeros(0) for kind in kinds}
+        self._most = most
+        self._random = np.random.default_rng(0)
+
+    def look(self, ok: pa.Table, values: dict[str, Array]) -> None:
+        """Let a batch compete."""
+        keys = {
+            RANDOM: self._random.random(ok.num_rows),
+            LOWEST_IOU: values["iou"],
+            LOWEST_CONFIDENCE: values["confidence"],
+            LARGEST: -values["foreground"],
+        }
+        for kind, key in keys.items():
+            first = np.argsort(key, kind="stable")[: self._most]
+            first = first[np.isfinite(key[first])]
+            both = np.concatenate([self._keys[kind], key[first]])
+            order = np.argsort(both, kind="stable")[: self._most]
+            if order.size and order.max() < len(self.best[kind]):
+                continue  # none of this batch
+            picks = [*self.best[kind], *_picked(ok, values, first)]
+            self.best[kind] = [picks[at] for at in order]
+            self._keys[kind] = both[order]
+
+
+def _picked(ok: pa.Table, values: dict[str, Array], at: Array) -> list[Pick]:
+    rows: list[dict[str, Any]] = ok.select(["image_id", "shard_id", "height", "width"]).take(
+        pa.array(at)
+    ).to_pylist()  # fmt: skip
+    names = ("iou", "dice", "confidence", "foreground")
+    for name in names:
+        for row, value in zip(rows, values[name][at].tolist(), strict=True):
+            row[name] = value
+    return [Pick(**row) for row in rows]
