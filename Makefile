@@ -20,7 +20,7 @@ install: .venv/installed  ## Make .venv from the pinned constraints
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: install  ## Segment sample images on two local Ray actors and draw them
+demo: install  ## Segment sample images on two local Ray actors and write a report
 	$(BIN)/unet-jobs demo $(FOLDER)
 
 data: install  ## Only write the sample images and their config to FOLDER=demo

@@ -83,7 +83,11 @@ def test_a_run_explains_itself(run, facts):
                  run.record.fingerprint, "more images failed than errors.max_failed_images = 0",
                  "not a TIFF, PNG", "--model"):  # fmt: skip
         assert text in page, text
-    assert [sheet.name for sheet in facts.sheets] == ["Random", "Worst", "Fullest"]
+    assert [sheet.name for sheet in facts.sheets] == [
+        "Random images",
+        "Worst images",
+        "Largest foreground",
+    ]
     assert all(len(entry.panels) >= 3 for sheet in facts.sheets for entry in sheet.entries)
     micro = run.totals.scores
     assert [row.iou for row in facts.classes] == [score.iou for score in micro]
@@ -219,7 +223,7 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
             confusion=tuple(tuple(Cell(10**9, 0.123, t, m) for m in names) for t in names),
             plots=facts_of.distributions(measured),
             sizes=facts_of.sizes_of(measured.sizes),
-            sheets=(Sheet("Random", "", tuple(entries)),),
+            sheets=(Sheet("random", "Random", "", tuple(entries)),),
         )
     )
     assert len(page) < 5e6

@@ -76,6 +76,7 @@ class Entry:
 class Sheet:
     """Images that were picked for one reason."""
 
+    anchor: str
     name: str
     about: str
     entries: tuple[Entry, ...]
@@ -217,15 +218,17 @@ def sizes_of(sizes: Array) -> tuple[Size, ...]:
 
 def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
     """Random, worst and largest images; all of them on one sheet if there are few."""
-    chosen = {"Random": ("drawn by chance", measured.picks[RANDOM])}
-    if len(measured.iou) <= SHOWN:
-        chosen = {"All": ("in the order of the draw", measured.picks[RANDOM])}
-    else:
+    drawn = measured.picks[RANDOM]
+    chosen = [("all", "All images", "in no order", drawn)]
+    if len(measured.iou) > SHOWN:
         by = "IoU" if measured.has_truth else "mean confidence"
-        chosen["Worst"] = (f"lowest {by} first", measured.worst)
-        chosen["Fullest"] = ("largest share of foreground first", measured.picks[LARGEST])
+        chosen = [
+            ("random", "Random images", "drawn by chance", drawn),
+            ("worst", "Worst images", f"lowest {by} first", measured.worst),
+            ("largest", "Largest foreground", "by share of pixels", measured.picks[LARGEST]),
+        ]
     palette, ignore_index = results.palette, results.config.input.ignore_index
-    picks = {pick.image_id: pick for _, of_sheet in chosen.values() for pick in of_sheet}
+    picks = {pick.image_id: pick for *_, of_sheet in chosen for pick in of_sheet}
     answers = fetch(
         results, list(picks.values()),
         lambda fetched: panels(view(fetched, PANEL), palette, ignore_index),
@@ -236,9 +239,10 @@ def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
         return Entry(pick, answer.made or (), answer.reason)
 
     return tuple(
-        Sheet(name, about, tuple(map(entry, of_sheet)))
-        for name, (about, of_sheet) in chosen.items() if of_sheet
-    )  # fmt: skip
+        Sheet(anchor, name, about, tuple(map(entry, of_sheet)))
+        for anchor, name, about, of_sheet in chosen
+        if of_sheet
+    )
 
 
 def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]:
