@@ -52,7 +52,7 @@ class Data:
             "input": {"uri": str(self.root), "shard_images": self.shard_images or 256},
             "model": {"checkpoint": checkpoint, "factory": FACTORY},
             "tile": {"size": 48},
-            "output": {"uri": str(out)},
+            "output": {"uri": str(out), "report": False},
             "workers": {"count": "inline"},
             "errors": {"max_failed_images": 1.0},
         }

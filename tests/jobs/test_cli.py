@@ -20,6 +20,7 @@ from unet_core.synthetic import nuclei, png
         "plan",
         "status",
         "verify",
+        "report",
         "train",
         "demo",
         "model",

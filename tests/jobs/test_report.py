@@ -73,7 +73,8 @@ def test_a_training_explains_itself(folder, tmp_path):
     assert done.report == str(out / NAME)
     page = (out / NAME).read_text()
     for text in ("Learning curves", "Validation IoU", "nucleus", f"--model {out}/best.safetensors",
-                 "train.epochs=2", "after step"):  # fmt: skip
+                 "train.epochs=2", "after step",
+                 f"--out RUN input.masks={folder}/masks"):  # fmt: skip
         assert text in page, text
     (out / "_SUCCESS").unlink()
     write_report(str(out))

@@ -80,7 +80,7 @@ class World:
             "input": {"uri": f"s3://{bucket}/{self.prefix}/input-{kind}", "shard_images": 3},
             "model": {"checkpoint": self.model},
             "tile": {"size": 256},
-            "output": {"uri": str(out or inside)},
+            "output": {"uri": str(out or inside), "report": False},
             "workers": {"count": "inline"},
             "storage": {"endpoint_url": self.proxy.url, **storage},
         }

@@ -244,6 +244,21 @@ def test_what_cannot_be_shown_says_so_in_its_place(folder, tiny_model, tmp_path)
     assert [bool(entry.panels) for entry in sheet.entries].count(True) == 4
 
 
+def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copytree(folder / "masks", tmp_path / "masks")
+    (tmp_path / "images" / "cell01.png").write_bytes(b"no image")
+    predict(config_of(tmp_path, tmp_path / "run", tiny_model))
+    found = run_facts(open_run(str(tmp_path / "run")))
+    assert (found.sheets, found.plots, found.confusion, len(found.causes)) == ((), (), (), 1)
+    assert b"0 ok + 1 failed" in run_page(found)
+    for folder_name in ("metrics", "masks", "timings"):
+        shutil.rmtree(tmp_path / "run" / folder_name)
+    found = run_facts(open_run(str(tmp_path / "run")))
+    assert found.warnings[0].startswith("Not finished: 0 of 1 shards")
+    assert b"not finished" in run_page(found)
+
+
 def test_the_command_shown_gives_the_config_again(run):
     _, verb, source, *words = shlex.split(command_of(run))
     assert (verb, words[0], words[2]) == ("predict", "--model", "--out")

@@ -16,6 +16,7 @@ from unet_core.report.charts import Plot, Series, lines, stack
 from unet_core.timings import Seconds
 
 BINS = 60
+CHUNK = 65536
 LEAST_SHARDS = 6
 PAUSE_S = 120.0
 MOST_ACTORS = 32
@@ -62,6 +63,8 @@ class Activity:
 def activity(table: pa.Table) -> Activity | None:
     """Of the rows in ``timings/``; None if there are none."""
     table = table.sort_by([("actor", "ascending"), ("finished", "ascending")]).combine_chunks()
+    table = pa.table([column.fill_null(0) if pa.types.is_floating(column.type) else column
+                      for column in table.columns], names=table.column_names)  # fmt: skip
     if not table.num_rows:
         return None
     start_s, end_s, pauses = _without_pauses(*_intervals(table))
@@ -118,27 +121,31 @@ def _plots(
     pauses: list[float],
 ) -> tuple[Plot | None, Plot]:  # fmt: skip
     edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
-    overlap = _overlap(start_s, end_s, edges)
-    rates = images @ overlap / np.diff(edges)
+    spent = np.stack([table[column].to_numpy() for column in STATES.values()])
+    parts = _binned(np.vstack([images, spent]), start_s, end_s, edges)
+    rates = parts[0] / np.diff(edges)
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
     middles = (edges[:-1] + edges[1:]) / 2 / size
     rules = tuple((at / size, "paused") for at in pauses)
     series = [Series("images per second", [0.0, *middles, worked_s / size],
                      [rates[0], *rates, rates[-1]])]  # fmt: skip
     rate = lines("Images per second", series, f"{unit} at work", rules=rules)
-    spent = np.stack([table[column].to_numpy() for column in STATES.values()])
-    parts = (spent @ overlap).T
-    totals = parts.sum(axis=1, keepdims=True)
-    shares = np.divide(parts, totals, out=np.zeros_like(parts), where=totals > 0)
+    states = parts[1:].T
+    totals = states.sum(axis=1, keepdims=True)
+    shares = np.divide(states, totals, out=np.zeros_like(states), where=totals > 0)
     assert rate is not None
     return rate, stack("What the devices did", list(STATES), shares, rate)
 
 
-def _overlap(start_s: Array, end_s: Array, edges: Array) -> Array:
-    """Of each attempt, the share that falls into each bin."""
-    reached = np.clip(edges[None] - start_s[:, None], 0, (end_s - start_s)[:, None])
-    shares: Array = np.diff(reached, axis=1) / (end_s - start_s)[:, None]
-    return shares
+def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
+    """Values (M, N) of attempts spread evenly over their time, summed in bins (M, B)."""
+    total = np.zeros((len(values), len(edges) - 1))
+    for at in range(0, len(start_s), CHUNK):
+        part = slice(at, at + CHUNK)
+        length_s = (end_s - start_s)[part, None]
+        reached = np.clip(edges[None] - start_s[part, None], 0, length_s)
+        total += values[:, part] @ (np.diff(reached, axis=1) / length_s)
+    return total
 
 
 def _actors(table: pa.Table) -> tuple[Actor, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError
+from unet_core.errors import ImageError, NotFoundError, UnetJobsError
 from unet_core.images.picture import Decoder, Picture
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import read_shard
@@ -69,10 +69,12 @@ def fetch(
         made: dict[str, Answer[MadeT]] = {}
         reason = "it is not in its shard any more"
         try:
+            if shard_id not in heads:
+                raise NotFoundError(f"the manifest has no shard {shard_id}")
             for image_id, fetched in shelf.take(heads[shard_id], ids):
                 made[image_id] = Answer(make(fetched))
-        except (UnetJobsError, MemoryError) as error:
-            reason = str(error) or "too little memory"
+        except (UnetJobsError, ValueError, OSError, MemoryError) as error:
+            reason = str(error) or type(error).__name__  # also of a damaged mask
         return {i: made.get(i, Answer(None, shelf.failures.get(i, reason))) for i in ids}
 
     with ThreadPoolExecutor(THREADS) as pool:

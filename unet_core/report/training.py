@@ -1,11 +1,10 @@
 """What there is to say of a training."""
 
-import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from unet_core.config import build
+from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.report.charts import Plot, Series, lines
 from unet_core.report.command import command, toml
 from unet_core.train_config import TrainConfig
@@ -49,8 +48,8 @@ class TrainingFacts:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     best: str
-    predict: str
-    """The command that uses the best weights."""
+    look: str
+    """The command that shows them on the images of the training."""
     command: str
     config: str
     versions: dict[str, str]
@@ -82,7 +81,7 @@ def training_facts(run: TrainingRun) -> TrainingFacts:
         warnings=tuple(_warnings(run, position, names)),
         notes=tuple(_notes(run, position, points)),
         best=best,
-        predict=shlex.join(["unet-jobs", "predict", "IMAGES", "--model", best, "--out", "RUN"]),
+        look=_look(config["data"]["val"] or config["data"]["train"], best),
         command=_command(config, uri),
         config=toml(config),
         versions={"unet-jobs": record["version"]},
@@ -193,3 +192,13 @@ def _command(config: dict[str, Any], uri: str) -> str:
     if config["data"]["val"] is not None:
         defaults["data"]["val"] = defaults["data"]["train"] | {"uri": "", "masks": ""}
     return command(verb, config, defaults, told)
+
+
+def _look(data: dict[str, Any], best: str) -> str:
+    """Segments labelled images with the best weights; a truth of objects is no truth of classes."""
+    left_out = {"masks", "label_map"} if data["instances"] else set()
+    given = {k: v for k, v in data.items() if k in InputConfig.model_fields and k not in left_out}
+    places = {"input": {"uri": data["uri"]}, "output": {"uri": "RUN"}}
+    defaults = build(PredictConfig, places, []).model_dump(mode="json")
+    verb = ["predict", data["uri"], "--model", best, "--out", "RUN"]
+    return command(verb, {"input": given}, defaults, {"input.uri"})
