@@ -1,5 +1,6 @@
 """``unet-jobs export``: what a run holds, in the forms that other programs read."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from unet_core.inputs.shards import Shard
 from unet_core.parts import metrics_name
 from unet_core.results import Results
 from unet_core.run import open_existing
-from unet_core.schema import EXPORTED
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 
@@ -37,7 +37,9 @@ class Exported:
     problems: list[tuple[str, str]]
     """Images that could not be written, and why."""
     shards_refused: dict[str, str]
-    has_intensities: bool
+    has_input: bool
+    is_all: bool
+    """Whether the run is finished, so that no shard is still to come."""
 
 
 def export_run(results: Results, config: PredictConfig, options: Options, out: str) -> Exported:
@@ -66,7 +68,7 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
 def _check_places(results: Results, out: str) -> None:
     """Raises ConfigError for an export into the input, which would read it as images."""
     try:
-        if out:
+        if out and not results.source.names:  # else the input is but those
             refuse_nesting("--out", out, "the run's input", results.source.root.uri())
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -86,20 +88,23 @@ def _names(results: Results, shards: list[Shard], options: Options) -> Names:
         return Names.among(EXTENSIONS[options.format], pool.map(ids, shards))
 
 
-def _outcome(task: Export, refused: dict[str, str]) -> Exported:
+def _outcome(task: Export, shards_refused: dict[str, str]) -> Exported:
+    def look(shard_id: str) -> tuple[Counter[str], list[dict[str, Any]]]:
+        rows = _index(task, shard_id, ["image_id", "status", "problem"])
+        refused = rows.filter(pc.field("status") == "refused")
+        return Counter(rows["status"].to_pylist()), refused.to_pylist()
+
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        columns = ["image_id", "status", "problem"]
-        tables = [*pool.map(lambda shard_id: _index(task, shard_id, columns), task.indexed())]
-    rows = pa.concat_tables([EXPORTED.empty_table().select(columns), *tables])
-    counts = {row["values"]: row["counts"] for row in rows["status"].value_counts().to_pylist()}
-    bad = rows.filter(pc.field("status") == "refused").to_pylist()
+        looks = [*pool.map(look, sorted(task.indexed()))]
+    images = sum((counts for counts, _ in looks), Counter[str]())
     return Exported(
         task.folder.store.uri(),
-        counts.get("ok", 0),
-        counts.get("failed", 0),
-        [(row["image_id"], row["problem"]) for row in bad],
-        refused,
+        images["ok"],
+        images["failed"],
+        [(row["image_id"], row["problem"]) for _, refused in looks for row in refused],
+        shards_refused,
         task.has_input,
+        task.results.run.is_finished,
     )
 
 

@@ -62,8 +62,10 @@ def export(
 
     options = Options(kind or "", objects or "", polygons)
     exported = export_run(results, config, options, out)
-    if objects and not exported.has_intensities:
+    if objects and not exported.has_input:
         click.echo("note: the run's input is gone, so mean_intensity is null")
+    if not exported.is_all:
+        click.echo("note: the run is not finished; export again for what is still to come")
     _show(exported, kind or "rows of objects")
 
 

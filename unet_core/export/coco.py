@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError
-from unet_core.export.objects import EVERYWHERE, Slices
+from unet_core.export.objects import EVERYWHERE, Slices, foreground
 from unet_core.storage.spool import local_space, spooled
 
 Row = dict[str, Any]
@@ -33,8 +33,7 @@ def require_library() -> Any:
 
 def classes_of(mask_HW: Array) -> Iterator[tuple[int, Slices, Array]]:
     """Each class but background as one region: id, box, and which of its pixels are of it."""
-    present = np.flatnonzero(np.bincount(mask_HW.ravel()))
-    for class_id in map(int, present[present > 0]):
+    for class_id in foreground(mask_HW):
         is_class = mask_HW == class_id
         box = ndimage.find_objects(is_class.view(np.uint8))[0]
         yield class_id, box, is_class[box]

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from unet_core.images.codec import EXTENSIONS
 
-EXTENSION = rf"(?i)\.({'|'.join(e.removeprefix('.') for e in EXTENSIONS)})$"
+EXTENSION = rf"(?i)\.({'|'.join(e.removeprefix('.') for e in EXTENSIONS)})"
+AT_END = re.compile(rf"{EXTENSION}\Z")
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^\.|%(?=[0-9A-F]{2}|[-+])")
 """Characters that are escaped: of control, a first dot, and what would look like an escape."""
 NO_NAME = "%2F"
@@ -37,7 +38,7 @@ class Names:
     def among(cls, extension: str, ids_of_shards: Iterable[pa.Array]) -> "Names":
         """Those that tell all images apart, given the ids of each shard."""
         ids = pa.chunked_array(ids_of_shards, pa.string())
-        stems = pc.replace_substring_regex(ids, EXTENSION, "")
+        stems = pc.replace_substring_regex(ids, rf"{EXTENSION}\z", "")
         full = ids.filter(pc.is_in(stems, _repeated(stems)))
         while True:  # a full id may be what is left of another
             is_met = pc.and_not(pc.is_in(stems, full), pc.is_in(ids, full))
@@ -56,7 +57,7 @@ class Names:
 
     def of(self, image_id: str, shard_id: str) -> str:
         """The path of an image's file below the export."""
-        stem = image_id if image_id in self.full else re.sub(EXTENSION, "", image_id)
+        stem = image_id if image_id in self.full else AT_END.sub("", image_id)
         *folders, last = (_safe(part) for part in stem.split("/"))
         path = "/".join([*(self._as_folder(folder) for folder in folders), last])
         if len(path.encode()) > MOST_PATH_BYTES:

@@ -17,13 +17,15 @@ from skimage.segmentation import watershed
 
 from unet_core.arrays import Array
 from unet_core.images.picture import Pixels
-from unet_core.metrics import BAND_PIXELS
+from unet_core.metrics import BAND_PIXELS, class_pixels
 
 SADDLE = 0.9
 """Two summits of the distance to an object's border are two objects if the way from one to the
 other goes below this share of the lower one. Relative, so it holds for objects of any size."""
 SMOOTHING = 0.1
 """σ of the distances, as a share of their largest: a border of pixels has summits of its own."""
+FINE = 32
+"""Pixels from summit to border that are enough to find the summits."""
 EVERYWHERE = np.ones((3, 3), bool)
 
 Slices = tuple[slice, slice]
@@ -53,16 +55,21 @@ def find_objects(mask_HW: Array, splits: bool) -> Objects:
     """The objects of class ids HW; ``splits`` cuts those apart that touch."""
     labels_HW = np.zeros(mask_HW.shape, np.int32)
     classes: list[int] = []
-    for class_id in np.flatnonzero(np.bincount(mask_HW.ravel())):
-        if class_id:
-            found_HW = np.empty(mask_HW.shape, np.int32)
-            ndimage.label(mask_HW == class_id, output=found_HW)
-            for number, box in enumerate(ndimage.find_objects(found_HW), start=1):
-                is_object = found_HW[box] == number
-                parts_HW = split(is_object) if splits else is_object.astype(np.int32)
-                labels_HW[box][is_object] = parts_HW[is_object] + len(classes)
-                classes += [int(class_id)] * int(parts_HW.max())
+    for class_id in foreground(mask_HW):
+        found_HW = np.empty(mask_HW.shape, np.int32)
+        ndimage.label(mask_HW == class_id, output=found_HW)
+        for number, box in enumerate(ndimage.find_objects(found_HW), start=1):
+            is_object = found_HW[box] == number
+            parts_HW = split(is_object) if splits else is_object.astype(np.int32)
+            labels_HW[box][is_object] = parts_HW[is_object] + len(classes)
+            classes += [class_id] * int(parts_HW.max())
     return Objects(labels_HW, classes)
+
+
+def foreground(mask_HW: Array) -> list[int]:
+    """The classes that occur, but background."""
+    counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
+    return [int(class_id) for class_id in np.flatnonzero(counts) if class_id]
 
 
 def split(is_object: Array) -> Array:
@@ -72,19 +79,27 @@ def split(is_object: Array) -> Array:
     (1991); seeds are the h-maxima of the distance's logarithm, which makes h a ratio.
     """
     distance_HW = ndimage.distance_transform_edt(np.pad(is_object, 1))[1:-1, 1:-1]
+    step = max(1, int(distance_HW.max() / FINE))  # a ratio needs no more of what is large
+    seeds_HW = np.zeros(is_object.shape, np.int32)
+    seeds_HW[::step, ::step] = _seeds(distance_HW[::step, ::step] / step)
+    if seeds_HW.max() < 2:
+        return is_object.astype(np.int32)
+    parts_HW = watershed(-distance_HW, seeds_HW, mask=is_object)  # type: ignore[no-untyped-call]
+    return parts_HW.astype(np.int32)
+
+
+def _seeds(distance_HW: Array) -> Array:
+    """Numbers of the summits of an object's distances."""
+    is_object = distance_HW > 0
     smooth_HW = ndimage.gaussian_filter(distance_HW, SMOOTHING * distance_HW.max())
-    with np.errstate(divide="ignore"):
-        height_HW = np.where(is_object, np.log(smooth_HW), -math.inf)
-    bottom = float(height_HW[is_object].min()) - 1
-    height_HW = np.pad(np.maximum(height_HW, bottom), 1, constant_values=bottom)
+    bottom = math.log(smooth_HW[is_object].min()) - 1
+    height_HW = np.log(smooth_HW, where=is_object, out=np.full(smooth_HW.shape, bottom))
+    height_HW = np.pad(height_HW, 1, constant_values=bottom)  # no summit is at the edge
     lowered_HW = np.maximum(height_HW + math.log(SADDLE), bottom)
     flooded_HW = reconstruction(lowered_HW, height_HW)  # type: ignore[no-untyped-call]
     summits_HW = local_maxima(flooded_HW, connectivity=2)  # type: ignore[no-untyped-call]
-    seeds_HW, count = ndimage.label(summits_HW[1:-1, 1:-1] & is_object, EVERYWHERE)
-    if count < 2:
-        return is_object.astype(np.int32)
-    parts_HW = watershed(-smooth_HW, seeds_HW, mask=is_object)  # type: ignore[no-untyped-call]
-    return parts_HW.astype(np.int32)
+    seeds_HW: Array = ndimage.label(summits_HW[1:-1, 1:-1] & is_object, EVERYWHERE)[0]
+    return seeds_HW
 
 
 def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:

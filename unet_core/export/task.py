@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -26,13 +26,11 @@ from unet_core.errors import (
 )
 from unet_core.export import coco
 from unet_core.export.images import bands_of, encode_png, encode_tiff
+from unet_core.export.inputs import InputImages
 from unet_core.export.names import Names
 from unet_core.export.objects import Objects, Slices, find_objects, measured
-from unet_core.images.picture import Decoder, Picture, Pixels
-from unet_core.images.preprocessing import Preprocessing
-from unet_core.inputs.formats import read_shard
+from unet_core.images.picture import Pixels
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import with_members
 from unet_core.parts import COMPRESSION, metrics_name, read_metrics
 from unet_core.results import Results, StoredMask, stored_masks
 from unet_core.run import require_empty, require_equal
@@ -88,10 +86,6 @@ class Folder:
     @property
     def _hidden(self) -> str:
         return "_" if self.is_of_run else ""
-
-
-class RefusedError(Exception):
-    """One image that cannot be written in this form; becomes a row of the index."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ class Export:
         return len(index)
 
     def _image(
-        self, shard_id: str, mask: StoredMask, inputs: "InputImages"
+        self, shard_id: str, mask: StoredMask, inputs: InputImages
     ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         try:
@@ -193,7 +187,7 @@ class Export:
             table = _measured(found, inputs.pixels(mask.image_id))
             ids = [mask.image_id] * len(found.classes)
             return row, pa.Table.from_pydict({"image_id": ids, **table}, schema=schema.OBJECTS)
-        except RefusedError as refused:
+        except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
     def _classes(self, shard_id: str, mask: StoredMask) -> Row:
@@ -212,9 +206,8 @@ class Export:
         labels_HW, count = found.labels_HW, len(found.classes)
         match self.options.format:
             case "png" if count > MOST_LABELS:
-                raise RefusedError(
-                    f"{count:,} objects, a 16-bit PNG tells {MOST_LABELS:,} apart; tiff has room"
-                )
+                reason = f"{count:,} objects, a 16-bit PNG tells {MOST_LABELS:,} apart"
+                raise ImageError("too_large", f"{reason}; use --format tiff")
             case "png":
                 file = encode_png(labels_HW, None)
             case "tiff":
@@ -246,48 +239,11 @@ class Export:
         self.folder.store.publish(name, sink.getvalue())
 
 
-class InputImages:
-    """The images that a shard's masks are of, in the network's colours, in the same order."""
-
-    def __init__(self, results: Results, shard: Shard, ids: Sequence[str]) -> None:
-        self._places = {image_id: place for place, image_id in enumerate(ids)}
-        self._pictures = self._read(results, shard)
-        self._next: Picture | None = None
-
-    def pixels(self, image_id: str) -> Pixels | None:
-        """Those of one image; None if it cannot be read any more."""
-        wanted = self._places.get(image_id, -1)
-        while self._next is None or self._places[self._next.sample.image_id] < wanted:
-            self._next = next(self._pictures, None)
-            if self._next is None:
-                return None
-        return self._next.pixels if self._next.sample.image_id == image_id else None
-
-    def _read(self, results: Results, shard: Shard) -> Iterator[Picture]:
-        """What can be read; images without a mask are let alone: they may have killed a worker."""
-        if not self._places:
-            return
-        color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
-        wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
-        decoder = Decoder(wanted, len(results.class_names), results.config.input)
-        files = {*self._places, *(image_id.rpartition("#")[0] for image_id in self._places)}
-        whole = with_members(results.run.store, shard) if shard.has_members else shard
-        try:
-            for sample in read_shard(results.source, whole):
-                if sample.image_id in files:
-                    bare = dataclasses.replace(sample, read_mask=None, open_mask=None)
-                    for image in decoder.decode(bare):
-                        if isinstance(image, Picture) and image.sample.image_id in self._places:
-                            yield image
-        except ShardError:
-            return  # its tar or Parquet file is gone, or another
-
-
 def _require_small(mask: StoredMask) -> None:
     if mask.height * mask.width > MOST_PIXELS:
-        raise RefusedError(
-            f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all, but for classes "
-            "as tiff"
+        reason = f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all"
+        raise ImageError(
+            "too_large", f"{reason}; only --format tiff without --objects has no limit"
         )
 
 
