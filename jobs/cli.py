@@ -10,7 +10,7 @@ import sys
 import click
 
 from jobs.session import LOG_FORMAT
-from jobs.verbs import models, results, running
+from jobs.verbs import exporting, models, results, running
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
@@ -37,7 +37,7 @@ for verb in (
     models.train,
     models.model,
     models.import_weights,
-    models.export,
+    exporting.export,
 ):
     cli.add_command(verb)
 

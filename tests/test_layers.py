@@ -64,7 +64,21 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ("safetensors", {"unet_core.networks.checkpoint", "unet_core.networks.weights"}),
         ("click", {"jobs.cli", *VERBS - {"jobs.verbs.arguments", "jobs.verbs.__init__"}}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.verbs.models"}),
-        ("scipy", {"unet_core.training.boundary"}),
+        (
+            "scipy",
+            {"unet_core.training.boundary", "unet_core.export.objects", "unet_core.export.coco"},
+        ),
+        ("skimage", {"unet_core.export.objects"}),
+        ("pycocotools", {"unet_core.export.coco"}),
+        (
+            "tifffile",
+            {
+                "unet_core.images.tiff",
+                "unet_core.images.tiff_segments",
+                "unet_core.images.large_tiff",
+                "unet_core.export.images",
+            },
+        ),
         ("matplotlib", {"unet_core.training.curves"}),
     ],
 )
@@ -88,7 +102,9 @@ def test_there_is_no_circle_of_imports():
         graph = {name: needs for name, needs in graph.items() if name not in free}
 
 
-@pytest.mark.parametrize("module", ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict"])
+@pytest.mark.parametrize(
+    "module", ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict", "jobs.export"]
+)
 def test_the_driver_starts_without_torch_and_ray(module):
     code = f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.check_output([sys.executable, "-c", code]))

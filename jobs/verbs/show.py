@@ -84,6 +84,14 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     click.echo(LOOKING.format(run=run), err=True)
 
 
+def show_problems(problems: list[tuple[str, str]], what: str, most: int) -> None:
+    """The first of those that something could not be done with, and how many more there are."""
+    for name, reason in problems[:most]:
+        click.echo(_harmless(f"{what}: {name}: {reason}"), err=True)
+    if len(problems) > most:
+        click.echo(f"{what}: {len(problems) - most:,} more", err=True)
+
+
 def show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
