@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.verbs.arguments import OVERRIDES, predict_config, recipe
-from jobs.verbs.show import READING, show, show_causes, show_cost, show_outcome
+from jobs.verbs.show import (
+    READING,
+    json_option,
+    only_document,
+    show,
+    show_causes,
+    show_cost,
+    show_json,
+    show_outcome,
+    show_plan,
+)
 from unet_core.config import PredictConfig, build, load
 from unet_core.errors import ConfigError, StoppedError
 from unet_core.train_config import TrainConfig
@@ -52,6 +62,7 @@ def predict(
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --cost: of an hour of one GPU.")
+@json_option
 def plan(
     source: str,
     overrides: tuple[str, ...],
@@ -59,6 +70,7 @@ def plan(
     out: str | None,
     cost: bool,
     price: float | None,
+    as_json: bool,
 ) -> None:
     """Show what predict would do. Leaves nothing behind."""
     if price is not None and not cost:
@@ -66,21 +78,19 @@ def plan(
     config = predict_config(source, overrides, model, out)
     from jobs.inspect import plan as make_plan
 
-    made = make_plan(config)
-    size = sum(shard.bytes for shard in made.shards)
-    left = sum(shard.bytes for shard in made.left)
-    show(
-        run=made.uri + (" (finished)" if made.is_finished else ""),
-        input=f"{config.input.uri} ({made.format})",
-        shards=f"{len(made.shards):,}, {len(made.left):,} left",
-        images="known when the tars are read" if made.images is None else f"{made.images:,}",
-        bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
-        workers=made.workers,
-    )
-    if cost:
-        from jobs.cost import estimate
+    with only_document(as_json):
+        made = make_plan(config)
+        if not as_json:
+            show_plan(made)
+        found = None
+        if cost:
+            from jobs.cost import estimate
 
-        show_cost(estimate(config), price)
+            found = estimate(config, price)
+    if as_json:
+        show_json(made, cost=found)
+    elif found is not None:
+        show_cost(found)
 
 
 @click.command(options_metavar="[OPTIONS]")
