@@ -8,9 +8,11 @@ from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
+from unet_core.compact import read_rows
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
@@ -90,6 +92,13 @@ class Results:
         if self.run.is_finished:
             return self.run.finished_totals()
         return self.run.totals(self.run.committed())
+
+    @cached_property
+    def metrics(self) -> pa.Table:
+        """A row for each image of all committed shards: columns of the metrics parts after the
+        ``shard_id``.
+        """
+        return read_rows(self.run.store)
 
     def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
         """Class ids HW of one image, or of a window (y, x, height, width) of it.

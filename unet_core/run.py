@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
+METRICS = "metrics.parquet"
+"""All rows in one file, made from the parts (``compact``)."""
 READ_THREADS = 16
 
 Identity = dict[str, Any]
@@ -210,8 +212,9 @@ class Run:
             return sum(parts, Totals())
 
     def reopen(self) -> None:
-        """Take back that the run is finished."""
+        """Take back that the run is finished, and what tells of its rows."""
         self.store.remove(SUCCESS)
+        self.store.remove(METRICS)
 
     def forget_failed(self, shards: list[Shard], is_there: Callable[[Shard], bool]) -> int:
         """Take back the commits of shards with failed images, so that they are done again; returns

@@ -1,0 +1,67 @@
+import pytest
+
+from jobs.predict import predict
+from unet_core import compact, open_run
+from unet_core.compact import COMPACTED
+from unet_core.results import stored_masks
+
+
+@pytest.fixture
+def run(make_config):
+    return predict(make_config()).run
+
+
+def test_all_rows_of_a_run_are_one_table_with_the_shard_of_each(run):
+    results = open_run(run.uri)
+    rows = results.metrics
+    assert rows.schema.equals(COMPACTED)
+    assert rows.num_rows == results.totals.images_seen == 12
+    for shard in results.shards():
+        ids = {r["image_id"] for r in rows.to_pylist() if r["shard_id"] == shard.shard_id}
+        assert {image_id.partition("/")[0] for image_id in ids} == {shard.uri}
+
+
+def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, monkeypatch):
+    before = open_run(run.uri).metrics
+    compact.compact(run.store, {"fingerprint": "f"})
+    made = run.store.read(compact.FILE)
+    compact.compact(run.store, {"fingerprint": "f"})
+    assert run.store.read(compact.FILE) == made
+    with monkeypatch.context() as patch:
+        patch.setattr(compact, "tables", None)  # the parts are not read
+        assert open_run(run.uri).metrics.equals(before)
+    run.store.remove(f"metrics/{before['shard_id'][0]}.parquet")
+    assert open_run(run.uri).metrics.num_rows == 10
+
+
+def test_rows_taken_back_take_the_one_file_along(run):
+    compact.compact(run.store, {})
+    run.reopen()
+    assert not run.store.exists(compact.FILE)
+
+
+def test_masks_of_a_shard_come_one_by_one_as_they_come_by_id(make_config):
+    run = predict(make_config(output={"encoding": "png"})).run
+    results = open_run(run.uri)
+    shard = results.shards()[0]
+    found = {mask.image_id: mask.whole() for mask in stored_masks(run.store, shard.shard_id)}
+    assert len(found) == 2
+    for image_id, mask_HW in found.items():
+        assert (results.mask(image_id) == mask_HW).all()
+    skipped = [mask.image_id for mask in stored_masks(run.store, shard.shard_id)]
+    assert skipped == list(found)
+
+
+def test_a_run_knows_its_config_and_input_again(make_config):
+    config = make_config()
+    results = open_run(predict(config).run.uri)
+    assert results.config == config
+    assert results.source.format == "webdataset"
+    assert results.source.entries()
+
+
+def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
+    monkeypatch.setattr(compact, "PARTS_PER_GROUP", 4)
+    compact.compact(run.store, {})
+    with run.store.open_parquet(compact.FILE) as file:
+        assert file.num_row_groups == 2
