@@ -95,3 +95,12 @@ def test_the_driver_starts_without_torch_and_ray(module):
     assert not {"torch", "ray"} & set(loaded)
     if module == "jobs.cli":
         assert not {"numpy", "pyarrow", "fsspec"} & set(loaded)
+
+
+def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
+    words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
+    code = (
+        "import sys; from jobs.cli import cli; "
+        "cli(sys.argv[1:], standalone_mode=False); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)

@@ -1,6 +1,7 @@
 """The verbs that segment: predict, plan, submit, pack, demo."""
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from jobs.verbs.show import (
     only_document,
     show,
     show_causes,
+    show_checks,
     show_cost,
     show_json,
     show_outcome,
@@ -26,6 +28,8 @@ from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jobs.submit import JobServer
+
+NOWHERE = "memory://nowhere"
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -198,6 +202,35 @@ def pack(
     packed = run_pack(config, kind, shard_mb * 10**6)
     show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
     show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+
+
+@click.command()
+@click.argument("source", metavar="[CONFIG.toml|IMAGES]", default="")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@json_option
+def doctor(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check this machine, its cluster, and with a config or a place of images whether they can be
+    reached. Exit code 1 if anything is wrong.
+
+    With IMAGES, output.uri=RUN checks that a run could be written there.
+    """
+    config = None
+    if source:
+        has_output = source.endswith(".toml") or any(o.startswith("output.uri=") for o in overrides)
+        config = predict_config(source, overrides, None, None if has_output else NOWHERE)
+    from jobs.doctor import diagnose
+
+    with only_document(as_json):
+        found = diagnose(config)
+    if as_json:
+        show_json(found)
+    else:
+        show_checks(found)
+    sys.stdout.flush()
+    if any(check.hangs for check in found.checks):
+        os._exit(1)  # what it waits for may never come
+    if not found.is_ok:
+        sys.exit(1)
 
 
 @click.command()

@@ -15,6 +15,7 @@ from unet_core.config import PredictConfig
 
 if TYPE_CHECKING:
     from jobs.cost import Cost
+    from jobs.doctor import Diagnosis
     from jobs.inspect import Plan
     from jobs.predict import Outcome
     from unet_core.metrics import Totals
@@ -56,6 +57,14 @@ def only_document(as_json: bool) -> Iterator[None]:
     """Around work that lets others print (what actors say): with ``--json``, to standard error."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
+
+
+def show_checks(diagnosis: "Diagnosis") -> None:
+    """A line for each check."""
+    width = max(len(check.name) for check in diagnosis.checks) + 1
+    for check in diagnosis.checks:
+        mark = "ok   " if check.is_ok else "WRONG"
+        click.echo(f"{mark} {check.name + ':':<{width}} {_harmless(check.says)}")
 
 
 def show_plan(plan: "Plan") -> None:
