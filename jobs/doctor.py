@@ -1,5 +1,5 @@
 """``unet-jobs doctor``: what this machine, its cluster and its stores are like, and what to do
-where something is wrong. Each check is a function that says how things are, or raises what is wrong.
+where something is wrong. A check is a function that says how it is, or raises what is wrong.
 """
 
 import importlib

@@ -204,7 +204,10 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(lambda: call())
+    def ask() -> ResultT:
+        return call()
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(ask)
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")][:most]
     asked = {}
     for node in nodes:
