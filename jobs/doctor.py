@@ -95,12 +95,6 @@ def _isolated(name: str, check: Callable[[], str]) -> Check:
     return found[0] if found else Check(name, False, f"no answer in {LIMIT_S:g} s", hangs=True)
 
 
-def python() -> str:
-    """Interpreter and package."""
-    code = code_version()
-    return f"{platform.python_version()}, unet-jobs {code.version} (sources {code.digest})"
-
-
 def libraries() -> str:
     """Everything that the package asks for can be imported, and is not too old."""
     from packaging.requirements import Requirement
@@ -245,18 +239,10 @@ def temporary_space() -> str:
             f"{free / 1e9:.1f} GB free in {folder}, where the masks of shards under way wait; make "
             "room, or set TMPDIR to a larger folder"
         )
-    return f"{free / 1e9:.1f} GB free in {folder}"
-
-
-def shared_memory() -> str:
-    """Ray's objects lie there."""
-    folder = Path("/dev/shm")
-    if not folder.exists():
-        return "no /dev/shm, none needed"
-    free = shutil.disk_usage(folder).free
-    few = free < session.OBJECT_STORE_BYTES
-    hint = "; Ray would use the slower /tmp: docker run --shm-size=1g" if few else ""
-    return f"{free / 1e9:.2f} GB free in {folder}{hint}"
+    shared = Path("/dev/shm")  # Ray's objects lie there
+    is_small = shared.exists() and shutil.disk_usage(shared).free < session.OBJECT_STORE_BYTES
+    hint = f"; {shared} is small: of a container, --shm-size=1g" if is_small else ""
+    return f"{free / 1e9:.1f} GB free in {folder}{hint}"
 
 
 def open_files() -> str:
@@ -268,14 +254,13 @@ def open_files() -> str:
 
 
 MACHINE: dict[str, Callable[[], str]] = {
-    "python": python,
+    "python": lambda: f"{platform.python_version()}; {code_version()}",
     "libraries": libraries,
     "cpu": cpu,
     "gpus": gpus,
     "codecs": codecs,
     "network": network,
     "temporary space": temporary_space,
-    "shared memory": shared_memory,
     "open files": open_files,
     "ray": ray,
 }
