@@ -32,6 +32,7 @@ for verb in (
     running.submit,
     running.pack,
     running.demo,
+    running.doctor,
     results.status,
     results.verify,
     models.train,

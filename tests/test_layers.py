@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,21 @@ def test_the_driver_starts_without_torch_and_ray(module):
     assert not {"torch", "ray"} & set(loaded)
     if module == "jobs.cli":
         assert not {"numpy", "pyarrow", "fsspec"} & set(loaded)
+
+
+def test_every_file_that_is_no_module_goes_into_the_wheel():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = table["tool"]["setuptools"]["package-data"]
+    for package in ("jobs", "unet_core"):
+        found = {p for p in (ROOT / package).rglob("*.*") if p.suffix not in (".py", ".pyc")}
+        assert found, package
+        assert found <= {p for pattern in shipped[package] for p in (ROOT / package).glob(pattern)}
+
+
+def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
+    words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
+    code = (
+        "import sys; from jobs.cli import cli; "
+        "cli(sys.argv[1:], standalone_mode=False); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)

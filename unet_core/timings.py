@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals
 from unet_core.schema import TIMINGS
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, table_of
 
 FLUSH_S = 60.0
 RECENT = 60
@@ -121,7 +121,7 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    tables = [pq.read_table(io.BytesIO(store.read(name))) for name in names]
+    tables = [table_of(store.read(name)) for name in names]
     both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
     return both.select(TIMINGS.names)  # earlier versions had other columns
 
