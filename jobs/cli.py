@@ -10,7 +10,7 @@ import sys
 import click
 
 from jobs.session import LOG_FORMAT
-from jobs.verbs import models, results, running
+from jobs.verbs import exporting, models, results, running
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
@@ -32,13 +32,14 @@ for verb in (
     running.submit,
     running.pack,
     running.demo,
+    running.doctor,
     results.status,
     results.verify,
     results.report,
     models.train,
     models.model,
     models.import_weights,
-    models.export,
+    exporting.export,
 ):
     cli.add_command(verb)
 

@@ -50,6 +50,8 @@ class Cost:
     """Of one actor; 1 also where it has none."""
     output_bytes: int
     """What the rest will write."""
+    price: float | None = None
+    """Of an hour of one GPU, or of a CPU's actor."""
 
     def hours_on(self, actors: int) -> tuple[float, float]:
         """From … to, for so many actors."""
@@ -60,13 +62,20 @@ class Cost:
         """GPU-hours for a million images, of a CPU's actors their hours."""
         return self._range(1e6 / self.images_per_s / 3600 * self.gpus)
 
+    @property
+    def price_per_million(self) -> tuple[float, float] | None:
+        """Of a million images, where the price of an hour is known."""
+        low, high = self.device_hours_per_million
+        return None if self.price is None else (low * self.price, high * self.price)
+
     def _range(self, hours: float) -> tuple[float, float]:
         return hours * max(0.0, 1 - self.spread), hours * (1 + self.spread)
 
 
-def estimate(config: PredictConfig) -> Cost:
+def estimate(config: PredictConfig, price: float | None = None) -> Cost:
     """Segment a sample on one actor, as ``predict`` would, and scale it by bytes.
 
+    ``price``: of an hour.
     Raises what ``predict`` raises, and ConfigError if too little is left to measure.
     """
     job = prepare(config)
@@ -85,7 +94,7 @@ def estimate(config: PredictConfig) -> Cost:
         stack.callback(_remove, scratch)
         with draft(iter(sample)) as small:
             images = segment(scratch, small.heads, small).totals.images_seen
-        return _scaled(scratch, sample, left, images)
+        return replace(_scaled(scratch, sample, left, images), price=price)
 
 
 def _require_several(shards: int, which: str) -> None:

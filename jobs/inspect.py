@@ -21,32 +21,34 @@ class Plan:
     """What ``predict`` would do with a config now."""
 
     uri: str
+    input: str
     format: str
-    shards: list[Shard]
-    committed: set[str]
+    shards: int
+    shards_left: int
+    """Not committed."""
+    images: int | None
+    """Of the whole input; None where only reading tells."""
+    bytes: int
+    bytes_left: int
     is_finished: bool
     workers: str
-
-    @property
-    def images(self) -> int | None:
-        """Images of the whole input; None where only reading tells."""
-        counts = [shard.count for shard in self.shards]
-        return None if None in counts else sum(count or 0 for count in counts)
-
-    @property
-    def left(self) -> list[Shard]:
-        """Shards that are not committed."""
-        return [shard for shard in self.shards if shard.shard_id not in self.committed]
 
 
 def plan(config: PredictConfig) -> Plan:
     """Look at input, run folder and cluster; raises what ``predict`` would raise."""
     job = prepare(config)
+    shards, committed = job.run.manifest() or _shards_of(job), job.run.committed()
+    left = [shard for shard in shards if shard.shard_id not in committed]
+    counts = [shard.count for shard in shards]
     return Plan(
         uri=job.run.uri,
+        input=config.input.uri,
         format=job.source.format,
-        shards=job.run.manifest() or _shards_of(job),
-        committed=job.run.committed(),
+        shards=len(shards),
+        shards_left=len(left),
+        images=None if None in counts else sum(count or 0 for count in counts),
+        bytes=sum(shard.bytes for shard in shards),
+        bytes_left=sum(shard.bytes for shard in left),
         is_finished=job.run.is_finished,
         workers=_describe_workers(config),
     )

@@ -2,13 +2,16 @@
 
 import logging
 from dataclasses import dataclass
-from urllib.parse import quote
 
+import pyarrow as pa
+
+from jobs.export import require_apart
 from unet_core.compact import batches
 from unet_core.config import StorageConfig
 from unet_core.errors import UnetJobsError
+from unet_core.export.names import Names
 from unet_core.report.facts import run_facts
-from unet_core.report.images import fetch
+from unet_core.report.images import Fetched, fetch
 from unet_core.report.measured import RANDOM, Pick, measure, pick_ids
 from unet_core.report.page import NAME, run_page, training_page
 from unet_core.report.pictures import overlay
@@ -20,7 +23,6 @@ from unet_core.training.run import TrainingRun, is_training
 log = logging.getLogger(__name__)
 
 PREVIEWS = 20
-UNQUOTED = " !#$&'()+,;=@[]{}~^"
 
 
 def write_report(uri: str, storage: StorageConfig | None = None) -> str:
@@ -68,8 +70,8 @@ class Previews:
     """What ``write_previews`` did."""
 
     written: int
-    refused: dict[str, str]
-    """By image id, with the reason."""
+    problems: list[tuple[str, str]]
+    """Images that could not be drawn, and why."""
 
 
 def write_previews(
@@ -77,19 +79,23 @@ def write_previews(
 ) -> Previews:
     """Write overlays of these images, or of the worst ones, or of some at random, as PNG files that
     are named after the image ids.
+
+    Raises ConfigError for a folder in the input, which would read them as images.
     """
     results, target = open_run(uri, storage), Store(to, storage)
+    require_apart(results, "--previews", to)
     picks = _chosen(results, image_ids, worst)
+    names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
-    def write(pick_id: str, data: bytes) -> None:
-        target.publish(preview_name(pick_id), data)
+    def write(fetched: Fetched) -> None:
+        image_id = fetched.picture.sample.image_id
+        target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
 
-    answers = fetch(
-        results, picks, lambda f: write(f.picture.sample.image_id, overlay(f, results.palette))
-    )
-    unknown = {i: "the run has no mask of it" for i in image_ids if i not in answers}
-    refused = {i: answer.reason for i, answer in answers.items() if answer.reason}
-    return Previews(len(answers) - len(refused), unknown | refused)
+    answers = fetch(results, picks, write)
+    problems = [(image_id, "the run has no mask of it") for image_id in image_ids
+                if image_id not in answers]  # fmt: skip
+    problems += [(image_id, found.reason) for image_id, found in answers.items() if found.reason]
+    return Previews(sum(not found.reason for found in answers.values()), problems)
 
 
 def _chosen(results: Results, image_ids: list[str], worst: int) -> list[Pick]:
@@ -98,11 +104,3 @@ def _chosen(results: Results, image_ids: list[str], worst: int) -> list[Pick]:
         return pick_ids(rows, image_ids)
     measured = measure(rows, len(results.class_names), worst or PREVIEWS)
     return measured.worst if worst else measured.picks[RANDOM]
-
-
-def preview_name(image_id: str) -> str:
-    """A file's name below any folder: parts that would be hidden or lead out of it are quoted."""
-    parts = [quote(part, safe=UNQUOTED) for part in image_id.split("/")]
-    safe = [f"%2E{part[1:]}" if part[:1] in (".", "") else part for part in parts]
-    name = "/".join(safe)
-    return name if name.lower().endswith(".png") else f"{name}.png"

@@ -6,8 +6,9 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
@@ -16,6 +17,7 @@ from unet_core.train_config import TrainWorkersConfig
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 100 * 2**20
+ResultT = TypeVar("ResultT")
 LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 """Of drivers and actors alike."""
 
@@ -193,6 +195,32 @@ def has_working_dir() -> bool:
     import ray
 
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
+
+
+def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[str, ResultT | str]:
+    """What a function returns on so many of the nodes that take work, by node; of one that gives no
+    answer, why.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def ask() -> ResultT:
+        return call()
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(ask)
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")][:most]
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        asked[remote.options(scheduling_strategy=there).remote()] = node[:12]
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=within_s)
+    found: dict[str, ResultT | str] = {asked[r]: f"no answer in {within_s:g} s" for r in late}
+    for reference in ready:
+        try:
+            found[asked[reference]] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            found[asked[reference]] = str(error).strip().splitlines()[-1]
+    return found
 
 
 def node_count() -> int:

@@ -18,12 +18,14 @@ class CodeVersion:
     digest: str
     """Of all modules of ``jobs`` and ``unet_core``, by name."""
 
+    def __str__(self) -> str:
+        return f"unet-jobs {self.version} (sources {self.digest})"
+
     def require(self, other: "CodeVersion", where: str) -> None:
         """Refuse to work with other code; raises WorkersError that names both."""
         if self != other:
             raise WorkersError(
-                f"{where} runs unet-jobs {other.version} (sources {other.digest}), the driver "
-                f"{self.version} (sources {self.digest}); give every node the same image, and "
+                f"{where} runs {other}, the driver {self}; give every node the same image, and "
                 "upload no copy of jobs or unet_core with a job"
             )
 

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,21 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ("safetensors", {"unet_core.networks.checkpoint", "unet_core.networks.weights"}),
         ("click", {"jobs.cli", *VERBS - {"jobs.verbs.arguments", "jobs.verbs.__init__"}}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.verbs.models"}),
-        ("scipy", {"unet_core.training.boundary"}),
+        (
+            "scipy",
+            {"unet_core.training.boundary", "unet_core.export.objects", "unet_core.export.coco"},
+        ),
+        ("skimage", {"unet_core.export.objects"}),
+        ("pycocotools", {"unet_core.export.coco"}),
+        (
+            "tifffile",
+            {
+                "unet_core.images.tiff",
+                "unet_core.images.tiff_segments",
+                "unet_core.images.large_tiff",
+                "unet_core.export.images",
+            },
+        ),
         ("matplotlib", set()),
         ("jinja2", {"unet_core.report.page"}),
     ],
@@ -90,7 +105,8 @@ def test_there_is_no_circle_of_imports():
 
 
 @pytest.mark.parametrize(
-    "module", ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict", "jobs.report"]
+    "module",
+    ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict", "jobs.export", "jobs.report"],
 )
 def test_the_driver_starts_without_torch_and_ray(module):
     code = f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))"
@@ -98,3 +114,21 @@ def test_the_driver_starts_without_torch_and_ray(module):
     assert not {"torch", "ray"} & set(loaded)
     if module == "jobs.cli":
         assert not {"numpy", "pyarrow", "fsspec"} & set(loaded)
+
+
+def test_every_file_that_is_no_module_goes_into_the_wheel():
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    shipped = table["tool"]["setuptools"]["package-data"]
+    for package in ("jobs", "unet_core"):
+        found = {p for p in (ROOT / package).rglob("*.*") if p.suffix not in (".py", ".pyc")}
+        assert found, package
+        assert found <= {p for pattern in shipped[package] for p in (ROOT / package).glob(pattern)}
+
+
+def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
+    words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
+    code = (
+        "import sys; from jobs.cli import cli; "
+        "cli(sys.argv[1:], standalone_mode=False); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)

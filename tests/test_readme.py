@@ -2,18 +2,24 @@
 
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.cli import cli
 from jobs.predict import predict
+from unet_core import open_run
 from unet_core.config import PredictConfig, build, load
 from unet_core.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FORMATS = (ROOT / "docs" / "formats.md").read_text()
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "cluster" / "README.md",
@@ -64,20 +70,67 @@ def test_the_training_shown_has_every_key_and_its_default():
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_snippet_runs_on_a_run(number, make_config, tmp_path, monkeypatch, capsys):
+def test_every_snippet_runs_on_a_run(number, make_config, tmp_path, monkeypatch):
     predict(make_config(out="runs/first"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(blocks("python")[number], names)
-    if "iou" in names:
-        assert len(names["iou"]) == 12
-    elif "corner" in names:
+    if "corner" in names:
         assert names["corner"].shape == (100, 100)
         assert not names["network"].training
+    else:
+        assert names["mask"].shape == (names["rows"].height[0], names["rows"].width[0])
+
+
+@pytest.fixture(scope="module")
+def read_runs(folder, tiny_model, tmp_path_factory):
+    """A folder with ``runs/first``, of loose images with truth and one that is none, and
+    ``runs/png``.
+    """
+    root = tmp_path_factory.mktemp("reading")
+    shutil.copytree(folder / "images", root / "photos")
+    (root / "photos" / "zz.png").write_bytes(b"no image")
+    for name, encoding in (("first", "raw"), ("png", "png")):
+        table = {
+            "input": {"uri": f"{root}/photos", "masks": f"{folder}/masks/"},
+            "model": {"checkpoint": tiny_model},
+            "output": {"uri": f"{root}/runs/{name}", "encoding": encoding},
+            "workers": {"count": "inline"},
+            "errors": {"max_failed_images": 1},
+        }
+        predict(build(PredictConfig, table, []))
+    return root
+
+
+@pytest.mark.parametrize("snippet", blocks("python", FORMATS), ids=lambda text: text.split()[1])
+def test_every_way_shown_to_read_results_does(snippet, read_runs, monkeypatch, capsys):
+    monkeypatch.chdir(read_runs)
+    if "datasets" in snippet:
+        monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+        from datasets import config
+
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(read_runs / "cache"))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    said = capsys.readouterr().out
+    if "worst" in names:
+        assert "13 images, 1 of them failed" in said
+        assert "zz.png" in said
+        assert np.allclose(names["shares"].sum(axis=1), 1)
+        assert names["worst"].is_monotonic_increasing
+        with Image.open(read_runs / "worst.png") as drawn:
+            assert drawn.size[::-1] == names["mask"].shape
+    elif "shown" in names:
+        ids = open_run("runs/png").mask(names["masks"][0]["image_id"])
+        assert (np.asarray(names["shown"]) == ids).all()
+    elif "areas" in names:
+        assert len(names["areas"]) == 12
+    elif "iou" in names:
+        assert len(names["iou"]) == 12
     elif "mask" in names:
         assert names["mask"].size == names["row"]["image_height"] * names["row"]["image_width"]
     else:
-        assert "images" in capsys.readouterr().out
+        assert "images" in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes").glob("*.toml")), ids=str)

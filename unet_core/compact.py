@@ -5,7 +5,6 @@ count.
 """
 
 import hashlib
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from unet_core.parts import COMPRESSION, SPOOL_BYTES, read_metrics
 from unet_core.run import METRICS as FILE
 from unet_core.run import READ_THREADS
 from unet_core.schema import METRICS
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, table_of
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
 PARTS_PER_GROUP = 512
@@ -49,7 +48,7 @@ def read_rows(store: Store) -> pa.Table:
     """
     state = _state(store)
     if _is_current(store, state):
-        return pq.read_table(io.BytesIO(store.read(FILE))).replace_schema_metadata()
+        return table_of(store.read(FILE)).replace_schema_metadata()
     found = tables(store, [shard_id for shard_id, _ in state])
     return pa.concat_tables([COMPACTED.empty_table(), *found])
 

@@ -117,6 +117,19 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def movable(values: Array, device: torch.device) -> Tensor:
+    """An array as a tensor that can go to a device: Apple's GPUs take no uint16."""
+    tensor = torch.from_numpy(values)
+    return tensor.float() if device.type == "mps" and values.dtype == np.uint16 else tensor
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How a device likes its maps laid out; Apple's GPUs compute some of them wrongly when their
+    channels come last (pytorch/pytorch issues 174345, 180984).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 class Engine:
     """One replica of a network, ready for batches; BatchNorm folded, channels last."""
 
@@ -144,7 +157,8 @@ class Engine:
         self.most_pixels: int | None = None
         """What a batch may hold since one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
-        self.network = folded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+        self._format = memory_format(device)
+        self.network = folded.to(device, memory_format=self._format)  # type: ignore[call-overload]  # stub lacks the pair
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
         self._room = Room(2**62)
@@ -173,7 +187,7 @@ class Engine:
             versions["model.factory"] = origin(self.header.network)
         pixels = self._affordable_pixels() if batch == "auto" else int(batch) * tile_size**2
         return Compute(
-            device=_device_model(self.device),
+            device=device_model(self.device),
             precision="float32",
             backend="eager",
             batch_pixels=pixels,
@@ -228,7 +242,7 @@ class Engine:
         ]
 
     def _normalised(self, batch: Batch) -> Tensor:
-        x_NCHW = torch.from_numpy(batch.tiles_NCHW).to(self.device)
+        x_NCHW = movable(batch.tiles_NCHW, self.device).to(self.device)
         offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
         scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
         return (x_NCHW.float() - offset) * scale
@@ -238,7 +252,7 @@ class Engine:
         means, is_finite_N = None, torch.ones(len(x_NCHW), dtype=torch.bool, device=self.device)
         for axes, turned in SYMMETRIES[self.tta]:
             seen = x_NCHW.flip(axes)
-            seen = (seen.mT if turned else seen).contiguous(memory_format=torch.channels_last)
+            seen = (seen.mT if turned else seen).contiguous(memory_format=self._format)
             logits_NKHW = self.network(seen)
             is_finite_N &= torch.isfinite(logits_NKHW).flatten(1).all(dim=1)
             is_one = logits_NKHW.shape[1] == 1
@@ -287,7 +301,8 @@ def _return_large_blocks() -> None:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
-def _device_model(device: torch.device) -> str:
+def device_model(device: torch.device) -> str:
+    """The model of a device; of a CPU, the instruction set that torch uses."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     capability = torch.backends.cpu.get_cpu_capability()

@@ -14,7 +14,7 @@ from unet_core import schema
 from unet_core.errors import CommitConflictError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.storage.spool import drop
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, table_of
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
@@ -137,7 +137,7 @@ def _require_its_masks(store: Store, shard_id: str) -> None:
 
 def _agree(kept: bytes, metrics: bytes) -> bool:
     """Whether two metrics parts differ only in images that circumstances failed in one of them."""
-    both = [pq.read_table(io.BytesIO(part)).to_pylist() for part in (kept, metrics)]
+    both = [table_of(part).to_pylist() for part in (kept, metrics)]
     uncertain = {
         row["image_id"] for rows in both for row in rows if row["error_code"] in CIRCUMSTANTIAL
     }
@@ -174,7 +174,7 @@ def read_totals(store: Store, shard_id: str) -> Totals:
 
 def _read(store: Store, name: str) -> tuple[pa.Table, dict[str, str]]:
     try:
-        table = pq.read_table(io.BytesIO(store.read(name)))
+        table = table_of(store.read(name))
     except (pa.ArrowException, OSError) as error:
         raise ParquetDamagedError(f"{store.uri(name)}: not a Parquet file: {error}") from error
     metadata = table.schema.metadata or {}

@@ -257,28 +257,34 @@ class Run:
         return Totals(**cast(Any, as_tuples))
 
 
-def require_equal(where: str, mine: Identity, wanted: Identity) -> None:
+def require_equal(
+    where: str,
+    mine: Identity,
+    wanted: Identity,
+    kind: str = "run",
+    key_of_place: str = "output.uri",
+) -> None:
     """Refuse another identity; raises RunMismatchError with the keys that differ."""
     differing = [
-        f"  {key}: the run has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
+        f"  {key}: the {kind} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
         for key in sorted({*mine, *wanted})
         if mine.get(key) != wanted.get(key)
     ]
     if differing:
         raise RunMismatchError(
-            f"{where} holds another run:\n" + "\n".join(differing)
-            + "\ngive output.uri a new folder, or restore these keys"
+            f"{where} holds another {kind}:\n" + "\n".join(differing)
+            + f"\ngive {key_of_place} a new folder, or restore these keys"
         )  # fmt: skip
 
 
-def require_empty(store: Store) -> None:
+def require_empty(store: Store, kind: str = "run", key_of_place: str = "output.uri") -> None:
     """Refuse a folder that holds something else; raises ConfigError."""
     if not store.exists():
         return
     there = [e.name for e in store.list() if not e.name.rpartition("/")[2].startswith("_")]
     if there:
         raise ConfigError(
-            f"output.uri: {store.uri()} holds other files ({there[0]}) and no run; "
+            f"{key_of_place}: {store.uri()} holds other files ({there[0]}) and no {kind}; "
             "choose a new folder"
         )
 

@@ -85,6 +85,36 @@ TIMINGS = pa.schema(
     ]
 )
 
+PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
+
+OBJECTS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("label", pa.int32()),
+        ("class", pa.int32()),
+        ("area", pa.int64()),
+        *PLACE,
+        ("centroid_y", pa.float64()),
+        ("centroid_x", pa.float64()),
+        ("mean_intensity", pa.list_(pa.float64())),
+    ]
+)
+
+ANNOTATION = pa.struct(
+    [("class", pa.int32()), ("area", pa.int64()), *PLACE, ("segmentation", pa.string())]
+)
+
+EXPORTED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("file", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("status", pa.string()),
+        ("problem", pa.string()),
+    ]
+)
+
 MAX_CONFUSION_CLASSES = 64
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals
 from unet_core.schema import TIMINGS
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, table_of
 
 FLUSH_S = 60.0
 READ_THREADS = 16
@@ -124,7 +124,7 @@ def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = list(pool.map(lambda name: pq.read_table(io.BytesIO(store.read(name))), names))
+        tables = list(pool.map(lambda name: table_of(store.read(name)), names))
     both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
     return both.select(TIMINGS.names)  # earlier versions had other columns
 

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from unet_core.config import StorageConfig
@@ -28,7 +27,7 @@ from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import read_metrics
 from unet_core.run import Record, Run, open_existing
-from unet_core.storage.store import Store, is_temporary
+from unet_core.storage.store import Store, is_temporary, table_of
 
 TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 
@@ -137,7 +136,7 @@ def _check_shard(
     if hashlib.sha256(masks_bytes).hexdigest() != footer.get("masks_sha256"):
         problems.append("masks part has another SHA-256 than its commit says")
     else:
-        windows = pq.read_table(io.BytesIO(masks_bytes))
+        windows = table_of(masks_bytes)
         problems += _check_windows(rows, windows)
         if deep:
             problems += _recount_masks(rows, windows)

@@ -1,11 +1,14 @@
 """What arguments mean: a config from a file or from plain paths, a section of it from overrides."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unet_core.config import PredictConfig, StorageConfig, build, load
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from unet_core.results import Results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
@@ -53,8 +56,26 @@ def recipe(path: str) -> str:
 
 def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
     """The storage section that overrides make."""
+    return _only(("storage",), overrides).storage
+
+
+def run_config(run: str, overrides: tuple[str, ...]) -> tuple["Results", PredictConfig]:
+    """A run that is read back, and its config, for what is done once more with its shards: storage
+    and workers are those of now, for it may have been made elsewhere.
+    """
+    now = _only(("storage", "workers"), overrides)
+    from unet_core.results import open_run
+
+    results = open_run(run, now.storage)
+    return results, results.config.model_copy(update={"workers": now.workers})
+
+
+def _only(sections: tuple[str, ...], overrides: tuple[str, ...]) -> PredictConfig:
+    """The config that overrides of these sections make; raises ConfigError for another one."""
+    allowed = tuple(f"{section}." for section in sections)
     for override in overrides:
-        if not override.startswith("storage."):
-            raise ConfigError(f"{override}: only storage.key=value goes here")
+        if not override.startswith(allowed):
+            keys = " and ".join(f"{section}.key=value" for section in sections)
+            raise ConfigError(f"{override}: only {keys} goes here")
     places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
-    return build(PredictConfig, places, list(overrides), source="command line").storage
+    return build(PredictConfig, places, list(overrides), source="command line")

@@ -1,8 +1,8 @@
-"""The verbs about networks: train, model, import-weights, export to ONNX."""
+"""The verbs about networks: train, model, import-weights."""
 
 import click
 
-from jobs.verbs.arguments import OVERRIDES, STORAGE, storage_of, train_config
+from jobs.verbs.arguments import OVERRIDES, train_config
 from jobs.verbs.show import show
 from unet_core.config import ImportConfig, build
 
@@ -86,20 +86,3 @@ def import_weights(
         images=f"{wanted.color}, {wanted.normalisation}",
         tiles=f"{kind}, halo {tiling.halo}, sides {tiling.sides}",
     )
-
-
-@click.command(options_metavar="[OPTIONS]")
-@click.argument("source", metavar="RUN|CHECKPOINT")
-@click.argument("overrides", nargs=-1, metavar=STORAGE)
-@click.option("--format", "kind", type=click.Choice(["onnx"]), required=True)
-@click.option("--out", required=True, help="The file to write.")
-@click.option(
-    "--factory", default="", help="The function that a checkpoint names, if you trust it."
-)
-def export(source: str, overrides: tuple[str, ...], kind: str, out: str, factory: str) -> None:
-    """Write a run's or a checkpoint's network as ONNX, with its logits compared."""
-    storage = storage_of(overrides)
-    from jobs.export import export_onnx
-
-    size = export_onnx(source, out, storage, factory)
-    show(wrote=f"{out} ({kind}, {size / 1e6:.1f} MB); the same logits under onnxruntime")

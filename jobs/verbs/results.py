@@ -1,24 +1,34 @@
 """The verbs that look at what is there: status, verify, report."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from jobs.verbs.arguments import STORAGE, storage_of
-from jobs.verbs.show import harmless, show, show_totals
+from jobs.verbs.show import harmless, json_option, show, show_json, show_totals, warn_of_one_class
 from unet_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unet_core.verify import Findings
 
 
 @click.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar=STORAGE)
-def status(run: str, overrides: tuple[str, ...]) -> None:
+@json_option
+def status(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show how a run stands."""
     storage = storage_of(overrides)
     from jobs.inspect import TrainingStatus
     from jobs.inspect import status as read_status
 
     found = read_status(run, storage)
+    if as_json:
+        show_json(found)
+        if not isinstance(found, TrainingStatus):
+            warn_of_one_class(found.totals, found.class_names)
+        return
     if isinstance(found, TrainingStatus):
         state = "finished" if found.is_finished else "not finished: run train again to continue"
         at = found.position
@@ -40,21 +50,31 @@ def status(run: str, overrides: tuple[str, ...]) -> None:
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar=STORAGE)
 @click.option("--deep", is_flag=True, help="Also recount the input and every mask.")
-def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
+@json_option
+def verify(run: str, overrides: tuple[str, ...], deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
     storage = storage_of(overrides)
     from unet_core.verify import verify as check
 
     findings = check(run, deep, storage)
+    if as_json:
+        show_json(findings, uri=run, is_deep=deep)
+        warn_of_one_class(findings.totals, findings.class_names)
+    else:
+        _show_findings(run, findings, deep)
+    if findings.problems:
+        sys.exit(1)
+
+
+def _show_findings(run: str, findings: "Findings", deep: bool) -> None:
     show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
     show_totals(findings.totals, findings.class_names)
     for note in findings.notes:
         click.echo(f"note: {note}")
     for problem in findings.problems:
         click.echo(f"problem: {problem}")
-    if findings.problems:
-        sys.exit(1)
-    click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+    if not findings.problems:
+        click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -85,7 +105,6 @@ def report(
         return
     done = write_previews(run, previews, list(ids), worst or 0, storage)
     show(previews=f"{previews}, {done.written:,} images")
-    for image_id, reason in done.refused.items():
-        click.echo(harmless(f"not drawn: {image_id}: {reason}"), err=True)
-    if done.refused:
+    show_problems(done.problems, "not drawn", PROBLEMS_SHOWN)
+    if done.problems:
         sys.exit(1)

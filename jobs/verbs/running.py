@@ -1,6 +1,7 @@
 """The verbs that segment: predict, plan, submit, pack, demo."""
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,26 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.verbs.arguments import OVERRIDES, predict_config, recipe
-from jobs.verbs.show import READING, show, show_causes, show_cost, show_outcome
+from jobs.verbs.show import (
+    READING,
+    json_option,
+    only_document,
+    show,
+    show_causes,
+    show_checks,
+    show_cost,
+    show_json,
+    show_outcome,
+    show_plan,
+)
 from unet_core.config import PredictConfig, build, load
 from unet_core.errors import ConfigError, StoppedError
 from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from jobs.submit import JobServer
+
+NOWHERE = "memory://nowhere"
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -52,6 +66,7 @@ def predict(
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --cost: of an hour of one GPU.")
+@json_option
 def plan(
     source: str,
     overrides: tuple[str, ...],
@@ -59,6 +74,7 @@ def plan(
     out: str | None,
     cost: bool,
     price: float | None,
+    as_json: bool,
 ) -> None:
     """Show what predict would do. Leaves nothing behind."""
     if price is not None and not cost:
@@ -66,21 +82,19 @@ def plan(
     config = predict_config(source, overrides, model, out)
     from jobs.inspect import plan as make_plan
 
-    made = make_plan(config)
-    size = sum(shard.bytes for shard in made.shards)
-    left = sum(shard.bytes for shard in made.left)
-    show(
-        run=made.uri + (" (finished)" if made.is_finished else ""),
-        input=f"{config.input.uri} ({made.format})",
-        shards=f"{len(made.shards):,}, {len(made.left):,} left",
-        images="known when the tars are read" if made.images is None else f"{made.images:,}",
-        bytes=f"{size / 1e9:.3f} GB, {left / 1e9:.3f} GB left",
-        workers=made.workers,
-    )
-    if cost:
-        from jobs.cost import estimate
+    with only_document(as_json):
+        made = make_plan(config)
+        if not as_json:
+            show_plan(made)
+        found = None
+        if cost:
+            from jobs.cost import estimate
 
-        show_cost(estimate(config), price)
+            found = estimate(config, price)
+    if as_json:
+        show_json(made, cost=found)
+    elif found is not None:
+        show_cost(found)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -188,6 +202,35 @@ def pack(
     packed = run_pack(config, kind, shard_mb * 10**6)
     show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
     show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+
+
+@click.command()
+@click.argument("source", metavar="[CONFIG.toml|IMAGES]", default="")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@json_option
+def doctor(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check this machine, its cluster, and with a config or a place of images whether they can be
+    reached. Exit code 1 if anything is wrong.
+
+    With IMAGES, output.uri=RUN checks that a run could be written there.
+    """
+    config = None
+    if source:
+        has_output = source.endswith(".toml") or any(o.startswith("output.uri=") for o in overrides)
+        config = predict_config(source, overrides, None, None if has_output else NOWHERE)
+    from jobs.doctor import diagnose
+
+    with only_document(as_json):
+        found = diagnose(config)
+    if as_json:
+        show_json(found)
+    else:
+        show_checks(found)
+    sys.stdout.flush()
+    if any(check.hangs for check in found.checks):
+        os._exit(1)  # what it waits for may never come
+    if not found.is_ok:
+        sys.exit(1)
 
 
 @click.command()

@@ -1,7 +1,13 @@
 """What the verbs tell: names and texts in two columns, problems on standard error."""
 
+import contextlib
+import dataclasses
+import json
+import math
 import re
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +15,8 @@ from unet_core.config import PredictConfig
 
 if TYPE_CHECKING:
     from jobs.cost import Cost
+    from jobs.doctor import Diagnosis
+    from jobs.inspect import Plan
     from jobs.predict import Outcome
     from unet_core.metrics import Totals
 
@@ -23,9 +31,55 @@ go on with a larger budget: errors.max_failed_images=0.2
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def show_cost(cost: "Cost", price: float | None) -> None:
+def show_json(value: Any, **more: Any) -> None:
+    """One JSON document: the fields and properties of a dataclass, or a dict, and more keys."""
+    click.echo(json.dumps({**_plain(value), **_plain(more)}, indent=1, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; a number that is none becomes null."""
+    if dataclasses.is_dataclass(value):
+        derived = [name for name, what in vars(type(value)).items() if isinstance(what, property)]
+        names = [field.name for field in dataclasses.fields(value)] + derived
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def only_document(as_json: bool) -> Iterator[None]:
+    """Around work that lets others print (what actors say): with ``--json``, to standard error."""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+def show_checks(diagnosis: "Diagnosis") -> None:
+    """A line for each check."""
+    width = max(len(check.name) for check in diagnosis.checks) + 1
+    for check in diagnosis.checks:
+        mark = "ok   " if check.is_ok else "WRONG"
+        click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
+
+
+def show_plan(plan: "Plan") -> None:
+    """What ``predict`` would do."""
+    show(
+        run=plan.uri + (" (finished)" if plan.is_finished else ""),
+        input=f"{plan.input} ({plan.format})",
+        shards=f"{plan.shards:,}, {plan.shards_left:,} left",
+        images="known when the tars are read" if plan.images is None else f"{plan.images:,}",
+        bytes=f"{plan.bytes / 1e9:.3f} GB, {plan.bytes_left / 1e9:.3f} GB left",
+        workers=plan.workers,
+    )
+
+
+def show_cost(cost: "Cost") -> None:
     """What the rest of a run will take, and what a million images do."""
     about = "" if cost.is_counted else "about "
     show(
@@ -37,7 +91,9 @@ def show_cost(cost: "Cost", price: float | None) -> None:
     )
     hours = cost.device_hours_per_million
     unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
-    money = f", at {price:g} each: {_span(hours, price)}" if price is not None else ""
+    money = ""
+    if cost.price is not None and cost.price_per_million is not None:
+        money = f", at {cost.price:g} each: {_span(cost.price_per_million)}"
     show(million=f"{_span(hours)} {unit}{money}")
 
 
@@ -86,6 +142,14 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     click.echo(LOOKING.format(run=run), err=True)
 
 
+def show_problems(problems: list[tuple[str, str]], what: str, most: int) -> None:
+    """The first of those that something could not be done with, and how many more there are."""
+    for name, reason in problems[:most]:
+        click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
+    if len(problems) > most:
+        click.echo(f"{what}: {len(problems) - most:,} more", err=True)
+
+
 def show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
@@ -94,6 +158,16 @@ def show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     )
     for code, count in totals.errors.items():
         click.echo(f"{'':<10}{count:,} x {code}")
+    warn_of_one_class(totals, class_names)
+    if totals.with_truth:
+        show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
+        for name, score in zip(class_names, totals.scores, strict=True):
+            if score.iou is not None and score.dice is not None:
+                click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
+
+
+def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
+    """Where all masks are the same class everywhere, the model is hardly one for these images."""
     if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
         only = next(name for name, n in zip(class_names, totals.class_pixels, strict=True) if n)
         click.echo(
@@ -101,11 +175,6 @@ def show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
             "for these images? See model.threshold, and what the model was trained on",
             err=True,
         )
-    if totals.with_truth:
-        show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
-        for name, score in zip(class_names, totals.scores, strict=True):
-            if score.iou is not None and score.dice is not None:
-                click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
 
 
 def show(**lines: str) -> None:

@@ -120,13 +120,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_plan_and_status_tell_how_things_stand_and_write_nothing(make_config, tmp_path, folder):
     config = make_config()
     made = plan(config)
-    assert (len(made.shards), len(made.left), made.images) == (6, 6, None)
+    assert (made.shards, made.shards_left, made.images) == (6, 6, None)
     assert not (tmp_path / "run").exists()
     loose = plan(make_config(input={"uri": str(folder / "images"), "masks": "", "shard_images": 5}))
-    assert (len(loose.shards), loose.images) == (3, 12)
+    assert (loose.shards, loose.images) == (3, 12)
     predict(config)
     before = snapshot(tmp_path / "run")
-    assert plan(config).left == []
+    assert plan(config).shards_left == 0
     found = status(str(tmp_path / "run"))
     assert (found.shards, found.committed, found.is_finished) == (6, 6, True)
     assert found.totals.images_seen == 12

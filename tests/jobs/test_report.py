@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.predict import predict
-from jobs.report import NAME, ending_report, preview_name, write_report
+from jobs.report import NAME, ending_report, write_report
 from jobs.train import train
 from tests.unet_core.training.scenes import config_of
 from unet_core.config import StorageConfig
@@ -57,13 +57,9 @@ def test_previews_are_named_after_their_images(make_config, run_cli, tmp_path):
     assert (code, "3 images" in text) == (0, True)
     code, _, errors = run_cli("report", tmp_path / "run", "--worst", "3")
     assert (code, "go with --previews" in errors) == (2, True)
-
-
-def test_no_image_id_leaves_the_folder_of_previews():
-    assert preview_name("a/b.png") == "a/b.png"
-    assert preview_name("a/b.tif") == "a/b.tif.png"
-    assert preview_name("../.x//y") == "%2E./%2Ex/%2E/y.png"
-    assert preview_name("/etc/a\\b?c") == "%2E/etc/a%5Cb%3Fc.png"
+    inside = make_config().input.uri + "/previews"
+    code, _, errors = run_cli("report", tmp_path / "run", "--previews", inside)
+    assert (code, "must not contain each other" in errors) == (2, True)
 
 
 def test_a_training_explains_itself(folder, tmp_path):

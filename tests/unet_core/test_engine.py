@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from unet_core.engine import CONFIDENCE_UNIT, Batch, Engine, choose_device
+from unet_core.engine import CONFIDENCE_UNIT, Batch, Engine, choose_device, memory_format, movable
 from unet_core.errors import ConfigError, RunMismatchError, WorkersError
 from unet_core.geometry import tiles
 from unet_core.images.preprocessing import Preprocessing
@@ -139,3 +139,13 @@ def test_a_batch_that_does_not_fit_is_split_and_the_size_remembered():
     engine.network = Narrow(engine.network, most=0)
     with pytest.raises(WorkersError, match=r"single tile of 32 × 32 pixels; lower tile\.size"):
         engine.run(batch)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_apples_gpus_get_what_they_take(kind):
+    device, is_apple = torch.device(kind), kind == "mps"
+    wide, values = np.array([0, 65535], np.uint16), np.array([0, 255], np.uint8)
+    assert movable(wide, device).dtype == (torch.float32 if is_apple else torch.uint16)
+    assert movable(wide, device).tolist() == [0, 65535]
+    assert movable(values, device).dtype == torch.uint8
+    assert (memory_format(device) == torch.channels_last) == (not is_apple)

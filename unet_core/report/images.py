@@ -88,7 +88,8 @@ class _Shelf:
 
     def __init__(self, results: Results) -> None:
         record = results.record
-        wanted = Preprocessing.model_validate(record.identity["model.preprocessing"])
+        color = Preprocessing.model_validate(record.identity["model.preprocessing"]).color
+        wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
         self._store = results.run.store
         self._source = _impatient(results.source)
         self._decoder = Decoder(wanted, len(record.class_names), self._source.config)

@@ -96,6 +96,14 @@ def write(fs: Any, path: str, data: bytes, deadline_s: float, **how: Any) -> Non
         raise TimeoutError(f"{len(data)} bytes were not taken in {limit_s:.0f} s") from error
 
 
+def where_credentials_are(storage: StorageConfig) -> str:
+    """How S3 credentials were found (``env``, ``iam-role`` ...); empty if there are none."""
+    from botocore.session import Session
+
+    found = Session(profile=storage.profile or None).get_credentials()
+    return "" if found is None else str(found.method)
+
+
 def _cut_off_s(deadline_s: float, most_s: float) -> float:
     """When silence ends a request, in seconds: early enough to ask again before the deadline."""
     return min(most_s, max(1.0, deadline_s / 4))

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 from unet_core.errors import StoreError
 
@@ -32,6 +32,12 @@ def local_space() -> Iterator[None]:
             f"local temporary space is full: {folder}: {error.strerror}; make room there, or set "
             "TMPDIR to a larger folder; then the same command continues"
         ) from error
+
+
+def spooled() -> BinaryIO:
+    """A temporary file, in memory while it is small."""
+    file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)  # noqa: SIM115  # whoever asked for it drops it
+    return cast(BinaryIO, file)
 
 
 def drop(file: IO[Any]) -> None:

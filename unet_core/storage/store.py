@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -28,6 +29,7 @@ from unet_core.storage.object_stores import (
     persist,
     read_if_match,
     refused,
+    where_credentials_are,
     write,
 )
 from unet_core.storage.ranges import Ranges
@@ -202,6 +204,42 @@ class Store:
         except FileExistsError:
             return False
         return True
+
+    def first(self) -> Entry | None:
+        """Some object below the root; None if there is none. Lists no more than it has to."""
+        try:
+            return next(
+                iter(self._walk(self.root) if self.is_local else self._find(self.root)), None
+            )
+        except FileNotFoundError as error:
+            raise NotFoundError(str(refused("list", self.uri(), error))) from error
+        except OSError as error:
+            raise refused("list", self.uri(), error) from error
+
+    def require_writable(self) -> None:
+        """Make and remove a small object, locally in the nearest folder that is there.
+
+        Raises StoreError if that is refused; leaves nothing behind.
+        """
+        name = f"_probe-{uuid.uuid4().hex}"
+        if not self.is_local:
+            self.publish(name, b"probe")
+            self.remove(name)
+            return
+        folder = self.root
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"probe")
+        except OSError as error:
+            raise refused("write", folder, error) from error
+
+    def credentials(self) -> str:
+        """Where the credentials of an S3 store come from, as botocore names it; empty if there are
+        none. Other stores find their own.
+        """
+        return "" if "s3" not in _protocols(self.fs) else where_credentials_are(self.storage)
 
     def has_one_winner(self) -> bool:
         """Whether this store keeps ``publish_exclusively``: some accept the second object too.
@@ -388,6 +426,13 @@ class Store:
                         except FileNotFoundError:
                             continue  # a temporary file that was there a moment ago
                         yield Entry(name, info.st_size, _local_etag(info))
+
+
+def table_of(data: bytes) -> pa.Table:
+    """The rows of a Parquet file. ``pq.read_table`` has threads that may still hold Python objects
+    when it returns, and abort a process that ends just then.
+    """
+    return pq.ParquetFile(io.BytesIO(data)).read()
 
 
 def is_temporary(name: str) -> bool:

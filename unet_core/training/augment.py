@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unet_core.engine import memory_format, movable
 from unet_core.training.crops import Crop, CropShape
 
 
@@ -63,7 +64,8 @@ def nothing(shape: CropShape, channels: int, device: torch.device) -> Examples:
 
 
 def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.stack(arrays)).to(device, non_blocking=True)
+    # elsewhere than on CUDA, memory that is freed meanwhile may be what arrives
+    return movable(np.stack(arrays), device).to(device, non_blocking=device.type == "cuda")
 
 
 def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tensor:
@@ -104,8 +106,10 @@ def _mirrored(at: Tensor, last: Tensor, folds_once: bool) -> Tensor:
 
 
 def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:
+    # no point lies outside; "border" is for what rounding makes of the edge, and not in every mps
+    padding = "zeros" if values_NCHW.device.type == "mps" else "border"
     return F.grid_sample(
-        values_NCHW, grid_NHW2, mode=mode, padding_mode="border", align_corners=True
+        values_NCHW, grid_NHW2, mode=mode, padding_mode=padding, align_corners=True
     )
 
 
@@ -124,4 +128,4 @@ def _varied(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
             random = torch.Generator(device).manual_seed(crop.noise_seed)
             shape = images_NCHW.shape[1:]
             images_NCHW[at] += crop.noise * torch.randn(shape, generator=random, device=device)
-    return images_NCHW.contiguous(memory_format=torch.channels_last)
+    return images_NCHW.contiguous(memory_format=memory_format(device))

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from unet_core.engine import memory_format
 from unet_core.errors import CheckpointError
 from unet_core.train_config import FitConfig
 from unet_core.training.augment import Examples
@@ -39,7 +40,7 @@ class Learner:
         self.device = device
         if ranks.count > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the pair
+        self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
         self._norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
         if config.freeze_norm:
             for norm in self._norms:
@@ -118,14 +119,14 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
-        table = self._optimiser.state_dict()
+        table, wanted = self._optimiser.state_dict(), memory_format(self.device)
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimiser":
                 index, _, key = rest.partition(".")
                 is_map = tensor.dim() == 4  # laid out as the weights are, for the same bits
-                kept = tensor.contiguous(memory_format=torch.channels_last) if is_map else tensor
+                kept = tensor.contiguous(memory_format=wanted) if is_map else tensor
                 state.setdefault(int(index), {})[key] = kept
         try:
             self.network.load_state_dict(_below(tensors, "network."))

@@ -1,11 +1,8 @@
 """DDP without Ray: processes that meet in a file. What one process gives, any number gives."""
 
 import io
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import uuid
 
 import numpy as np
@@ -13,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load, load_file
 
+from tests.rank import start
 from tests.s3 import BUCKET
 from tests.unet_core.training.scenes import config_of
 
@@ -27,25 +25,21 @@ def train(folder, tmp_path):
 
     def run(out, ranks, *overrides, dies=""):
         config = config_of(folder, out if "://" in str(out) else tmp_path / out, *overrides)
-        path, meeting = (tmp_path / uuid.uuid4().hex for _ in range(2))
-        path.write_text(config.model_dump_json(exclude_unset=True))
+        meeting = tmp_path / uuid.uuid4().hex
         guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes
-        command = [sys.executable, "-m", "tests.rank"]
+        errors = [tmp_path / f"{meeting.name}-{rank}" for rank in range(ranks)]
         processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(ranks), meeting, path, dies if rank == guilty else ""],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-            )
+            start(rank, ranks, meeting, config, errors[rank], dies if rank == guilty else "")
             for rank in range(ranks)
         ]
         if dies:
-            processes[guilty].wait(120)
+            processes[guilty].join(120)
             for process in processes:
                 process.kill()
-        errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-        codes = [process.returncode for process in processes]
-        assert not any(codes) or dies, "\n".join(errors)
+        for process in processes:
+            process.join(120)
+        codes = [process.exitcode for process in processes]
+        assert not any(codes) or dies, "\n".join(path.read_text() for path in errors)
         return codes[guilty]
 
     return run
