@@ -54,6 +54,9 @@ METRICS = pa.schema(
     ]
 )
 
+EVALUATION = METRICS.append(pa.field("truth", pa.string()))
+"""Rows of a run's metrics with another truth, and which it is."""
+
 HISTORY = pa.schema(
     [
         ("step", pa.int64()),
@@ -84,8 +87,6 @@ TIMINGS = pa.schema(
         ("waiting_for_decoding_s", pa.float64()),
     ]
 )
-
-MAX_CONFUSION_CLASSES = 64
 
 
 def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
