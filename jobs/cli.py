@@ -34,6 +34,7 @@ for verb in (
     running.demo,
     results.status,
     results.verify,
+    results.evaluate,
     models.train,
     models.model,
     models.import_weights,

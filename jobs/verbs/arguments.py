@@ -1,11 +1,14 @@
 """What arguments mean: a config from a file or from plain paths, a section of it from overrides."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unet_core.config import PredictConfig, StorageConfig, build, load
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from unet_core.results import Results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
@@ -58,3 +61,28 @@ def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
             raise ConfigError(f"{override}: only storage.key=value goes here")
     places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
     return build(PredictConfig, places, list(overrides), source="command line").storage
+
+
+def stored_run(run: str, overrides: tuple[str, ...]) -> "Results":
+    """A run, reached as the ``storage`` overrides among others say."""
+    from unet_core.results import open_run
+
+    return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
+
+
+def run_config(
+    results: "Results", overrides: tuple[str, ...], allowed: tuple[str, ...]
+) -> PredictConfig:
+    """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
+    ``allowed``. Who made it does not matter any more: ``[workers]`` begins at its defaults.
+
+    Raises ConfigError for any other key.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+            names = ", ".join(f"{a}*" if a.endswith(".") else a for a in allowed)
+            raise ConfigError(f"{key} is as the run was made; what can be said here: {names}")
+    table = results.config.model_dump(mode="json", exclude={"workers"})
+    table["output"]["uri"] = results.run.uri
+    return build(PredictConfig, table, list(overrides), source="command line")

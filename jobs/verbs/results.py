@@ -1,11 +1,17 @@
-"""The verbs that look at what is there: status, verify."""
+"""The verbs that look at what is there: status, verify, evaluate."""
 
+import json
 import sys
 
 import click
 
-from jobs.verbs.arguments import STORAGE, storage_of
-from jobs.verbs.show import show, show_totals
+from jobs.verbs.arguments import OVERRIDES, STORAGE, run_config, storage_of, stored_run
+from jobs.verbs.show import show, show_changed, show_scored, show_set_aside, show_totals
+from unet_core.errors import ConfigError
+
+REACH = ("storage.", "workers.")
+TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
+"""What may be said anew of a run that is done."""
 
 
 @click.command()
@@ -54,3 +60,41 @@ def verify(run: str, overrides: tuple[str, ...], deep: bool) -> None:
     if findings.problems:
         sys.exit(1)
     click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+
+
+@click.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--truth", metavar="WHERE", help="As input.masks: truth/, mask.png, _mask, a column.")
+@click.option("--against", metavar="RUN2", help="An earlier run of the same images.")
+@click.option("--name", default="", help="Of the folder RUN/evaluation/NAME.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def evaluate(
+    run: str,
+    overrides: tuple[str, ...],
+    truth: str | None,
+    against: str | None,
+    name: str,
+    as_json: bool,
+) -> None:
+    """Compare a run with truth, or with an earlier run. Run it again to continue."""
+    if bool(truth) == bool(against):
+        raise ConfigError("say what to compare with: --truth WHERE or --against RUN2")
+    results = stored_run(run, overrides)
+    from jobs import evaluate as task
+
+    if against:
+        config = run_config(results, overrides, REACH)
+        outcome = task.compare(results, stored_run(against, overrides), config, name)
+    else:
+        given = (*overrides, f"input.masks={json.dumps(truth)}")
+        outcome = task.evaluate(results, run_config(results, given, REACH + TRUTH), name)
+    if as_json:
+        click.echo(json.dumps(outcome.document, indent=1, ensure_ascii=False))
+    elif against:
+        show_changed(outcome.document)
+    else:
+        show_scored(outcome.document)
+    show_set_aside(outcome.set_aside, "evaluated")
+    if outcome.set_aside:
+        sys.exit(1)
