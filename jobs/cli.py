@@ -35,6 +35,7 @@ for verb in (
     running.doctor,
     results.status,
     results.verify,
+    results.evaluate,
     models.train,
     models.model,
     models.import_weights,
