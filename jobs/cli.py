@@ -35,6 +35,7 @@ for verb in (
     running.doctor,
     results.status,
     results.verify,
+    results.evaluate,
     results.report,
     models.train,
     models.model,

@@ -5,10 +5,12 @@ A task keeps its own record of what is done, by shard, and does a shard the same
 same command continues. No model is loaded, so no GPU is asked for.
 """
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
@@ -28,6 +30,7 @@ RETRIES = 2
 WAIT_S = 0.5
 
 Answer = int | Failure | Crash | Refusal
+Answers = Generator[tuple[Shard, Answer], None, None]
 
 
 class Task(Protocol):
@@ -62,14 +65,15 @@ def spread(
     with ShardsProgress(what, len(shards), len(shards) - len(left)) as progress:
         refused = {}
         run = _here if is_here(config.workers) else _on_cluster
-        for shard, answer in run(task, left, config, places):
-            if isinstance(answer, Failure):
-                answer.raise_again()
-            if isinstance(answer, Crash | Refusal):
-                refused[shard.uri or shard.shard_id] = answer.reason
-            else:
-                assert isinstance(answer, int)
-                progress.on_done(answer)
+        with contextlib.closing(run(task, left, config, places)) as answers:
+            for shard, answer in answers:
+                if isinstance(answer, Failure):
+                    answer.raise_again()
+                if isinstance(answer, Crash | Refusal):
+                    refused[shard.uri or shard.shard_id] = answer.reason
+                else:
+                    assert isinstance(answer, int)
+                    progress.on_done(answer)
         return refused
 
 
@@ -80,9 +84,7 @@ def is_here(workers: WorkersConfig) -> bool:
     return workers.count == "inline"
 
 
-def _here(
-    task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
-) -> Iterator[tuple[Shard, Answer]]:
+def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:
     """On threads; what is under way when this one is stopped comes to its end."""
     stopped = threading.Event()
 
@@ -94,31 +96,29 @@ def _here(
     with ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1) as pool:
         futures = {pool.submit(do, shard): shard for shard in left}
         try:
-            while futures:
-                ready, _ = wait(futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    yield futures.pop(future), future.result()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         finally:
             stopped.set()
 
 
 def _on_cluster(
     task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
-) -> Iterator[tuple[Shard, Answer]]:
+) -> Answers:
     """As calls of Ray on whatever node has a core, a few for each core at a time."""
     import ray
 
     with session.connected():
         require_reachable(places, session.node_count(), config.storage.shared)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_remotely)
-        mine = code_version()
+        mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}
         waiting = iter(left)
         try:
             while True:
                 room = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(calls)
-                for shard, _ in zip(waiting, range(room), strict=False):
-                    calls[remote.remote(mine, task, shard)] = shard
+                for shard in islice(waiting, max(0, room)):
+                    calls[remote.remote(mine, shared, shard)] = shard
                 if not calls:
                     return
                 ready, _ = ray.wait(list(calls), timeout=WAIT_S)

@@ -14,6 +14,7 @@ os.environ |= {
 }
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from jobs import cli
+from jobs.predict import predict
 from tests import rgw
 from tests.data import write_checkpoint, write_folder, write_tars
 from tests.s3 import S3
@@ -80,6 +82,23 @@ def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
         for section, keys in table.items():
             base[section] = {**base.get(section, {}), **keys}
         return build(PredictConfig, base, list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def make_run(
+    make_config: ConfigMaker, folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> Callable[..., str]:
+    """A finished run over loose images without truth, in three shards; a copy of the suite's."""
+    cache = tmp_path_factory.getbasetemp() / "bare-run"
+    if not cache.exists():
+        loose = {"uri": str(folder / "images"), "masks": "", "shard_images": 5}
+        predict(make_config(input=loose, output={"uri": str(cache)}))
+
+    def make(out: str = "run") -> str:
+        shutil.copytree(cache, tmp_path / out, dirs_exist_ok=True)
+        return str(tmp_path / out)
 
     return make
 

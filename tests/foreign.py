@@ -6,16 +6,18 @@ import torch
 from torch import nn
 
 
-def smp_unet(**arguments: Any) -> nn.Module:
-    """segmentation_models_pytorch's Unet, without a download of weights.
-
-    Where torch has no CUDA, the registry's torchvision finds its operators undeclared.
-    """
+def declare_torchvision() -> None:
+    """Where torch has no CUDA, the registry's torchvision finds its operators undeclared."""
     if not _declared and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
+
+
+def smp_unet(**arguments: Any) -> nn.Module:
+    """segmentation_models_pytorch's Unet, without a download of weights."""
+    declare_torchvision()
     import segmentation_models_pytorch as smp
 
     return smp.Unet(encoder_weights=None, **arguments)

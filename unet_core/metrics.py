@@ -15,6 +15,9 @@ import pyarrow.compute as pc
 from unet_core.arrays import Array
 
 BAND_PIXELS = 2**21
+MAX_CONFUSION_CLASSES = 64
+RATIOS = ("dice", "iou", "precision", "recall")
+"""Of ``Scores``."""
 
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
@@ -69,12 +72,32 @@ class Scores:
         """Dice coefficient: 2 tp / (2 tp + fp + fn)."""
         return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
+    @property
+    def precision(self) -> float | None:
+        """Of what was segmented as the class, the share that is: tp / (tp + fp)."""
+        return ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float | None:
+        """Of what is the class, the share that was segmented as it: tp / (tp + fn)."""
+        return ratio(self.tp, self.tp + self.fn)
+
 
 def scores_of(confusion_KK: Array) -> list[Scores]:
     """Scores per class of a confusion matrix (truth × prediction)."""
     tp = confusion_KK.diagonal()
     columns = zip(tp, confusion_KK.sum(axis=0) - tp, confusion_KK.sum(axis=1) - tp, strict=True)
     return [Scores(int(t), int(p), int(n)) for t, p, n in columns]
+
+
+def truth_columns(confusion_KK: Array, pixels: int) -> dict[str, Any]:
+    """What a metrics row says of an image with truth and so many pixels."""
+    scores = scores_of(confusion_KK)
+    row: dict[str, Any] = {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
+    row["ignored_pixels"] = pixels - int(confusion_KK.sum())
+    if len(confusion_KK) <= MAX_CONFUSION_CLASSES:
+        row["confusion"] = confusion_KK.ravel().tolist()
+    return row
 
 
 @dataclass(frozen=True)

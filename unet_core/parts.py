@@ -88,9 +88,11 @@ class MasksPart:
             self._rows, self._bytes = [], 0
 
 
-def metrics_part(rows: list[dict[str, Any]], footer: Mapping[str, str]) -> bytes:
+def metrics_part(
+    rows: list[dict[str, Any]], footer: Mapping[str, str], columns: pa.Schema = schema.METRICS
+) -> bytes:
     """The bytes of a metrics part."""
-    table = pa.Table.from_pylist(rows, schema=schema.METRICS.with_metadata(dict(footer)))
+    table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
     sink = io.BytesIO()
     pq.write_table(table, sink, **COMPRESSION)
     return sink.getvalue()

@@ -1,15 +1,17 @@
 """Reading a run back: its totals, its masks by image or by shard, whole or by window."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from unet_core.arrays import Array
 from unet_core.compact import read_rows
@@ -29,24 +31,69 @@ PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width",
 
 @dataclass(frozen=True)
 class StoredMask:
-    """The mask of one image in a masks part."""
+    """The mask of one image in a masks part that is open."""
 
     image_id: str
     height: int
     width: int
-    windows: Iterator[tuple[Box, Array]]
-    """Class ids HW by place, read when they are asked for and only once; they cover the image."""
+    boxes: tuple[Box, ...]
+    """Its windows by place; they cover the image."""
+    read: Callable[[int], Array]
+    """Class ids HW of one of them, by its number."""
+
+    @property
+    def windows(self) -> Iterator[tuple[Box, Array]]:
+        """Class ids HW by place, read when they are asked for."""
+        return ((box, self.read(number)) for number, box in enumerate(self.boxes))
 
     def whole(self) -> Array:
-        """Class ids HW of the image; an alternative to ``windows``."""
+        """Class ids HW of the image."""
+        if len(self.boxes) == 1:
+            return self.read(0)
         mask_HW = np.empty((0, 0), np.uint8)
         for box, window_HW in self.windows:
-            if box.shape == (self.height, self.width):
-                return window_HW
             if not mask_HW.size:
                 mask_HW = np.empty((self.height, self.width), window_HW.dtype)
             mask_HW[box.y : box.y + box.height, box.x : box.x + box.width] = window_HW
         return mask_HW
+
+
+class OpenMasks:
+    """A masks part that is open: masks by image, one row group in memory at a time. Images that are
+    asked for in the order of ``image_ids`` let each group be read once.
+    """
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+        places = iter(file.read(columns=PLACE).to_pylist())
+        for group in range(file.num_row_groups):
+            rows = islice(places, file.metadata.row_group(group).num_rows)
+            for number, row in enumerate(rows):
+                self._rows.setdefault(row["image_id"], []).append((group, number, row))
+        self._held: tuple[int, Any] = (-1, None)
+
+    @property
+    def image_ids(self) -> list[str]:
+        """In the order of the shard."""
+        return list(self._rows)
+
+    def mask(self, image_id: str) -> StoredMask | None:
+        """The mask of one image; None if there is none."""
+        if image_id not in self._rows:
+            return None
+        rows = self._rows[image_id]
+        boxes = tuple(_box(row) for _, _, row in rows)
+        first = rows[0][2]
+        size = first["image_height"], first["image_width"]
+        return StoredMask(image_id, *size, boxes, lambda number: self._read(*rows[number]))
+
+    def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
+        if self._held[0] != group:
+            self._held = (-1, None)
+            self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
+        payload = _payload(self._held[1][number].as_py())
+        return decode_mask(payload, row["encoding"], row["height"], row["width"])
 
 
 class Results:
@@ -129,28 +176,27 @@ def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
     return Results(uri, storage)
 
 
+@contextmanager
+def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
+    """The masks of a committed shard, for one thread."""
+    with store.open_parquet(masks_name(shard_id)) as file:
+        yield OpenMasks(file)
+
+
 def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
     """The masks of a committed shard in the order of its images, one row group in memory at a time.
 
-    What is not read of one mask before the next is asked for is skipped.
+    What is not read of one mask is skipped; masks are read while this goes on, not after.
     """
-    for image_id, rows in groupby(_all_rows(store, shard_id), key=lambda row: row["image_id"]):
-        first = next(rows)
-        windows = (_window(row) for row in chain([first], rows))
-        yield StoredMask(image_id, first["image_height"], first["image_width"], windows)
+    with open_masks(store, shard_id) as masks:
+        for image_id in masks.image_ids:
+            mask = masks.mask(image_id)
+            assert mask is not None
+            yield mask
 
 
-def _all_rows(store: Store, shard_id: str) -> Iterator[dict[str, Any]]:
-    with store.open_parquet(masks_name(shard_id)) as file:
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=[*PLACE, "mask"])
-            for batch in table.to_batches(max_chunksize=1):
-                yield from batch.to_pylist()
-
-
-def _window(row: dict[str, Any]) -> tuple[Box, Array]:
-    box = Box(row["y"], row["x"], row["height"], row["width"])
-    return box, decode_mask(_payload(row["mask"]), row["encoding"], *box.shape)
+def _box(row: dict[str, Any]) -> Box:
+    return Box(row["y"], row["x"], row["height"], row["width"])
 
 
 def _payload(mask: bytes | dict[str, Any]) -> bytes:

@@ -11,8 +11,7 @@ from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
 from unet_core.images.picture import Pixels, Rejected
 from unet_core.inputs.shards import Sample
-from unet_core.metrics import class_pixels, confusion, scores_of
-from unet_core.schema import MAX_CONFUSION_CLASSES
+from unet_core.metrics import class_pixels, confusion, truth_columns
 
 Row = dict[str, Any]
 
@@ -103,20 +102,12 @@ class Encoder:
         }
         if picture.truth is not None and failure is None:
             matrix = sum(area.confusion_KK for area in areas)
-            row |= self._scores(matrix, height * width)
+            row |= truth_columns(matrix, height * width)
         return Encoded(row, (area.finished() for area in areas), encode_s)
 
     def rejected(self, image: Rejected) -> Row:
         """The row of an image that failed."""
         return _row(image.sample, "failed", image.failure)
-
-    def _scores(self, matrix: Array, pixels: int) -> Row:
-        scores = scores_of(matrix)
-        row: Row = {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
-        row["ignored_pixels"] = pixels - int(matrix.sum())
-        if self.classes <= MAX_CONFUSION_CLASSES:
-            row["confusion"] = matrix.ravel().tolist()
-        return row
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:

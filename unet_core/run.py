@@ -257,24 +257,22 @@ class Run:
         return Totals(**cast(Any, as_tuples))
 
 
+ANOTHER_FOLDER = "give output.uri a new folder, or restore these keys"
+
+
 def require_equal(
-    where: str,
-    mine: Identity,
-    wanted: Identity,
-    kind: str = "run",
-    key_of_place: str = "output.uri",
+    where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
 ) -> None:
     """Refuse another identity; raises RunMismatchError with the keys that differ."""
     differing = [
-        f"  {key}: the {kind} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
+        f"  {key}: the {what} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
         for key in sorted({*mine, *wanted})
         if mine.get(key) != wanted.get(key)
     ]
     if differing:
         raise RunMismatchError(
-            f"{where} holds another {kind}:\n" + "\n".join(differing)
-            + f"\ngive {key_of_place} a new folder, or restore these keys"
-        )  # fmt: skip
+            f"{where} holds another {what}:\n" + "\n".join(differing) + f"\n{advice}"
+        )
 
 
 def require_empty(store: Store, kind: str = "run", key_of_place: str = "output.uri") -> None:

@@ -54,6 +54,9 @@ METRICS = pa.schema(
     ]
 )
 
+EVALUATION = METRICS.append(pa.field("truth", pa.string()))
+"""Rows of a run's metrics with another truth, and which it is."""
+
 HISTORY = pa.schema(
     [
         ("step", pa.int64()),
@@ -114,8 +117,6 @@ EXPORTED = pa.schema(
         ("problem", pa.string()),
     ]
 )
-
-MAX_CONFUSION_CLASSES = 64
 
 
 def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:

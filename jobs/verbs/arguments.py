@@ -14,6 +14,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 STORAGE = "[STORAGE.KEY=VALUE]..."
+REACH = ("storage.", "workers.")
+"""What may always be said anew of a run that is done."""
 
 
 def predict_config(
@@ -56,26 +58,33 @@ def recipe(path: str) -> str:
 
 def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
     """The storage section that overrides make."""
-    return _only(("storage",), overrides).storage
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"{override}: only storage.key=value goes here")
+    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
+    return build(PredictConfig, places, list(overrides), source="command line").storage
 
 
-def run_config(run: str, overrides: tuple[str, ...]) -> tuple["Results", PredictConfig]:
-    """A run that is read back, and its config, for what is done once more with its shards: storage
-    and workers are those of now, for it may have been made elsewhere.
-    """
-    now = _only(("storage", "workers"), overrides)
+def stored_run(run: str, overrides: tuple[str, ...]) -> "Results":
+    """A run, reached as the ``storage`` overrides among others say."""
     from unet_core.results import open_run
 
-    results = open_run(run, now.storage)
-    return results, results.config.model_copy(update={"workers": now.workers})
+    return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
 
 
-def _only(sections: tuple[str, ...], overrides: tuple[str, ...]) -> PredictConfig:
-    """The config that overrides of these sections make; raises ConfigError for another one."""
-    allowed = tuple(f"{section}." for section in sections)
+def run_config(
+    results: "Results", overrides: tuple[str, ...], allowed: tuple[str, ...]
+) -> PredictConfig:
+    """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
+    ``allowed``. Who made it does not matter any more: ``[workers]`` begins at its defaults.
+
+    Raises ConfigError for any other key.
+    """
     for override in overrides:
-        if not override.startswith(allowed):
-            keys = " and ".join(f"{section}.key=value" for section in sections)
-            raise ConfigError(f"{override}: only {keys} goes here")
-    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
-    return build(PredictConfig, places, list(overrides), source="command line")
+        key = override.partition("=")[0].strip()
+        if not any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+            names = ", ".join(f"{a}*" if a.endswith(".") else a for a in allowed)
+            raise ConfigError(f"{key} is as the run was made; what can be said here: {names}")
+    table = results.config.model_dump(mode="json", exclude={"workers"})
+    table["output"]["uri"] = results.run.uri
+    return build(PredictConfig, table, list(overrides), source="command line")

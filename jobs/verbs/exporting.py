@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.verbs.arguments import OVERRIDES, run_config, storage_of
+from jobs.verbs.arguments import OVERRIDES, REACH, run_config, storage_of, stored_run
 from jobs.verbs.show import show, show_problems
 from unet_core.errors import ConfigError
 
@@ -56,7 +56,8 @@ def export(
     if kind == "onnx":
         _onnx(source, out, overrides, factory)
         return
-    results, config = run_config(source, overrides)
+    results = stored_run(source, overrides)
+    config = run_config(results, overrides, REACH)
     from jobs.export import export_run
     from unet_core.export.task import Options
 

@@ -1,16 +1,32 @@
-"""The verbs that look at what is there: status, verify, report."""
+"""The verbs that look at what is there: status, verify, evaluate, report."""
 
+import json
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.verbs.arguments import STORAGE, storage_of
-from jobs.verbs.show import harmless, json_option, show, show_json, show_totals, warn_of_one_class
+from jobs.verbs.arguments import OVERRIDES, REACH, STORAGE, run_config, storage_of, stored_run
+from jobs.verbs.show import (
+    json_option,
+    only_document,
+    show,
+    show_changed,
+    show_json,
+    show_problems,
+    show_scored,
+    show_set_aside,
+    show_totals,
+    warn_of_one_class,
+)
 from unet_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from unet_core.verify import Findings
+
+TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
+"""What may be said anew of a run that is done."""
+PROBLEMS_SHOWN = 10
 
 
 @click.command()
@@ -77,6 +93,45 @@ def _show_findings(run: str, findings: "Findings", deep: bool) -> None:
         click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
 
 
+@click.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--truth", metavar="WHERE", help="As input.masks: truth/, mask.png, _mask, a column.")
+@click.option("--against", metavar="RUN2", help="An earlier run of the same images.")
+@click.option("--name", default="", help="Of the folder RUN/evaluation/NAME.")
+@json_option
+def evaluate(
+    run: str,
+    overrides: tuple[str, ...],
+    truth: str | None,
+    against: str | None,
+    name: str,
+    as_json: bool,
+) -> None:
+    """Compare a run with truth, or with an earlier run. Run it again to continue."""
+    if bool(truth) == bool(against):
+        raise ConfigError("say what to compare with: --truth WHERE or --against RUN2")
+    results = stored_run(run, overrides)
+    from jobs import evaluate as task
+
+    with only_document(as_json):
+        if against:
+            config = run_config(results, overrides, REACH)
+            outcome = task.compare(results, stored_run(against, overrides), config, name)
+        else:
+            given = (*overrides, f"input.masks={json.dumps(truth)}")
+            outcome = task.evaluate(results, run_config(results, given, REACH + TRUTH), name)
+    if as_json:
+        show_json(outcome.document)
+    elif against:
+        show_changed(outcome.document)
+    else:
+        show_scored(outcome.document)
+    show_set_aside(outcome.set_aside, "evaluated")
+    if outcome.set_aside:
+        sys.exit(1)
+
+
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar=STORAGE)
@@ -98,7 +153,8 @@ def report(
         raise ConfigError("--ids and --worst go with --previews DIR")
     if ids and worst:
         raise ConfigError("--ids and --worst exclude each other; give one of them")
-    from jobs.report import write_previews, write_report
+    from jobs.previews import write_previews
+    from jobs.report import write_report
 
     if previews is None:
         show(report=write_report(run, storage))

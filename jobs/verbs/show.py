@@ -30,6 +30,8 @@ all of them:  import pyarrow.dataset as ds
 go on with a larger budget: errors.max_failed_images=0.2
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
+SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+EXTREMES_SHOWN = 5
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -64,7 +66,7 @@ def show_checks(diagnosis: "Diagnosis") -> None:
     width = max(len(check.name) for check in diagnosis.checks) + 1
     for check in diagnosis.checks:
         mark = "ok   " if check.is_ok else "WRONG"
-        click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
+        click.echo(f"{mark} {check.name + ':':<{width}} {_harmless(check.says)}")
 
 
 def show_plan(plan: "Plan") -> None:
@@ -120,8 +122,13 @@ def show_outcome(outcome: "Outcome") -> None:
     show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
     if outcome.report:
         show(report=outcome.report)
-    for shard, reason in outcome.set_aside.items():
-        click.echo(harmless(f"not committed: shard {shard}: {reason}"), err=True)
+    show_set_aside(outcome.set_aside, "committed")
+
+
+def show_set_aside(set_aside: dict[str, str], what: str) -> None:
+    """Shards that could not be done, and why."""
+    for shard, reason in set_aside.items():
+        click.echo(_harmless(f"not {what}: shard {shard}: {reason}"), err=True)
 
 
 def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
@@ -138,14 +145,14 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     for cause in causes(outcome.run, totals):
         click.echo(f"  {cause.images:,} x {cause.code}", err=True)
         for example in cause.examples:
-            click.echo(harmless(f"    {example.image_id}: {example.message}"), err=True)
+            click.echo(_harmless(f"    {example.image_id}: {example.message}"), err=True)
     click.echo(LOOKING.format(run=run), err=True)
 
 
 def show_problems(problems: list[tuple[str, str]], what: str, most: int) -> None:
     """The first of those that something could not be done with, and how many more there are."""
     for name, reason in problems[:most]:
-        click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
+        click.echo(_harmless(f"{what}: {name}: {reason}"), err=True)
     if len(problems) > most:
         click.echo(f"{what}: {len(problems) - most:,} more", err=True)
 
@@ -177,12 +184,102 @@ def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
         )
 
 
+def show_scored(document: dict[str, Any]) -> None:
+    """What an evaluation against truth says."""
+    counts = document["images"]
+    show(
+        images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
+        f"{document['of']['truth']}"
+    )
+    _show_images(counts["without_truth"], "without truth", document["without_truth"])
+    _show_images(counts["failed"], "failed when they were segmented", [])
+    _show_images(counts["unusable_truth"], "whose truth is of no use", document["unusable_truth"])
+    if document["classes"]:
+        _show_scores(document)
+        _warn_of_ignored(document)
+    for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
+        _show_harmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
+    _show_state(document)
+
+
+def _show_scores(document: dict[str, Any]) -> None:
+    """A table with a row for each class and one for their mean."""
+    rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
+    rows.append(("mean", document["mean"], ""))
+    width = max(len(name) for name, _, _ in rows)
+    heads = "".join(f"  {name:<14}" for name in SCORES.values())
+    click.echo(f"{'':{10 + width}}{heads}  images")
+    click.echo((f"{'':{10 + width}}" + f"  {'micro':<6}  {'macro':<6}" * len(SCORES)).rstrip())
+    for name, score, images in rows:
+        values = (score[kind][ratio] for ratio in SCORES for kind in ("micro", "macro"))
+        line = f"{'':10}{name:<{width}}{''.join(map(_score, values))}  {images}"
+        click.echo(line.rstrip())
+
+
+def _warn_of_ignored(document: dict[str, Any]) -> None:
+    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
+    ignored, value = document["ignored_pixels"], document["of"]["input.ignore_index"]
+    if not ignored:
+        return
+    show(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+    missing = [s["class"] for s in document["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
+    if missing:
+        click.echo(
+            f"warning: no pixel of truth is {missing[0]!r}; if {value} stands for it, give "
+            f"'input.label_map={{{value}=1}}'",
+            err=True,
+        )
+
+
+def _score(value: float | None) -> str:
+    return f"  {'–' if value is None else f'{value:.4f}':<6}"
+
+
+def show_changed(document: dict[str, Any]) -> None:
+    """What an evaluation against an earlier run says."""
+    counts = document["images"]
+    show(images=f"{counts['compared']:,} compared with {document['of']['against']}")
+    _show_images(counts["only_here"], "only in this run", document["only_here"])
+    _show_images(counts["only_there"], "only in the other", document["only_there"])
+    _show_images(counts["failed_there"], "failed only in the other", document["failed_there"])
+    _show_images(counts["failed_here"], "failed only in this run", document["failed_here"])
+    _show_images(counts["unusable_there"], "cannot be compared", document["unusable_there"])
+    if document["classes"]:
+        show(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
+        width = max(len(score["class"]) for score in document["classes"])
+        click.echo(f"{'':{10 + width}}  before    after     IoU")
+        for score in document["classes"]:
+            shares = f"  {score['before']:<8.3%}  {score['after']:<8.3%}"
+            click.echo(f"{'':10}{score['class']:<{width}}{shares}{_score(score['iou'])}")
+    for number, image in enumerate(document["flipped"]):
+        _show_harmless("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
+    _show_state(document)
+
+
+def _show_state(document: dict[str, Any]) -> None:
+    show(written=document["evaluation"])
+    if not document["is_finished"]:
+        click.echo("the run is not finished; this is of the shards that are committed", err=True)
+
+
+def _show_images(count: int, what: str, examples: list[str]) -> None:
+    """How many images something happened to, if any, and a few of them."""
+    if count:
+        click.echo(f"{'':<10}{count:,} {what}")
+    for example in examples:
+        _show_harmless("", f"  {example}")
+
+
+def _show_harmless(name: str, text: str) -> None:
+    click.echo(f"{name:<10}{_harmless(text)}")
+
+
 def show(**lines: str) -> None:
     """Lines of a name and a text each."""
     for name, text in lines.items():
         click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")
 
 
-def harmless(text: str) -> str:
+def _harmless(text: str) -> str:
     """A line in which names from elsewhere cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_core.metrics import Scores, Totals, confusion, mean, scores_of
+from tests.foreign import declare_torchvision
+from unet_core.metrics import RATIOS, Scores, Totals, confusion, mean, scores_of
 from unet_core.schema import METRICS
 
 
@@ -33,6 +34,60 @@ def test_scores_are_those_of_their_definitions(truth, random):
         b = {i for i, m in enumerate(mask) if m == class_id}
         assert score.iou == (len(a & b) / len(a | b) if a | b else None)
         assert score.dice == (2 * len(a & b) / (len(a) + len(b)) if a or b else None)
+
+
+def test_the_libraries_of_the_field_count_and_score_the_same():
+    """One test, because their imports cost seconds."""
+    declare_torchvision()
+    import monai.metrics as monai
+    import torch
+    import torchmetrics.functional.classification as torchmetrics
+    from skimage.metrics import contingency_table
+
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        classes = int(random.integers(2, 6))
+        used = random.choice(classes, size=int(random.integers(1, classes + 1)), replace=False)
+        truth = random.choice([*used, 255], size=(13, 17)).astype(np.uint16)
+        mask = random.choice(random.permutation(classes)[:2], size=(13, 17)).astype(np.uint8)
+        matrix = confusion(truth, mask, classes, 255)
+        mine = {name: [getattr(s, name) for s in scores_of(matrix)] for name in RATIOS}
+
+        table = contingency_table(truth, mask, ignore_labels=[255]).toarray()[:classes]
+        assert (matrix[: table.shape[0], : table.shape[1]] == table).all()
+        assert matrix.sum() == table.sum() == (truth != 255).sum()
+
+        y, p = torch.from_numpy(truth.astype(np.int64)), torch.from_numpy(mask.astype(np.int64))
+        options = {"num_classes": classes, "ignore_index": 255}
+        theirs = torchmetrics.multiclass_confusion_matrix(p, y, **options)
+        assert (theirs.numpy() == matrix).all()
+        names = {"dice": "f1_score", "iou": "jaccard_index", "precision": "precision",
+                 "recall": "recall"}  # fmt: skip
+        for name, other in names.items():
+            score = getattr(torchmetrics, f"multiclass_{other}")
+            same_where_defined(mine[name], score(p, y, average=None, **options))
+
+        one_hot = [torch.nn.functional.one_hot(x[y != 255], classes).T[None] for x in (p, y)]
+        same_where_defined(mine["dice"], monai.compute_dice(*one_hot)[0])
+        same_where_defined(mine["iou"], monai.compute_iou(*one_hot)[0])
+        counts = monai.get_confusion_matrix(*one_hot)[0]
+        for name, other in {"precision": "precision", "recall": "sensitivity"}.items():
+            score = monai.compute_confusion_matrix_metric(other, counts)
+            same_where_defined(mine[name], score)
+
+        present = [(truth == k).any() or (mask[truth != 255] == k).any() for k in range(classes)]
+        assert [value is not None for value in mine["iou"]] == present
+        assert [value is not None for value in mine["dice"]] == present
+
+
+def same_where_defined(mine, theirs):
+    """Some call an undefined score 0 or NaN, and MONAI also one whose truth is empty."""
+    assert len(mine) == len(theirs)
+    for value, other in zip(mine, theirs.tolist(), strict=True):
+        if value is None:
+            assert np.isnan(other) or other == 0
+        elif not np.isnan(other):
+            assert value == pytest.approx(other, abs=1e-6)
 
 
 def row(**columns):

@@ -123,7 +123,8 @@ class Export:
             there = json.loads(store.read(name))["options"]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
-        require_equal(store.uri(), there, self.identity, "export", "--out")
+        advice = "give --out a new folder, or the same options"
+        require_equal(store.uri(), there, self.identity, "export", advice)
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now: those with failed images may

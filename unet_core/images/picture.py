@@ -86,18 +86,61 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class TruthDecoder:
+    """Turns the label images of samples into class ids; their images are not touched."""
+
+    classes: int
+    config: InputConfig
+
+    def decode(
+        self, sample: Sample, pages: range, is_large: bool
+    ) -> list[Pixels | ImageError | None]:
+        """One for each page of its image; why not, where it cannot be used. ``is_large``: the image
+        is, so a file of its own is not read whole.
+        """
+        if sample.read_mask is None:
+            return [None] * len(pages)
+        rules = rules_of(self.config)
+        try:
+            ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
+            large, data = _opened(sample.read_mask, ranged, rules, as_labels=True)
+        except ImageError as failure:
+            return [unusable(failure)] * len(pages)
+        if large is not None:
+            others = unusable("it has one page, the image more")
+            return [others if page else self._by_window(large) for page in pages]
+        return [self._whole(data, page) for page in pages]
+
+    def _whole(self, data: bytes, page: int) -> Pixels | ImageError:
+        config, rules = self.config, rules_of(self.config)
+        try:
+            labels_HW = decode_labels(
+                data, rules, config.label_map, self.classes, config.ignore_index, page
+            )
+        except ImageError as failure:
+            return unusable(failure)
+        return Pixels.of(labels_HW[None])
+
+    def _by_window(self, large: LargeTiff) -> Pixels:
+        config = self.config
+
+        def read(y: int, x: int, height: int, width: int) -> Array:
+            try:
+                stored = large.read(y, x, height, width)
+                return class_ids(stored, config.label_map, self.classes, config.ignore_index)[None]
+            except ImageError as failure:
+                raise unusable(failure) from failure
+
+        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.held_bytes)
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Turns samples into pictures for one network and one input."""
 
     wanted: Preprocessing
     classes: int
     config: InputConfig
-
-    @property
-    def rules(self) -> Rules:
-        """How files are read."""
-        config = self.config
-        return Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
 
     def decode(self, sample: Sample) -> list[Picture | Rejected]:
         """Decode a file and its truth: one image, or one for each page that is expanded.
@@ -114,13 +157,16 @@ class Decoder:
         samples = [sample.bare]  # many small images wait for a batch, and not their files
         if len(images) > 1:
             samples = [_page_of(sample.bare, page) for page in range(len(images))]
-        truths = self._truths(sample, images)
+        is_large = isinstance(images[0], LargeTiff)
+        truths = TruthDecoder(self.classes, self.config).decode(
+            sample, range(len(images)), is_large
+        )
         return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
 
     def _images(self, sample: Sample) -> list[Raster | LargeTiff]:
         ranged = sample.open() if sample.open is not None else None
-        large, data = _opened(sample.read, ranged, self.rules, as_labels=False)
-        return [large] if large is not None else [*decode_images(data, self.rules)]
+        large, data = _opened(sample.read, ranged, rules_of(self.config), as_labels=False)
+        return [large] if large is not None else [*decode_images(data, rules_of(self.config))]
 
     def _picture(
         self, sample: Sample, image: Raster | LargeTiff, truth: Pixels | ImageError | None
@@ -133,8 +179,7 @@ class Decoder:
                 offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
-        if isinstance(truth, Pixels) and truth.shape != pixels.shape:
-            truth = _unusable(f"it has shape {truth.shape}, the image {pixels.shape}")
+        truth = fitting(truth, pixels.shape)
         if isinstance(truth, ImageError):
             return Picture(sample, pixels, offset, scale, None, truth)
         return Picture(sample, pixels, offset, scale, truth)
@@ -154,53 +199,29 @@ class Decoder:
         )
         return pixels, offset, scale
 
-    def _truths(
-        self, sample: Sample, images: list[Raster | LargeTiff]
-    ) -> list[Pixels | ImageError | None]:
-        """One for each page; why not, where it cannot be used."""
-        if sample.read_mask is None:
-            return [None] * len(images)
-        is_large = isinstance(images[0], LargeTiff)
-        try:
-            ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
-            large, data = _opened(sample.read_mask, ranged, self.rules, as_labels=True)
-        except ImageError as failure:
-            return [_unusable(failure)] * len(images)
-        if large is not None:
-            others = _unusable(f"it has one page, the image {len(images)}")
-            return [self._labels_by_window(large), *[others] * (len(images) - 1)]
-        return [self._labels(data, page) for page in range(len(images))]
 
-    def _labels(self, data: bytes, page: int) -> Pixels | ImageError:
-        config = self.config
-        try:
-            labels_HW = decode_labels(
-                data, self.rules, config.label_map, self.classes, config.ignore_index, page
-            )
-        except ImageError as failure:
-            return _unusable(failure)
-        return Pixels.of(labels_HW[None])
+def rules_of(config: InputConfig) -> Rules:
+    """How the files of an input are read."""
+    return Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
 
-    def _labels_by_window(self, large: LargeTiff) -> Pixels:
-        config = self.config
 
-        def read(y: int, x: int, height: int, width: int) -> Array:
-            try:
-                stored = large.read(y, x, height, width)
-                return class_ids(stored, config.label_map, self.classes, config.ignore_index)[None]
-            except ImageError as failure:
-                raise _unusable(failure) from failure
+def unusable(why: object) -> ImageError:
+    """What is said of a truth that cannot be used; its image is none the worse for it."""
+    return ImageError("truth", f"the mask cannot be used: {why}")
 
-        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.held_bytes)
+
+def fitting(
+    truth: Pixels | ImageError | None, shape: tuple[int, int]
+) -> Pixels | ImageError | None:
+    """A truth, unless it has another shape than its image."""
+    if isinstance(truth, Pixels) and truth.shape != shape:
+        return unusable(f"it has shape {truth.shape}, the image {shape}")
+    return truth
 
 
 def _page_of(sample: Sample, page: int) -> Sample:
     image_id, key = f"{sample.image_id}#{page}", f"{sample.key}#{page}"
     return dataclasses.replace(sample, image_id=image_id, key=key)
-
-
-def _unusable(why: object) -> ImageError:
-    return ImageError("truth", f"the mask cannot be used: {why}")
 
 
 def _opened(

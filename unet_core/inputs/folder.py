@@ -47,7 +47,11 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
         image = File(source.root, member.key, source.root, member.etag)
         mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
         yield sample_of(
-            member, _stem(PurePosixPath(member.key).name), source.root.uri(member.key), image, mask
+            member,
+            stem_of(PurePosixPath(member.key).name),
+            source.root.uri(member.key),
+            image,
+            mask,
         )
 
 
@@ -86,18 +90,18 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         below = _path_below(store.uri(), source.root.uri())
         members = [m for m in members if not (below and m.key.startswith(below))]
         entries = [entry for entry in store.list() if is_image(entry.name)]
-        by_stem = _by_stem([entry.name for entry in entries], masks)
+        by_stem = names_by_stem([entry.name for entry in entries], masks)
     else:
-        stems = {_stem(m.key) for m in members}
+        stems = {stem_of(m.key) for m in members}
         is_mask = [
             stem.endswith(masks) and stem.removesuffix(masks) in stems
-            for stem in (_stem(m.key) for m in members)
+            for stem in (stem_of(m.key) for m in members)
         ]
         found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
         members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
-        by_stem = {s.removesuffix(masks): name for s, name in _by_stem(found, masks).items()}
+        by_stem = {s.removesuffix(masks): name for s, name in names_by_stem(found, masks).items()}
     etags = {entry.name: entry.etag for entry in entries}
-    found_masks = (by_stem.get(_stem(member.key)) for member in members)
+    found_masks = (by_stem.get(stem_of(member.key)) for member in members)
     paired = [
         member._replace(mask=mask, mask_etag=etags[mask] if mask is not None else None)
         for member, mask in zip(members, found_masks, strict=True)
@@ -106,7 +110,8 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
     return paired
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """A path without its extension."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
@@ -115,10 +120,11 @@ def _path_below(path: str, root: str) -> str:
     return f"{path[len(root) + 1 :]}/" if path.startswith(f"{root}/") else ""
 
 
-def _by_stem(names: list[str], masks: str) -> dict[str, str]:
+def names_by_stem(names: list[str], masks: str) -> dict[str, str]:
+    """Label images by their stems; raises ConfigError for two of one stem."""
     by_stem: dict[str, str] = {}
     for name in names:
-        other = by_stem.setdefault(_stem(name), name)
+        other = by_stem.setdefault(stem_of(name), name)
         if other != name:
             raise ConfigError(f"input.masks: {masks} holds two masks of one name: {other}, {name}")
     return by_stem

@@ -48,25 +48,29 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """
-    allowed = Allowed.of(source)
-    found = (allowed.member(line) for line in _lines(source))
-    members = (member for member in found if member.key not in known)
+    members = (member for member in all_members(source) if member.key not in known)
     first = 0
     while some := list(islice(members, source.config.shard_images)):
         yield group(some, first)
         first += len(some)
 
 
+def all_members(source: Source) -> Iterator[Member]:
+    """Every row of the list, with its truth if ``input.masks`` names its column."""
+    allowed = Allowed.of(source)
+    return (allowed.member(line) for line in _lines(source))
+
+
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, in the order of the list; bytes are read when asked for."""
     for member in shard.members:
         assert member.uri is not None
-        image = _file(source, member.uri, member.etag)
-        mask = _file(source, member.mask, member.mask_etag) if member.mask else None
+        image = file_of(source, member.uri, member.etag)
+        mask = file_of(source, member.mask, member.mask_etag) if member.mask else None
         yield sample_of(member, PurePosixPath(member.key).stem, member.uri, image, mask)
 
 
-def _file(source: Source, uri: str, etag: str | None) -> File:
+def file_of(source: Source, uri: str, etag: str | None) -> File:
     """One listed object, below the prefix that allows it."""
     prefix = Allowed.of(source).prefix_of(uri)
     store = _store_of(prefix, source.root)

@@ -40,14 +40,15 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one row range. What is damaged inside the file fails the rows that are left.
 
-    Raises StoreError if storage fails, ChangedError and NotFoundError if the file is not the one
-    that was listed.
+    Raises ConfigError for a column that is not there, StoreError if storage fails, ChangedError and
+    NotFoundError if the file is not the one that was listed.
     """
     assert shard.first is not None
     assert shard.count is not None
     row = shard.first
     try:
         with source.root.open_parquet(shard.uri, etag=shard.etag) as file:
+            _check_columns(source, file.schema_arrow, source.root.uri(shard.uri))
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.schema import MAX_CONFUSION_CLASSES
+from unet_core.metrics import MAX_CONFUSION_CLASSES
 
 CONFIDENCE = 65535
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "largest"

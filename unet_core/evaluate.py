@@ -1,0 +1,132 @@
+"""The masks of a run against another truth: rows as in its metrics, a part for each shard, and what
+they add up to.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.errors import ImageError, StoreError
+from unet_core.images.picture import Pixels, fitting
+from unet_core.inputs.shards import Shard
+from unet_core.metrics import confusion, truth_columns
+from unet_core.parts import metrics_name, metrics_part, read_metrics
+from unet_core.results import StoredMask, stored_masks
+from unet_core.run import READ_THREADS, Identity, require_equal
+from unet_core.schema import EVALUATION
+from unet_core.storage.store import Store, is_temporary
+from unet_core.tally import Tally
+from unet_core.truth import Found, LabelImages, OtherRun, Row, Truth, require_own
+
+TRUTH_JSON = "truth.json"
+"""What the evaluation is of; published first and once."""
+EVALUATION_JSON = "evaluation.json"
+"""What came of it; published last."""
+NOTHING_IGNORED = 2**16
+"""An ``ignore_index`` that no mask holds."""
+WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder ``evaluation/<name>`` of a run: what there is to do, and what has been done."""
+
+    run: Store
+    store: Store
+    truth: Truth
+    classes: int
+    ignore_index: int
+    identity: Identity
+
+    def begin(self) -> None:
+        """Take the folder. Raises RunMismatchError if it holds another evaluation."""
+        data = json.dumps(self.identity, indent=1).encode() + b"\n"
+        if not self.store.publish_exclusively(TRUTH_JSON, data):
+            mine = json.loads(self.store.read(TRUTH_JSON))
+            advice = "give another --name, or none"
+            require_equal(self.store.uri(), mine, self.identity, "evaluation", advice)
+
+    def done(self) -> set[str]:
+        """Shards that have their part."""
+        names = (entry.name for entry in self.store.list("metrics"))
+        return {name.removesuffix(".parquet") for name in names if not is_temporary(name)}
+
+    def do(self, shard: Shard) -> int:
+        """Compare the masks of one shard with their truth, and publish its part."""
+        table, footer = read_metrics(self.run, shard.shard_id)
+        rows = table.to_pylist()
+        masks = stored_masks(self.run, shard.shard_id)
+        judged = []
+        for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
+            mask = None
+            if row["status"] == "ok":
+                mask = next(masks, None)
+                if mask is None or mask.image_id != row["image_id"]:
+                    raise StoreError(
+                        f"{self.run.uri()}: shard {shard.shard_id} lacks the mask of "
+                        f"{row['image_id']}; run `unet-jobs verify`"
+                    )
+            judged.append(row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found))
+        part = metrics_part(judged, footer, EVALUATION)
+        self.store.publish(metrics_name(shard.shard_id), part)
+        return len(rows)
+
+    def _judge(self, mask: StoredMask | None, found: Found) -> Row:
+        """What a row says of its truth; a failed image keeps its reason."""
+        if mask is None:
+            return {}
+        nothing: Row = {"error_code": None, "error_message": None}
+        labels = fitting(found.labels, (mask.height, mask.width))
+        if labels is None:
+            return nothing
+        try:
+            if isinstance(labels, ImageError):
+                raise labels
+            return nothing | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
+        except ImageError as failure:
+            return {"error_code": failure.code, "error_message": str(failure)}
+
+    def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
+        matrix_KK = np.zeros((self.classes, self.classes), np.int64)
+        for box, mask_HW in mask.windows:
+            truth_HW = truth.read(*box)[0]
+            matrix_KK += confusion(truth_HW, mask_HW, self.classes, self.ignore_index)
+        return matrix_KK
+
+    def tally(self, shard_ids: set[str]) -> Tally:
+        """What their parts add up to. Raises ConfigError if two images have one label image."""
+        of_runs = isinstance(self.truth, OtherRun)
+
+        def read(shard_id: str) -> tuple[Tally, list[tuple[str, str]]]:
+            rows, footer = read_metrics(self.store, shard_id)
+            owners = self.truth.owners(rows) if isinstance(self.truth, LabelImages) else []
+            return Tally.of_rows(rows, int(footer["images_seen"]), of_runs), owners
+
+        total = Tally()
+        owned: dict[str, str] = {}
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for tally, owners in pool.map(read, sorted(shard_ids)):
+                total += tally
+                require_own(owned, owners)
+        return total
+
+    def forget_stale(self, shard_ids: set[str]) -> int:
+        """Remove the parts of shards that the run has done again since; returns how many."""
+
+        def is_stale(shard_id: str) -> bool:
+            return _masks_sha256(self.run, shard_id) != _masks_sha256(self.store, shard_id)
+
+        ids = sorted(shard_ids)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            stale = [i for i, yes in zip(ids, pool.map(is_stale, ids), strict=True) if yes]
+        for shard_id in stale:
+            self.store.remove(metrics_name(shard_id))
+        return len(stale)
+
+
+def _masks_sha256(store: Store, shard_id: str) -> str:
+    with store.open_parquet(metrics_name(shard_id)) as file:
+        return str(file.schema_arrow.metadata[b"masks_sha256"].decode())

@@ -1,0 +1,331 @@
+"""Where the truth of a run's images is, when the run itself had none or another one: label images
+by name, what lies beside the images in tars and Parquet files, or the masks of another run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from unet_core.arrays import Array
+from unet_core.errors import ConfigError, ImageError, StoreError
+from unet_core.geometry import Box, mask_windows
+from unet_core.images.codec import is_image
+from unet_core.images.picture import Pixels, TruthDecoder
+from unet_core.inputs import listing
+from unet_core.inputs.folder import File, names_by_stem, stem_of
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Sample, Shard, Source
+from unet_core.parts import metrics_name
+from unet_core.results import Results, StoredMask, open_masks
+from unet_core.run import READ_THREADS
+from unet_core.storage.store import Store
+from unet_core.tally import Images
+
+Row = dict[str, Any]
+SHOWN = 3
+IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The truth of one image."""
+
+    name: str | None = None
+    """Which it is; None if there is none."""
+    labels: Pixels | ImageError | None = None
+    """Class ids 1HW, or why it cannot be used; None also for an image that has no mask."""
+
+
+NOTHING = Found()
+
+
+class Truth(Protocol):
+    """Knows the truth of images; travels to the nodes."""
+
+    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
+        """For each row of a shard's metrics, in their order."""
+        ...
+
+
+def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
+    """What ``input.masks`` of a source means, whatever it was when its shards were listed.
+
+    Raises StoreError where there is nothing, ConfigError for two label images of one name.
+    """
+    is_by_name = "/" in source.config.masks or source.format in ("folder", "list")
+    return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
+
+
+def require_own(owned: dict[str, str], owners: list[tuple[str, str]]) -> None:
+    """Note owners of label images. Raises ConfigError if one has had another owner."""
+    for name, image in owners:
+        other = owned.setdefault(name, image)
+        if other != image:
+            raise ConfigError(
+                f"{name} could be the truth of {other} and of {image}; give the label images the "
+                "paths of their images"
+            )
+
+
+# --- label images by name -------------------------------------------------------------------
+
+
+class Label(NamedTuple):
+    """One label image: its path below the root, or its URI in a list."""
+
+    name: str
+    etag: str | None = None
+
+
+Labels = dict[str, Label]
+_listed: dict[str, Labels] = {}
+"""By their digest: a process lists them once."""
+
+
+@dataclass(frozen=True)
+class LabelImages:
+    """Loose label images: below another folder, beside the images, or in a column of a list."""
+
+    source: Source
+    classes: int
+    digest: str
+    """Of their names and etags."""
+
+    @classmethod
+    def listed(cls, source: Source, classes: int) -> "LabelImages":
+        """Look at what is there now."""
+        labels = _list(source)
+        if not labels:
+            masks = source.config.masks
+            hint = "" if "/" in masks else f"; if it is a folder, write {masks}/"
+            raise StoreError(f"truth: there are no label images in {masks!r}{hint}")
+        digest = hashlib.sha256()
+        for label in sorted(labels.items()):
+            digest.update(json.dumps(label).encode())
+        _listed[digest.hexdigest()] = labels
+        return cls(source, classes, digest.hexdigest())
+
+    @property
+    def labels(self) -> Labels:
+        """By stem, or in a list by image id. Raises ConfigError if they are others by now."""
+        if self.digest not in _listed:
+            self.listed(self.source, self.classes)
+        if self.digest not in _listed:
+            raise ConfigError(
+                f"{self.source.config.masks} changed since the evaluation began; run it again"
+            )
+        return _listed[self.digest]
+
+    @property
+    def names(self) -> list[str]:
+        """The first ones, for a message."""
+        return [label.name for label in list(self.labels.values())[:SHOWN]]
+
+    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
+        """By path below the root of each, else by bare name."""
+        labels, decoder = self.labels, TruthDecoder(self.classes, self.source.config)
+        root = _root(self.source)
+        for row in rows:
+            label, page = self._find(labels, shard, row)
+            if label is None:
+                yield NOTHING
+                continue
+            file = File(root, label.name, root, label.etag)
+            if _is_in_list(self.source):
+                file = listing.file_of(self.source, label.name, None)
+            sample = Sample(
+                row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
+            )
+            yield _decoded(decoder, sample, row, label.name, page)
+
+    def owners(self, rows: pa.Table) -> list[tuple[str, str]]:
+        """Label images of a part with the images that have them; a list may name one twice."""
+        if _is_in_list(self.source):
+            return []
+        pairs = rows.select(["truth", "image_id", "key"]).to_pylist()
+        return [(row["truth"], self._owner(row)) for row in pairs if row["truth"] is not None]
+
+    def _owner(self, row: Row) -> str:
+        *_, (image_id, _, _) = _pages(self.source, row)
+        return stem_of(image_id) if is_image(image_id) else image_id
+
+    def _find(self, labels: Labels, shard: Shard, row: Row) -> tuple[Label | None, int]:
+        for image_id, key, page in _pages(self.source, row):
+            for name in _names(image_id, key, shard):
+                if name in labels:
+                    return labels[name], page
+        return None, 0
+
+
+def _is_in_list(source: Source) -> bool:
+    return source.format == "list" and "/" not in source.config.masks
+
+
+def _root(source: Source) -> Store:
+    """Below which label images lie."""
+    masks = source.config.masks
+    return Store(masks, source.root.storage) if "/" in masks else source.root
+
+
+def _list(source: Source) -> Labels:
+    masks = source.config.masks
+    if _is_in_list(source):
+        members = listing.all_members(source)
+        return {member.key: Label(member.mask) for member in members if member.mask}
+    suffix = "" if "/" in masks else masks
+    entries = [
+        e for e in _root(source).list() if is_image(e.name) and stem_of(e.name).endswith(suffix)
+    ]
+    etags = {entry.name: entry.etag for entry in entries}
+    found = names_by_stem(list(etags), masks)
+    return {stem.removesuffix(suffix): Label(name, etags[name]) for stem, name in found.items()}
+
+
+def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:
+    """Image id and key of a row; those of its file too, with its page, if it may be one of many."""
+    yield row["image_id"], row["key"], 0
+    image_id, hash_, page = row["image_id"].rpartition("#")
+    if source.config.pages == "expand" and hash_ and page.isdecimal():
+        yield image_id, row["key"].removesuffix(f"#{page}"), int(page)
+
+
+def _names(image_id: str, key: str, shard: Shard) -> Iterator[str]:
+    """What the label image of an image may be called, without its extension."""
+    yield image_id
+    if is_image(image_id):
+        yield stem_of(image_id)
+    if shard.uri and image_id.startswith(f"{shard.uri}/"):
+        yield image_id.removeprefix(f"{shard.uri}/")
+    yield key
+
+
+def _decoded(decoder: TruthDecoder, sample: Sample, row: Row, name: str, page: int) -> Found:
+    if row["status"] != "ok":
+        return Found(name)
+    is_large = len(mask_windows(row["height"], row["width"])) > 1
+    (labels,) = decoder.decode(sample, range(page, page + 1), is_large)
+    return Found(name, labels)
+
+
+# --- beside the images ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BesideImages:
+    """Members of the run's own tars, or a column of its own Parquet files."""
+
+    source: Source
+    classes: int
+    digest: str = ""
+    """None is needed: shards are held to the etags in the manifest."""
+
+    @property
+    def names(self) -> list[str]:
+        """Only reading tells."""
+        return []
+
+    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
+        """Read the shard again, beside its rows, which have the same order."""
+        decoder, masks = TruthDecoder(self.classes, self.source.config), self.source.config.masks
+        pages = [{name: page for name, _, page in _pages(self.source, row)} for row in rows]
+        last = {name: number for number, names in enumerate(pages) for name in names}
+        samples = read_shard(self.source, shard)
+        sample = next(samples, None)
+        for number, row in enumerate(rows):
+            while sample is not None and last.get(sample.image_id, -1) < number:
+                sample = next(samples, None)
+            if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
+                yield NOTHING
+            else:
+                yield _decoded(decoder, sample, row, masks, pages[number][sample.image_id])
+        for _ in samples:  # to the end, where the shard is held to its etag
+            pass
+
+
+# --- another run ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """The masks of another run; ``name`` of what is found is the image's status there."""
+
+    store: Store
+    shards: dict[str, tuple[str, ...]]
+    """Where the images of a shard are there, if not in the shard of the same id."""
+
+    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
+        """By image id; one masks part is open at a time."""
+        there: dict[str, tuple[str, Row]] = {}
+        for shard_id in self.shards.get(shard.shard_id, (shard.shard_id,)):
+            for row in _statuses(self.store, shard_id):
+                if row["image_id"] not in there or row["status"] == "ok":
+                    there[row["image_id"]] = shard_id, row
+        with ExitStack() as stack:
+            opened, masks = "", None
+            for row in rows:
+                shard_id, other = there.get(row["image_id"], ("", None))
+                if other is None:
+                    yield NOTHING
+                elif other["status"] != "ok":
+                    reason = f"it failed there: {other['error_message']}"
+                    yield Found("failed", ImageError("truth", reason))
+                elif row["status"] != "ok":
+                    yield Found("ok")
+                else:
+                    if masks is None or shard_id != opened:
+                        stack.close()
+                        masks = stack.enter_context(open_masks(self.store, shard_id))
+                        opened = shard_id
+                    yield Found("ok", _pixels(masks.mask(row["image_id"])))
+
+    @classmethod
+    def joined(cls, mine: Results, other: Results) -> "tuple[OtherRun, Images]":
+        """The masks of ``other`` for the images of ``mine``, and the images that only ``other``
+        has. Shards of one id have the same images; those of the rest are joined by id.
+        """
+        here, there = ({shard.shard_id for shard in results.shards()} for results in (mine, other))
+        ours, theirs = _ids(mine.run.store, here - there), _ids(other.run.store, there - here)
+        shards = {shard_id: set[str]() for shard_id in here - there}
+        pairs = ours.join(theirs, "image_id", join_type="inner", right_suffix="_there")
+        for pair in pairs.group_by(["shard_id", "shard_id_there"]).aggregate([]).to_pylist():
+            shards[pair["shard_id"]].add(pair["shard_id_there"])
+        only = theirs.join(ours, "image_id", join_type="left anti")["image_id"].to_pylist()
+        found = cls(other.run.store, {i: tuple(sorted(ids)) for i, ids in shards.items()})
+        return found, Images.of(sorted(only))
+
+
+def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
+    """Image ids of shards, with their shards."""
+
+    def read(shard_id: str) -> pa.Table:
+        with store.open_parquet(metrics_name(shard_id)) as file:
+            ids = file.read(columns=["image_id"])
+        return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return pa.concat_tables([IDS.empty_table(), *pool.map(read, sorted(shard_ids))])
+
+
+def _statuses(store: Store, shard_id: str) -> list[Row]:
+    with store.open_parquet(metrics_name(shard_id)) as file:
+        rows: list[Row] = file.read(columns=["image_id", "status", "error_message"]).to_pylist()
+        return rows
+
+
+def _pixels(mask: StoredMask | None) -> Pixels:
+    """A stored mask as truth. It is asked for windows as they are stored: runs cut images of one
+    size into the same.
+    """
+    assert mask is not None
+
+    def read(y: int, x: int, height: int, width: int) -> Array:
+        return mask.read(mask.boxes.index(Box(y, x, height, width)))[None]
+
+    return Pixels(1, mask.height, mask.width, np.dtype(np.uint16), read)
