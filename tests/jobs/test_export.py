@@ -176,7 +176,7 @@ def test_a_folder_of_something_else_is_refused(run, folder, tmp_path, run_cli):
         (["--format", "png"], "--out"),
         (["--out", "x"], "--format"),
         (["--format", "tiff", "--out", "x", "--polygons"], "does not go with"),
-        (["--format", "png", "--out", "x", "tile.size=64"], "only storage"),
+        (["--format", "png", "--out", "x", "tile.size=64"], "tile.size is as the run was made"),
     ):
         code, _, error = run_cli("export", run, *arguments)
         assert (code, said in error) == (2, True)

@@ -29,7 +29,9 @@ def test_a_run_is_told_by_status_and_verify(run_cli, make_config, tmp_path):
         "uri", "shards", "committed", "is_finished", "totals", "class_names", "seconds"
     }  # fmt: skip
     assert set(found["totals"]) == TOTALS
-    assert set(found["totals"]["scores"][1]) == {"tp", "fp", "fn", "iou", "dice"}
+    assert set(found["totals"]["scores"][1]) == {
+        "tp", "fp", "fn", "iou", "dice", "precision", "recall"
+    }  # fmt: skip
     assert (found["shards"], found["totals"]["images_seen"]) == (6, 12)
     next((tmp_path / "run" / "masks").glob("*")).unlink()
     code, out, _ = run_cli("verify", tmp_path / "run", "--json")
