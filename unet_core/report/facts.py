@@ -159,8 +159,7 @@ def _class_row(
     rgb = "rgb({} {} {})".format(*color)
     if score is None:
         return ClassRow(name, rgb, share, None, None, None, None)
-    precision, recall = (ratio(score.tp, score.tp + wrong) for wrong in (score.fp, score.fn))
-    return ClassRow(name, rgb, share, score.dice, score.iou, precision, recall)
+    return ClassRow(name, rgb, share, score.dice, score.iou, score.precision, score.recall)
 
 
 def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
