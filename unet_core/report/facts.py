@@ -60,7 +60,7 @@ class Size:
     text: str
     images: int
     width: float | None
-    """Percent of the longest bar; None for what is no single size."""
+    """Percent of the longest bar; None where a bar would say nothing."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,11 @@ def sizes_of(sizes: Array) -> tuple[Size, ...]:
     kept = order if len(order) <= MOST_SIZES else order[: MOST_SIZES - 1]
     most = int(counts.max(initial=1))
     found = [
-        Size(f"{known[at][0]:,} × {known[at][1]:,}", int(counts[at]), 100 * int(counts[at]) / most)
+        Size(
+            f"{known[at][0]:,} × {known[at][1]:,}",
+            int(counts[at]),
+            100 * int(counts[at]) / most if most > 1 else None,
+        )
         for at in kept
     ]
     others = order[len(kept) :]
