@@ -2,6 +2,7 @@
 
 import logging
 
+from unet_core.compact import compact
 from unet_core.config import StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.report.facts import run_facts
@@ -15,7 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def write_report(uri: str, storage: StorageConfig | None = None) -> str:
-    """Write ``report.html`` into the folder of a run or a training; returns where it is.
+    """Write ``report.html`` into the folder of a run or a training, and ``metrics.parquet`` into
+    that of a run; returns where the report is.
 
     Raises StoreError if it is neither, or cannot be written to.
     """
@@ -23,7 +25,9 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     if is_training(store):
         page = training_page(training_facts(TrainingRun(store).look()))
     else:
-        page = run_page(run_facts(open_run(uri, storage)))
+        results = open_run(uri, storage)
+        compact(store, results.record)
+        page = run_page(run_facts(results))
     store.publish(NAME, page)
     return report_uri(uri)
 

@@ -5,6 +5,7 @@ count.
 """
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from unet_core.parts import COMPRESSION, SPOOL_BYTES, read_metrics
 from unet_core.run import METRICS as FILE
-from unet_core.run import READ_THREADS
+from unet_core.run import READ_THREADS, Record
 from unet_core.schema import METRICS
 from unet_core.storage.store import Store, table_of
 
@@ -26,7 +27,7 @@ PARTS = "parts"
 BATCH_ROWS = 8192
 
 
-def compact(store: Store, footer: dict[str, str]) -> None:
+def compact(store: Store, record: Record) -> None:
     """Write ``metrics.parquet`` unless it is there and tells of all parts of a run.
 
     A few hundred parts are in memory at a time.
@@ -34,7 +35,9 @@ def compact(store: Store, footer: dict[str, str]) -> None:
     state = _state(store)
     if not state or _is_current(store, state):
         return
-    schema = COMPACTED.with_metadata({**footer, PARTS: _digest(state)})
+    names = json.dumps(record.class_names)
+    footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: _digest(state)}
+    schema = COMPACTED.with_metadata(footer)
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
         with pq.ParquetWriter(file, schema, **COMPRESSION) as writer:
             for table in tables(store, [shard_id for shard_id, _ in state]):

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -7,6 +8,7 @@ from jobs.predict import predict
 from jobs.report import NAME, ending_report, write_report
 from jobs.train import train
 from tests.unet_core.training.scenes import config_of
+from unet_core import open_run
 from unet_core.config import StorageConfig
 
 
@@ -75,3 +77,15 @@ def test_a_training_explains_itself(folder, tmp_path):
     (out / "_SUCCESS").unlink()
     write_report(str(out))
     assert "not finished" in (out / NAME).read_text()
+
+
+def test_a_report_has_all_rows_in_one_file_and_what_was_evaluated_since(make_run, run_cli, folder):
+    run, other = make_run(), make_run("other")
+    for arguments in (["--truth", folder / "masks"], ["--against", other]):
+        assert run_cli("evaluate", run, *arguments, "--name", arguments[0].strip("-"))[0] == 0
+    write_report(run)
+    page = (Path(run) / NAME).read_text()
+    assert "0.0000% of all" in page
+    assert f"compared with truth in {folder}/masks" in page
+    assert open_run(run).metrics.num_rows == 12
+    assert (Path(run) / "metrics.parquet").exists()

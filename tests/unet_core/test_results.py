@@ -23,9 +23,9 @@ def test_all_rows_of_a_run_are_one_table_with_the_shard_of_each(run):
 
 def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, monkeypatch):
     before = open_run(run.uri).metrics
-    compact.compact(run.store, {"fingerprint": "f"})
+    compact.compact(run.store, run.record)
     made = run.store.read(compact.FILE)
-    compact.compact(run.store, {"fingerprint": "f"})
+    compact.compact(run.store, run.record)
     assert run.store.read(compact.FILE) == made
     with monkeypatch.context() as patch:
         patch.setattr(compact, "tables", None)  # the parts are not read
@@ -35,7 +35,7 @@ def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, m
 
 
 def test_rows_taken_back_take_the_one_file_along(run):
-    compact.compact(run.store, {})
+    compact.compact(run.store, run.record)
     run.reopen()
     assert not run.store.exists(compact.FILE)
 
@@ -62,6 +62,6 @@ def test_a_run_knows_its_config_and_input_again(make_config):
 
 def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
     monkeypatch.setattr(compact, "PARTS_PER_GROUP", 4)
-    compact.compact(run.store, {})
+    compact.compact(run.store, run.record)
     with run.store.open_parquet(compact.FILE) as file:
         assert file.num_row_groups == 2

@@ -14,6 +14,7 @@ from unet_core.metrics import Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import command, toml
+from unet_core.report.evaluations import Compared, evaluations
 from unet_core.report.images import fetch
 from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
 from unet_core.report.pictures import PANEL, Panel, panels, view
@@ -101,6 +102,7 @@ class RunFacts:
     sizes: tuple[Size, ...]
     sheets: tuple[Sheet, ...]
     causes: tuple[Cause, ...]
+    evaluations: tuple[Compared, ...]
     activity: Activity | None
     warnings: tuple[str, ...]
     command: str
@@ -131,6 +133,7 @@ def run_facts(results: Results) -> RunFacts:
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),
         causes=tuple(found),
+        evaluations=evaluations(results.run.store),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
         warnings=tuple(_warnings(results, is_finished, len(shards))),
         command=command_of(results),
