@@ -93,6 +93,13 @@ def test_only_the_store_knows_the_stores():
     assert users == {"unet_core.storage.store"}
 
 
+@pytest.mark.parametrize("room", ["unet_core.export", "unet_core.report"])
+def test_what_is_made_afterwards_is_nobodys_concern(room):
+    for name, path in MODULES.items():
+        is_outside = name.startswith("unet_core") and not name.startswith(room)
+        assert not is_outside or not {n for n in imports(path) if n.startswith(room)}, name
+
+
 def test_there_is_no_circle_of_imports():
     graph = {
         name: {found for found in imports(path, everywhere=False) if found in MODULES}
