@@ -165,7 +165,7 @@ def test_actors_of_other_code_are_refused(make_config, monkeypatch):
     monkeypatch.setattr("jobs.actors.code_version", lambda: CodeVersion("9.9", "abc"))
     workers = {"count": 1, "gpus": 1, "cpus": 1}
     with pytest.raises(
-        WorkersError, match=r"node \w+ runs unet-jobs .*, the driver 9\.9 \(sources"
+        WorkersError, match=r"node \w+ runs unet-jobs .*, the driver unet-jobs 9\.9 \(sources"
     ):
         predict(make_config(workers=workers, storage=SHARED))
 
