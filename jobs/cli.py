@@ -11,6 +11,7 @@ import click
 
 from jobs.session import LOG_FORMAT
 from jobs.verbs import exporting, models, results, running
+from jobs.verbs.show import harmless_lines
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
@@ -54,10 +55,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except StoppedError as error:
-        click.echo(f"{error}; the same command continues there", err=True)
+        click.echo(harmless_lines(f"{error}; the same command continues there"), err=True)
         sys.exit(error.exit_code)
     except UnetJobsError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(harmless_lines(f"error: {error}"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one ended", err=True)

@@ -99,7 +99,10 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
 
 def _require_several(shards: int, which: str) -> None:
     if shards < 2:
-        raise ConfigError(f"{shards} shards {which}: too few to measure anything by")
+        raise ConfigError(
+            f"{shards} shards {which}: too few to measure anything by; a smaller "
+            "input.shard_images makes more of loose images"
+        )
 
 
 def _spread(left: list[Shard]) -> list[Shard]:

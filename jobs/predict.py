@@ -75,9 +75,9 @@ def _predicted(config: PredictConfig, retry_failed: bool, refresh: bool) -> Outc
             again = run.forget_failed(known, partial(is_there, job.source))
         new = _new_shards(job, known) if refresh and known is not None else []
         if run.is_finished:
-            totals = run.finished_totals()
-            if known is not None and totals.shards == len(known):
-                return Outcome(run, totals, was_finished=True)
+            if known is not None and run.has_all(known):
+                return Outcome(run, run.finished_totals(), was_finished=True)
+            run.reopen()  # somebody has taken commits away
         draft = None
         if known is None:
             draft = stack.enter_context(make_draft(list_shards(job.source)))

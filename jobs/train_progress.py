@@ -9,6 +9,9 @@ from jobs.progress import Pace
 from unet_core.fit import Epoch, Event, Started, Step
 from unet_core.train_config import TrainConfig
 
+PATIENT_EPOCHS = 2
+"""A network may begin with one class."""
+
 
 class TrainProgress:
     """Follows the events of a training; a line for each epoch stays."""
@@ -32,6 +35,7 @@ class TrainProgress:
         self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
         self._loss: float | None = None
         self._value = ""
+        self._has_warned = False
 
     def __enter__(self) -> "TrainProgress":
         self._bar.start()
@@ -83,11 +87,12 @@ class TrainProgress:
         )
         self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
         only = epoch.evaluation.only_class
-        if only is not None:
+        if only is not None and epoch.number >= PATIENT_EPOCHS and not self._has_warned:
+            self._has_warned = True
             self._console.print(
                 Panel(
                     f"The network predicts a single class: every validation pixel is "
-                    f"{escape(names[only])!r}.\nAfter a few epochs that means a wrong label_map, a "
+                    f"{escape(names[only])!r}.\nThat means a wrong label_map, a "
                     "learning rate that is too high, or a class that is too rare (try "
                     'loss.class_weights = "balanced").',
                     title="WARNING",

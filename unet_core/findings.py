@@ -47,7 +47,7 @@ _KINDS = {
     "string": "a text in quotes",
     "list": "a list",
     "tuple": "a list",
-    "dict": "a section of keys",
+    "dict": "a section of keys, e.g. {255 = 1}",
     "model": "a section of keys",
 }
 

@@ -129,7 +129,7 @@ class Run:
     """One output folder."""
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
-        self.uri = uri
+        self.uri = uri.rstrip("/") or uri
         """As people wrote it."""
         self.store = Store(uri, storage)
         self.record: Record | None = None
@@ -257,7 +257,7 @@ class Run:
         return Totals(**cast(Any, as_tuples))
 
 
-ANOTHER_FOLDER = "give output.uri a new folder, or restore these keys"
+ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
 
 
 def require_equal(

@@ -63,6 +63,10 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     for shard in shards:
         if shard.shard_id in committed:
             findings.problems += _check_shard(run, record, shard, deep, findings, image_ids)
+    if findings.problems:
+        findings.notes.append(
+            "a shard whose commit, metrics/<shard>.parquet, is removed is done again by predict"
+        )
     twice = [image_id for image_id, count in image_ids.items() if count > 1]
     findings.problems += [f"image {image_id} has ok rows in two shards" for image_id in twice]
     if deep:
@@ -293,7 +297,12 @@ def _is_header(block: bytes) -> bool:
 
 def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
     if not run.is_finished:
-        findings.notes.append(f"not finished: {len(missing)} shards are not committed")
+        left = f"{len(missing)} shards are not committed"
+        if not missing:
+            left = (
+                "all shards are committed, but perhaps too many images failed; predict says it"
+            )
+        findings.notes.append(f"not finished: {left}")
         return
     findings.problems += [f"finished, but shard {s} is not committed" for s in sorted(missing)]
     try:

@@ -26,8 +26,9 @@ read it:  import pyarrow.dataset as ds
           print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
 LOOKING = """\
 all of them:  import pyarrow.dataset as ds
-              print(ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed"))
-go on with a larger budget: errors.max_failed_images=0.2
+              rows = ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed")
+              print(rows.to_pandas()[["image_id", "error_message"]])
+go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or a number)
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
@@ -66,7 +67,7 @@ def show_checks(diagnosis: "Diagnosis") -> None:
     width = max(len(check.name) for check in diagnosis.checks) + 1
     for check in diagnosis.checks:
         mark = "ok   " if check.is_ok else "WRONG"
-        click.echo(f"{mark} {check.name + ':':<{width}} {_harmless(check.says)}")
+        click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
 
 
 def show_plan(plan: "Plan") -> None:
@@ -128,7 +129,7 @@ def show_outcome(outcome: "Outcome") -> None:
 def show_set_aside(set_aside: dict[str, str], what: str) -> None:
     """Shards that could not be done, and why."""
     for shard, reason in set_aside.items():
-        click.echo(_harmless(f"not {what}: shard {shard}: {reason}"), err=True)
+        click.echo(harmless(f"not {what}: shard {shard}: {reason}"), err=True)
 
 
 def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
@@ -145,14 +146,15 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     for cause in causes(outcome.run, totals):
         click.echo(f"  {cause.images:,} x {cause.code}", err=True)
         for example in cause.examples:
-            click.echo(_harmless(f"    {example.image_id}: {example.message}"), err=True)
-    click.echo(LOOKING.format(run=run), err=True)
+            click.echo(harmless(f"    {example.image_id}: {example.message}"), err=True)
+    enough = math.ceil(10 * totals.failed / totals.images_seen) / 10
+    click.echo(LOOKING.format(run=run, enough=enough), err=True)
 
 
 def show_problems(problems: list[tuple[str, str]], what: str, most: int) -> None:
     """The first of those that something could not be done with, and how many more there are."""
     for name, reason in problems[:most]:
-        click.echo(_harmless(f"{what}: {name}: {reason}"), err=True)
+        click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
     if len(problems) > most:
         click.echo(f"{what}: {len(problems) - most:,} more", err=True)
 
@@ -198,7 +200,7 @@ def show_scored(document: dict[str, Any]) -> None:
         _show_scores(document)
         _warn_of_ignored(document)
     for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
-        _show_harmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
+        _showharmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
 
 
@@ -252,7 +254,7 @@ def show_changed(document: dict[str, Any]) -> None:
             shares = f"  {score['before']:<8.3%}  {score['after']:<8.3%}"
             click.echo(f"{'':10}{score['class']:<{width}}{shares}{_score(score['iou'])}")
     for number, image in enumerate(document["flipped"]):
-        _show_harmless("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
+        _showharmless("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
     _show_state(document)
 
 
@@ -267,11 +269,11 @@ def _show_images(count: int, what: str, examples: list[str]) -> None:
     if count:
         click.echo(f"{'':<10}{count:,} {what}")
     for example in examples:
-        _show_harmless("", f"  {example}")
+        _showharmless("", f"  {example}")
 
 
-def _show_harmless(name: str, text: str) -> None:
-    click.echo(f"{name:<10}{_harmless(text)}")
+def _showharmless(name: str, text: str) -> None:
+    click.echo(f"{name:<10}{harmless(text)}")
 
 
 def show(**lines: str) -> None:
@@ -280,6 +282,11 @@ def show(**lines: str) -> None:
         click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """A line in which names from elsewhere cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def harmless_lines(text: str) -> str:
+    """Several lines of our own."""
+    return "\n".join(map(harmless, text.split("\n")))

@@ -60,8 +60,7 @@ def test_an_input_is_listed_once_for_a_run_and_never_for_its_resume(
     )
     predict(make_config())
     assert listed.count(str(tars)) == 1
-    (tmp_path / "run" / "_SUCCESS").unlink()
-    next((tmp_path / "run" / "metrics").iterdir()).unlink()
+    next((tmp_path / "run" / "metrics").iterdir()).unlink()  # as verify says
     listed.clear()
     assert predict(make_config()).totals.images_seen == 12
     assert listed.count(str(tars)) == 0

@@ -94,7 +94,9 @@ def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata are texts")
     except StoreError as error:
-        raise CheckpointError(f"model.checkpoint: {error}") from error
+        is_file = checkpoint.endswith(".safetensors")
+        hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
+        raise CheckpointError(f"model.checkpoint: {error}{hint}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
     return metadata
