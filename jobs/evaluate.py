@@ -3,17 +3,18 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.spread import spread
 from unet_core.config import PredictConfig
-from unet_core.errors import ConfigError, UnetJobsError
+from unet_core.errors import ConfigError
 from unet_core.evaluate import EVALUATION_JSON, NOTHING_IGNORED, Evaluation
 from unet_core.results import Results
 from unet_core.run import Identity
 from unet_core.storage.store import Store
-from unet_core.tally import Tally, changed, scored
+from unet_core.tally import Images, Tally, changed, counted, scored
 from unet_core.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
 
 NAME = re.compile(r"\w[\w.-]*")
@@ -34,7 +35,7 @@ class Outcome:
 def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome:
     """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
 
-    Raises ConfigError if no image has a truth, or two have the same.
+    Raises ConfigError if no image has a truth of use, or two have the same.
     """
     where, classes = config.input.masks, len(results.class_names)
     if UNSAID_IGNORE_INDEX == config.input.ignore_index < classes:
@@ -58,10 +59,10 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome
     if "/" not in where:
         places["input.uri"] = source.root.uri()
     tally, set_aside = _done(evaluation, results, config, places)
-    if not set_aside and not tally.has_some:
-        evaluation.store.remove_all()
-        raise _nothing_found(results, truth, tally)
-    return _told(evaluation, results, scored(tally, results.class_names), set_aside)
+    if not set_aside:
+        _require_some(tally, lambda: _without_truth(results, truth, tally))
+    found = scored(tally, results.class_names)
+    return _told(evaluation, results, tally, found | _hint(found, identity), set_aside)
 
 
 def compare(results: Results, other: Results, config: PredictConfig, name: str = "") -> Outcome:
@@ -72,7 +73,8 @@ def compare(results: Results, other: Results, config: PredictConfig, name: str =
     if results.class_names != other.class_names:
         raise ConfigError(
             f"the classes of {results.run.uri} are {', '.join(results.class_names)}, those of "
-            f"{other.run.uri} {', '.join(other.class_names)}; only equal ones can be compared"
+            f"{other.run.uri} {', '.join(other.class_names)}; only equal ones can be compared; a "
+            f"training names them: 'model.classes={json.dumps(other.class_names)}'"
         )
     truth, only_there = OtherRun.joined(results, other)
     identity = {
@@ -84,15 +86,10 @@ def compare(results: Results, other: Results, config: PredictConfig, name: str =
     evaluation = _prepared(results, truth, NOTHING_IGNORED, identity, label, name)
     places = {"RUN": results.run.uri, "--against": other.run.uri}
     tally, set_aside = _done(evaluation, results, config, places)
-    if not set_aside and not tally.has_some:
-        evaluation.store.remove_all()
-        raise ConfigError(
-            f"--against: {other.run.uri} has none of {tally.totals.ok} images of "
-            f"{results.run.uri}; images: {', '.join(tally.without.examples)}; there: "
-            f"{', '.join(only_there.examples)}"
-        )
-    document = changed(tally, results.class_names, only_there)
-    return _told(evaluation, results, document, set_aside)
+    if not set_aside:
+        _require_some(tally, lambda: _without_other(results, other, tally, only_there))
+    found = changed(tally, results.class_names, only_there)
+    return _told(evaluation, results, tally, found, set_aside)
 
 
 def _prepared(
@@ -124,39 +121,69 @@ def _done(
     evaluation.begin()
     shards = results.shards()
     ids = {shard.shard_id for shard in shards}
-    try:
-        set_aside = spread(evaluation, shards, config, places, "evaluating")
-    except UnetJobsError:
-        if not evaluation.done():
-            evaluation.store.remove_all()  # it holds a claim and nothing else
-        raise
-    tally = evaluation.tally(evaluation.done() & ids)
-    if not set_aside and not tally.is_of(results.totals):
-        evaluation.forget_stale(ids)
+    set_aside = spread(evaluation, shards, config, places, "evaluating")
+    done = evaluation.done() & ids
+    tally = evaluation.tally(done)
+    if counted(tally.totals) != counted(results.totals) and evaluation.forget_stale(done):
         set_aside = spread(evaluation, shards, config, places, "evaluating")
         tally = evaluation.tally(evaluation.done() & ids)
     return tally, set_aside
 
 
-def _nothing_found(
-    results: Results, truth: LabelImages | BesideImages, tally: Tally
-) -> ConfigError:
+def _require_some(tally: Tally, without: Callable[[], str]) -> None:
+    """Raises ConfigError where images are there and none could be compared, with the first reason;
+    ``without``: what is said where none has a truth.
+    """
+    reasons = (*tally.unusable.examples, *tally.only_ok_here.examples)
+    if tally.totals.with_truth or not tally.totals.ok:
+        return
+    if not reasons:
+        raise ConfigError(without())
+    hint = "; are these label images, or the images themselves?" if tally.unusable.count else ""
+    raise ConfigError(f"none of {tally.totals.ok} images can be compared: {reasons[0]}{hint}")
+
+
+def _without_truth(results: Results, truth: LabelImages | BesideImages, tally: Tally) -> str:
     where = truth.source.config.masks
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
     there = f"; label images: {', '.join(truth.names)}" if truth.names else ""
-    return ConfigError(
+    return (
         f"--truth: none of {tally.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(tally.without.examples)}{there}"
     )
 
 
+def _without_other(results: Results, other: Results, tally: Tally, only_there: Images) -> str:
+    return (
+        f"--against: {other.run.uri} has none of {tally.totals.ok} images of {results.run.uri}; "
+        f"images: {', '.join(tally.without.examples)}; there: {', '.join(only_there.examples)}"
+    )
+
+
+def _hint(found: dict[str, Any], identity: Identity) -> dict[str, str]:
+    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
+    lacking = [s["class"] for s in found["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
+    if not found["ignored_pixels"] or not lacking:
+        return {}
+    value = identity["input.ignore_index"]
+    return {
+        "warning": f"no pixel of truth is {lacking[0]!r}; if {value} stands for it, give "
+        f"'input.label_map={{{value}=1}}'"
+    }
+
+
 def _told(
-    evaluation: Evaluation, results: Results, found: dict[str, Any], set_aside: dict[str, str]
+    evaluation: Evaluation,
+    results: Results,
+    tally: Tally,
+    found: dict[str, Any],
+    set_aside: dict[str, str],
 ) -> Outcome:
     """Publish the document, if nothing is left."""
     folder = evaluation.store.uri()
-    document = {"run": results.run.store.uri(), "evaluation": folder, "of": evaluation.identity}
-    document |= {"is_finished": results.run.is_finished} | found
+    about = {"run": results.run.store.uri(), "evaluation": folder, "of": evaluation.identity}
+    state = {"is_finished": results.run.is_finished, "counted": counted(tally.totals)}
+    document = {**about, **state, **found}
     if not set_aside:
         data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)

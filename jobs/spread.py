@@ -7,7 +7,6 @@ same command continues. No model is loaded, so no GPU is asked for.
 
 import contextlib
 import logging
-import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
@@ -19,7 +18,7 @@ from jobs.job import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig, WorkersConfig
-from unet_core.errors import ShardError, StoppedError
+from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
 from unet_core.inputs.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,8 @@ class Task(Protocol):
     def do(self, shard: Shard) -> int:
         """Do one shard and publish what comes of it; returns how many images it had.
 
-        Raises ShardError if it cannot be done, which the others do not mind.
+        Raises ShardError if it cannot be done, NotFoundError or ParquetDamagedError if a part of it
+        is not what it should be; the others do not mind.
         """
         ...
 
@@ -85,21 +85,14 @@ def is_here(workers: WorkersConfig) -> bool:
 
 
 def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:
-    """On threads; what is under way when this one is stopped comes to its end."""
-    stopped = threading.Event()
-
-    def do(shard: Shard) -> Answer:
-        if stopped.is_set():
-            raise StoppedError("stopped")
-        return _answer(task, shard)
-
-    with ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1) as pool:
-        futures = {pool.submit(do, shard): shard for shard in left}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            stopped.set()
+    """On threads. Whoever is stopped does not wait for what is under way."""
+    pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
+    try:
+        futures = {pool.submit(_answer, task, shard): shard for shard in left}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _on_cluster(
@@ -152,5 +145,7 @@ def _answer(task: Task, shard: Shard) -> Answer:
             return task.do(shard)
         except ShardError as error:
             return Refusal(str(error))
+        except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
+            return Refusal(f"{error}; unet-jobs verify tells more")
 
     return recorded(do)

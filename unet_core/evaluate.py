@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, StoreError
+from unet_core.errors import ImageError, ShardError
 from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
-from unet_core.parts import metrics_name, metrics_part, read_metrics
+from unet_core.parts import is_current, metrics_name, metrics_part, read_metrics
 from unet_core.results import StoredMask, stored_masks
 from unet_core.run import READ_THREADS, Identity, require_equal
 from unet_core.schema import EVALUATION
@@ -57,18 +58,15 @@ class Evaluation:
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""
         table, footer = read_metrics(self.run, shard.shard_id)
-        rows = table.to_pylist()
+        rows = table.drop_columns([*{*WITHOUT_TRUTH} & {*table.column_names}]).to_pylist()
         masks = stored_masks(self.run, shard.shard_id)
         judged = []
         for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
-            mask = None
-            if row["status"] == "ok":
-                mask = next(masks, None)
-                if mask is None or mask.image_id != row["image_id"]:
-                    raise StoreError(
-                        f"{self.run.uri()}: shard {shard.shard_id} lacks the mask of "
-                        f"{row['image_id']}; run `unet-jobs verify`"
-                    )
+            mask = next(masks, None) if row["status"] == "ok" else None
+            if row["status"] == "ok" and (mask is None or mask.image_id != row["image_id"]):
+                raise ShardError(
+                    f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
+                )
             judged.append(row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found))
         part = metrics_part(judged, footer, EVALUATION)
         self.store.publish(metrics_name(shard.shard_id), part)
@@ -100,33 +98,29 @@ class Evaluation:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         of_runs = isinstance(self.truth, OtherRun)
 
-        def read(shard_id: str) -> tuple[Tally, list[tuple[str, str]]]:
+        def read(shard_id: str) -> tuple[Tally, pa.Table | None]:
             rows, footer = read_metrics(self.store, shard_id)
-            owners = self.truth.owners(rows) if isinstance(self.truth, LabelImages) else []
+            owners = self.truth.owners(rows) if isinstance(self.truth, LabelImages) else None
             return Tally.of_rows(rows, int(footer["images_seen"]), of_runs), owners
 
-        total = Tally()
-        owned: dict[str, str] = {}
+        total, owned = Tally(), []
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for tally, owners in pool.map(read, sorted(shard_ids)):
                 total += tally
-                require_own(owned, owners)
+                owned += [owners] if owners is not None else []
+        if owned:
+            require_own(pa.concat_tables(owned))
         return total
 
     def forget_stale(self, shard_ids: set[str]) -> int:
         """Remove the parts of shards that the run has done again since; returns how many."""
 
-        def is_stale(shard_id: str) -> bool:
-            return _masks_sha256(self.run, shard_id) != _masks_sha256(self.store, shard_id)
+        def is_fresh(shard_id: str) -> bool:
+            return is_current(self.run, shard_id, self.store, metrics_name(shard_id))
 
         ids = sorted(shard_ids)
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            stale = [i for i, yes in zip(ids, pool.map(is_stale, ids), strict=True) if yes]
+            stale = [i for i, yes in zip(ids, pool.map(is_fresh, ids), strict=True) if not yes]
         for shard_id in stale:
             self.store.remove(metrics_name(shard_id))
         return len(stale)
-
-
-def _masks_sha256(store: Store, shard_id: str) -> str:
-    with store.open_parquet(metrics_name(shard_id)) as file:
-        return str(file.schema_arrow.metadata[b"masks_sha256"].decode())

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core import schema
-from unet_core.errors import CommitConflictError, ParquetDamagedError
+from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, table_of
@@ -163,6 +163,22 @@ def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]
 def read_masks(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
     """Rows and footer of a masks part."""
     return _read(store, masks_name(shard_id))
+
+
+def is_current(run: Store, shard_id: str, store: Store, name: str) -> bool:
+    """Whether what was made of a shard's masks is of those that the run has now: a shard with
+    failed images may have been done again since.
+    """
+    now = _masks_sha256(run, metrics_name(shard_id))
+    return now is not None and now == _masks_sha256(store, name)
+
+
+def _masks_sha256(store: Store, name: str) -> bytes | None:
+    try:
+        with store.open_parquet(name) as file:
+            return (file.schema_arrow.metadata or {}).get(b"masks_sha256")
+    except NotFoundError:
+        return None
 
 
 def read_totals(store: Store, shard_id: str) -> Totals:

@@ -106,18 +106,6 @@ class Tally:
             **told,
         )
 
-    @property
-    def has_some(self) -> bool:
-        """Whether any image has a truth, of use or not; true also where no image is left."""
-        found = self.totals.with_truth + self.unusable.count + self.only_ok_here.count
-        return bool(found) or not self.totals.ok
-
-    def is_of(self, totals: Totals) -> bool:
-        """Whether it counts the same images and masks as these totals."""
-        mine = self.totals
-        return (mine.images_seen, mine.ok, mine.class_pixels, mine.confidence_sum) == (
-            totals.images_seen, totals.ok, totals.class_pixels, totals.confidence_sum)  # fmt: skip
-
     def scores(self, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
         """Micro and macro scores per class; None where they are not defined."""
         if not self.totals.with_truth:
@@ -138,6 +126,11 @@ class Tally:
     def _macro(self, number: int, class_id: int) -> float | None:
         count = int(np.asarray(self.counts)[number, class_id])
         return float(np.asarray(self.sums)[number, class_id]) / count if count else None
+
+
+def counted(totals: Totals) -> list[Any]:
+    """What tells the masks of one state of a run from those of another, for JSON."""
+    return [totals.images_seen, totals.ok, list(totals.class_pixels), totals.confidence_sum]
 
 
 def scored(tally: Tally, class_names: tuple[str, ...]) -> Row:

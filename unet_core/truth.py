@@ -4,24 +4,26 @@ by name, what lies beside the images in tars and Parquet files, or the masks of 
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.errors import ConfigError, ImageError, StoreError
+from unet_core.errors import ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
 from unet_core.inputs import listing
 from unet_core.inputs.folder import File, names_by_stem, stem_of
 from unet_core.inputs.formats import read_shard
-from unet_core.inputs.shards import Sample, Shard, Source
+from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.parts import metrics_name
 from unet_core.results import Results, StoredMask, open_masks
 from unet_core.run import READ_THREADS
@@ -31,6 +33,7 @@ from unet_core.tally import Images
 Row = dict[str, Any]
 SHOWN = 3
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
+OWNERS = pa.schema([("truth", pa.string()), ("image", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,15 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
-def require_own(owned: dict[str, str], owners: list[tuple[str, str]]) -> None:
-    """Note owners of label images. Raises ConfigError if one has had another owner."""
-    for name, image in owners:
-        other = owned.setdefault(name, image)
-        if other != image:
-            raise ConfigError(
-                f"{name} could be the truth of {other} and of {image}; give the label images the "
-                "paths of their images"
-            )
+def require_own(owners: pa.Table) -> None:
+    """Raises ConfigError if a label image is the truth of two images."""
+    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
+    shared = by_name.filter(pc.field("image_min") != pc.field("image_max"))
+    for row in shared.sort_by("truth").slice(0, 1).to_pylist():
+        raise ConfigError(
+            f"{row['truth']} could be the truth of {row['image_min']} and of {row['image_max']}; "
+            "give the label images the paths of their images"
+        )
 
 
 # --- label images by name -------------------------------------------------------------------
@@ -84,83 +87,74 @@ class Label(NamedTuple):
     etag: str | None = None
 
 
-Labels = dict[str, Label]
-_listed: dict[str, Labels] = {}
-"""By their digest: a process lists them once."""
-
-
 @dataclass(frozen=True)
 class LabelImages:
     """Loose label images: below another folder, beside the images, or in a column of a list."""
 
     source: Source
     classes: int
+    labels: pa.RecordBatch
+    """By stem, or in a list by image id, sorted: one copy for all processes of a node."""
     digest: str
     """Of their names and etags."""
 
     @classmethod
     def listed(cls, source: Source, classes: int) -> "LabelImages":
-        """Look at what is there now."""
-        labels = _list(source)
+        """Look at what is there now; what is read later is held to it."""
+        labels = sorted((_in_list if _is_in_list(source) else _in_folder)(source).items())
         if not labels:
             masks = source.config.masks
             hint = "" if "/" in masks else f"; if it is a folder, write {masks}/"
             raise StoreError(f"truth: there are no label images in {masks!r}{hint}")
         digest = hashlib.sha256()
-        for label in sorted(labels.items()):
+        for label in labels:
             digest.update(json.dumps(label).encode())
-        _listed[digest.hexdigest()] = labels
-        return cls(source, classes, digest.hexdigest())
-
-    @property
-    def labels(self) -> Labels:
-        """By stem, or in a list by image id. Raises ConfigError if they are others by now."""
-        if self.digest not in _listed:
-            self.listed(self.source, self.classes)
-        if self.digest not in _listed:
-            raise ConfigError(
-                f"{self.source.config.masks} changed since the evaluation began; run it again"
-            )
-        return _listed[self.digest]
+        columns = zip(*((stem, *label) for stem, label in labels), strict=True)
+        arrays = [pa.array(column, pa.large_string()) for column in columns]
+        batch = pa.RecordBatch.from_arrays(arrays, ["stem", *Label._fields])
+        return cls(source, classes, batch, digest.hexdigest())
 
     @property
     def names(self) -> list[str]:
         """The first ones, for a message."""
-        return [label.name for label in list(self.labels.values())[:SHOWN]]
+        names: list[str] = self.labels["name"].slice(0, SHOWN).to_pylist()
+        return names
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """By path below the root of each, else by bare name."""
-        labels, decoder = self.labels, TruthDecoder(self.classes, self.source.config)
-        root = _root(self.source)
+        decoder, root = TruthDecoder(self.classes, self.source.config), _root(self.source)
         for row in rows:
-            label, page = self._find(labels, shard, row)
+            label, page = self._find(shard, row)
             if label is None:
                 yield NOTHING
                 continue
             file = File(root, label.name, root, label.etag)
             if _is_in_list(self.source):
-                file = listing.file_of(self.source, label.name, None)
+                file = replace(_listed_file(self.source, label.name), etag=label.etag)
             sample = Sample(
                 row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
             )
             yield _decoded(decoder, sample, row, label.name, page)
 
-    def owners(self, rows: pa.Table) -> list[tuple[str, str]]:
+    def owners(self, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
-        if _is_in_list(self.source):
-            return []
-        pairs = rows.select(["truth", "image_id", "key"]).to_pylist()
-        return [(row["truth"], self._owner(row)) for row in pairs if row["truth"] is not None]
+        pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
+        found = [] if _is_in_list(self.source) else pairs.to_pylist()
+        return pa.Table.from_pylist(
+            [{"truth": row["truth"], "image": self._owner(row)} for row in found], schema=OWNERS
+        )
 
     def _owner(self, row: Row) -> str:
         *_, (image_id, _, _) = _pages(self.source, row)
         return stem_of(image_id) if is_image(image_id) else image_id
 
-    def _find(self, labels: Labels, shard: Shard, row: Row) -> tuple[Label | None, int]:
+    def _find(self, shard: Shard, row: Row) -> tuple[Label | None, int]:
+        stems = self.labels["stem"]
         for image_id, key, page in _pages(self.source, row):
             for name in _names(image_id, key, shard):
-                if name in labels:
-                    return labels[name], page
+                at = bisect_left(stems, name, key=str)
+                if at < len(stems) and str(stems[at]) == name:
+                    return Label(*(self.labels[f][at].as_py() for f in Label._fields)), page
         return None, 0
 
 
@@ -174,17 +168,35 @@ def _root(source: Source) -> Store:
     return Store(masks, source.root.storage) if "/" in masks else source.root
 
 
-def _list(source: Source) -> Labels:
+def _listed_file(source: Source, uri: str) -> File:
+    return listing.file_of(source, uri, None)
+
+
+def _in_list(source: Source) -> dict[str, Label]:
+    """Lists say nothing of how label images change: each is looked at."""
+
+    def look(uri: str) -> Label:
+        file = _listed_file(source, uri)
+        try:
+            return Label(uri, file.store.entry(file.name).etag)
+        except NotFoundError:  # its row will say so
+            return Label(uri)
+
+    uris = {member.key: member.mask for member in listing.all_members(source) if member.mask}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return dict(zip(uris, pool.map(look, uris.values()), strict=True))
+
+
+def _in_folder(source: Source) -> dict[str, Label]:
+    """Names that are no UTF-8 are those of no image."""
     masks = source.config.masks
-    if _is_in_list(source):
-        members = listing.all_members(source)
-        return {member.key: Label(member.mask) for member in members if member.mask}
     suffix = "" if "/" in masks else masks
-    entries = [
-        e for e in _root(source).list() if is_image(e.name) and stem_of(e.name).endswith(suffix)
-    ]
-    etags = {entry.name: entry.etag for entry in entries}
-    found = names_by_stem(list(etags), masks)
+    etags = {
+        entry.name: entry.etag
+        for entry in _root(source).list()
+        if is_image(entry.name) and stem_of(entry.name).endswith(suffix)
+    }
+    found = names_by_stem([name for name in etags if readable_name(name) == name], masks)
     return {stem.removesuffix(suffix): Label(name, etags[name]) for stem, name in found.items()}
 
 

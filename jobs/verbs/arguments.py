@@ -83,6 +83,9 @@ def run_config(
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+            meant = [a for a in allowed if a.partition(".")[2] == key]
+            if meant:
+                raise ConfigError(f"{key}: did you mean {meant[0]}?")
             names = ", ".join(f"{a}*" if a.endswith(".") else a for a in allowed)
             raise ConfigError(f"{key} is as the run was made; what can be said here: {names}")
     table = results.config.model_dump(mode="json", exclude={"workers"})

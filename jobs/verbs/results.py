@@ -70,8 +70,15 @@ def status(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def verify(run: str, overrides: tuple[str, ...], deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
     storage = storage_of(overrides)
+    from unet_core.storage.store import Store
+    from unet_core.training.run import is_training
     from unet_core.verify import verify as check
 
+    if is_training(Store(run, storage)):
+        raise ConfigError(
+            f"{run} is a training, and verify is of runs; unet-jobs status {run} tells how it "
+            f"stands, unet-jobs report {run} shows it"
+        )
     findings = check(run, deep, storage)
     if as_json:
         show_json(findings, uri=run, is_deep=deep)
@@ -109,8 +116,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Compare a run with truth, or with an earlier run. Run it again to continue."""
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: write --truth {override}, or --against {override}")
     if bool(truth) == bool(against):
-        raise ConfigError("say what to compare with: --truth WHERE or --against RUN2")
+        raise ConfigError("say what to compare with: one of --truth WHERE and --against RUN2")
     results = stored_run(run, overrides)
     from jobs import evaluate as task
 
@@ -130,6 +140,8 @@ def evaluate(
     show_set_aside(outcome.set_aside, "evaluated")
     if outcome.set_aside:
         sys.exit(1)
+    if not as_json:
+        show(report=f"unet-jobs report {run} shows it too")
 
 
 @click.command(options_metavar="[OPTIONS]")

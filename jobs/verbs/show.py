@@ -198,7 +198,11 @@ def show_scored(document: dict[str, Any]) -> None:
     _show_images(counts["unusable_truth"], "whose truth is of no use", document["unusable_truth"])
     if document["classes"]:
         _show_scores(document)
-        _warn_of_ignored(document)
+    if ignored := document["ignored_pixels"]:
+        value = document["of"]["input.ignore_index"]
+        show(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+    if "warning" in document:
+        click.echo(_harmless(f"warning: {document['warning']}"), err=True)
     for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
         _showharmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
@@ -216,21 +220,6 @@ def _show_scores(document: dict[str, Any]) -> None:
         values = (score[kind][ratio] for ratio in SCORES for kind in ("micro", "macro"))
         line = f"{'':10}{name:<{width}}{''.join(map(_score, values))}  {images}"
         click.echo(line.rstrip())
-
-
-def _warn_of_ignored(document: dict[str, Any]) -> None:
-    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
-    ignored, value = document["ignored_pixels"], document["of"]["input.ignore_index"]
-    if not ignored:
-        return
-    show(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
-    missing = [s["class"] for s in document["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
-    if missing:
-        click.echo(
-            f"warning: no pixel of truth is {missing[0]!r}; if {value} stands for it, give "
-            f"'input.label_map={{{value}=1}}'",
-            err=True,
-        )
 
 
 def _score(value: float | None) -> str:

@@ -1,11 +1,13 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from PIL import Image
 
 from jobs.evaluate import compare, evaluate
 from jobs.pack import pack
@@ -15,8 +17,11 @@ from tests.data import write_tar
 from tests.unet_core.test_large_images import small_is_large  # noqa: F401
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.parts import read_metrics
+from unet_core.report.evaluations import evaluations
 from unet_core.results import stored_masks
 from unet_core.synthetic import nuclei, png
+from unet_core.truth import truth_of
 from unet_core.verify import verify
 
 ALLOWED = ("workers.", "input.masks", "input.label_map", "input.ignore_index")
@@ -135,18 +140,23 @@ def test_what_is_wrong_with_label_images_is_told(make_run, folder, tmp_path):
             r"none of 12 images.*: cell\d\d\.png, .*label images: other\.png",
         ),
         (["cell00.png", "cell00.tif"], ConfigError, r"cell00\.png, .*cell00\.tif"),
+        (["cell00.png"], ConfigError, r"none of 12 .*: cell00\.png: .*or the images themselves\?"),
     ],
 )
-def test_truth_of_nothing_or_of_two_names_is_refused_and_leaves_nothing(
+def test_truth_of_nothing_of_images_or_of_two_names_is_refused_and_gives_no_scores(
     make_run, tmp_path, names, error, reason
 ):
     (tmp_path / "truth").mkdir()
     for name in names:
-        (tmp_path / "truth" / name).write_bytes(png(np.zeros((64, 64), np.uint8)))
+        (tmp_path / "truth" / name).write_bytes(png(np.full((64, 64), 7, np.uint8)))
     run = make_run()
-    with pytest.raises(error, match=reason):
-        evaluated(run, f"{tmp_path}/truth/")
-    assert not [path for path in (Path(run) / "evaluation").rglob("*") if path.is_file()]
+    for _ in range(2):
+        with pytest.raises(error, match=reason):
+            evaluated(run, f"{tmp_path}/truth/", name="some")
+    assert not [*Path(run).rglob("evaluation.json")]
+    if "other.png" in names:  # the claim stays: another process may be at work under it
+        with pytest.raises(RunMismatchError, match=r"another evaluation:(.|\n)*ignore_index"):
+            evaluated(run, f"{Path(run).parent}/truth/", "input.ignore_index=7", name="some")
 
 
 def test_a_label_image_of_two_images_is_refused_by_name(make_config, tmp_path):
@@ -173,6 +183,60 @@ def test_parts_that_are_missing_or_stale_are_made_again_and_no_others(make_run, 
     assert evaluated(run, f"{folder}/masks/") == document
     assert [path.read_bytes() for path in parts] == before
     assert parts[2].stat().st_mtime_ns == kept
+
+
+def test_label_images_of_a_list_are_held_to_what_they_were(make_config, packed, tmp_path):
+    shutil.copytree(packed / "beside", tmp_path / "beside")
+    shutil.copy(packed / "list.csv", tmp_path)
+    predict(make_config(input={"uri": f"{tmp_path}/list.csv", "format": "list", "masks": ""}))
+    run = str(tmp_path / "run")
+    before = evaluated(run, "truth")
+    source = replace(open_run(run).source, config=open_run(run).config.input.model_copy(update={"masks": "truth"}))  # noqa: E501  # fmt: skip
+    truth = truth_of(source, 2)
+    mask = tmp_path / "beside" / "cell00_mask.png"
+    mask.write_bytes(png(np.zeros((64, 64), np.uint8)))
+    (shard,) = open_run(run).shards()
+    rows = read_metrics(open_run(run).run.store, shard.shard_id)[0].to_pylist()
+    first = next(truth.of(shard, rows))
+    assert (first.name, first.labels.code) == (str(mask), "truth")
+    after = evaluated(run, "truth")
+    assert after["evaluation"] != before["evaluation"]
+    assert after["classes"] != before["classes"]
+
+
+def test_a_damaged_part_is_set_aside_and_what_was_done_again_is_made_again(make_run, folder):
+    run = make_run()
+    document = evaluated(run, f"{folder}/masks/")
+    parts = sorted((Path(document["evaluation"]) / "metrics").iterdir())
+    before = parts[0].read_bytes()
+    table = pq.read_table(parts[0])
+    footer = {**table.schema.metadata, b"masks_sha256": b"of an earlier attempt"}
+    pq.write_table(table.slice(1).replace_schema_metadata(footer), parts[0])
+    parts[1].unlink()
+    for kind in ("masks", "metrics"):
+        damaged = Path(run) / kind / parts[1].name
+        whole = damaged.read_bytes()
+        damaged.write_bytes(b"no Parquet")
+        results = open_run(run)
+        outcome = evaluate(results, run_config(results, (f"input.masks={folder}/masks/",), ALLOWED))
+        assert list(outcome.set_aside) == [parts[1].stem]
+        assert "unet-jobs verify" in outcome.set_aside[parts[1].stem]
+        damaged.write_bytes(whole)
+    assert parts[0].read_bytes() == before
+
+
+def test_a_report_tells_what_is_wrong_with_an_evaluation(make_run, folder, tmp_path):
+    shutil.copytree(folder / "masks", tmp_path / "truth")
+    for path in (tmp_path / "truth").iterdir():
+        path.write_bytes(png((np.array(Image.open(path)) > 0).astype(np.uint8) * 255))
+    results = open_run(make_run())
+    evaluated(results.run.uri, f"{tmp_path}/truth/", name="a")
+    evaluated(results.run.uri, f"{tmp_path}/truth/", "input.label_map={255=1}", name="b")
+    unmapped, mapped = evaluations(results.run.store, results.totals)
+    assert "input.label_map={255=1}" in unmapped.warnings[0]
+    assert (mapped.warnings, "label_map {255 = 1}" in mapped.about) == ((), True)
+    (told,) = evaluations(results.run.store, replace(results.totals, confidence_sum=1))[1].warnings
+    assert "Evaluate again" in told
 
 
 def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch, small_is_large):  # noqa: F811
@@ -226,7 +290,9 @@ def test_two_runs_are_compared_image_by_image(make_config, make_run, folder, tmp
 def test_other_classes_are_not_compared(make_run, monkeypatch):
     mine, other = open_run(make_run()), open_run(make_run())
     monkeypatch.setattr(type(other), "class_names", property(lambda r: ("a",) if r is mine else ("b",)))  # noqa: E501  # fmt: skip
-    with pytest.raises(ConfigError, match=r"are a, those of .* b; only equal ones"):
+    with pytest.raises(
+        ConfigError, match=r"are a, those of .* b; only equal ones.*model\.classes=\[\"b\"\]"
+    ):
         compare(mine, other, mine.config)
 
 
@@ -234,12 +300,15 @@ def test_the_verb_prints_a_table_or_one_document(run_cli, make_run, folder, tmp_
     run = make_run()
     code, out, _ = run_cli("evaluate", run, "--truth", f"{folder}/masks/", "workers.count=inline")
     assert (code, "12 of 12 compared" in out, "precision" in out) == (0, True, True)
+    assert f"unet-jobs report {run}" in out
     assert len([line for line in out.splitlines() if line.split()[0] in ("nucleus", "mean")]) == 2
     code, out, err = run_cli("evaluate", run, "--against", run, "--json")
     assert (code, err, json.loads(out)["changed"]) == (0, "", 0)
     for arguments, reason in (
         (["tile.size=512", "--truth", "x/"], "tile.size is as the run was made"),
-        (["--truth", "x/", "--against", run], "say what to compare with"),
+        (["--truth", "x/", "--against", run], "one of --truth WHERE and --against RUN2"),
+        (["truth/"], "write --truth truth/"),
+        (["--truth", "x/", "label_map={255=1}"], "did you mean input.label_map"),
         (["--truth", f"{folder}/masks/", "--name", "../up"], "--name ../up"),
     ):
         code, out, err = run_cli("evaluate", run, *arguments)

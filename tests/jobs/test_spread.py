@@ -1,6 +1,8 @@
 """Tasks over the shards of a run; the evaluation is the first one, also on Ray."""
 
 import os
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +75,21 @@ def test_an_error_of_storage_stops_before_the_next_shard(tmp_path):
     with pytest.raises(StoreError, match="the bucket is gone"):
         do(Noting(tmp_path, {"7.tar": "store"}))  # the largest one is the first
     assert len(tries(tmp_path)) <= 2
+
+
+def test_whoever_is_stopped_does_not_wait_for_what_is_under_way(tmp_path, monkeypatch):
+    is_over = threading.Event()
+
+    def stopped(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Noting, "do", lambda task, shard: is_over.wait(10) and 1)
+    monkeypatch.setattr("jobs.spread.as_completed", stopped)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        do(Noting(tmp_path))
+    is_over.set()
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.ray

@@ -1,11 +1,14 @@
 """What later evaluations of a run found: against truth that came later, or another run."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unet_core.evaluate import EVALUATION_JSON
+from unet_core.metrics import Totals
 from unet_core.storage.store import Store
+from unet_core.tally import counted
 
 FOLDER = "evaluation"
 SHOWN = 5
@@ -25,19 +28,33 @@ class Compared:
     """What ``examples`` are: the worst, or those that changed most."""
     examples: tuple[tuple[str, str], ...]
     """Image ids, and their figures."""
+    warnings: tuple[str, ...] = ()
 
 
-def evaluations(store: Store) -> tuple[Compared, ...]:
-    """All that are complete, by name; one of another version is left out."""
+def evaluations(store: Store, totals: Totals) -> tuple[Compared, ...]:
+    """All that are complete, by name; one of another version is left out. ``totals``: of the run,
+    which may have gone on since.
+    """
     found = []
     for entry in store.list(FOLDER):
         folder, _, name = entry.name.rpartition("/")
         if name == EVALUATION_JSON:
             try:
-                found.append(_compared(folder, json.loads(store.read(f"{FOLDER}/{entry.name}"))))
+                document = json.loads(store.read(f"{FOLDER}/{entry.name}"))
+                warnings = tuple(_warnings(document, totals))
+                found.append(replace(_compared(folder, document), warnings=warnings))
             except (ValueError, KeyError, TypeError):
                 continue
     return tuple(found)
+
+
+def _warnings(document: dict[str, Any], totals: Totals) -> Iterator[str]:
+    if document.get("counted") != counted(totals):
+        yield "The run has gone on since: this is of masks that it had before. Evaluate again."
+    elif not document["is_finished"]:
+        yield "The run is not finished: this is of the shards that were committed."
+    if "warning" in document:
+        yield f"{document['warning'][:1].upper()}{document['warning'][1:]}."
 
 
 def _compared(name: str, document: dict[str, Any]) -> Compared:
@@ -52,9 +69,11 @@ def _compared(name: str, document: dict[str, Any]) -> Compared:
             "changed most",
             tuple((e["image_id"], _share(e["changed"])) for e in document["flipped"][:SHOWN]),
         )  # fmt: skip
+    label_map = ", ".join(f"{value} = {to}" for value, to in of["input.label_map"].items())
+    about = f"compared with truth in {of['truth']}"
     rows = {row["class"]: row for row in document["classes"]} | {"mean": document["mean"]}
     return Compared(
-        name, f"compared with truth in {of['truth']}", images,
+        name, f"{about}, label_map {{{label_map}}}" if label_map else about, images,
         tuple(f"{score} {how}" for score in ("Dice", "IoU", "precision", "recall")
               for how in ("micro", "macro")),
         tuple((cls, tuple(_score(row[how][score]) for score in SCORES for how in

@@ -133,7 +133,7 @@ def run_facts(results: Results) -> RunFacts:
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),
         causes=tuple(found),
-        evaluations=evaluations(results.run.store),
+        evaluations=evaluations(results.run.store, totals),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
         warnings=tuple(_warnings(results, is_finished, len(shards))),
         command=command_of(results),
