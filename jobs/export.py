@@ -1,9 +1,12 @@
 """``unet-jobs export``: what a run holds, in the forms that other programs read."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +27,8 @@ from unet_core.storage.store import Store, split
 
 ANNOTATIONS = "annotations.json"
 OBJECTS = "objects"
+HEAD_BYTES = 1024
+"""Of a document; it begins with what it is of."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,13 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
     names = _names(results, shards, options)
     task = Export(results, Folder(store, is_of_run=not out), options, names, has_input)
     task.establish()
-    if {shard.shard_id for shard in shards} - task.done():
-        store.remove(ANNOTATIONS)  # it will be another one
     places = {"RUN": results.run.uri, "--out": store.uri()}
     refused = spread(task, shards, config, places, "exporting")
-    if options.format == "coco" and not store.exists(ANNOTATIONS):
-        _write_annotations(task, shards)
-    return _outcome(task, refused)
+    there = task.done()
+    done = [shard.shard_id for shard in shards if shard.shard_id in there]
+    if options.format == "coco":
+        _write_annotations(task, done)
+    return _outcome(task, done, refused)
 
 
 def require_apart(results: Results, option: str, out: str) -> None:
@@ -89,64 +94,61 @@ def _names(results: Results, shards: list[Shard], options: Options) -> Names:
         return Names.among(EXTENSIONS[options.format], pool.map(ids, shards))
 
 
-def _outcome(task: Export, shards_refused: dict[str, str]) -> Exported:
-    def look(shard_id: str) -> tuple[Counter[str], list[dict[str, Any]]]:
-        rows = _index(task, shard_id, ["image_id", "status", "problem"])
-        refused = rows.filter(pc.field("status") == "refused")
-        return Counter(rows["status"].to_pylist()), refused.to_pylist()
+def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> Exported:
+    def look(shard_id: str) -> tuple[Counter[str], list[tuple[str, str]]]:
+        rows = [*task.exported(shard_id, ["image_id", "status", "problem"])]
+        refused = [(r["image_id"], r["problem"]) for r in rows if r["status"] == "refused"]
+        return Counter(row["status"] for row in rows), refused
 
+    images, problems = Counter[str](), []
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        looks = [*pool.map(look, sorted(task.indexed()))]
-    images = sum((counts for counts, _ in looks), Counter[str]())
+        for counts, refused in pool.map(look, done):
+            images += counts
+            problems += refused
     return Exported(
         task.folder.store.uri(),
         images["ok"],
         images["failed"],
-        [(row["image_id"], row["problem"]) for _, refused in looks for row in refused],
+        problems,
         shards_refused,
         task.has_input,
         task.results.run.is_finished,
     )
 
 
-def _write_annotations(task: Export, shards: list[Shard]) -> None:
-    """One document of what the index has, in the order of the manifest: ids are always the same."""
-    there = set(task.indexed())
-    ids = [shard.shard_id for shard in shards if shard.shard_id in there]
+def _write_annotations(task: Export, done: list[str]) -> None:
+    """One document of what the index has, in the order of the manifest: ids are always the same.
+    One that is of the same shards and masks is left alone.
+    """
+    state = json.dumps([(shard_id, task.masks[shard_id]) for shard_id in done])
+    digest = hashlib.sha256(state.encode()).hexdigest()
     store, names = task.folder.store, task.results.class_names
-    file = coco.document(names, _images(task, ids), _annotations(task, ids))
+    if store.exists(ANNOTATIONS) and digest.encode() in store.read(ANNOTATIONS, 0, HEAD_BYTES):
+        return
+    file = coco.document(names, digest, _images(task, done), _annotations(task, done))
     try:
         store.publish(ANNOTATIONS, file)
     finally:
         drop(file)
 
 
-def _images(task: Export, ids: list[str]) -> Iterator[dict[str, Any]]:
-    for number, row in _exported(task, ids, ["image_id", "height", "width"]):
+def _images(task: Export, done: list[str]) -> Iterator[dict[str, Any]]:
+    for number, row in _exported(task, done, ["image_id", "height", "width"]):
         yield {"id": number, "file_name": row.pop("image_id"), **row}
 
 
-def _annotations(task: Export, ids: list[str]) -> Iterator[dict[str, Any]]:
-    for number, row in _exported(task, ids, ["annotations"]):
+def _annotations(task: Export, done: list[str]) -> Iterator[dict[str, Any]]:
+    for number, row in _exported(task, done, ["annotations"]):
         for annotation in row["annotations"]:
             yield {**annotation, "image": number}
 
 
 def _exported(
-    task: Export, ids: list[str], columns: list[str]
+    task: Export, done: list[str], columns: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What was written of each image, and its number."""
-    number = 0
-    for shard_id in ids:
-        for row in _index(task, shard_id, ["status", *columns]).to_pylist():
-            if row.pop("status") == "ok":
-                number += 1
-                yield number, row
-
-
-def _index(task: Export, shard_id: str, columns: list[str]) -> pa.Table:
-    with task.folder.store.open_parquet(f"{task.folder.index}/{shard_id}.parquet") as file:
-        return file.read(columns=columns)
+    rows = chain.from_iterable(task.exported(shard_id, ["status", *columns]) for shard_id in done)
+    return enumerate((row for row in rows if row.pop("status") == "ok"), start=1)
 
 
 def export_onnx(source: str, out: str, storage: StorageConfig, factory: str = "") -> int:

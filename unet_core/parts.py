@@ -14,7 +14,7 @@ from unet_core import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.storage.spool import drop
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store, table_of, whole_parquet
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
@@ -155,14 +155,13 @@ def _agree(kept: bytes, metrics: bytes) -> bool:
 def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
     """Rows and footer of a metrics part.
 
-    Raises ParquetDamagedError if it is not a Parquet file.
+    Raises ParquetDamagedError if it is not a whole Parquet file.
     """
-    return _read(store, metrics_name(shard_id))
-
-
-def read_masks(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
-    """Rows and footer of a masks part."""
-    return _read(store, masks_name(shard_id))
+    name = metrics_name(shard_id)
+    with whole_parquet(store.uri(name)):
+        table = table_of(store.read(name))
+    metadata = table.schema.metadata or {}
+    return table, {key.decode(): value.decode() for key, value in metadata.items()}
 
 
 def is_current(run: Store, shard_id: str, store: Store, name: str) -> bool:
@@ -188,12 +187,3 @@ def read_totals(store: Store, shard_id: str) -> Totals:
         where = store.uri(metrics_name(shard_id))
         raise ParquetDamagedError(f"{where}: not a metrics part: it counts no images")
     return Totals.of_rows(rows, int(footer["images_seen"]))
-
-
-def _read(store: Store, name: str) -> tuple[pa.Table, dict[str, str]]:
-    try:
-        table = table_of(store.read(name))
-    except (pa.ArrowException, OSError) as error:
-        raise ParquetDamagedError(f"{store.uri(name)}: not a Parquet file: {error}") from error
-    metadata = table.schema.metadata or {}
-    return table, {key.decode(): value.decode() for key, value in metadata.items()}

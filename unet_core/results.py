@@ -23,7 +23,7 @@ from unet_core.inputs.shards import Shard, Source
 from unet_core.metrics import Totals
 from unet_core.parts import masks_name, metrics_name
 from unet_core.run import Run, open_existing
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, whole_parquet
 
 READ_THREADS = 16
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
@@ -50,12 +50,30 @@ class StoredMask:
         """Class ids HW of the image."""
         if len(self.boxes) == 1:
             return self.read(0)
-        mask_HW = np.empty((0, 0), np.uint8)
-        for box, window_HW in self.windows:
-            if not mask_HW.size:
-                mask_HW = np.empty((self.height, self.width), window_HW.dtype)
-            mask_HW[box.y : box.y + box.height, box.x : box.x + box.width] = window_HW
-        return mask_HW
+        return self.cut(Box(0, 0, self.height, self.width))
+
+    def cut(self, wanted: Box) -> Array:
+        """Class ids HW of a part of the image; windows that do not meet it are not read.
+
+        Raises ValueError if it leaves the image.
+        """
+        below, right = wanted.y + wanted.height, wanted.x + wanted.width
+        is_inside = min(wanted.y, wanted.x) >= 0 and min(wanted.shape) > 0
+        if not is_inside or below > self.height or right > self.width:
+            size = f"{self.height} × {self.width} pixels"
+            raise ValueError(f"window {tuple(wanted)} leaves the image of {size}")
+        cut_HW: Array | None = None
+        for number, box in enumerate(self.boxes):
+            rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+            here, there = wanted.shared(rows, columns)
+            if any(side.start == side.stop for side in here):
+                continue
+            window_HW = self.read(number)
+            if cut_HW is None:
+                cut_HW = np.empty(wanted.shape, window_HW.dtype)
+            cut_HW[here] = window_HW[there]
+        assert cut_HW is not None  # the windows cover the image
+        return cut_HW
 
 
 class OpenMasks:
@@ -63,8 +81,8 @@ class OpenMasks:
     asked for in the order of ``image_ids`` let each group be read once.
     """
 
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._file = file
+    def __init__(self, file: pq.ParquetFile, uri: str) -> None:
+        self._file, self._uri = file, uri
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
         places = iter(file.read(columns=PLACE).to_pylist())
         for group in range(file.num_row_groups):
@@ -91,8 +109,10 @@ class OpenMasks:
     def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
         if self._held[0] != group:
             self._held = (-1, None)
-            self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
-        payload = _payload(self._held[1][number].as_py())
+            with whole_parquet(self._uri):  # whoever reads a mask is not where the file was opened
+                self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
+        mask = self._held[1][number].as_py()
+        payload = mask if isinstance(mask, bytes) else mask["bytes"]
         return decode_mask(payload, row["encoding"], row["height"], row["width"])
 
 
@@ -124,9 +144,8 @@ class Results:
         """The input of the run, where it was; nothing is listed."""
         identity = self.record.identity
         root = Store(identity["input.uri"], self.run.store.storage)
-        return Source(
-            self.config.input, identity["input.format"], root, tuple(identity["input.names"])
-        )
+        config = self.config.input.model_copy(update={"masks": identity["input.masks"]})
+        return Source(config, identity["input.format"], root, tuple(identity["input.names"]))
 
     def shards(self) -> list[Shard]:
         """The committed shards, by the order of the manifest, without their members."""
@@ -153,22 +172,11 @@ class Results:
         Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
         mask of that image, with the reason, and ValueError for a window that leaves the image.
         """
-        shard_id = _shard_of(self.run, image_id)
-        mask_HW, wanted = None, None
-        for row, payload in _rows(self.run.store, shard_id, image_id, window):
-            if wanted is None or mask_HW is None:
-                wanted = Box(*(window or (0, 0, row["image_height"], row["image_width"])))
-                _require_inside(wanted, row)
-                mask_HW = np.empty(wanted.shape, np.uint8)
-            stored_HW = decode_mask(payload, row["encoding"], row["height"], row["width"])
-            mask_HW = mask_HW.astype(stored_HW.dtype, copy=False)
-            rows, columns = (slice(row[at], row[at] + row[n]) for at, n in
-                             (("y", "height"), ("x", "width")))  # fmt: skip
-            here, there = wanted.shared(rows, columns)
-            mask_HW[here] = stored_HW[there]
-        if mask_HW is None:
-            raise NotFoundError(f"{self.run.uri} has no mask of {image_id} in that window")
-        return mask_HW
+        with open_masks(self.run.store, _shard_of(self.run, image_id)) as masks:
+            mask = masks.mask(image_id)
+            if mask is None:
+                raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
+            return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
 
 
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
@@ -179,8 +187,9 @@ def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
 @contextmanager
 def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
     """The masks of a committed shard, for one thread."""
-    with store.open_parquet(masks_name(shard_id)) as file:
-        yield OpenMasks(file)
+    name = masks_name(shard_id)
+    with store.open_parquet(name) as file:
+        yield OpenMasks(file, store.uri(name))
 
 
 def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
@@ -197,44 +206,6 @@ def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
 
 def _box(row: dict[str, Any]) -> Box:
     return Box(row["y"], row["x"], row["height"], row["width"])
-
-
-def _payload(mask: bytes | dict[str, Any]) -> bytes:
-    return mask if isinstance(mask, bytes) else mask["bytes"]
-
-
-def _require_inside(wanted: Box, row: dict[str, Any]) -> None:
-    below, right = wanted.y + wanted.height, wanted.x + wanted.width
-    is_inside = min(wanted.y, wanted.x) >= 0 and min(wanted.shape) > 0
-    if not is_inside or below > row["image_height"] or right > row["image_width"]:
-        raise ValueError(
-            f"window {tuple(wanted)} leaves the image of {row['image_height']} × "
-            f"{row['image_width']} pixels"
-        )
-
-
-def _rows(
-    store: Store, shard_id: str, image_id: str, window: tuple[int, int, int, int] | None
-) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The rows of one image that meet the window, each with its bytes."""
-    with store.open_parquet(masks_name(shard_id)) as file:
-        for group in range(file.num_row_groups):
-            places = file.read_row_group(group, columns=PLACE).to_pylist()
-            met = [n for n, row in enumerate(places)
-                   if row["image_id"] == image_id and _meets(row, window)]  # fmt: skip
-            if met:
-                masks = file.read_row_group(group, columns=["mask"])["mask"]
-                for number in met:
-                    yield places[number], _payload(masks[number].as_py())
-
-
-def _meets(row: dict[str, Any], window: tuple[int, int, int, int] | None) -> bool:
-    """Whether a row has to be read; the first of an image always, for its size."""
-    if window is None or row["y"] == row["x"] == 0:
-        return True
-    y, x, height, width = window
-    in_rows = y < row["y"] + row["height"] and row["y"] < y + height
-    return in_rows and x < row["x"] + row["width"] and row["x"] < x + width
 
 
 def _shard_of(run: Run, image_id: str) -> str:

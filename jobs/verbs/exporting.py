@@ -42,11 +42,12 @@ def export(
 ) -> None:
     """Write a run's masks as images or COCO, its objects as rows, its network as ONNX.
 
-    Run it again to continue. With --objects alone, rows of objects go to RUN/objects.
+    Run it again to continue. With --objects alone, rows of objects go to RUN/objects, or to --out.
+    Object numbers in 16-bit PNG look black in plain viewers; napari, QuPath and ImageJ show them.
     """
     if kind and not out:
         raise ConfigError(f"export --format {kind}: say where it goes with --out")
-    if not kind and (out or not objects):
+    if not kind and not objects:
         raise ConfigError("export: say what to write with --format, or with --objects alone")
     given = {"--objects": objects, "--polygons": polygons, "--factory": factory}
     fitting = {"onnx": ["--factory"], "coco": ["--objects", "--polygons"]}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -152,6 +153,46 @@ def test_the_same_command_does_what_is_missing_and_ends_with_the_same_bytes(
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     run_cli(*command)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
+
+
+def test_annotations_and_images_are_of_what_the_run_has_now(run, tmp_path, run_cli):
+    copied, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "coco"
+    run_cli("export", copied, "--format", "coco", "--out", out)
+    run_cli("export", copied, "--format", "png", "--out", tmp_path / "png")
+    first, second, _ = sorted((copied / "metrics").iterdir())
+    first.rename(tmp_path / "away")  # as if another driver had not come to it
+    run_cli("export", copied, "--format", "coco", "--out", out)
+    assert len(annotated(out)) == 8
+    (tmp_path / "away").rename(first)
+    run_cli("export", copied, "--format", "coco", "--out", out)
+    assert len(annotated(out)) == 12
+    table = pq.read_table(second)
+    gone = table["image_id"][0].as_py()
+    status = pa.array(["failed", *table["status"].to_pylist()[1:]])
+    table = table.set_column(table.schema.get_field_index("status"), "status", status)
+    footer = {**table.schema.metadata, b"masks_sha256": b"another"}
+    pq.write_table(table.replace_schema_metadata(footer), second)
+    results, names = open_run(str(copied)), Names(".png")
+    task = Export(results, Folder(Store(str(tmp_path / "png"))), Options("png"), names)
+    assert (tmp_path / "png" / gone).exists()
+    for shard in results.shards():
+        task.do(shard)
+    assert not (tmp_path / "png" / gone).exists()
+    assert len([*(tmp_path / "png").glob("*.png")]) >= 8
+
+
+def test_a_damaged_part_sets_its_shard_aside(run, tmp_path, run_cli):
+    copied = shutil.copytree(run, tmp_path / "run")
+    part = min((copied / "masks").iterdir())
+    number = pq.read_schema(part).names.index("mask")
+    metadata = pq.read_metadata(part).row_group(0).column(number)
+    data = bytearray(part.read_bytes())
+    at, size = metadata.data_page_offset, metadata.total_compressed_size
+    data[at : at + size] = b"\xff" * size
+    part.write_bytes(data)
+    code, _, error = run_cli("export", copied, "--objects", "components", "--out", tmp_path / "o")
+    assert (code, part.name in error, "unet-jobs verify" in error) == (1, True, True)
+    assert len({row["image_id"] for row in rows_of(tmp_path / "o" / "objects")}) == 8
 
 
 def test_an_export_travels_to_another_process(run, tmp_path):

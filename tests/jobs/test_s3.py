@@ -23,9 +23,9 @@ from tests.unet_core.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.parts import read_masks, read_metrics
+from unet_core.parts import masks_name, read_metrics
 from unet_core.run import Run
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, table_of
 from unet_core.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
@@ -41,7 +41,7 @@ def masks_by_key(run):
     found = {}
     for shard_id in run.committed():
         keys = {r["image_id"]: r["key"] for r in read_metrics(run.store, shard_id)[0].to_pylist()}
-        for window in read_masks(run.store, shard_id)[0].to_pylist():
+        for window in table_of(run.store.read(masks_name(shard_id))).to_pylist():
             found[keys[window["image_id"]]] = window["mask"]
     return found
 

@@ -3,6 +3,8 @@ import pytest
 from jobs.predict import predict
 from unet_core import compact, open_run
 from unet_core.compact import COMPACTED
+from unet_core.errors import ParquetDamagedError
+from unet_core.parts import masks_name
 from unet_core.results import stored_masks
 
 
@@ -58,6 +60,30 @@ def test_a_run_knows_its_config_and_input_again(make_config):
     assert results.config == config
     assert results.source.format == "webdataset"
     assert results.source.entries()
+
+
+def test_label_images_are_found_from_any_folder(make_config, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = make_config(input={"uri": str(folder / "images"), "masks": "masks/"})
+    results = open_run(predict(config).run.uri)
+    monkeypatch.chdir(tmp_path)
+    assert results.source.config.masks.rstrip("/") == str(folder / "masks")
+
+
+def test_a_damaged_mask_is_told_by_its_file_wherever_it_is_read(run):
+    shard_id = open_run(run.uri).shards()[0].shard_id
+    masks = stored_masks(run.store, shard_id)
+    mask = next(masks)
+    with run.store.open_parquet(masks_name(shard_id)) as file:
+        names = file.schema_arrow.names
+        column = file.metadata.row_group(0).column(names.index("mask"))
+    data = bytearray(run.store.read(masks_name(shard_id)))
+    at = column.dictionary_page_offset or column.data_page_offset
+    data[at : at + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    with open(run.store.uri(masks_name(shard_id)), "r+b") as part:
+        part.write(data)
+    with pytest.raises(ParquetDamagedError, match=masks_name(shard_id)):
+        mask.whole()
 
 
 def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):

@@ -128,17 +128,18 @@ def _sides(region_HW: Array) -> Iterator[tuple[tuple[int, int], int]]:
 
 @local_space()
 def document(
-    class_names: tuple[str, ...], images: Iterable[Row], annotations: Iterable[Row]
+    class_names: tuple[str, ...], digest: str, images: Iterable[Row], annotations: Iterable[Row]
 ) -> BinaryIO:
     """The whole of ``annotations.json``, written as its rows come.
 
-    ``images``: id, file_name, height, width. ``annotations``: rows of ``schema.ANNOTATION`` with
-    the id of their image; they are numbered here.
+    ``digest``: of what it is of. ``images``: id, file_name, height, width. ``annotations``: rows of
+    ``schema.ANNOTATION`` with the id of their image; they are numbered here.
     """
     file = spooled()
     named = [{"id": n, "name": name} for n, name in enumerate(class_names) if n]
-    file.write(b'{"licenses":[],"info":{"description":"made by unet-jobs"},"categories":')
-    file.write(json.dumps(named).encode())
+    info = {"description": "made by unet-jobs", "shards": digest}
+    head = json.dumps({"info": info, "licenses": [], "categories": named})
+    file.write(head.removesuffix("}").encode())
     file.write(b',\n"images":[')
     _write(file, map(json.dumps, images))
     file.write(b'],\n"annotations":[')

@@ -16,7 +16,7 @@ from unet_core.images.codec import EXTENSIONS
 
 EXTENSION = rf"(?i)\.({'|'.join(e.removeprefix('.') for e in EXTENSIONS)})"
 AT_END = re.compile(rf"{EXTENSION}\Z")
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^\.|%(?=[0-9A-F]{2}|[-+])")
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^\.|%(?=[0-9A-Fa-f]{2}|[-+])")
 """Characters that are escaped: of control, a first dot, and what would look like an escape."""
 NO_NAME = "%2F"
 MOST_BYTES, KEPT_BYTES = 200, 150
@@ -33,26 +33,30 @@ class Names:
     """Ids that keep their own extension: without it, they would be named as another image."""
     twice: frozenset[str] = frozenset()
     """Ids that several shards have; their names end in the shard's id."""
+    alike: frozenset[str] = frozenset()
+    """Ids that some file systems take for one: of another case or form of Unicode."""
 
     @classmethod
     def among(cls, extension: str, ids_of_shards: Iterable[pa.Array]) -> "Names":
         """Those that tell all images apart, given the ids of each shard."""
         ids = pa.chunked_array(ids_of_shards, pa.string())
-        stems = pc.replace_substring_regex(ids, rf"{EXTENSION}\z", "")
-        full = ids.filter(pc.is_in(stems, _repeated(stems)))
+        folded, once = _folded(ids), pc.unique(ids)
+        stems = pc.replace_substring_regex(folded, rf"{EXTENSION}\z", "")
+        is_full = pc.is_in(stems, _repeated(stems))
         while True:  # a full id may be what is left of another
-            is_met = pc.and_not(pc.is_in(stems, full), pc.is_in(ids, full))
+            is_met = pc.and_not(pc.is_in(stems, folded.filter(is_full).combine_chunks()), is_full)
             if not pc.any(is_met).as_py():
                 break
-            full = pa.chunked_array([*full.chunks, *ids.filter(is_met).chunks])
-        return cls(
-            extension, frozenset(full.to_pylist()), frozenset(_repeated(ids).to_pylist())
-        )  # fmt: skip
+            is_full = pc.or_(is_full, is_met)
+        alike = once.filter(pc.is_in(_folded(once), _repeated(_folded(once))))
+        found = ids.filter(is_full), _repeated(ids), alike
+        return cls(extension, *(frozenset(some.to_pylist()) for some in found))
 
     @property
     def digest(self) -> str:
         """Of all that decides a name beside its id."""
         told = [self.extension, sorted(self.full), sorted(self.twice)]
+        told += [sorted(self.alike)] if self.alike else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
     def of(self, image_id: str, shard_id: str) -> str:
@@ -63,13 +67,19 @@ class Names:
         if len(path.encode()) > MOST_PATH_BYTES:
             path = f"%-{_digest(stem)}"
         suffix = f"%+{shard_id}" if image_id in self.twice else ""
+        suffix += f"%-{_digest(image_id)}" if image_id in self.alike else ""
         return f"{path}{suffix}{self.extension}"
 
     def _as_folder(self, part: str) -> str:
         """A folder that no file of the export is named as."""
         stem, dot, extension = part.rpartition(".")
-        is_as_file = dot + extension in (self.extension, ".json", ".parquet")
+        is_as_file = (dot + extension).lower() in (self.extension, ".json", ".parquet")
         return f"{stem}%2E{extension}" if is_as_file else part
+
+
+def _folded(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What is the same for file systems that mind neither case nor form."""
+    return pc.utf8_lower(pc.utf8_upper(pc.utf8_normalize(texts, "NFC")))
 
 
 def _repeated(values: pa.ChunkedArray) -> pa.Array:

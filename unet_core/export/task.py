@@ -4,11 +4,11 @@ is the commit.
 
 import contextlib
 import dataclasses
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -34,7 +34,7 @@ from unet_core.inputs.shards import Shard
 from unet_core.parts import COMPRESSION, metrics_name, read_metrics
 from unet_core.results import Results, StoredMask, stored_masks
 from unet_core.run import require_empty, require_equal
-from unet_core.storage.spool import drop
+from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 
 VERSION = "1"
@@ -45,6 +45,7 @@ MOST_PIXELS = 2**28
 MOST_LABELS = 2**16 - 1
 """That 16 bits can tell apart."""
 READ_THREADS = 16
+ROW_GROUP_BYTES = 8 * 2**20
 
 Row = dict[str, Any]
 
@@ -126,53 +127,93 @@ class Export:
         advice = "give --out a new folder, or the same options"
         require_equal(store.uri(), there, self.identity, "export", advice)
 
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """SHA-256 of the masks of each committed shard, as it was when this was first asked; stays
+        in the process that asked.
+        """
+
+        def masks_of(shard_id: str) -> str:
+            with contextlib.suppress(NotFoundError, ParquetDamagedError):
+                return _masks_of(self.results.run.store, metrics_name(shard_id))
+            return ""
+
+        ids = sorted(self.results.run.committed())
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return dict(zip(ids, pool.map(masks_of, ids), strict=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Export, (self.results, self.folder, self.options, self.names, self.has_input)
+
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now: those with failed images may
         have been done again since.
         """
-        ids = self.indexed()
+        entries = self.folder.store.list(self.folder.index)
+        ids = {entry.name.removesuffix(".parquet") for entry in entries} & self.masks.keys()
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            flags = pool.map(self._is_done, ids)
-            return {shard_id for shard_id, is_done in zip(ids, flags, strict=True) if is_done}
+            found = pool.map(lambda name: _masks_of(self.folder.store, self.index(name)), ids)
+            return {name for name, masks in zip(ids, found, strict=True)
+                    if masks == self.masks[name]}  # fmt: skip
 
-    def indexed(self) -> list[str]:
-        """Shards that have an index, of whatever masks. One listing."""
-        names = [entry.name for entry in self.folder.store.list(self.folder.index)]
-        return [n.removesuffix(".parquet") for n in names if n.endswith(".parquet")]
+    def index(self, shard_id: str) -> str:
+        """Name of a shard's commit."""
+        return f"{self.folder.index}/{shard_id}.parquet"
 
-    def _is_done(self, shard_id: str) -> bool:
-        store = self.results.run.store
-        try:
-            now = _footer(store, metrics_name(shard_id))
-        except NotFoundError:
-            return False
-        then = _footer(self.folder.store, f"{self.folder.index}/{shard_id}.parquet")
-        return then.get(b"masks_sha256") == now.get(b"masks_sha256")
+    def exported(self, shard_id: str, columns: list[str]) -> Iterator[Row]:
+        """Rows of a shard's index, a group in memory at a time."""
+        with self.folder.store.open_parquet(self.index(shard_id)) as file:
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group, columns).to_pylist()
 
+    @local_space()
     def do(self, shard: Shard) -> int:
         """Export one shard; raises ShardError if its parts are not what they should be."""
-        store, shard_id = self.results.run.store, shard.shard_id
+        shard_id = shard.shard_id
         try:
-            metrics, footer = read_metrics(store, shard_id)
-            rows = metrics.select(["image_id", "height", "width", "status", "error_message"])
-            ok = rows.filter(pc.field("status") == "ok")["image_id"].to_pylist()
-            inputs = InputImages(self.results, shard, ok if self.has_input else [])
-            masks = stored_masks(store, shard_id)
-            made = {mask.image_id: self._image(shard_id, mask, inputs) for mask in masks}
+            metrics, footer = read_metrics(self.results.run.store, shard_id)
+            footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
+            columns = schema.EXPORTED
+            if self.options.format == "coco":
+                columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
+            with _Rows(columns, footer) as index, _Rows(schema.OBJECTS, footer) as objects:
+                files = set()
+                for row, found in self._rows(shard, metrics):
+                    files.add(row.get("file"))
+                    index.add(pa.Table.from_pylist([row], columns))
+                    if found is not None:
+                        objects.add(found)
+                self._remove_all_but(files, shard_id)
+                if self.options.objects:
+                    objects.publish(self.folder.store, self.folder.objects(shard_id))
+                index.publish(self.folder.store, self.index(shard_id))
         except (NotFoundError, ParquetDamagedError) as error:
             raise ShardError(f"{error}; unet-jobs verify tells more") from error
-        footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
-        if self.options.objects:
-            objects = [table for _, table in made.values() if table is not None]
-            part = pa.concat_tables([schema.OBJECTS.empty_table(), *objects])
-            self._publish(self.folder.objects(shard_id), part, footer)
-        columns = schema.EXPORTED
-        if self.options.format == "coco":
-            columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
-        index = [_index_row(row, made) for row in rows.to_pylist()]
-        part = pa.Table.from_pylist(index, schema=columns)
-        self._publish(f"{self.folder.index}/{shard_id}.parquet", part, footer)
-        return len(index)
+        return metrics.num_rows
+
+    def _rows(self, shard: Shard, metrics: pa.Table) -> Iterator[tuple[Row, pa.Table | None]]:
+        """A row of the index for each of a metrics part, and the objects of that image."""
+        rows = metrics.select(["image_id", "height", "width", "status", "error_message"])
+        ok = rows.filter(pc.field("status") == "ok")["image_id"].to_pylist()
+        inputs = InputImages(self.results, shard, ok if self.has_input else [])
+        masks = stored_masks(self.results.run.store, shard.shard_id)
+        mask = next(masks, None)
+        for row in rows.to_pylist():
+            if row["status"] != "ok":
+                yield {**row, "problem": row["error_message"]}, None
+            elif mask is None or mask.image_id != row["image_id"]:  # both are in the shard's order
+                yield {**row, "status": "refused", "problem": "the run has no mask of it"}, None
+            else:
+                made, found = self._image(shard.shard_id, mask, inputs)
+                yield {**row, **made}, found
+                mask = next(masks, None)
+
+    def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
+        """Remove images of an earlier export of this shard that have failed since."""
+        if self.folder.store.exists(self.index(shard_id)):
+            for row in self.exported(shard_id, ["file"]):
+                if row["file"] and row["file"] not in files:
+                    self.folder.store.remove(row["file"])
 
     def _image(
         self, shard_id: str, mask: StoredMask, inputs: InputImages
@@ -234,10 +275,40 @@ class Export:
             drop(file)
         return name
 
-    def _publish(self, name: str, table: pa.Table, footer: dict[str, str]) -> None:
-        sink = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata(footer), sink, **COMPRESSION)
-        self.folder.store.publish(name, sink.getvalue())
+
+class _Rows:
+    """Rows on their way to a Parquet file; groups are cut by bytes, so it depends on them alone."""
+
+    def __init__(self, columns: pa.Schema, footer: dict[str, str]) -> None:
+        self._schema = columns.with_metadata(footer)
+        self._file = spooled()
+        self._writer = pq.ParquetWriter(self._file, self._schema, **COMPRESSION)
+        self._tables: list[pa.Table] = []
+        self._bytes = 0
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # no room for a footer that nobody reads
+            self._writer.close()
+        drop(self._file)
+
+    def add(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self._bytes += table.nbytes
+        if self._bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def publish(self, store: Store, name: str) -> None:
+        self._flush()
+        self._writer.close()
+        store.publish(name, self._file)
+
+    def _flush(self) -> None:
+        table = pa.concat_tables([self._schema.empty_table(), *self._tables])
+        self._writer.write_table(table.replace_schema_metadata(self._schema.metadata))
+        self._tables, self._bytes = [], 0
 
 
 def _require_small(mask: StoredMask) -> None:
@@ -256,15 +327,8 @@ def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
     return measured(found, None)
 
 
-def _index_row(row: Row, made: dict[str, tuple[Row, pa.Table | None]]) -> Row:
-    """A row of ``schema.EXPORTED`` for a row of a metrics part."""
-    if row["status"] != "ok":
-        return {**row, "problem": row["error_message"]}
-    nothing: Row = {"status": "refused", "problem": "the run has no mask of it"}
-    found, _ = made.get(row["image_id"], (nothing, None))
-    return {**row, **found}
-
-
-def _footer(store: Store, name: str) -> dict[bytes, bytes]:
+def _masks_of(store: Store, name: str) -> str:
+    """SHA-256 of the masks that a part or an index tells of."""
     with store.open_parquet(name) as file:
-        return file.schema_arrow.metadata or {}
+        found: bytes = (file.schema_arrow.metadata or {}).get(b"masks_sha256", b"")
+        return found.decode()

@@ -155,18 +155,12 @@ class Store:
         Raises ParquetDamagedError where it is none, or no longer; NotFoundError and ChangedError as
         ``read``.
         """
-        with self.open_raw(name, size, etag) as raw:
-            try:
-                with pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file:
-                    yield file
-            except MemoryError:  # also Arrow's: it says nothing of the file
-                raise
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                # Arrow calls bad pages I/O errors, and names need not be UTF-8
-                reason = " ".join(str(error).split())
-                raise ParquetDamagedError(
-                    f"{self.uri(name)} is not a whole Parquet file: {reason}"
-                ) from error
+        with (
+            self.open_raw(name, size, etag) as raw,
+            whole_parquet(self.uri(name)),
+            pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file,
+        ):
+            yield file
 
     def list(self, folder: str = "") -> list[Entry]:
         """All objects below a folder at any depth, by name; hidden ones (``.name``) are skipped."""
@@ -426,6 +420,19 @@ class Store:
                         except FileNotFoundError:
                             continue  # a temporary file that was there a moment ago
                         yield Entry(name, info.st_size, _local_etag(info))
+
+
+@contextlib.contextmanager
+def whole_parquet(uri: str) -> Iterator[None]:
+    """Around whatever reads a Parquet file; raises ParquetDamagedError where it is not whole."""
+    try:
+        yield
+    except MemoryError:  # also Arrow's: it says nothing of the file
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow calls bad pages I/O errors, and names need not be UTF-8
+        reason = " ".join(str(error).split())
+        raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
 
 
 def table_of(data: bytes) -> pa.Table:
