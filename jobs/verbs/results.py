@@ -8,6 +8,7 @@ import click
 
 from jobs.verbs.arguments import OVERRIDES, REACH, STORAGE, run_config, storage_of, stored_run
 from jobs.verbs.show import (
+    harmless,
     json_option,
     only_document,
     show,
@@ -93,9 +94,9 @@ def _show_findings(run: str, findings: "Findings", deep: bool) -> None:
     show(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
     show_totals(findings.totals, findings.class_names)
     for note in findings.notes:
-        click.echo(f"note: {note}")
+        click.echo(harmless(f"note: {note}"))
     for problem in findings.problems:
-        click.echo(f"problem: {problem}")
+        click.echo(harmless(f"problem: {problem}"))
     if not findings.problems:
         click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
 

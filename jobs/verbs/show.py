@@ -202,7 +202,7 @@ def show_scored(document: dict[str, Any]) -> None:
         value = document["of"]["input.ignore_index"]
         show(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
     if "warning" in document:
-        click.echo(_harmless(f"warning: {document['warning']}"), err=True)
+        click.echo(harmless(f"warning: {document['warning']}"), err=True)
     for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
         _showharmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
