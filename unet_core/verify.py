@@ -299,9 +299,7 @@ def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
     if not run.is_finished:
         left = f"{len(missing)} shards are not committed"
         if not missing:
-            left = (
-                "all shards are committed, but perhaps too many images failed; predict says it"
-            )
+            left = "all shards are committed, but perhaps too many images failed; predict says it"
         findings.notes.append(f"not finished: {left}")
         return
     findings.problems += [f"finished, but shard {s} is not committed" for s in sorted(missing)]
