@@ -3,7 +3,8 @@ device can multiply.
 
 All figures are of the same images, in megapixels of input a second. Each stage is measured alone,
 on one thread; the model with its batches in memory, on as many lanes as in a job; the job as
-``predict`` does it in one process, from its first read to its last commit.
+``predict`` does it in one process, from its first read to its last commit. What is compared is
+measured in turn, so that a busy machine slows all of it.
 """
 
 import contextlib
@@ -13,11 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,8 +44,7 @@ from unet_core.timings import Seconds, ShardResult
 ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""
 MATRIX_SIDE = 2048
-LEAST_S = 3.0
-"""What is repeated goes on for so long at least."""
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,16 @@ class Bench:
     gflop_per_megapixel: float
     """Of the network's convolutions, tiles' halos and padding included."""
     model: float
+    model_over_limit: float
+    """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
     read: float
     decode: float
     encode: float
     write: float
     """As it went during the job."""
     job: float
+    job_over_model: float
+    """1 would be a device that never waits."""
     images_per_s: float
     """Of the job."""
     waited: dict[str, float]
@@ -79,18 +82,8 @@ class Bench:
         """What the model could do if its device did nothing but multiply."""
         return self.matrix_gflop_per_s / self.gflop_per_megapixel
 
-    @property
-    def model_over_limit(self) -> float:
-        """1 would be a device that does nothing but multiply."""
-        return self.model / self.limit
 
-    @property
-    def job_over_model(self) -> float:
-        """1 would be a device that never waits."""
-        return self.job / self.model
-
-
-def bench(config: PredictConfig, least_s: float = LEAST_S) -> Bench:
+def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
     """Measure with the first shards of an input; nothing of it is kept.
 
     Raises what ``predict`` raises, and ConfigError if no image of them can be segmented.
@@ -102,7 +95,7 @@ def bench(config: PredictConfig, least_s: float = LEAST_S) -> Bench:
             job.source.listing.clear()
             shards = _sample(job, [found.with_members(head) if head.has_members else head
                                    for head in found.heads])  # fmt: skip
-        return _measured(job, shards, least_s)
+        return _measured(job, shards, rounds)
 
 
 def _sample(job: Job, shards: list[Shard]) -> list[Shard]:
@@ -119,7 +112,17 @@ def _count(job: Job, shard: Shard) -> int:
     return sum(1 for _ in read_shard(job.source, shard))
 
 
-def _measured(job: Job, shards: list[Shard], least_s: float) -> Bench:
+@dataclass(frozen=True)
+class Round:
+    """Seconds of all that is compared, one after the other."""
+
+    matrix_s: float
+    """For a large matrix on each lane."""
+    model_s: float
+    job_s: float
+
+
+def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
     replica = Replica(job.replica(session.local_cpus(job.config.workers)))
     engine, compute = replica.engine, replica.probe()
     stages = _Stages(job, engine, compute)
@@ -127,27 +130,38 @@ def _measured(job: Job, shards: list[Shard], least_s: float) -> Bench:
         stages.take(shard)
     if not stages.batches:
         raise ConfigError(f"no image of {job.config.input.uri} can be segmented; try predict")
-    model_s = _model_s(engine, stages.batches, least_s)
     stages.encode(engine)
-    matrix = _matrix_gflop_per_s(engine, least_s)
-    job_s, seconds, results = _job_s(job, shards)
-    megapixels = stages.pixels / 1e6
+    megapixels, gflop = stages.pixels / 1e6, sum(_gflop(engine, b) for b in stages.batches)
+    matrix_gflop = 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
+    seconds: list[Seconds] = []
+    turns = []
+    for _ in range(rounds):
+        matrix_s, model_s = _matrix_s(engine), _model_s(engine, stages.batches)
+        job_s, spent = _job_s(job, shards)
+        turns.append(Round(matrix_s, model_s, job_s))
+        seconds.append(spent)
+    rate = matrix_gflop / statistics.median(turn.matrix_s for turn in turns)
+    job_s = statistics.median(turn.job_s for turn in turns)
     return Bench(
         device=compute.device,
         lanes=engine.lanes,
         shards=len(shards),
         images=stages.images,
         megapixels=megapixels,
-        matrix_gflop_per_s=matrix,
-        gflop_per_megapixel=sum(_gflop(engine, batch) for batch in stages.batches) / megapixels,
-        model=megapixels / model_s,
+        matrix_gflop_per_s=rate,
+        gflop_per_megapixel=gflop / megapixels,
+        model=megapixels / statistics.median(turn.model_s for turn in turns),
+        model_over_limit=statistics.median(
+            gflop / turn.model_s * turn.matrix_s / matrix_gflop for turn in turns
+        ),
         read=megapixels / stages.read_s,
         decode=megapixels / stages.decode_s,
         encode=megapixels / stages.encode_s,
-        write=megapixels / seconds.writing,
+        write=megapixels / seconds[-1].writing,
         job=megapixels / job_s,
-        images_per_s=sum(result.totals.ok for result in results) / job_s,
-        waited=seconds.shares,
+        job_over_model=statistics.median(turn.model_s / turn.job_s for turn in turns),
+        images_per_s=stages.images / job_s,
+        waited=sum(seconds, Seconds()).shares,
         peak_memory_bytes=_peak_bytes(),
     )
 
@@ -220,37 +234,31 @@ def _given(data: bytes) -> bytes:
     return data
 
 
-def _model_s(engine: Engine, batches: list[Batch], least_s: float) -> float:
-    """Seconds for all batches once, the median of several times."""
+def _model_s(engine: Engine, batches: list[Batch]) -> float:
+    """Seconds for all batches once."""
     with ThreadPoolExecutor(engine.lanes) as lanes:
-        return _median_s(lambda: list(lanes.map(engine.run, batches)), least_s)
+        start = time.perf_counter()
+        list(lanes.map(engine.run, batches))
+        return time.perf_counter() - start
 
 
-def _matrix_gflop_per_s(engine: Engine, least_s: float) -> float:
-    """The device's rate of float32 multiplications, on as many threads as it has lanes."""
+def _matrix_s(engine: Engine) -> float:
+    """Seconds for one product of float32 matrices on each lane, the median of some."""
     square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device)
 
     def multiply(_: int) -> None:
-        square @ square
+        with torch.inference_mode():
+            square @ square
 
-    def once() -> None:
+    def once() -> float:
+        start = time.perf_counter()
         list(lanes.map(multiply, range(engine.lanes)))
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
+        return time.perf_counter() - start
 
-    with ThreadPoolExecutor(engine.lanes) as lanes, torch.inference_mode():
-        return 2 * MATRIX_SIDE**3 * engine.lanes / _median_s(once, least_s) / 1e9
-
-
-def _median_s(work: Callable[[], Any], least_s: float) -> float:
-    """Of a few times; the first one warms up."""
-    work()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < least_s:
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    with ThreadPoolExecutor(engine.lanes) as lanes:
+        return statistics.median(once() for _ in range(5))
 
 
 def _gflop(engine: Engine, batch: Batch) -> float:
@@ -261,9 +269,13 @@ def _gflop(engine: Engine, batch: Batch) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds, list[ShardResult]]:
-    """The job from its first read to its last commit, the model being loaded."""
-    results: list[ShardResult] = []
+def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
+    """The job from its first read to its last commit, the model being loaded; not kept."""
+    seconds: list[Seconds] = []
+
+    def on_done(result: ShardResult, *_: object) -> None:
+        seconds.append(result.seconds)
+
     with contextlib.closing(
         InlineWorkers(job.replica(session.local_cpus(job.config.workers)), lambda: None)
     ) as workers:
@@ -273,9 +285,10 @@ def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds, list[ShardRes
             workers.configure(record.compute, job.footer(record))
             board = Board.of(found.heads, job.config.errors)
             start = time.perf_counter()
-            dispatch(board, workers, lambda result, *_: results.append(result))
+            dispatch(board, workers, on_done)
             took_s = time.perf_counter() - start
-    return took_s, sum((result.seconds for result in results), Seconds()), results
+    job.run.store.remove_all()
+    return took_s, sum(seconds, Seconds())
 
 
 def _peak_bytes() -> int:
