@@ -32,6 +32,7 @@ for verb in (
     running.plan,
     running.submit,
     running.pack,
+    running.bench,
     running.demo,
     running.doctor,
     results.status,

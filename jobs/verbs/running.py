@@ -15,6 +15,7 @@ from jobs.verbs.show import (
     json_option,
     only_document,
     show,
+    show_bench,
     show_causes,
     show_checks,
     show_cost,
@@ -177,6 +178,24 @@ def _follow(server: "JobServer", job_id: str) -> int:
                 return StoppedError.exit_code
             if answer == "s":
                 server.stop(job_id)
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("source", metavar="CONFIG.toml|IMAGES")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--model", help="Checkpoint, where IMAGES is given.")
+@json_option
+def bench(source: str, overrides: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    """Measure what this machine allows, its model and the whole job. Keeps nothing."""
+    out = None if source.endswith(".toml") else "bench"
+    config = predict_config(source, overrides, model, out)
+    from jobs.bench import bench as measure
+
+    measured = measure(config)
+    if as_json:
+        show_json(measured)
+    else:
+        show_bench(measured)
 
 
 @click.command()

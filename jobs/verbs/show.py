@@ -14,6 +14,7 @@ import click
 from unet_core.config import PredictConfig
 
 if TYPE_CHECKING:
+    from jobs.bench import Bench
     from jobs.cost import Cost
     from jobs.doctor import Diagnosis
     from jobs.inspect import Plan
@@ -79,6 +80,23 @@ def show_plan(plan: "Plan") -> None:
         images="known when the tars are read" if plan.images is None else f"{plan.images:,}",
         bytes=f"{plan.bytes / 1e9:.3f} GB, {plan.bytes_left / 1e9:.3f} GB left",
         workers=plan.workers,
+    )
+
+
+def show_bench(bench: "Bench") -> None:
+    """The limit, the model, the stages, the job, and how near each comes to the one before."""
+    show(
+        machine=f"{bench.device}, {bench.lanes} lanes",
+        sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",
+        limit=f"{bench.matrix_gflop_per_s:,.0f} GFLOP/s at {bench.gflop_per_megapixel:,.1f} "
+        f"GFLOP/Mpx: {bench.limit:,.2f} Mpx/s",
+        model=f"{bench.model:,.2f} Mpx/s, {bench.model_over_limit:.2f} of the limit",
+        stages=f"read {bench.read:,.3g}, decode {bench.decode:,.3g}, encode {bench.encode:,.3g}, "
+        f"write {bench.write:,.3g} Mpx/s on one thread each",
+        job=f"{bench.job:,.2f} Mpx/s ({bench.images_per_s:,.1f} images/s), "
+        f"{bench.job_over_model:.2f} of the model",
+        device=", ".join(f"{what} {share:.0%}" for what, share in bench.waited.items()),
+        memory=f"{bench.peak_memory_bytes / 1e6:,.0f} MB at most",
     )
 
 
