@@ -108,7 +108,7 @@ def _digest(state: State) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
-def _is_current(store: Store, state: list[tuple[str, int]]) -> bool:
+def _is_current(store: Store, state: State) -> bool:
     if not store.exists(FILE):
         return False
     with store.open_parquet(FILE) as file:
