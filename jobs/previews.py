@@ -1,8 +1,10 @@
 """``unet-jobs report --previews``: overlays of single images of a run."""
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.export import require_apart
 from unet_core.compact import batches
@@ -44,10 +46,23 @@ def write_previews(
         target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
 
     answers = fetch(results, picks, write)
-    problems = [(image_id, "the run has no mask of it") for image_id in image_ids
-                if image_id not in answers]  # fmt: skip
+    missing = [image_id for image_id in image_ids if image_id not in answers]
+    near = _near(results, missing)
+    problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]
     problems += [(image_id, found.reason) for image_id, found in answers.items() if found.reason]
     return Previews(sum(not found.reason for found in answers.values()), problems)
+
+
+def _near(results: Results, missing: list[str]) -> dict[str, str]:
+    """For each id that is not there, one that has its stem within it."""
+    found = dict.fromkeys(missing, "")
+    for table in batches(results.run.store) if missing else ():
+        for image_id in missing:
+            stem = PurePosixPath(image_id).stem
+            like = pc.match_substring(table["image_id"], stem, ignore_case=True)
+            if not found[image_id] and pc.any(like).as_py():
+                found[image_id] = f"; did you mean {table['image_id'].filter(like)[0].as_py()}?"
+    return found
 
 
 def _chosen(results: Results, image_ids: list[str], worst: int) -> list[Pick]:

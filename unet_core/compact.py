@@ -7,7 +7,7 @@ count.
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
 
@@ -21,16 +21,18 @@ from unet_core.schema import METRICS
 from unet_core.storage.store import Store, table_of
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
-PARTS_PER_GROUP = 512
-"""Parts that make a row group."""
+GROUP_BYTES = 128 * 2**20
+"""In memory; a row group has so many or a few parts more."""
 PARTS = "parts"
 BATCH_ROWS = 8192
+
+State = list[tuple[str, int, str]]
 
 
 def compact(store: Store, record: Record) -> None:
     """Write ``metrics.parquet`` unless it is there and tells of all parts of a run.
 
-    A few hundred parts are in memory at a time.
+    One row group is in memory at a time.
     """
     state = _state(store)
     if not state or _is_current(store, state):
@@ -40,8 +42,8 @@ def compact(store: Store, record: Record) -> None:
     schema = COMPACTED.with_metadata(footer)
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
         with pq.ParquetWriter(file, schema, **COMPRESSION) as writer:
-            for table in tables(store, [shard_id for shard_id, _ in state]):
-                writer.write_table(table.cast(schema))
+            for group in _groups(_tables(store, state)):
+                writer.write_table(group.cast(schema))
         store.publish(FILE, cast(BinaryIO, file))
 
 
@@ -52,8 +54,7 @@ def read_rows(store: Store) -> pa.Table:
     state = _state(store)
     if _is_current(store, state):
         return table_of(store.read(FILE)).replace_schema_metadata()
-    found = tables(store, [shard_id for shard_id, _ in state])
-    return pa.concat_tables([COMPACTED.empty_table(), *found])
+    return pa.concat_tables([COMPACTED.empty_table(), *_tables(store, state)])
 
 
 def batches(store: Store) -> Iterator[pa.Table]:
@@ -64,17 +65,28 @@ def batches(store: Store) -> Iterator[pa.Table]:
             for batch in file.iter_batches(BATCH_ROWS):
                 yield pa.Table.from_batches([batch]).replace_schema_metadata()
         return
-    shard_ids = [shard_id for shard_id, _ in state]
-    for at in range(0, len(shard_ids), READ_THREADS):
-        yield from tables(store, shard_ids[at : at + READ_THREADS])
+    yield from _tables(store, state)
 
 
-def tables(store: Store, shard_ids: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of shards, a few hundred shards at a time."""
+def _tables(store: Store, state: State) -> Iterator[pa.Table]:
+    """The rows of shards, a few shards at a time."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for at in range(0, len(shard_ids), PARTS_PER_GROUP):
-            names = shard_ids[at : at + PARTS_PER_GROUP]
+        for at in range(0, len(state), READ_THREADS):
+            names = [shard_id for shard_id, *_ in state[at : at + READ_THREADS]]
             yield pa.concat_tables(pool.map(lambda name: _rows(store, name), names))
+
+
+def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    held_bytes = 0
+    for table in tables:
+        held.append(table)
+        held_bytes += table.nbytes
+        if held_bytes >= GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held, held_bytes = [], 0
+    if held:
+        yield pa.concat_tables(held)
 
 
 def _rows(store: Store, shard_id: str) -> pa.Table:
@@ -83,20 +95,20 @@ def _rows(store: Store, shard_id: str) -> pa.Table:
     return pa.table([names, *rows.select(METRICS.names).columns], schema=COMPACTED)
 
 
-def _state(store: Store) -> list[tuple[str, int]]:
-    """Ids and sizes of the metrics parts."""
+def _state(store: Store) -> State:
+    """Ids, sizes and etags of the metrics parts."""
     return [
-        (entry.name.removesuffix(".parquet"), entry.bytes)
+        (entry.name.removesuffix(".parquet"), entry.bytes, entry.etag)
         for entry in store.list("metrics")
         if not entry.name.startswith("_")
     ]
 
 
-def _digest(state: list[tuple[str, int]]) -> str:
+def _digest(state: State) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
-def _is_current(store: Store, state: list[tuple[str, int]]) -> bool:
+def _is_current(store: Store, state: State) -> bool:
     if not store.exists(FILE):
         return False
     with store.open_parquet(FILE) as file:

@@ -85,8 +85,12 @@ TIMINGS = pa.schema(
         ("waiting_for_shard_s", pa.float64()),
         ("waiting_for_reading_s", pa.float64()),
         ("waiting_for_decoding_s", pa.float64()),
+        ("whole_s", pa.float64()),
     ]
 )
+"""``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
+sums over threads, and attempts of one actor overlap. Null in runs of versions before it.
+"""
 
 PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
 

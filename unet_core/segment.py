@@ -25,6 +25,7 @@ from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Rejected
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source
+from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_part, read_totals
 from unet_core.rows import Encoded, Encoder, Row
@@ -128,7 +129,7 @@ class Segmenter:
         bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
         exception.
         """
-        seconds = Seconds()
+        seconds, start = Seconds(), time.perf_counter()
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
             for place, sample in enumerate(read_shard(self.settings.source, shard))
@@ -136,7 +137,8 @@ class Segmenter:
         try:
             with self._part() as part:
                 rows, seen = self._fill(part, samples, seconds, partial(self.step, shard.shard_id))
-                return self._commit(shard, rows, part, seen, seconds)
+                totals = self._commit(shard, rows, part, seen, seconds)
+            return ShardResult(shard.shard_id, totals, seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(shard.shard_id, None)
 
@@ -307,7 +309,7 @@ class Segmenter:
 
     def _commit(
         self, shard: Shard, rows: list[Row], part: MasksPart, seen: int, seconds: Seconds
-    ) -> ShardResult:
+    ) -> Totals:
         start = time.perf_counter()
         masks, sha256, size = part.finish()
         footer = {
@@ -320,7 +322,7 @@ class Segmenter:
         totals = read_totals(self.settings.output, shard.shard_id)
         seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
-        return ShardResult(shard.shard_id, totals, seconds)
+        return totals
 
 
 def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:

@@ -70,6 +70,8 @@ class ShardResult:
     shard_id: str
     totals: Totals
     seconds: Seconds
+    whole_s: float = 0.0
+    """By the clock, from the first read to the commit."""
 
 
 class TimingsLog:
@@ -105,6 +107,7 @@ class TimingsLog:
                 "images": result.totals.images_seen,
                 "pixels": result.totals.pixels,
                 **{f"{stage}_s": seconds for stage, seconds in vars(result.seconds).items()},
+                "whole_s": result.whole_s,
             }
         )
         if time.monotonic() - self._flushed > FLUSH_S:

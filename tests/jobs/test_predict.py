@@ -39,6 +39,7 @@ def test_a_run_accounts_for_every_image(make_config, tmp_path):
     rows = pq.read_table(timings).to_pylist()
     assert len(rows) == 6
     assert all(row["attempt"] == 1 and row["device_s"] > 0 for row in rows)
+    assert all(row["whole_s"] > row["writing_s"] > 0 for row in rows)
 
 
 def test_a_second_run_writes_nothing(make_config, tmp_path):

@@ -10,6 +10,7 @@ from jobs.train import train
 from tests.unet_core.training.scenes import config_of
 from unet_core import open_run
 from unet_core.config import StorageConfig
+from unet_core.report import facts
 
 
 def test_predict_writes_a_report_unless_nothing_was_to_do(make_config, run_cli, tmp_path):
@@ -48,10 +49,21 @@ def test_previews_are_named_after_their_images(make_config, run_cli, tmp_path):
     predict(make_config())
     to = tmp_path / "previews"
     code, text, errors = run_cli(
-        "report", tmp_path / "run", "--previews", to, "--ids", "shard-4.tar/cell04", "--ids", "no"
+        "report",
+        tmp_path / "run",
+        "--previews",
+        to,
+        "--ids",
+        "shard-4.tar/cell04",
+        "--ids",
+        "no",
+        "--ids",
+        "Cell07.PNG",
     )
     assert (code, "1 images" in text) == (1, True)
-    assert "not drawn: no: the run has no mask of it" in errors
+    assert "not drawn: no: the run has no mask of it\n" in errors
+    assert "no mask of it; did you mean shard-" in errors
+    assert "/cell07?" in errors
     with Image.open(to / "shard-4.tar" / "cell04.png") as drawn:
         assert (drawn.size, drawn.mode) == ((270, 300), "RGB")
         assert (np.ptp(np.asarray(drawn), axis=2) > 0).any()
@@ -62,6 +74,19 @@ def test_previews_are_named_after_their_images(make_config, run_cli, tmp_path):
     inside = make_config().input.uri + "/previews"
     code, _, errors = run_cli("report", tmp_path / "run", "--previews", inside)
     assert (code, "must not contain each other" in errors) == (2, True)
+
+
+def test_a_page_streams_no_more_of_the_input_than_it_may(make_config, monkeypatch):
+    results = open_run(predict(make_config()).run.uri)
+    sizes = {shard.shard_id: shard.bytes for shard in results.shards()}
+    budget = sum(sizes.values()) - 1
+    monkeypatch.setattr(facts, "MOST_BYTES", budget)
+    entries = {e.pick.image_id: e for sheet in facts.run_facts(results).sheets
+               for e in sheet.entries}.values()  # fmt: skip
+    shown = {entry.pick.shard_id for entry in entries if entry.panels}
+    assert 0 < sum(sizes[shard_id] for shard_id in shown) <= budget
+    assert len(shown) < len(sizes)
+    assert all("too much to read" in e.reason for e in entries if e.pick.shard_id not in shown)
 
 
 def test_a_training_explains_itself(folder, tmp_path):

@@ -21,6 +21,7 @@ from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import activity
+from unet_core.report.charts import histogram
 from unet_core.report.facts import Cell, Entry, Sheet, command_of, run_facts
 from unet_core.report.images import Fetched
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
@@ -282,3 +283,33 @@ def test_time_in_which_nobody_worked_is_cut_out():
     assert found.shares["busy"] == pytest.approx(0.8)
     assert [(actor.name, actor.images) for actor in found.actors] == [("a", 1000), ("b", 1000)]
     assert found.began == began
+
+
+def test_attempts_count_by_the_clock_however_many_overlap():
+    began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    ends_s = (10, 15, 60)  # nobody worked from 15 to 50
+    table = [
+        {"shard_id": str(n), "attempt": 1, "actor": "a", "images": 100, "pixels": 10**6,
+         "device_s": 19.0, "whole_s": 10.0, "finished": began + datetime.timedelta(seconds=end_s)}
+        for n, end_s in enumerate(ends_s)
+    ]  # fmt: skip
+    found = activity(pa.Table.from_pylist(table, schema=TIMINGS))
+    assert (found.worked_s, found.images_per_s) == (pytest.approx(25), pytest.approx(12))
+    assert (found.pauses, found.began) == (0, began)
+
+
+def test_a_page_says_of_how_many_images_it_has_timings(facts):
+    few = dataclasses.replace(facts.activity, images=5)
+    said = b"Timings are here of"
+    assert said not in run_page(facts)
+    assert said + b" 5 of 14 images" in run_page(dataclasses.replace(facts, activity=few))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.998, 1.0])
+def test_a_histogram_of_one_value_shows_it_inside_its_axis(value):
+    plot = histogram("all the same", np.full(7, value, np.float32))
+    (bar,) = plot.bars
+    assert [float(part) for part in bar.text.split(":")[0].split(" to ")] == pytest.approx(
+        [value, value], abs=1e-3
+    )
+    assert float(plot.x[-1].text) <= 1.0

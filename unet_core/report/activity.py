@@ -1,7 +1,7 @@
 """How fast a run was and where its devices' time went, hour by hour, from ``timings/``.
 
-Each committed attempt counts over the time since its actor's last one; time in which no actor was
-at work is cut out.
+Each committed attempt counts over its own time by the clock; attempts overlap, and time in which
+there was none is cut out.
 """
 
 import datetime
@@ -19,6 +19,7 @@ BINS = 60
 CHUNK = 65536
 LEAST_SHARDS = 6
 PAUSE_S = 120.0
+"""Time without an attempt is told if it is longer."""
 MOST_ACTORS = 32
 STATES = {
     "busy": "device_s",
@@ -47,8 +48,9 @@ class Activity:
     began: datetime.datetime
     ended: datetime.datetime
     worked_s: float
-    """Without pauses."""
+    """Seconds in which any attempt was under way."""
     pauses: int
+    images: int
     images_per_s: float
     megapixels_per_s: float
     shares: dict[str, float]
@@ -67,8 +69,9 @@ def activity(table: pa.Table) -> Activity | None:
                       for column in table.columns], names=table.column_names)  # fmt: skip
     if not table.num_rows:
         return None
-    start_s, end_s, pauses = _without_pauses(*_intervals(table))
-    worked_s = max(float(end_s.max()), 1e-3)
+    began_s, ended_s = _intervals(table)
+    start_s, end_s, pauses = _without_pauses(began_s, ended_s)
+    worked_s = float(end_s.max())
     images = table["images"].to_numpy().astype(float)
     sums = Seconds(**{name: pc.sum(table[f"{name}_s"]).as_py() or 0.0 for name in vars(Seconds())})
     actors = _actors(table)
@@ -76,11 +79,11 @@ def activity(table: pa.Table) -> Activity | None:
     if table.num_rows >= LEAST_SHARDS:
         rate, where = _plots(table, images, start_s, end_s, worked_s, pauses)
     return Activity(
-        began=pc.min(table["finished"]).as_py()
-        - datetime.timedelta(seconds=float((end_s - start_s)[np.argmin(end_s)])),
+        began=datetime.datetime.fromtimestamp(float(began_s.min()), datetime.UTC),
         ended=pc.max(table["finished"]).as_py(),
         worked_s=worked_s,
         pauses=len(pauses),
+        images=int(images.sum()),
         images_per_s=images.sum() / worked_s,
         megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
         shares=sums.shares,
@@ -92,28 +95,33 @@ def activity(table: pa.Table) -> Activity | None:
 
 
 def _intervals(table: pa.Table) -> tuple[Array, Array]:
-    """Seconds at which each attempt began and ended; rows are ordered by actor."""
+    """Seconds at which each attempt began and ended; rows are ordered by actor.
+
+    Where none were noted, it took what the device says, but no longer than since the one before.
+    """
     ends = table["finished"].cast(pa.int64()).to_numpy() / 1e3
     names = pc.dictionary_encode(table["actor"]).combine_chunks().indices.to_numpy()
     spent = np.stack([table[column].to_numpy() for column in STATES.values()]).sum(axis=0)
     before = np.concatenate([[-np.inf], ends[:-1]])
     before[np.concatenate([[True], names[1:] != names[:-1]])] = -np.inf
-    return np.minimum(np.maximum(before, ends - spent), ends - 1e-3), ends
+    whole = table["whole_s"].to_numpy()
+    starts = np.where(whole > 0, ends - whole, np.maximum(before, ends - spent))
+    return np.minimum(starts, ends - 1e-3), ends
 
 
 def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
-    """The same from 0, long times in which nobody worked cut out; and where they were."""
+    """The same from 0, times in which nobody worked cut out; and where the long ones were."""
     order = np.argsort(start_s)
     busy_until = np.maximum.accumulate(end_s[order])
     gaps = start_s[order][1:] - busy_until[:-1]
-    cut = np.flatnonzero(gaps > PAUSE_S)
+    cut = np.flatnonzero(gaps > 0)
     ends = busy_until[:-1][cut]
     lengths = np.concatenate([[0.0], np.cumsum(gaps[cut])])
 
     def shifted(at_s: Array) -> Array:
         return at_s - start_s.min() - lengths[np.searchsorted(ends, at_s, side="left")]
 
-    return shifted(start_s), shifted(end_s), shifted(ends).tolist()
+    return shifted(start_s), shifted(end_s), shifted(ends[gaps[cut] > PAUSE_S]).tolist()
 
 
 def _plots(

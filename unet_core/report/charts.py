@@ -102,7 +102,8 @@ def histogram(title: str, values: Array, of: str = "images") -> Plot | None:
     if not known.size:
         return None
     least, greatest = float(known.min()), float(known.max())
-    low, high = outward(least, max(greatest, least + 0.01), 5)
+    left = min(least, 0.99)  # so that one value alone has room too, also where it is 1
+    low, high = outward(left, max(greatest, left + 0.01), 5)
     low, high = max(low, 0.0), min(high, 1.0)
     counts, edges = np.histogram(known, BINS, (low, high))
     top = outward(0, int(counts.max()), 3)[1]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from unet_core.arrays import Array
 from unet_core.compact import batches
 from unet_core.config import PredictConfig, build
 from unet_core.failures import Cause, causes
-from unet_core.metrics import Scores, Totals, mean, ratio
+from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import command, toml
@@ -23,6 +24,8 @@ from unet_core.timings import read_timings
 
 SHOWN = 8
 """Images of a sheet."""
+MOST_BYTES = 8 * 2**30
+"""Of tars and the like, read for the images of a page: about a minute at 1 Gbit/s."""
 MOST_CLASSES = 64
 MOST_SIZES = 8
 TIMING_FILES = 2880
@@ -159,10 +162,8 @@ def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
 def _class_row(
     name: str, color: tuple[int, int, int], share: float | None, score: Scores | None
 ) -> ClassRow:
-    rgb = "rgb({} {} {})".format(*color)
-    if score is None:
-        return ClassRow(name, rgb, share, None, None, None, None)
-    return ClassRow(name, rgb, share, score.dice, score.iou, score.precision, score.recall)
+    ratios = {kind: getattr(score, kind, None) for kind in RATIOS}
+    return ClassRow(name, "rgb({} {} {})".format(*color), share, **ratios)
 
 
 def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
@@ -172,8 +173,7 @@ def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
 
 
 def _mean_row(rows: list[ClassRow]) -> ClassRow:
-    names = ("dice", "iou", "precision", "recall")
-    means = {name: mean(getattr(row, name) for row in rows) for name in names}
+    means = {name: mean(getattr(row, name) for row in rows) for name in RATIOS}
     return ClassRow("mean of classes", "", None, **means)
 
 
@@ -234,10 +234,11 @@ def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
             ("largest", "Largest foreground", "by share of pixels", measured.picks[LARGEST]),
         ]
     palette, ignore_index = results.palette, results.config.input.ignore_index
-    picks = {pick.image_id: pick for *_, of_sheet in chosen for pick in of_sheet}
+    by_rank = chain(*zip_longest(*(of_sheet for *_, of_sheet in chosen)))
+    picks = {pick.image_id: pick for pick in by_rank if pick is not None}
     answers = fetch(
         results, list(picks.values()),
-        lambda fetched: panels(view(fetched, PANEL), palette, ignore_index),
+        lambda fetched: panels(view(fetched, PANEL), palette, ignore_index), MOST_BYTES,
     )  # fmt: skip
 
     def entry(pick: Pick) -> Entry:

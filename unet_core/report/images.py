@@ -4,6 +4,7 @@ Each shard is read at most once, and only until the last image that is wanted fr
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,25 +48,37 @@ class Answer(Generic[MadeT]):
 
 
 def fetch(
-    results: Results, picks: list[Pick], make: Callable[[Fetched], MadeT]
+    results: Results,
+    picks: list[Pick],
+    make: Callable[[Fetched], MadeT],
+    most_bytes: float = math.inf,
 ) -> dict[str, Answer[MadeT]]:
     """Make something of each image, by id; on a few threads, and one image of a thread at a time.
 
-    What cannot be had (the input is gone or changed, the image is too large) is said in its place.
+    What cannot be had (the input is gone or changed, the image is too large) is said in its place,
+    also where more than ``most_bytes`` of tars and the like would be streamed; first come first.
     """
-    wanted: dict[str, dict[str, Pick]] = defaultdict(dict)
+    wanted: dict[str, set[str]] = defaultdict(set)
     answers: dict[str, Answer[MadeT]] = {}
+    heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
+    shelf = _Shelf(results)
     for pick in picks:
+        head = heads.get(pick.shard_id)
+        is_streamed = head is not None and not head.has_members and head.shard_id not in wanted
+        stream_bytes = head.bytes if head is not None and is_streamed else 0
         if pick.height * pick.width > MOST_PIXELS:
             size = f"{pick.height:,} × {pick.width:,} pixels"
             answers[pick.image_id] = Answer(None, f"its {size} are too many to show here")
+        elif stream_bytes > most_bytes:
+            size = f"{stream_bytes / 1e9:,.3g} GB"
+            reason = f"its shard of {size} is too much to read for a page; see report --previews"
+            answers[pick.image_id] = Answer(None, reason)
         else:
-            wanted[pick.shard_id][pick.image_id] = pick
-    heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
-    shelf = _Shelf(results)
+            most_bytes -= stream_bytes
+            wanted[pick.shard_id].add(pick.image_id)
 
     def of_shard(shard_id: str) -> dict[str, Answer[MadeT]]:
-        ids = set(wanted[shard_id])
+        ids = wanted[shard_id]
         made: dict[str, Answer[MadeT]] = {}
         reason = "it is not in its shard any more"
         try:

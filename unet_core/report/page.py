@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from unet_core.report.facts import MOST_CLASSES, RunFacts, defined
+from unet_core.report.facts import RunFacts, defined
 from unet_core.report.pictures import ERROR_COLORS, ERROR_NAMES
 from unet_core.report.training import TrainingFacts
 
@@ -19,11 +19,7 @@ CELLS_WITH_TEXT = 12
 def run_page(facts: RunFacts, now: datetime.datetime | None = None) -> bytes:
     """The page of a run."""
     legend = list(zip(ERROR_NAMES, ERROR_COLORS, strict=True))
-    about = {
-        "error_legend": legend,
-        "most_classes": MOST_CLASSES,
-        "cells_with_text": CELLS_WITH_TEXT,
-    }
+    about = {"error_legend": legend, "cells_with_text": CELLS_WITH_TEXT}
     return _render("run.html", facts, now, about)
 
 
