@@ -151,7 +151,9 @@ def evaluate(
 @click.option("--previews", metavar="DIR", help="Write PNG overlays of images there instead.")
 @click.option("--ids", metavar="ID", multiple=True, help="With --previews: this image; repeatable.")
 @click.option(
-    "--worst", type=click.IntRange(min=1), help="With --previews: so many; else 20 at random."
+    "--worst",
+    type=click.IntRange(min=1),
+    help="With --previews: so many, lowest IoU (or confidence) first; else 20 by chance.",
 )
 def report(
     run: str,
