@@ -1,9 +1,9 @@
-"""Reading a run back: its totals, its masks by image or by shard, whole or by window."""
+"""Reading a run back: its totals, its masks by image or by shard, and its images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -19,13 +19,16 @@ from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
 from unet_core.images.codec import decode_mask
+from unet_core.images.picture import Decoder, Picture, Rejected
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
+from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import masks_name, metrics_name
-from unet_core.run import Run, open_existing
+from unet_core.run import READ_THREADS, Run, open_existing
 from unet_core.storage.store import Store, whole_parquet
 
-READ_THREADS = 16
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
 
 
@@ -182,6 +185,24 @@ class Results:
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
     """The results of a run folder; raises StoreError if it is none."""
     return Results(uri, storage)
+
+
+def pictures(
+    results: Results, shard: Shard, ids: Set[str], source: Source, has_truth: bool
+) -> Iterator[Picture | Rejected]:
+    """The images of a shard with these ids, decoded again: in the network's colours and their own
+    values, in the order of the shard. The others are let alone: they may have killed a worker.
+    """
+    color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
+    wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
+    decoder = Decoder(wanted, len(results.class_names), source.config)
+    files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
+    whole = with_members(results.run.store, shard) if shard.has_members else shard
+    for sample in read_shard(source, whole):
+        if sample.image_id in files:
+            bare = replace(sample, read_mask=None, open_mask=None)
+            images = decoder.decode(sample if has_truth else bare)
+            yield from (image for image in images if image.sample.image_id in ids)
 
 
 @contextmanager

@@ -1,15 +1,11 @@
 """The images that a shard's masks are of, read once more beside them."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from unet_core.errors import ShardError
-from unet_core.images.picture import Decoder, Picture, Pixels
-from unet_core.images.preprocessing import Preprocessing
-from unet_core.inputs.formats import read_shard
+from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import with_members
-from unet_core.results import Results
+from unet_core.results import Results, pictures
 
 
 class InputImages:
@@ -30,20 +26,12 @@ class InputImages:
         return self._next.pixels if self._next.sample.image_id == image_id else None
 
     def _read(self, results: Results, shard: Shard) -> Iterator[Picture]:
-        """What can be read; images without a mask are let alone: they may have killed a worker."""
+        """What can be read."""
         if not self._places:
             return
-        color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
-        wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
-        decoder = Decoder(wanted, len(results.class_names), results.config.input)
-        files = {*self._places, *(image_id.rpartition("#")[0] for image_id in self._places)}
-        whole = with_members(results.run.store, shard) if shard.has_members else shard
         try:
-            for sample in read_shard(results.source, whole):
-                if sample.image_id in files:
-                    bare = dataclasses.replace(sample, read_mask=None, open_mask=None)
-                    for image in decoder.decode(bare):
-                        if isinstance(image, Picture) and image.sample.image_id in self._places:
-                            yield image
+            for image in pictures(results, shard, self._places.keys(), results.source, False):
+                if isinstance(image, Picture):
+                    yield image
         except ShardError:
             return  # its tar or Parquet file is gone, or another

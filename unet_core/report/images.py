@@ -13,13 +13,10 @@ from typing import Generic, TypeVar
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError, NotFoundError, UnetJobsError
-from unet_core.images.picture import Decoder, Picture
-from unet_core.images.preprocessing import Preprocessing
-from unet_core.inputs.formats import read_shard
+from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
-from unet_core.manifest import with_members
 from unet_core.report.measured import Pick
-from unet_core.results import Results, stored_masks
+from unet_core.results import Results, pictures, stored_masks
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20
@@ -100,23 +97,23 @@ class _Shelf:
     """Where images and masks are taken from."""
 
     def __init__(self, results: Results) -> None:
-        record = results.record
-        color = Preprocessing.model_validate(record.identity["model.preprocessing"]).color
-        wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
-        self._store = results.run.store
+        self._results = results
         self._source = _impatient(results.source)
-        self._decoder = Decoder(wanted, len(record.class_names), self._source.config)
         self.failures: dict[str, str] = {}
         """Why an image of those asked for could not be taken."""
 
     def take(self, shard: Shard, ids: set[str]) -> Iterator[tuple[str, Fetched]]:
         """The images that are there, in the order of the shard."""
-        masks = stored_masks(self._store, shard.shard_id)
+        masks = stored_masks(self._results.run.store, shard.shard_id)
         missing = set(ids)
-        for picture in self._pictures(shard, ids):
-            image_id, shape = picture.sample.image_id, picture.pixels.shape
+        for picture in pictures(self._results, shard, ids, self._source, has_truth=True):
+            image_id = picture.sample.image_id
+            if isinstance(picture, Rejected):
+                self.failures[image_id] = str(picture.failure)
+                continue
             if image_id not in missing:
                 continue  # the first of a name counts
+            shape = picture.pixels.shape
             mask = next((mask for mask in masks if mask.image_id == image_id), None)
             if mask is None:
                 self.failures[image_id] = "its mask is not there"
@@ -127,21 +124,6 @@ class _Shelf:
             missing.remove(image_id)
             if not missing:
                 return
-
-    def _pictures(self, shard: Shard, ids: set[str]) -> Iterator[Picture]:
-        files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
-        whole = with_members(self._store, shard) if shard.has_members else shard
-        for sample in read_shard(self._source, whole):
-            if sample.image_id not in files:
-                continue
-            for image in self._decoder.decode(sample):
-                image_id = image.sample.image_id
-                if image_id not in ids:
-                    continue
-                if isinstance(image, Picture):
-                    yield image
-                else:
-                    self.failures[image_id] = str(image.failure)
 
 
 def _impatient(source: Source) -> Source:
