@@ -33,7 +33,12 @@ def plain_loop(images: Path, name: str, out: Path) -> int:
     rows = []
     for path in sorted(images.rglob("*.png")):
         gray = np.asarray(Image.open(path).convert("L"))
-        low, high = np.percentile(gray, (header.preprocessing.low, header.preprocessing.high))
+        wanted = header.preprocessing
+        ends = (
+            1 if wanted.low is None else wanted.low,
+            99.8 if wanted.high is None else wanted.high,
+        )
+        low, high = np.percentile(gray, ends)
         x = (gray.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-6))
         height, width = x.shape
         x = np.pad(x, ((0, -height % 16), (0, -width % 16)), mode="reflect")
