@@ -26,6 +26,10 @@ from unet_core.networks import checkpoint
 from unet_core.networks.unet import fold_batchnorm
 
 
+PERCENTILES = (1, 99.8)
+"""What a checkpoint means that names none."""
+
+
 def plain_loop(images: Path, name: str, out: Path) -> int:
     """One image after the other, then one table; returns the pixels of class 1."""
     network, header = checkpoint.load(name)
