@@ -25,7 +25,6 @@ from unet_core.config import PredictConfig, build
 from unet_core.networks import checkpoint
 from unet_core.networks.unet import fold_batchnorm
 
-
 PERCENTILES = (1, 99.8)
 """What a checkpoint means that names none."""
 
