@@ -191,7 +191,9 @@ def test_label_images_of_a_list_are_held_to_what_they_were(make_config, packed, 
     predict(make_config(input={"uri": f"{tmp_path}/list.csv", "format": "list", "masks": ""}))
     run = str(tmp_path / "run")
     before = evaluated(run, "truth")
-    source = replace(open_run(run).source, config=open_run(run).config.input.model_copy(update={"masks": "truth"}))  # noqa: E501  # fmt: skip
+    results = open_run(run)
+    wanted = results.config.input.model_copy(update={"masks": "truth"})
+    source = replace(results.source, config=wanted)
     truth = truth_of(source, 2)
     mask = tmp_path / "beside" / "cell00_mask.png"
     mask.write_bytes(png(np.zeros((64, 64), np.uint8)))
@@ -289,7 +291,8 @@ def test_two_runs_are_compared_image_by_image(make_config, make_run, folder, tmp
 
 def test_other_classes_are_not_compared(make_run, monkeypatch):
     mine, other = open_run(make_run()), open_run(make_run())
-    monkeypatch.setattr(type(other), "class_names", property(lambda r: ("a",) if r is mine else ("b",)))  # noqa: E501  # fmt: skip
+    names = property(lambda results: ("a",) if results is mine else ("b",))
+    monkeypatch.setattr(type(other), "class_names", names)
     with pytest.raises(
         ConfigError, match=r"are a, those of .* b; only equal ones.*model\.classes=\[\"b\"\]"
     ):

@@ -84,7 +84,7 @@ def split(is_object: Array) -> Array:
     seeds_HW[::step, ::step] = _seeds(distance_HW[::step, ::step] / step)
     if seeds_HW.max() < 2:
         return is_object.astype(np.int32)
-    parts_HW = watershed(-distance_HW, seeds_HW, mask=is_object)  # type: ignore[no-untyped-call]
+    parts_HW = watershed(-distance_HW, seeds_HW, mask=is_object)
     return parts_HW.astype(np.int32)
 
 
@@ -96,8 +96,8 @@ def _seeds(distance_HW: Array) -> Array:
     height_HW = np.log(smooth_HW, where=is_object, out=np.full(smooth_HW.shape, bottom))
     height_HW = np.pad(height_HW, 1, constant_values=bottom)  # no summit is at the edge
     lowered_HW = np.maximum(height_HW + math.log(SADDLE), bottom)
-    flooded_HW = reconstruction(lowered_HW, height_HW)  # type: ignore[no-untyped-call]
-    summits_HW = local_maxima(flooded_HW, connectivity=2)  # type: ignore[no-untyped-call]
+    flooded_HW = reconstruction(lowered_HW, height_HW)
+    summits_HW = local_maxima(flooded_HW, connectivity=2)
     seeds_HW: Array = ndimage.label(summits_HW[1:-1, 1:-1] & is_object, EVERYWHERE)[0]
     return seeds_HW
 
