@@ -3,8 +3,8 @@ device can multiply.
 
 All figures are of the same images, in megapixels of input a second. Each stage is measured alone,
 on one thread; the model with its batches in memory, on as many lanes as in a job; the job as
-``predict`` does it in one process, from its first read to its last commit. What is compared is
-measured in turn, so that a busy machine slows all of it.
+``predict`` does it in one process, from its first read to its last commit. All is measured in
+turn, some rounds of it, so that a busy machine slows all of it; figures are medians.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +71,8 @@ class Bench:
     job: float
     job_over_model: float
     """1 would be a device that never waits."""
+    job_over_work: float
+    """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
     images_per_s: float
     """Of the job."""
     waited: dict[str, float]
@@ -118,50 +120,61 @@ class Round:
 
     matrix_s: float
     """For a large matrix on each lane."""
+    read_s: float
+    decode_s: float
     model_s: float
+    encode_s: float
     job_s: float
+
+    def work_s(self, lanes: int) -> float:
+        """What decoding, the model and encoding would take with no lane ever idle."""
+        return self.model_s + (self.decode_s + self.encode_s) / lanes
 
 
 def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
     replica = Replica(job.replica(session.local_cpus(job.config.workers)))
     engine, compute = replica.engine, replica.probe()
-    stages = _Stages(job, engine, compute)
-    for shard in shards:
-        stages.take(shard)
-    if not stages.batches:
-        raise ConfigError(f"no image of {job.config.input.uri} can be segmented; try predict")
-    stages.encode(engine)
-    megapixels, gflop = stages.pixels / 1e6, sum(_gflop(engine, b) for b in stages.batches)
-    matrix_gflop = 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
-    seconds: list[Seconds] = []
-    turns = []
+    turns, spent = [], Seconds()
     for _ in range(rounds):
-        matrix_s, model_s = _matrix_s(engine), _model_s(engine, stages.batches)
-        job_s, spent = _job_s(job, shards)
-        turns.append(Round(matrix_s, model_s, job_s))
-        seconds.append(spent)
-    rate = matrix_gflop / statistics.median(turn.matrix_s for turn in turns)
-    job_s = statistics.median(turn.job_s for turn in turns)
+        matrix_s = _matrix_s(engine)
+        stages = _Stages(job, engine, compute)
+        for shard in shards:
+            stages.take(shard)
+        if not stages.batches:
+            raise ConfigError(f"no image of {job.config.input.uri} can be segmented; try predict")
+        model_s, results = _model(engine, stages.batches)
+        stages.encode(results)
+        job_s, seconds = _job_s(job, shards)
+        turns.append(
+            Round(matrix_s, stages.read_s, stages.decode_s, model_s, stages.encode_s, job_s)
+        )
+        spent += seconds
+    lanes, megapixels = engine.lanes, stages.pixels / 1e6
+    gflop = sum(_gflop(engine, batch) for batch in stages.batches)
+    matrix_gflop = 2 * MATRIX_SIDE**3 * lanes / 1e9
+
+    def median(of: Callable[[Round], float]) -> float:
+        return statistics.median(map(of, turns))
+
     return Bench(
         device=compute.device,
-        lanes=engine.lanes,
+        lanes=lanes,
         shards=len(shards),
         images=stages.images,
         megapixels=megapixels,
-        matrix_gflop_per_s=rate,
+        matrix_gflop_per_s=matrix_gflop / median(lambda turn: turn.matrix_s),
         gflop_per_megapixel=gflop / megapixels,
-        model=megapixels / statistics.median(turn.model_s for turn in turns),
-        model_over_limit=statistics.median(
-            gflop / turn.model_s * turn.matrix_s / matrix_gflop for turn in turns
-        ),
-        read=megapixels / stages.read_s,
-        decode=megapixels / stages.decode_s,
-        encode=megapixels / stages.encode_s,
-        write=megapixels / seconds[-1].writing,
-        job=megapixels / job_s,
-        job_over_model=statistics.median(turn.model_s / turn.job_s for turn in turns),
-        images_per_s=stages.images / job_s,
-        waited=sum(seconds, Seconds()).shares,
+        model=megapixels / median(lambda turn: turn.model_s),
+        model_over_limit=median(lambda turn: gflop / turn.model_s * turn.matrix_s / matrix_gflop),
+        read=megapixels / median(lambda turn: turn.read_s),
+        decode=megapixels / median(lambda turn: turn.decode_s),
+        encode=megapixels / median(lambda turn: turn.encode_s),
+        write=rounds * megapixels / spent.writing,
+        job=megapixels / median(lambda turn: turn.job_s),
+        job_over_model=median(lambda turn: turn.model_s / turn.job_s),
+        job_over_work=median(lambda turn: turn.work_s(lanes) / turn.job_s),
+        images_per_s=stages.images / median(lambda turn: turn.job_s),
+        waited=spent.shares,
         peak_memory_bytes=_peak_bytes(),
     )
 
@@ -212,15 +225,14 @@ class _Stages:
             self._pieces.append(pieces)
             self.batches.append(stack(pieces))
 
-    def encode(self, engine: Engine) -> None:
+    def encode(self, results: list[list[Segmented]]) -> None:
         """Put masks together and encode them."""
-        for pieces, batch in zip(self._pieces, self.batches, strict=True):
-            results: list[Segmented] = engine.run(batch)
-            start = time.perf_counter()
-            for (canvas, tile), result in zip(pieces, results, strict=True):
+        start = time.perf_counter()
+        for pieces, batch in zip(self._pieces, results, strict=True):
+            for (canvas, tile), result in zip(pieces, batch, strict=True):
                 for area in canvas.paste(tile, result):
                     self._encoder.area(canvas, area)
-            self.encode_s += time.perf_counter() - start
+        self.encode_s += time.perf_counter() - start
 
 
 def _in_memory(sample: Sample) -> Sample:
@@ -234,12 +246,12 @@ def _given(data: bytes) -> bytes:
     return data
 
 
-def _model_s(engine: Engine, batches: list[Batch]) -> float:
-    """Seconds for all batches once."""
+def _model(engine: Engine, batches: list[Batch]) -> tuple[float, list[list[Segmented]]]:
+    """Seconds for all batches once, and what they gave."""
     with ThreadPoolExecutor(engine.lanes) as lanes:
         start = time.perf_counter()
-        list(lanes.map(engine.run, batches))
-        return time.perf_counter() - start
+        results = list(lanes.map(engine.run, batches))
+        return time.perf_counter() - start, results
 
 
 def _matrix_s(engine: Engine) -> float:

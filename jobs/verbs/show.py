@@ -94,7 +94,8 @@ def show_bench(bench: "Bench") -> None:
         stages=f"read {bench.read:,.3g}, decode {bench.decode:,.3g}, encode {bench.encode:,.3g}, "
         f"write {bench.write:,.3g} Mpx/s on one thread each",
         job=f"{bench.job:,.2f} Mpx/s ({bench.images_per_s:,.1f} images/s), "
-        f"{bench.job_over_model:.2f} of the model",
+        f"{bench.job_over_model:.2f} of the model, {bench.job_over_work:.2f} of model, decoding "
+        "and encoding",
         device=", ".join(f"{what} {share:.0%}" for what, share in bench.waited.items()),
         memory=f"{bench.peak_memory_bytes / 1e6:,.0f} MB at most",
     )
