@@ -4,7 +4,6 @@ Shapes: N tiles, C channels, H×W pixels, K logits.
 """
 
 import contextlib
-import ctypes
 import importlib.metadata
 import logging
 import os
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unet_core import memory
 from unet_core.arrays import Array
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
@@ -32,8 +32,6 @@ CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
-M_MMAP_THRESHOLD = -3  # from malloc.h
-LARGE_BLOCK_BYTES = 4 * 2**20
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
     "none": [((), False)],
     "flips": [((), False), ((-1,), False), ((-2,), False), ((-2, -1), False)],
@@ -172,13 +170,15 @@ class Engine:
         and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            affordable = memory // 4 // self._bytes_per_pixel
+            all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            affordable = all_bytes // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
             self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
             if tile_size**2 > CPU_PIXELS:
-                _return_large_blocks()
+                memory.return_large_blocks()
+            else:
+                memory.keep_freed()
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
@@ -291,14 +291,6 @@ class Engine:
             free, _ = torch.cuda.mem_get_info(self.device)
             budget = min(free // 2, GPU_BATCH_BYTES)
         return int(budget // self._bytes_per_pixel)
-
-
-def _return_large_blocks() -> None:
-    """Let glibc give large blocks back at once instead of keeping them for each thread: maps of
-    large tiles would pile up there. Small tiles do not get this, since it costs them time.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def device_model(device: torch.device) -> str:
