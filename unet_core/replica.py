@@ -39,6 +39,7 @@ class Replica:
             config.tile.tta,
             config.output.probabilities,
             self.windows.blends,
+            config.model.precision,
         )
         self.engine.share_cores(spec.threads, self.windows.size)
         self._segmenter: Segmenter | None = None

@@ -63,6 +63,7 @@ def identity(
         "model.sha256": model_sha256,
         "model.preprocessing": header.preprocessing.model_dump(),
         "model.threshold": config.model.threshold,
+        "model.precision": config.model.precision,
         "tile.size": windows.size,
         "tile.batch": config.tile.batch,
         "tile.mode": "blend" if windows.blends else "exact",

@@ -51,6 +51,19 @@ def test_the_bits_do_not_depend_on_the_number_of_cores(classes, width):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_differs_near_borders_only_and_is_told(precision):
+    batch = make_batch(1, 64, 64)
+    whole = make_engine(probabilities="float16")
+    half = make_engine(probabilities="float16", precision=precision)
+    assert half.probe(64, 1).precision == precision
+    (before,), (after,) = whole.run(batch), half.run(batch)
+    differs_HW = before.mask_HW != after.mask_HW
+    assert differs_HW.mean() < 0.02
+    assert abs(before.probabilities_KHW[0].astype(float) - 0.5)[differs_HW].max(initial=0) < 0.02
+    assert (before.probabilities_KHW != after.probabilities_KHW).any()
+
+
 def test_the_threshold_decides_one_logit_models_and_confidence_is_that_of_the_choice():
     batch = make_batch(1, 32, 32)
     low, high = (make_engine(threshold=t).run(batch)[0] for t in (0.001, 0.999))
