@@ -37,7 +37,7 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
         _stacked(values, device)[..., None, None]
         for values in ([crop.offset for crop in crops], [crop.scale for crop in crops])
     )
-    images_NCHW = _sample((pixels - offset) * scale, grid_NHW2, "bilinear")
+    images_NCHW = _sample(pixels.sub_(offset).mul_(scale), grid_NHW2, "bilinear")
     inner = slice(shape.margin, shape.margin + shape.side)
     inner_NHW2 = grid_NHW2[:, inner, inner]
     labels_N1HW = _stacked([crop.labels_HW for crop in crops], device).float()[:, None]
@@ -71,26 +71,33 @@ def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
 def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tensor:
     """Where each pixel of the input comes from: (x, y) in the window, −1 to 1, NHW2."""
     side = shape.input_side
-    from_centre = torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
-    y_NHW = from_centre[None, :, None].expand(len(crops), side, side)
-    x_NHW = from_centre[None, None, :].expand(len(crops), side, side)
-    elastic = np.stack([crop.elastic for crop in crops])
-    if elastic.any():
-        coarse = torch.from_numpy(elastic).to(device)
-        fine = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)
-        y_NHW, x_NHW = y_NHW + fine[:, 0], x_NHW + fine[:, 1]
-    matrix = _stacked([crop.matrix for crop in crops], device)
-    centre = torch.tensor([crop.centre for crop in crops], device=device)
-    size = torch.tensor([crop.size for crop in crops], device=device)
+    from_centre_H = torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
+    matrix_N22 = _stacked([crop.matrix for crop in crops], device)
+    centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)
+    size_N2 = torch.tensor([crop.size for crop in crops], device=device)
+    row_N2H = matrix_N22[..., :1] * from_centre_H + centre_N2[..., None]
+    column_N2W = matrix_N22[..., 1:] * from_centre_H
+    at_N2HW = row_N2H[..., None] + column_N2W[..., None, :]
+    if any(crop.elastic.any() for crop in crops):
+        coarse_N233 = np.stack([np.tensordot(crop.matrix, crop.elastic, 1) for crop in crops])
+        curve_H3 = _curve(side).to(device)
+        at_N2HW += curve_H3 @ torch.from_numpy(coarse_N233).to(device) @ curve_H3.T
     axes = []
     for axis in (1, 0):
-        m = matrix[:, axis, :, None, None]
-        at = m[:, 0] * y_NHW + m[:, 1] * x_NHW + centre[:, axis, None, None]
         shortest = min(crop.size[axis] for crop in crops)
         folds_once = shortest - 1 >= shape.window / 2
-        inside = _mirrored(at, size[:, axis, None, None] - 1, folds_once)
-        axes.append(inside * (2 / (shape.window - 1)) - 1)
+        last_N11 = size_N2[:, axis, None, None] - 1
+        inside_NHW = _mirrored(at_N2HW[:, axis], last_N11, folds_once)
+        axes.append(inside_NHW * (2 / (shape.window - 1)) - 1)
     return torch.stack(axes, dim=-1)
+
+
+def _curve(side: int) -> Tensor:
+    """What each of three values on a line counts in each of ``side`` pixels, bicubically; along
+    both axes of a grid it does what interpolating the grid would, many times faster.
+    """
+    one_of_three = torch.eye(3)[None, None]
+    return F.interpolate(one_of_three, (side, 3), mode="bicubic", align_corners=True)[0, 0]
 
 
 def _mirrored(at: Tensor, last: Tensor, folds_once: bool) -> Tensor:

@@ -119,15 +119,13 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
-        table, wanted = self._optimiser.state_dict(), memory_format(self.device)
+        table = self._optimiser.state_dict()
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimiser":
                 index, _, key = rest.partition(".")
-                is_map = tensor.dim() == 4  # laid out as the weights are, for the same bits
-                kept = tensor.contiguous(memory_format=wanted) if is_map else tensor
-                state.setdefault(int(index), {})[key] = kept
+                state.setdefault(int(index), {})[key] = tensor
         try:
             self.network.load_state_dict(_below(tensors, "network."))
             if self._mean is not None:
@@ -136,22 +134,37 @@ class Learner:
         except (RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
+        for weight, kept in self._optimiser.state.items():
+            kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """As it lay in memory before it was saved: a fused step takes that for granted."""
+    return torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+
+
 def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     weights = [p for p in network.parameters() if p.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
+    # elsewhere torch has something fast by itself; gaps in memory are no matter to the other way
+    fused = True if all(p.device.type == "cpu" and _is_dense(p) for p in weights) else None
     match config.optimiser:
         case "sgd":
-            return torch.optim.SGD(weights, rate, momentum=config.momentum, weight_decay=decay)
+            return torch.optim.SGD(
+                weights, rate, momentum=config.momentum, weight_decay=decay, fused=fused
+            )
         case "adam":
-            return torch.optim.Adam(weights, rate, weight_decay=decay)
+            return torch.optim.Adam(weights, rate, weight_decay=decay, fused=fused)
         case "adamw":
-            return torch.optim.AdamW(weights, rate, weight_decay=decay)
+            return torch.optim.AdamW(weights, rate, weight_decay=decay, fused=fused)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def rate_at(step: int, steps: int, config: FitConfig) -> float:
