@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unet_core import memory
 from unet_core.arrays import Array
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
+from unet_core.memory import keep_freed, return_large_blocks
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import origin
 from unet_core.networks.presets import Factory
@@ -172,15 +172,15 @@ class Engine:
         and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
-            all_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            affordable = all_bytes // 4 // self._bytes_per_pixel
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            affordable = memory // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
             self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
             if tile_size**2 > CPU_PIXELS:
-                memory.return_large_blocks()
+                return_large_blocks()
             else:
-                memory.keep_freed()
+                keep_freed()
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""

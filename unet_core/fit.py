@@ -4,8 +4,6 @@ What a step does follows from the config, the epoch and the step alone: not from
 ranks, the time, or what was done before a restart.
 """
 
-import contextlib
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import torch
 
 from unet_core.engine import choose_device
 from unet_core.errors import DivergedError, StoppedError
+from unet_core.memory import keep_freed
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.run import Identity
@@ -33,8 +32,6 @@ from unet_core.training.losses import Loss, balanced
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, identity
 from unet_core.training.start import checkpoint_digest, new_network
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def fit(
         torch.cuda.set_device(device)  # where ranks meet
         torch.backends.cudnn.benchmark = True  # all crops have one shape
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed()
     run, wanted = ranks.together(lambda: _open(config))
     run.record = ranks.first(lambda: run.record)
     if ranks.first(lambda: run.is_finished):
@@ -115,16 +112,6 @@ def fit(
             yield from fitting.train_epoch(position)
             yield fitting.end_epoch(position, started)
         fitting.finish(position)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one, which needs just as much: to have the
-    kernel clear all of it anew takes a seventh of a step.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def _open(config: TrainConfig) -> tuple[TrainingRun, Identity]:
