@@ -137,7 +137,7 @@ class Totals:
     def of_rows(cls, rows: pa.Table, images_seen: int) -> "Totals":
         """Totals of one metrics part."""
         is_ok = pc.equal(rows["status"], "ok")
-        ok = rows.filter(is_ok)
+        ok = rows.select(["height", "width"]).filter(is_ok)
         pixels = pc.sum(pc.multiply(ok["height"].cast("int64"), ok["width"].cast("int64")))
         errors = Counter(code for code in rows["error_code"].to_pylist() if code)
         return cls(

@@ -98,8 +98,9 @@ def metrics_part(
     return sink.getvalue()
 
 
-def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> None:
-    """Publish both parts, masks first; the metrics part, exclusive and last, is the commit.
+def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:
+    """Publish both parts, masks first; the metrics part, exclusive and last, is the commit. Returns
+    the metrics part that counts.
 
     A shard that is committed already is left alone. Raises CommitConflictError if its commit has
     other bytes than this one, unless they speak of failures that may differ.
@@ -110,16 +111,17 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> None
         if not is_first and not store.exists(name):
             store.publish(masks_name(shard_id), masks)  # those of an attempt that came to no commit
         if store.publish_exclusively(name, metrics):
-            return
+            return metrics
     kept = store.read(name)
     if kept == metrics:
-        return
+        return kept
     _require_its_masks(store, shard_id)
     if not _agree(kept, metrics):
         raise CommitConflictError(
             f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
             f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
         )
+    return kept
 
 
 def _require_its_masks(store: Store, shard_id: str) -> None:
@@ -158,8 +160,12 @@ def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]
     Raises ParquetDamagedError if it is not a whole Parquet file.
     """
     name = metrics_name(shard_id)
-    with whole_parquet(store.uri(name)):
-        table = table_of(store.read(name))
+    return _opened(store.read(name), store.uri(name))
+
+
+def _opened(part: bytes, uri: str) -> tuple[pa.Table, dict[str, str]]:
+    with whole_parquet(uri):
+        table = table_of(part)
     metadata = table.schema.metadata or {}
     return table, {key.decode(): value.decode() for key, value in metadata.items()}
 
@@ -182,8 +188,13 @@ def _masks_sha256(store: Store, name: str) -> bytes | None:
 
 def read_totals(store: Store, shard_id: str) -> Totals:
     """Totals of a committed shard."""
-    rows, footer = read_metrics(store, shard_id)
+    name = metrics_name(shard_id)
+    return totals_of(store.read(name), store.uri(name))
+
+
+def totals_of(part: bytes, uri: str) -> Totals:
+    """Totals of a metrics part."""
+    rows, footer = _opened(part, uri)
     if "images_seen" not in footer:
-        where = store.uri(metrics_name(shard_id))
-        raise ParquetDamagedError(f"{where}: not a metrics part: it counts no images")
+        raise ParquetDamagedError(f"{uri}: not a metrics part: it counts no images")
     return Totals.of_rows(rows, int(footer["images_seen"]))

@@ -27,7 +27,7 @@ from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source
 from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
-from unet_core.parts import MasksPart, commit, metrics_part, read_totals
+from unet_core.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
 from unet_core.rows import Encoded, Encoder, Row
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
@@ -318,8 +318,9 @@ class Segmenter:
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        commit(self.settings.output, shard.shard_id, masks, metrics_part(rows, footer))
-        totals = read_totals(self.settings.output, shard.shard_id)
+        output, made = self.settings.output, metrics_part(rows, footer)
+        counts = commit(output, shard.shard_id, masks, made)
+        totals = totals_of(counts, output.uri(metrics_name(shard.shard_id)))
         seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return totals

@@ -16,6 +16,8 @@ MOST_PANEL_BYTES = 28_000
 OVERLAY = 4096
 OPACITY = 0.35
 QUALITIES = (85, 70, 50, 30, 10)
+HOPELESS = 2
+"""Packed in haste, a PNG that large beside its JPEG is the larger one however well it is packed."""
 
 RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(6)
 ERROR_COLORS = (
@@ -189,7 +191,9 @@ def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
 def _panel(title: str, image: Image.Image) -> Panel:
     """As PNG if it is flat or that is smaller, else as JPEG; below the limit by its quality."""
     is_flat = image.mode == "P"
-    data, kind = _png(image), "png"
+    data, kind = _png(image, -1 if is_flat else 1), "png"
+    if not is_flat and len(data) < HOPELESS * len(_jpeg(image, QUALITIES[0])):
+        data = _png(image)
     if len(data) > (MOST_PANEL_BYTES if is_flat else 0):
         for quality in QUALITIES:
             jpeg = _jpeg(image, quality)
@@ -201,9 +205,9 @@ def _panel(title: str, image: Image.Image) -> Panel:
     return Panel(title, f"data:image/{kind};base64,{text}", image.height, image.width)
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image, level: int = -1) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=image.mode == "P")
+    image.save(buffer, format="PNG", optimize=image.mode == "P", compress_level=level)
     return buffer.getvalue()
 
 

@@ -22,7 +22,6 @@ from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
 from unet_core.train_config import LabelledConfig, TrainConfig
-from unet_core.training.boundary import boundary_term, objects_of
 
 TRAIN, VAL = "train", "val"
 MEMORY_SHARE = 4
@@ -115,6 +114,8 @@ class LabelledInput:
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
+            from unet_core.training.boundary import boundary_term, objects_of  # SciPy: 0.3 s
+
             objects_HW = (
                 np.where(labels_HW == 1, stored_HW, 0)
                 if config.instances
