@@ -5,6 +5,7 @@ import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # from malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20
+USUAL_MMAP_MAX = 65536
 
 
 def keep_freed() -> None:
@@ -19,7 +20,8 @@ def keep_freed() -> None:
 
 def return_large_blocks() -> None:
     """Give large blocks back at once: maps of large tiles would pile up."""
-    _set({M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES})
+    _set({M_MMAP_MAX: USUAL_MMAP_MAX, M_MMAP_THRESHOLD: LARGE_BLOCK_BYTES,
+          M_TRIM_THRESHOLD: LARGE_BLOCK_BYTES})  # fmt: skip
 
 
 def _set(options: dict[int, int]) -> None:
