@@ -8,7 +8,9 @@ segments these; else images are made.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import logging
 import os
 import statistics
@@ -30,7 +32,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.predict import predict
-from tests.benchmarks import peers_page
+from tests.benchmarks.peers_page import Found, rewrite
 from tests.data import write_checkpoint
 from tests.foreign import declare_torchvision
 from unet_core import open_run
@@ -44,6 +46,12 @@ from unet_core.synthetic import nuclei, png
 SMP = Factory("tests.foreign:smp_unet", {"encoder_name": "resnet18", "in_channels": 1}, 1)
 
 
+CORES = len(os.sched_getaffinity(0))
+RAY = "on Ray"
+SETTLE_S = 2.0
+"""Actors of the one before take so long to end."""
+
+
 @dataclass(frozen=True)
 class Case:
     """Images of one size, and the network that segments them."""
@@ -54,16 +62,17 @@ class Case:
     side: int
     network: NetworkSpec | None = None
     """None: ``builtin:nuclei``, which is ``padded`` of width 8."""
-    monai_window: int = 512
-    on_ray: bool = True
+    window: int = 512
+    """Of MONAI; 0 leaves it out."""
+    on_ray: bool = False
 
 
 CASES = (
-    Case("small", "many small images", 300, 256, monai_window=256),
-    Case("short", "a short job", 20, 256, monai_window=256),
-    Case("wide", "the model dominates", 6, 512, UNetSpec(in_channels=1, width=32)),
-    Case("large", "larger than a tile", 3, 2000, on_ray=False),
-    Case("smp", "smp.Unet, resnet18", 12, 512, SMP, on_ray=False),
+    Case("small", "many small images", 200, 256, window=256, on_ray=True),
+    Case("short", "a short job", 20, 256, window=256, on_ray=True),
+    Case("wide", "the model dominates", 4, 512, UNetSpec(in_channels=1, width=32)),
+    Case("large", "images larger than a tile", 2, 2000),
+    Case("smp", "smp.Unet of resnet18", 6, 512, SMP, window=0),
 )
 
 
@@ -140,7 +149,7 @@ def data_loader(work: Work, out: Path) -> None:
 
 
 def monai(work: Work, out: Path) -> None:
-    """As MONAI's tutorials evaluate: transforms, its loader, windows with an overlap of a quarter."""
+    """As its tutorials evaluate: transforms, its loader, windows that overlap by a quarter."""
     from monai.data import DataLoader, Dataset, PILReader, decollate_batch
     from monai.inferers import sliding_window_inference
     from monai.transforms import Activations, AsDiscrete, Compose, LoadImage
@@ -154,7 +163,7 @@ def monai(work: Work, out: Path) -> None:
     rows = []
     with torch.inference_mode():
         for x_NCHW in loader:
-            logits = sliding_window_inference(x_NCHW, work.case.monai_window, 4, network)
+            logits = sliding_window_inference(x_NCHW, work.case.window, 4, network)
             for mask_CHW in map(finish, decollate_batch(logits)):
                 path = Path(mask_CHW.meta["filename_or_obj"])
                 rows.append(row(path, mask_CHW[0].numpy().astype(np.uint8)))
@@ -186,16 +195,12 @@ def ray_data(work: Work, out: Path) -> None:
     data = data.map_batches(
         RaySegmenter,
         fn_constructor_args=(work,),
-        compute=ray.data.ActorPoolStrategy(size=RAY_POOL),
-        num_cpus=RAY_CPUS,
-        batch_size=RAY_BATCH,
+        # an actor a core, as fast as it gets; with a whole core each, none would be left to read
+        compute=ray.data.ActorPoolStrategy(size=CORES),
+        num_cpus=0.5,
+        batch_size=8,
     )
     data.write_parquet(str(out))
-
-
-RAY_POOL = int(os.environ.get("RAY_POOL", 1))
-RAY_CPUS = float(os.environ.get("RAY_CPUS", 1))
-RAY_BATCH = int(os.environ.get("RAY_BATCH", 8))
 
 
 def ours(work: Work, out: Path, count: str | int = "inline", report: bool = False) -> None:
@@ -206,7 +211,8 @@ def ours(work: Work, out: Path, count: str | int = "inline", report: bool = Fals
         "output": {"uri": str(out), "report": report},
         "workers": {"count": count},
     }
-    assert predict(build(PredictConfig, table, [])).is_complete
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress
+        assert predict(build(PredictConfig, table, [])).is_complete
 
 
 def normalised(gray_HW: Array) -> Array:
@@ -248,7 +254,6 @@ HERE = (
     Contender("plain loop", plain_loop),
     Contender("plain loop, our back end", plain_loop, True),
     Contender("loop over DataLoader", data_loader),
-    Contender("loop over DataLoader, our back end", data_loader, True),
     Contender("MONAI", monai, False, "monai"),
     Contender("MONAI, our back end", monai, True, "monai"),
 )
@@ -262,26 +267,14 @@ ON_RAY = (
 )
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one contender needed for one case, beside the first of its group."""
-
-    case: str
-    name: str
-    seconds: list[float]
-    ratios: list[float]
-    """Its seconds over those of ``predict``, by round."""
-    differing: float
-    """Share of mask pixels that are not as in the mask of ``predict``."""
-
-
-def measured(work: Work, contenders: list[Contender], rounds: int) -> Iterator[Found]:
+def measured(work: Work, group: str, contenders: list[Contender], rounds: int) -> Iterator[Found]:
     """Let all take turns; the first one is what the others are compared with."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     differing: dict[str, float] = {}
     wanted: dict[str, Array] = {}
     for number in range(rounds + 1):
         for contender in contenders:
+            time.sleep(SETTLE_S if group == RAY else 0)
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
                 given = replace(work, has_back_end=contender.has_back_end)
@@ -295,7 +288,7 @@ def measured(work: Work, contenders: list[Contender], rounds: int) -> Iterator[F
     base = seconds[contenders[0].name][1:]
     for name, (_, *taken) in seconds.items():
         ratios = [mine / first for mine, first in zip(taken, base, strict=True)]
-        yield Found(work.case.name, name, taken, ratios, differing[name])
+        yield Found(work.case.name, group, name, taken, ratios, differing[name])
 
 
 def masks_in(out: Path) -> dict[str, Array]:
@@ -338,50 +331,56 @@ def gflop_per_megapixel(work: Work) -> float:
     return counter.get_total_flops() / 1e9 / 0.256**2
 
 
-def shown(found: Found) -> str:
-    ratio = f"{statistics.median(found.ratios):.2f} ({min(found.ratios):.2f}–{max(found.ratios):.2f})"
-    seconds = statistics.median(found.seconds)
-    return f"{found.name:36} {seconds:7.2f} s  {ratio:20} {found.differing:.1e} differ"
-
-
-def compared(works: list[Work], contenders: tuple[Contender, ...], rounds: int) -> list[Found]:
+def compared(
+    works: list[Work], group: str, contenders: tuple[Contender, ...], rounds: int
+) -> list[Found]:
     """Everybody who is installed, on all cases; printed as it comes."""
     here = [contender for contender in contenders if contender.is_installed]
     for missing in sorted({c.needs for c in contenders} - {c.needs for c in here}):
         print(f"{missing} is not installed: left out")
     found = []
     for work in works:
-        print(f"\n{work.case.name}: {len(work.paths)} images, {work.case.about}, "
-              f"{gflop_per_megapixel(work):.0f} GFLOP per Mpx", flush=True)  # fmt: skip
-        for result in measured(work, here, rounds):
-            print(shown(result), flush=True)
+        print(f"\n{described(work)}", flush=True)
+        fitting = [c for c in here if c.run is not monai or work.case.window]
+        for result in measured(work, group, fitting, rounds):
             found.append(result)
+            middle = statistics.median(result.seconds)
+            print(f"{result.name:36} {middle:7.2f} s  {result.ratio:20} "
+                  f"{result.differing:.1e} differ", flush=True)  # fmt: skip
     return found
+
+
+def described(work: Work) -> str:
+    case = work.case
+    images = f"{len(work.paths)} images" + (f" of {case.side}²" if case.side else "")
+    return f"{case.name}: {case.about}: {images}, {gflop_per_megapixel(work):.0f} GFLOP per Mpx"
 
 
 def main() -> None:
     """Measure, print, and write the page if there is one."""
+    names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], default=[])
-    parser.add_argument("--without", nargs="+", choices=["here", "ray"], default=[])
-    parser.add_argument("--page", type=Path, help="whose table and picture are made anew")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--without", choices=["inline", "ray"])
+    parser.add_argument("--page", type=Path, help="whose tables and picture are made anew")
     options = parser.parse_args()
-    logging.getLogger("jobs").setLevel(logging.ERROR)
     declare_torchvision()
-    cases = [case for case in CASES if case.name in (options.only or [c.name for c in CASES])]
+    cases = [case for case in CASES if case.name in options.only]
     if options.images:
-        cases = [Case("given", "yours", 0, 0)]
+        cases = [Case("given", "your images", 0, 0)]
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         works = [prepared(case, Path(scratch), options.images) for case in cases]
-        found = [] if "here" in options.without else compared(works, HERE, options.rounds)
+        if options.without != "inline":
+            found += compared(works, "one process", HERE, options.rounds)
         on_ray = [work for work in works if work.case.on_ray]
-        if on_ray and "ray" not in options.without and ON_RAY[-1].is_installed:
+        if on_ray and options.without != "ray":
             start_ray()
-            found += compared(on_ray, ON_RAY, options.rounds)
-    if options.page:
-        peers_page.rewrite(options.page, found)
+            found += compared(on_ray, RAY, ON_RAY, options.rounds)
+        if options.page:
+            rewrite(options.page, found, [f"- {described(work)}" for work in works])
 
 
 def start_ray() -> None:
