@@ -353,7 +353,7 @@ def compared(
 def described(work: Work) -> str:
     case = work.case
     images = f"{len(work.paths)} images" + (f" of {case.side}²" if case.side else "")
-    return f"{case.name}: {case.about}: {images}, {gflop_per_megapixel(work):.0f} GFLOP per Mpx"
+    return f"{case.name}, {case.about}: {images}, {gflop_per_megapixel(work):.0f} GFLOP per Mpx"
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ def plot(found: Sequence[Found], path: Path) -> None:
 
     cases = list(dict.fromkeys(result.case for result in found))
     names = list(dict.fromkeys(result.name for result in found))[::-1]
+    border = len({result.name for result in found if result.group != found[0].group}) - 0.5
     figure = Figure(figsize=(2 + 1.6 * len(cases), 0.5 + 0.24 * len(names)), layout="constrained")
     for axes, case in zip(
         figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases, strict=True
@@ -95,10 +96,13 @@ def plot(found: Sequence[Found], path: Path) -> None:
             axes.barh(names.index(result.name), ratio, color=color, height=0.7)
             axes.text(ratio, names.index(result.name), f" {ratio:.1f}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=0.8)
+        axes.axhline(border, color="gray", linewidth=0.8, linestyle=":")
         axes.set_title(case, fontsize=9)
         axes.set_yticks(range(len(names)), [name.replace("`", "") for name in names], fontsize=8)
         axes.margins(x=0.25)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("seconds over those of predict", fontsize=8)
+    figure.supxlabel(
+        "seconds over those of the first predict: inline above, on Ray below", fontsize=8
+    )
     figure.savefig(path, dpi=90)
