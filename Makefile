@@ -7,7 +7,7 @@ N ?= 2
 GPUS ?= 1
 SECONDS ?= 600
 
-.PHONY: help install demo data predict train up down test test-rgw fuzz chaos lint types clean
+.PHONY: help install demo data predict train up down test test-rgw fuzz chaos bench lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECOND
 
 chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: an hour and a half
 	$(BIN)/python -m tests.chaos --seed 1 --runs 20
+
+bench: install  ## predict beside what people use instead, a quarter of an hour: docs/performance.md
+	$(BIN)/python -m tests.benchmarks.peers --page docs/performance.md
 
 lint: install
 	$(BIN)/ruff check .
