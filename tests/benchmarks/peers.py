@@ -273,7 +273,8 @@ def measured(work: Work, group: str, contenders: list[Contender], rounds: int) -
     differing: dict[str, float] = {}
     wanted: dict[str, Array] = {}
     for number in range(rounds + 1):
-        for contender in contenders:
+        first = number % len(contenders)  # nobody always follows the same one
+        for contender in contenders[first:] + contenders[:first]:
             time.sleep(SETTLE_S if group == RAY else 0)
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
