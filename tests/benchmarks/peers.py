@@ -17,8 +17,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -267,25 +269,41 @@ ON_RAY = (
 )
 
 
+def place(group: str) -> Executor:
+    """Where a contender works: a process of its own, since ``predict`` has glibc keep freed memory,
+    which others would gain from; on Ray this one, which holds the session.
+    """
+    return ThreadPoolExecutor(1) if group == RAY else ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def timed(contender: Contender, work: Work, out: Path) -> float:
+    """Seconds for all of it."""
+    declare_torchvision()
+    start = time.perf_counter()
+    contender.run(work, out)
+    return time.perf_counter() - start
+
+
 def measured(work: Work, group: str, contenders: list[Contender], rounds: int) -> Iterator[Found]:
     """Let all take turns; the first one is what the others are compared with."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     differing: dict[str, float] = {}
     wanted: dict[str, Array] = {}
-    for number in range(rounds + 1):
-        first = number % len(contenders)  # nobody always follows the same one
-        for contender in contenders[first:] + contenders[:first]:
-            time.sleep(SETTLE_S if group == RAY else 0)
-            with tempfile.TemporaryDirectory() as scratch:
-                out = Path(scratch) / "out"
-                given = replace(work, has_back_end=contender.has_back_end)
-                start = time.perf_counter()
-                contender.run(given, out)
-                seconds[contender.name].append(time.perf_counter() - start)
-                if not number:
-                    masks = masks_in(out)
-                    wanted = wanted or masks
-                    differing[contender.name] = difference(wanted, masks)
+    with contextlib.ExitStack() as stack:
+        places = {c.name: stack.enter_context(place(group)) for c in contenders}
+        for number in range(rounds + 1):
+            first = number % len(contenders)  # nobody always follows the same one
+            for contender in contenders[first:] + contenders[:first]:
+                time.sleep(SETTLE_S if group == RAY else 0)
+                with tempfile.TemporaryDirectory() as scratch:
+                    out = Path(scratch) / "out"
+                    given = replace(work, has_back_end=contender.has_back_end)
+                    taken = places[contender.name].submit(timed, contender, given, out)
+                    seconds[contender.name].append(taken.result())
+                    if not number:
+                        masks = masks_in(out)
+                        wanted = wanted or masks
+                        differing[contender.name] = difference(wanted, masks)
     base = seconds[contenders[0].name][1:]
     for name, (_, *taken) in seconds.items():
         ratios = [mine / first for mine, first in zip(taken, base, strict=True)]
