@@ -19,9 +19,9 @@ from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Sample, Shard, make_shard
+from unet_core.run import READ_THREADS
 from unet_core.storage.store import Store
 
-READ_THREADS = 16
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28
 UNKNOWN_BYTES = 2**18

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals
+from unet_core.run import READ_THREADS
 from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store, table_of
 
 FLUSH_S = 60.0
-READ_THREADS = 16
 RECENT = 60
 """Files that make about an hour."""
 

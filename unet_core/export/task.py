@@ -21,7 +21,6 @@ from unet_core.errors import (
     ImageError,
     NotFoundError,
     ParquetDamagedError,
-    ShardError,
     StoreError,
 )
 from unet_core.export import coco
@@ -33,7 +32,7 @@ from unet_core.images.picture import Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.parts import COMPRESSION, metrics_name, read_metrics
 from unet_core.results import Results, StoredMask, stored_masks
-from unet_core.run import require_empty, require_equal
+from unet_core.run import READ_THREADS, require_empty, require_equal
 from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 
@@ -44,7 +43,6 @@ MOST_PIXELS = 2**28
 """Of an image that has to be in memory as a whole."""
 MOST_LABELS = 2**16 - 1
 """That 16 bits can tell apart."""
-READ_THREADS = 16
 ROW_GROUP_BYTES = 8 * 2**20
 
 Row = dict[str, Any]
@@ -168,27 +166,26 @@ class Export:
 
     @local_space()
     def do(self, shard: Shard) -> int:
-        """Export one shard; raises ShardError if its parts are not what they should be."""
+        """Export one shard; raises NotFoundError or ParquetDamagedError if its parts are not what
+        they should be.
+        """
         shard_id = shard.shard_id
-        try:
-            metrics, footer = read_metrics(self.results.run.store, shard_id)
-            footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
-            columns = schema.EXPORTED
-            if self.options.format == "coco":
-                columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
-            with _Rows(columns, footer) as index, _Rows(schema.OBJECTS, footer) as objects:
-                files = set()
-                for row, found in self._rows(shard, metrics):
-                    files.add(row.get("file"))
-                    index.add(pa.Table.from_pylist([row], columns))
-                    if found is not None:
-                        objects.add(found)
-                self._remove_all_but(files, shard_id)
-                if self.options.objects:
-                    objects.publish(self.folder.store, self.folder.objects(shard_id))
-                index.publish(self.folder.store, self.index(shard_id))
-        except (NotFoundError, ParquetDamagedError) as error:
-            raise ShardError(f"{error}; unet-jobs verify tells more") from error
+        metrics, footer = read_metrics(self.results.run.store, shard_id)
+        footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
+        columns = schema.EXPORTED
+        if self.options.format == "coco":
+            columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
+        with _Rows(columns, footer) as index, _Rows(schema.OBJECTS, footer) as objects:
+            files = set()
+            for row, found in self._rows(shard, metrics):
+                files.add(row.get("file"))
+                index.add(pa.Table.from_pylist([row], columns))
+                if found is not None:
+                    objects.add(found)
+            self._remove_all_but(files, shard_id)
+            if self.options.objects:
+                objects.publish(self.folder.store, self.folder.objects(shard_id))
+            index.publish(self.folder.store, self.index(shard_id))
         return metrics.num_rows
 
     def _rows(self, shard: Shard, metrics: pa.Table) -> Iterator[tuple[Row, pa.Table | None]]:
