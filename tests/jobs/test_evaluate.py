@@ -14,7 +14,6 @@ from jobs.pack import pack
 from jobs.predict import predict
 from jobs.verbs.arguments import run_config
 from tests.data import write_tar
-from tests.unet_core.test_large_images import small_is_large  # noqa: F401
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.parts import read_metrics
@@ -241,7 +240,7 @@ def test_a_report_tells_what_is_wrong_with_an_evaluation(make_run, folder, tmp_p
     assert "Evaluate again" in told
 
 
-def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch, small_is_large):  # noqa: F811
+def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch, small_is_large):
     image, mask = nuclei(330, 310, np.random.default_rng(1))
     for kind, pixels in (("images", image), ("masks", mask)):
         (tmp_path / kind).mkdir()

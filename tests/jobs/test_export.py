@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from jobs.predict import predict
 from tests.data import pictures
-from tests.unet_core.test_large_images import small_is_large, write_slides  # noqa: F401  # a fixture
+from tests.unet_core.test_large_images import write_slides
 from unet_core import open_run
 from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.export.names import Names
@@ -237,11 +237,7 @@ def test_images_that_have_no_room_are_told_by_row_and_exit_code(
 
 
 def test_large_images_are_exported_by_window_and_objects_cross_windows(
-    make_config,
-    tmp_path,
-    run_cli,
-    monkeypatch,
-    small_is_large,  # noqa: F811
+    make_config, tmp_path, run_cli, monkeypatch, small_is_large
 ):
     monkeypatch.setattr("unet_core.export.images.TILE_SIDE", 64)
     predict(make_config(input=write_slides(tmp_path / "slides", tile=(64, 64)), out="large"))

@@ -10,18 +10,6 @@ from unet_core import open_run
 from unet_core.synthetic import nuclei
 
 SHAPE = (700, 530)
-GEOMETRY, LARGE, CANVAS = "unet_core.geometry", "unet_core.images.large_tiff", "unet_core.canvas"
-
-
-@pytest.fixture
-def small_is_large(monkeypatch):
-    """What is above 100,000 pixels or 100 kB counts as large, and mask windows have 128 pixels."""
-    monkeypatch.setattr(f"{LARGE}.SMALL_PIXELS", 100_000)
-    monkeypatch.setattr("unet_core.inputs.folder.LARGE_FILE_BYTES", 100_000)
-    monkeypatch.setattr("unet_core.inputs.shards.LARGE_FILE_BYTES", 100_000)
-    monkeypatch.setattr(f"{GEOMETRY}.MASK_WINDOW_PIXELS", 100_000)
-    monkeypatch.setattr(f"{GEOMETRY}.MASK_WINDOW_SIDE", 128)
-    monkeypatch.setattr(f"{CANVAS}.MASK_WINDOW_SIDE", 128)
 
 
 def write_slides(root, **options):
