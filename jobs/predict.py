@@ -11,7 +11,6 @@ from jobs.budget import Budget
 from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
 from jobs.progress import RunProgress
-from jobs.report import ending_report
 from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
@@ -60,6 +59,10 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     """
     outcome = _predicted(config, retry_failed, refresh)
     output = config.output
+    if not output.report:
+        return outcome
+    from jobs.report import ending_report  # templates, charts, pictures
+
     was_done = not outcome.was_finished
     report = ending_report(output.uri, config.storage, output.report, was_done)
     return replace(outcome, report=report)

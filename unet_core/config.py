@@ -105,8 +105,8 @@ class TileConfig(Section):
     """How large images are cut and how tiles are stacked."""
 
     size: Auto | Annotated[int, Field(strict=True, ge=16)] = "auto"
-    """Side of the window in pixels, halo included; an image that fits is one tile. ``auto``: about
-    1024, more where the network sees far."""
+    """Longest side of a window in pixels, halo included; an image that fits is one tile. ``auto``:
+    about 1024, more where the network sees far."""
     batch: Auto | Count = "auto"
     """Full-size tiles per batch; smaller tiles fill the same number of pixels."""
     mode: Literal["exact", "blend"] = "exact"

@@ -29,7 +29,7 @@ from unet_core.networks.unet import fold_batchnorm
 log = logging.getLogger(__name__)
 
 CONFIDENCE_UNIT = 65535
-CPU_BATCH_BYTES = 32 * 2**20  # what stays in cache: larger batches are slower on a CPU
+CPU_BATCH_BYTES = 16 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {

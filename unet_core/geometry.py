@@ -123,17 +123,29 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def exact_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
-    """Cut an axis of ``length`` pixels into windows of ``size`` whose kept parts cover it once.
+    """Cut an axis of ``length`` pixels into windows whose kept parts cover it once: as few as with
+    windows of ``size``, and then as small as so many can be.
 
     One window if the axis fits. Otherwise all windows have the same size; the last may be shorter
     where the network takes any. Raises ValueError if ``size`` leaves nothing to keep.
     """
-    margin, halo, stride = tiling.margin, tiling.halo, tiling.stride
+    margin = tiling.margin
     total = tiling.sides.at_least(length + 2 * margin)
     if total <= size:
         return [Span(-margin, total - margin, 0, length)]
     if size not in tiling.window_sides or size < tiling.smallest_window:
         raise ValueError(f"no exact windows: {length=} {size=} {tiling=}")
+    most = len(_spans(length, size, tiling))
+    shared = total + 2 * (most - 1) * (margin + tiling.halo)
+    size = tiling.window_sides.at_least(max(-(-shared // most), tiling.smallest_window))
+    while len(spans := _spans(length, size, tiling)) > most:
+        size += tiling.window_sides.step
+    return spans
+
+
+def _spans(length: int, size: int, tiling: Tiling) -> list[Span]:
+    margin, halo, stride = tiling.margin, tiling.halo, tiling.stride
+    total = tiling.sides.at_least(length + 2 * margin)
     last = round_up(total - size, stride)
     result: list[Span] = []
     kept = 0
