@@ -197,7 +197,7 @@ def ray_data(work: Work, out: Path) -> None:
     data = data.map_batches(
         RaySegmenter,
         fn_constructor_args=(work,),
-        # an actor a core, as fast as it gets; with a whole core each, none would be left to read
+        # faster than one actor of a whole core and a core to read with
         compute=ray.data.ActorPoolStrategy(size=CORES),
         num_cpus=0.5,
         batch_size=8,
