@@ -17,11 +17,11 @@ from unet_core.config import PredictConfig, StorageConfig, refuse_nesting
 from unet_core.errors import ConfigError
 from unet_core.export import coco
 from unet_core.export.names import Names
-from unet_core.export.task import EXTENSIONS, READ_THREADS, Export, Folder, Options
+from unet_core.export.task import EXTENSIONS, Export, Folder, Options
 from unet_core.inputs.shards import Shard
 from unet_core.parts import metrics_name
 from unet_core.results import Results
-from unet_core.run import open_existing
+from unet_core.run import READ_THREADS, open_existing
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 
