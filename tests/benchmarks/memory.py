@@ -44,17 +44,17 @@ class Watch(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.images = [0]
-        self.resident_MiB = [resident_MiB()]
+        self.resident_MiB = [resident()]
 
     def emit(self, record: logging.LogRecord) -> None:
         """A shard was committed."""
         _, images, _ = record.args
         self.images.append(self.images[-1] + images)
-        self.resident_MiB.append(resident_MiB())
+        self.resident_MiB.append(resident())
 
 
-def resident_MiB() -> float:
-    """Of this process."""
+def resident() -> float:
+    """MiB of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
@@ -82,10 +82,11 @@ def main() -> None:
     assert totals.ok == options.images
     warm = [MiB for done, MiB in zip(watch.images, watch.resident_MiB, strict=True)
             if done >= WARM * options.images]  # fmt: skip
-    print(f"{options.images} images in {options.shards} shards: {seconds:.0f} s, CPU "
-          f"{1e3 * cpu / options.images:.2f} ms an image, {1e3 * cpu / options.shards:.2f} a shard")  # fmt: skip
-    print(f"resident MiB: {warm[0]:.0f} after {WARM:.0%} of the images, {warm[-1]:.0f} at the end, "
-          f"at most {max(watch.resident_MiB):.0f}")  # fmt: skip
+    each = " and ".join(f"{1e3 * cpu / n:.2f} ms" for n in (options.images, options.shards))
+    print(f"{options.images} images in {options.shards} shards: {seconds:.0f} s; "
+          f"CPU of an image and of a shard: {each}")  # fmt: skip
+    print(f"resident MiB: {warm[0]:.0f} after {WARM:.0%} of the images, "
+          f"{warm[-1]:.0f} at the end, at most {max(watch.resident_MiB):.0f}")  # fmt: skip
     if options.plot:
         plot(watch, options.plot)
 
