@@ -13,7 +13,9 @@ os.environ |= {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs' commands
 }
 
+import atexit
 import contextlib
+import gc
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -113,6 +115,7 @@ def run_cli(
         monkeypatch.setattr("sys.argv", ["unet-jobs", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
+        atexit.unregister(gc.freeze)  # this process is to be collected at its end
         captured = capsys.readouterr()
         return ended.value.code or 0, captured.out, captured.err
 
