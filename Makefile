@@ -51,7 +51,7 @@ fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECOND
 chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: an hour and a half
 	$(BIN)/python -m tests.chaos --seed 1 --runs 20
 
-bench: install  ## predict beside what people use instead, a quarter of an hour: docs/performance.md
+bench: install  ## predict beside what people use instead, half an hour: docs/performance.md
 	$(BIN)/python -m tests.benchmarks.peers --page docs/performance.md
 
 lint: install

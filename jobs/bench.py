@@ -57,7 +57,7 @@ class Bench:
     images: int
     megapixels: float
     matrix_gflop_per_s: float
-    """Of multiplying large float32 matrices."""
+    """Of multiplying large matrices in the model's precision."""
     gflop_per_megapixel: float
     """Of the network's convolutions, tiles' halos and padding included."""
     model: float
@@ -255,8 +255,8 @@ def _model(engine: Engine, batches: list[Batch]) -> tuple[float, list[list[Segme
 
 
 def _matrix_s(engine: Engine) -> float:
-    """Seconds for one product of float32 matrices on each lane, the median of some."""
-    square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device)
+    """Seconds for one product of large matrices on each lane, the median of some."""
+    square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device, dtype=engine.dtype)
 
     def multiply(_: int) -> None:
         with torch.inference_mode():
@@ -277,7 +277,7 @@ def _gflop(engine: Engine, batch: Batch) -> float:
     """Of one pass of a batch, two for each multiply-add."""
     network = copy.deepcopy(engine.network).to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.zeros(batch.tiles_NCHW.shape, device="meta"))
+        network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
     return counter.get_total_flops() / 1e9
 
 

@@ -92,8 +92,7 @@ class ModelConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """``auto``: a GPU if there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the network; the halves are for GPUs, faster there, and differ in pixels near a class's
-    border."""
+    """Of the network; the halves are meant for GPUs, and differ in pixels near a class's border."""
 
     @field_validator("checkpoint")
     @classmethod

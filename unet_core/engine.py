@@ -157,8 +157,8 @@ class Engine:
         """What a batch may hold since one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
         self._format = memory_format(device)
-        self._dtype: torch.dtype = getattr(torch, precision)
-        self.network = folded.to(device, self._dtype, memory_format=self._format)  # type: ignore[call-overload]  # stub lacks the three
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.network = folded.to(device, self.dtype, memory_format=self._format)  # type: ignore[call-overload]  # stub lacks the three
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
         self._room = Room(2**62)
@@ -190,7 +190,7 @@ class Engine:
         pixels = self._affordable_pixels() if batch == "auto" else int(batch) * tile_size**2
         return Compute(
             device=device_model(self.device),
-            precision=str(self._dtype).removeprefix("torch."),
+            precision=str(self.dtype).removeprefix("torch."),
             backend="eager",
             batch_pixels=pixels,
             versions=versions,
@@ -255,7 +255,7 @@ class Engine:
         for axes, turned in SYMMETRIES[self.tta]:
             seen = x_NCHW.flip(axes)
             seen = (seen.mT if turned else seen).contiguous(memory_format=self._format)
-            logits_NKHW = self.network(seen.to(self._dtype)).float()
+            logits_NKHW = self.network(seen.to(self.dtype)).float()
             is_finite_N &= torch.isfinite(logits_NKHW).flatten(1).all(dim=1)
             is_one = logits_NKHW.shape[1] == 1
             p_NKHW = torch.sigmoid(logits_NKHW) if is_one else torch.softmax(logits_NKHW, dim=1)
@@ -284,7 +284,7 @@ class Engine:
     @property
     def _bytes_per_pixel(self) -> int:
         """About four of the widest maps live at once."""
-        return 4 * self._dtype.itemsize * self.header.tiling.channels
+        return 4 * self.dtype.itemsize * self.header.tiling.channels
 
     def _affordable_pixels(self) -> int:
         """How many pixels fit the byte budget of a batch."""

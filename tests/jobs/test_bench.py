@@ -14,6 +14,11 @@ def test_a_bench_tells_of_the_whole_sample_and_keeps_nothing(make_config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bench_goes_by_the_precision_of_the_model(make_config):
+    measured = bench(make_config(model={"precision": "bfloat16"}), rounds=1)
+    assert measured.images == 12
+
+
 def test_a_bench_of_nothing_says_so(make_config, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"none")
