@@ -195,7 +195,7 @@ class RayActors:
                   attempt.shard.shard_id, attempt.number, actor)  # fmt: skip
         self._call(actor, attempt, "segment", attempt)
 
-    def want(self, actors: int, shards: int) -> None:
+    def want(self, actors: int, shards: int) -> int:
         """Have as many actors as the cluster can hold or get, and as can have a shard."""
         self._useful = actors
         self._measures.open(shards)
@@ -203,6 +203,7 @@ class RayActors:
             if len(self._handles) > actors:  # it asks for a node that would come for nothing
                 self._end(name)
         self._grow()
+        return len(self._nodes)
 
     def release(self, actor: str) -> None:
         """End an actor that nothing is left for."""

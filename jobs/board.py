@@ -1,10 +1,11 @@
 """Which shard goes to which actor, and what a failed attempt means. Knows nothing of Ray.
 
-An actor holds at most two shards: one computes while the next is read; the last ones are shared
-out instead. When an actor dies with two shards, either may be guilty, so neither is charged: both
-become suspects and run alone. Only a death alone counts. A shard that has been charged
-``max_attempts`` times, or that stands still alone, goes on trial: its images are tried one by one,
-and the guilty ones become failed rows. One that cannot be done even so is set aside.
+An actor holds at most two shards: one computes while the next is read; the last ones are shared out
+instead, also with those that are still starting. When an actor dies with two shards, either may be
+guilty, so neither is charged: both become suspects and run alone. Only a death alone counts. A
+shard that has been charged ``max_attempts`` times, or that stands still alone, goes on trial: its
+images are tried one by one, and the guilty ones become failed rows. One that cannot be done even so
+is set aside.
 """
 
 import time
@@ -180,12 +181,12 @@ class Board:
         for line in (self.waiting, self.suspects, self.on_trial):
             line.clear()
 
-    def next_for(self, actor: str) -> Attempt | None:
-        """What a ready actor should begin now, if anything."""
+    def next_for(self, actor: str, actors: int = 0) -> Attempt | None:
+        """What a ready actor should begin now, if anything; of ``actors``, some may be starting."""
         held = self.in_flight[actor]
         if any(attempt.alone for attempt in held) or len(held) >= PREFETCH:
             return None
-        if held and len(self.waiting) < len(self.in_flight):
+        if held and len(self.waiting) < max(actors, len(self.in_flight)):
             return None
         if not held and self.on_trial:
             return self._begin(actor, self.on_trial.popleft(), alone=True, on_trial=True)

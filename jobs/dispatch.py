@@ -28,8 +28,10 @@ class Workers(Protocol):
         """Let a ready actor begin a shard."""
         ...
 
-    def want(self, actors: int, shards: int) -> None:
-        """So many shards are open, and at most so many actors can have one."""
+    def want(self, actors: int, shards: int) -> int:
+        """So many shards are open, and at most so many actors can have one; returns how many have
+        a process, ready or starting.
+        """
         ...
 
     def release(self, actor: str) -> None:
@@ -76,8 +78,8 @@ def dispatch(
             board.forgive(slept)
         _give_up(board, workers, on_event)
         on_tick()
-        workers.want(board.useful, board.open)
-        _hand_out(board, workers, on_event)
+        actors = workers.want(board.useful, board.open)
+        _hand_out(board, workers, actors, on_event)
 
 
 def _give_up(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
@@ -89,10 +91,12 @@ def _give_up(board: Board, workers: Workers, on_event: Callable[[Event], None]) 
             board.died(died)
 
 
-def _hand_out(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
+def _hand_out(
+    board: Board, workers: Workers, actors: int, on_event: Callable[[Event], None]
+) -> None:
     """Let every actor begin what it should, and end those that nothing is left for."""
     for actor in list(board.in_flight):
-        while (attempt := board.next_for(actor)) is not None:
+        while (attempt := board.next_for(actor, actors)) is not None:
             workers.submit(actor, attempt)
         if not board.has_use_for(actor):
             del board.in_flight[actor]

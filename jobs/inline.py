@@ -43,8 +43,9 @@ class InlineWorkers:
         """Begin a shard on a thread of its own."""
         self._futures[self._threads.submit(self._replica.segment, attempt.shard)] = attempt
 
-    def want(self, actors: int, shards: int) -> None:
+    def want(self, actors: int, shards: int) -> int:
         """There is only the one."""
+        return 1
 
     def release(self, actor: str) -> None:
         """It ends with the run."""

@@ -94,7 +94,7 @@ def _require_tiling(network: nn.Module, header: Header) -> None:
     """Hold a network of somebody else to what was measured when its weights were imported."""
     if not isinstance(header.network, Factory) or not header.tiling.is_exact:
         return
-    if not is_exact(network, header.network.in_channels, header.tiling):
+    if not is_exact(network, header.network.in_channels, header.tiling, at_edges=False):
         raise CheckpointError(
             f"model.factory: {header.network.factory} now builds a network whose tiles are not "
             "exact; import its weights again"

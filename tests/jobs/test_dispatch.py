@@ -53,8 +53,9 @@ class ScriptedWorkers:
         assert len(self.held[actor]) <= PREFETCH
         assert not (attempt.alone and len(self.held[actor]) > 1)
 
-    def want(self, actors, shards) -> None:
+    def want(self, actors, shards) -> int:
         self.wanted = actors
+        return len(self.held)
 
     def kills(self, attempt) -> bool:
         name = attempt.shard.shard_id
@@ -301,6 +302,14 @@ def test_the_last_shards_are_shared_out_rather_than_held_by_one():
             pass
     assert [len(held) for held in board.in_flight.values()] == [2, 1]
     assert (board.open, len(board.waiting)) == (4, 1)
+
+
+def test_an_actor_holds_no_shard_that_one_still_starting_could_begin():
+    board = Board.of([shard(name) for name in "ab"])
+    board.in_flight = {"first": []}
+    assert board.next_for("first", actors=2) is not None
+    assert board.next_for("first", actors=2) is None
+    assert board.next_for("first", actors=1) is not None
 
 
 def test_what_an_actor_holds_makes_no_other_useful():

@@ -54,10 +54,11 @@ def test_windows_are_exact_and_with_a_smaller_halo_they_are_not(name):
     torch.manual_seed(0)
     spec = replace(PRESETS[name], width=2)
     network, tiling = UNet(spec), reach.tiling_of(spec)
-    assert reach.is_exact(network, spec.in_channels, tiling)
-    if tiling.halo:
-        less = replace(tiling, halo=tiling.halo - tiling.stride)
-        assert not reach.is_exact(network, spec.in_channels, less)
+    for at_edges in (True, False):
+        assert reach.is_exact(network, spec.in_channels, tiling, at_edges)
+        if tiling.halo:
+            less = replace(tiling, halo=tiling.halo - tiling.stride)
+            assert not reach.is_exact(network, spec.in_channels, less, at_edges)
 
 
 def test_a_network_of_somebody_else_is_found_out():

@@ -4,6 +4,7 @@ The only place that loads weights. The header alone (no torch) settles classes, 
 legal sizes before any machine is used.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
@@ -230,26 +231,30 @@ def load(
         bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if bad:
             raise CheckpointError(f"{checkpoint}: NaN or infinite weights in {', '.join(bad[:3])}")
-        if isinstance(header.network, UNetSpec):
-            with torch.device("meta"):  # a small file must not bring about a large network
-                _fill(build(header.network), {name: t.to("meta") for name, t in tensors.items()})
-        network = build(header.network)
-        _fill(network, tensors)
+        is_ours = isinstance(header.network, UNetSpec)
+        with torch.device("meta") if is_ours else contextlib.nullcontext():
+            network = build(header.network)  # a small file must not bring about a large network
+        _fill(network, tensors, assign=is_ours)
     except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         text = " ".join(str(error).split())[:500]
         raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
     return network.eval(), header
 
 
-def _fill(network: "nn.Module", tensors: "dict[str, Tensor]") -> None:
-    """Give a network its weights, strictly. Raises RuntimeError for those that do not fit."""
-    found = dict(tensors)
+def _fill(network: "nn.Module", tensors: "dict[str, Tensor]", assign: bool) -> None:
+    """Give a network its weights, strictly; ``assign`` puts them in the place of its own.
+
+    Raises RuntimeError for those that do not fit.
+    """
+    found = {}
     for name, own in network.state_dict().items():
         if name.endswith("num_batches_tracked"):
-            found[name] = own  # counts training steps; not kept
-        elif name in found and found[name].is_floating_point() != own.is_floating_point():
-            raise RuntimeError(f"{name} holds {found[name].dtype}, not {own.dtype}")
-    network.load_state_dict(found, strict=True)
+            found[name] = own.new_zeros((), device="cpu")  # counts training steps; not kept
+        elif name in tensors:
+            if tensors[name].is_floating_point() != own.is_floating_point():
+                raise RuntimeError(f"{name} holds {tensors[name].dtype}, not {own.dtype}")
+            found[name] = tensors[name].to(own.dtype)
+    network.load_state_dict({**tensors, **found}, strict=True, assign=assign)
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
