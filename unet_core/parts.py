@@ -5,7 +5,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ from unet_core import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.storage.spool import drop
-from unet_core.storage.store import Store, table_of, whole_parquet
+from unet_core.storage.store import Store, is_temporary, table_of, whole_parquet
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
@@ -34,58 +34,85 @@ def metrics_name(shard_id: str) -> str:
     return f"metrics/{shard_id}.parquet"
 
 
-class MasksPart:
-    """A masks part while it is being built, spooled to local disk once it is large.
-
-    Row groups are cut by uncompressed bytes, so the file depends on its rows alone.
+class RowGroups:
+    """A Parquet file while it is being built, spooled to local disk once it is large; a context
+    manager. Row groups are cut by bytes, so the file depends on its rows alone.
     """
 
-    def __init__(
-        self, encoding: str, footer: Mapping[str, str], has_probabilities: bool = False
-    ) -> None:
-        columns = schema.masks(encoding, has_probabilities)
-        self.schema = columns.with_metadata({**(columns.metadata or {}), **footer})
-        self.encoding = encoding
+    def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
+        self.columns = columns
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed by close()
-        payloads = ("mask", "mask.bytes", "probabilities")
-        self._writer = pq.ParquetWriter(
-            self._file,
-            self.schema,
-            use_dictionary=[c for c in columns.names if c not in payloads],
-            write_statistics=[c for c in columns.names if c not in payloads],
-            **COMPRESSION,
-        )
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
+        self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
+        self._group_bytes = group_bytes
+        self._held: list[Any] = []
+        self._held_bytes = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one mask window; ``mask`` and ``probabilities`` are bytes."""
-        self._bytes += len(row["mask"]) + len(row.get("probabilities", b""))
-        if self.encoding == "png":
-            row = {**row, "mask": {"bytes": row["mask"], "path": None}}
-        self._rows.append(row)
-        if self._bytes >= ROW_GROUP_BYTES:
-            self._flush()
+    def __enter__(self) -> Self:
+        return self
 
-    def finish(self) -> tuple[BinaryIO, str, int]:
-        """The complete file with its SHA-256 and its size in bytes."""
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows of these columns."""
+        self._hold(rows, rows.nbytes)
+
+    def complete(self) -> BinaryIO:
+        """The whole file, which is gone once this is closed."""
         self._flush()
         self._writer.close()
-        self._file.seek(0)
-        sha256 = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
-        return cast(BinaryIO, self._file), sha256, self._file.tell()
+        return cast(BinaryIO, self._file)
 
     def close(self) -> None:
         """Drop the spooled file."""
         with contextlib.suppress(OSError):  # no room for a footer that nobody reads
             self._writer.close()
-        drop(cast(BinaryIO, self._file))
+        drop(self._file)
         self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
 
+    def _hold(self, rows: Any, size: int) -> None:
+        self._held.append(rows)
+        self._held_bytes += size
+        if self._held_bytes >= self._group_bytes:
+            self._flush()
+
     def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.schema))
-            self._rows, self._bytes = [], 0
+        if self._held:
+            self._writer.write_table(self._joined(self._held))
+            self._held, self._held_bytes = [], 0
+
+    def _joined(self, held: list[Any]) -> pa.Table:
+        return pa.concat_tables(held)
+
+
+class MasksPart(RowGroups):
+    """A masks part while it is being built."""
+
+    def __init__(
+        self, encoding: str, footer: Mapping[str, str], has_probabilities: bool = False
+    ) -> None:
+        columns = schema.masks(encoding, has_probabilities)
+        small = [name for name in columns.names if name not in ("mask", "probabilities")]
+        columns = columns.with_metadata({**(columns.metadata or {}), **footer})
+        super().__init__(columns, ROW_GROUP_BYTES, use_dictionary=small, write_statistics=small)
+        self._is_png = encoding == "png"
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one mask window; ``mask`` and ``probabilities`` are bytes."""
+        size = len(row["mask"]) + len(row.get("probabilities", b""))
+        if self._is_png:
+            row = {**row, "mask": {"bytes": row["mask"], "path": None}}
+        self._hold(row, size)
+
+    def finish(self) -> tuple[BinaryIO, str, int]:
+        """The complete file with its SHA-256 and its size in bytes."""
+        file = self.complete()
+        file.seek(0)
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        return file, sha256, file.tell()
+
+    def _joined(self, held: list[dict[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(held, schema=self.columns)
 
 
 def metrics_part(
@@ -170,20 +197,32 @@ def _opened(part: bytes, uri: str) -> tuple[pa.Table, dict[str, str]]:
     return table, {key.decode(): value.decode() for key, value in metadata.items()}
 
 
+def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
+    """Some columns of a metrics part."""
+    with store.open_parquet(metrics_name(shard_id)) as file:
+        return file.read(columns=list(columns))
+
+
+def ids_in(store: Store, folder: str) -> set[str]:
+    """Ids of the shards that have their part in a folder. One listing."""
+    names = (entry.name for entry in store.list(folder))
+    return {name.removesuffix(".parquet") for name in names if not is_temporary(name)}
+
+
 def is_current(run: Store, shard_id: str, store: Store, name: str) -> bool:
     """Whether what was made of a shard's masks is of those that the run has now: a shard with
     failed images may have been done again since.
     """
-    now = _masks_sha256(run, metrics_name(shard_id))
-    return now is not None and now == _masks_sha256(store, name)
+    now = masks_sha256(run, metrics_name(shard_id))
+    return now is not None and now == masks_sha256(store, name)
 
 
-def _masks_sha256(store: Store, name: str) -> bytes | None:
-    try:
-        with store.open_parquet(name) as file:
-            return (file.schema_arrow.metadata or {}).get(b"masks_sha256")
-    except NotFoundError:
-        return None
+def masks_sha256(store: Store, name: str) -> str | None:
+    """Of the masks that a file is of, as its footer tells; None if it cannot tell."""
+    with contextlib.suppress(NotFoundError, ParquetDamagedError), store.open_parquet(name) as file:
+        found: bytes | None = (file.schema_arrow.metadata or {}).get(b"masks_sha256")
+        return None if found is None else found.decode()
+    return None
 
 
 def read_totals(store: Store, shard_id: str) -> Totals:

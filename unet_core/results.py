@@ -1,7 +1,6 @@
 """Reading a run back: its totals, its masks by image or by shard, and its images."""
 
 from collections.abc import Callable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.arrays import Array
-from unet_core.compact import read_rows
+from unet_core.compact import COMPACTED, batches
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
@@ -25,8 +24,9 @@ from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
-from unet_core.parts import masks_name, metrics_name
-from unet_core.run import READ_THREADS, Run, open_existing
+from unet_core.ordered import side_by_side
+from unet_core.parts import masks_name, read_columns
+from unet_core.run import Run, open_existing
 from unet_core.storage.store import Store, whole_parquet
 
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
@@ -104,7 +104,7 @@ class OpenMasks:
         if image_id not in self._rows:
             return None
         rows = self._rows[image_id]
-        boxes = tuple(_box(row) for _, _, row in rows)
+        boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
         first = rows[0][2]
         size = first["image_height"], first["image_width"]
         return StoredMask(image_id, *size, boxes, lambda number: self._read(*rows[number]))
@@ -167,7 +167,7 @@ class Results:
         """A row for each image of all committed shards: columns of the metrics parts after the
         ``shard_id``.
         """
-        return read_rows(self.run.store)
+        return pa.concat_tables([COMPACTED.empty_table(), *batches(self.run.store)])
 
     def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
         """Class ids HW of one image, or of a window (y, x, height, width) of it.
@@ -225,33 +225,21 @@ def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
             yield mask
 
 
-def _box(row: dict[str, Any]) -> Box:
-    return Box(row["y"], row["x"], row["height"], row["width"])
-
-
 def _shard_of(run: Run, image_id: str) -> str:
     """The committed shard with an image; tars and Parquet files are known by its name."""
     committed = run.committed()
     heads = [shard for shard in run.manifest() or [] if shard.shard_id in committed]
     heads.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for at in range(0, len(heads), READ_THREADS):
-            ids = [shard.shard_id for shard in heads[at : at + READ_THREADS]]
-            looks = pool.map(lambda shard_id: _status(run.store, shard_id, image_id), ids)
-            for shard_id, status in zip(ids, looks, strict=True):
-                if status == "":
-                    return shard_id
-                if status is not None:
-                    raise NotFoundError(f"{run.uri} has no mask of {image_id}: {status}")
+
+    def look(shard: Shard) -> list[dict[str, Any]]:
+        table = read_columns(run.store, shard.shard_id, "image_id", "status", "error_message")
+        rows: list[dict[str, Any]] = table.filter(pc.field("image_id") == image_id).to_pylist()
+        return rows
+
+    for shard, rows in zip(heads, side_by_side(look, heads), strict=True):
+        if any(row["status"] == "ok" for row in rows):
+            return shard.shard_id
+        if rows:
+            reason = f"it failed: {rows[0]['error_message']}"
+            raise NotFoundError(f"{run.uri} has no mask of {image_id}: {reason}")
     raise NotFoundError(f"{run.uri} has no image {image_id} among {len(heads)} committed shards")
-
-
-def _status(store: Store, shard_id: str, image_id: str) -> str | None:
-    """Empty if the shard has a mask of the image, why not if it failed; None if it is not there."""
-    with store.open_parquet(metrics_name(shard_id)) as file:
-        table = file.read(columns=["image_id", "status", "error_message"])
-    found = table.filter(pc.field("image_id") == image_id).to_pylist()
-    if not found:
-        return None
-    is_ok = any(row["status"] == "ok" for row in found)
-    return "" if is_ok else f"it failed: {found[0]['error_message']}"

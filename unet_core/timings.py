@@ -4,7 +4,6 @@ import datetime
 import io
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals
-from unet_core.run import READ_THREADS
+from unet_core.ordered import side_by_side
 from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store, table_of
 
@@ -126,8 +125,7 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = list(pool.map(lambda name: table_of(store.read(name)), names))
+    tables = side_by_side(lambda name: table_of(store.read(name)), names)
     both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
     return both.select(TIMINGS.names)  # earlier versions had other columns
 
