@@ -197,8 +197,7 @@ def pictures(
     wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
     decoder = Decoder(wanted, len(results.class_names), source.config)
     files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
-    whole = with_members(results.run.store, shard) if shard.has_members else shard
-    for sample in read_shard(source, whole):
+    for sample in read_shard(source, with_members(results.run.store, shard)):
         if sample.image_id in files:
             bare = replace(sample, read_mask=None, open_mask=None)
             images = decoder.decode(sample if has_truth else bare)

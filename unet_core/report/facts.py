@@ -1,6 +1,5 @@
 """What there is to say of a run, gathered once; the page only lays it out."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -11,7 +10,7 @@ from unet_core.arrays import Array
 from unet_core.compact import batches
 from unet_core.config import PredictConfig, build
 from unet_core.failures import Cause, causes
-from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
+from unet_core.metrics import RATIOS, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import command, toml
@@ -149,21 +148,17 @@ def run_facts(results: Results) -> RunFacts:
 def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
     """Every class, by its id."""
     nothing = [None] * len(results.class_names)
-    scores = totals.scores or nothing
-    pixels = totals.class_pixels or nothing
+    pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
+    classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
     return [
-        _class_row(name, color, ratio(count or 0, totals.pixels), score)
-        for name, color, count, score in zip(
-            results.class_names, results.palette, pixels, scores, strict=True
+        ClassRow(
+            name,
+            "rgb({} {} {})".format(*color),
+            ratio(count or 0, totals.pixels),
+            **{kind: getattr(score, kind, None) for kind in RATIOS},
         )
+        for name, color, count, score in classes
     ]
-
-
-def _class_row(
-    name: str, color: tuple[int, int, int], share: float | None, score: Scores | None
-) -> ClassRow:
-    ratios = {kind: getattr(score, kind, None) for kind in RATIOS}
-    return ClassRow(name, "rgb({} {} {})".format(*color), share, **ratios)
 
 
 def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
@@ -308,8 +303,3 @@ def _texts(table: dict[str, object]) -> dict[str, str]:
         else:
             found[key] = str(value)
     return {key: text or "–" for key, text in found.items()}
-
-
-def defined(value: float) -> float | None:
-    """None for nan."""
-    return None if math.isnan(value) else value

@@ -2,16 +2,17 @@
 
 import datetime
 import functools
+import math
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from unet_core.report.facts import RunFacts, defined
+from unet_core.report.evaluations import score
+from unet_core.report.facts import RunFacts
 from unet_core.report.pictures import ERROR_COLORS, ERROR_NAMES
 from unet_core.report.training import TrainingFacts
 
 NAME = "report.html"
-DASH = "–"
 CELLS_WITH_TEXT = 12
 """A larger confusion matrix is colours, with its numbers for the pointer."""
 
@@ -44,24 +45,14 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"count": count, "score": score, "share": share, "span": span, "at": at}
-    made.filters["defined"] = defined
+    made.filters |= {"count": "{:,}".format, "score": score, "share": share, "span": span, "at": at}
+    made.tests["nan"] = math.isnan
     return made
-
-
-def count(value: int) -> str:
-    """Thousands apart."""
-    return f"{value:,}"
-
-
-def score(value: float | None) -> str:
-    """Four decimals, or a dash where it is undefined."""
-    return DASH if value is None else f"{value:.4f}"
 
 
 def share(value: float | None, decimals: int = 1) -> str:
     """Percent, or a dash."""
-    return DASH if value is None else f"{100 * value:.{decimals}f} %"
+    return "–" if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def span(seconds: float) -> str:

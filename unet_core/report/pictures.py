@@ -95,8 +95,8 @@ def outline(mask_HW: Array) -> Array:
 def panels(seen: View, palette: Palette, ignore_index: int) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
     colors = _colors(palette)
-    drawn_HWC = _outlined(seen, _lit(colors))
-    image, outlined = _photo("image", seen.image_HWC), _photo("mask outline", drawn_HWC)
+    image = _panel("image", Image.fromarray(seen.image_HWC))
+    outlined = _panel("mask outline", Image.fromarray(_outlined(seen, _lit(colors))))
     if seen.truth_HW is None:
         return image, _flat("mask", seen.mask_HW, colors), outlined
     known_HW = np.where(seen.truth_HW == ignore_index, len(colors), seen.truth_HW)
@@ -111,22 +111,13 @@ def _outlined(seen: View, colors: Array) -> Array:
     drawn_HWC = seen.image_HWC.copy()
     edge = outline(seen.mask_HW)
     rim = edge.copy()
-    for axis, steps in ((0, 1), (0, -1), (1, 1), (1, -1)):
-        rim |= _moved(edge, axis, steps)
+    rim[1:] |= edge[:-1]
+    rim[:-1] |= edge[1:]
+    rim[:, 1:] |= edge[:, :-1]
+    rim[:, :-1] |= edge[:, 1:]
     drawn_HWC[rim] //= 3
     drawn_HWC[edge] = colors[seen.mask_HW[edge]]
     return drawn_HWC
-
-
-def _moved(edge_HW: Array, axis: int, steps: int) -> Array:
-    moved = np.zeros_like(edge_HW)
-    ahead, behind = slice(1, None), slice(None, -1)
-    to, of = (ahead, behind) if steps > 0 else (behind, ahead)
-    if axis == 0:
-        moved[to] = edge_HW[of]
-    else:
-        moved[:, to] = edge_HW[:, of]
-    return moved
 
 
 def errors_of(seen: View, ignore_index: int) -> Array:
@@ -173,10 +164,6 @@ def _lit(colors: Array) -> Array:
     lit = colors.copy()
     lit[1:][colors[1:].max(axis=1) < 64] = (255, 255, 255)
     return lit
-
-
-def _photo(title: str, pixels_HWC: Array) -> Panel:
-    return _panel(title, Image.fromarray(pixels_HWC))
 
 
 def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
