@@ -7,6 +7,7 @@ count.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 
 import pyarrow as pa
 
@@ -36,7 +37,7 @@ def compact(store: Store, record: Record) -> None:
         return
     names = json.dumps(record.class_names)
     footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: _digest(state)}
-    with RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES) as file:
+    with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
         for rows in _tables(store, state):
             file.append(rows)
         store.publish(FILE, file.complete())

@@ -5,7 +5,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +35,8 @@ def metrics_name(shard_id: str) -> str:
 
 
 class RowGroups:
-    """A Parquet file while it is being built, spooled to local disk once it is large; a context
-    manager. Row groups are cut by bytes, so the file depends on its rows alone.
+    """A Parquet file while it is being built, spooled to local disk once it is large.
+    Row groups are cut by bytes, so the file depends on its rows alone.
     """
 
     def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
@@ -46,12 +46,6 @@ class RowGroups:
         self._group_bytes = group_bytes
         self._held: list[Any] = []
         self._held_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def append(self, rows: pa.Table) -> None:
         """Add rows of these columns."""

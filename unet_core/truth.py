@@ -116,8 +116,7 @@ class LabelImages:
     @property
     def names(self) -> list[str]:
         """The first ones, for a message."""
-        names: list[str] = self.labels["name"].slice(0, SHOWN).to_pylist()
-        return names
+        return [*self.labels["name"].slice(0, SHOWN).to_pylist()]
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """By path below the root of each, else by bare name."""
@@ -129,7 +128,7 @@ class LabelImages:
                 continue
             file = File(root, label.name, root, label.etag)
             if _is_in_list(self.source):
-                file = replace(_listed_file(self.source, label.name), etag=label.etag)
+                file = replace(listing.file_of(self.source, label.name, None), etag=label.etag)
             sample = Sample(
                 row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
             )
@@ -167,15 +166,11 @@ def _root(source: Source) -> Store:
     return Store(masks, source.root.storage) if "/" in masks else source.root
 
 
-def _listed_file(source: Source, uri: str) -> File:
-    return listing.file_of(source, uri, None)
-
-
 def _in_list(source: Source) -> dict[str, Label]:
     """Lists say nothing of how label images change: each is looked at."""
 
     def look(uri: str) -> Label:
-        file = _listed_file(source, uri)
+        file = listing.file_of(source, uri, None)
         try:
             return Label(uri, file.store.entry(file.name).etag)
         except NotFoundError:  # its row will say so

@@ -2,10 +2,10 @@
 is the commit.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, BinaryIO
@@ -157,8 +157,8 @@ class Export:
         if self.options.format == "coco":
             columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
         with (
-            RowGroups(columns.with_metadata(footer), ROW_GROUP_BYTES) as index,
-            RowGroups(schema.OBJECTS.with_metadata(footer), ROW_GROUP_BYTES) as objects,
+            closing(RowGroups(columns.with_metadata(footer), ROW_GROUP_BYTES)) as index,
+            closing(RowGroups(schema.OBJECTS.with_metadata(footer), ROW_GROUP_BYTES)) as objects,
         ):
             index.append(columns.empty_table())  # no rows are a group too
             objects.append(schema.OBJECTS.empty_table())
@@ -265,7 +265,7 @@ def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels |
     that cannot be read any more.
     """
     places, at = {image_id: place for place, image_id in enumerate(ids)}, 0
-    with contextlib.suppress(ShardError):  # its tar or Parquet file is gone, or another
+    with suppress(ShardError):  # its tar or Parquet file is gone, or another
         for image in pictures(results, shard, places.keys(), results.source, has_truth=False):
             place = places[image.sample.image_id]
             if isinstance(image, Picture) and place >= at:
@@ -286,6 +286,6 @@ def _require_small(mask: StoredMask) -> None:
 def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
     """Without intensities where the image cannot be read, or is not the one that it was."""
     if pixels is not None and pixels.shape == found.labels_HW.shape:
-        with contextlib.suppress(ImageError):
+        with suppress(ImageError):
             return measured(found, pixels)
     return measured(found, None)

@@ -118,8 +118,8 @@ def run_facts(results: Results) -> RunFacts:
     record, totals = results.record, results.totals
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
     shards = results.run.manifest() or []
+    compute = record.compute.model_dump(exclude={"versions"})
     rows = class_rows(results, totals)
-    found = list(causes(results.run, totals)) if totals.failed else []
     is_finished = results.run.is_finished
     return RunFacts(
         uri=results.run.uri,
@@ -134,13 +134,13 @@ def run_facts(results: Results) -> RunFacts:
         plots=distributions(measured),
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),
-        causes=tuple(found),
+        causes=tuple(causes(results.run, totals)) if totals.failed else (),
         evaluations=evaluations(results.run.store, totals),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
         warnings=tuple(_warnings(results, is_finished, len(shards))),
         command=command_of(results),
         config=toml(record.config),
-        versions={"unet-jobs": record.version, **_texts(record.compute.model_dump())},
+        versions={"unet-jobs": record.version, **_texts(compute), **record.compute.versions},
         identity={"fingerprint": record.fingerprint, **_texts(record.identity)},
     )
 
@@ -204,12 +204,8 @@ def sizes_of(sizes: Array) -> tuple[Size, ...]:
     kept = order if len(order) <= MOST_SIZES else order[: MOST_SIZES - 1]
     most = int(counts.max(initial=1))
     found = [
-        Size(
-            f"{known[at][0]:,} × {known[at][1]:,}",
-            int(counts[at]),
-            100 * int(counts[at]) / most if most > 1 else None,
-        )
-        for at in kept
+        Size(f"{height:,} × {width:,}", images, 100 * images / most if most > 1 else None)
+        for (height, width), images in zip(known[kept], counts[kept].tolist(), strict=True)
     ]
     others = order[len(kept) :]
     if len(others):
@@ -231,14 +227,13 @@ def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
     palette, ignore_index = results.palette, results.config.input.ignore_index
     by_rank = chain(*zip_longest(*(of_sheet for *_, of_sheet in chosen)))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
-    answers = fetch(
+    made, reasons = fetch(
         results, list(picks.values()),
         lambda fetched: panels(view(fetched, PANEL), palette, ignore_index), MOST_BYTES,
     )  # fmt: skip
 
     def entry(pick: Pick) -> Entry:
-        answer = answers[pick.image_id]
-        return Entry(pick, answer.made or (), answer.reason)
+        return Entry(pick, made.get(pick.image_id, ()), reasons.get(pick.image_id, ""))
 
     return tuple(
         Sheet(anchor, name, about, tuple(map(entry, of_sheet)))
@@ -291,15 +286,10 @@ def command_of(results: Results) -> str:
 
 
 def _texts(table: dict[str, object]) -> dict[str, str]:
-    """Values as a page shows them, nested ones flat."""
-    found: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and key == "versions":
-            found |= {name: str(version) for name, version in value.items()}
-        elif isinstance(value, dict):
-            found[key] = ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
-        elif isinstance(value, list):
-            found[key] = ", ".join(map(str, value))
-        else:
-            found[key] = str(value)
-    return {key: text or "–" for key, text in found.items()}
+    return {key: _text(value) or "–" for key, value in table.items()}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

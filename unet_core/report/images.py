@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError, UnetJobsError
@@ -36,27 +36,20 @@ class Fetched:
     mask_HW: Array
 
 
-@dataclass(frozen=True)
-class Answer(Generic[MadeT]):
-    """What was made of an image, or why nothing was."""
-
-    made: MadeT | None
-    reason: str = ""
-
-
 def fetch(
     results: Results,
     picks: list[Pick],
     make: Callable[[Fetched], MadeT],
     most_bytes: float = math.inf,
-) -> dict[str, Answer[MadeT]]:
+) -> tuple[dict[str, MadeT], dict[str, str]]:
     """Make something of each image, by id; on a few threads, and one image of a thread at a time.
 
-    What cannot be had (the input is gone or changed, the image is too large) is said in its place,
-    also where more than ``most_bytes`` of tars and the like would be streamed; first come first.
+    Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
+    large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
     """
     wanted: dict[str, set[str]] = defaultdict(set)
-    answers: dict[str, Answer[MadeT]] = {}
+    made: dict[str, MadeT] = {}
+    reasons: dict[str, str] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
     source = _impatient(results.source)
     for pick in picks:
@@ -74,24 +67,24 @@ def fetch(
             most_bytes -= stream_bytes
             wanted[pick.shard_id].add(pick.image_id)
             continue
-        answers[pick.image_id] = Answer(None, reason)
+        reasons[pick.image_id] = reason
 
-    def of_shard(shard_id: str) -> dict[str, Answer[MadeT]]:
-        ids, reason = wanted[shard_id], "it is not in its shard any more"
-        said: dict[str, Answer[MadeT]] = {}
+    def of_shard(shard_id: str) -> None:
+        reason = "it is not in its shard any more"
         try:
-            for image_id, found in _found(results, source, heads[shard_id], ids):
-                if isinstance(found, Fetched):
-                    said[image_id] = Answer(make(found))
+            for image_id, found in _found(results, source, heads[shard_id], wanted[shard_id]):
+                if isinstance(found, str):
+                    reasons[image_id] = found
                 else:
-                    said.setdefault(image_id, Answer(None, found))
+                    made[image_id] = make(found)
         except (UnetJobsError, ValueError, OSError, MemoryError) as error:
             reason = str(error) or type(error).__name__  # also of a damaged mask
-        return {image_id: said.get(image_id, Answer(None, reason)) for image_id in ids}
+        for image_id in wanted[shard_id]:
+            reasons.setdefault(image_id, reason)
 
-    for found in side_by_side(of_shard, wanted, THREADS):
-        answers |= found
-    return answers
+    for _ in side_by_side(of_shard, wanted, THREADS):
+        pass
+    return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
 
 def _found(

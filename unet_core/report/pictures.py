@@ -94,7 +94,7 @@ def outline(mask_HW: Array) -> Array:
 
 def panels(seen: View, palette: Palette, ignore_index: int) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
-    colors = _colors(palette)
+    colors = np.array(palette, np.uint8)
     image = _panel("image", Image.fromarray(seen.image_HWC))
     outlined = _panel("mask outline", Image.fromarray(_outlined(seen, _lit(colors))))
     if seen.truth_HW is None:
@@ -136,7 +136,7 @@ def errors_of(seen: View, ignore_index: int) -> Array:
 def overlay(fetched: Fetched, palette: Palette) -> bytes:
     """PNG of an image with its classes blended in and outlined."""
     seen = view(fetched, OVERLAY)
-    colors = _lit(_colors(palette))
+    colors = _lit(np.array(palette, np.uint8))
     inside, edge = seen.mask_HW > 0, outline(seen.mask_HW)
     drawn_HWC = seen.image_HWC.copy()
     mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[seen.mask_HW[inside]]
@@ -153,10 +153,6 @@ def _stretched(plane_HW: Array) -> Array:
     low, high = np.percentile(plane_HW, (0.5, 99.8))
     scaled = (plane_HW.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
     return np.clip(scaled, 0, 255).astype(np.uint8)
-
-
-def _colors(palette: Palette) -> Array:
-    return np.array(palette, dtype=np.uint8)
 
 
 def _lit(colors: Array) -> Array:
