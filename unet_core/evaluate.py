@@ -14,7 +14,7 @@ from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
 from unet_core.ordered import side_by_side
-from unet_core.parts import ids_in, is_current, metrics_name, metrics_part, read_metrics
+from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
 from unet_core.results import StoredMask, stored_masks
 from unet_core.run import Identity, require_equal
 from unet_core.schema import EVALUATION
@@ -111,12 +111,8 @@ class Evaluation:
 
     def forget_stale(self, shard_ids: set[str]) -> int:
         """Remove the parts of shards that the run has done again since; returns how many."""
-
-        def is_fresh(shard_id: str) -> bool:
-            return is_current(self.run, shard_id, self.store, metrics_name(shard_id))
-
-        ids = sorted(shard_ids)
-        stale = [i for i, yes in zip(ids, side_by_side(is_fresh, ids), strict=True) if not yes]
+        names = {shard_id: metrics_name(shard_id) for shard_id in shard_ids}
+        stale = shard_ids - current_ids(self.run, self.store, names)
         for shard_id in stale:
-            self.store.remove(metrics_name(shard_id))
+            self.store.remove(names[shard_id])
         return len(stale)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from unet_core import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
+from unet_core.ordered import side_by_side
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, is_temporary, table_of, whole_parquet
 
@@ -203,12 +204,16 @@ def ids_in(store: Store, folder: str) -> set[str]:
     return {name.removesuffix(".parquet") for name in names if not is_temporary(name)}
 
 
-def is_current(run: Store, shard_id: str, store: Store, name: str) -> bool:
-    """Whether what was made of a shard's masks is of those that the run has now: a shard with
-    failed images may have been done again since.
+def current_ids(run: Store, store: Store, names: dict[str, str]) -> set[str]:
+    """Of what was made of shards' masks, the shards whose masks are those that the run has now: one
+    with failed images may have been done again since. ``names``: of what was made, by shard.
     """
-    now = masks_sha256(run, metrics_name(shard_id))
-    return now is not None and now == masks_sha256(store, name)
+
+    def is_current(shard_id: str) -> bool:
+        now = masks_sha256(run, metrics_name(shard_id))
+        return now is not None and now == masks_sha256(store, names[shard_id])
+
+    return {i for i, yes in zip(names, side_by_side(is_current, names), strict=True) if yes}
 
 
 def masks_sha256(store: Store, name: str) -> str | None:

@@ -26,7 +26,7 @@ from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.ordered import side_by_side
 from unet_core.parts import masks_name, read_columns
-from unet_core.run import Run, open_existing
+from unet_core.run import open_existing
 from unet_core.storage.store import Store, whole_parquet
 
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
@@ -175,11 +175,30 @@ class Results:
         Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
         mask of that image, with the reason, and ValueError for a window that leaves the image.
         """
-        with open_masks(self.run.store, _shard_of(self.run, image_id)) as masks:
+        with open_masks(self.run.store, self._shard_of(image_id)) as masks:
             mask = masks.mask(image_id)
             if mask is None:
                 raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
             return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
+
+    def _shard_of(self, image_id: str) -> str:
+        """The committed shard with an image; tars and Parquet files are known by its name."""
+        run, shards = self.run, self.shards()
+        shards.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
+
+        def look(shard: Shard) -> list[dict[str, Any]]:
+            rows = read_columns(run.store, shard.shard_id, "image_id", "status", "error_message")
+            return [*rows.filter(pc.field("image_id") == image_id).to_pylist()]
+
+        for shard, rows in zip(shards, side_by_side(look, shards), strict=True):
+            if any(row["status"] == "ok" for row in rows):
+                return shard.shard_id
+            if rows:
+                reason = f"it failed: {rows[0]['error_message']}"
+                raise NotFoundError(f"{run.uri} has no mask of {image_id}: {reason}")
+        raise NotFoundError(
+            f"{run.uri} has no image {image_id} among {len(shards)} committed shards"
+        )
 
 
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
@@ -222,23 +241,3 @@ def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
             mask = masks.mask(image_id)
             assert mask is not None
             yield mask
-
-
-def _shard_of(run: Run, image_id: str) -> str:
-    """The committed shard with an image; tars and Parquet files are known by its name."""
-    committed = run.committed()
-    heads = [shard for shard in run.manifest() or [] if shard.shard_id in committed]
-    heads.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
-
-    def look(shard: Shard) -> list[dict[str, Any]]:
-        table = read_columns(run.store, shard.shard_id, "image_id", "status", "error_message")
-        rows: list[dict[str, Any]] = table.filter(pc.field("image_id") == image_id).to_pylist()
-        return rows
-
-    for shard, rows in zip(heads, side_by_side(look, heads), strict=True):
-        if any(row["status"] == "ok" for row in rows):
-            return shard.shard_id
-        if rows:
-            reason = f"it failed: {rows[0]['error_message']}"
-            raise NotFoundError(f"{run.uri} has no mask of {image_id}: {reason}")
-    raise NotFoundError(f"{run.uri} has no image {image_id} among {len(heads)} committed shards")

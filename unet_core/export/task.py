@@ -19,11 +19,11 @@ from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.export import coco
 from unet_core.export.images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
-from unet_core.export.objects import Objects, Slices, find_objects, measured
+from unet_core.export.objects import Objects, find_objects, measured
+from unet_core.geometry import Slices
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
-from unet_core.ordered import side_by_side
-from unet_core.parts import RowGroups, ids_in, is_current, masks_sha256, read_metrics
+from unet_core.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
 from unet_core.results import Results, StoredMask, pictures, stored_masks
 from unet_core.run import require_empty, require_equal
 from unet_core.storage.spool import drop, local_space
@@ -122,14 +122,9 @@ class Export:
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
-
-        def is_done(shard_id: str) -> bool:
-            return is_current(
-                self.results.run.store, shard_id, self.folder.store, self.index(shard_id)
-            )
-
-        ids = sorted(ids_in(self.folder.store, self.folder.index))
-        return {i for i, yes in zip(ids, side_by_side(is_done, ids), strict=True) if yes}
+        store = self.folder.store
+        names = {shard_id: self.index(shard_id) for shard_id in ids_in(store, self.folder.index)}
+        return current_ids(self.results.run.store, store, names)
 
     def index(self, shard_id: str) -> str:
         """Name of a shard's commit."""
