@@ -81,7 +81,7 @@ class StoredMask:
 
 class OpenMasks:
     """A masks part that is open: masks by image, one row group in memory at a time. Images that are
-    asked for in the order of ``image_ids`` let each group be read once.
+    asked for in the order of the shard let each group be read once.
     """
 
     def __init__(self, file: pq.ParquetFile, uri: str) -> None:
@@ -94,15 +94,15 @@ class OpenMasks:
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
         self._held: tuple[int, Any] = (-1, None)
 
-    @property
-    def image_ids(self) -> list[str]:
+    def __iter__(self) -> Iterator[StoredMask]:
         """In the order of the shard."""
-        return list(self._rows)
+        return map(self._stored, self._rows)
 
     def mask(self, image_id: str) -> StoredMask | None:
         """The mask of one image; None if there is none."""
-        if image_id not in self._rows:
-            return None
+        return self._stored(image_id) if image_id in self._rows else None
+
+    def _stored(self, image_id: str) -> StoredMask:
         rows = self._rows[image_id]
         boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
         first = rows[0][2]
@@ -125,16 +125,10 @@ class Results:
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         """Raises StoreError if there is no run at ``uri``."""
         self.run, self.record = open_existing(uri, storage)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
+        self.class_names = self.record.class_names
         """By class id."""
-        return self.record.class_names
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        self.palette = self.record.palette
         """RGB by class id."""
-        return self.record.palette
 
     @cached_property
     def config(self) -> PredictConfig:
@@ -237,7 +231,4 @@ def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
     What is not read of one mask is skipped; masks are read while this goes on, not after.
     """
     with open_masks(store, shard_id) as masks:
-        for image_id in masks.image_ids:
-            mask = masks.mask(image_id)
-            assert mask is not None
-            yield mask
+        yield from masks

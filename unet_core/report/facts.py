@@ -92,7 +92,6 @@ class RunFacts:
     uri: str
     is_finished: bool
     shards: int
-    committed: int
     totals: Totals
     classes: tuple[ClassRow, ...]
     """The most frequent ones, if there are very many."""
@@ -125,7 +124,6 @@ def run_facts(results: Results) -> RunFacts:
         uri=results.run.uri,
         is_finished=is_finished,
         shards=len(shards),
-        committed=totals.shards,
         totals=totals,
         classes=most_frequent(rows),
         class_count=len(rows),

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +35,13 @@ class Fetched:
 
     picture: Picture
     mask_HW: Array
+
+    @property
+    def truth(self) -> Array | None:
+        """Class ids HW, if there is a truth that can be read."""
+        with suppress(ImageError):
+            return self.picture.truth.whole()[0] if self.picture.truth is not None else None
+        return None
 
 
 def fetch(
@@ -115,14 +123,3 @@ def _impatient(source: Source) -> Source:
     deadline_s = min(PATIENCE_S, storage.deadline_s)
     storage = storage.model_copy(update={"deadline_s": deadline_s})
     return dataclasses.replace(source, root=Store(source.root.uri(), storage))
-
-
-def truth_of(picture: Picture) -> Array | None:
-    """Class ids HW, if there is a truth that can be read."""
-    if picture.truth is None:
-        return None
-    try:
-        truth_HW: Array = picture.truth.whole()[0]
-    except ImageError:
-        return None
-    return truth_HW

@@ -1,7 +1,6 @@
 """From facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
 
 import datetime
-import functools
 import math
 from typing import Any
 
@@ -32,22 +31,8 @@ def training_page(facts: TrainingFacts, now: datetime.datetime | None = None) ->
 def _render(name: str, facts: Any, now: datetime.datetime | None, about: dict[str, Any]) -> bytes:
     written = now or datetime.datetime.now(datetime.UTC)
     title = facts.uri.rstrip("/").rpartition("/")[2] or facts.uri
-    text = _templates().get_template(name).render(f=facts, title=title, written=written, **about)
+    text = TEMPLATES.get_template(name).render(f=facts, title=title, written=written, **about)
     return text.encode("utf-8", "backslashreplace")
-
-
-@functools.cache
-def _templates() -> Environment:
-    made = Environment(
-        loader=PackageLoader("unet_core.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"count": "{:,}".format, "score": score, "share": share, "span": span, "at": at}
-    made.tests["nan"] = math.isnan
-    return made
 
 
 def share(value: float | None, decimals: int = 1) -> str:
@@ -66,3 +51,20 @@ def span(seconds: float) -> str:
 def at(when: datetime.datetime) -> str:
     """A moment, to the minute, in UTC."""
     return f"{when:%Y-%m-%d %H:%M} UTC"
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("unet_core.report", ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {
+    "count": "{:,}".format,
+    "score": score,
+    "share": share,
+    "span": span,
+    "at": at,
+}
+TEMPLATES.tests["nan"] = math.isnan

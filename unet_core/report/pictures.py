@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from unet_core.arrays import Array
-from unet_core.report.images import Fetched, truth_of
+from unet_core.report.images import Fetched
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -54,7 +54,7 @@ class Panel:
 
 def view(fetched: Fetched, side: int) -> View:
     """An image no longer than ``side``; ids are taken from the nearest pixel."""
-    picture, truth_HW = fetched.picture, truth_of(fetched.picture)
+    picture, truth_HW = fetched.picture, fetched.truth
     height, width = picture.pixels.shape
     factor = min(1.0, side / max(height, width))
     shape = max(1, round(height * factor)), max(1, round(width * factor))
