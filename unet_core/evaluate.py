@@ -96,16 +96,17 @@ class Evaluation:
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         of_runs = isinstance(self.truth, OtherRun)
+        by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
-        def read(shard_id: str) -> tuple[Tally, pa.Table | None]:
+        def read(shard_id: str) -> tuple[Tally, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
-            owners = self.truth.owners(rows) if isinstance(self.truth, LabelImages) else None
-            return Tally.of_rows(rows, int(footer["images_seen"]), of_runs), owners
+            tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
+            return tally, by_name.owners(rows) if by_name else OWNERS.empty_table()
 
         total, owned = Tally(), [OWNERS.empty_table()]
         for tally, owners in side_by_side(read, sorted(shard_ids)):
             total += tally
-            owned += [owners] if owners is not None else []
+            owned.append(owners)
         require_own(pa.concat_tables(owned))
         return total
 

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core import schema
+from unet_core.arrays import Array
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.export import coco
 from unet_core.export.images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
 from unet_core.export.objects import Objects, find_objects, measured
-from unet_core.geometry import Slices
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
@@ -203,45 +203,30 @@ class Export:
             if self.options.format != "tiff" or self.options.objects:
                 _require_small(mask)
             if not self.options.objects:
-                return self._written(shard_id, mask.image_id, self._classes(mask)), None
+                return self._written(shard_id, mask.image_id, self._made(mask)), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(shard_id, mask.image_id, self._labels(found))
+            row = self._written(shard_id, mask.image_id, self._made(mask, found))
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, pixels)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _classes(self, mask: StoredMask) -> Made:
-        palette = self.results.palette
+    def _made(self, mask: StoredMask, found: Objects | None = None) -> Made:
+        """What is written of a mask's classes, or of the objects that were found in it."""
+        palette = self.results.palette if found is None else None
+        size = mask.height, mask.width
         match self.options.format:
             case "png":
-                return encode_png(mask.whole(), palette)
+                return encode_png(mask.whole() if found is None else _labels(found), palette)
             case "tiff":
-                return encode_tiff((mask.height, mask.width), bands_of(mask), palette)
-        mask_HW = mask.whole()
-        return self._annotations(coco.classes_of(mask_HW), mask_HW.shape)
-
-    def _labels(self, found: Objects) -> Made:
-        labels_HW, count = found.labels_HW, len(found.classes)
-        match self.options.format:
-            case "png" if count > MOST_LABELS:
-                reason = f"{count:,} objects, a 16-bit PNG tells {MOST_LABELS:,} apart"
-                raise ImageError("too_large", f"{reason}; use --format tiff")
-            case "png":
-                return encode_png(labels_HW, None)
-            case "tiff":
-                kind = np.uint16 if count <= MOST_LABELS else np.uint32
-                return encode_tiff(labels_HW.shape, [labels_HW.astype(kind)], None)
+                kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
+                bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
+                return encode_tiff(size, bands, palette)
             case "coco":
-                return self._annotations(found.regions(), labels_HW.shape)
+                regions = coco.classes_of(mask.whole()) if found is None else found.regions()
+                return [coco.annotation(*at, size, self.options.polygons) for at in regions]
         return None
-
-    def _annotations(
-        self, regions: Iterator[tuple[int, Slices, Any]], shape: tuple[int, ...]
-    ) -> list[Row]:
-        size = (shape[0], shape[1])
-        return [coco.annotation(*region, size, self.options.polygons) for region in regions]
 
     def _written(self, shard_id: str, image_id: str, made: Made) -> Row:
         """What a row of the index says of it; a file is published."""
@@ -276,6 +261,13 @@ def _require_small(mask: StoredMask) -> None:
         raise ImageError(
             "too_large", f"{reason}; only --format tiff without --objects has no limit"
         )
+
+
+def _labels(found: Objects) -> Array:
+    if len(found.classes) > MOST_LABELS:
+        reason = f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,} apart"
+        raise ImageError("too_large", f"{reason}; use --format tiff")
+    return found.labels_HW
 
 
 def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:

@@ -46,17 +46,6 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Pixels of one true and one predicted class."""
-
-    count: int
-    share: float
-    """Of the pixels of the true class."""
-    truth: str
-    mask: str
-
-
-@dataclass(frozen=True)
 class Size:
     """Images of one size."""
 
@@ -98,7 +87,8 @@ class RunFacts:
     class_count: int
     mean_row: ClassRow | None
     """Mean of the defined values of all classes."""
-    confusion: tuple[tuple[Cell, ...], ...]
+    confusion: list[list[int]]
+    """Pixels, truth × mask; empty where there is none, or too many classes."""
     plots: tuple[Plot, ...]
     sizes: tuple[Size, ...]
     sheets: tuple[Sheet, ...]
@@ -116,7 +106,7 @@ def run_facts(results: Results) -> RunFacts:
     """Read the rows of a run once, and its images that are worth a look."""
     record, totals = results.record, results.totals
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
-    shards = results.run.manifest() or []
+    shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
     compute = record.compute.model_dump(exclude={"versions"})
     rows = class_rows(results, totals)
     is_finished = results.run.is_finished
@@ -128,7 +118,7 @@ def run_facts(results: Results) -> RunFacts:
         classes=most_frequent(rows),
         class_count=len(rows),
         mean_row=_mean_row(rows) if totals.with_truth else None,
-        confusion=_confusion(measured.confusion_KK, results.class_names),
+        confusion=matrix_KK.tolist() if matrix_KK is not None else [],
         plots=distributions(measured),
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),
@@ -168,19 +158,6 @@ def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
 def _mean_row(rows: list[ClassRow]) -> ClassRow:
     means = {name: mean(getattr(row, name) for row in rows) for name in RATIOS}
     return ClassRow("mean of classes", "", None, **means)
-
-
-def _confusion(matrix_KK: Array | None, names: tuple[str, ...]) -> tuple[tuple[Cell, ...], ...]:
-    if matrix_KK is None:
-        return ()
-    of_truth = np.maximum(matrix_KK.sum(axis=1), 1)
-    return tuple(
-        tuple(
-            Cell(int(count), int(count) / int(whole), truth, mask)
-            for count, mask in zip(row, names, strict=True)
-        )
-        for row, whole, truth in zip(matrix_KK, of_truth, names, strict=True)
-    )
 
 
 def distributions(measured: Measured) -> tuple[Plot, ...]:

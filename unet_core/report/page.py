@@ -60,11 +60,6 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {
-    "count": "{:,}".format,
-    "score": score,
-    "share": share,
-    "span": span,
-    "at": at,
-}
+TEMPLATES.filters |= {"score": score, "share": share, "span": span, "at": at}
+TEMPLATES.filters["count"] = "{:,}".format
 TEMPLATES.tests["nan"] = math.isnan
