@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +14,11 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 BAND_PIXELS = 2**21
 MAX_CONFUSION_CLASSES = 64
 RATIOS = {"dice": (2, 1, 1), "iou": (1, 1, 1), "precision": (1, 1, 0), "recall": (1, 0, 1)}
 """Of ``Scores``: (t, p, n) for t·tp / (t·tp + p·fp + n·fn)."""
-SumT = TypeVar("SumT", bound="DataclassInstance")
+SumT = TypeVar("SumT")
 
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
@@ -182,8 +179,8 @@ class Totals:
 
 def added(one: SumT, other: SumT) -> SumT:
     """The sum of two values of a data class, field by field."""
-    both = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    return type(one)(**{name: _add(mine, theirs) for name, mine, theirs in both})
+    names = (f.name for f in fields(cast(Any, one)))
+    return type(one)(**{name: _add(getattr(one, name), getattr(other, name)) for name in names})
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -15,7 +15,7 @@ from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedE
 from unet_core.metrics import Totals
 from unet_core.ordered import side_by_side
 from unet_core.storage.spool import drop
-from unet_core.storage.store import Store, is_temporary, table_of, whole_parquet
+from unet_core.storage.store import Store, table_of, whole_parquet
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
@@ -201,7 +201,7 @@ def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
 def ids_in(store: Store, folder: str) -> set[str]:
     """Ids of the shards that have their part in a folder. One listing."""
     names = (entry.name for entry in store.list(folder))
-    return {name.removesuffix(".parquet") for name in names if not is_temporary(name)}
+    return {name.removesuffix(".parquet") for name in names if not name.startswith("_")}
 
 
 def current_ids(run: Store, store: Store, names: dict[str, str]) -> set[str]:

@@ -23,7 +23,7 @@ from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
 from unet_core.ordered import READ_THREADS, side_by_side
-from unet_core.parts import metrics_name, read_totals
+from unet_core.parts import ids_in, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
 from unet_core.windows import Windows
 
@@ -203,8 +203,7 @@ class Run:
 
     def committed(self) -> set[str]:
         """Ids of the shards whose metrics part is there. One listing."""
-        names = (entry.name for entry in self.store.list("metrics"))
-        return {n.removesuffix(".parquet") for n in names if not n.startswith("_")}
+        return ids_in(self.store, "metrics")
 
     def totals(self, shard_ids: set[str]) -> Totals:
         """Sum over committed shards, read from their metrics parts."""

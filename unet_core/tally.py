@@ -167,15 +167,16 @@ def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> R
     """What an evaluation against another run says, for JSON."""
     scores = tally.totals.scores
     pixels = sum(score.tp + score.fn for score in scores)
+    left_out = {
+        "only_here": tally.without,
+        "only_there": only_there,
+        "failed_there": tally.only_ok_here,
+        "failed_here": tally.only_ok_there,
+        "unusable_there": tally.unusable,
+    }
     return {
-        "images": {
-            "compared": tally.totals.with_truth,
-            "only_here": tally.without.count,
-            "only_there": only_there.count,
-            "failed_there": tally.only_ok_here.count,
-            "failed_here": tally.only_ok_there.count,
-            "unusable_there": tally.unusable.count,
-        },
+        "images": {"compared": tally.totals.with_truth}
+        | {name: images.count for name, images in left_out.items()},
         "pixels": pixels,
         "changed": ratio(pixels - sum(score.tp for score in scores), pixels),
         "classes": [
@@ -193,11 +194,7 @@ def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> R
             for share, image_id in tally.flipped.images
             if share
         ],
-        "only_here": list(tally.without.examples),
-        "only_there": list(only_there.examples),
-        "failed_there": list(tally.only_ok_here.examples),
-        "failed_here": list(tally.only_ok_there.examples),
-        "unusable_there": list(tally.unusable.examples),
+        **{name: list(images.examples) for name, images in left_out.items()},
     }
 
 

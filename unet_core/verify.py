@@ -25,7 +25,7 @@ from unet_core.images.codec import EXTENSIONS
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
-from unet_core.parts import read_metrics
+from unet_core.parts import ids_in, read_metrics
 from unet_core.run import Record, Run, open_existing
 from unet_core.storage.store import Store, is_temporary, table_of
 
@@ -96,20 +96,15 @@ def _check_input_unchanged(
 
 
 def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
-    for shard_id in sorted(committed - expected):
-        findings.problems.append(f"metrics/{shard_id}.parquet belongs to no shard of the manifest")
-    names = [entry.name for entry in run.store.list()]
-    masks = [name for name in names if name.startswith("masks/") and "/_" not in name]
-    ids = [name.removeprefix("masks/").removesuffix(".parquet") for name in masks]
+    found = {"metrics": committed, "masks": ids_in(run.store, "masks") - committed}
     findings.problems += [
-        f"{name} belongs to no shard of the manifest"
-        for name, shard_id in zip(masks, ids, strict=True)
-        if shard_id not in committed | expected
+        f"{folder}/{shard_id}.parquet belongs to no shard of the manifest"
+        for folder, ids in found.items()
+        for shard_id in sorted(ids - expected)
     ]
-    if waiting := len(expected.intersection(ids) - committed):
+    if waiting := len(found["masks"] & expected):
         findings.notes.append(f"{waiting} masks parts without a commit; predict will redo them")
-    leftovers = sum(map(is_temporary, names))
-    if leftovers:
+    if leftovers := sum(is_temporary(entry.name) for entry in run.store.list()):
         findings.notes.append(f"{leftovers} temporary files of killed attempts")
 
 
@@ -142,8 +137,7 @@ def _check_shard(
         if deep:
             problems += _recount_masks(rows, windows)
     if deep:
-        whole = with_members(run.store, shard)
-        problems += _recount_input(record, whole, rows, run.store.storage)
+        problems += _recount_input(record, with_members(run.store, shard), rows, run.store.storage)
     ids.update(row["image_id"] for row in _ok(rows))
     return [f"shard {name}: {problem}" for problem in problems]
 
