@@ -12,7 +12,7 @@ from contextlib import closing
 import pyarrow as pa
 
 from unet_core.ordered import side_by_side
-from unet_core.parts import RowGroups, read_metrics
+from unet_core.parts import RowGroups, read_footer, read_metrics
 from unet_core.run import METRICS as FILE
 from unet_core.run import Record
 from unet_core.schema import METRICS
@@ -79,8 +79,4 @@ def _digest(state: State) -> str:
 
 
 def _is_current(store: Store, state: State) -> bool:
-    if not store.exists(FILE):
-        return False
-    with store.open_parquet(FILE) as file:
-        told = (file.schema_arrow.metadata or {}).get(PARTS.encode(), b"")
-    return bool(told.decode() == _digest(state))
+    return store.exists(FILE) and read_footer(store, FILE).get(PARTS) == _digest(state)

@@ -188,8 +188,17 @@ def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]
 def _opened(part: bytes, uri: str) -> tuple[pa.Table, dict[str, str]]:
     with whole_parquet(uri):
         table = table_of(part)
-    metadata = table.schema.metadata or {}
-    return table, {key.decode(): value.decode() for key, value in metadata.items()}
+    return table, _footer(table.schema)
+
+
+def _footer(columns: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (columns.metadata or {}).items()}
+
+
+def read_footer(store: Store, name: str) -> dict[str, str]:
+    """What the footer of a Parquet file tells of it."""
+    with store.open_parquet(name) as file:
+        return _footer(file.schema_arrow)
 
 
 def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
@@ -218,9 +227,8 @@ def current_ids(run: Store, store: Store, names: dict[str, str]) -> set[str]:
 
 def masks_sha256(store: Store, name: str) -> str | None:
     """Of the masks that a file is of, as its footer tells; None if it cannot tell."""
-    with contextlib.suppress(NotFoundError, ParquetDamagedError), store.open_parquet(name) as file:
-        found: bytes | None = (file.schema_arrow.metadata or {}).get(b"masks_sha256")
-        return None if found is None else found.decode()
+    with contextlib.suppress(NotFoundError, ParquetDamagedError):
+        return read_footer(store, name).get("masks_sha256")
     return None
 
 

@@ -87,7 +87,7 @@ class RunFacts:
     class_count: int
     mean_row: ClassRow | None
     """Mean of the defined values of all classes."""
-    confusion: list[list[int]]
+    confusion: tuple[list[int], ...]
     """Pixels, truth × mask; empty where there is none, or too many classes."""
     plots: tuple[Plot, ...]
     sizes: tuple[Size, ...]
@@ -118,7 +118,7 @@ def run_facts(results: Results) -> RunFacts:
         classes=most_frequent(rows),
         class_count=len(rows),
         mean_row=_mean_row(rows) if totals.with_truth else None,
-        confusion=matrix_KK.tolist() if matrix_KK is not None else [],
+        confusion=tuple(matrix_KK.tolist()) if matrix_KK is not None else (),
         plots=distributions(measured),
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),

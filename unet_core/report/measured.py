@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.compact import COMPACTED
-from unet_core.metrics import MAX_CONFUSION_CLASSES, lists, means, ratios
+from unet_core.metrics import lists, means, ratios
 
 CONFIDENCE = 65535
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "largest"
@@ -70,18 +70,17 @@ def measure(tables: Iterable[pa.Table], classes: int, most: int = 8) -> Measured
     """Go through the rows once; ``most`` images are picked of each kind."""
     columns: dict[str, list[Array]] = defaultdict(list)
     picks = _Picks(most)
-    matrix = np.zeros((classes, classes), np.int64) if classes <= MAX_CONFUSION_CLASSES else None
+    confusion: Array | int = 0
     for table in chain([COMPACTED.empty_table()], tables):
         ok, values = _measured(table.filter(pc.equal(table["status"], "ok")))
         for name, column in values.items():
             columns[name].append(column)
-        confusion_nKK = lists(ok["confusion"])
-        if matrix is not None and confusion_nKK.size:
-            matrix += confusion_nKK.sum(axis=0).reshape(classes, classes)
+        of_images = lists(ok["confusion"])
+        confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
         picks.look(ok, values)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    has_confusion = matrix is not None and matrix.any()
-    return Measured(**joined, confusion_KK=matrix if has_confusion else None, picks=picks.best)
+    matrix_KK = np.reshape(confusion, (classes, classes)) if np.any(confusion) else None
+    return Measured(**joined, confusion_KK=matrix_KK, picks=picks.best)
 
 
 def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:

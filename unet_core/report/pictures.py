@@ -58,9 +58,7 @@ def view(fetched: Fetched, side: int) -> View:
     height, width = picture.pixels.shape
     factor = min(1.0, side / max(height, width))
     shape = max(1, round(height * factor)), max(1, round(width * factor))
-    rows, columns = (_nearest(old, new) for old, new in
-                     zip((height, width), shape, strict=True))  # fmt: skip
-    near = np.ix_(rows, columns)
+    near = np.ix_(_nearest(height, shape[0]), _nearest(width, shape[1]))
     image_HWC = visible(picture.pixels.whole(), 2 * side)
     if image_HWC.shape[:2] != shape:
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
