@@ -63,23 +63,13 @@ class Folder:
     store: Store
     is_of_run: bool = False
 
-    @property
-    def record(self) -> str:
-        """Name of the file that says whose export this is."""
-        return f"{self._hidden}export.json"
-
-    @property
-    def index(self) -> str:
-        """Name of the folder of commits."""
-        return f"{self._hidden}index"
+    def own(self, name: str) -> str:
+        """Name of what an export keeps for itself."""
+        return f"_{name}" if self.is_of_run else name
 
     def objects(self, shard_id: str) -> str:
         """Name of a shard's rows of objects."""
         return f"{'' if self.is_of_run else 'objects/'}{shard_id}.parquet"
-
-    @property
-    def _hidden(self) -> str:
-        return "_" if self.is_of_run else ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Export:
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
-        store, name = self.folder.store, self.folder.record
+        store, name = self.folder.store, self.folder.own("export.json")
         if not store.exists(name):
             require_empty(store, "export", "--out")
             record = self.results.record
@@ -123,12 +113,12 @@ class Export:
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
         store = self.folder.store
-        names = {shard_id: self.index(shard_id) for shard_id in ids_in(store, self.folder.index)}
+        names = {i: self.index(i) for i in ids_in(store, self.folder.own("index"))}
         return current_ids(self.results.run.store, store, names)
 
     def index(self, shard_id: str) -> str:
         """Name of a shard's commit."""
-        return f"{self.folder.index}/{shard_id}.parquet"
+        return self.folder.own(f"index/{shard_id}.parquet")
 
     def masks_sha256(self, shard_id: str) -> str | None:
         """Of the masks that a shard's index is of."""

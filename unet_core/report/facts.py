@@ -223,8 +223,8 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]
         how = "run predict again to continue"
         if totals.shards == shards:
             how = "run predict again to see what keeps it from ending"
-        if _too_many_failed(results):
-            most = results.config.errors.max_failed_images
+        most = results.config.errors.max_failed_images
+        if totals.failed > (most if isinstance(most, int) else most * totals.images_seen):
             how = f"more images failed than errors.max_failed_images = {most} lets pass"
         yield f"Not finished: {totals.shards:,} of {shards:,} shards are committed; {how}."
     if not totals.is_reconciled:
@@ -243,11 +243,6 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]
             f"Every pixel of all {totals.ok:,} images is {only!r}: is this the model for these "
             "images? See model.threshold, and what the model was trained on."
         )
-
-
-def _too_many_failed(results: Results) -> bool:
-    most, totals = results.config.errors.max_failed_images, results.totals
-    return totals.failed > (most if isinstance(most, int) else most * totals.images_seen)
 
 
 def command_of(results: Results) -> str:
