@@ -195,9 +195,8 @@ def _recount_input(
         return []  # row ranges: the count in the manifest is that of the footer
     mine = Counter(row["image_id"] for row in rows.to_pylist() if row["error_code"] != "tar")
     if record.identity["input.pages"] == "expand":
-        there = Counter(dict.fromkeys(there, 1))
-        files = {i if i in there else re.sub(r"#\d+$", "", i) for i in mine}
-        mine = Counter(dict.fromkeys(files, 1))
+        there = Counter({*there})
+        mine = Counter({i if i in there else re.sub(r"#\d+$", "", i) for i in mine})
     problems = [f"{name} is in the input but has no row" for name in sorted(there - mine)]
     return problems + [f"{name} has a row but is not in the input" for name in sorted(mine - there)]
 
