@@ -22,6 +22,7 @@ from unet_core.storage.store import Store
 from unet_core.tally import Tally
 from unet_core.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
 
+FOLDER = "evaluation"
 TRUTH_JSON = "truth.json"
 """What the evaluation is of; published first and once."""
 EVALUATION_JSON = "evaluation.json"

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unet_core.evaluate import EVALUATION_JSON
+from unet_core.evaluate import EVALUATION_JSON, FOLDER
 from unet_core.metrics import RATIOS, Totals
 from unet_core.storage.store import Store
 from unet_core.tally import counted
 
-FOLDER = "evaluation"
 SHOWN = 5
 
 
