@@ -10,7 +10,7 @@ from typing import Any
 from jobs.spread import spread
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.evaluate import EVALUATION_JSON, NOTHING_IGNORED, Evaluation
+from unet_core.evaluate import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
 from unet_core.results import Results
 from unet_core.run import Identity
 from unet_core.storage.store import Store
@@ -104,7 +104,7 @@ def _prepared(
         last = re.sub(r"[^\w.-]+", "-", label.rstrip("/").rpartition("/")[2]).lstrip("._-")
         name = f"{prefix}{last or 'truth'}-{_digest(json.dumps(identity, sort_keys=True))}"
     uri, storage = results.run.store.uri(), results.run.store.storage
-    folder = Store(f"{uri}/evaluation/{name}", storage)
+    folder = Store(f"{uri}/{FOLDER}/{name}", storage)
     return Evaluation(
         Store(uri, storage), folder, truth, len(results.class_names), ignore_index, identity
     )

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,9 +18,10 @@ from unet_core.export import coco
 from unet_core.export.names import Names
 from unet_core.export.task import EXTENSIONS, Export, Folder, Options
 from unet_core.inputs.shards import Shard
-from unet_core.parts import metrics_name
+from unet_core.ordered import side_by_side
+from unet_core.parts import read_columns
 from unet_core.results import Results
-from unet_core.run import READ_THREADS, open_existing
+from unet_core.run import open_existing
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 
@@ -86,12 +86,10 @@ def _names(results: Results, shards: list[Shard], options: Options) -> Names:
         return Names("")
 
     def ids(shard: Shard) -> pa.Array:
-        with results.run.store.open_parquet(metrics_name(shard.shard_id)) as file:
-            table = file.read(columns=["image_id", "status"])
+        table = read_columns(results.run.store, shard.shard_id, "image_id", "status")
         return table.filter(pc.field("status") == "ok")["image_id"].combine_chunks()
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return Names.among(EXTENSIONS[options.format], pool.map(ids, shards))
+    return Names.among(EXTENSIONS[options.format], side_by_side(ids, shards))
 
 
 def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> Exported:
@@ -101,10 +99,9 @@ def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> E
         return Counter(row["status"] for row in rows), refused
 
     images, problems = Counter[str](), []
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for counts, refused in pool.map(look, done):
-            images += counts
-            problems += refused
+    for counts, refused in side_by_side(look, done):
+        images += counts
+        problems += refused
     return Exported(
         task.folder.store.uri(),
         images["ok"],
@@ -120,7 +117,8 @@ def _write_annotations(task: Export, done: list[str]) -> None:
     """One document of what the index has, in the order of the manifest: ids are always the same.
     One that is of the same shards and masks is left alone.
     """
-    state = json.dumps([(shard_id, task.masks[shard_id]) for shard_id in done])
+    masks = side_by_side(task.masks_sha256, done)
+    state = json.dumps(list(zip(done, masks, strict=True)))
     digest = hashlib.sha256(state.encode()).hexdigest()
     store, names = task.folder.store, task.results.class_names
     if store.exists(ANNOTATIONS) and digest.encode() in store.read(ANNOTATIONS, 0, HEAD_BYTES):

@@ -19,7 +19,7 @@ from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Sample, Shard, make_shard
-from unet_core.run import READ_THREADS
+from unet_core.ordered import READ_THREADS
 from unet_core.storage.store import Store
 
 ROW_GROUP_ROWS = 64

@@ -45,12 +45,11 @@ def write_previews(
         image_id = fetched.picture.sample.image_id
         target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
 
-    answers = fetch(results, picks, write)
-    missing = [image_id for image_id in image_ids if image_id not in answers]
+    written, reasons = fetch(results, picks, write)
+    missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
     near = _near(results, missing)
     problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]
-    problems += [(image_id, found.reason) for image_id, found in answers.items() if found.reason]
-    return Previews(sum(not found.reason for found in answers.values()), problems)
+    return Previews(len(written), [*problems, *reasons.items()])
 
 
 def _near(results: Results, missing: list[str]) -> dict[str, str]:

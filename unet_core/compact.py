@@ -6,23 +6,21 @@ count.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, cast
+from contextlib import closing
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from unet_core.parts import COMPRESSION, SPOOL_BYTES, read_metrics
+from unet_core.ordered import side_by_side
+from unet_core.parts import RowGroups, read_footer, read_metrics
 from unet_core.run import METRICS as FILE
-from unet_core.run import READ_THREADS, Record
+from unet_core.run import Record
 from unet_core.schema import METRICS
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
 GROUP_BYTES = 128 * 2**20
-"""In memory; a row group has so many or a few parts more."""
+"""In memory; a row group has so many, or a part more."""
 PARTS = "parts"
 BATCH_ROWS = 8192
 
@@ -39,60 +37,32 @@ def compact(store: Store, record: Record) -> None:
         return
     names = json.dumps(record.class_names)
     footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: _digest(state)}
-    schema = COMPACTED.with_metadata(footer)
-    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
-        with pq.ParquetWriter(file, schema, **COMPRESSION) as writer:
-            for group in _groups(_tables(store, state)):
-                writer.write_table(group.cast(schema))
-        store.publish(FILE, cast(BinaryIO, file))
-
-
-def read_rows(store: Store) -> pa.Table:
-    """The rows of all committed shards, by shard id and then in the order of the shard; columns as
-    ``COMPACTED``.
-    """
-    state = _state(store)
-    if _is_current(store, state):
-        return table_of(store.read(FILE)).replace_schema_metadata()
-    return pa.concat_tables([COMPACTED.empty_table(), *_tables(store, state)])
+    with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
+        for rows in _tables(store, state):
+            file.append(rows)
+        store.publish(FILE, file.complete())
 
 
 def batches(store: Store) -> Iterator[pa.Table]:
-    """The same rows a few thousand at a time, for who needs sums of many columns."""
+    """The rows of all committed shards, by shard id and then in the order of the shard, a few at a
+    time; columns as ``COMPACTED``.
+    """
     state = _state(store)
-    if _is_current(store, state):
-        with store.open_parquet(FILE) as file:
-            for batch in file.iter_batches(BATCH_ROWS):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+    if not _is_current(store, state):
+        yield from _tables(store, state)
         return
-    yield from _tables(store, state)
+    with store.open_parquet(FILE) as file:
+        for batch in file.iter_batches(BATCH_ROWS):
+            yield pa.Table.from_batches([batch]).replace_schema_metadata()
 
 
 def _tables(store: Store, state: State) -> Iterator[pa.Table]:
-    """The rows of shards, a few shards at a time."""
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for at in range(0, len(state), READ_THREADS):
-            names = [shard_id for shard_id, *_ in state[at : at + READ_THREADS]]
-            yield pa.concat_tables(pool.map(lambda name: _rows(store, name), names))
+    def rows(shard_id: str) -> pa.Table:
+        table, _ = read_metrics(store, shard_id)
+        names = pa.array([shard_id] * table.num_rows, pa.string())
+        return pa.table([names, *table.select(METRICS.names).columns], schema=COMPACTED)
 
-
-def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    held: list[pa.Table] = []
-    held_bytes = 0
-    for table in tables:
-        held.append(table)
-        held_bytes += table.nbytes
-        if held_bytes >= GROUP_BYTES:
-            yield pa.concat_tables(held)
-            held, held_bytes = [], 0
-    if held:
-        yield pa.concat_tables(held)
-
-
-def _rows(store: Store, shard_id: str) -> pa.Table:
-    rows, _ = read_metrics(store, shard_id)
-    names = pa.array([shard_id] * rows.num_rows, pa.string())
-    return pa.table([names, *rows.select(METRICS.names).columns], schema=COMPACTED)
+    return side_by_side(rows, (shard_id for shard_id, *_ in state))
 
 
 def _state(store: Store) -> State:
@@ -109,8 +79,4 @@ def _digest(state: State) -> str:
 
 
 def _is_current(store: Store, state: State) -> bool:
-    if not store.exists(FILE):
-        return False
-    with store.open_parquet(FILE) as file:
-        told = (file.schema_arrow.metadata or {}).get(PARTS.encode(), b"")
-    return bool(told.decode() == _digest(state))
+    return store.exists(FILE) and read_footer(store, FILE).get(PARTS) == _digest(state)

@@ -3,7 +3,6 @@ they add up to.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +13,16 @@ from unet_core.errors import ImageError, ShardError
 from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
-from unet_core.parts import is_current, metrics_name, metrics_part, read_metrics
+from unet_core.ordered import side_by_side
+from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
 from unet_core.results import StoredMask, stored_masks
-from unet_core.run import READ_THREADS, Identity, require_equal
+from unet_core.run import Identity, require_equal
 from unet_core.schema import EVALUATION
-from unet_core.storage.store import Store, is_temporary
+from unet_core.storage.store import Store
 from unet_core.tally import Tally
-from unet_core.truth import Found, LabelImages, OtherRun, Row, Truth, require_own
+from unet_core.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
 
+FOLDER = "evaluation"
 TRUTH_JSON = "truth.json"
 """What the evaluation is of; published first and once."""
 EVALUATION_JSON = "evaluation.json"
@@ -52,8 +53,7 @@ class Evaluation:
 
     def done(self) -> set[str]:
         """Shards that have their part."""
-        names = (entry.name for entry in self.store.list("metrics"))
-        return {name.removesuffix(".parquet") for name in names if not is_temporary(name)}
+        return ids_in(self.store, "metrics")
 
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""
@@ -97,30 +97,24 @@ class Evaluation:
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         of_runs = isinstance(self.truth, OtherRun)
+        by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
-        def read(shard_id: str) -> tuple[Tally, pa.Table | None]:
+        def read(shard_id: str) -> tuple[Tally, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
-            owners = self.truth.owners(rows) if isinstance(self.truth, LabelImages) else None
-            return Tally.of_rows(rows, int(footer["images_seen"]), of_runs), owners
+            tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
+            return tally, by_name.owners(rows) if by_name else OWNERS.empty_table()
 
-        total, owned = Tally(), []
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            for tally, owners in pool.map(read, sorted(shard_ids)):
-                total += tally
-                owned += [owners] if owners is not None else []
-        if owned:
-            require_own(pa.concat_tables(owned))
+        total, owned = Tally(), [OWNERS.empty_table()]
+        for tally, owners in side_by_side(read, sorted(shard_ids)):
+            total += tally
+            owned.append(owners)
+        require_own(pa.concat_tables(owned))
         return total
 
     def forget_stale(self, shard_ids: set[str]) -> int:
         """Remove the parts of shards that the run has done again since; returns how many."""
-
-        def is_fresh(shard_id: str) -> bool:
-            return is_current(self.run, shard_id, self.store, metrics_name(shard_id))
-
-        ids = sorted(shard_ids)
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            stale = [i for i, yes in zip(ids, pool.map(is_fresh, ids), strict=True) if not yes]
+        names = {shard_id: metrics_name(shard_id) for shard_id in shard_ids}
+        stale = shard_ids - current_ids(self.run, self.store, names)
         for shard_id in stale:
-            self.store.remove(metrics_name(shard_id))
+            self.store.remove(names[shard_id])
         return len(stale)

@@ -129,7 +129,9 @@ def _heads(file: pq.ParquetFile, generation: int) -> Iterator[Shard]:
 
 
 def with_members(store: Store, shard: Shard) -> Shard:
-    """The shard with its members, read from the manifest of a run."""
+    """The shard with its members, read from the manifest of a run; one of none as it is."""
+    if not shard.has_members:
+        return shard
     group, index = divmod(shard.row, SHARDS_PER_GROUP)
     name = manifest_name(shard.generation)
     return dataclasses.replace(shard, members=_members(store, name, group)[index])

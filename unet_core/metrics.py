@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,9 @@ from unet_core.arrays import Array
 
 BAND_PIXELS = 2**21
 MAX_CONFUSION_CLASSES = 64
-RATIOS = ("dice", "iou", "precision", "recall")
-"""Of ``Scores``."""
+RATIOS = {"dice": (2, 1, 1), "iou": (1, 1, 1), "precision": (1, 1, 0), "recall": (1, 0, 1)}
+"""Of ``Scores``: (t, p, n) for t·tp / (t·tp + p·fp + n·fn)."""
+SumT = TypeVar("SumT")
 
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
@@ -48,6 +49,21 @@ def ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+def ratios(name: str, tp: Array, fp: Array, fn: Array) -> Array:
+    """One of ``RATIOS`` of each; NaN where it is not defined."""
+    of_tp, of_fp, of_fn = RATIOS[name]
+    part = of_tp * tp
+    whole = part + of_fp * fp + of_fn * fn
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def means(values_nK: Array) -> Array:
+    """Mean of the defined values of each row; NaN where there is none."""
+    with np.errstate(invalid="ignore"):
+        means_n: Array = np.nansum(values_nK, axis=1) / np.sum(~np.isnan(values_nK), axis=1)
+        return means_n
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the defined values; None if there is none."""
     known = [value for value in values if value is not None]
@@ -65,22 +81,27 @@ class Scores:
     @property
     def iou(self) -> float | None:
         """Intersection over union: tp / (tp + fp + fn)."""
-        return ratio(self.tp, self.tp + self.fp + self.fn)
+        return self._ratio("iou")
 
     @property
     def dice(self) -> float | None:
         """Dice coefficient: 2 tp / (2 tp + fp + fn)."""
-        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        return self._ratio("dice")
 
     @property
     def precision(self) -> float | None:
         """Of what was segmented as the class, the share that is: tp / (tp + fp)."""
-        return ratio(self.tp, self.tp + self.fp)
+        return self._ratio("precision")
 
     @property
     def recall(self) -> float | None:
         """Of what is the class, the share that was segmented as it: tp / (tp + fn)."""
-        return ratio(self.tp, self.tp + self.fn)
+        return self._ratio("recall")
+
+    def _ratio(self, name: str) -> float | None:
+        of_tp, of_fp, of_fn = RATIOS[name]
+        part = of_tp * self.tp
+        return ratio(part, part + of_fp * self.fp + of_fn * self.fn)
 
 
 def scores_of(confusion_KK: Array) -> list[Scores]:
@@ -120,8 +141,7 @@ class Totals:
     """Rows by error code; a code on an ``ok`` row speaks of its truth."""
 
     def __add__(self, other: "Totals") -> "Totals":
-        return Totals(**{f.name: _add(getattr(self, f.name), getattr(other, f.name))
-                         for f in fields(self)})  # fmt: skip
+        return added(self, other)
 
     @property
     def is_reconciled(self) -> bool:
@@ -157,6 +177,12 @@ class Totals:
         )
 
 
+def added(one: SumT, other: SumT) -> SumT:
+    """The sum of two values of a data class, field by field."""
+    names = (f.name for f in fields(cast(Any, one)))
+    return type(one)(**{name: _add(getattr(one, name), getattr(other, name)) for name in names})
+
+
 def _add(a: Any, b: Any) -> Any:
     if isinstance(a, dict):
         return dict(sorted((Counter(a) + Counter(b)).items()))
@@ -165,11 +191,12 @@ def _add(a: Any, b: Any) -> Any:
     return a + b
 
 
-def _sum_lists(column: pa.ChunkedArray) -> tuple[int, ...]:
-    """Element-wise sum of equally long lists; nulls add nothing."""
+def lists(column: pa.ChunkedArray) -> Array:
+    """Equally long lists of integers, (n, their length); nulls are left out."""
     known = column.drop_null()
-    if not len(known):
-        return ()
-    width = len(known[0])
-    flat = np.asarray(pc.list_flatten(known)).reshape(-1, width)
-    return tuple(int(total) for total in flat.sum(axis=0))
+    flat = np.asarray(pc.list_flatten(known))
+    return flat.reshape(len(known), flat.size // max(1, len(known)))
+
+
+def _sum_lists(column: pa.ChunkedArray) -> tuple[int, ...]:
+    return tuple(lists(column).sum(axis=0).tolist())

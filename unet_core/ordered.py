@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Full, Queue
 from typing import Generic, TypeVar
@@ -12,6 +12,21 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 RETRY_S = 0.2
+READ_THREADS = 16
+
+
+def side_by_side(
+    read: Callable[[ItemT], ResultT], items: Iterable[ItemT], threads: int = READ_THREADS
+) -> Iterator[ResultT]:
+    """What is read of each item, in their order, a few ahead: whoever has enough may stop."""
+    with ThreadPoolExecutor(threads) as pool:
+        line: deque[Future[ResultT]] = deque()
+        for item in items:
+            line.append(pool.submit(read, item))
+            if len(line) > 2 * threads:
+                yield line.popleft().result()
+        while line:
+            yield line.popleft().result()
 
 
 class Prefetch(Generic[ItemT, ResultT]):

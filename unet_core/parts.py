@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from unet_core import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
+from unet_core.ordered import side_by_side
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, table_of, whole_parquet
 
@@ -34,58 +35,79 @@ def metrics_name(shard_id: str) -> str:
     return f"metrics/{shard_id}.parquet"
 
 
-class MasksPart:
-    """A masks part while it is being built, spooled to local disk once it is large.
-
-    Row groups are cut by uncompressed bytes, so the file depends on its rows alone.
+class RowGroups:
+    """A Parquet file while it is being built, spooled to local disk once it is large.
+    Row groups are cut by bytes, so the file depends on its rows alone.
     """
 
-    def __init__(
-        self, encoding: str, footer: Mapping[str, str], has_probabilities: bool = False
-    ) -> None:
-        columns = schema.masks(encoding, has_probabilities)
-        self.schema = columns.with_metadata({**(columns.metadata or {}), **footer})
-        self.encoding = encoding
+    def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
+        self.columns = columns
         self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed by close()
-        payloads = ("mask", "mask.bytes", "probabilities")
-        self._writer = pq.ParquetWriter(
-            self._file,
-            self.schema,
-            use_dictionary=[c for c in columns.names if c not in payloads],
-            write_statistics=[c for c in columns.names if c not in payloads],
-            **COMPRESSION,
-        )
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
+        self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
+        self._group_bytes = group_bytes
+        self._held: list[Any] = []
+        self._held_bytes = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one mask window; ``mask`` and ``probabilities`` are bytes."""
-        self._bytes += len(row["mask"]) + len(row.get("probabilities", b""))
-        if self.encoding == "png":
-            row = {**row, "mask": {"bytes": row["mask"], "path": None}}
-        self._rows.append(row)
-        if self._bytes >= ROW_GROUP_BYTES:
-            self._flush()
+    def append(self, rows: pa.Table) -> None:
+        """Add rows of these columns."""
+        self._hold(rows, rows.nbytes)
 
-    def finish(self) -> tuple[BinaryIO, str, int]:
-        """The complete file with its SHA-256 and its size in bytes."""
+    def complete(self) -> BinaryIO:
+        """The whole file, which is gone once this is closed."""
         self._flush()
         self._writer.close()
-        self._file.seek(0)
-        sha256 = hashlib.file_digest(cast(Any, self._file), "sha256").hexdigest()
-        return cast(BinaryIO, self._file), sha256, self._file.tell()
+        return cast(BinaryIO, self._file)
 
     def close(self) -> None:
         """Drop the spooled file."""
         with contextlib.suppress(OSError):  # no room for a footer that nobody reads
             self._writer.close()
-        drop(cast(BinaryIO, self._file))
+        drop(self._file)
         self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
 
+    def _hold(self, rows: Any, size: int) -> None:
+        self._held.append(rows)
+        self._held_bytes += size
+        if self._held_bytes >= self._group_bytes:
+            self._flush()
+
     def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.schema))
-            self._rows, self._bytes = [], 0
+        if self._held:
+            self._writer.write_table(self._joined(self._held))
+            self._held, self._held_bytes = [], 0
+
+    def _joined(self, held: list[Any]) -> pa.Table:
+        return pa.concat_tables(held)
+
+
+class MasksPart(RowGroups):
+    """A masks part while it is being built."""
+
+    def __init__(
+        self, encoding: str, footer: Mapping[str, str], has_probabilities: bool = False
+    ) -> None:
+        columns = schema.masks(encoding, has_probabilities)
+        small = [name for name in columns.names if name not in ("mask", "probabilities")]
+        columns = columns.with_metadata({**(columns.metadata or {}), **footer})
+        super().__init__(columns, ROW_GROUP_BYTES, use_dictionary=small, write_statistics=small)
+        self._is_png = encoding == "png"
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one mask window; ``mask`` and ``probabilities`` are bytes."""
+        size = len(row["mask"]) + len(row.get("probabilities", b""))
+        if self._is_png:
+            row = {**row, "mask": {"bytes": row["mask"], "path": None}}
+        self._hold(row, size)
+
+    def finish(self) -> tuple[BinaryIO, str, int]:
+        """The complete file with its SHA-256 and its size in bytes."""
+        file = self.complete()
+        file.seek(0)
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        return file, sha256, file.tell()
+
+    def _joined(self, held: list[dict[str, Any]]) -> pa.Table:
+        return pa.Table.from_pylist(held, schema=self.columns)
 
 
 def metrics_part(
@@ -166,24 +188,48 @@ def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]
 def _opened(part: bytes, uri: str) -> tuple[pa.Table, dict[str, str]]:
     with whole_parquet(uri):
         table = table_of(part)
-    metadata = table.schema.metadata or {}
-    return table, {key.decode(): value.decode() for key, value in metadata.items()}
+    return table, _footer(table.schema)
 
 
-def is_current(run: Store, shard_id: str, store: Store, name: str) -> bool:
-    """Whether what was made of a shard's masks is of those that the run has now: a shard with
-    failed images may have been done again since.
+def _footer(columns: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in (columns.metadata or {}).items()}
+
+
+def read_footer(store: Store, name: str) -> dict[str, str]:
+    """What the footer of a Parquet file tells of it."""
+    with store.open_parquet(name) as file:
+        return _footer(file.schema_arrow)
+
+
+def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
+    """Some columns of a metrics part."""
+    with store.open_parquet(metrics_name(shard_id)) as file:
+        return file.read(columns=list(columns))
+
+
+def ids_in(store: Store, folder: str) -> set[str]:
+    """Ids of the shards that have their part in a folder. One listing."""
+    names = (entry.name for entry in store.list(folder))
+    return {name.removesuffix(".parquet") for name in names if not name.startswith("_")}
+
+
+def current_ids(run: Store, store: Store, names: dict[str, str]) -> set[str]:
+    """Of what was made of shards' masks, the shards whose masks are those that the run has now: one
+    with failed images may have been done again since. ``names``: of what was made, by shard.
     """
-    now = _masks_sha256(run, metrics_name(shard_id))
-    return now is not None and now == _masks_sha256(store, name)
+
+    def is_current(shard_id: str) -> bool:
+        now = masks_sha256(run, metrics_name(shard_id))
+        return now is not None and now == masks_sha256(store, names[shard_id])
+
+    return {i for i, yes in zip(names, side_by_side(is_current, names), strict=True) if yes}
 
 
-def _masks_sha256(store: Store, name: str) -> bytes | None:
-    try:
-        with store.open_parquet(name) as file:
-            return (file.schema_arrow.metadata or {}).get(b"masks_sha256")
-    except NotFoundError:
-        return None
+def masks_sha256(store: Store, name: str) -> str | None:
+    """Of the masks that a file is of, as its footer tells; None if it cannot tell."""
+    with contextlib.suppress(NotFoundError, ParquetDamagedError):
+        return read_footer(store, name).get("masks_sha256")
+    return None
 
 
 def read_totals(store: Store, shard_id: str) -> Totals:

@@ -72,7 +72,7 @@ class Replica:
 
     def with_members(self, shard: Shard) -> Shard:
         """The shard with its members, if it has any."""
-        return with_members(self.segmenter.settings.output, shard) if shard.has_members else shard
+        return with_members(self.segmenter.settings.output, shard)
 
     @property
     def segmenter(self) -> Segmenter:

@@ -1,7 +1,6 @@
 """Reading a run back: its totals, its masks by image or by shard, and its images."""
 
 from collections.abc import Callable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.arrays import Array
-from unet_core.compact import read_rows
+from unet_core.compact import COMPACTED, batches
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
@@ -25,8 +24,9 @@ from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
-from unet_core.parts import masks_name, metrics_name
-from unet_core.run import READ_THREADS, Run, open_existing
+from unet_core.ordered import side_by_side
+from unet_core.parts import masks_name, read_columns
+from unet_core.run import open_existing
 from unet_core.storage.store import Store, whole_parquet
 
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
@@ -81,7 +81,7 @@ class StoredMask:
 
 class OpenMasks:
     """A masks part that is open: masks by image, one row group in memory at a time. Images that are
-    asked for in the order of ``image_ids`` let each group be read once.
+    asked for in the order of the shard let each group be read once.
     """
 
     def __init__(self, file: pq.ParquetFile, uri: str) -> None:
@@ -94,17 +94,17 @@ class OpenMasks:
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
         self._held: tuple[int, Any] = (-1, None)
 
-    @property
-    def image_ids(self) -> list[str]:
+    def __iter__(self) -> Iterator[StoredMask]:
         """In the order of the shard."""
-        return list(self._rows)
+        return map(self._stored, self._rows)
 
     def mask(self, image_id: str) -> StoredMask | None:
         """The mask of one image; None if there is none."""
-        if image_id not in self._rows:
-            return None
+        return self._stored(image_id) if image_id in self._rows else None
+
+    def _stored(self, image_id: str) -> StoredMask:
         rows = self._rows[image_id]
-        boxes = tuple(_box(row) for _, _, row in rows)
+        boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
         first = rows[0][2]
         size = first["image_height"], first["image_width"]
         return StoredMask(image_id, *size, boxes, lambda number: self._read(*rows[number]))
@@ -125,16 +125,10 @@ class Results:
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         """Raises StoreError if there is no run at ``uri``."""
         self.run, self.record = open_existing(uri, storage)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
+        self.class_names = self.record.class_names
         """By class id."""
-        return self.record.class_names
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        self.palette = self.record.palette
         """RGB by class id."""
-        return self.record.palette
 
     @cached_property
     def config(self) -> PredictConfig:
@@ -167,7 +161,7 @@ class Results:
         """A row for each image of all committed shards: columns of the metrics parts after the
         ``shard_id``.
         """
-        return read_rows(self.run.store)
+        return pa.concat_tables([COMPACTED.empty_table(), *batches(self.run.store)])
 
     def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
         """Class ids HW of one image, or of a window (y, x, height, width) of it.
@@ -175,11 +169,30 @@ class Results:
         Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
         mask of that image, with the reason, and ValueError for a window that leaves the image.
         """
-        with open_masks(self.run.store, _shard_of(self.run, image_id)) as masks:
+        with open_masks(self.run.store, self._shard_of(image_id)) as masks:
             mask = masks.mask(image_id)
             if mask is None:
                 raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
             return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
+
+    def _shard_of(self, image_id: str) -> str:
+        """The committed shard with an image; tars and Parquet files are known by its name."""
+        run, shards = self.run, self.shards()
+        shards.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
+
+        def look(shard: Shard) -> list[dict[str, Any]]:
+            rows = read_columns(run.store, shard.shard_id, "image_id", "status", "error_message")
+            return [*rows.filter(pc.field("image_id") == image_id).to_pylist()]
+
+        for shard, rows in zip(shards, side_by_side(look, shards), strict=True):
+            if any(row["status"] == "ok" for row in rows):
+                return shard.shard_id
+            if rows:
+                reason = f"it failed: {rows[0]['error_message']}"
+                raise NotFoundError(f"{run.uri} has no mask of {image_id}: {reason}")
+        raise NotFoundError(
+            f"{run.uri} has no image {image_id} among {len(shards)} committed shards"
+        )
 
 
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
@@ -197,8 +210,7 @@ def pictures(
     wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
     decoder = Decoder(wanted, len(results.class_names), source.config)
     files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
-    whole = with_members(results.run.store, shard) if shard.has_members else shard
-    for sample in read_shard(source, whole):
+    for sample in read_shard(source, with_members(results.run.store, shard)):
         if sample.image_id in files:
             bare = replace(sample, read_mask=None, open_mask=None)
             images = decoder.decode(sample if has_truth else bare)
@@ -219,39 +231,4 @@ def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
     What is not read of one mask is skipped; masks are read while this goes on, not after.
     """
     with open_masks(store, shard_id) as masks:
-        for image_id in masks.image_ids:
-            mask = masks.mask(image_id)
-            assert mask is not None
-            yield mask
-
-
-def _box(row: dict[str, Any]) -> Box:
-    return Box(row["y"], row["x"], row["height"], row["width"])
-
-
-def _shard_of(run: Run, image_id: str) -> str:
-    """The committed shard with an image; tars and Parquet files are known by its name."""
-    committed = run.committed()
-    heads = [shard for shard in run.manifest() or [] if shard.shard_id in committed]
-    heads.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for at in range(0, len(heads), READ_THREADS):
-            ids = [shard.shard_id for shard in heads[at : at + READ_THREADS]]
-            looks = pool.map(lambda shard_id: _status(run.store, shard_id, image_id), ids)
-            for shard_id, status in zip(ids, looks, strict=True):
-                if status == "":
-                    return shard_id
-                if status is not None:
-                    raise NotFoundError(f"{run.uri} has no mask of {image_id}: {status}")
-    raise NotFoundError(f"{run.uri} has no image {image_id} among {len(heads)} committed shards")
-
-
-def _status(store: Store, shard_id: str, image_id: str) -> str | None:
-    """Empty if the shard has a mask of the image, why not if it failed; None if it is not there."""
-    with store.open_parquet(metrics_name(shard_id)) as file:
-        table = file.read(columns=["image_id", "status", "error_message"])
-    found = table.filter(pc.field("image_id") == image_id).to_pylist()
-    if not found:
-        return None
-    is_ok = any(row["status"] == "ok" for row in found)
-    return "" if is_ok else f"it failed: {found[0]['error_message']}"
+        yield from masks

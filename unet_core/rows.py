@@ -37,10 +37,6 @@ class EncodedArea:
     confidence_sum: int
     encode_s: float
 
-    def finished(self) -> Row:
-        """The row with its bytes."""
-        return self.row | self.payload()
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -103,7 +99,7 @@ class Encoder:
         if picture.truth is not None and failure is None:
             matrix = sum(area.confusion_KK for area in areas)
             row |= truth_columns(matrix, height * width)
-        return Encoded(row, (area.finished() for area in areas), encode_s)
+        return Encoded(row, (area.row | area.payload() for area in areas), encode_s)
 
     def rejected(self, image: Rejected) -> Row:
         """The row of an image that failed."""

@@ -22,7 +22,8 @@ from unet_core.inputs.shards import Shard, Source
 from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
-from unet_core.parts import metrics_name, read_totals
+from unet_core.ordered import READ_THREADS, side_by_side
+from unet_core.parts import ids_in, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
 from unet_core.windows import Windows
 
@@ -32,7 +33,6 @@ RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
 METRICS = "metrics.parquet"
 """All rows in one file, made from the parts (``compact``)."""
-READ_THREADS = 16
 
 Identity = dict[str, Any]
 
@@ -203,14 +203,12 @@ class Run:
 
     def committed(self) -> set[str]:
         """Ids of the shards whose metrics part is there. One listing."""
-        names = (entry.name for entry in self.store.list("metrics"))
-        return {n.removesuffix(".parquet") for n in names if not n.startswith("_")}
+        return ids_in(self.store, "metrics")
 
     def totals(self, shard_ids: set[str]) -> Totals:
         """Sum over committed shards, read from their metrics parts."""
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            parts = pool.map(lambda shard_id: read_totals(self.store, shard_id), sorted(shard_ids))
-            return sum(parts, Totals())
+        ids = sorted(shard_ids)
+        return sum(side_by_side(lambda name: read_totals(self.store, name), ids), Totals())
 
     def reopen(self) -> None:
         """Take back that the run is finished, and what tells of its rows."""

@@ -125,18 +125,14 @@ EXPORTED = pa.schema(
 
 def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
     """Columns of a masks part; PNG masks are marked as images for dataset viewers."""
-    mask: pa.DataType = pa.binary()
-    metadata: dict[str, str] = {}
+    mask, metadata = pa.binary(), {}
     if encoding == "png":
         mask = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         metadata = {"huggingface": json.dumps({"info": {"features": {"mask": {"_type": "Image"}}}})}
     return pa.schema(
         [
             ("image_id", pa.string()),
-            ("y", pa.int32()),
-            ("x", pa.int32()),
-            ("height", pa.int32()),
-            ("width", pa.int32()),
+            *PLACE,
             ("image_height", pa.int32()),
             ("image_width", pa.int32()),
             ("encoding", pa.string()),

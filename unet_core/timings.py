@@ -4,8 +4,7 @@ import datetime
 import io
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -13,14 +12,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.errors import StoreError
-from unet_core.metrics import Totals
-from unet_core.run import READ_THREADS
+from unet_core.metrics import Totals, added
+from unet_core.ordered import side_by_side
 from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store, table_of
 
 FLUSH_S = 60.0
 RECENT = 60
 """Files that make about an hour."""
+DEVICE = {
+    "busy": "device",
+    "waiting for a shard": "waiting_for_shard",
+    "waiting for reading": "waiting_for_reading",
+    "waiting for decoding": "waiting_for_decoding",
+}
+"""What a device does, and which of ``Seconds`` that is."""
 
 
 @dataclass
@@ -40,27 +46,23 @@ class Seconds:
     """The device was free because the next image was being decoded."""
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(*(mine + theirs for mine, theirs in zip(
-            vars(self).values(), vars(other).values(), strict=True
-        )))  # fmt: skip
+        return added(self, other)
 
     @property
     def at_device(self) -> float:
         """Seconds in which the device worked or waited."""
-        waiting = self.waiting_for_shard + self.waiting_for_reading + self.waiting_for_decoding
-        return self.device + waiting
+        return float(sum(getattr(self, stage) for stage in DEVICE.values()))
 
     @property
     def shares(self) -> dict[str, float]:
         """What the device did with its time, as shares; empty if there was none."""
-        spent = {
-            "busy": self.device,
-            "waiting for a shard": self.waiting_for_shard,
-            "waiting for reading": self.waiting_for_reading,
-            "waiting for decoding": self.waiting_for_decoding,
-        }
         total = self.at_device
-        return {what: seconds / total for what, seconds in spent.items()} if total else {}
+        return {what: getattr(self, stage) / total for what, stage in DEVICE.items() if total}
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Seconds":
+        """The sums of rows as ``TIMINGS``."""
+        return cls(**{s.name: pc.sum(table[f"{s.name}_s"]).as_py() or 0.0 for s in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,11 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = list(pool.map(lambda name: table_of(store.read(name)), names))
+    tables = side_by_side(lambda name: table_of(store.read(name)), names)
     both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
     return both.select(TIMINGS.names)  # earlier versions had other columns
 
 
 def recent_seconds(store: Store) -> Seconds:
     """The sums of about the last hour that a run was at work."""
-    table = read_timings(store, RECENT)
-    return Seconds(*(pc.sum(table[f"{stage}_s"]).as_py() or 0.0 for stage in vars(Seconds())))
+    return Seconds.of_table(read_timings(store, RECENT))

@@ -6,7 +6,6 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -24,9 +23,9 @@ from unet_core.inputs import listing
 from unet_core.inputs.folder import File, names_by_stem, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
-from unet_core.parts import metrics_name
+from unet_core.ordered import side_by_side
+from unet_core.parts import read_columns
 from unet_core.results import Results, StoredMask, open_masks
-from unet_core.run import READ_THREADS
 from unet_core.storage.store import Store
 from unet_core.tally import Images
 
@@ -117,8 +116,7 @@ class LabelImages:
     @property
     def names(self) -> list[str]:
         """The first ones, for a message."""
-        names: list[str] = self.labels["name"].slice(0, SHOWN).to_pylist()
-        return names
+        return [*self.labels["name"].slice(0, SHOWN).to_pylist()]
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """By path below the root of each, else by bare name."""
@@ -130,7 +128,7 @@ class LabelImages:
                 continue
             file = File(root, label.name, root, label.etag)
             if _is_in_list(self.source):
-                file = replace(_listed_file(self.source, label.name), etag=label.etag)
+                file = replace(listing.file_of(self.source, label.name, None), etag=label.etag)
             sample = Sample(
                 row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
             )
@@ -168,23 +166,18 @@ def _root(source: Source) -> Store:
     return Store(masks, source.root.storage) if "/" in masks else source.root
 
 
-def _listed_file(source: Source, uri: str) -> File:
-    return listing.file_of(source, uri, None)
-
-
 def _in_list(source: Source) -> dict[str, Label]:
     """Lists say nothing of how label images change: each is looked at."""
 
     def look(uri: str) -> Label:
-        file = _listed_file(source, uri)
+        file = listing.file_of(source, uri, None)
         try:
             return Label(uri, file.store.entry(file.name).etag)
         except NotFoundError:  # its row will say so
             return Label(uri)
 
     uris = {member.key: member.mask for member in listing.all_members(source) if member.mask}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return dict(zip(uris, pool.map(look, uris.values()), strict=True))
+    return dict(zip(uris, side_by_side(look, uris.values()), strict=True))
 
 
 def _in_folder(source: Source) -> dict[str, Label]:
@@ -276,7 +269,8 @@ class OtherRun:
         """By image id; one masks part is open at a time."""
         there: dict[str, tuple[str, Row]] = {}
         for shard_id in self.shards.get(shard.shard_id, (shard.shard_id,)):
-            for row in _statuses(self.store, shard_id):
+            rows_there = read_columns(self.store, shard_id, "image_id", "status", "error_message")
+            for row in rows_there.to_pylist():
                 if row["image_id"] not in there or row["status"] == "ok":
                     there[row["image_id"]] = shard_id, row
         with ExitStack() as stack:
@@ -317,18 +311,10 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     """Image ids of shards, with their shards."""
 
     def read(shard_id: str) -> pa.Table:
-        with store.open_parquet(metrics_name(shard_id)) as file:
-            ids = file.read(columns=["image_id"])
+        ids = read_columns(store, shard_id, "image_id")
         return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
 
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return pa.concat_tables([IDS.empty_table(), *pool.map(read, sorted(shard_ids))])
-
-
-def _statuses(store: Store, shard_id: str) -> list[Row]:
-    with store.open_parquet(metrics_name(shard_id)) as file:
-        rows: list[Row] = file.read(columns=["image_id", "status", "error_message"]).to_pylist()
-        return rows
+    return pa.concat_tables([IDS.empty_table(), *side_by_side(read, sorted(shard_ids))])
 
 
 def _pixels(mask: StoredMask | None) -> Pixels:

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
@@ -25,7 +25,7 @@ from unet_core.images.codec import EXTENSIONS
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
-from unet_core.parts import read_metrics
+from unet_core.parts import ids_in, read_metrics
 from unet_core.run import Record, Run, open_existing
 from unet_core.storage.store import Store, is_temporary, table_of
 
@@ -54,9 +54,8 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     shards = run.manifest()
     if shards is None:
         return Findings(notes=["the run has no manifest yet; run predict again"])
-    findings = Findings(shards=len(shards), class_names=record.class_names)
     committed = run.committed()
-    findings.committed = len(committed)
+    findings = Findings(len(shards), len(committed), class_names=record.class_names)
     expected = {shard.shard_id for shard in shards}
     _check_orphans(run, expected, committed, findings)
     image_ids: Counter[str] = Counter()
@@ -83,8 +82,7 @@ def _check_input_unchanged(
         return
     known: dict[str, str | None] = {}
     for shard in shards:
-        whole = with_members(run.store, shard) if shard.has_members else shard
-        known.update((m.key, m.etag) for m in whole.members)
+        known.update((m.key, m.etag) for m in with_members(run.store, shard).members)
         if shard.uri:
             known[shard.uri] = shard.etag
     entries = Store(record.identity["input.uri"], run.store.storage).list()
@@ -98,21 +96,15 @@ def _check_input_unchanged(
 
 
 def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
-    for shard_id in sorted(committed - expected):
-        findings.problems.append(f"metrics/{shard_id}.parquet belongs to no shard of the manifest")
-    names = [entry.name for entry in run.store.list()]
-    masks = [name.removeprefix("masks/") for name in names if name.startswith("masks/")]
-    uncommitted = [
-        name for name in masks
-        if not name.startswith("_") and name.removesuffix(".parquet") not in committed
-    ]  # fmt: skip
-    unknown = [n for n in uncommitted if n.removesuffix(".parquet") not in expected]
-    findings.problems += [f"masks/{name} belongs to no shard of the manifest" for name in unknown]
-    waiting = len(uncommitted) - len(unknown)
-    if waiting:
+    found = {"metrics": committed, "masks": ids_in(run.store, "masks") - committed}
+    findings.problems += [
+        f"{folder}/{shard_id}.parquet belongs to no shard of the manifest"
+        for folder, ids in found.items()
+        for shard_id in sorted(ids - expected)
+    ]
+    if waiting := len(found["masks"] & expected):
         findings.notes.append(f"{waiting} masks parts without a commit; predict will redo them")
-    leftovers = sum(map(is_temporary, names))
-    if leftovers:
+    if leftovers := sum(is_temporary(entry.name) for entry in run.store.list()):
         findings.notes.append(f"{leftovers} temporary files of killed attempts")
 
 
@@ -145,10 +137,13 @@ def _check_shard(
         if deep:
             problems += _recount_masks(rows, windows)
     if deep:
-        whole = with_members(run.store, shard) if shard.has_members else shard
-        problems += _recount_input(record, whole, rows, run.store.storage)
-    ids.update(row["image_id"] for row in rows.to_pylist() if row["status"] == "ok")
+        problems += _recount_input(record, with_members(run.store, shard), rows, run.store.storage)
+    ids.update(row["image_id"] for row in _ok(rows))
     return [f"shard {name}: {problem}" for problem in problems]
+
+
+def _ok(rows: pa.Table) -> list[dict[str, Any]]:
+    return [row for row in rows.to_pylist() if row["status"] == "ok"]
 
 
 def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
@@ -157,9 +152,7 @@ def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
     for window in windows.select(["image_id", "height", "width"]).to_pylist():
         area[window["image_id"]] += window["height"] * window["width"]
     problems = []
-    for row in rows.to_pylist():
-        if row["status"] != "ok":
-            continue
+    for row in _ok(rows):
         pixels = row["height"] * row["width"]
         if area.pop(row["image_id"], 0) != pixels:
             problems.append(f"image {row['image_id']}: its mask windows do not cover it")
@@ -170,22 +163,15 @@ def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
 
 def _recount_masks(rows: pa.Table, windows: pa.Table) -> list[str]:
     """Count the classes of every mask again, from its bytes."""
-    counted: dict[str, Any] = {}
+    counted: dict[str, Counter[int]] = defaultdict(Counter)
     for window in windows.to_pylist():
-        ids = _decode_window(window)
-        counts = np.bincount(ids.ravel(), minlength=1)
-        known = counted.get(window["image_id"], np.zeros(0, dtype=np.int64))
-        size = max(len(known), len(counts))
-        counted[window["image_id"]] = np.pad(known, (0, size - len(known))) + np.pad(
-            counts, (0, size - len(counts))
-        )
-    problems = []
-    for row in rows.to_pylist():
-        if row["status"] == "ok":
-            counts = np.trim_zeros(counted.get(row["image_id"], np.zeros(0)), "b")
-            if counts.tolist() != np.trim_zeros(row["class_pixels"], "b"):
-                problems.append(f"image {row['image_id']}: class_pixels are not those of its mask")
-    return problems
+        counts = np.bincount(_decode_window(window).ravel())
+        counted[window["image_id"]].update(dict(enumerate(counts.tolist())))
+    return [
+        f"image {row['image_id']}: class_pixels are not those of its mask"
+        for row in _ok(rows)
+        if counted[row["image_id"]] != Counter(dict(enumerate(row["class_pixels"])))
+    ]
 
 
 def _decode_window(window: dict[str, Any]) -> Any:
@@ -200,20 +186,17 @@ def _recount_input(
     record: Record, shard: Shard, rows: pa.Table, storage: StorageConfig
 ) -> list[str]:
     """Count a shard's images again, from the input itself."""
-    root = Store(record.identity["input.uri"], storage)
-    masks = record.identity["input.masks"]
     if record.identity["input.format"] == "webdataset":
-        there = Counter(_names_in_tar(root, shard, masks))
+        root = Store(record.identity["input.uri"], storage)
+        there = Counter(_names_in_tar(root, shard, record.identity["input.masks"]))
     elif shard.has_members:
         there = Counter(member.key for member in shard.members)
     else:
-        there = Counter()  # row ranges: the count in the manifest is that of the footer
-        return []
+        return []  # row ranges: the count in the manifest is that of the footer
     mine = Counter(row["image_id"] for row in rows.to_pylist() if row["error_code"] != "tar")
     if record.identity["input.pages"] == "expand":
-        there = Counter(dict.fromkeys(there, 1))
-        files = {i if i in there else re.sub(r"#\d+$", "", i) for i in mine}
-        mine = Counter(dict.fromkeys(files, 1))
+        there = Counter({*there})
+        mine = Counter({i if i in there else re.sub(r"#\d+$", "", i) for i in mine})
     problems = [f"{name} is in the input but has no row" for name in sorted(there - mine)]
     return problems + [f"{name} has a row but is not in the input" for name in sorted(mine - there)]
 
@@ -230,14 +213,11 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
         return  # gone: all its rows will be told
     for name in names:
         stem, extension = os.path.splitext(name)
-        base = os.path.basename(name)
-        if extension.lower() not in EXTENSIONS or base.startswith("."):
-            continue
-        if suffix and name.endswith(f".{suffix}"):
-            continue
-        if os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES:
-            continue
-        yield f"{shard.uri}/{stem}"
+        is_image = extension.lower() in EXTENSIONS and not os.path.basename(name).startswith(".")
+        is_mask = bool(suffix) and name.endswith(f".{suffix}")
+        is_mask |= os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES
+        if is_image and not is_mask:
+            yield f"{shard.uri}/{stem}"
 
 
 def _headers(stream: BinaryIO) -> Iterator[str]:

@@ -91,8 +91,7 @@ def test_a_damaged_mask_is_told_by_its_file_wherever_it_is_read(run):
 
 
 def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
-    monkeypatch.setattr(compact, "READ_THREADS", 2)
     monkeypatch.setattr(compact, "GROUP_BYTES", 1)
     compact.compact(run.store, run.record)
     with run.store.open_parquet(compact.FILE) as file:
-        assert file.num_row_groups == 3
+        assert file.num_row_groups == 6

@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError
-from unet_core.export.objects import EVERYWHERE, Slices, foreground
+from unet_core.export.objects import EVERYWHERE, foreground, place
+from unet_core.geometry import Slices
 from unet_core.storage.spool import local_space, spooled
 
 Row = dict[str, Any]
@@ -51,10 +52,7 @@ def annotation(
     return {
         "class": class_id,
         "area": int(region_HW.sum()),
-        "y": rows.start,
-        "x": columns.start,
-        "height": rows.stop - rows.start,
-        "width": columns.stop - columns.start,
+        **place(box)._asdict(),
         "segmentation": json.dumps(segmentation, separators=(",", ":")),
     }
 

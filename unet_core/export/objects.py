@@ -5,8 +5,9 @@ Components are of 4 neighbours, so that what meets at a corner only is two objec
 background.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
 from unet_core.arrays import Array
+from unet_core.geometry import Box, Slices
 from unet_core.images.picture import Pixels
 from unet_core.metrics import BAND_PIXELS, class_pixels
 
@@ -27,8 +29,6 @@ SMOOTHING = 0.1
 FINE = 32
 """Pixels from summit to border that are enough to find the summits."""
 EVERYWHERE = np.ones((3, 3), bool)
-
-Slices = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,18 @@ def _seeds(distance_HW: Array) -> Array:
     return seeds_HW
 
 
+def place(box: Slices) -> Box:
+    """Where rows of a table have it."""
+    rows, columns = box
+    return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+
+
 def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
     """Columns of ``schema.OBJECTS`` but the image's id; intensities are null without pixels.
 
     Image and objects are walked in bands of rows; sums of integers are exact.
     """
-    boxes, count = objects.boxes, len(objects.classes)
-    rows = [(box[0].start, box[1].start) for box in boxes]
-    sides = [(box[0].stop - box[0].start, box[1].stop - box[1].start) for box in boxes]
+    places, count = [*map(place, objects.boxes)], len(objects.classes)
     sums = _sums(objects.labels_HW, count, pixels)
     area = sums[0].astype(np.int64)
     centroids, means = sums[1:3] / area, (sums[3:] / area).T.tolist()
@@ -117,10 +121,7 @@ def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
         "label": list(range(1, count + 1)),
         "class": objects.classes,
         "area": area.tolist(),
-        "y": [y for y, _ in rows],
-        "x": [x for _, x in rows],
-        "height": [height for height, _ in sides],
-        "width": [width for _, width in sides],
+        **{side: [getattr(found, side) for found in places] for side in Box._fields},
         "centroid_y": centroids[0].tolist(),
         "centroid_x": centroids[1].tolist(),
         "mean_intensity": means if pixels is not None else [None] * count,
@@ -137,15 +138,11 @@ def _sums(labels_HW: Array, count: int, pixels: Pixels | None) -> Array:
         band_HW = labels_HW[start : start + rows]
         ys, xs = np.nonzero(band_HW)
         at = band_HW[ys, xs] - 1
-        count_of = _counter(at, count)
-        total[0] += count_of(None)
-        total[1] += count_of(ys + start)
-        total[2] += count_of(xs)
+        sum_of = functools.partial(np.bincount, at, minlength=count)
+        total[0] += sum_of()
+        total[1] += sum_of(ys + start)
+        total[2] += sum_of(xs)
         if pixels is not None and at.size:
             for channel, plane_HW in enumerate(pixels.read(start, 0, len(band_HW), width)):
-                total[3 + channel] += count_of(plane_HW[ys, xs])
+                total[3 + channel] += sum_of(plane_HW[ys, xs])
     return total
-
-
-def _counter(at: Array, count: int) -> Callable[[Array | None], Array]:
-    return lambda weights: np.bincount(at, weights, count)

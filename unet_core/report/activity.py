@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.report.charts import Plot, Series, lines, stack
-from unet_core.timings import Seconds
+from unet_core.timings import DEVICE, Seconds
 
 BINS = 60
 CHUNK = 65536
@@ -21,12 +21,7 @@ LEAST_SHARDS = 6
 PAUSE_S = 120.0
 """Time without an attempt is told if it is longer."""
 MOST_ACTORS = 32
-STATES = {
-    "busy": "device_s",
-    "waiting for a shard": "waiting_for_shard_s",
-    "waiting for reading": "waiting_for_reading_s",
-    "waiting for decoding": "waiting_for_decoding_s",
-}
+SPENT = [f"{stage}_s" for stage in DEVICE.values()]
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
@@ -38,7 +33,7 @@ class Actor:
     shards: int
     images: int
     shares: tuple[float, ...]
-    """By ``STATES``."""
+    """By ``DEVICE``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,6 @@ def activity(table: pa.Table) -> Activity | None:
     start_s, end_s, pauses = _without_pauses(began_s, ended_s)
     worked_s = float(end_s.max())
     images = table["images"].to_numpy().astype(float)
-    sums = Seconds(**{name: pc.sum(table[f"{name}_s"]).as_py() or 0.0 for name in vars(Seconds())})
     actors = _actors(table)
     rate, where = None, None
     if table.num_rows >= LEAST_SHARDS:
@@ -86,7 +80,7 @@ def activity(table: pa.Table) -> Activity | None:
         images=int(images.sum()),
         images_per_s=images.sum() / worked_s,
         megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
-        shares=sums.shares,
+        shares=Seconds.of_table(table).shares,
         actors=actors if len(actors) <= MOST_ACTORS else (),
         actor_count=len(actors),
         rate=rate,
@@ -101,7 +95,7 @@ def _intervals(table: pa.Table) -> tuple[Array, Array]:
     """
     ends = table["finished"].cast(pa.int64()).to_numpy() / 1e3
     names = pc.dictionary_encode(table["actor"]).combine_chunks().indices.to_numpy()
-    spent = np.stack([table[column].to_numpy() for column in STATES.values()]).sum(axis=0)
+    spent = _spent(table).sum(axis=0)
     before = np.concatenate([[-np.inf], ends[:-1]])
     before[np.concatenate([[True], names[1:] != names[:-1]])] = -np.inf
     whole = table["whole_s"].to_numpy()
@@ -129,8 +123,7 @@ def _plots(
     pauses: list[float],
 ) -> tuple[Plot | None, Plot]:  # fmt: skip
     edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
-    spent = np.stack([table[column].to_numpy() for column in STATES.values()])
-    parts = _binned(np.vstack([images, spent]), start_s, end_s, edges)
+    parts = _binned(np.vstack([images, _spent(table)]), start_s, end_s, edges)
     rates = parts[0] / np.diff(edges)
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
     middles = (edges[:-1] + edges[1:]) / 2 / size
@@ -142,7 +135,7 @@ def _plots(
     totals = states.sum(axis=1, keepdims=True)
     shares = np.divide(states, totals, out=np.zeros_like(states), where=totals > 0)
     assert rate is not None
-    return rate, stack("What the devices did", list(STATES), shares, rate)
+    return rate, stack("What the devices did", list(DEVICE), shares, rate)
 
 
 def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
@@ -156,12 +149,16 @@ def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
     return total
 
 
+def _spent(table: pa.Table) -> Array:
+    """Seconds (M, N) by ``DEVICE``."""
+    return np.stack([table[column].to_numpy() for column in SPENT])
+
+
 def _actors(table: pa.Table) -> tuple[Actor, ...]:
-    sums = [("shard_id", "count"), ("images", "sum"), *((c, "sum") for c in STATES.values())]
-    rows = table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist()
+    sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
     found = []
-    for row in rows:
-        spent = [row[f"{column}_sum"] for column in STATES.values()]
+    for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
+        spent = [row[f"{column}_sum"] for column in SPENT]
         shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
         found.append(Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares))
     return tuple(found)

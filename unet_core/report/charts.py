@@ -149,14 +149,15 @@ def lines(
 def stack(title: str, names: list[str], shares: Array, like: Plot) -> Plot:
     """Shares (bins, parts) above each other, as steps, over the x of another plot."""
     tops = np.concatenate([np.zeros((len(shares), 1)), shares.cumsum(axis=1)], axis=1) * 100
-    edges = np.linspace(0, 100, len(shares) + 1)
+    depths = 100 - np.repeat(tops, 2, axis=0)
+    xs = np.repeat(np.linspace(0, 100, len(shares) + 1), 2)[1:-1]
     marks = []
     for part, name in enumerate(names):
-        upper = [(x, 100 - top) for n, top in enumerate(tops[:, part + 1])
-                 for x in (edges[n], edges[n + 1])]  # fmt: skip
-        lower = [(x, 100 - top) for n, top in enumerate(tops[:, part])
-                 for x in (edges[n], edges[n + 1])]  # fmt: skip
-        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in [*upper, *reversed(lower)])
+        upper, lower = (
+            zip(xs, depths[:, part + 1], strict=True),
+            zip(xs, depths[:, part], strict=True),
+        )
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in [*upper, *reversed([*lower])])
         marks.append(Mark(f"M{points}Z", part, name, is_area=True))
     mean = shares.mean(axis=0) if len(shares) else np.zeros(len(names))
     text = "; ".join(f"{name} {share:.0%}" for name, share in zip(names, mean, strict=True))

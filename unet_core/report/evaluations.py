@@ -5,14 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unet_core.evaluate import EVALUATION_JSON
-from unet_core.metrics import Totals
+from unet_core.evaluate import EVALUATION_JSON, FOLDER
+from unet_core.metrics import RATIOS, Totals
 from unet_core.storage.store import Store
 from unet_core.tally import counted
 
-FOLDER = "evaluation"
 SHOWN = 5
-SCORES = ("dice", "iou", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def _compared(name: str, document: dict[str, Any]) -> Compared:
         return Compared(
             name, f"{about}{document['pixels']:,} pixels changed", images,
             ("before", "after", "IoU"),
-            tuple((row["class"], (_share(row["before"]), _share(row["after"]), _score(row["iou"])))
+            tuple((row["class"], (_share(row["before"]), _share(row["after"]), score(row["iou"])))
                   for row in document["classes"]),
             "changed most",
             tuple((e["image_id"], _share(e["changed"])) for e in document["flipped"][:SHOWN]),
@@ -74,16 +72,17 @@ def _compared(name: str, document: dict[str, Any]) -> Compared:
     rows = {row["class"]: row for row in document["classes"]} | {"mean": document["mean"]}
     return Compared(
         name, f"{about}, label_map {{{label_map}}}" if label_map else about, images,
-        tuple(f"{score} {how}" for score in ("Dice", "IoU", "precision", "recall")
+        tuple(f"{kind} {how}" for kind in ("Dice", "IoU", "precision", "recall")
               for how in ("micro", "macro")),
-        tuple((cls, tuple(_score(row[how][score]) for score in SCORES for how in
+        tuple((cls, tuple(score(row[how][kind]) for kind in RATIOS for how in
               ("micro", "macro"))) for cls, row in rows.items()),
         "worst by IoU",
-        tuple((e["image_id"], _score(e["iou"])) for e in document["worst"][:SHOWN]),
+        tuple((e["image_id"], score(e["iou"])) for e in document["worst"][:SHOWN]),
     )  # fmt: skip
 
 
-def _score(value: float | None) -> str:
+def score(value: float | None) -> str:
+    """Four decimals, or a dash where it is undefined."""
     return "–" if value is None else f"{value:.4f}"
 
 

@@ -1,6 +1,5 @@
 """What there is to say of a run, gathered once; the page only lays it out."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -11,7 +10,7 @@ from unet_core.arrays import Array
 from unet_core.compact import batches
 from unet_core.config import PredictConfig, build
 from unet_core.failures import Cause, causes
-from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
+from unet_core.metrics import RATIOS, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import command, toml
@@ -44,17 +43,6 @@ class ClassRow:
     iou: float | None
     precision: float | None
     recall: float | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Pixels of one true and one predicted class."""
-
-    count: int
-    share: float
-    """Of the pixels of the true class."""
-    truth: str
-    mask: str
 
 
 @dataclass(frozen=True)
@@ -93,14 +81,14 @@ class RunFacts:
     uri: str
     is_finished: bool
     shards: int
-    committed: int
     totals: Totals
     classes: tuple[ClassRow, ...]
     """The most frequent ones, if there are very many."""
     class_count: int
     mean_row: ClassRow | None
     """Mean of the defined values of all classes."""
-    confusion: tuple[tuple[Cell, ...], ...]
+    confusion: tuple[list[int], ...]
+    """Pixels, truth × mask; empty where there is none, or too many classes."""
     plots: tuple[Plot, ...]
     sizes: tuple[Size, ...]
     sheets: tuple[Sheet, ...]
@@ -118,30 +106,29 @@ def run_facts(results: Results) -> RunFacts:
     """Read the rows of a run once, and its images that are worth a look."""
     record, totals = results.record, results.totals
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
-    shards = results.run.manifest() or []
+    shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
+    compute = record.compute.model_dump(exclude={"versions"})
     rows = class_rows(results, totals)
-    found = list(causes(results.run, totals)) if totals.failed else []
     is_finished = results.run.is_finished
     return RunFacts(
         uri=results.run.uri,
         is_finished=is_finished,
         shards=len(shards),
-        committed=totals.shards,
         totals=totals,
         classes=most_frequent(rows),
         class_count=len(rows),
         mean_row=_mean_row(rows) if totals.with_truth else None,
-        confusion=_confusion(measured.confusion_KK, results.class_names),
+        confusion=tuple(matrix_KK.tolist()) if matrix_KK is not None else (),
         plots=distributions(measured),
         sizes=sizes_of(measured.sizes),
         sheets=sheets(results, measured),
-        causes=tuple(found),
+        causes=tuple(causes(results.run, totals)) if totals.failed else (),
         evaluations=evaluations(results.run.store, totals),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
         warnings=tuple(_warnings(results, is_finished, len(shards))),
         command=command_of(results),
         config=toml(record.config),
-        versions={"unet-jobs": record.version, **_texts(record.compute.model_dump())},
+        versions={"unet-jobs": record.version, **_texts(compute), **record.compute.versions},
         identity={"fingerprint": record.fingerprint, **_texts(record.identity)},
     )
 
@@ -149,21 +136,17 @@ def run_facts(results: Results) -> RunFacts:
 def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
     """Every class, by its id."""
     nothing = [None] * len(results.class_names)
-    scores = totals.scores or nothing
-    pixels = totals.class_pixels or nothing
+    pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
+    classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
     return [
-        _class_row(name, color, ratio(count or 0, totals.pixels), score)
-        for name, color, count, score in zip(
-            results.class_names, results.palette, pixels, scores, strict=True
+        ClassRow(
+            name,
+            "rgb({} {} {})".format(*color),
+            ratio(count or 0, totals.pixels),
+            **{kind: getattr(score, kind, None) for kind in RATIOS},
         )
+        for name, color, count, score in classes
     ]
-
-
-def _class_row(
-    name: str, color: tuple[int, int, int], share: float | None, score: Scores | None
-) -> ClassRow:
-    ratios = {kind: getattr(score, kind, None) for kind in RATIOS}
-    return ClassRow(name, "rgb({} {} {})".format(*color), share, **ratios)
 
 
 def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
@@ -175,19 +158,6 @@ def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
 def _mean_row(rows: list[ClassRow]) -> ClassRow:
     means = {name: mean(getattr(row, name) for row in rows) for name in RATIOS}
     return ClassRow("mean of classes", "", None, **means)
-
-
-def _confusion(matrix_KK: Array | None, names: tuple[str, ...]) -> tuple[tuple[Cell, ...], ...]:
-    if matrix_KK is None:
-        return ()
-    of_truth = np.maximum(matrix_KK.sum(axis=1), 1)
-    return tuple(
-        tuple(
-            Cell(int(count), int(count) / int(whole), truth, mask)
-            for count, mask in zip(row, names, strict=True)
-        )
-        for row, whole, truth in zip(matrix_KK, of_truth, names, strict=True)
-    )
 
 
 def distributions(measured: Measured) -> tuple[Plot, ...]:
@@ -209,12 +179,8 @@ def sizes_of(sizes: Array) -> tuple[Size, ...]:
     kept = order if len(order) <= MOST_SIZES else order[: MOST_SIZES - 1]
     most = int(counts.max(initial=1))
     found = [
-        Size(
-            f"{known[at][0]:,} × {known[at][1]:,}",
-            int(counts[at]),
-            100 * int(counts[at]) / most if most > 1 else None,
-        )
-        for at in kept
+        Size(f"{height:,} × {width:,}", images, 100 * images / most if most > 1 else None)
+        for (height, width), images in zip(known[kept], counts[kept].tolist(), strict=True)
     ]
     others = order[len(kept) :]
     if len(others):
@@ -236,14 +202,13 @@ def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
     palette, ignore_index = results.palette, results.config.input.ignore_index
     by_rank = chain(*zip_longest(*(of_sheet for *_, of_sheet in chosen)))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
-    answers = fetch(
+    made, reasons = fetch(
         results, list(picks.values()),
         lambda fetched: panels(view(fetched, PANEL), palette, ignore_index), MOST_BYTES,
     )  # fmt: skip
 
     def entry(pick: Pick) -> Entry:
-        answer = answers[pick.image_id]
-        return Entry(pick, answer.made or (), answer.reason)
+        return Entry(pick, made.get(pick.image_id, ()), reasons.get(pick.image_id, ""))
 
     return tuple(
         Sheet(anchor, name, about, tuple(map(entry, of_sheet)))
@@ -258,8 +223,8 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]
         how = "run predict again to continue"
         if totals.shards == shards:
             how = "run predict again to see what keeps it from ending"
-        if _too_many_failed(results):
-            most = results.config.errors.max_failed_images
+        most = results.config.errors.max_failed_images
+        if totals.failed > (most if isinstance(most, int) else most * totals.images_seen):
             how = f"more images failed than errors.max_failed_images = {most} lets pass"
         yield f"Not finished: {totals.shards:,} of {shards:,} shards are committed; {how}."
     if not totals.is_reconciled:
@@ -280,11 +245,6 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]
         )
 
 
-def _too_many_failed(results: Results) -> bool:
-    most, totals = results.config.errors.max_failed_images, results.totals
-    return totals.failed > (most if isinstance(most, int) else most * totals.images_seen)
-
-
 def command_of(results: Results) -> str:
     """The command that continues or repeats a run."""
     config, run = results.config, results.run.uri
@@ -296,20 +256,10 @@ def command_of(results: Results) -> str:
 
 
 def _texts(table: dict[str, object]) -> dict[str, str]:
-    """Values as a page shows them, nested ones flat."""
-    found: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and key == "versions":
-            found |= {name: str(version) for name, version in value.items()}
-        elif isinstance(value, dict):
-            found[key] = ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
-        elif isinstance(value, list):
-            found[key] = ", ".join(map(str, value))
-        else:
-            found[key] = str(value)
-    return {key: text or "–" for key, text in found.items()}
+    return {key: _text(value) or "–" for key, value in table.items()}
 
 
-def defined(value: float) -> float | None:
-    """None for nan."""
-    return None if math.isnan(value) else value
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

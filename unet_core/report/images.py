@@ -7,14 +7,15 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, NotFoundError, UnetJobsError
+from unet_core.errors import ImageError, UnetJobsError
 from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
+from unet_core.ordered import side_by_side
 from unet_core.report.measured import Pick
 from unet_core.results import Results, pictures, stored_masks
 from unet_core.storage.store import Store
@@ -35,13 +36,12 @@ class Fetched:
     picture: Picture
     mask_HW: Array
 
-
-@dataclass(frozen=True)
-class Answer(Generic[MadeT]):
-    """What was made of an image, or why nothing was."""
-
-    made: MadeT | None
-    reason: str = ""
+    @property
+    def truth(self) -> Array | None:
+        """Class ids HW, if there is a truth that can be read."""
+        with suppress(ImageError):
+            return self.picture.truth.whole()[0] if self.picture.truth is not None else None
+        return None
 
 
 def fetch(
@@ -49,76 +49,68 @@ def fetch(
     picks: list[Pick],
     make: Callable[[Fetched], MadeT],
     most_bytes: float = math.inf,
-) -> dict[str, Answer[MadeT]]:
+) -> tuple[dict[str, MadeT], dict[str, str]]:
     """Make something of each image, by id; on a few threads, and one image of a thread at a time.
 
-    What cannot be had (the input is gone or changed, the image is too large) is said in its place,
-    also where more than ``most_bytes`` of tars and the like would be streamed; first come first.
+    Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
+    large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
     """
     wanted: dict[str, set[str]] = defaultdict(set)
-    answers: dict[str, Answer[MadeT]] = {}
+    made: dict[str, MadeT] = {}
+    reasons: dict[str, str] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
-    shelf = _Shelf(results)
+    source = _impatient(results.source)
     for pick in picks:
         head = heads.get(pick.shard_id)
         is_streamed = head is not None and not head.has_members and head.shard_id not in wanted
         stream_bytes = head.bytes if head is not None and is_streamed else 0
-        if pick.height * pick.width > MOST_PIXELS:
-            size = f"{pick.height:,} × {pick.width:,} pixels"
-            answers[pick.image_id] = Answer(None, f"its {size} are too many to show here")
+        if head is None:
+            reason = f"the manifest has no shard {pick.shard_id}"
+        elif pick.height * pick.width > MOST_PIXELS:
+            reason = f"its {pick.height:,} × {pick.width:,} pixels are too many to show here"
         elif stream_bytes > most_bytes:
             size = f"{stream_bytes / 1e9:,.3g} GB"
             reason = f"its shard of {size} is too much to read for a page; see report --previews"
-            answers[pick.image_id] = Answer(None, reason)
         else:
             most_bytes -= stream_bytes
             wanted[pick.shard_id].add(pick.image_id)
+            continue
+        reasons[pick.image_id] = reason
 
-    def of_shard(shard_id: str) -> dict[str, Answer[MadeT]]:
-        ids = wanted[shard_id]
-        made: dict[str, Answer[MadeT]] = {}
+    def of_shard(shard_id: str) -> None:
         reason = "it is not in its shard any more"
         try:
-            if shard_id not in heads:
-                raise NotFoundError(f"the manifest has no shard {shard_id}")
-            for image_id, fetched in shelf.take(heads[shard_id], ids):
-                made[image_id] = Answer(make(fetched))
+            for image_id, found in _found(results, source, heads[shard_id], wanted[shard_id]):
+                if isinstance(found, str):
+                    reasons[image_id] = found
+                else:
+                    made[image_id] = make(found)
         except (UnetJobsError, ValueError, OSError, MemoryError) as error:
             reason = str(error) or type(error).__name__  # also of a damaged mask
-        return {i: made.get(i, Answer(None, shelf.failures.get(i, reason))) for i in ids}
+        for image_id in wanted[shard_id]:
+            reasons.setdefault(image_id, reason)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for found in pool.map(of_shard, wanted):
-            answers |= found
-    return answers
+    for _ in side_by_side(of_shard, wanted, THREADS):
+        pass
+    return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
 
-class _Shelf:
-    """Where images and masks are taken from."""
-
-    def __init__(self, results: Results) -> None:
-        self._results = results
-        self._source = _impatient(results.source)
-        self.failures: dict[str, str] = {}
-        """Why an image of those asked for could not be taken."""
-
-    def take(self, shard: Shard, ids: set[str]) -> Iterator[tuple[str, Fetched]]:
-        """The images that are there, in the order of the shard."""
-        masks = stored_masks(self._results.run.store, shard.shard_id)
-        missing = set(ids)
-        for picture in pictures(self._results, shard, ids, self._source, has_truth=True):
-            image_id = picture.sample.image_id
-            if isinstance(picture, Rejected):
-                self.failures[image_id] = str(picture.failure)
-                continue
-            if image_id not in missing:
-                continue  # the first of a name counts
-            shape = picture.pixels.shape
+def _found(
+    results: Results, source: Source, shard: Shard, ids: set[str]
+) -> Iterator[tuple[str, Fetched | str]]:
+    """The images that are there, in the order of the shard, or why one could not be taken."""
+    masks = stored_masks(results.run.store, shard.shard_id)
+    missing = set(ids)
+    for picture in pictures(results, shard, ids, source, has_truth=True):
+        image_id = picture.sample.image_id
+        if isinstance(picture, Rejected):
+            yield image_id, str(picture.failure)
+        elif image_id in missing:  # the first of a name counts
             mask = next((mask for mask in masks if mask.image_id == image_id), None)
             if mask is None:
-                self.failures[image_id] = "its mask is not there"
-            elif (mask.height, mask.width) != shape:
-                self.failures[image_id] = "its mask has another size: the input changed"
+                yield image_id, "its mask is not there"
+            elif (mask.height, mask.width) != picture.pixels.shape:
+                yield image_id, "its mask has another size: the input changed"
             else:
                 yield image_id, Fetched(picture, mask.whole())
             missing.remove(image_id)
@@ -131,14 +123,3 @@ def _impatient(source: Source) -> Source:
     deadline_s = min(PATIENCE_S, storage.deadline_s)
     storage = storage.model_copy(update={"deadline_s": deadline_s})
     return dataclasses.replace(source, root=Store(source.root.uri(), storage))
-
-
-def truth_of(picture: Picture) -> Array | None:
-    """Class ids HW, if there is a truth that can be read."""
-    if picture.truth is None:
-        return None
-    try:
-        truth_HW: Array = picture.truth.whole()[0]
-    except ImageError:
-        return None
-    return truth_HW

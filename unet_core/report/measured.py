@@ -4,22 +4,23 @@ Batches of Arrow columns come in, NumPy columns are kept: a few bytes an image, 
 of classes.
 """
 
-import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.metrics import MAX_CONFUSION_CLASSES
+from unet_core.compact import COMPACTED
+from unet_core.metrics import lists, means, ratios
 
 CONFIDENCE = 65535
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "largest"
-NEEDED = ("shard_id", "image_id", "status", "height", "width", "class_pixels", "confidence_sum",
-          "tp", "fp", "fn", "confusion")  # fmt: skip
+NEEDED = ["shard_id", "image_id", "height", "width", "class_pixels", "confidence_sum",
+          "tp", "fp", "fn", "confusion"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,70 +68,49 @@ class Measured:
 
 def measure(tables: Iterable[pa.Table], classes: int, most: int = 8) -> Measured:
     """Go through the rows once; ``most`` images are picked of each kind."""
-    columns: dict[str, list[Array]] = {name: [] for name in _EMPTY}
+    columns: dict[str, list[Array]] = defaultdict(list)
     picks = _Picks(most)
-    matrix = np.zeros((classes, classes), np.int64) if classes <= MAX_CONFUSION_CLASSES else None
-    for table in tables:
-        ok = table.select(list(NEEDED)).filter(pc.equal(table["status"], "ok")).combine_chunks()
-        values = _values(ok)
+    confusion: Array | int = 0
+    for table in chain([COMPACTED.empty_table()], tables):
+        ok, values = _measured(table.filter(pc.equal(table["status"], "ok")))
         for name, column in values.items():
             columns[name].append(column)
-        if matrix is not None:
-            matrix += _summed(ok["confusion"], classes * classes).reshape(classes, classes)
+        of_images = lists(ok["confusion"])
+        confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
         picks.look(ok, values)
-    joined = {name: np.concatenate(parts) if parts else _EMPTY[name] for name, parts in
-              columns.items()}  # fmt: skip
-    has_confusion = matrix is not None and matrix.any()
-    return Measured(**joined, confusion_KK=matrix if has_confusion else None, picks=picks.best)
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    matrix_KK = np.reshape(confusion, (classes, classes)) if np.any(confusion) else None
+    return Measured(**joined, confusion_KK=matrix_KK, picks=picks.best)
 
 
 def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:
     """The images of these ids that are ``ok``, in the order of the run."""
     found: list[Pick] = []
     for table in tables:
-        is_ok = pc.equal(table["status"], "ok")
-        wanted = pc.is_in(table["image_id"], value_set=pa.array(image_ids, pa.string()))
-        ok = table.select(list(NEEDED)).filter(pc.and_(is_ok, wanted)).combine_chunks()
-        if ok.num_rows:
-            found += _picked(ok, _values(ok), np.arange(ok.num_rows))
+        is_wanted = pc.is_in(table["image_id"], value_set=pa.array(image_ids, pa.string()))
+        is_wanted = pc.and_(pc.equal(table["status"], "ok"), is_wanted)
+        ok, values = _measured(table.filter(is_wanted))
+        found += _picked(ok, values, np.arange(ok.num_rows))
     return found
 
 
-_NONE = np.zeros(0, np.float32)
-_EMPTY = {"iou": _NONE, "dice": _NONE, "confidence": _NONE, "foreground": _NONE,
-          "sizes": np.zeros((0, 2), np.int32)}  # fmt: skip
-
-
-def _values(ok: pa.Table) -> dict[str, Array]:
-    """Of each row, float32; nan where it is not defined."""
+def _measured(ok: pa.Table) -> tuple[pa.Table, dict[str, Array]]:
+    """Rows in one chunk, and of each float32 values, nan where they are not defined."""
+    ok = ok.select(NEEDED).combine_chunks()
     sizes = np.stack([ok["height"].to_numpy(), ok["width"].to_numpy()], axis=1).astype(np.int32)
     pixels = sizes[:, 0].astype(np.int64) * sizes[:, 1]
     background = pc.list_element(ok["class_pixels"], 0).to_numpy()
-    tp, fp, fn = (_lists(ok[name]) for name in ("tp", "fp", "fn"))
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means of no value
-        found = {
-            "iou": np.nanmean(tp / (tp + fp + fn), axis=1),
-            "dice": np.nanmean(2 * tp / (2 * tp + fp + fn), axis=1),
-            "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE),
-            "foreground": 1 - background / pixels,
-        }
-    return {name: values.astype(np.float32) for name, values in found.items()} | {"sizes": sizes}
-
-
-def _lists(column: pa.ChunkedArray) -> Array:
-    """Equally long lists as float64 (N, K); nan for rows without."""
-    known = pc.is_valid(column).to_numpy(zero_copy_only=False)
-    flat = np.asarray(pc.list_flatten(column))
-    wide = flat.size // max(1, int(known.sum())) or 1
-    values = np.full((len(known), wide), np.nan)
-    values[known] = flat.reshape(-1, wide)
-    return values
-
-
-def _summed(column: pa.ChunkedArray, wide: int) -> Array:
-    flat = np.asarray(pc.list_flatten(column))
-    return flat.reshape(-1, wide).sum(axis=0) if flat.size else np.zeros(wide, np.int64)
+    found = {
+        "iou": np.full(len(pixels), np.nan),
+        "dice": np.full(len(pixels), np.nan),
+        "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE),
+        "foreground": 1 - background / pixels,
+    }
+    has_truth = pc.is_valid(ok["tp"]).to_numpy()
+    counts_nK = [lists(ok[name]) for name in ("tp", "fp", "fn")]
+    for name in ("iou", "dice"):
+        found[name][has_truth] = means(ratios(name, *counts_nK))
+    return ok, {n: values.astype(np.float32) for n, values in found.items()} | {"sizes": sizes}
 
 
 class _Picks:
@@ -164,11 +144,7 @@ class _Picks:
 
 
 def _picked(ok: pa.Table, values: dict[str, Array], at: Array) -> list[Pick]:
-    rows: list[dict[str, Any]] = ok.select(["image_id", "shard_id", "height", "width"]).take(
-        pa.array(at)
-    ).to_pylist()  # fmt: skip
-    names = ("iou", "dice", "confidence", "foreground")
-    for name in names:
-        for row, value in zip(rows, values[name][at].tolist(), strict=True):
-            row[name] = value
-    return [Pick(**row) for row in rows]
+    rows = ok.select(["image_id", "shard_id", "height", "width"]).take(pa.array(at))
+    for name in ("iou", "dice", "confidence", "foreground"):
+        rows = rows.append_column(name, pa.array(values[name][at]))
+    return [Pick(**row) for row in rows.to_pylist()]

@@ -1,17 +1,17 @@
 """From facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
 
 import datetime
-import functools
+import math
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from unet_core.report.facts import RunFacts, defined
+from unet_core.report.evaluations import score
+from unet_core.report.facts import RunFacts
 from unet_core.report.pictures import ERROR_COLORS, ERROR_NAMES
 from unet_core.report.training import TrainingFacts
 
 NAME = "report.html"
-DASH = "–"
 CELLS_WITH_TEXT = 12
 """A larger confusion matrix is colours, with its numbers for the pointer."""
 
@@ -31,37 +31,13 @@ def training_page(facts: TrainingFacts, now: datetime.datetime | None = None) ->
 def _render(name: str, facts: Any, now: datetime.datetime | None, about: dict[str, Any]) -> bytes:
     written = now or datetime.datetime.now(datetime.UTC)
     title = facts.uri.rstrip("/").rpartition("/")[2] or facts.uri
-    text = _templates().get_template(name).render(f=facts, title=title, written=written, **about)
+    text = TEMPLATES.get_template(name).render(f=facts, title=title, written=written, **about)
     return text.encode("utf-8", "backslashreplace")
-
-
-@functools.cache
-def _templates() -> Environment:
-    made = Environment(
-        loader=PackageLoader("unet_core.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"count": count, "score": score, "share": share, "span": span, "at": at}
-    made.filters["defined"] = defined
-    return made
-
-
-def count(value: int) -> str:
-    """Thousands apart."""
-    return f"{value:,}"
-
-
-def score(value: float | None) -> str:
-    """Four decimals, or a dash where it is undefined."""
-    return DASH if value is None else f"{value:.4f}"
 
 
 def share(value: float | None, decimals: int = 1) -> str:
     """Percent, or a dash."""
-    return DASH if value is None else f"{100 * value:.{decimals}f} %"
+    return "–" if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def span(seconds: float) -> str:
@@ -75,3 +51,15 @@ def span(seconds: float) -> str:
 def at(when: datetime.datetime) -> str:
     """A moment, to the minute, in UTC."""
     return f"{when:%Y-%m-%d %H:%M} UTC"
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("unet_core.report", ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"score": score, "share": share, "span": span, "at": at}
+TEMPLATES.filters["count"] = "{:,}".format
+TEMPLATES.tests["nan"] = math.isnan

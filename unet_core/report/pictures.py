@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from unet_core.arrays import Array
-from unet_core.report.images import Fetched, truth_of
+from unet_core.report.images import Fetched
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -54,13 +54,11 @@ class Panel:
 
 def view(fetched: Fetched, side: int) -> View:
     """An image no longer than ``side``; ids are taken from the nearest pixel."""
-    picture, truth_HW = fetched.picture, truth_of(fetched.picture)
+    picture, truth_HW = fetched.picture, fetched.truth
     height, width = picture.pixels.shape
     factor = min(1.0, side / max(height, width))
     shape = max(1, round(height * factor)), max(1, round(width * factor))
-    rows, columns = (_nearest(old, new) for old, new in
-                     zip((height, width), shape, strict=True))  # fmt: skip
-    near = np.ix_(rows, columns)
+    near = np.ix_(_nearest(height, shape[0]), _nearest(width, shape[1]))
     image_HWC = visible(picture.pixels.whole(), 2 * side)
     if image_HWC.shape[:2] != shape:
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
@@ -94,9 +92,9 @@ def outline(mask_HW: Array) -> Array:
 
 def panels(seen: View, palette: Palette, ignore_index: int) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
-    colors = _colors(palette)
-    drawn_HWC = _outlined(seen, _lit(colors))
-    image, outlined = _photo("image", seen.image_HWC), _photo("mask outline", drawn_HWC)
+    colors = np.array(palette, np.uint8)
+    image = _panel("image", Image.fromarray(seen.image_HWC))
+    outlined = _panel("mask outline", Image.fromarray(_outlined(seen, _lit(colors))))
     if seen.truth_HW is None:
         return image, _flat("mask", seen.mask_HW, colors), outlined
     known_HW = np.where(seen.truth_HW == ignore_index, len(colors), seen.truth_HW)
@@ -111,22 +109,13 @@ def _outlined(seen: View, colors: Array) -> Array:
     drawn_HWC = seen.image_HWC.copy()
     edge = outline(seen.mask_HW)
     rim = edge.copy()
-    for axis, steps in ((0, 1), (0, -1), (1, 1), (1, -1)):
-        rim |= _moved(edge, axis, steps)
+    rim[1:] |= edge[:-1]
+    rim[:-1] |= edge[1:]
+    rim[:, 1:] |= edge[:, :-1]
+    rim[:, :-1] |= edge[:, 1:]
     drawn_HWC[rim] //= 3
     drawn_HWC[edge] = colors[seen.mask_HW[edge]]
     return drawn_HWC
-
-
-def _moved(edge_HW: Array, axis: int, steps: int) -> Array:
-    moved = np.zeros_like(edge_HW)
-    ahead, behind = slice(1, None), slice(None, -1)
-    to, of = (ahead, behind) if steps > 0 else (behind, ahead)
-    if axis == 0:
-        moved[to] = edge_HW[of]
-    else:
-        moved[:, to] = edge_HW[:, of]
-    return moved
 
 
 def errors_of(seen: View, ignore_index: int) -> Array:
@@ -145,7 +134,7 @@ def errors_of(seen: View, ignore_index: int) -> Array:
 def overlay(fetched: Fetched, palette: Palette) -> bytes:
     """PNG of an image with its classes blended in and outlined."""
     seen = view(fetched, OVERLAY)
-    colors = _lit(_colors(palette))
+    colors = _lit(np.array(palette, np.uint8))
     inside, edge = seen.mask_HW > 0, outline(seen.mask_HW)
     drawn_HWC = seen.image_HWC.copy()
     mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[seen.mask_HW[inside]]
@@ -164,19 +153,11 @@ def _stretched(plane_HW: Array) -> Array:
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
-def _colors(palette: Palette) -> Array:
-    return np.array(palette, dtype=np.uint8)
-
-
 def _lit(colors: Array) -> Array:
     """Colours to draw on images: those that are nearly black would not be seen."""
     lit = colors.copy()
     lit[1:][colors[1:].max(axis=1) < 64] = (255, 255, 255)
     return lit
-
-
-def _photo(title: str, pixels_HWC: Array) -> Panel:
-    return _panel(title, Image.fromarray(pixels_HWC))
 
 
 def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:

@@ -1,6 +1,7 @@
 """What there is to say of a training."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,14 @@ from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.report.charts import Plot, Series, lines
 from unet_core.report.command import command, toml
 from unet_core.train_config import TrainConfig
-from unet_core.training.dataset import TRAIN, VAL
 from unet_core.training.run import BEST, Position, TrainingRun
 
 MOST_LINES = TONES = 8
 SCORES = {"iou": "IoU", "dice": "Dice"}
 
-Points = dict[tuple[str, str | None], list[tuple[int, float]]]
+Point = tuple[int, float]
+"""A step, and a value."""
+Points = dict[tuple[str, str | None], list[Point]]
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,15 @@ class TrainingFacts:
     uri: str
     is_finished: bool
     position: Position
-    steps: int
+    data: dict[str, Any]
+    """As ``run.json`` tells: images of each split, steps, pixels of each class."""
     metric: str
-    train_images: int
-    val_images: int
     loss: float | None
     classes: tuple[ClassFacts, ...]
     scores: dict[str, str]
     plots: tuple[Plot, ...]
     warnings: tuple[str, ...]
-    notes: tuple[str, ...]
+    note: str
     best: str
     look: str
     """The command that shows them on the images of the training."""
@@ -63,23 +64,21 @@ def training_facts(run: TrainingRun) -> TrainingFacts:
     rows = run.rows()
     points, config = _points(rows), record["config"]
     names = _class_names(rows) or config["model"]["classes"]
-    losses = points["loss", None]
+    pixels = dict.fromkeys(names, 0) | dict(zip(names, data["class_pixels"], strict=False))
     uri = run.store.uri()
     best = f"{uri}/{BEST}"
     return TrainingFacts(
         uri=uri,
         is_finished=run.is_finished,
         position=position,
-        steps=data["steps"],
+        data=data,
         metric=config["train"]["best"],
-        train_images=data[TRAIN],
-        val_images=data[VAL],
-        loss=losses[-1][1] if losses else None,
-        classes=_classes(names, data["class_pixels"], points, position),
+        loss=_last(points["loss", None]),
+        classes=tuple(_classes(pixels, points, position)),
         scores=SCORES,
         plots=tuple(plot for plot in _plots(points, names, position) if plot is not None),
-        warnings=tuple(_warnings(run, position, names)),
-        notes=tuple(_notes(run, position, points)),
+        warnings=tuple(_warnings(run, data, position, pixels)),
+        note=_note(run, position, points["loss", None]),
         best=best,
         look=_look(config["data"]["val"] or config["data"]["train"], best),
         command=_command(config, uri),
@@ -97,52 +96,37 @@ def _points(rows: list[dict[str, Any]]) -> Points:
     return found
 
 
+def _last(points: list[Point]) -> float | None:
+    return points[-1][1] if points else None
+
+
 def _class_names(rows: list[dict[str, Any]]) -> list[str]:
     """By class id; a checkpoint to begin with may have brought its own."""
     return list(dict.fromkeys(row["class"] for row in rows if row["name"] == "iou"))
 
 
-def _classes(
-    names: list[str], pixels: list[int], points: Points, position: Position
-) -> tuple[ClassFacts, ...]:
-    total = sum(pixels) or 1
-    shares = [count / total for count in pixels] + [0.0] * (len(names) - len(pixels))
-
-    def score(name: str, of_class: str, step: int | None) -> float | None:
-        found = points.get((name, of_class), [])
-        at = [value for when, value in found if step is None or when == step]
-        return at[-1] if at else None
-
-    return tuple(
-        ClassFacts(
-            name,
-            f"var(--t{number % TONES})",
-            share,
-            {kind: score(kind, name, position.best_step) for kind in SCORES},
-            {kind: score(kind, name, None) for kind in SCORES},
-        )
-        for number, (name, share) in enumerate(zip(names, shares, strict=True))
-    )
+def _classes(pixels: dict[str, int], points: Points, position: Position) -> Iterator[ClassFacts]:
+    total = sum(pixels.values()) or 1
+    for number, (name, count) in enumerate(pixels.items()):
+        best = {kind: dict(points[kind, name]).get(position.best_step) for kind in SCORES}
+        last = {kind: _last(points[kind, name]) for kind in SCORES}
+        yield ClassFacts(name, f"var(--t{number % TONES})", count / total, best, last)
 
 
-def _plots(points: Points, names: list[str], position: Position) -> list[Plot | None]:
+def _plots(points: Points, names: list[str], position: Position) -> Iterator[Plot | None]:
     rules = ((float(position.best_step), "best"),) if position.best is not None else ()
-    plots = [
-        lines("Training loss", [_series("loss", points["loss", None])], "steps", rules=rules),
-        lines(
-            "Learning rate", [_series("learning rate", points["learning_rate", None])], "steps",
-            rules=rules,
-        ),
-    ]  # fmt: skip
+
+    def plot(title: str, *series: Series, shares: bool = False) -> Plot | None:
+        return lines(title, [*series], "steps", (0.0, 1.0) if shares else None, rules)
+
+    yield plot("Training loss", _series("loss", points["loss", None]))
+    yield plot("Learning rate", _series("learning rate", points["learning_rate", None]))
     for kind, title in SCORES.items():
-        series = [
-            _series(name, points[kind, name], names.index(name))
-            for name in _hardest(points, kind, names)
-        ]
-        plots.append(lines(f"Validation {title}", series, "steps", (0.0, 1.0), rules))
+        hardest = _hardest(points, kind, names)
+        curves = (_series(name, points[kind, name], names.index(name)) for name in hardest)
+        yield plot(f"Validation {title}", *curves, shares=True)
     accuracy = _series("right pixels", points["accuracy", None])
-    plots.append(lines("Validation accuracy", [accuracy], "steps", (0.0, 1.0), rules))
-    return plots
+    yield plot("Validation accuracy", accuracy, shares=True)
 
 
 def _hardest(points: Points, kind: str, names: list[str]) -> list[str]:
@@ -152,30 +136,26 @@ def _hardest(points: Points, kind: str, names: list[str]) -> list[str]:
     return [name for name in names if name in kept]
 
 
-def _series(name: str, points: list[tuple[int, float]], tone: int = 0) -> Series:
+def _series(name: str, points: list[Point], tone: int = 0) -> Series:
     return Series(name, [step for step, _ in points], [value for _, value in points], tone)
 
 
-def _warnings(run: TrainingRun, position: Position, names: list[str]) -> list[str]:
-    assert run.record is not None
-    data, found = run.record["data"], []
+def _warnings(
+    run: TrainingRun, data: dict[str, Any], position: Position, pixels: dict[str, int]
+) -> Iterator[str]:
     if not run.is_finished:
-        found.append(
+        yield (
             f"Not finished: {position.step:,} of {data['steps']:,} steps are saved; run train "
             "again to continue."
         )
-    pixels = [*data["class_pixels"], *[0] * (len(names) - len(data["class_pixels"]))]
-    absent = [name for name, count in zip(names, pixels, strict=True) if not count]
-    if absent:
-        found.append(f"No training pixel is of class {', '.join(absent)}: it cannot be learnt.")
-    return found
+    if absent := [name for name, count in pixels.items() if not count]:
+        yield f"No training pixel is of class {', '.join(absent)}: it cannot be learnt."
 
 
-def _notes(run: TrainingRun, position: Position, points: Points) -> list[str]:
-    losses = points["loss", None]
+def _note(run: TrainingRun, position: Position, losses: list[Point]) -> str:
     if run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0]:
-        return ["The last epoch was the best one: more epochs may help."]
-    return []
+        return "The last epoch was the best one: more epochs may help."
+    return ""
 
 
 def _command(config: dict[str, Any], uri: str) -> str:
