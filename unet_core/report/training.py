@@ -58,7 +58,6 @@ class TrainingFacts:
 
 def training_facts(run: TrainingRun) -> TrainingFacts:
     """Read ``run.json``, the history, and how far it has come."""
-    assert run.record is not None
     record, data, position = run.record, run.record["data"], run.position()
     rows = run.rows()
     points, config = _points(rows), record["config"]
@@ -157,7 +156,6 @@ def _series(name: str, points: list[tuple[int, float]], tone: int = 0) -> Series
 
 
 def _warnings(run: TrainingRun, position: Position, names: list[str]) -> list[str]:
-    assert run.record is not None
     data, found = run.record["data"], []
     if not run.is_finished:
         found.append(

@@ -18,9 +18,9 @@ import numpy as np
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
-from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
+from unet_core.networks.checkpoint import Header
 from unet_core.train_config import LabelledConfig, TrainConfig
 
 TRAIN, VAL = "train", "val"
@@ -60,9 +60,8 @@ class LabelledInput:
     """One input of ``[data]``."""
 
     def __init__(
-        self, name: str, config: LabelledConfig, whole: TrainConfig, wanted: Preprocessing,
-        classes: int,
-    ) -> None:  # fmt: skip
+        self, name: str, config: LabelledConfig, whole: TrainConfig, header: Header
+    ) -> None:
         self.name = f"data.{name}"
         self.config = config
         alone = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
@@ -71,7 +70,8 @@ class LabelledInput:
             self.shards = list(list_shards(self.source))
         except (ConfigError, StoreError) as error:
             raise type(error)(str(error).replace("input.", f"{self.name}.")) from error
-        self._decoder = Decoder(wanted, 2**16 if config.instances else classes, config)
+        classes = 2**16 if config.instances else len(header.class_names)
+        self._decoder = Decoder(header.preprocessing, classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
     def samples(self, shard: int) -> Iterator[Sample]:
@@ -91,14 +91,13 @@ class LabelledInput:
         images = []
         for image in self._decoder.decode(sample):
             try:
-                if isinstance(image, Rejected):
-                    raise image.failure
-                if image.truth_failure is not None:
-                    raise image.truth_failure
+                failure = image.failure if isinstance(image, Rejected) else image.truth_failure
+                if failure is not None:
+                    raise failure
                 images.append(self._in_memory(image))
-            except ImageError as failure:  # also of a window that is only read now
-                text = str(failure).replace("input.", f"{self.name}.")
-                raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from failure
+            except ImageError as error:  # also of a window that is only read now
+                text = str(error).replace("input.", f"{self.name}.")
+                raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from error
         return images
 
     def _in_memory(self, image: Picture) -> Labelled:
@@ -229,8 +228,12 @@ class Split:
 
 def share_of(image_id: str) -> float:
     """A number in [0, 1) that an id has for ever."""
-    digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
+
+
+def digest_of(image_id: str) -> bytes:
+    """What an image's fate is drawn from."""
+    return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
 
 
 def divide_at(splits: tuple[Split, Split], at: float) -> None:
@@ -262,17 +265,16 @@ def read_items(
                 yield Item(key, found.image_id, found)
 
 
-def open_splits(
-    config: TrainConfig, wanted: Preprocessing, classes: int, memory: Memory
-) -> tuple[Split, Split]:
+def open_splits(config: TrainConfig, header: Header, memory: Memory) -> tuple[Split, Split]:
     """Training and validation images, listed but not yet looked at.
 
     Without ``data.val`` a share of the training images, by a hash of the id, is for validation.
     """
-    data = config.data
-    train = LabelledInput("train", data.train, config, wanted, classes)
-    if data.val is not None:
-        val = LabelledInput("val", data.val, config, wanted, classes)
-        return Split(TRAIN, train, memory), Split(VAL, val, memory)
-    at = data.val_fraction
+    inputs = {
+        name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()
+    }
+    train = inputs[TRAIN]
+    if VAL in inputs:
+        return Split(TRAIN, train, memory), Split(VAL, inputs[VAL], memory)
+    at = config.data.val_fraction
     return Split(TRAIN, train, memory, low=at), Split(VAL, train, memory, high=at)

@@ -36,7 +36,7 @@ class Learner:
     def __init__(
         self, network: nn.Module, loss: Loss, config: FitConfig, device: torch.device, ranks: Ranks
     ) -> None:
-        self._config, self._loss, self._ranks = config, loss, ranks
+        self._config, self.loss, self._ranks = config, loss, ranks
         self.device = device
         if ranks.count > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
@@ -59,10 +59,6 @@ class Learner:
     def kept(self) -> nn.Module:
         """The network that is evaluated and kept: the running mean, if there is one."""
         return self._mean.module if self._mean is not None else self.network
-
-    def counts(self, examples: Examples) -> tuple[float, float]:
-        """Pixels of a piece that count, and crops that have some."""
-        return self._loss.counts(examples)
 
     def step(
         self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
@@ -104,7 +100,7 @@ class Learner:
         is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self._loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
+        part = self.loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
         (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return part.detach()
 

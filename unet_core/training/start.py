@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from unet_core.errors import ConfigError
+from unet_core.geometry import Sides
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header, palette_of
@@ -22,11 +23,10 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
     """
     torch.manual_seed(config.train.seed)
     network, header = _loaded(config) if config.model.checkpoint else _built(config)
-    crop, sides, margin = config.train.crop, header.tiling.sides, header.tiling.margin
-    if crop + 2 * margin not in sides:
-        near = (sides.at_most(crop + 2 * margin), sides.at_least(crop + 2 * margin))
-        possible = " and ".join(str(side - 2 * margin) for side in sorted(set(near)))
-        raise ConfigError(f"train.crop: {crop} is not possible here, {possible} are")
+    crop, tiling = config.train.crop, header.tiling
+    crops = Sides(tiling.sides.smallest - 2 * tiling.margin, tiling.sides.step)
+    if crop not in crops:
+        raise ConfigError(f"train.crop: {crop} is not possible here; {crops.near(crop)}")
     weights = config.loss.class_weights
     if isinstance(weights, list) and len(weights) != len(header.class_names):
         raise ConfigError(
@@ -34,12 +34,6 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
             f"{', '.join(header.class_names)}"
         )
     return network, header
-
-
-def checkpoint_digest(config: TrainConfig) -> str:
-    """What the training begins with; empty for new weights."""
-    named = config.model.checkpoint
-    return checkpoint.digest(named, config.storage) if named else ""
 
 
 def _built(config: TrainConfig) -> tuple[nn.Module, Header]:

@@ -30,7 +30,7 @@ def config_of(folder, output, *overrides):
 def opened(config, memory=2**30):
     """The splits of a config, counted."""
     _, header = new_network(config)
-    splits = open_splits(config, header.preprocessing, len(header.class_names), Memory(memory))
+    splits = open_splits(config, header, Memory(memory))
     with ThreadPoolExecutor(2) as pool:
         found = census.take(splits, Ranks(), pool, lambda: False)
     return splits, found
