@@ -32,12 +32,11 @@ CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 16 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
+FLIPS: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)]
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
     "none": [((), False)],
-    "flips": [((), False), ((-1,), False), ((-2,), False), ((-2, -1), False)],
-    "dihedral": [
-        (axes, turned) for turned in (False, True) for axes in ((), (-1,), (-2,), (-2, -1))
-    ],
+    "flips": [(axes, False) for axes in FLIPS],
+    "dihedral": [(axes, turned) for turned in (False, True) for axes in FLIPS],
 }
 """By ``tile.tta``: the axes to flip, and whether rows and columns then change places."""
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
@@ -107,12 +106,10 @@ def choose_device(wanted: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wanted == "auto":
-        wanted = next(name for name, there in available.items() if there)
-    if not available[wanted]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ConfigError(f"model.device: got {wanted!r}, available here: {there}")
-    return torch.device(wanted)
+    there = [name for name, is_there in available.items() if is_there]
+    if wanted not in ("auto", *there):
+        raise ConfigError(f"model.device: got {wanted!r}, available here: {', '.join(there)}")
+    return torch.device(there[0] if wanted == "auto" else wanted)
 
 
 def movable(values: Array, device: torch.device) -> Tensor:

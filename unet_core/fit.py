@@ -4,6 +4,7 @@ What a step does follows from the config, the epoch and the step alone: not from
 ranks, the time, or what was done before a restart.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ class Fitting:
         order = Order.of(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
         last = min(order.steps, skip + self.steps - position.step)
-        with self.feed.steps(order, self.ranks, skip) as fed:
+        with contextlib.closing(self.feed.steps(order, self.ranks, skip)) as fed:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 mine = next(fed)

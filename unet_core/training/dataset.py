@@ -44,10 +44,15 @@ class Labelled:
         return self.picture.sample.image_id
 
     @property
-    def labels(self) -> Array:
-        """HW: class ids and ``ignore_index``."""
+    def truth(self) -> Pixels:
+        """1HW: class ids and ``ignore_index``."""
         assert self.picture.truth is not None
-        return self.picture.truth.whole()[0]
+        return self.picture.truth
+
+    @property
+    def labels(self) -> Array:
+        """HW, all of them."""
+        return self.truth.whole()[0]
 
     @property
     def nbytes(self) -> int:

@@ -1,9 +1,8 @@
 """Crops ahead of the device: this rank's part of every step of an epoch."""
 
-import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -44,39 +43,35 @@ class Feed:
     device: torch.device
     pool: ThreadPoolExecutor
 
-    @contextlib.contextmanager
-    def steps(self, order: Order, ranks: Ranks, skip: int) -> Iterator[Iterator[Fed]]:
-        """What a rank's lanes give, step by step, after the first ``skip`` steps."""
+    def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
+        """What a rank's lanes give, step by step, after the first ``skip`` steps; close it."""
         lanes = ranks.lanes(order.lanes)
+        streams = order.streams(lanes, skip)
+        entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
-        def crop(entry: Entry | None) -> Crop | None:
-            if entry is None:
-                return None
+        def crop(entry: Entry) -> Crop:
             round_, item = entry
             seed = (order.seed, order.epoch, round_)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
-        entries = (entry for drawn in order.streams(lanes, skip) for entry in drawn)
         ahead = AHEAD_STEPS * len(lanes)
-        with Prefetch(self.pool, crop, entries, ahead, _weight, AHEAD_BYTES) as crops:
-            yield self._fed(iter(crops), order, ranks, skip)
+        with Prefetch(self.pool, crop, entries, ahead, _weight, AHEAD_BYTES) as prefetch:
+            crops = iter(prefetch)
+            for step in range(skip, order.steps):
+                pieces = self._count(order, ranks, step)
+                yield self._fed(itertools.islice(crops, order.present(lanes, step)), pieces)
 
-    def _fed(
-        self, crops: Iterator[Crop | None], order: Order, ranks: Ranks, skip: int
-    ) -> Iterator[Fed]:
-        lanes = ranks.lanes(order.lanes)
-        for step in range(skip, order.steps):
-            started = time.perf_counter()
-            drawn: list[Crop] = []
-            error: UnetJobsError | None = None
-            try:
-                for _ in lanes:
-                    crop = next(crops)
-                    drawn += [crop] if crop is not None else []
-            except UnetJobsError as raised:
-                error = raised
-            waiting_s = time.perf_counter() - started
-            yield Fed(self._pieces(drawn, self._count(order, ranks, step)), waiting_s, error)
+    def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
+        started = time.perf_counter()
+        drawn, error = list[Crop](), None
+        try:
+            drawn += crops
+        except UnetJobsError as raised:
+            error = raised
+        waiting_s = time.perf_counter() - started
+        ends = [len(drawn) * at // pieces for at in range(pieces + 1)]
+        cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
+        return Fed([self._augmented(piece) for piece in cut], waiting_s, error)
 
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
@@ -86,16 +81,11 @@ class Feed:
         )
         return min(self.config.train.accumulate, most)
 
-    def _pieces(self, drawn: list[Crop], count: int) -> list[Examples]:
-        ends = [len(drawn) * at // count for at in range(count + 1)]
-        pieces = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
-        return [
-            augmented(piece, self.shape, self.device)
-            if piece
-            else nothing(self.shape, self.channels, self.device)
-            for piece in pieces
-        ]
+    def _augmented(self, crops: list[Crop]) -> Examples:
+        if not crops:
+            return nothing(self.shape, self.channels, self.device)
+        return augmented(crops, self.shape, self.device)
 
 
-def _weight(crop: Crop | None) -> int:
-    return 0 if crop is None else crop.nbytes
+def _weight(crop: Crop) -> int:
+    return crop.nbytes

@@ -1,8 +1,9 @@
 """The network on its way: weights, optimiser, running mean; one step, and all of it as tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,15 +149,12 @@ def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     rate, decay = config.learning_rate, config.weight_decay
     # elsewhere torch has something fast by itself; gaps in memory are no matter to the other way
     fused = True if all(p.device.type == "cpu" and _is_dense(p) for p in weights) else None
-    match config.optimiser:
-        case "sgd":
-            return torch.optim.SGD(
-                weights, rate, momentum=config.momentum, weight_decay=decay, fused=fused
-            )
-        case "adam":
-            return torch.optim.Adam(weights, rate, weight_decay=decay, fused=fused)
-        case "adamw":
-            return torch.optim.AdamW(weights, rate, weight_decay=decay, fused=fused)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    return kinds[config.optimiser](weights, lr=rate, weight_decay=decay, fused=fused)
 
 
 def _is_dense(tensor: Tensor) -> bool:

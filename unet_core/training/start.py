@@ -9,7 +9,7 @@ from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header, palette_of
+from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import build, measured
 from unet_core.networks.presets import UNetSpec
 from unet_core.train_config import TrainConfig
@@ -44,11 +44,11 @@ def _built(config: TrainConfig) -> tuple[nn.Module, Header]:
     )
     names = tuple(model.classes)
     spec, tiling = measured(model.spec, network)
-    if spec.classes not in {len(names), 1 if len(names) == 2 else len(names)}:
+    if max(2, spec.classes) != len(names):
         raise ConfigError(
             f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
         )
-    return network, Header(spec, tiling, names, wanted, palette_of(len(names)))
+    return network, Header(spec, tiling, names, wanted)
 
 
 def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
@@ -72,4 +72,4 @@ def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
     wider, kept = build(spec), network.state_dict()
     fitting = {n: kept[n] for n, t in wider.state_dict().items() if kept[n].shape == t.shape}
     wider.load_state_dict(fitting, strict=False)
-    return wider, replace(header, network=spec, class_names=names, palette=palette_of(len(names)))
+    return wider, replace(header, network=spec, class_names=names, palette=())
