@@ -325,8 +325,8 @@ def build(
 ) -> ConfigT:
     """Apply overrides to a table and check it, as ``load`` does for a file."""
     table = copy.deepcopy(table)
-    for override in overrides:
-        _apply(table, override)
+    for path, value in override_values(overrides).items():
+        _set(table, path, value)
     try:
         return kind.model_validate(table)
     except ValidationError as error:
@@ -348,17 +348,16 @@ def override_values(overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value``."""
-    ((path, value),) = override_values([override]).items()
-    keys = path.split(".")
-    if not all(keys) or len(keys) < 2:
-        raise ConfigError(f"{override}: not an override; write section.key=value")
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
+def _set(table: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value where ``section.key`` says."""
+    *sections, key = path.split(".")
+    if not sections or not all((*sections, key)):
+        raise ConfigError(f"{path}={value}: not an override; write section.key=value")
+    for section in sections:
+        table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{override}: {key} is a value, not a section")
-    table[keys[-1]] = value
+            raise ConfigError(f"{path}={value}: {section} is a value, not a section")
+    table[key] = value
 
 
 def has_credentials(uri: str) -> bool:

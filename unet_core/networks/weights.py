@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
-from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint, construction
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
@@ -50,7 +49,9 @@ def import_weights(config: ImportConfig) -> Header:
     tensors = read_tensors(config.source, config.storage)
     with _naming(config.source):
         network, spec = _network_with(tensors, config.model)
-    header = _header(network, spec, config)
+    stride = config.model.stride if isinstance(config.model.stride, int) else None
+    header = construction.header_of(network, spec, config.model, stride)
+    header = replace(header, training={"imported_from": config.source})
     destination.publish("", checkpoint.serialise(network, header))
     return header
 
@@ -153,7 +154,8 @@ def _network_with(
 ) -> tuple[nn.Module, NetworkSpec]:
     """The network with these weights; how many classes a factory's has is not known yet."""
     if model.factory:
-        made_by = Factory(model.factory, model.arguments, _preprocessing(model, 0).channels)
+        wanted = construction.preprocessing_of(model, 0)
+        made_by = Factory(model.factory, model.arguments, wanted.channels)
         foreign = construction.build(made_by)
         _fill(foreign, tensors)
         return foreign.eval(), made_by
@@ -184,36 +186,6 @@ def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
     if not tensor.isfinite().all():
         raise CheckpointError(f"{key} holds NaN or infinite numbers")
     return tensor
-
-
-def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Header:
-    model = config.model
-    stride = model.stride if isinstance(model.stride, int) else None
-    spec, tiling = construction.measured(spec, network, stride)
-    preprocessing = _preprocessing(model, spec.in_channels)
-    if preprocessing.channels != spec.in_channels:
-        raise ConfigError(
-            f"model.color: {model.color} images have {preprocessing.channels} channels, but the "
-            f"network takes {spec.in_channels}"
-        )
-    names = _class_names(spec.classes, model.classes)
-    return Header(spec, tiling, names, preprocessing, training={"imported_from": config.source})
-
-
-def _class_names(logits: int, given: list[str]) -> tuple[str, ...]:
-    count = max(2, logits)
-    numbered = ["background", *(f"class {number}" for number in range(1, count))]
-    names = given or (["background", "foreground"] if count == 2 else numbered)
-    if len(names) != count:
-        raise ConfigError(f"model.classes: got {len(names)} names, but the network has {count}")
-    return tuple(names)
-
-
-def _preprocessing(model: ForeignConfig, channels: int) -> Preprocessing:
-    given = model.model_dump(include={"color", "normalisation", "low", "high"})
-    if model.color == "auto":
-        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
-    return Preprocessing.model_validate(given)
 
 
 @contextmanager

@@ -170,7 +170,8 @@ def counted(
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    if run.record and ranks.first(run.has_manifest):
+    was_counted = ranks.first(run.has_manifest)
+    if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
             divide_at(splits, data["val_below"])

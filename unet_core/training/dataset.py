@@ -79,10 +79,6 @@ class LabelledInput:
         self._decoder = Decoder(header.preprocessing, classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
-    def samples(self, shard: int) -> Iterator[Sample]:
-        """What lies in a shard, in its order."""
-        return read_shard(self.source, self.shards[shard])
-
     def is_left_out(self, sample: Sample) -> bool:
         """Whether an image has no mask and may not be taken as background."""
         has_none = sample.read_mask is None and sample.failure is None
@@ -96,9 +92,10 @@ class LabelledInput:
         images = []
         for image in self._decoder.decode(sample):
             try:
-                failure = image.failure if isinstance(image, Rejected) else image.truth_failure
-                if failure is not None:
-                    raise failure
+                if isinstance(image, Rejected):
+                    raise image.failure
+                if image.truth_failure is not None:
+                    raise image.truth_failure
                 images.append(self._in_memory(image))
             except ImageError as error:  # also of a window that is only read now
                 text = str(error).replace("input.", f"{self.name}.")
@@ -113,8 +110,8 @@ class LabelledInput:
                 f"{self.name}: {image.sample.image_id} has {height} × {width} pixels, too large to "
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
-        truth = image.truth.whole()[0] if image.truth is not None else None
-        stored_HW = np.zeros((height, width), dtype=np.uint8) if truth is None else truth
+        background_HW = np.zeros((height, width), dtype=np.uint8)
+        stored_HW = image.truth.whole()[0] if image.truth is not None else background_HW
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
@@ -203,10 +200,6 @@ class Split:
         """Images of all shards."""
         return sum(self.counts)
 
-    def holds(self, image_id: str) -> bool:
-        """Whether an image, or a page of one, is one of them."""
-        return self.low <= share_of(image_id) < self.high
-
     def items(self, shard: int, positions: Iterable[int]) -> Iterator[Item]:
         """The images of a shard at some positions, in its order."""
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
@@ -257,17 +250,17 @@ def read_items(
     source = splits[0].input
     expands = source.config.pages == "expand"
     positions = Counter[str]()
-    for sample in source.samples(shard):
+    for sample in read_shard(source.source, source.shards[shard]):
         if source.is_left_out(sample):
             if without_mask is not None:
                 without_mask.append(sample.image_id)
             continue
         for found in source.decode(sample) if expands else [sample]:
-            name = next((split.name for split in splits if split.holds(found.image_id)), None)
-            if name is not None:
-                key = (name, shard, positions[name])
-                positions[name] += 1
-                yield Item(key, found.image_id, found)
+            share = share_of(found.image_id)
+            for split in splits:
+                if split.low <= share < split.high:
+                    yield Item((split.name, shard, positions[split.name]), found.image_id, found)
+                    positions[split.name] += 1
 
 
 def open_splits(config: TrainConfig, header: Header, memory: Memory) -> tuple[Split, Split]:

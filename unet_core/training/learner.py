@@ -1,6 +1,7 @@
 """The network on its way: weights, optimiser, running mean; one step, and all of it as tensors."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,27 +117,23 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
-        table = self._optimiser.state_dict()
-        state: dict[int, dict[str, Any]] = {}
+        parts, state = defaultdict[str, Any](dict), defaultdict[int, Any](dict)
         for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = tensor
+            part, _, key = name.partition(".")
+            parts[part][key] = tensor
+        for name, tensor in parts["optimiser"].items():
+            index, _, key = name.partition(".")
+            state[int(index)][key] = tensor
         try:
-            self.network.load_state_dict(_below(tensors, "network."))
+            self.network.load_state_dict(parts["network"])
             if self._mean is not None:
-                self._mean.load_state_dict(_below(tensors, "mean."))
-            self._optimiser.load_state_dict({**table, "state": state})
+                self._mean.load_state_dict(parts["mean"])
+            self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
         for weight, kept in self._optimiser.state.items():
             kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:

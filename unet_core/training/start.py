@@ -7,10 +7,9 @@ from torch import nn
 
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
-from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
-from unet_core.networks.construction import build, measured
+from unet_core.networks.construction import build, header_of
 from unet_core.networks.presets import UNetSpec
 from unet_core.train_config import TrainConfig
 
@@ -22,7 +21,12 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
     Raises ConfigError for classes or a crop that it cannot give.
     """
     torch.manual_seed(config.train.seed)
-    network, header = _loaded(config) if config.model.checkpoint else _built(config)
+    model = config.model
+    if model.checkpoint:
+        network, header = _loaded(config)
+    else:
+        network = build(model.spec)
+        header = header_of(network, model.spec, model)
     crop, tiling = config.train.crop, header.tiling
     crops = Sides(tiling.sides.smallest - 2 * tiling.margin, tiling.sides.step)
     if crop not in crops:
@@ -34,21 +38,6 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
             f"{', '.join(header.class_names)}"
         )
     return network, header
-
-
-def _built(config: TrainConfig) -> tuple[nn.Module, Header]:
-    model = config.model
-    network = build(model.spec)
-    wanted = Preprocessing(
-        color=model.color, normalisation=model.normalisation, low=model.low, high=model.high
-    )
-    names = tuple(model.classes)
-    spec, tiling = measured(model.spec, network)
-    if max(2, spec.classes) != len(names):
-        raise ConfigError(
-            f"model.classes names {len(names)}, but {model.factory} gives {spec.classes} logits"
-        )
-    return network, Header(spec, tiling, names, wanted)
 
 
 def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
