@@ -23,13 +23,11 @@ from unet_core.training.census import counted
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
 from unet_core.training.evaluation import Evaluation, evaluate
-from unet_core.training.feed import Fed, Feed
-from unet_core.training.lanes import Order
-from unet_core.training.learner import BatchCounts, Learner, rate_at
+from unet_core.training.feed import Fed, Feed, Order
+from unet_core.training.learner import BatchCounts, Learner, new_network, rate_at
 from unet_core.training.losses import Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
-from unet_core.training.start import new_network
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Fitting:
             train_images=self.feed.split.images,
             val_images=self.val.images,
             steps=self.steps,
-            steps_per_epoch=Order.of(self.config.train, self.feed.split, 0).steps,
+            steps_per_epoch=Order(self.config.train, self.feed.split, 0).steps,
             step=self.position.step,
         )
 
@@ -162,7 +160,7 @@ class Fitting:
         time for one.
         """
         began, position = time.perf_counter(), self.position
-        order = Order.of(self.config.train, self.feed.split, position.epoch)
+        order = Order(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
         last = min(order.steps, skip + self.steps - position.step)
         with contextlib.closing(self.feed.steps(order, self.ranks, skip)) as fed:

@@ -15,8 +15,7 @@ from unet_core.fit import Epoch, Started, Step, fit
 from unet_core.networks import checkpoint
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
-from unet_core.training.learner import Learner, rate_at
-from unet_core.training.start import new_network
+from unet_core.training.learner import Learner, new_network, rate_at
 
 
 def epochs(config):

@@ -5,7 +5,6 @@ legal sizes before any machine is used.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.resources
 import json
@@ -45,7 +44,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself; raises ConfigError if it contradicts itself."""
 
     network: NetworkSpec
     tiling: Tiling
@@ -57,10 +56,26 @@ class Header:
     training: dict[str, Any] = field(default_factory=dict)
     """How it came about: command, seed, data, scores."""
 
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.classes:
+            raise ConfigError(
+                f"model.classes: got {len(self.class_names)} names, but the network has "
+                f"{self.classes}"
+            )
+        wanted, channels = self.preprocessing, self.network.in_channels
+        if wanted.channels != channels:
+            raise ConfigError(
+                f"model.color: {wanted.color} images have {wanted.channels} channels, but the "
+                f"network takes {channels}"
+            )
+
     @property
     def classes(self) -> int:
         """Ids that a mask may hold: two for a one-logit network."""
         return max(2, self.network.classes)
+
+
+HEADERS = TypeAdapter(Header)
 
 
 def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
@@ -84,9 +99,24 @@ def locate(checkpoint: str) -> str:
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
     """Read what a checkpoint says of itself, without torch.
 
-    Raises CheckpointError if it is not a safetensors file of this project.
+    Raises CheckpointError if it is not a safetensors file of this project, or damaged.
     """
-    return _parse(checkpoint, read_metadata(checkpoint, storage))
+    metadata = read_metadata(checkpoint, storage)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
+            "train it with `unet-jobs train`, or bring weights from elsewhere with "
+            "`unet-jobs import-weights`"
+        )
+    try:
+        texts = {"training": "{}", **metadata}
+        table = {name: json.loads(texts[key]) for name, key in KEYS.items()}
+        header = HEADERS.validate_json(json.dumps(table), strict=True)
+        _check_sizes(header)
+    except (KeyError, ValueError, RecursionError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
+    return header
 
 
 def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
@@ -108,39 +138,6 @@ def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
     return metadata
-
-
-def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
-            "train it with `unet-jobs train`, or bring weights from elsewhere with "
-            "`unet-jobs import-weights`"
-        )
-    try:
-        texts = {"training": "{}", **metadata}
-        table = {name: json.loads(texts[key]) for name, key in KEYS.items()}
-        header = _headers().validate_json(json.dumps(table), strict=True)
-        _check_sizes(header)
-    except (KeyError, ValueError, RecursionError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
-    if len(header.class_names) != header.classes:
-        raise CheckpointError(
-            f"{checkpoint}: {len(header.class_names)} class names, but {header.classes} classes"
-        )
-    if header.preprocessing.channels != header.network.in_channels:
-        raise CheckpointError(
-            f"{checkpoint}: {header.preprocessing.color} images have "
-            f"{header.preprocessing.channels} channels, the network takes "
-            f"{header.network.in_channels}"
-        )
-    return header
-
-
-@functools.cache
-def _headers() -> TypeAdapter[Header]:
-    return TypeAdapter(Header)
 
 
 def _check_sizes(header: Header) -> None:
@@ -235,15 +232,14 @@ def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
     return load(checkpoint, factory=factory)[0]
 
 
-def serialise(network: "nn.Module", header: Header, half: bool = False) -> bytes:
-    """The bytes of a checkpoint file; ``half`` stores weights as float16."""
+def serialise(network: "nn.Module", header: Header) -> bytes:
+    """The bytes of a checkpoint file."""
     import torch
 
-    wanted = torch.float16 if half else torch.float32
     tensors = {}
     for name, value in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):
-            dtype = wanted if value.is_floating_point() else value.dtype
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
             tensors[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
     metadata = {
         "format": FORMAT,

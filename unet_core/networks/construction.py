@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unet_core.config import ForeignConfig
-from unet_core.errors import CheckpointError, ConfigError
+from unet_core.errors import CheckpointError
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.checkpoint import Header
@@ -62,18 +62,10 @@ def header_of(
     Raises ConfigError for class names and colours that do not fit the network.
     """
     spec, tiling = measured(spec, network, stride)
-    wanted = preprocessing_of(model, spec.in_channels)
-    if wanted.channels != spec.in_channels:
-        raise ConfigError(
-            f"model.color: {model.color} images have {wanted.channels} channels, but the network "
-            f"takes {spec.in_channels}"
-        )
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
-    names = model.classes or ["background", *others]
-    if len(names) != count:
-        raise ConfigError(f"model.classes: got {len(names)} names, but the network has {count}")
-    return Header(spec, tiling, tuple(names), wanted)
+    names = tuple(model.classes or ["background", *others])
+    return Header(spec, tiling, names, preprocessing_of(model, spec.in_channels))
 
 
 def preprocessing_of(model: ForeignConfig | NetworkConfig, channels: int) -> Preprocessing:

@@ -54,11 +54,10 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
             continue
         reaches = _reaches(network, in_channels, sides, candidate, margin=0)
         tiling = _tiling(reaches, sides, candidate, margin=0)
-        if tiling.is_exact and not is_exact(network, in_channels, tiling):
-            tiling = replace(tiling, is_exact=False)
-        found = tiling if found is None or tiling.is_exact else found
-        if tiling.is_exact:
+        if tiling.is_exact and is_exact(network, in_channels, tiling):
+            found = tiling
             break
+        found = found or replace(tiling, is_exact=False)
     if found is None:
         tried = f"multiples of {stride or STRIDES[-1]}"
         raise CheckpointError(

@@ -80,9 +80,9 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     Raises CheckpointError unless exactly one layout (of those called ``layout``, if given) has
     these names; ConfigError if there is no such layout.
     """
-    known = dict.fromkeys(known.name for known in LAYOUTS)
-    if layout and layout not in known:
-        raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(known)}")
+    allowed = dict.fromkeys(known.name for known in LAYOUTS)
+    if layout and layout not in allowed:
+        raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(allowed)}")
     keys = {name for name in tensors if not _is_counter(name)}
     readings = [
         (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))

@@ -19,11 +19,12 @@ from unet_core.training.dataset import (
     VAL,
     Item,
     Split,
+    Splits,
     divide_at,
     read_items,
     share_of,
-)
-from unet_core.training.lanes import Order
+)  # fmt: skip
+from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
 
@@ -58,10 +59,7 @@ class Census:
 
 
 def take(
-    splits: tuple[Split, Split],
-    ranks: Ranks,
-    pool: ThreadPoolExecutor,
-    wants_stop: Callable[[], bool],
+    splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> Census:
     """Look at all images, each rank at its own shards; sets the counts of the splits.
 
@@ -158,13 +156,9 @@ def _refuse_single_class(found: Census, ignore_index: int) -> None:
 
 
 def counted(
-    config: TrainConfig,
-    run: TrainingRun,
-    splits: tuple[Split, Split],
-    ranks: Ranks,
-    pool: ThreadPoolExecutor,
+    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
     wants_stop: Callable[[], bool],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What ``run.json`` says of the data: looked at now, or recalled from the first session. Sets
     the counts of the splits; the first rank publishes.
 
@@ -180,7 +174,7 @@ def counted(
     found = take(splits, ranks, pool, wants_stop)
     train, val = splits
     classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
-    epoch = Order.of(config.train, train, 0)
+    epoch = Order(config.train, train, 0)
     data = {
         TRAIN: train.images,
         VAL: val.images,

@@ -79,11 +79,6 @@ class LabelledInput:
         self._decoder = Decoder(header.preprocessing, classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
-    def is_left_out(self, sample: Sample) -> bool:
-        """Whether an image has no mask and may not be taken as background."""
-        has_none = sample.read_mask is None and sample.failure is None
-        return has_none and self.config.on_missing_mask != "background"
-
     def decode(self, sample: Sample) -> list[Labelled]:
         """One image, or one for each page that is expanded.
 
@@ -224,6 +219,10 @@ class Split:
         return image
 
 
+Splits = tuple[Split, Split]
+"""For training and for validation."""
+
+
 def share_of(image_id: str) -> float:
     """A number in [0, 1) that an id has for ever."""
     return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
@@ -234,7 +233,7 @@ def digest_of(image_id: str) -> bytes:
     return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
 
 
-def divide_at(splits: tuple[Split, Split], at: float) -> None:
+def divide_at(splits: Splits, at: float) -> None:
     """Let the images of one input whose ids have a smaller share validate, the others train."""
     train, val = splits
     train.low = val.high = at
@@ -251,7 +250,8 @@ def read_items(
     expands = source.config.pages == "expand"
     positions = Counter[str]()
     for sample in read_shard(source.source, source.shards[shard]):
-        if source.is_left_out(sample):
+        has_none = sample.read_mask is None and sample.failure is None
+        if has_none and source.config.on_missing_mask != "background":
             if without_mask is not None:
                 without_mask.append(sample.image_id)
             continue
@@ -263,7 +263,7 @@ def read_items(
                     positions[split.name] += 1
 
 
-def open_splits(config: TrainConfig, header: Header, memory: Memory) -> tuple[Split, Split]:
+def open_splits(config: TrainConfig, header: Header, memory: Memory) -> Splits:
     """Training and validation images, listed but not yet looked at.
 
     Without ``data.val`` a share of the training images, by a hash of the id, is for validation.

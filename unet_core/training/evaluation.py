@@ -1,6 +1,7 @@
 """How good a network is on the validation images, segmented as ``predict`` does it."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,9 +94,8 @@ def _weight(image: Labelled) -> int:
 
 def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
     """Every so many-th image of the split, each on one rank."""
-    before = 0
+    numbers = itertools.count()
     for shard, count in enumerate(split.counts):
-        wanted = [at for at in range(count) if (before + at) % ranks.count == ranks.rank]
-        before += count
+        wanted = [at for at in range(count) if next(numbers) % ranks.count == ranks.rank]
         if wanted:
             yield from split.items(shard, wanted)

@@ -1,4 +1,9 @@
-"""Crops ahead of the device: this rank's part of every step of an epoch."""
+"""Which images come when in an epoch, and their crops ahead of the device.
+
+An epoch has as many lanes as a global batch has places, each a stream of images. A lane depends on
+the seed, the epoch and its number alone. A step takes one image from each lane; ranks own lanes. So
+any number of ranks sees the same images in the same steps.
+"""
 
 import itertools
 import time
@@ -6,19 +11,111 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
+from unet_core.arrays import Array
 from unet_core.errors import UnetJobsError
 from unet_core.ordered import Prefetch
-from unet_core.train_config import TrainConfig
+from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples, augmented, nothing
 from unet_core.training.crops import Crop, CropShape, draw
-from unet_core.training.dataset import Split
-from unet_core.training.lanes import Entry, Order
+from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 
 AHEAD_STEPS = 4
 AHEAD_BYTES = 2**29
+SHUFFLED = 256
+"""Images that wait to be drawn from, over all lanes; where a shard holds many, they lie near."""
+
+Entry = tuple[int, Item]
+"""A round, and an image."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """An epoch: all shards of a split in a random order, ``crops_per_image`` times, cut into equal
+    lanes, one for each place of a batch.
+    """
+
+    config: FitConfig
+    split: Split
+    epoch: int
+
+    @property
+    def steps(self) -> int:
+        """The length of the longest lane; the others are at most one image shorter."""
+        return -(-self._total // self.config.batch)
+
+    def present(self, lanes: range, step: int) -> int:
+        """How many of some lanes have an image for a step."""
+        return sum(self._start(lane + 1) - self._start(lane) > step for lane in lanes)
+
+    def streams(self, lanes: range, skip: int) -> Iterator[list[Entry | None]]:
+        """Step by step what some lanes have; None for a lane that has ended. The first ``skip``
+        steps are passed over.
+        """
+        shards = self._shards()
+        ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
+        streams = [self._lane(lane, shards, ends) for lane in lanes]
+        for step in range(self.steps):
+            drawn = [next(stream, None) for stream in streams]
+            if step >= skip:
+                yield drawn
+
+    @property
+    def _total(self) -> int:
+        return self.split.images * self.config.crops_per_image
+
+    def _start(self, lane: int) -> int:
+        return self._total * lane // self.config.batch
+
+    def _random(self, *of: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.epoch, *of])
+
+    def _shards(self) -> list[tuple[int, int]]:
+        """Round and shard, in the order of this epoch."""
+        there = np.flatnonzero(self.split.counts)
+        return [
+            (round_, int(shard))
+            for round_ in range(self.config.crops_per_image)
+            for shard in self._random(round_).permutation(there)
+        ]
+
+    def _lane(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One lane's images, shuffled among those that are near."""
+        random = self._random(lane, self.config.crops_per_image)
+        room = max(1, SHUFFLED // self.config.batch)
+        waiting: list[Entry] = []
+        for entry in self._cut(lane, shards, ends):
+            waiting.append(entry)
+            if len(waiting) == room:
+                yield _drawn(waiting, random)
+        while waiting:
+            yield _drawn(waiting, random)
+
+    def _cut(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One lane's part of all images, shard by shard; of one that several lanes share it has
+        some at random.
+        """
+        start, stop = self._start(lane), self._start(lane + 1)
+        for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
+            round_, shard = shards[at]
+            count = self.split.counts[shard]
+            first = int(ends[at]) - count
+            if first >= stop:
+                return
+            here = slice(max(start - first, 0), min(stop - first, count))
+            drawn = self._random(round_, shard).permutation(count)[here]
+            for item in self.split.items(shard, drawn):
+                yield round_, item
+
+
+def _drawn(waiting: list[Entry], random: np.random.Generator) -> Entry:
+    """Take one at random; the last one fills its place."""
+    at = int(random.integers(len(waiting)))
+    waiting[at], waiting[-1] = waiting[-1], waiting[at]
+    return waiting.pop()
 
 
 @dataclass(frozen=True)
@@ -45,13 +142,13 @@ class Feed:
 
     def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
         """What a rank's lanes give, step by step, after the first ``skip`` steps; close it."""
-        lanes = ranks.lanes(order.lanes)
+        lanes = ranks.lanes(order.config.batch)
         streams = order.streams(lanes, skip)
         entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
         def crop(entry: Entry) -> Crop:
             round_, item = entry
-            seed = (order.seed, order.epoch, round_)
+            seed = (order.config.seed, order.epoch, round_)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
         ahead = AHEAD_STEPS * len(lanes)
@@ -76,7 +173,7 @@ class Feed:
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
         most = max(
-            order.present(replace(ranks, rank=rank).lanes(order.lanes), step)
+            order.present(replace(ranks, rank=rank).lanes(order.config.batch), step)
             for rank in range(ranks.count)
         )
         return min(self.config.train.accumulate, most)

@@ -23,7 +23,7 @@ from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_eq
 from unet_core.schema import HISTORY
 from unet_core.storage.store import Store, is_temporary
 from unet_core.train_config import TrainConfig
-from unet_core.training.dataset import Split
+from unet_core.training.dataset import Splits
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
@@ -115,7 +115,7 @@ class TrainingRun:
         """Whether the images were counted to the end."""
         return self.store.exists(manifest_name(0))
 
-    def publish_manifest(self, splits: tuple[Split, Split]) -> None:
+    def publish_manifest(self, splits: Splits) -> None:
         """Write down how many images each shard has."""
         rows = [
             {"split": split.name, "shard_id": shard.shard_id, "images": count}
@@ -124,7 +124,7 @@ class TrainingRun:
         ]
         self.store.publish(manifest_name(0), _parquet(pa.Table.from_pylist(rows)))
 
-    def recall_counts(self, splits: tuple[Split, Split]) -> None:
+    def recall_counts(self, splits: Splits) -> None:
         """Set the counts as they were found when the training began.
 
         Raises RunMismatchError if the shards are not those of then.

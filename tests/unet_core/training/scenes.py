@@ -10,8 +10,8 @@ from unet_core.inputs.shards import Sample
 from unet_core.train_config import TrainConfig
 from unet_core.training import census
 from unet_core.training.dataset import Labelled, Memory, open_splits
+from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
-from unet_core.training.start import new_network
 
 
 def config_of(folder, output, *overrides):
