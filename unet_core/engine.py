@@ -6,7 +6,6 @@ Shapes: N tiles, C channels, H×W pixels, K logits.
 import contextlib
 import importlib.metadata
 import logging
-import os
 import platform
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from unet_core.arrays import Array
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
-from unet_core.memory import keep_freed, return_large_blocks
+from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import origin
 from unet_core.networks.presets import Factory
@@ -169,8 +168,7 @@ class Engine:
         and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            affordable = memory // 4 // self._bytes_per_pixel
+            affordable = usable_bytes() // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
             self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)

@@ -101,7 +101,7 @@ def _look(
             return Census(unusable=[str(error)])
         seen = Census(Counter([item.key[:2]]), lowest_share=share_of(item.image_id))
         if item.key[0] == TRAIN:
-            labels, counts = np.unique(image.labels, return_counts=True)
+            labels, counts = np.unique(image.labels_HW, return_counts=True)
             seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
         return seen
 

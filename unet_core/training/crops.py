@@ -98,7 +98,7 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
     return Crop(
         image_id=image.image_id,
         pixels_CHW=_padded(pixels_CHW[:, *cut], shape.window),
-        labels_HW=_padded(image.labels[cut], shape.window),
+        labels_HW=_padded(image.labels_HW[cut], shape.window),
         boundary_HW=None
         if image.boundary_HW is None
         else _padded(image.boundary_HW[cut], shape.window),

@@ -6,12 +6,10 @@ room.
 """
 
 import hashlib
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
+from unet_core.memory import usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.train_config import LabelledConfig, TrainConfig
 
@@ -32,9 +31,11 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Labelled:
-    """A decoded image in memory with its class ids, and what its boundaries weigh."""
+    """A decoded image in memory with its truth, and what its boundaries weigh."""
 
     picture: Picture
+    labels_HW: Array
+    """Class ids and ``ignore_index``."""
     boundary_HW: Array | None = None
     """float16; None where the loss has no use for it."""
 
@@ -44,21 +45,10 @@ class Labelled:
         return self.picture.sample.image_id
 
     @property
-    def truth(self) -> Pixels:
-        """1HW: class ids and ``ignore_index``."""
-        assert self.picture.truth is not None
-        return self.picture.truth
-
-    @property
-    def labels(self) -> Array:
-        """HW, all of them."""
-        return self.truth.whole()[0]
-
-    @property
     def nbytes(self) -> int:
         """Memory that it takes."""
         boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.picture.pixels.held_bytes + self.labels.nbytes + boundary
+        return self.picture.pixels.held_bytes + self.labels_HW.nbytes + boundary
 
 
 class LabelledInput:
@@ -118,12 +108,9 @@ class LabelledInput:
                 else objects_of(labels_HW, config.ignore_index)
             )
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
-        pixels, truth = Pixels.of(image.pixels.whole()), Pixels.of(labels_HW[None])
-        name_only = replace(
-            image.sample, read=bytes, read_mask=None, open=None, open_mask=None
-        )  # its bytes are done with
-        kept = replace(image, sample=name_only, pixels=pixels, truth=truth)
-        return Labelled(kept, boundary_HW)
+        pixels = Pixels.of(image.pixels.whole())
+        kept = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
+        return Labelled(kept, labels_HW, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
         """Class ids, as small as they go; of objects, one class and what was said to be ignored."""
@@ -147,11 +134,7 @@ class Memory:
     @classmethod
     def shared_by(cls, ranks: int) -> "Memory":
         """A part of the memory that this process may use, as if all ranks were on this machine."""
-        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            usable = min(usable, int(text))
-        return cls(usable // MEMORY_SHARE // ranks)
+        return cls(usable_bytes() // MEMORY_SHARE // ranks)
 
     def clear(self) -> None:
         """Keep nothing any more."""

@@ -79,7 +79,8 @@ def evaluate(
                 canvas = Canvas(index, image.picture, windows, Look(header.network.classes))
                 for tile in canvas.tiles:
                     for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
-                        truth_HW = image.truth.read(*area.box)[0]
+                        y, x, height, width = area.box
+                        truth_HW = image.labels_HW[y : y + height, x : x + width]
                         matrix += confusion(truth_HW, area.mask_HW, classes, ignore_index)
         return matrix
 

@@ -41,5 +41,5 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     sample = Sample(image_id, image_id, image_id, bytes)
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
-    picture = Picture(sample, Pixels.of(pixels_CHW), none, one, Pixels.of(labels_HW[None]))
-    return Labelled(picture, boundary_HW)
+    picture = Picture(sample, Pixels.of(pixels_CHW), none, one)
+    return Labelled(picture, labels_HW, boundary_HW)
