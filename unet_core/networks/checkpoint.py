@@ -260,18 +260,15 @@ def pack(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def unpack(data: bytes, where: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """What was packed; raises CheckpointError if the file is damaged."""
+def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file; raises CheckpointError if it is damaged."""
     import safetensors.torch
     from safetensors import SafetensorError
 
     try:
-        tensors = safetensors.torch.load(data)
-        length = struct.unpack("<Q", data[:8])[0]
-        metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    except (SafetensorError, ValueError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{where}: not a checkpoint of a training: {error}") from error
-    return tensors, metadata
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
 def _bytes(checkpoint: str, storage: StorageConfig | None) -> bytes:

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
@@ -64,8 +62,9 @@ def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str,
     """
     data = read_file(source, storage)
     is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
+    tensors = checkpoint.unpack(data, source) if is_safetensors else None
     with _naming(source):
-        found = _unwrapped(_safetensors(data) if is_safetensors else _unpickled(data))
+        found = _unwrapped(_unpickled(data) if tensors is None else tensors)
         for name, value in found.items():
             if reason := _why_not(name, value, len(data)):
                 raise CheckpointError(f"{name} {reason}")
@@ -199,13 +198,6 @@ def _naming(source: str) -> Iterator[None]:
 
 def _is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
-
-
-def _safetensors(data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"a damaged safetensors file: {_first(error)}") from error
 
 
 def _unpickled(data: bytes) -> Any:

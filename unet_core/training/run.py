@@ -173,8 +173,8 @@ class TrainingRun:
     def load(self, step: int) -> tuple[Position, dict[str, Any]]:
         """One checkpoint; raises StoreError if it is gone, CheckpointError if it is damaged."""
         name = CHECKPOINT.format(step)
-        tensors, metadata = checkpoint.unpack(self.store.read(name), self.store.uri(name))
-        return Position(**json.loads(metadata["position"])), tensors
+        tensors = checkpoint.unpack(self.store.read(name), self.store.uri(name))
+        return self._position_at(step), tensors
 
     def rows(self) -> list[Row]:
         """The whole history as far as it is published, in the order of the steps."""
@@ -193,9 +193,10 @@ class TrainingRun:
         if self.is_finished:
             return Position(**json.loads(self.store.read(SUCCESS)))
         newest = max(self._steps(CHECKPOINT), default=None)
-        if newest is None:
-            return Position()
-        uri = self.store.uri(CHECKPOINT.format(newest))
+        return Position() if newest is None else self._position_at(newest)
+
+    def _position_at(self, step: int) -> Position:
+        uri = self.store.uri(CHECKPOINT.format(step))
         metadata = checkpoint.read_metadata(uri, self.store.storage)
         return Position(**json.loads(metadata["position"]))
 
