@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
 from unet_core.networks.checkpoint import Header
 from unet_core.ordered import Prefetch
 from unet_core.tiling import stack
-from unet_core.training.dataset import Item, Labelled, Split
+from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 from unet_core.windows import windows_for
 
@@ -72,7 +73,7 @@ def evaluate(
         engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
         matrix = np.zeros((classes, classes), dtype=np.int64)
         mine = _mine(split, ranks)
-        with Prefetch(pool, split.load, mine, AHEAD, _weight, AHEAD_BYTES) as images:
+        with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
             for index, image in enumerate(images):
                 if wants_stop():
                     raise StoppedError("stopped while evaluating")
@@ -87,10 +88,6 @@ def evaluate(
     # the engine wants repeatable kernels; training does not
     with torch.backends.cudnn.flags(enabled=True):
         return Evaluation(sum(ranks.gather(ranks.together(count))))
-
-
-def _weight(image: Labelled) -> int:
-    return image.picture.pixels.held_bytes
 
 
 def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -151,8 +152,8 @@ class Feed:
             seed = (order.config.seed, order.epoch, round_)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
-        ahead = AHEAD_STEPS * len(lanes)
-        with Prefetch(self.pool, crop, entries, ahead, _weight, AHEAD_BYTES) as prefetch:
+        ahead, weigh = AHEAD_STEPS * len(lanes), attrgetter("nbytes")
+        with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, order.steps):
                 pieces = self._count(order, ranks, step)
@@ -182,7 +183,3 @@ class Feed:
         if not crops:
             return nothing(self.shape, self.channels, self.device)
         return augmented(crops, self.shape, self.device)
-
-
-def _weight(crop: Crop) -> int:
-    return crop.nbytes
