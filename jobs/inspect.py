@@ -116,7 +116,6 @@ def status(uri: str, storage: StorageConfig | None = None) -> Status | TrainingS
 
 
 def _training_status(uri: str, storage: StorageConfig | None) -> TrainingStatus:
-    run = TrainingRun(Store(uri, storage)).look()
-    assert run.record is not None
+    run = TrainingRun(Store(uri, storage))
     steps, metric = run.record["data"]["steps"], run.record["config"]["train"]["best"]
     return TrainingStatus(run.store.uri(), steps, run.position(), run.is_finished, metric)

@@ -23,7 +23,7 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """
     store = Store(uri, storage)
     if is_training(store):
-        page = training_page(training_facts(TrainingRun(store).look()))
+        page = training_page(training_facts(TrainingRun(store)))
     else:
         results = open_run(uri, storage)
         compact(store, results.record)

@@ -12,10 +12,8 @@ from jobs import session
 from jobs.report import ending_report
 from jobs.train_progress import TrainProgress
 from unet_core.fit import Event, fit
-from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
-from unet_core.training.run import BEST, TrainingRun, identity
-from unet_core.training.start import checkpoint_digest
+from unet_core.training.run import BEST, open_training
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +41,13 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
-    run = TrainingRun(Store(config.output.uri, config.storage)).look()
-    run.require_same(identity(config, checkpoint_digest(config)))
+    run = open_training(config)
     was_finished = run.is_finished
     if not was_finished:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    done = run.look().position()
+    done = run.position()
     return Trained(
         best=f"{config.output.uri.rstrip('/')}/{BEST}",
         step=done.step,

@@ -62,7 +62,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
                 "jobs.submit",
             },
         ),
-        ("safetensors", {"unet_core.networks.checkpoint", "unet_core.networks.weights"}),
+        ("safetensors", {"unet_core.networks.checkpoint"}),
         ("click", {"jobs.cli", *VERBS - {"jobs.verbs.arguments", "jobs.verbs.__init__"}}),
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.verbs.models"}),
         (

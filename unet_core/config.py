@@ -9,7 +9,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from unet_core.errors import ConfigError
 from unet_core.findings import sentences
@@ -24,6 +32,37 @@ AUTHORITY = re.compile(r"(\w+)://([^/]*)")
 PROTOCOLS = ("file", "local", "memory", "s3", "gs", "abfs")
 
 
+def allowed_uri(uri: str) -> str:
+    """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols,
+    credentials (which no message repeats).
+    """
+    if not uri.strip():
+        raise ValueError("is empty; give a path")
+    if has_credentials(uri):
+        raise ValueError("holds credentials; give them in the environment instead")
+    if "::" in uri:
+        raise ValueError(f"got {uri!r}, but chained URIs (::) are not allowed")
+    protocol, separator, _ = uri.partition("://")
+    if separator and protocol not in PROTOCOLS:
+        raise ValueError(
+            f"got {uri!r}, but {protocol}:// is not one of the protocols that are read; "
+            f"allowed: plain paths, {', '.join(p + '://' for p in PROTOCOLS)}"
+        )
+    if separator and ".." in uri.split("/"):
+        raise ValueError(f"got {uri!r}, but '..' is not allowed in a URI")
+    return uri
+
+
+def _allowed_or_known(name: str) -> str:
+    is_uri = name and not name.startswith("builtin:")
+    return allowed_uri(name) if is_uri else name
+
+
+Uri = Annotated[str, AfterValidator(allowed_uri)]
+UriOrNone = Annotated[str, AfterValidator(_allowed_or_known)]
+"""Empty, ``builtin:NAME``, or a URI."""
+
+
 class Section(BaseModel):
     """A TOML table: unknown keys are refused, values do not change after the check."""
 
@@ -33,7 +72,7 @@ class Section(BaseModel):
 class InputConfig(Section):
     """Where the images are and how they are grouped into shards."""
 
-    uri: str
+    uri: Uri
     """Folder, prefix, tar or image: a path, or ``s3://``, ``gs://``, ``abfs://``."""
     format: Literal["auto", "folder", "webdataset", "parquet", "list"] = "auto"
     """``folder``: loose images at any depth; ``webdataset``: tars, a shard each; ``parquet``:
@@ -41,7 +80,7 @@ class InputConfig(Section):
     found by ``auto``)."""
     shard_images: Count = 256
     """Loose images per shard."""
-    masks: str = ""
+    masks: UriOrNone = ""
     """Truth. Tar: member suffix (``mask.png``). Folder: another folder if it holds a ``/``,
     else a stem suffix (``_mask``). Parquet and lists: column. Empty: no truth."""
     label_map: dict[int, int] = {}
@@ -52,7 +91,7 @@ class InputConfig(Section):
     """Parquet: the column of encoded images, binary or ``struct<bytes, path>``."""
     id_column: str = ""
     """Parquet: the column of image ids; empty: ``<file>#<row>``."""
-    allow: list[str] = []
+    allow: list[Uri] = []
     """Lists: prefixes below which their URIs must lie; empty: the folder of the list."""
     channels: list[Annotated[int, Field(strict=True, ge=0)]] = []
     """Which channels count, from 0, as stored; empty: gray or RGB without alpha, or all."""
@@ -64,26 +103,11 @@ class InputConfig(Section):
     """Height × width above which an image is not decoded whole: a large TIFF is read by window (up
     to 256 times as many), others become failed rows."""
 
-    @field_validator("uri")
-    @classmethod
-    def _uri_allowed(cls, uri: str) -> str:
-        return allowed_uri(uri)
-
-    @field_validator("masks")
-    @classmethod
-    def _masks_allowed(cls, masks: str) -> str:
-        return allowed_uri(masks) if masks else masks
-
-    @field_validator("allow")
-    @classmethod
-    def _prefixes_allowed(cls, prefixes: list[str]) -> list[str]:
-        return [allowed_uri(prefix) for prefix in prefixes]
-
 
 class ModelConfig(Section):
     """Which network segments the images."""
 
-    checkpoint: str = "builtin:nuclei"
+    checkpoint: Annotated[UriOrNone, Field(min_length=1)] = "builtin:nuclei"
     """``builtin:NAME``, or the path of a ``.safetensors`` file."""
     factory: FactoryName = ""
     """``package.module:function``, where the checkpoint names one: leave to run it."""
@@ -93,11 +117,6 @@ class ModelConfig(Section):
     """``auto``: a GPU if there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the network; the halves are meant for GPUs, and differ in pixels near a class's border."""
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _checkpoint_allowed(cls, checkpoint: str) -> str:
-        return checkpoint if checkpoint.startswith("builtin:") else allowed_uri(checkpoint)
 
 
 class TileConfig(Section):
@@ -118,15 +137,10 @@ class TileConfig(Section):
 class FolderConfig(Section):
     """Where results go."""
 
-    uri: str
+    uri: Uri
     """The run folder."""
     report: bool = True
     """Write ``report.html`` there at the end."""
-
-    @field_validator("uri")
-    @classmethod
-    def _uri_allowed(cls, uri: str) -> str:
-        return allowed_uri(uri)
 
 
 class OutputConfig(FolderConfig):
@@ -228,9 +242,7 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
-        refuse_nesting("output.uri", self.output.uri, "input.uri", self.input.uri)
-        if "/" in self.input.masks:
-            refuse_nesting("output.uri", self.output.uri, "input.masks", self.input.masks)
+        refuse_reading_output(self.output, {"input": self.input})
         return self
 
 
@@ -275,17 +287,12 @@ class ForeignConfig(Section):
 class ImportConfig(Section):
     """Everything that ``unet-jobs import-weights`` needs."""
 
-    source: str
+    source: Uri
     """The file to read: ``.safetensors``, or a ``state_dict`` that ``torch.save`` wrote."""
-    destination: str
+    destination: Uri
     """The checkpoint to write, ``.safetensors``."""
     model: ForeignConfig = ForeignConfig()
     storage: StorageConfig = StorageConfig()
-
-    @field_validator("source", "destination")
-    @classmethod
-    def _uri_allowed(cls, uri: str) -> str:
-        return allowed_uri(uri)
 
     @field_validator("destination")
     @classmethod
@@ -318,8 +325,8 @@ def build(
 ) -> ConfigT:
     """Apply overrides to a table and check it, as ``load`` does for a file."""
     table = copy.deepcopy(table)
-    for override in overrides:
-        _apply(table, override)
+    for path, value in override_values(overrides).items():
+        _set(table, path, value)
     try:
         return kind.model_validate(table)
     except ValidationError as error:
@@ -341,38 +348,16 @@ def override_values(overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
-    """Set one ``section.key=value``."""
-    ((path, value),) = override_values([override]).items()
-    keys = path.split(".")
-    if not all(keys) or len(keys) < 2:
-        raise ConfigError(f"{override}: not an override; write section.key=value")
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
+def _set(table: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value where ``section.key`` says."""
+    *sections, key = path.split(".")
+    if not sections or not all((*sections, key)):
+        raise ConfigError(f"{path}={value}: not an override; write section.key=value")
+    for section in sections:
+        table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{override}: {key} is a value, not a section")
-    table[keys[-1]] = value
-
-
-def allowed_uri(uri: str) -> str:
-    """Refuse what fsspec would resolve but no job should: chains, parent steps, odd protocols,
-    credentials (which no message repeats).
-    """
-    if not uri.strip():
-        raise ValueError("is empty; give a path")
-    if has_credentials(uri):
-        raise ValueError("holds credentials; give them in the environment instead")
-    if "::" in uri:
-        raise ValueError(f"got {uri!r}, but chained URIs (::) are not allowed")
-    protocol, separator, _ = uri.partition("://")
-    if separator and protocol not in PROTOCOLS:
-        raise ValueError(
-            f"got {uri!r}, but {protocol}:// is not one of the protocols that are read; "
-            f"allowed: plain paths, {', '.join(p + '://' for p in PROTOCOLS)}"
-        )
-    if separator and ".." in uri.split("/"):
-        raise ValueError(f"got {uri!r}, but '..' is not allowed in a URI")
-    return uri
+            raise ConfigError(f"{path}={value}: {section} is a value, not a section")
+    table[key] = value
 
 
 def has_credentials(uri: str) -> bool:
@@ -405,3 +390,11 @@ def refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
     )
     if path == root or root in path.parents or path in root.parents:
         raise ValueError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")
+
+
+def refuse_reading_output(output: FolderConfig, inputs: dict[str, InputConfig]) -> None:
+    """The same for what a config reads, by its section, and the folder that it writes."""
+    for section, given in inputs.items():
+        refuse_nesting("output.uri", output.uri, f"{section}.uri", given.uri)
+        if "/" in given.masks:
+            refuse_nesting("output.uri", output.uri, f"{section}.masks", given.masks)

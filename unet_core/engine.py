@@ -6,7 +6,6 @@ Shapes: N tiles, C channels, H×W pixels, K logits.
 import contextlib
 import importlib.metadata
 import logging
-import os
 import platform
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from unet_core.arrays import Array
 from unet_core.compute import Compute
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
-from unet_core.memory import keep_freed, return_large_blocks
+from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import origin
 from unet_core.networks.presets import Factory
@@ -32,12 +31,11 @@ CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 16 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30
+FLIPS: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)]
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
     "none": [((), False)],
-    "flips": [((), False), ((-1,), False), ((-2,), False), ((-2, -1), False)],
-    "dihedral": [
-        (axes, turned) for turned in (False, True) for axes in ((), (-1,), (-2,), (-2, -1))
-    ],
+    "flips": [(axes, False) for axes in FLIPS],
+    "dihedral": [(axes, turned) for turned in (False, True) for axes in FLIPS],
 }
 """By ``tile.tta``: the axes to flip, and whether rows and columns then change places."""
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
@@ -107,12 +105,10 @@ def choose_device(wanted: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wanted == "auto":
-        wanted = next(name for name, there in available.items() if there)
-    if not available[wanted]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ConfigError(f"model.device: got {wanted!r}, available here: {there}")
-    return torch.device(wanted)
+    there = [name for name, is_there in available.items() if is_there]
+    if wanted not in ("auto", *there):
+        raise ConfigError(f"model.device: got {wanted!r}, available here: {', '.join(there)}")
+    return torch.device(there[0] if wanted == "auto" else wanted)
 
 
 def movable(values: Array, device: torch.device) -> Tensor:
@@ -172,8 +168,7 @@ class Engine:
         and logits differ by 1e-6 from machine to machine.
         """
         if self.device.type == "cpu":
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            affordable = memory // 4 // self._bytes_per_pixel
+            affordable = usable_bytes() // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
             self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)

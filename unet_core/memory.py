@@ -1,11 +1,21 @@
-"""What glibc does with memory that was freed; another C library does what it does."""
+"""How much memory there is, and what glibc does with what was freed (other C libraries do not)."""
 
 import contextlib
 import ctypes
+import os
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # from malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20
 USUAL_MMAP_MAX = 65536
+
+
+def usable_bytes() -> int:
+    """Memory that this process may use: the machine's, or what its container may have of it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(machine, int(text)) if text.isdigit() else machine
 
 
 def keep_freed() -> None:

@@ -33,12 +33,7 @@ def nuclei(height: int, width: int, random: Random) -> tuple[Array, Array]:
 
 
 def _add_nucleus(
-    light_HW: Array,
-    mask_HW: Array,
-    y: float,
-    x: float,
-    radius: float,
-    random: Random,
+    light_HW: Array, mask_HW: Array, y: float, x: float, radius: float, random: Random
 ) -> None:
     """Draw one ellipse with a wavy, slightly soft border and a textured inside."""
     reach = int(2 * radius) + 3

@@ -14,23 +14,17 @@ from unet_core.config import (
     Section,
     ShareConfig,
     StorageConfig,
-    allowed_uri,
-    refuse_nesting,
+    UriOrNone,
+    refuse_reading_output,
 )
 from unet_core.errors import ConfigError
+from unet_core.geometry import Sides
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, preset
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (
-    "preset",
-    "width",
-    "depth",
-    "arguments",
-    "color",
-    "normalisation",
-    "low",
-    "high",
-)
+    "preset", "width", "depth", "arguments", "color", "normalisation", "low", "high",
+)  # fmt: skip
 
 
 class LabelledConfig(InputConfig):
@@ -51,10 +45,15 @@ class DataConfig(Section):
     val_fraction: Share = 0.1
     """Share of ``train`` used for validation, chosen by a hash of the image id."""
 
+    @property
+    def parts(self) -> dict[str, LabelledConfig]:
+        """What there is of ``train`` and ``val``."""
+        return {"train": self.train} | ({"val": self.val} if self.val is not None else {})
+
     @model_validator(mode="after")
     def _truth_is_named(self) -> "DataConfig":
-        for name, part in (("train", self.train), ("val", self.val)):
-            if part is not None and not part.masks:
+        for name, part in self.parts.items():
+            if not part.masks:
                 raise ValueError(f"{name}.masks is empty, but training needs the truth")
         return self
 
@@ -62,7 +61,7 @@ class DataConfig(Section):
 class NetworkConfig(Section):
     """The network to train."""
 
-    checkpoint: str = ""
+    checkpoint: UriOrNone = ""
     """Weights to begin with; they bring network, preprocessing and (unless named here) classes."""
     preset: str = "padded"
     """See ``unet-jobs model`` for all."""
@@ -85,12 +84,6 @@ class NetworkConfig(Section):
     classes: list[str] = Field(default=["background", "foreground"], min_length=2, max_length=256)
     """Class names by id; two classes make a one-logit network."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _checkpoint_allowed(cls, checkpoint: str) -> str:
-        is_path = checkpoint and not checkpoint.startswith("builtin:")
-        return allowed_uri(checkpoint) if is_path else checkpoint
 
     @property
     def spec(self) -> NetworkSpec:
@@ -261,44 +254,29 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _crop_fits_network(self) -> "TrainConfig":
-        spec = self.model.spec
+        spec, crop = self.model.spec, self.train.crop
         if isinstance(spec, UNetSpec) and not self.model.checkpoint:
-            crop, lost = self.train.crop, 2 * spec.margin
-            sides = spec.sides
-            smallest = sides.at_least(2 * spec.stride + lost)  # BatchNorm needs several values
-            if crop + lost not in sides or crop + lost < smallest:
-                near = sides.at_most(max(crop + lost, smallest)) - lost
+            lost = 2 * spec.margin
+            smallest = spec.sides.at_least(2 * spec.stride + lost)  # BatchNorm needs several values
+            crops = Sides(smallest - lost, spec.sides.step)
+            if crop not in crops:
                 raise ValueError(
-                    f"train.crop is {crop}, but {self.model.preset} cannot give that; {near} and "
-                    f"{near + sides.step} are possible"
+                    f"train.crop is {crop}, but {self.model.preset} cannot give that; "
+                    f"{crops.near(crop)}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _objects_are_of_one_class(self) -> "TrainConfig":
-        parts = [self.data.train] + ([self.data.val] if self.data.val is not None else [])
-        if any(part.instances for part in parts) and len(self.model.classes) > 2:
+    def _parts_fit_together(self) -> "TrainConfig":
+        classes, train = len(self.model.classes), self.train
+        if classes > 2 and any(part.instances for part in self.data.parts.values()):
             raise ValueError(
-                f"instances knows one class of objects, but model.classes names "
-                f"{len(self.model.classes)}"
+                f"instances knows one class of objects, but model.classes names {classes}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _pieces_fit_batch(self) -> "TrainConfig":
-        if self.train.accumulate > self.train.batch:
+        if train.accumulate > train.batch:
             raise ValueError(
-                f"train.accumulate is {self.train.accumulate}, but a batch has only "
-                f"{self.train.batch} crops"
+                f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _output_apart_from_data(self) -> "TrainConfig":
-        for name in ("train", "val"):
-            part = getattr(self.data, name)
-            if part is not None:
-                refuse_nesting("output.uri", self.output.uri, f"data.{name}.uri", part.uri)
-                if "/" in part.masks:
-                    refuse_nesting("output.uri", self.output.uri, f"data.{name}.masks", part.masks)
+        parts = {f"data.{name}": part for name, part in self.data.parts.items()}
+        refuse_reading_output(self.output, {**parts})
         return self

@@ -23,9 +23,8 @@ from unet_core.engine import choose_device
 from unet_core.fit import Epoch, Step, fit
 from unet_core.train_config import TrainConfig
 from unet_core.training.augment import Examples
-from unet_core.training.learner import precision
+from unet_core.training.learner import new_network, precision
 from unet_core.training.losses import Loss
-from unet_core.training.start import new_network
 
 TURNS = 8
 

@@ -15,8 +15,7 @@ from unet_core.fit import Epoch, Started, Step, fit
 from unet_core.networks import checkpoint
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
-from unet_core.training.learner import Learner, rate_at
-from unet_core.training.start import new_network
+from unet_core.training.learner import Learner, new_network, rate_at
 
 
 def epochs(config):
@@ -114,7 +113,7 @@ def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(fold
     with pytest.raises(ConfigError, match=r"train\.crop is 70, but padded .* 68 and 72 are"):
         config_of(folder, tmp_path / "m", "train.crop=70")
     overrides = ("model.factory=tests.foreign:small", "model.arguments.classes=5")
-    with pytest.raises(ConfigError, match=r"names 2, but tests\.foreign:small gives 5 logits"):
+    with pytest.raises(ConfigError, match=r"model\.classes: got 2 names, but the network has 5"):
         epochs(config_of(folder, tmp_path / "m", *overrides))
 
 

@@ -11,11 +11,13 @@ import importlib.resources
 import json
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, StoreError
-from unet_core.geometry import Sides, Tiling
+from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
 from unet_core.storage.store import read_file, read_range
@@ -23,9 +25,12 @@ from unet_core.storage.store import read_file, read_range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MadeT = TypeVar("MadeT")
-
 FORMAT = "unet-jobs/2"
+KEYS = {
+    "network": "model", "tiling": "tiling", "class_names": "classes",
+    "preprocessing": "preprocessing", "palette": "palette", "training": "training",
+}  # fmt: skip
+"""Where the metadata holds what a header says."""
 MAX_HEADER_BYTES = 16 * 2**20
 MOST = 2**16
 """Of whatever a checkpoint counts; class ids are 16 bits."""
@@ -35,25 +40,43 @@ DEFAULT_COLORS = (
 )  # fmt: skip
 """Okabe and Ito's palette, which people with colour blindness can tell apart."""
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself; raises ConfigError if it contradicts itself."""
 
     network: NetworkSpec
     tiling: Tiling
     """Measured when the checkpoint was made."""
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
-    palette: tuple[tuple[int, int, int], ...] = ()
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
     """RGB of each class id."""
     training: dict[str, Any] = field(default_factory=dict)
     """How it came about: command, seed, data, scores."""
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.classes:
+            raise ConfigError(
+                f"model.classes: got {len(self.class_names)} names, but the network has "
+                f"{self.classes}"
+            )
+        wanted, channels = self.preprocessing, self.network.in_channels
+        if wanted.channels != channels:
+            raise ConfigError(
+                f"model.color: {wanted.color} images have {wanted.channels} channels, but the "
+                f"network takes {channels}"
+            )
 
     @property
     def classes(self) -> int:
         """Ids that a mask may hold: two for a one-logit network."""
         return max(2, self.network.classes)
+
+
+HEADERS = TypeAdapter(Header)
 
 
 def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
@@ -77,9 +100,24 @@ def locate(checkpoint: str) -> str:
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
     """Read what a checkpoint says of itself, without torch.
 
-    Raises CheckpointError if it is not a safetensors file of this project.
+    Raises CheckpointError if it is not a safetensors file of this project, or damaged.
     """
-    return _parse(checkpoint, read_metadata(checkpoint, storage))
+    metadata = read_metadata(checkpoint, storage)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
+            "train it with `unet-jobs train`, or bring weights from elsewhere with "
+            "`unet-jobs import-weights`"
+        )
+    try:
+        texts = {"training": "{}", **metadata}
+        table = {name: json.loads(texts[key]) for name, key in KEYS.items()}
+        header = HEADERS.validate_json(json.dumps(table), strict=True)
+        _check_sizes(header)
+    except (KeyError, ValueError, RecursionError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
+    return header
 
 
 def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
@@ -103,81 +141,16 @@ def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict
     return metadata
 
 
-def _parse(checkpoint: str, metadata: dict[str, str]) -> Header:
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
-            "train it with `unet-jobs train`, or bring weights from elsewhere with "
-            "`unet-jobs import-weights`"
-        )
-    try:
-        model, tiling = json.loads(metadata["model"]), json.loads(metadata["tiling"])
-        header = Header(
-            network=_made(Factory, model) if "factory" in model else _made(UNetSpec, model),
-            tiling=_made(Tiling, {**tiling, "sides": _made(Sides, tiling["sides"])}),
-            class_names=tuple(_list_of(str, json.loads(metadata["classes"]))),
-            preprocessing=Preprocessing.model_validate_json(metadata["preprocessing"]),
-            palette=tuple(map(_color, _list_of(list, json.loads(metadata["palette"])))),
-            training=dict(json.loads(metadata.get("training", "{}"))),
-        )
-        _check_sizes(header)
-    except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
-    if len(header.class_names) != header.classes:
-        raise CheckpointError(
-            f"{checkpoint}: {len(header.class_names)} class names, but {header.classes} classes"
-        )
-    if header.preprocessing.channels != header.network.in_channels:
-        raise CheckpointError(
-            f"{checkpoint}: {header.preprocessing.color} images have "
-            f"{header.preprocessing.channels} channels, the network takes "
-            f"{header.network.in_channels}"
-        )
-    return header
-
-
-def _made(kind: type[MadeT], values: dict[str, Any]) -> MadeT:
-    """A dataclass from JSON, its values of exactly the types that it declares.
-
-    Raises TypeError for others; ValueError and ConfigError as the class does.
-    """
-    made = kind(**values)
-    for name, wanted in get_type_hints(kind).items():
-        value, plain = getattr(made, name), get_origin(wanted) or wanted
-        if isinstance(plain, type) and type(value) is not plain:
-            raise TypeError(f"{name} is {str(value)[:50]!r}, not {plain.__name__}")
-    return made
-
-
-def _list_of(kind: type[MadeT], values: Any) -> list[MadeT]:
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise TypeError(f"{str(values)[:50]!r} is no list of {kind.__name__}")
-    return values
-
-
-def _color(values: list[Any]) -> tuple[int, int, int]:
-    red, green, blue = _list_of(int, values)
-    if not all(0 <= value <= 255 for value in (red, green, blue)):
-        raise ValueError(f"{values} is no colour")
-    return red, green, blue
-
-
 def _check_sizes(header: Header) -> None:
     """Raise ValueError for sizes that no network has, and that memory would have to pay for."""
     network, tiling, sides = header.network, header.tiling, header.tiling.sides
-    counts = {
-        "classes": network.classes,
-        "in_channels": network.in_channels,
-        "channels": tiling.channels,
-        "smallest": sides.smallest,
-        "step": sides.step,
-        "stride": tiling.stride,
-    }
-    lengths = {"margin": tiling.margin, "halo": tiling.halo, "receptive": tiling.receptive_field}
-    for name, value in (counts | lengths).items():
-        if not (name in counts) <= value <= MOST:
-            raise ValueError(f"{name} is {value}, allowed: up to {MOST}")
+    counts = (
+        network.classes, network.in_channels, tiling.channels, tiling.stride, sides.smallest,
+        sides.step,
+    )  # fmt: skip
+    lengths = (tiling.margin, tiling.halo, tiling.receptive_field)
+    if min(counts) < 1 or min(lengths) < 0 or max(counts + lengths) > MOST:
+        raise ValueError(f"{network} and {tiling} hold numbers that are not from 1 to {MOST}")
     if isinstance(network, UNetSpec) and network.sides != sides:
         raise ValueError(f"sides are {sides}, but those of its network are {network.sides}")
 
@@ -264,16 +237,14 @@ def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
     return load(checkpoint, factory=factory)[0]
 
 
-def serialise(network: "nn.Module", header: Header, half: bool = False) -> bytes:
-    """The bytes of a checkpoint file; ``half`` stores weights as float16."""
-    import safetensors.torch
+def serialise(network: "nn.Module", header: Header) -> bytes:
+    """The bytes of a checkpoint file."""
     import torch
 
-    wanted = torch.float16 if half else torch.float32
     tensors = {}
     for name, value in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):
-            dtype = wanted if value.is_floating_point() else value.dtype
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
             tensors[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
     metadata = {
         "format": FORMAT,
@@ -284,7 +255,7 @@ def serialise(network: "nn.Module", header: Header, half: bool = False) -> bytes
         "palette": json.dumps(header.palette or palette_of(header.classes)),
         "training": json.dumps(header.training, sort_keys=True),
     }
-    return safetensors.torch.save(tensors, metadata)
+    return pack(tensors, metadata)
 
 
 def pack(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
@@ -294,18 +265,15 @@ def pack(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def unpack(data: bytes, where: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
-    """What was packed; raises CheckpointError if the file is damaged."""
+def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
+    """The tensors of a safetensors file; raises CheckpointError if it is damaged."""
     import safetensors.torch
     from safetensors import SafetensorError
 
     try:
-        tensors = safetensors.torch.load(data)
-        length = struct.unpack("<Q", data[:8])[0]
-        metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    except (SafetensorError, ValueError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{where}: not a checkpoint of a training: {error}") from error
-    return tensors, metadata
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
 def _bytes(checkpoint: str, storage: StorageConfig | None) -> bytes:

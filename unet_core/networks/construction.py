@@ -1,23 +1,29 @@
 """From data to a network: our own U-Nets, and whatever a user's function makes."""
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import nn
 
+from unet_core.config import ForeignConfig
 from unet_core.errors import CheckpointError
 from unet_core.geometry import Tiling
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
 from unet_core.networks.reach import tiling_of, tiling_of_module
 from unet_core.networks.unet import UNet
+from unet_core.train_config import NetworkConfig
+
+distributions = functools.cache(importlib.metadata.packages_distributions)
+"""By every package that is installed; looking takes a quarter of a second."""
 
 
 def build(spec: NetworkSpec) -> nn.Module:
@@ -47,20 +53,37 @@ def measured(
     return replace(spec, classes=int(shape[1])), tiling
 
 
+def header_of(
+    network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig,
+    stride: int | None = None,
+) -> Header:  # fmt: skip
+    """What the network's checkpoint will say of itself, by the config and what is ``measured``.
+
+    Raises ConfigError for class names and colours that do not fit the network.
+    """
+    spec, tiling = measured(spec, network, stride)
+    count = max(2, spec.classes)
+    others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
+    names = tuple(model.classes or ["background", *others])
+    return Header(spec, tiling, names, preprocessing_of(model, spec.in_channels))
+
+
+def preprocessing_of(model: ForeignConfig | NetworkConfig, channels: int) -> Preprocessing:
+    """As the config wants it; ``auto`` colours are those that have so many channels."""
+    given = model.model_dump(include={"color", "normalisation", "low", "high"})
+    if model.color == "auto":
+        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
+    return Preprocessing.model_validate(given)
+
+
 def origin(spec: Factory) -> str:
     """What code a factory is: version of its distribution, and digest of its module's source."""
     module = importlib.import_module(spec.factory.partition(":")[0])
     source = inspect.getsource(module).encode()
     package = module.__name__.partition(".")[0]
-    names = _distributions().get(package, [])
+    names = distributions().get(package, [])
     versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
     return " ".join([*versions, hashlib.sha256(source).hexdigest()[:16]])
-
-
-@cache
-def _distributions() -> Mapping[str, list[str]]:
-    """Of every installed package; looking takes a quarter of a second."""
-    return importlib.metadata.packages_distributions()
 
 
 def _made_by(spec: Factory) -> nn.Module:

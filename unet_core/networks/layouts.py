@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from unet_core.networks.presets import PRESETS, UNetSpec
 
 DEPTHS = range(1, 9)
-PARAMETERS = ("weight", "bias")
-STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,7 @@ class Layout:
     """How one source calls its modules.
 
     Templates may use ``{level}`` (0 is the finest), ``{next}`` and ``{below}`` (level + 1 and + 2),
-    ``{rise}`` and ``{step}`` (decoder blocks from the bottom, counted from 0 and from 1), and at
-    the bottom ``{depth}`` and ``{last}`` = depth + 1.
+    ``{rise}`` and ``{step}`` (decoder blocks from the bottom, counted from 0 and from 1).
     """
 
     name: str
@@ -29,9 +26,10 @@ class Layout:
     layers: str
     """Inside a block: convolution and, if there is one, norm; twice."""
     encoder: str
-    bottom: str
     decoder: str
     head: str
+    bottom: str = ""
+    """If it is not called as one encoder block more."""
     up: str = ""
     """Empty where nothing is learnt in it."""
     finest_encoder: str = ""
@@ -49,39 +47,32 @@ class Layout:
         }
 
     def _modules(self, depth: int) -> Iterator[tuple[str, str]]:
+        below = self.bottom or self.encoder
+        blocks = {"bottom": below.format(level=depth, next=depth + 1)}
+        others = {"head.conv": self.head, "head.norm": self.head_norm}
         for level in range(depth):
-            numbers = _numbers(level, depth)
-            is_finest, is_deepest = level == 0, level == depth - 1
-            encoder = (is_finest and self.finest_encoder) or self.encoder
-            decoder = (is_finest and self.finest_decoder) or self.decoder
-            up = (is_deepest and self.deepest_up) or self.up
-            yield from self._block(f"encoder.{level}", encoder.format(**numbers))
-            yield from self._block(f"decoder.{level}", decoder.format(**numbers))
-            if up:
-                yield f"up.{level}.conv", up.format(**numbers)
-        yield from self._block("bottom", self.bottom.format(depth=depth, last=depth + 1))
-        yield "head.conv", self.head
-        if self.head_norm:
-            yield "head.norm", self.head_norm
-
-    def _block(self, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        with_norm = ("conv1", "norm1", "conv2", "norm2")
-        layers = with_norm[::2] if self.spec.norm == "none" else with_norm
-        for mine, layer in zip(layers, self.layers.split(), strict=True):
-            yield f"{ours}.{mine}", f"{theirs}.{layer}"
-
-
-def _numbers(level: int, depth: int) -> dict[str, int]:
-    rise = depth - 1 - level
-    return {"level": level, "next": level + 1, "below": level + 2, "rise": rise, "step": rise + 1}
+            rise = depth - 1 - level
+            numbers = {"level": level, "next": level + 1, "below": level + 2, "rise": rise,
+                       "step": rise + 1}  # fmt: skip
+            encoder = self.finest_encoder if level == 0 else ""
+            decoder = self.finest_decoder if level == 0 else ""
+            up = self.deepest_up if rise == 0 else ""
+            blocks[f"encoder.{level}"] = (encoder or self.encoder).format(**numbers)
+            blocks[f"decoder.{level}"] = (decoder or self.decoder).format(**numbers)
+            others[f"up.{level}.conv"] = (up or self.up).format(**numbers)
+        layers = ("conv1", "norm1", "conv2", "norm2")[:: 2 if self.spec.norm == "none" else 1]
+        for ours, theirs in blocks.items():
+            for mine, layer in zip(layers, self.layers.split(), strict=True):
+                yield f"{ours}.{mine}", f"{theirs}.{layer}"
+        yield from ((ours, theirs) for ours, theirs in others.items() if theirs)
 
 
 def _tensors(module: str, bias: bool) -> tuple[str, ...]:
     """What a module of ours holds."""
     if "norm" in module:
-        return (*PARAMETERS, *STATISTICS)
+        return ("weight", "bias", "running_mean", "running_var")
     is_3x3 = module.endswith(("conv1", "conv2"))
-    return PARAMETERS if bias or not is_3x3 else PARAMETERS[:1]
+    return ("weight", "bias") if bias or not is_3x3 else ("weight",)
 
 
 _MILESIAL = UNetSpec(bias=False, join="pad", concat="skip_decoder")
@@ -90,25 +81,22 @@ _JVANVUGT_VALID = replace(_JVANVUGT, padding="valid", join="crop")
 
 _tutorial = Layout(
     "double_conv-transpose", PRESETS["transpose"], "0 1 3 4",
-    finest_encoder="inc.conv.conv", encoder="down{level}.mpconv.1.conv",
-    bottom="down{depth}.mpconv.1.conv", up="up{step}.up", decoder="up{step}.conv.conv",
-    head="outc.conv",
+    finest_encoder="inc.conv.conv", encoder="down{level}.mpconv.1.conv", up="up{step}.up",
+    decoder="up{step}.conv.conv", head="outc.conv",
 )  # fmt: skip
 _milesial = Layout(
     "milesial", _MILESIAL, "0 1 3 4",
     finest_encoder="inc.double_conv", encoder="down{level}.maxpool_conv.1.double_conv",
-    bottom="down{depth}.maxpool_conv.1.double_conv", up="up{step}.up",
-    decoder="up{step}.conv.double_conv", head="outc.conv",
+    up="up{step}.up", decoder="up{step}.conv.double_conv", head="outc.conv",
 )  # fmt: skip
 _concat = Layout(
     "concat-crop", PRESETS["concat-crop"], "0 1 3 4",
-    finest_encoder="inc.conv", encoder="down{level}.maxpool_conv.1.conv",
-    bottom="down{depth}.maxpool_conv.1.conv", up="up{step}.up", decoder="up{step}.conv.conv",
-    head="outc",
+    finest_encoder="inc.conv", encoder="down{level}.maxpool_conv.1.conv", up="up{step}.up",
+    decoder="up{step}.conv.conv", head="outc",
 )  # fmt: skip
 _jvanvugt = Layout(
     "jvanvugt-padded", _JVANVUGT, "0 2",
-    encoder="down_path.{level}.block", bottom="down_path.{depth}.block", up="up_path.{rise}.up",
+    encoder="down_path.{level}.block", up="up_path.{rise}.up",
     decoder="up_path.{rise}.conv_block.block", head="last",
 )  # fmt: skip
 _jvanvugt_norm = replace(_jvanvugt, spec=replace(_JVANVUGT, norm="after_relu"), layers="0 2 3 5")
@@ -148,8 +136,8 @@ LAYOUTS = (
     replace(_concat, name="concat-same", spec=PRESETS["concat-same"]),
     Layout(
         "plain", PRESETS["plain"], "0 2",
-        encoder="down_convolution_{next}", bottom="down_convolution_{last}",
-        up="up_transpose_{step}", decoder="up_convolution_{step}", head="out",
+        encoder="down_convolution_{next}", up="up_transpose_{step}",
+        decoder="up_convolution_{step}", head="out",
     ),
     _jvanvugt,
     _jvanvugt_norm,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from pydantic import ConfigDict
+
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 
@@ -16,6 +18,8 @@ class UNetSpec:
 
     A level is a block of two 3×3 convolutions. Defaults are those of ``padded``.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where one is read
 
     in_channels: int = 3
     classes: int = 1
@@ -125,6 +129,8 @@ class UNetSpec:
 @dataclass(frozen=True)
 class Factory:
     """A network of somebody else: a function that makes it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     factory: str
     """``package.module:function``."""

@@ -4,9 +4,10 @@ The reach is where the gradient of a logit with respect to the input is not zero
 all inputs of a stride at once by the response to an impulse, in a copy with positive weights.
 """
 
+import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -53,11 +54,10 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
             continue
         reaches = _reaches(network, in_channels, sides, candidate, margin=0)
         tiling = _tiling(reaches, sides, candidate, margin=0)
-        if tiling.is_exact and not is_exact(network, in_channels, tiling):
-            tiling = replace(tiling, is_exact=False)
-        found = tiling if found is None or tiling.is_exact else found
-        if tiling.is_exact:
+        if tiling.is_exact and is_exact(network, in_channels, tiling):
+            found = tiling
             break
+        found = found or replace(tiling, is_exact=False)
     if found is None:
         tried = f"multiples of {stride or STRIDES[-1]}"
         raise CheckpointError(
@@ -102,53 +102,39 @@ def _tiling(reaches: Reaches | None, sides: Sides, stride: int, margin: int) -> 
     tiling = Tiling(sides, stride, margin, 0, 0, is_exact=False, channels=1)
     if reaches is None:
         return tiling
-    right = _right(reaches, stride, margin, tiling.window_sides.smallest)
-    halo = round_up(max(_wrong(_left(reaches, stride)), _wrong(right)), stride)
+    end, halo = tiling.window_sides.smallest, 0
+    for at in range(LONGEST):  # from a window's first logit on, and from its last one back
+        back = end - 2 * margin - 1 - at
+        sees_before = at + reaches[at % stride][0] < 0
+        if sees_before or back + reaches[back % stride][1] >= end:
+            halo = round_up(at + 1, stride)
     field = max(last - first + 1 for first, last in reaches)
     return replace(tiling, halo=halo, receptive_field=field, is_exact=True)
-
-
-def _left(reaches: Reaches, stride: int) -> Iterator[bool]:
-    """Whether the logits from a window's first one on see nothing before the window."""
-    for at in range(LONGEST):
-        yield at + reaches[at % stride][0] >= 0
-
-
-def _right(reaches: Reaches, stride: int, margin: int, end: int) -> Iterator[bool]:
-    """Whether the logits from a window's last one back see nothing behind the window's ``end``."""
-    for back in range(LONGEST):
-        at = end - 2 * margin - 1 - back
-        yield at + reaches[at % stride][1] < end
-
-
-def _wrong(are_right: Iterator[bool]) -> int:
-    """How many logits there are up to the last that is not right."""
-    return max((at + 1 for at, is_right in enumerate(are_right) if not is_right), default=0)
 
 
 def _reaches(
     network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int
 ) -> Reaches | None:
     """Union over both axes; None if some logit depends on all that there is."""
-    positive = _positive(network)
+    lit_in = functools.partial(_lit, _positive(network), in_channels, sides.smallest, stride)
     result = [(0, 0)] * stride
     for axis in (-1, -2):
-        length = _length(positive, in_channels, sides, stride, margin, axis)
+        length = _length(functools.partial(lit_in, axis, 1), sides, 2 * margin + 16 * stride)
         if length is None:
             return None
-        for phase, at in _lit(positive, in_channels, sides, length, stride, axis):
+        for phase, at in lit_in(axis, stride, length):
             first, last = result[at % stride]
             result[at % stride] = min(first, phase - at), max(last, phase - at)
     return result
 
 
 def _length(
-    network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int, axis: int
+    lit_in: Callable[[int], list[tuple[int, int]]], sides: Sides, shortest: int
 ) -> int | None:
     """The side of a strip whose ends have no part in what an impulse at its middle does."""
-    length, before = sides.at_least(2 * margin + 16 * stride), None
+    length, before = sides.at_least(shortest), None
     while length <= LONGEST:
-        lit = _lit(network, in_channels, sides, length, stride, axis, phases=1)
+        lit = lit_in(length)
         if lit and (lit[0], lit[-1]) == before:
             return length
         before = (lit[0], lit[-1]) if lit else None
@@ -158,8 +144,8 @@ def _length(
 
 @torch.inference_mode()
 def _lit(
-    network: nn.Module, in_channels: int, sides: Sides, length: int, stride: int, axis: int,
-    phases: int | None = None,
+    network: nn.Module, in_channels: int, width: int, stride: int, axis: int, phases: int,
+    length: int,
 ) -> list[tuple[int, int]]:  # fmt: skip
     """Pairs of an input line and a logit that depends on it, counted from the strip's middle; none
     if an end of the strip is among them.
@@ -168,9 +154,8 @@ def _lit(
     weights nothing cancels, and a maximum finds it.
     """
     middle = length // 2 // stride * stride
-    phases = phases or stride
     dtype = next(network.parameters()).dtype
-    strips = torch.zeros(phases + 1, in_channels, sides.smallest, length, dtype=dtype)
+    strips = torch.zeros(phases + 1, in_channels, width, length, dtype=dtype)
     for phase in range(phases):
         strips[phase, ..., middle + phase] = 1
     logits = network(strips if axis == -1 else strips.mT)
@@ -206,15 +191,11 @@ def _sides_of(network: nn.Module, in_channels: int, stride: int) -> Sides | None
     network = network.eval()
     device = next(network.parameters()).device
     for smallest in (stride, 2 * stride, 4 * stride):
-        try:
-            for side in (smallest, smallest + stride):
-                logits = network(torch.zeros(1, in_channels, side, side + stride, device=device))
-                if logits.shape[-2:] != (side, side + stride):
-                    break
-            else:
+        shapes = [(side, side + stride) for side in (smallest, smallest + stride)]
+        images = (torch.zeros(1, in_channels, *shape, device=device) for shape in shapes)
+        with contextlib.suppress(Exception):  # it says in its own way which sizes it does not take
+            if [tuple(network(image).shape[-2:]) for image in images] == shapes:
                 return Sides(smallest, stride)
-        except Exception:  # a network says in its own way which sizes it does not take
-            continue
     return None
 
 

@@ -157,8 +157,8 @@ def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
 
 def _head(spec: UNetSpec) -> nn.Sequential:
     size = 1 if spec.head == "1x1" else 3
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers["conv"] = nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
+    conv = nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
+    layers = OrderedDict[str, nn.Module](conv=conv)
     if spec.head == "3x3_relu_norm":
         layers["relu"] = nn.ReLU(inplace=True)
         layers["norm"] = nn.BatchNorm2d(spec.classes)
@@ -170,17 +170,15 @@ def _initialise(network: UNet, init: str) -> None:
     if init == "torch":
         return
     for module in network.modules():
-        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            continue
-        if init == "xavier":
-            nn.init.xavier_normal_(module.weight)
-        else:
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             # each output of a 2×2 transposed convolution of stride 2 has one tap per channel
-            is_up = isinstance(module, nn.ConvTranspose2d)
-            taps = 1 if is_up else module.kernel_size[0] * module.kernel_size[1]
-            nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            taps = module.kernel_size[0] ** 2 if isinstance(module, nn.Conv2d) else 1
+            if init == "xavier":
+                nn.init.xavier_normal_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=(2 / (module.in_channels * taps)) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def fold_batchnorm(network: nn.Module) -> nn.Module:

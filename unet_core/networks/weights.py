@@ -5,21 +5,19 @@ not ours comes from a function that the user names.
 """
 
 import io
+import itertools
 import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
-from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint, construction
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
@@ -33,6 +31,9 @@ PICKLES = (b"PK\x03\x04", b"\x80")
 """What files of ``torch.save`` begin with, since 1.6 and before."""
 SHOWN = 3
 
+Reading = tuple[Layout, UNetSpec, dict[str, str]]
+"""A layout with a depth and with or without biases; all names that follow, ours and theirs."""
+
 
 def import_weights(config: ImportConfig) -> Header:
     """Write a checkpoint that gives the same logits as the source's network.
@@ -44,8 +45,11 @@ def import_weights(config: ImportConfig) -> Header:
     if destination.exists():
         raise ConfigError(f"{config.destination} exists already; remove it, or give another name")
     tensors = read_tensors(config.source, config.storage)
-    network, spec = _network_with(tensors, config)
-    header = _header(network, spec, config)
+    with _naming(config.source):
+        network, spec = _network_with(tensors, config.model)
+    stride = config.model.stride if isinstance(config.model.stride, int) else None
+    header = construction.header_of(network, spec, config.model, stride)
+    header = replace(header, training={"imported_from": config.source})
     destination.publish("", checkpoint.serialise(network, header))
     return header
 
@@ -58,8 +62,9 @@ def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str,
     """
     data = read_file(source, storage)
     is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
+    tensors = checkpoint.unpack(data, source) if is_safetensors else None
     with _naming(source):
-        found = _unwrapped(_safetensors(data) if is_safetensors else _unpickled(data))
+        found = _unwrapped(_unpickled(data) if tensors is None else tensors)
         for name, value in found.items():
             if reason := _why_not(name, value, len(data)):
                 raise CheckpointError(f"{name} {reason}")
@@ -74,15 +79,26 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     Raises CheckpointError unless exactly one layout (of those called ``layout``, if given) has
     these names; ConfigError if there is no such layout.
     """
+    allowed = dict.fromkeys(known.name for known in LAYOUTS)
+    if layout and layout not in allowed:
+        raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(allowed)}")
     keys = {name for name in tensors if not _is_counter(name)}
-    readings = list(_readings(layout))
-    fitting = [reading for reading in readings if reading.keys == keys]
+    readings = [
+        (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
+        for known in LAYOUTS
+        for depth, bias in itertools.product(DEPTHS, (True, False))
+        if layout in ("", known.name)
+    ]
+    fitting = [reading for reading in readings if set(reading[2].values()) == keys]
     if not fitting:
-        raise CheckpointError(_nearest(readings, sorted(keys)))
+        raise CheckpointError(_nearest(readings, keys))
     if len(fitting) > 1:
-        names = ", ".join(reading.layout.name for reading in fitting)
+        names = ", ".join(known.name for known, _, _ in fitting)
         raise CheckpointError(f"several networks have these keys; say which with --layout: {names}")
-    return fitting[0].layout, fitting[0].spec(tensors)
+    found, spec, theirs = fitting[0]
+    width, channels = _shape_of(tensors, theirs["encoder.0.conv1.weight"])
+    classes, _ = _shape_of(tensors, theirs["head.conv.weight"])
+    return found, replace(spec, width=width, in_channels=channels, classes=classes)
 
 
 def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
@@ -90,58 +106,32 @@ def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> di
 
     Raises CheckpointError, with the source's name, for one of another shape or with NaN.
     """
-    with torch.device("meta"):
-        wanted = UNet(
-            replace(spec, init="torch")
-        ).state_dict()  # other initial weights take seconds
+    with torch.device("meta"):  # other initial weights take seconds
+        wanted = UNet(replace(spec, init="torch")).state_dict()
     names = layout.names(spec.depth, spec.bias)
     return {ours: _sound(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A layout with what its names alone leave open."""
-
-    layout: Layout
-    depth: int
-    bias: bool
-    names: dict[str, str]
-
-    @property
-    def keys(self) -> set[str]:
-        return set(self.names.values())
-
-    def spec(self, tensors: Mapping[str, Tensor]) -> UNetSpec:
-        first, last = self.names["encoder.0.conv1.weight"], self.names["head.conv.weight"]
-        for key in (first, last):
-            if tensors[key].ndim != 4 or not tensors[key].numel():
-                got = list(tensors[key].shape)
-                raise CheckpointError(f"{key} has the shape {got}, which is none of a convolution")
-        (width, channels), classes = tensors[first].shape[:2], tensors[last].shape[0]
-        return replace(
-            self.layout.spec, depth=self.depth, bias=self.bias, width=width, in_channels=channels,
-            classes=classes,
-        )  # fmt: skip
+def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
+    """Channels that leave a convolution and that enter it."""
+    tensor = tensors[key]
+    if tensor.ndim != 4 or not tensor.numel():
+        got = list(tensor.shape)
+        raise CheckpointError(f"{key} has the shape {got}, which is none of a convolution")
+    return tensor.shape[0], tensor.shape[1]
 
 
-def _readings(name: str) -> Iterator[_Reading]:
-    allowed = dict.fromkeys(layout.name for layout in LAYOUTS)
-    if name and name not in allowed:
-        raise ConfigError(f"model.layout: got {name!r}, allowed: {', '.join(allowed)}")
-    for layout in LAYOUTS:
-        if name in ("", layout.name):
-            for depth in DEPTHS:
-                for bias in (True, False):
-                    yield _Reading(layout, depth, bias, layout.names(depth, bias))
-
-
-def _nearest(readings: list[_Reading], keys: list[str]) -> str:
+def _nearest(readings: list[Reading], keys: set[str]) -> str:
     """What keeps the keys from being those of the layout with the largest share in common."""
-    found = set(keys)
-    near = max(readings, key=lambda r: len(r.keys & found) / len(r.keys | found))
+
+    def share(reading: Reading) -> float:
+        wanted = set(reading[2].values())
+        return len(wanted & keys) / len(wanted | keys)
+
+    layout, spec, names = max(readings, key=share)
     return (
-        f"no known network has these keys; the nearest is {near.layout.name} with {near.depth} "
-        f"pools: {_difference(list(near.names.values()), keys)}; give model.factory for another one"
+        f"no known network has these keys; the nearest is {layout.name} with {spec.depth} pools: "
+        f"{_difference(names.values(), sorted(keys))}; give model.factory for another one"
     )
 
 
@@ -159,22 +149,20 @@ def _few(keys: list[str]) -> str:
 
 
 def _network_with(
-    tensors: dict[str, Tensor], config: ImportConfig
+    tensors: dict[str, Tensor], model: ForeignConfig
 ) -> tuple[nn.Module, NetworkSpec]:
     """The network with these weights; how many classes a factory's has is not known yet."""
-    model = config.model
-    if not model.factory:
-        with _naming(config.source):
-            layout, spec = recognise(tensors, model.layout)
-            converted = convert(tensors, layout, spec)  # holds shapes against each other first
-            network = UNet(spec)
-            network.load_state_dict(converted)
-            return network.eval(), spec
-    made_by = Factory(model.factory, model.arguments, _preprocessing(model, 0).channels)
-    foreign = construction.build(made_by)
-    with _naming(config.source):
+    if model.factory:
+        wanted = construction.preprocessing_of(model, 0)
+        made_by = Factory(model.factory, model.arguments, wanted.channels)
+        foreign = construction.build(made_by)
         _fill(foreign, tensors)
-    return foreign.eval(), made_by
+        return foreign.eval(), made_by
+    layout, spec = recognise(tensors, model.layout)
+    converted = convert(tensors, layout, spec)  # holds shapes against each other first
+    network = UNet(spec)
+    network.load_state_dict(converted)
+    return network.eval(), spec
 
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -199,36 +187,6 @@ def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
     return tensor
 
 
-def _header(network: nn.Module, spec: NetworkSpec, config: ImportConfig) -> Header:
-    model = config.model
-    stride = model.stride if isinstance(model.stride, int) else None
-    spec, tiling = construction.measured(spec, network, stride)
-    preprocessing = _preprocessing(model, spec.in_channels)
-    if preprocessing.channels != spec.in_channels:
-        raise ConfigError(
-            f"model.color: {model.color} images have {preprocessing.channels} channels, but the "
-            f"network takes {spec.in_channels}"
-        )
-    names = _class_names(spec.classes, model.classes)
-    return Header(spec, tiling, names, preprocessing, training={"imported_from": config.source})
-
-
-def _class_names(logits: int, given: list[str]) -> tuple[str, ...]:
-    count = max(2, logits)
-    numbered = ["background", *(f"class {number}" for number in range(1, count))]
-    names = given or (["background", "foreground"] if count == 2 else numbered)
-    if len(names) != count:
-        raise ConfigError(f"model.classes: got {len(names)} names, but the network has {count}")
-    return tuple(names)
-
-
-def _preprocessing(model: ForeignConfig, channels: int) -> Preprocessing:
-    given = model.model_dump(include={"color", "normalisation", "low", "high"})
-    if model.color == "auto":
-        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
-    return Preprocessing.model_validate(given)
-
-
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
     """Let errors say which file they are about."""
@@ -240,13 +198,6 @@ def _naming(source: str) -> Iterator[None]:
 
 def _is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
-
-
-def _safetensors(data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"a damaged safetensors file: {_first(error)}") from error
 
 
 def _unpickled(data: bytes) -> Any:

@@ -59,7 +59,6 @@ class TrainingFacts:
 
 def training_facts(run: TrainingRun) -> TrainingFacts:
     """Read ``run.json``, the history, and how far it has come."""
-    assert run.record is not None
     record, data, position = run.record, run.record["data"], run.position()
     rows = run.rows()
     points, config = _points(rows), record["config"]

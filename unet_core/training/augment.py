@@ -42,8 +42,7 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
     inner_NHW2 = grid_NHW2[:, inner, inner]
     labels_N1HW = _stacked([crop.labels_HW for crop in crops], device).float()[:, None]
     boundary_NHW = None
-    if crops[0].boundary_HW is not None:
-        terms = [crop.boundary_HW for crop in crops if crop.boundary_HW is not None]
+    if terms := [crop.boundary_HW for crop in crops if crop.boundary_HW is not None]:
         boundary_N1HW = _stacked(terms, device).float()[:, None]
         boundary_NHW = _sample(boundary_N1HW, inner_NHW2, "bilinear")[:, 0]
     return Examples(

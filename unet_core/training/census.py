@@ -1,8 +1,10 @@
 """Looking at every image once before training: how many there are, and all that is wrong."""
 
+import functools
 import math
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +13,18 @@ import numpy as np
 
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
-from unet_core.run import Identity
 from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import (
     TRAIN,
     VAL,
     Item,
-    Key,
     Split,
+    Splits,
     divide_at,
     read_items,
     share_of,
-)
-from unet_core.training.lanes import Order
+)  # fmt: skip
+from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
 
@@ -33,7 +34,7 @@ SHOWN = 5
 
 @dataclass
 class Census:
-    """What was found; ``a + b`` is what both found."""
+    """What was found; ``a += b`` adds what another found."""
 
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     """By split and shard."""
@@ -48,30 +49,17 @@ class Census:
         """Images of a split."""
         return sum(count for (name, _), count in self.images.items() if name == split)
 
-    def __add__(self, other: "Census") -> "Census":
-        return Census(
-            self.images + other.images,
-            self.label_pixels + other.label_pixels,
-            self.without_mask + other.without_mask,
-            self.unusable + other.unusable,
-            min(self.lowest_share, other.lowest_share),
-        )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One image, looked at."""
-
-    key: Key
-    share: float
-    label_pixels: Counter[int]
+    def __iadd__(self, other: "Census") -> "Census":
+        self.images.update(other.images)
+        self.label_pixels.update(other.label_pixels)
+        self.without_mask += other.without_mask
+        self.unusable += other.unusable
+        self.lowest_share = min(self.lowest_share, other.lowest_share)
+        return self
 
 
 def take(
-    splits: tuple[Split, Split],
-    ranks: Ranks,
-    pool: ThreadPoolExecutor,
-    wants_stop: Callable[[], bool],
+    splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> Census:
     """Look at all images, each rank at its own shards; sets the counts of the splits.
 
@@ -81,16 +69,13 @@ def take(
     train, val = splits
     groups = [[train, val]] if train.input is val.input else [[train], [val]]
 
-    def look() -> Census:
-        mine = ranks.together(
-            lambda: sum((_look(group, ranks, pool, wants_stop) for group in groups), Census())
-        )
-        return sum(ranks.gather(mine), Census())
+    def mine() -> Census:
+        return _sum(_look(group, ranks, pool, wants_stop) for group in groups)
 
-    found = look()
+    found = _sum(ranks.gather(ranks.together(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         divide_at(splits, math.nextafter(found.lowest_share, 1))  # few images: one validates
-        found = look()
+        found = _sum(ranks.gather(ranks.together(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
@@ -109,29 +94,29 @@ def _look(
         for shard in range(ranks.rank, len(source.shards), ranks.count):
             yield from read_items(splits, shard, without_mask)
 
-    def look(item: Item) -> Seen | str:
+    def look(item: Item) -> Census:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
-            return str(error)
-        values, counts = np.unique(image.labels, return_counts=True)
-        pixels = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        return Seen(item.key, share_of(item.image_id), pixels)
+            return Census(unusable=[str(error)])
+        seen = Census(Counter([item.key[:2]]), lowest_share=share_of(item.image_id))
+        if item.key[0] == TRAIN:
+            labels, counts = np.unique(image.labels_HW, return_counts=True)
+            seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+        return seen
 
     with Prefetch(pool, look, items(), AHEAD) as looked:
         for seen in looked:
             if wants_stop():
                 raise StoppedError("stopped while looking at the images")
-            if isinstance(seen, str):
-                found.unusable.append(seen)
-                continue
-            found.images[seen.key[:2]] += 1
-            found.lowest_share = min(found.lowest_share, seen.share)
-            if seen.key[0] == TRAIN:
-                found.label_pixels += seen.label_pixels
+            found += seen
     if source.config.on_missing_mask == "refuse":
         found.without_mask = [f"{source.name}: {image_id}" for image_id in without_mask]
     return found
+
+
+def _sum(parts: Iterable[Census]) -> Census:
+    return functools.reduce(operator.iadd, parts, Census())
 
 
 def _refuse_unusable(found: Census, train: Split) -> None:
@@ -171,20 +156,16 @@ def _refuse_single_class(found: Census, ignore_index: int) -> None:
 
 
 def counted(
-    config: TrainConfig,
-    run: TrainingRun,
-    wanted: Identity,
-    splits: tuple[Split, Split],
-    ranks: Ranks,
-    pool: ThreadPoolExecutor,
+    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
     wants_stop: Callable[[], bool],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What ``run.json`` says of the data: looked at now, or recalled from the first session. Sets
     the counts of the splits; the first rank publishes.
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    if run.record is not None and ranks.first(run.has_manifest):
+    was_counted = ranks.first(run.has_manifest)
+    if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
             divide_at(splits, data["val_below"])
@@ -193,7 +174,7 @@ def counted(
     found = take(splits, ranks, pool, wants_stop)
     train, val = splits
     classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
-    epoch = Order.of(config.train, train, 0)
+    epoch = Order(config.train, train, 0)
     data = {
         TRAIN: train.images,
         VAL: val.images,
@@ -203,8 +184,8 @@ def counted(
     }
 
     def publish() -> dict[str, Any]:
-        if run.record is None:
-            run.establish(wanted, config, data)
+        if not run.record:
+            run.establish(config, data)
         elif run.record["data"] != data:
             raise RunMismatchError(
                 f"{run.store.uri()}: the images changed since the training began; restore them, or "

@@ -3,7 +3,6 @@
 All randomness of a crop comes from the seed, the epoch, the image's id and the round.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.train_config import AugmentConfig
-from unet_core.training.dataset import Labelled
+from unet_core.training.dataset import Labelled, digest_of
 
 Random = np.random.Generator
 
@@ -82,8 +81,8 @@ class Crop:
 
 def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
     """Draw a crop of an image; ``seed``: of the run, the epoch and the round."""
-    digest = hashlib.sha256(image.image_id.encode("utf-8", "surrogateescape")).digest()
-    random = np.random.default_rng([*seed, int.from_bytes(digest[:8], "big")])
+    own = int.from_bytes(digest_of(image.image_id)[:8], "big")
+    random = np.random.default_rng([*seed, own])
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
     pixels_CHW = image.picture.pixels.whole()
@@ -99,7 +98,7 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
     return Crop(
         image_id=image.image_id,
         pixels_CHW=_padded(pixels_CHW[:, *cut], shape.window),
-        labels_HW=_padded(image.labels[cut], shape.window),
+        labels_HW=_padded(image.labels_HW[cut], shape.window),
         boundary_HW=None
         if image.boundary_HW is None
         else _padded(image.boundary_HW[cut], shape.window),

@@ -6,21 +6,20 @@ room.
 """
 
 import hashlib
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
-from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
+from unet_core.memory import usable_bytes
+from unet_core.networks.checkpoint import Header
 from unet_core.train_config import LabelledConfig, TrainConfig
 
 TRAIN, VAL = "train", "val"
@@ -32,9 +31,11 @@ Key = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Labelled:
-    """A decoded image in memory with its class ids, and what its boundaries weigh."""
+    """A decoded image in memory with its truth, and what its boundaries weigh."""
 
     picture: Picture
+    labels_HW: Array
+    """Class ids and ``ignore_index``."""
     boundary_HW: Array | None = None
     """float16; None where the loss has no use for it."""
 
@@ -44,25 +45,18 @@ class Labelled:
         return self.picture.sample.image_id
 
     @property
-    def labels(self) -> Array:
-        """HW: class ids and ``ignore_index``."""
-        assert self.picture.truth is not None
-        return self.picture.truth.whole()[0]
-
-    @property
     def nbytes(self) -> int:
         """Memory that it takes."""
         boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.picture.pixels.held_bytes + self.labels.nbytes + boundary
+        return self.picture.pixels.held_bytes + self.labels_HW.nbytes + boundary
 
 
 class LabelledInput:
     """One input of ``[data]``."""
 
     def __init__(
-        self, name: str, config: LabelledConfig, whole: TrainConfig, wanted: Preprocessing,
-        classes: int,
-    ) -> None:  # fmt: skip
+        self, name: str, config: LabelledConfig, whole: TrainConfig, header: Header
+    ) -> None:
         self.name = f"data.{name}"
         self.config = config
         alone = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
@@ -71,17 +65,9 @@ class LabelledInput:
             self.shards = list(list_shards(self.source))
         except (ConfigError, StoreError) as error:
             raise type(error)(str(error).replace("input.", f"{self.name}.")) from error
-        self._decoder = Decoder(wanted, 2**16 if config.instances else classes, config)
+        classes = 2**16 if config.instances else len(header.class_names)
+        self._decoder = Decoder(header.preprocessing, classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
-
-    def samples(self, shard: int) -> Iterator[Sample]:
-        """What lies in a shard, in its order."""
-        return read_shard(self.source, self.shards[shard])
-
-    def is_left_out(self, sample: Sample) -> bool:
-        """Whether an image has no mask and may not be taken as background."""
-        has_none = sample.read_mask is None and sample.failure is None
-        return has_none and self.config.on_missing_mask != "background"
 
     def decode(self, sample: Sample) -> list[Labelled]:
         """One image, or one for each page that is expanded.
@@ -96,9 +82,9 @@ class LabelledInput:
                 if image.truth_failure is not None:
                     raise image.truth_failure
                 images.append(self._in_memory(image))
-            except ImageError as failure:  # also of a window that is only read now
-                text = str(failure).replace("input.", f"{self.name}.")
-                raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from failure
+            except ImageError as error:  # also of a window that is only read now
+                text = str(error).replace("input.", f"{self.name}.")
+                raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from error
         return images
 
     def _in_memory(self, image: Picture) -> Labelled:
@@ -109,8 +95,8 @@ class LabelledInput:
                 f"{self.name}: {image.sample.image_id} has {height} × {width} pixels, too large to "
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
-        truth = image.truth.whole()[0] if image.truth is not None else None
-        stored_HW = np.zeros((height, width), dtype=np.uint8) if truth is None else truth
+        background_HW = np.zeros((height, width), dtype=np.uint8)
+        stored_HW = image.truth.whole()[0] if image.truth is not None else background_HW
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
@@ -122,12 +108,9 @@ class LabelledInput:
                 else objects_of(labels_HW, config.ignore_index)
             )
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
-        pixels, truth = Pixels.of(image.pixels.whole()), Pixels.of(labels_HW[None])
-        name_only = replace(
-            image.sample, read=bytes, read_mask=None, open=None, open_mask=None
-        )  # its bytes are done with
-        kept = replace(image, sample=name_only, pixels=pixels, truth=truth)
-        return Labelled(kept, boundary_HW)
+        pixels = Pixels.of(image.pixels.whole())
+        kept = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
+        return Labelled(kept, labels_HW, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
         """Class ids, as small as they go; of objects, one class and what was said to be ignored."""
@@ -151,11 +134,7 @@ class Memory:
     @classmethod
     def shared_by(cls, ranks: int) -> "Memory":
         """A part of the memory that this process may use, as if all ranks were on this machine."""
-        usable = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            usable = min(usable, int(text))
-        return cls(usable // MEMORY_SHARE // ranks)
+        return cls(usable_bytes() // MEMORY_SHARE // ranks)
 
     def clear(self) -> None:
         """Keep nothing any more."""
@@ -199,10 +178,6 @@ class Split:
         """Images of all shards."""
         return sum(self.counts)
 
-    def holds(self, image_id: str) -> bool:
-        """Whether an image, or a page of one, is one of them."""
-        return self.low <= share_of(image_id) < self.high
-
     def items(self, shard: int, positions: Iterable[int]) -> Iterator[Item]:
         """The images of a shard at some positions, in its order."""
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
@@ -227,13 +202,21 @@ class Split:
         return image
 
 
+Splits = tuple[Split, Split]
+"""For training and for validation."""
+
+
 def share_of(image_id: str) -> float:
     """A number in [0, 1) that an id has for ever."""
-    digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
 
 
-def divide_at(splits: tuple[Split, Split], at: float) -> None:
+def digest_of(image_id: str) -> bytes:
+    """What an image's fate is drawn from."""
+    return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
+
+
+def divide_at(splits: Splits, at: float) -> None:
     """Let the images of one input whose ids have a smaller share validate, the others train."""
     train, val = splits
     train.low = val.high = at
@@ -249,30 +232,30 @@ def read_items(
     source = splits[0].input
     expands = source.config.pages == "expand"
     positions = Counter[str]()
-    for sample in source.samples(shard):
-        if source.is_left_out(sample):
+    for sample in read_shard(source.source, source.shards[shard]):
+        has_none = sample.read_mask is None and sample.failure is None
+        if has_none and source.config.on_missing_mask != "background":
             if without_mask is not None:
                 without_mask.append(sample.image_id)
             continue
         for found in source.decode(sample) if expands else [sample]:
-            name = next((split.name for split in splits if split.holds(found.image_id)), None)
-            if name is not None:
-                key = (name, shard, positions[name])
-                positions[name] += 1
-                yield Item(key, found.image_id, found)
+            share = share_of(found.image_id)
+            for split in splits:
+                if split.low <= share < split.high:
+                    yield Item((split.name, shard, positions[split.name]), found.image_id, found)
+                    positions[split.name] += 1
 
 
-def open_splits(
-    config: TrainConfig, wanted: Preprocessing, classes: int, memory: Memory
-) -> tuple[Split, Split]:
+def open_splits(config: TrainConfig, header: Header, memory: Memory) -> Splits:
     """Training and validation images, listed but not yet looked at.
 
     Without ``data.val`` a share of the training images, by a hash of the id, is for validation.
     """
-    data = config.data
-    train = LabelledInput("train", data.train, config, wanted, classes)
-    if data.val is not None:
-        val = LabelledInput("val", data.val, config, wanted, classes)
-        return Split(TRAIN, train, memory), Split(VAL, val, memory)
-    at = data.val_fraction
+    inputs = {
+        name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()
+    }
+    train = inputs[TRAIN]
+    if VAL in inputs:
+        return Split(TRAIN, train, memory), Split(VAL, inputs[VAL], memory)
+    at = config.data.val_fraction
     return Split(TRAIN, train, memory, low=at), Split(VAL, train, memory, high=at)

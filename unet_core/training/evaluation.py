@@ -1,9 +1,11 @@
 """How good a network is on the validation images, segmented as ``predict`` does it."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -14,7 +16,6 @@ from unet_core.canvas import Canvas, Look
 from unet_core.config import TileConfig
 from unet_core.engine import Engine
 from unet_core.errors import StoppedError
-from unet_core.images.picture import Picture
 from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
 from unet_core.networks.checkpoint import Header
 from unet_core.ordered import Prefetch
@@ -65,49 +66,34 @@ def evaluate(
 
     Raises StoppedError if someone asks for it, on every rank.
     """
-    with torch.backends.cudnn.flags(
-        enabled=True
-    ):  # the engine wants repeatable kernels; training does not
-        matrix = ranks.together(
-            lambda: _count(network, header, device, split, ranks, pool, wants_stop)
-        )
-    return Evaluation(sum(ranks.gather(matrix)))
-
-
-def _count(
-    network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
-    pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
-) -> Array:  # fmt: skip
     windows = windows_for(TileConfig(), header.tiling)
-    engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
-    look = Look(header.network.classes)
-    ignore_index = split.input.config.ignore_index
-    matrix = np.zeros((header.classes, header.classes), dtype=np.int64)
+    classes, ignore_index = header.classes, split.input.config.ignore_index
 
-    def load(item: Item) -> Picture:
-        return split.load(item).picture
+    def count() -> Array:
+        engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
+        matrix = np.zeros((classes, classes), dtype=np.int64)
+        mine = _mine(split, ranks)
+        with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
+            for index, image in enumerate(images):
+                if wants_stop():
+                    raise StoppedError("stopped while evaluating")
+                canvas = Canvas(index, image.picture, windows, Look(header.network.classes))
+                for tile in canvas.tiles:
+                    for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
+                        y, x, height, width = area.box
+                        truth_HW = image.labels_HW[y : y + height, x : x + width]
+                        matrix += confusion(truth_HW, area.mask_HW, classes, ignore_index)
+        return matrix
 
-    def weight(picture: Picture) -> int:
-        return picture.pixels.held_bytes
-
-    with Prefetch(pool, load, _mine(split, ranks), AHEAD, weight, AHEAD_BYTES) as pictures:
-        for index, picture in enumerate(pictures):
-            if wants_stop():
-                raise StoppedError("stopped while evaluating")
-            canvas = Canvas(index, picture, windows, look)
-            assert picture.truth is not None
-            for tile in canvas.tiles:
-                for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
-                    truth_HW = picture.truth.read(*area.box)[0]
-                    matrix += confusion(truth_HW, area.mask_HW, header.classes, ignore_index)
-    return matrix
+    # the engine wants repeatable kernels; training does not
+    with torch.backends.cudnn.flags(enabled=True):
+        return Evaluation(sum(ranks.gather(ranks.together(count))))
 
 
 def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
     """Every so many-th image of the split, each on one rank."""
-    before = 0
+    numbers = itertools.count()
     for shard, count in enumerate(split.counts):
-        wanted = [at for at in range(count) if (before + at) % ranks.count == ranks.rank]
-        before += count
+        wanted = [at for at in range(count) if next(numbers) % ranks.count == ranks.rank]
         if wanted:
             yield from split.items(shard, wanted)

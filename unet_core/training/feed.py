@@ -1,25 +1,122 @@
-"""Crops ahead of the device: this rank's part of every step of an epoch."""
+"""Which images come when in an epoch, and their crops ahead of the device.
 
-import contextlib
+An epoch has as many lanes as a global batch has places, each a stream of images. A lane depends on
+the seed, the epoch and its number alone. A step takes one image from each lane; ranks own lanes. So
+any number of ranks sees the same images in the same steps.
+"""
+
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
+import numpy as np
 import torch
 
+from unet_core.arrays import Array
 from unet_core.errors import UnetJobsError
 from unet_core.ordered import Prefetch
-from unet_core.train_config import TrainConfig
+from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples, augmented, nothing
 from unet_core.training.crops import Crop, CropShape, draw
-from unet_core.training.dataset import Split
-from unet_core.training.lanes import Entry, Order
+from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 
 AHEAD_STEPS = 4
 AHEAD_BYTES = 2**29
+SHUFFLED = 256
+"""Images that wait to be drawn from, over all lanes; where a shard holds many, they lie near."""
+
+Entry = tuple[int, Item]
+"""A round, and an image."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """An epoch: all shards of a split in a random order, ``crops_per_image`` times, cut into equal
+    lanes, one for each place of a batch.
+    """
+
+    config: FitConfig
+    split: Split
+    epoch: int
+
+    @property
+    def steps(self) -> int:
+        """The length of the longest lane; the others are at most one image shorter."""
+        return -(-self._total // self.config.batch)
+
+    def present(self, lanes: range, step: int) -> int:
+        """How many of some lanes have an image for a step."""
+        return sum(self._start(lane + 1) - self._start(lane) > step for lane in lanes)
+
+    def streams(self, lanes: range, skip: int) -> Iterator[list[Entry | None]]:
+        """Step by step what some lanes have; None for a lane that has ended. The first ``skip``
+        steps are passed over.
+        """
+        shards = self._shards()
+        ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
+        streams = [self._lane(lane, shards, ends) for lane in lanes]
+        for step in range(self.steps):
+            drawn = [next(stream, None) for stream in streams]
+            if step >= skip:
+                yield drawn
+
+    @property
+    def _total(self) -> int:
+        return self.split.images * self.config.crops_per_image
+
+    def _start(self, lane: int) -> int:
+        return self._total * lane // self.config.batch
+
+    def _random(self, *of: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.epoch, *of])
+
+    def _shards(self) -> list[tuple[int, int]]:
+        """Round and shard, in the order of this epoch."""
+        there = np.flatnonzero(self.split.counts)
+        return [
+            (round_, int(shard))
+            for round_ in range(self.config.crops_per_image)
+            for shard in self._random(round_).permutation(there)
+        ]
+
+    def _lane(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One lane's images, shuffled among those that are near."""
+        random = self._random(lane, self.config.crops_per_image)
+        room = max(1, SHUFFLED // self.config.batch)
+        waiting: list[Entry] = []
+        for entry in self._cut(lane, shards, ends):
+            waiting.append(entry)
+            if len(waiting) == room:
+                yield _drawn(waiting, random)
+        while waiting:
+            yield _drawn(waiting, random)
+
+    def _cut(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One lane's part of all images, shard by shard; of one that several lanes share it has
+        some at random.
+        """
+        start, stop = self._start(lane), self._start(lane + 1)
+        for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
+            round_, shard = shards[at]
+            count = self.split.counts[shard]
+            first = int(ends[at]) - count
+            if first >= stop:
+                return
+            here = slice(max(start - first, 0), min(stop - first, count))
+            drawn = self._random(round_, shard).permutation(count)[here]
+            for item in self.split.items(shard, drawn):
+                yield round_, item
+
+
+def _drawn(waiting: list[Entry], random: np.random.Generator) -> Entry:
+    """Take one at random; the last one fills its place."""
+    at = int(random.integers(len(waiting)))
+    waiting[at], waiting[-1] = waiting[-1], waiting[at]
+    return waiting.pop()
 
 
 @dataclass(frozen=True)
@@ -44,58 +141,45 @@ class Feed:
     device: torch.device
     pool: ThreadPoolExecutor
 
-    @contextlib.contextmanager
-    def steps(self, order: Order, ranks: Ranks, skip: int) -> Iterator[Iterator[Fed]]:
-        """What a rank's lanes give, step by step, after the first ``skip`` steps."""
-        lanes = ranks.lanes(order.lanes)
+    def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
+        """What a rank's lanes give, step by step, after the first ``skip`` steps; close it."""
+        lanes = ranks.lanes(order.config.batch)
+        streams = order.streams(lanes, skip)
+        entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
-        def crop(entry: Entry | None) -> Crop | None:
-            if entry is None:
-                return None
+        def crop(entry: Entry) -> Crop:
             round_, item = entry
-            seed = (order.seed, order.epoch, round_)
+            seed = (order.config.seed, order.epoch, round_)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
-        entries = (entry for drawn in order.streams(lanes, skip) for entry in drawn)
-        ahead = AHEAD_STEPS * len(lanes)
-        with Prefetch(self.pool, crop, entries, ahead, _weight, AHEAD_BYTES) as crops:
-            yield self._fed(iter(crops), order, ranks, skip)
+        ahead, weigh = AHEAD_STEPS * len(lanes), attrgetter("nbytes")
+        with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
+            crops = iter(prefetch)
+            for step in range(skip, order.steps):
+                pieces = self._count(order, ranks, step)
+                yield self._fed(itertools.islice(crops, order.present(lanes, step)), pieces)
 
-    def _fed(
-        self, crops: Iterator[Crop | None], order: Order, ranks: Ranks, skip: int
-    ) -> Iterator[Fed]:
-        lanes = ranks.lanes(order.lanes)
-        for step in range(skip, order.steps):
-            started = time.perf_counter()
-            drawn: list[Crop] = []
-            error: UnetJobsError | None = None
-            try:
-                for _ in lanes:
-                    crop = next(crops)
-                    drawn += [crop] if crop is not None else []
-            except UnetJobsError as raised:
-                error = raised
-            waiting_s = time.perf_counter() - started
-            yield Fed(self._pieces(drawn, self._count(order, ranks, step)), waiting_s, error)
+    def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
+        started = time.perf_counter()
+        drawn, error = list[Crop](), None
+        try:
+            drawn += crops
+        except UnetJobsError as raised:
+            error = raised
+        waiting_s = time.perf_counter() - started
+        ends = [len(drawn) * at // pieces for at in range(pieces + 1)]
+        cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
+        return Fed([self._augmented(piece) for piece in cut], waiting_s, error)
 
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
         most = max(
-            order.present(replace(ranks, rank=rank).lanes(order.lanes), step)
+            order.present(replace(ranks, rank=rank).lanes(order.config.batch), step)
             for rank in range(ranks.count)
         )
         return min(self.config.train.accumulate, most)
 
-    def _pieces(self, drawn: list[Crop], count: int) -> list[Examples]:
-        ends = [len(drawn) * at // count for at in range(count + 1)]
-        pieces = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
-        return [
-            augmented(piece, self.shape, self.device)
-            if piece
-            else nothing(self.shape, self.channels, self.device)
-            for piece in pieces
-        ]
-
-
-def _weight(crop: Crop | None) -> int:
-    return 0 if crop is None else crop.nbytes
+    def _augmented(self, crops: list[Crop]) -> Examples:
+        if not crops:
+            return nothing(self.shape, self.channels, self.device)
+        return augmented(crops, self.shape, self.device)

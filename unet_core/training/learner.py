@@ -1,8 +1,10 @@
 """The network on its way: weights, optimiser, running mean; one step, and all of it as tensors."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unet_core.engine import memory_format
-from unet_core.errors import CheckpointError
-from unet_core.train_config import FitConfig
+from unet_core.errors import CheckpointError, ConfigError
+from unet_core.geometry import Sides
+from unet_core.networks import checkpoint
+from unet_core.networks.checkpoint import Header
+from unet_core.networks.construction import build, header_of
+from unet_core.networks.presets import UNetSpec
+from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples
 from unet_core.training.losses import Loss
 from unet_core.training.ranks import Ranks
@@ -36,7 +43,7 @@ class Learner:
     def __init__(
         self, network: nn.Module, loss: Loss, config: FitConfig, device: torch.device, ranks: Ranks
     ) -> None:
-        self._config, self._loss, self._ranks = config, loss, ranks
+        self._config, self.loss, self._ranks = config, loss, ranks
         self.device = device
         if ranks.count > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
@@ -59,10 +66,6 @@ class Learner:
     def kept(self) -> nn.Module:
         """The network that is evaluated and kept: the running mean, if there is one."""
         return self._mean.module if self._mean is not None else self.network
-
-    def counts(self, examples: Examples) -> tuple[float, float]:
-        """Pixels of a piece that count, and crops that have some."""
-        return self._loss.counts(examples)
 
     def step(
         self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
@@ -104,7 +107,7 @@ class Learner:
         is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self._loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
+        part = self.loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
         (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return part.detach()
 
@@ -119,27 +122,23 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
-        table = self._optimiser.state_dict()
-        state: dict[int, dict[str, Any]] = {}
+        parts, state = defaultdict[str, Any](dict), defaultdict[int, Any](dict)
         for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = tensor
+            part, _, key = name.partition(".")
+            parts[part][key] = tensor
+        for name, tensor in parts["optimiser"].items():
+            index, _, key = name.partition(".")
+            state[int(index)][key] = tensor
         try:
-            self.network.load_state_dict(_below(tensors, "network."))
+            self.network.load_state_dict(parts["network"])
             if self._mean is not None:
-                self._mean.load_state_dict(_below(tensors, "mean."))
-            self._optimiser.load_state_dict({**table, "state": state})
+                self._mean.load_state_dict(parts["mean"])
+            self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
         for weight, kept in self._optimiser.state.items():
             kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -152,15 +151,12 @@ def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     rate, decay = config.learning_rate, config.weight_decay
     # elsewhere torch has something fast by itself; gaps in memory are no matter to the other way
     fused = True if all(p.device.type == "cpu" and _is_dense(p) for p in weights) else None
-    match config.optimiser:
-        case "sgd":
-            return torch.optim.SGD(
-                weights, rate, momentum=config.momentum, weight_decay=decay, fused=fused
-            )
-        case "adam":
-            return torch.optim.Adam(weights, rate, weight_decay=decay, fused=fused)
-        case "adamw":
-            return torch.optim.AdamW(weights, rate, weight_decay=decay, fused=fused)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    return kinds[config.optimiser](weights, lr=rate, weight_decay=decay, fused=fused)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -182,3 +178,53 @@ def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wants = config.precision == "bfloat16" or (config.precision == "auto" and has_it)
     return torch.bfloat16 if wants else None
+
+
+def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
+    """A network with initial weights, or with those of ``model.checkpoint``; the same for the same
+    seed.
+
+    Raises ConfigError for classes or a crop that it cannot give.
+    """
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    if model.checkpoint:
+        network, header = _loaded(config)
+    else:
+        network = build(model.spec)
+        header = header_of(network, model.spec, model)
+    crop, tiling = config.train.crop, header.tiling
+    crops = Sides(tiling.sides.smallest - 2 * tiling.margin, tiling.sides.step)
+    if crop not in crops:
+        raise ConfigError(f"train.crop: {crop} is not possible here; {crops.near(crop)}")
+    weights = config.loss.class_weights
+    if isinstance(weights, list) and len(weights) != len(header.class_names):
+        raise ConfigError(
+            f"loss.class_weights holds {len(weights)} numbers, but the classes are "
+            f"{', '.join(header.class_names)}"
+        )
+    return network, header
+
+
+def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
+    """Somebody's weights; where other classes are named, the last layer begins anew."""
+    model = config.model
+    network, header = checkpoint.load(
+        model.checkpoint, storage=config.storage, factory=model.factory
+    )
+    header = replace(header, training={})
+    names = tuple(model.classes)
+    if "classes" not in model.model_fields_set or names == header.class_names:
+        return network, header
+    if len(names) == len(header.class_names):
+        return network, replace(header, class_names=names)
+    if not isinstance(header.network, UNetSpec):
+        raise ConfigError(
+            f"model.classes names {len(names)}, but {model.checkpoint} has "
+            f"{len(header.class_names)}, and only U-Nets of presets get a new last layer"
+        )
+    spec = replace(header.network, classes=1 if len(names) == 2 else len(names))
+    wider, kept = build(spec), network.state_dict()
+    fitting = {n: kept[n] for n, t in wider.state_dict().items() if kept[n].shape == t.shape}
+    wider.load_state_dict(fitting, strict=False)
+    return wider, replace(header, network=spec, class_names=names, palette=())

@@ -21,8 +21,7 @@ SMOOTH = 0.5
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
     """−log p of the true class of each pixel, NHW; binary if there is one logit."""
     if logits_NKHW.shape[1] == 1:
-        target_NHW = (labels_NHW == 1).to(logits_NKHW.dtype)
-        return F.binary_cross_entropy_with_logits(logits_NKHW[:, 0], target_NHW, reduction="none")
+        return bce(logits_NKHW, labels_NHW)
     return F.cross_entropy(logits_NKHW, labels_NHW, reduction="none")
 
 
@@ -45,11 +44,9 @@ def tversky(
     """1 − mean over the foreground classes of TP / (TP + α FP + β FN) with soft counts, for each
     crop, N (Salehi et al. 2017, arXiv 1706.05721, eq. 3). α = β = ½ is Dice, α = β = 1 is IoU.
     """
-    if logits_NKHW.shape[1] == 1:
-        p_NKHW, target_NKHW = torch.sigmoid(logits_NKHW), one_hot(logits_NKHW, labels_NHW)
-    else:
-        p_NKHW = torch.softmax(logits_NKHW, dim=1)[:, 1:]
-        target_NKHW = one_hot(logits_NKHW, labels_NHW)[:, 1:]
+    is_one = logits_NKHW.shape[1] == 1
+    p_NKHW = torch.sigmoid(logits_NKHW) if is_one else torch.softmax(logits_NKHW, dim=1)[:, 1:]
+    target_NKHW = one_hot(logits_NKHW, labels_NHW)[:, 0 if is_one else 1 :]
     p_NKHW, target_NKHW = p_NKHW * counted_NHW[:, None], target_NKHW * counted_NHW[:, None]
     overlap_NK = (p_NKHW * target_NKHW).sum(dim=(2, 3))
     fp_NK = p_NKHW.sum(dim=(2, 3)) - overlap_NK
@@ -119,6 +116,13 @@ class Loss:
         if boundary_NHW is not None:
             weights_NHW = weights_NHW + self._config.boundary * boundary_NHW * counted_NHW
         return weights_NHW
+
+
+def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[float] | None:
+    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have."""
+    if config.class_weights == "balanced":
+        return balanced([*pixels, *[0] * (classes - len(pixels))])
+    return None if config.class_weights == "none" else config.class_weights
 
 
 def balanced(pixels: list[int]) -> list[float]:

@@ -55,12 +55,7 @@ class Ranks:
 
     def first(self, call: Callable[[], ResultT]) -> ResultT:
         """What the first rank finds, so that all go by the same; its error is raised on all."""
-        box: list[Any] = [None]
-        if self.is_first:
-            try:
-                box = [(call(), None)]
-            except UnetJobsError as error:
-                box = [(None, error)]
+        box: list[Any] = [_tried(call) if self.is_first else None]
         if self.count > 1:
             distributed.broadcast_object_list(box, src=0)
         result, raised = box[0]
@@ -78,13 +73,16 @@ class Ranks:
         """Do what each rank does alone; an error of this project on one is raised on all, so that
         nobody waits for a rank that has given up.
         """
-        result: ResultT | None = None
-        error: UnetJobsError | None = None
-        try:
-            result = call()
-        except UnetJobsError as raised:
-            error = raised
+        result, error = _tried(call)
         errors = [found for found in self.gather(error) if found is not None]
         if errors:
             raise errors[0] from error
         return result  # type: ignore[return-value]  # there is one if there is no error
+
+
+def _tried(call: Callable[[], ResultT]) -> tuple[ResultT | None, UnetJobsError | None]:
+    """What a call gives, or how it failed."""
+    try:
+        return call(), None
+    except UnetJobsError as error:
+        return None, error

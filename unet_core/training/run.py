@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -21,13 +21,13 @@ from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
 from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, is_temporary
 from unet_core.train_config import TrainConfig
-from unet_core.training.dataset import Split
+from unet_core.training.dataset import Splits
 
 BEST, LAST = "best.safetensors", "last.safetensors"
-CHECKPOINT = re.compile(r"checkpoints/(\d+)/state\.safetensors")
-HISTORY_FILE = re.compile(r"history/(\d+)\.parquet")
+CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
+"""By the step."""
 
 Row = dict[str, Any]
 
@@ -46,22 +46,23 @@ class Position:
     best_step: int = 0
 
 
-def identity(config: TrainConfig, init_sha256: str) -> Identity:
+def identity(config: TrainConfig) -> Identity:
     """What makes two trainings the same, by the names that people know from the config.
 
     Whatever changes weights: not workers, not where the output lies, not how often it is saved.
+    Raises CheckpointError if the one to begin with is not there.
     """
     table = config.model_dump(mode="json", exclude={"workers", "output", "storage"})
-    for name in ("train", "val"):
+    for name, given in config.data.parts.items():
         part = table["data"][name]
-        if part is not None:
-            given = getattr(config.data, name)
-            part["uri"] = Store(given.uri, config.storage).uri()
-            is_folder = "/" in given.masks
-            part["masks"] = Store(given.masks, config.storage).uri() if is_folder else given.masks
-            del part["shard_images"]
+        part["uri"] = Store(given.uri, config.storage).uri()
+        if "/" in given.masks:
+            part["masks"] = Store(given.masks, config.storage).uri()
+        del part["shard_images"]
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
-    table["model"]["checkpoint"] = init_sha256
+    begins_with = config.model.checkpoint
+    if begins_with:
+        table["model"]["checkpoint"] = checkpoint.digest(begins_with, config.storage)
     return _flat(table)
 
 
@@ -73,36 +74,26 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
     return found
 
 
-@dataclass
 class TrainingRun:
-    """One output folder."""
+    """One output folder. Raises StoreError if its ``run.json`` is another's or damaged."""
 
-    store: Store
-    history: list[Row] = field(default_factory=list)
-    """Rows since the last checkpoint."""
-    record: dict[str, Any] | None = None
-    """``run.json``."""
-
-    def look(self) -> "TrainingRun":
-        """Read ``run.json``, if there is one; raises StoreError if it is another's or damaged."""
-        if self.store.exists(RUN_JSON):
-            self.record = _parsed(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
-        return self
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.record = _run_json(store)
+        """``run.json``; empty before there is one."""
+        self.history: list[Row] = []
+        """Rows since the last checkpoint."""
+        if self.record and self.record.get("kind") != "training":
+            raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a training")
 
     @property
     def is_finished(self) -> bool:
         """Whether all steps were taken."""
         return self.store.exists(SUCCESS)
 
-    def require_same(self, wanted: Identity) -> None:
-        """Refuse to mix two trainings; raises RunMismatchError with the keys that differ."""
-        if self.record is None:
-            require_empty(self.store)
-        else:
-            require_equal(self.store.uri(), self.record["identity"], wanted)
-
-    def establish(self, wanted: Identity, config: TrainConfig, data: dict[str, Any]) -> None:
+    def establish(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
+        wanted = identity(config)
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         record = {
             "kind": "training",
@@ -124,7 +115,7 @@ class TrainingRun:
         """Whether the images were counted to the end."""
         return self.store.exists(manifest_name(0))
 
-    def publish_manifest(self, splits: tuple[Split, Split]) -> None:
+    def publish_manifest(self, splits: Splits) -> None:
         """Write down how many images each shard has."""
         rows = [
             {"split": split.name, "shard_id": shard.shard_id, "images": count}
@@ -133,7 +124,7 @@ class TrainingRun:
         ]
         self.store.publish(manifest_name(0), _parquet(pa.Table.from_pylist(rows)))
 
-    def recall_counts(self, splits: tuple[Split, Split]) -> None:
+    def recall_counts(self, splits: Splits) -> None:
         """Set the counts as they were found when the training began.
 
         Raises RunMismatchError if the shards are not those of then.
@@ -157,13 +148,13 @@ class TrainingRun:
         """Publish the history since the last checkpoint, then a checkpoint; drop older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
-            self.store.publish(_history(position.step), _parquet(table))
+            self.store.publish(HISTORY_FILE.format(position.step), _parquet(table))
             self.history = []
         data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
-        self.store.publish(_checkpoint(position.step), data)
+        self.store.publish(CHECKPOINT.format(position.step), data)
         for step in self._steps(CHECKPOINT):
             if step != position.step:
-                self.store.remove(_checkpoint(step))
+                self.store.remove(CHECKPOINT.format(step))
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint. Sweeps what a writer left that died: half-written
@@ -171,25 +162,25 @@ class TrainingRun:
         """
         for folder in ("checkpoints", "history"):
             for entry in self.store.list(folder):
-                if entry.name.rpartition("/")[2].startswith("_"):
+                if is_temporary(entry.name):
                     self.store.remove(f"{folder}/{entry.name}")
         newest = max(self._steps(CHECKPOINT), default=None)
         for step in self._steps(HISTORY_FILE):
             if newest is None or step > newest:
-                self.store.remove(_history(step))
+                self.store.remove(HISTORY_FILE.format(step))
         return newest
 
     def load(self, step: int) -> tuple[Position, dict[str, Any]]:
         """One checkpoint; raises StoreError if it is gone, CheckpointError if it is damaged."""
-        name = _checkpoint(step)
-        tensors, metadata = checkpoint.unpack(self.store.read(name), self.store.uri(name))
-        return Position(**json.loads(metadata["position"])), tensors
+        name = CHECKPOINT.format(step)
+        tensors = checkpoint.unpack(self.store.read(name), self.store.uri(name))
+        return self._position_at(step), tensors
 
     def rows(self) -> list[Row]:
         """The whole history as far as it is published, in the order of the steps."""
         found: list[Row] = []
         for step in self._steps(HISTORY_FILE):
-            with self.store.open_parquet(_history(step)) as file:
+            with self.store.open_parquet(HISTORY_FILE.format(step)) as file:
                 found += file.read().to_pylist()
         return found
 
@@ -202,45 +193,47 @@ class TrainingRun:
         if self.is_finished:
             return Position(**json.loads(self.store.read(SUCCESS)))
         newest = max(self._steps(CHECKPOINT), default=None)
-        if newest is None:
-            return Position()
-        uri = self.store.uri(_checkpoint(newest))
+        return Position() if newest is None else self._position_at(newest)
+
+    def _position_at(self, step: int) -> Position:
+        uri = self.store.uri(CHECKPOINT.format(step))
         metadata = checkpoint.read_metadata(uri, self.store.storage)
         return Position(**json.loads(metadata["position"]))
 
-    def _steps(self, pattern: re.Pattern[str]) -> list[int]:
+    def _steps(self, kind: str) -> list[int]:
         """Steps of the files of a kind, in order; what is still being written is none."""
-        folder = pattern.pattern.partition("/")[0]
+        folder = kind.partition("/")[0]
         names = (f"{folder}/{entry.name}" for entry in self.store.list(folder))
-        return sorted(int(found[1]) for name in names if (found := pattern.fullmatch(name)))
+        found = ((name, re.search(r"\d+", name)) for name in names)
+        return sorted(int(at[0]) for name, at in found if at and kind.format(int(at[0])) == name)
 
 
-def _checkpoint(step: int) -> str:
-    return f"checkpoints/{step:09d}/state.safetensors"
+def open_training(config: TrainConfig) -> TrainingRun:
+    """The folder that a config names.
 
-
-def _history(step: int) -> str:
-    return f"history/{step:09d}.parquet"
+    Raises RunMismatchError, with the keys that differ, for that of another training, ConfigError
+    for one that holds something else.
+    """
+    run, wanted = TrainingRun(Store(config.output.uri, config.storage)), identity(config)
+    if run.record:
+        require_equal(run.store.uri(), run.record["identity"], wanted)
+    else:
+        require_empty(run.store)
+    return run
 
 
 def is_training(store: Store) -> bool:
     """Whether a folder is that of a training; raises StoreError if its ``run.json`` is no JSON."""
+    return bool(_run_json(store).get("kind") == "training")
+
+
+def _run_json(store: Store) -> dict[str, Any]:
     if not store.exists(RUN_JSON):
-        return False
+        return {}
     try:
-        return bool(json.loads(store.read(RUN_JSON)).get("kind") == "training")
-    except (ValueError, AttributeError) as error:
+        return dict(json.loads(store.read(RUN_JSON)))
+    except (ValueError, TypeError) as error:
         raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a run: {error}") from error
-
-
-def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(data)
-        if record["kind"] != "training":
-            raise KeyError("kind")
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{where}: not the run.json of a training") from error
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -10,8 +10,8 @@ from unet_core.inputs.shards import Sample
 from unet_core.train_config import TrainConfig
 from unet_core.training import census
 from unet_core.training.dataset import Labelled, Memory, open_splits
+from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
-from unet_core.training.start import new_network
 
 
 def config_of(folder, output, *overrides):
@@ -30,7 +30,7 @@ def config_of(folder, output, *overrides):
 def opened(config, memory=2**30):
     """The splits of a config, counted."""
     _, header = new_network(config)
-    splits = open_splits(config, header.preprocessing, len(header.class_names), Memory(memory))
+    splits = open_splits(config, header, Memory(memory))
     with ThreadPoolExecutor(2) as pool:
         found = census.take(splits, Ranks(), pool, lambda: False)
     return splits, found
@@ -41,5 +41,5 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     sample = Sample(image_id, image_id, image_id, bytes)
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
-    picture = Picture(sample, Pixels.of(pixels_CHW), none, one, Pixels.of(labels_HW[None]))
-    return Labelled(picture, boundary_HW)
+    picture = Picture(sample, Pixels.of(pixels_CHW), none, one)
+    return Labelled(picture, labels_HW, boundary_HW)

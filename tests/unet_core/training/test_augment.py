@@ -45,7 +45,7 @@ def test_without_variation_a_crop_is_a_piece_of_its_image():
         pixels = made.images_NCHW[0, 0].round().numpy()
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
         ((y, x),) = places(image.picture.pixels.whole()[0], pixels)
-        expected = image.labels[y : y + 24, x : x + 24]
+        expected = image.labels_HW[y : y + 24, x : x + 24]
         assert (made.labels_NHW[0].numpy() == expected).all()
         assert made.boundary_NHW is not None
         np.testing.assert_allclose(made.boundary_NHW[0], pixels / 200, atol=1e-2)

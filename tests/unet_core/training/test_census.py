@@ -97,7 +97,7 @@ def test_object_ids_become_one_class_with_borders_between_them(images):
     (train, _), found = opened(config)
     shard = next(shard for shard, count in enumerate(train.counts) if count)
     image = train.load(next(iter(train.items(shard, [0]))))
-    assert set(np.unique(image.labels)) == {0, 1}
+    assert set(np.unique(image.labels_HW)) == {0, 1}
     assert set(found.label_pixels) == {0, 1}
     assert image.boundary_HW[20, 21] > 0.9  # where the two touch
     assert image.boundary_HW[20, 5] < 1e-2

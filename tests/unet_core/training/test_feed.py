@@ -6,7 +6,8 @@ import tifffile
 
 from tests.data import IMAGES, write_tar
 from tests.unet_core.training.scenes import config_of, opened
-from unet_core.training.lanes import Order
+from unet_core.train_config import FitConfig
+from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 
 
@@ -44,7 +45,7 @@ def split(request, folder, tars, stack, tmp_path):
 
 def steps_of(split, lanes, ranks, epoch=0, rounds=1, skip=0):
     """Image ids by step, in the order of the lanes, as so many ranks draw them together."""
-    order = Order(split, 7, epoch, lanes, rounds)
+    order = Order(FitConfig(seed=7, batch=lanes, crops_per_image=rounds), split, epoch)
     drawn = [list(order.streams(Ranks(rank, ranks).lanes(lanes), skip)) for rank in range(ranks)]
     return [
         [entry and (entry[0], entry[1].image_id) for part in parts for entry in part]
