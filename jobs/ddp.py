@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
 from jobs.answers import Failure
-from jobs.job import checkpoint_place, places, require_reachable
+from jobs.places import require_reachable, worker_places
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -69,7 +69,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        _require_reachable(config)
+        require_reachable(worker_places(config), config.storage.shared)
         group = _group(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -198,8 +198,3 @@ def _group(config: TrainConfig) -> Group:
         )
     ranks = (count[0], min(count[1], batch)) if isinstance(count, tuple) else placement.actors
     return Group(ranks, placement.gpus, placement.cpus)
-
-
-def _require_reachable(config: TrainConfig) -> None:
-    needed = places(config) | checkpoint_place(config, session.has_working_dir())
-    require_reachable(needed, session.node_count(), config.storage.shared)

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.job import places
-from unet_core.config import PredictConfig, is_remote, plain
+from jobs.places import data_places, is_everywhere, require_everywhere
+from unet_core.config import PredictConfig, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
@@ -60,11 +60,11 @@ def pack(
 
     Raises ConfigError for places that the cluster cannot see and for files that are too large.
     """
-    for key, uri in places(config).items():
-        _require_visible(key, uri, config.storage.shared)
+    require_everywhere(data_places(config), config.storage)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
-    if checkpoint and not checkpoint.startswith("builtin:") and not _is_visible(checkpoint, config):
+    is_builtin = not checkpoint or checkpoint.startswith("builtin:")
+    if not is_builtin and not is_everywhere(checkpoint, config.storage):
         local = Path(plain(checkpoint)).expanduser()
         if not local.is_file():
             raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")
@@ -73,28 +73,6 @@ def pack(
     files |= _module(config.model.factory)
     _require_small(files)
     return Package(verb, files, overrides)
-
-
-def _is_visible(uri: str, config: PredictConfig | TrainConfig) -> bool:
-    """Whether every node of the cluster sees a file where this machine does."""
-    return is_remote(uri) or (config.storage.shared and Path(plain(uri)).is_absolute())
-
-
-def _require_visible(key: str, uri: str, is_shared: bool) -> None:
-    if uri.startswith("memory://"):
-        raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
-    if is_remote(uri):
-        return
-    if not Path(plain(uri)).is_absolute():
-        raise ConfigError(
-            f"{key}: {uri} is relative to a directory of this machine; write where the nodes of "
-            "the cluster find it: an object store, or an absolute path that they share"
-        )
-    if not is_shared:
-        raise ConfigError(
-            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
-            "= true if all nodes of the cluster see it there"
-        )
 
 
 def _module(factory: str) -> dict[str, Path]:

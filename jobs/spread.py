@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from jobs import session
 from jobs.answers import Crash, Failure, Refusal, recorded
-from jobs.job import require_reachable
+from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig, WorkersConfig
@@ -102,7 +102,7 @@ def _on_cluster(
     import ray
 
     with session.connected():
-        require_reachable(places, session.node_count(), config.storage.shared)
+        require_reachable(places, config.storage.shared)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_remotely)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}

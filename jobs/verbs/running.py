@@ -161,7 +161,7 @@ def _follow(server: "JobServer", job_id: str) -> int:
     from jobs.submit import Follower
 
     shown = FollowedProgress()
-    follower = Follower(server, job_id, shown.show)
+    follower = Follower(server, job_id, shown.on_line)
     while True:
         try:
             with shown:

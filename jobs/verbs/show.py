@@ -153,13 +153,13 @@ def show_set_aside(set_aside: dict[str, str], what: str) -> None:
 
 def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     """Why too many images failed, and what to do."""
-    from jobs.budget import Budget
     from unet_core.failures import causes
 
-    totals, run = outcome.totals, outcome.run.uri
+    totals, run, most = outcome.totals, outcome.run.uri, config.errors.max_failed_images
+    budget = f"{most:,}" if isinstance(most, int) else f"{100 * most:g} %"
     click.echo(
         f"error: {totals.failed:,} of {totals.images_seen:,} images failed, "
-        f"errors.max_failed_images is {Budget.of(config.errors)}; most frequent:",
+        f"errors.max_failed_images is {budget}; most frequent:",
         err=True,
     )
     for cause in causes(outcome.run, totals):
