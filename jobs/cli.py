@@ -12,7 +12,7 @@ import sys
 import click
 
 from jobs.session import LOG_FORMAT
-from jobs.verbs import exporting, models, results, running
+from jobs.verbs import models, results, running
 from jobs.verbs.show import harmless_lines
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
@@ -44,7 +44,7 @@ for verb in (
     models.train,
     models.model,
     models.import_weights,
-    exporting.export,
+    results.export,
 ):
     cli.add_command(verb)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.machinery
+import logging
 import os
 import shlex
 from dataclasses import dataclass
@@ -25,14 +26,13 @@ class Package:
     verb: str
     files: dict[str, Path]
     overrides: list[str]
-    is_verbose: bool = False
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...]
     """Of the verb: ``--refresh`` and the like."""
 
     @property
     def entrypoint(self) -> str:
         """What the cluster runs."""
-        verbose = ["-v"] if self.is_verbose else []
+        verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
         words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
         return shlex.join(words)
 
@@ -54,7 +54,11 @@ class Package:
 
 
 def pack(
-    verb: str, path: str, overrides: list[str], config: PredictConfig | TrainConfig
+    verb: str,
+    path: str,
+    overrides: list[str],
+    config: PredictConfig | TrainConfig,
+    flags: tuple[str, ...] = (),
 ) -> Package:
     """Find what a job needs of this machine: TOML, a local checkpoint, the module of a factory.
 
@@ -71,8 +75,17 @@ def pack(
         files[local.name] = local.resolve()
         overrides.append(f"model.checkpoint={local.name}")
     files |= _module(config.model.factory)
-    _require_small(files)
-    return Package(verb, files, overrides)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
+        raise ConfigError(
+            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
+            "allowed; the largest files:\n"
+            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
+            + "\nput them into the image of the cluster, or a checkpoint into an object store"
+        )
+    return Package(verb, files, overrides, flags)
 
 
 def _module(factory: str) -> dict[str, Path]:
@@ -90,16 +103,3 @@ def _module(factory: str) -> dict[str, Path]:
         for name in sorted(path.relative_to(folder) for path in folder.rglob("*"))
         if (folder / name).is_file() and not SKIPPED & set(name.parts)
     }
-
-
-def _require_small(files: dict[str, Path]) -> None:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    total = sum(sizes.values())
-    if total > MOST_BYTES:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
-        raise ConfigError(
-            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
-            "allowed; the largest files:\n"
-            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
-            + "\nput them into the image of the cluster, or a checkpoint into an object store"
-        )

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 
-from jobs import cli, ddp, package, session, submit
+from jobs import cli, package, session, submit
 from jobs.package import pack
 from jobs.places import require_reachable, worker_places
 from jobs.predict import predict
