@@ -33,10 +33,10 @@ ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
 class Packed:
     """What was done."""
 
-    shards: int = 0
-    kept: int = 0
-    images: int = 0
-    masks: int = 0
+    shards: int
+    kept: int
+    images: int
+    masks: int
 
 
 def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
@@ -60,22 +60,15 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
             f"pack: {config.output.uri} holds {strange[0]}, which is no shard of this input; "
             "choose a new destination, or images would be there twice"
         )
-    packed = Packed()
-    for name, shard in plan.items():
-        is_there = name in there
-        if not is_there:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                samples = list(read_shard(source, shard))
-                contents = list(pool.map(_contents, samples))
-            write = _tar if kind == "webdataset" else _parquet
-            output.publish(name, write(list(zip(samples, contents, strict=True))))
-        packed = Packed(
-            packed.shards + (not is_there),
-            packed.kept + is_there,
-            packed.images + len(shard.members),
-            packed.masks + sum(member.mask is not None for member in shard.members),
-        )
-    return packed
+    new = {name: shard for name, shard in plan.items() if name not in there}
+    write = _tar if kind == "webdataset" else _parquet
+    for name, shard in new.items():
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            samples = list(read_shard(source, shard))
+            contents = list(pool.map(_contents, samples))
+        output.publish(name, write(list(zip(samples, contents, strict=True))))
+    masks = sum(member.mask is not None for member in members)
+    return Packed(len(new), len(plan) - len(new), len(members), masks)
 
 
 def _require_distinct_keys(members: list[Member]) -> None:

@@ -238,13 +238,14 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 @click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
 def demo(folder: Path, data_only: bool) -> None:
     """Try it: sample images, a run on two local Ray actors, a report."""
-    from jobs.demo import demo as run_demo
     from jobs.demo import write_data
+    from jobs.predict import predict as run_predict
 
+    config = write_data(folder)
     if data_only:
-        click.echo(f"wrote {folder}/images and {write_data(folder)}")
+        click.echo(f"wrote {folder}/images and {config}")
         return
-    path, outcome = run_demo(folder)
+    outcome = run_predict(load(PredictConfig, str(config), []))
     show.outcome(outcome)
-    show.lines(config=str(path))
+    show.lines(config=str(config))
     click.echo(show.READING.format(run=outcome.run.uri))
