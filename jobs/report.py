@@ -13,7 +13,7 @@ from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
 from unet_core.report.facts import run_facts
 from unet_core.report.images import Fetched, fetch
-from unet_core.report.measured import RANDOM, Pick, measure, pick_ids
+from unet_core.report.measured import RANDOM, measure, pick_ids
 from unet_core.report.page import NAME, run_page, training_page
 from unet_core.report.pictures import overlay
 from unet_core.report.training import training_facts
@@ -72,7 +72,12 @@ def write_previews(
     """
     results, target = open_run(uri, storage), Store(to, storage)
     require_apart(results, "--previews", to)
-    picks = _chosen(results, image_ids, worst)
+    rows = batches(results.run.store)
+    if image_ids:
+        picks = pick_ids(rows, image_ids)
+    else:
+        measured = measure(rows, len(results.class_names), worst or PREVIEWS)
+        picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
     def write(fetched: Fetched) -> None:
@@ -97,11 +102,3 @@ def _near(results: Results, missing: list[str]) -> dict[str, str]:
             if not found[image_id] and pc.any(like).as_py():
                 found[image_id] = f"; did you mean {table['image_id'].filter(like)[0].as_py()}?"
     return found
-
-
-def _chosen(results: Results, image_ids: list[str], worst: int) -> list[Pick]:
-    rows = batches(results.run.store)
-    if image_ids:
-        return pick_ids(rows, image_ids)
-    measured = measure(rows, len(results.class_names), worst or PREVIEWS)
-    return measured.worst if worst else measured.picks[RANDOM]

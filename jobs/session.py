@@ -86,19 +86,17 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    options = {"logging_level": logging.WARNING, "log_to_driver": shows_logs}
+    place: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
+    if not is_cluster_named():
+        place = {
+            "address": "local",
+            "_node_ip_address": "127.0.0.1",  # nobody else's business
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        if is_cluster_named():
-            ray.init(address=os.environ["RAY_ADDRESS"], **options)
-        else:
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",  # nobody else's business
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **options,
-            )
+        ray.init(**place, logging_level=logging.WARNING, log_to_driver=shows_logs)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise WorkersError(f"no Ray cluster at {where}: {error}") from error
