@@ -28,10 +28,10 @@ LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
 
 
 class Display:
-    """A bar, or plain lines: less and less often, so that logs stay small."""
+    """A bar, or where there is no terminal plain lines, less and less often: logs stay small."""
 
-    def __init__(self, what: str, is_error: bool = True) -> None:
-        self.console = Console(stderr=is_error, highlight=False, soft_wrap=True)
+    def __init__(self, what: str, on_stderr: bool = True) -> None:
+        self.console = Console(stderr=on_stderr, highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,7 +65,7 @@ class FollowedProgress(Display):
     """Shows a job's output line by line; on a terminal its progress lines move a bar."""
 
     def __init__(self) -> None:
-        super().__init__("starting", is_error=False)
+        super().__init__("starting", on_stderr=False)
 
     def on_line(self, line: str) -> None:
         """One line of the job."""
