@@ -9,15 +9,17 @@ turn, some rounds of it, so that a busy machine slows all of it; figures are med
 
 import contextlib
 import copy
+import math
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +47,7 @@ ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""
 MATRIX_SIDE = 2048
 ROUNDS = 5
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,9 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
             job.source.listing.clear()
-            shards = _sample(job, [found.with_members(head) if head.has_members else head
-                                   for head in found.heads])  # fmt: skip
-        return _measured(job, shards, rounds)
+            heads = found.heads
+            shards = [found.with_members(head) if head.has_members else head for head in heads]
+        return _measured(job, _sample(job, shards), rounds)
 
 
 def _sample(job: Job, shards: list[Shard]) -> list[Shard]:
@@ -106,17 +109,14 @@ def _sample(job: Job, shards: list[Shard]) -> list[Shard]:
         if images >= ENOUGH_IMAGES:
             break
         taken.append(shard)
-        images += shard.count if shard.count is not None else _count(job, shard)
+        count = shard.count
+        images += sum(1 for _ in read_shard(job.source, shard)) if count is None else count
     return taken
-
-
-def _count(job: Job, shard: Shard) -> int:
-    return sum(1 for _ in read_shard(job.source, shard))
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of all that is compared, one after the other."""
+    """Seconds of all that is compared, one after the other, and what it was done with."""
 
     matrix_s: float
     """For a large matrix on each lane."""
@@ -125,42 +125,34 @@ class Round:
     model_s: float
     encode_s: float
     job_s: float
-
-    def work_s(self, lanes: int) -> float:
-        """What decoding, the model and encoding would take with no lane ever idle."""
-        return self.model_s + (self.decode_s + self.encode_s) / lanes
+    spent: Seconds
+    """By the job."""
+    pictures: list[Picture]
+    gflop: float
+    """Of all batches."""
 
 
 def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
     replica = Replica(job.replica(session.local_cpus(job.config.workers)))
     engine, compute = replica.engine, replica.probe()
-    turns, spent = [], Seconds()
-    for _ in range(rounds):
-        matrix_s = _matrix_s(engine)
-        stages = _Stages(job, engine, compute)
-        for shard in shards:
-            stages.take(shard)
-        if not stages.batches:
-            raise ConfigError(f"no image of {job.config.input.uri} can be segmented; try predict")
-        model_s, results = _model(engine, stages.batches)
-        stages.encode(results)
-        job_s, seconds = _job_s(job, shards)
-        turns.append(
-            Round(matrix_s, stages.read_s, stages.decode_s, model_s, stages.encode_s, job_s)
-        )
-        spent += seconds
-    lanes, megapixels = engine.lanes, stages.pixels / 1e6
-    gflop = sum(_gflop(engine, batch) for batch in stages.batches)
+    turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
+    lanes, images, gflop = engine.lanes, len(turns[0].pictures), turns[0].gflop
+    megapixels = sum(math.prod(picture.pixels.shape) for picture in turns[0].pictures) / 1e6
     matrix_gflop = 2 * MATRIX_SIDE**3 * lanes / 1e9
+    spent = sum((turn.spent for turn in turns), Seconds())
 
     def median(of: Callable[[Round], float]) -> float:
         return statistics.median(map(of, turns))
+
+    def work_s(turn: Round) -> float:
+        """What decoding, the model and encoding would take with no lane ever idle."""
+        return turn.model_s + (turn.decode_s + turn.encode_s) / lanes
 
     return Bench(
         device=compute.device,
         lanes=lanes,
         shards=len(shards),
-        images=stages.images,
+        images=images,
         megapixels=megapixels,
         matrix_gflop_per_s=matrix_gflop / median(lambda turn: turn.matrix_s),
         gflop_per_megapixel=gflop / megapixels,
@@ -172,86 +164,69 @@ def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
         write=rounds * megapixels / spent.writing,
         job=megapixels / median(lambda turn: turn.job_s),
         job_over_model=median(lambda turn: turn.model_s / turn.job_s),
-        job_over_work=median(lambda turn: turn.work_s(lanes) / turn.job_s),
-        images_per_s=stages.images / median(lambda turn: turn.job_s),
+        job_over_work=median(lambda turn: work_s(turn) / turn.job_s),
+        images_per_s=images / median(lambda turn: turn.job_s),
         waited=spent.shares,
         peak_memory_bytes=_peak_bytes(),
     )
 
 
-class _Stages:
-    """Reading, decoding and encoding of the sample, one after the other on this thread."""
+def _round(job: Job, shards: list[Shard], engine: Engine, compute: Compute) -> Round:
+    header, config = job.header, job.config
+    decoder = Decoder(header.preprocessing, header.classes, config.input)
+    matrix_s = _matrix_s(engine)
+    read_s, read = _timed(lambda: [list(map(_in_memory, read_shard(job.source, shard)))
+                                   for shard in shards])  # fmt: skip
+    decode_s, decoded = _timed(lambda: [list(chain.from_iterable(map(decoder.decode, samples)))
+                                        for samples in read])  # fmt: skip
+    shown = [[image for image in images if isinstance(image, Picture)] for images in decoded]
+    pieces = [group for pictures in shown for group in _pieces(job, engine, compute, pictures)]
+    if not pieces:
+        raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
+    batches = list(map(stack, pieces))
+    with ThreadPoolExecutor(engine.lanes) as pool:
+        model_s, results = _timed(lambda: list(pool.map(engine.run, batches)))
+    encode_s, _ = _timed(lambda: _encode(job, pieces, results))
+    job_s, spent = _job_s(job, shards)
+    return Round(
+        matrix_s, read_s, decode_s, model_s, encode_s, job_s, spent, list(chain(*shown)),
+        _gflop(engine, batches),
+    )  # fmt: skip
 
-    def __init__(self, job: Job, engine: Engine, compute: Compute) -> None:
-        self._job, self._compute = job, compute
-        header, config = job.header, job.config
-        self._decoder = Decoder(header.preprocessing, header.classes, config.input)
-        self._encoder = Encoder(header.classes, config.output.encoding, config.input.ignore_index)
-        self._look = Look(header.network.classes, engine.threshold, engine.probabilities_kept)
-        self.read_s = self.decode_s = self.encode_s = 1e-9
-        self.images = self.pixels = 0
-        self._pieces: list[list[Piece]] = []
-        self.batches: list[Batch] = []
 
-    def take(self, shard: Shard) -> None:
-        """Read and decode a shard, and keep its batches."""
-        queue = TileQueue(self._compute)
-        for sample in self._read(shard):
-            start = time.perf_counter()
-            images = self._decoder.decode(sample)
-            self.decode_s += time.perf_counter() - start
-            for picture in images:
-                if isinstance(picture, Picture):
-                    canvas = Canvas(self.images, picture, self._job.windows, self._look)
-                    self.images += 1
-                    self.pixels += picture.pixels.height * picture.pixels.width
-                    self._keep(queue.add(canvas))
-        self._keep(queue.rest())
-
-    def _read(self, shard: Shard) -> Iterator[Sample]:
-        samples = iter(read_shard(self._job.source, shard))
-        while True:
-            start = time.perf_counter()
-            sample = next(samples, None)
-            if sample is None:
-                return
-            if sample.failure is None:
-                sample = _in_memory(sample)
-            self.read_s += time.perf_counter() - start
-            yield sample
-
-    def _keep(self, due: Iterator[list[Piece]]) -> None:
-        for pieces in due:
-            self._pieces.append(pieces)
-            self.batches.append(stack(pieces))
-
-    def encode(self, results: list[list[Segmented]]) -> None:
-        """Put masks together and encode them."""
-        start = time.perf_counter()
-        for pieces, batch in zip(self._pieces, results, strict=True):
-            for (canvas, tile), result in zip(pieces, batch, strict=True):
-                for area in canvas.paste(tile, result):
-                    self._encoder.area(canvas, area)
-        self.encode_s += time.perf_counter() - start
+def _timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
+    """Seconds for a call, and what it gave."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
 
 
 def _in_memory(sample: Sample) -> Sample:
     """The sample with its bytes, and its truth's."""
-    mask = partial(_given, sample.read_mask()) if sample.read_mask is not None else None
-    read = partial(_given, sample.read())
-    return replace(sample, read=read, read_mask=mask, open=None, open_mask=None)
+    if sample.failure is not None:
+        return sample
+    image, mask = sample.read(), sample.read_mask() if sample.read_mask is not None else None
+    read_mask = (lambda: mask) if mask is not None else None
+    return replace(sample, read=lambda: image, read_mask=read_mask, open=None, open_mask=None)
 
 
-def _given(data: bytes) -> bytes:
-    return data
+def _pieces(
+    job: Job, engine: Engine, compute: Compute, pictures: list[Picture]
+) -> list[list[Piece]]:
+    """The tiles of a shard's images in batches."""
+    look = Look(job.header.network.classes, engine.threshold, engine.probabilities_kept)
+    queue = TileQueue(compute)
+    canvases = (Canvas(n, picture, job.windows, look) for n, picture in enumerate(pictures))
+    return [*chain.from_iterable(map(queue.add, canvases)), *queue.rest()]
 
 
-def _model(engine: Engine, batches: list[Batch]) -> tuple[float, list[list[Segmented]]]:
-    """Seconds for all batches once, and what they gave."""
-    with ThreadPoolExecutor(engine.lanes) as lanes:
-        start = time.perf_counter()
-        results = list(lanes.map(engine.run, batches))
-        return time.perf_counter() - start, results
+def _encode(job: Job, pieces: list[list[Piece]], results: list[list[Segmented]]) -> None:
+    """Put masks together and encode them."""
+    config = job.config
+    encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
+    for (canvas, tile), result in zip(chain(*pieces), chain(*results), strict=True):
+        for area in canvas.paste(tile, result):
+            encoder.area(canvas, area)
 
 
 def _matrix_s(engine: Engine) -> float:
@@ -262,22 +237,21 @@ def _matrix_s(engine: Engine) -> float:
         with torch.inference_mode():
             square @ square
 
-    def once() -> float:
-        start = time.perf_counter()
-        list(lanes.map(multiply, range(engine.lanes)))
+    def once() -> None:
+        list(pool.map(multiply, range(engine.lanes)))
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
-        return time.perf_counter() - start
 
-    with ThreadPoolExecutor(engine.lanes) as lanes:
-        return statistics.median(once() for _ in range(5))
+    with ThreadPoolExecutor(engine.lanes) as pool:
+        return statistics.median(_timed(once)[0] for _ in range(5))
 
 
-def _gflop(engine: Engine, batch: Batch) -> float:
-    """Of one pass of a batch, two for each multiply-add."""
+def _gflop(engine: Engine, batches: list[Batch]) -> float:
+    """Of one pass of all batches, two for each multiply-add."""
     network = copy.deepcopy(engine.network).to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
+        for batch in batches:
+            network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
     return counter.get_total_flops() / 1e9
 
 
@@ -296,9 +270,7 @@ def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
             job.run.publish_manifest(found)
             workers.configure(record.compute, job.footer(record))
             board = Board.of(found.heads, job.config.errors)
-            start = time.perf_counter()
-            dispatch(board, workers, on_done)
-            took_s = time.perf_counter() - start
+            took_s, _ = _timed(lambda: dispatch(board, workers, on_done))
     job.run.store.remove_all()
     return took_s, sum(seconds, Seconds())
 

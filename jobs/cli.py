@@ -12,7 +12,7 @@ import sys
 import click
 
 from jobs.session import LOG_FORMAT
-from jobs.verbs import exporting, models, results, running
+from jobs.verbs import models, results, running
 from jobs.verbs.show import harmless_lines
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
@@ -23,30 +23,13 @@ from unet_core.errors import StoppedError, UnetJobsError
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens to shards and actors.")
 def cli(verbose: bool) -> None:
     """Segment images with a U-Net, on this machine or on a Ray cluster, into Parquet."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format=LOG_FORMAT,
-    )
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=LOG_FORMAT)
 
 
-for verb in (
-    running.predict,
-    running.plan,
-    running.submit,
-    running.pack,
-    running.bench,
-    running.demo,
-    running.doctor,
-    results.status,
-    results.verify,
-    results.evaluate,
-    results.report,
-    models.train,
-    models.model,
-    models.import_weights,
-    exporting.export,
-):
-    cli.add_command(verb)
+for room in (running, results, models):
+    for verb in vars(room).values():
+        if isinstance(verb, click.Command):
+            cli.add_command(verb)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import statistics
 import uuid
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 from jobs import session
 from jobs.job import Job, prepare
@@ -18,7 +17,7 @@ from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import Draft, draft, with_members
+from unet_core.manifest import draft, with_members
 from unet_core.run import Run
 from unet_core.timings import read_timings
 
@@ -85,7 +84,12 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
-        sample = [_whole(job, found, known is not None, head) for head in _spread(left)]
+        sample = [
+            head if not head.has_members
+            else with_members(job.run.store, head) if known is not None
+            else found.with_members(head)
+            for head in _spread(left)
+        ]  # fmt: skip
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(config.workers):
@@ -110,14 +114,6 @@ def _spread(left: list[Shard]) -> list[Shard]:
     by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
     count = min(SAMPLE, len(by_size))
     return [by_size[(2 * n + 1) * len(by_size) // (2 * count)] for n in range(count)]
-
-
-def _whole(job: Job, found: Draft, is_published: bool, head: Shard) -> Shard:
-    if not head.has_members:
-        return head
-    if is_published:
-        return with_members(job.run.store, head)
-    return found.with_members(head)
 
 
 def _scratch(job: Job) -> Job:
@@ -150,13 +146,19 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
     _require_several(len(rows), "of the sample were segmented")
     if not images:
         raise ConfigError("the shards of the sample hold no images: nothing to measure by")
-    weigh = _by_bytes if all(shard.bytes for shard in left) else _by_count
+    has_sizes = all(shard.bytes for shard in left)  # some lists say none
+
+    def weigh(shard: Shard) -> int:
+        return shard.bytes if has_sizes else shard.count or 1
+
     weights = {shard.shard_id: weigh(shard) for shard in sample}
-    counted, spans = rows[1:], _spans(rows)
-    seconds, measured = sum(spans), sum(weights[row["shard_id"]] for row in counted)
-    rates = [span / weights[row["shard_id"]] for span, row in zip(spans, counted, strict=True)]
+    gaps = [later["finished"] - earlier["finished"] for earlier, later in pairwise(rows)]
+    spans = [max(gap.total_seconds(), 1e-3) for gap in gaps]
+    done = [weights[row["shard_id"]] for row in rows[1:]]
+    rates = [span / weight for span, weight in zip(spans, done, strict=True)]
+    s_per_weight, still = sum(spans) / sum(done), sum(map(weigh, left))
     error = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
-    times_sample = sum(map(weigh, left)) / sum(weights.values())
+    times_sample = still / sum(weights.values())
     counts = [shard.count for shard in left]
     is_counted = None not in counts
     written = sum(e.bytes for folder in ("masks", "metrics") for e in store.list(folder))
@@ -165,26 +167,11 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
         device=record.compute.device if record is not None else "",
         images=images,
         shards=len(sample),
-        images_per_s=max(1, sum(row["images"] for row in counted)) / seconds,
-        spread=max(LEAST_SPREAD, 2 * error / (seconds / measured)),
+        images_per_s=max(1, sum(row["images"] for row in rows[1:])) / sum(spans),
+        spread=max(LEAST_SPREAD, 2 * error / s_per_weight),
         images_left=sum(n or 0 for n in counts) if is_counted else round(images * times_sample),
         is_counted=is_counted,
-        hours=seconds / measured * sum(map(weigh, left)) / 3600,
+        hours=s_per_weight * still / 3600,
         gpus=float(gpus) if gpus not in ("auto", 0) else 1.0,
         output_bytes=round(written * times_sample),
     )
-
-
-def _by_bytes(shard: Shard) -> int:
-    return shard.bytes
-
-
-def _by_count(shard: Shard) -> int:
-    """For lists that say no sizes."""
-    return shard.count or 1
-
-
-def _spans(rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds from one commit to the next."""
-    gaps = (later["finished"] - earlier["finished"] for earlier, later in pairwise(rows))
-    return [max(gap.total_seconds(), 1e-3) for gap in gaps]

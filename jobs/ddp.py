@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
 from jobs.answers import Failure
-from jobs.job import checkpoint_place, places, require_reachable
+from jobs.places import require_reachable, worker_places
+from jobs.session import Placement
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -32,15 +33,6 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.5
 PATIENCE_S = 24 * 3600
 """Ranks wait so long for each other: one may read a large tar alone. Ray notices deaths itself."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """How many ranks, and what each gets."""
-
-    ranks: int | tuple[int, int]
-    gpus: float
-    cpus: float
 
 
 class Board:
@@ -69,15 +61,15 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        _require_reachable(config)
-        group = _group(config)
+        require_reachable(worker_places(config), config.storage.shared)
+        ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         ended, outcome = threading.Event(), []
 
         def run() -> None:
             try:
-                _trainer(config, group, board, rays_own).fit()
+                _trainer(config, ranks, each, board, rays_own).fit()
             except Exception as error:  # told below, on the thread that asked
                 outcome.append(error)
             ended.set()
@@ -89,7 +81,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
                 silent_since = time.monotonic()
                 log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
-                            group.ranks, group.gpus, group.cpus)  # fmt: skip
+                            ranks, each.gpus, each.cpus)  # fmt: skip
             for event in ray.get(board.hear.remote(wants_stop())):
                 silent_since = 0.0
                 if isinstance(event, Failure):
@@ -101,19 +93,21 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             raise WorkersError(f"the ranks could not go on: {reason}") from outcome[0]
 
 
-def _trainer(config: TrainConfig, group: Group, board: Any, folder: str) -> Any:
+def _trainer(
+    config: TrainConfig, ranks: int | tuple[int, int], each: Placement, board: Any, folder: str
+) -> Any:
     """``folder``: for what Ray Train keeps of itself; ours lies in the output."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    is_gpu = group.gpus > 0
-    resources = {"CPU": group.cpus} | ({"GPU": group.gpus} if is_gpu else {})
+    is_gpu = each.gpus > 0
+    resources = {"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {})
     return TorchTrainer(
         _rank,
         train_loop_config={"config": config, "board": board, "code": code_version()},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
-            num_workers=group.ranks, use_gpu=is_gpu, resources_per_worker=resources
+            num_workers=ranks, use_gpu=is_gpu, resources_per_worker=resources
         ),
         run_config=train.RunConfig(
             name=uuid.uuid4().hex,
@@ -147,18 +141,18 @@ class Mouth:
     def __init__(self, board: Any) -> None:
         self._board = board
         self._reply: Any = None
-        self._steps: list[Step] = []
+        self._step: Step | None = None
+        """All since the last message, as one."""
         self._stops = False
 
     def say(self, event: Event | Failure) -> None:
         """Tell it now, or with the steps that follow."""
         if isinstance(event, Step):
-            self._steps.append(event)
-            if sum(step.seconds for step in self._steps) < WAIT_S:
+            self._step = _both(self._step, event)
+            if self._step.seconds < WAIT_S:
                 return
-        if self._steps:
-            self._reply = self._board.say.remote(_summed(self._steps))
-            self._steps = []
+        if self._step is not None:
+            self._reply, self._step = self._board.say.remote(self._step), None
         if not isinstance(event, Step):
             ray.get(self._board.say.remote(event))
 
@@ -169,37 +163,34 @@ class Mouth:
         return self._stops
 
 
-def _summed(steps: list[Step]) -> Step:
-    """Several steps as one."""
+def _both(before: Step | None, step: Step) -> Step:
+    """Two steps as one."""
+    if before is None:
+        return step
     return replace(
-        steps[-1],
-        images=sum(step.images for step in steps),
-        seconds=sum(step.seconds for step in steps),
-        waiting_s=sum(step.waiting_s for step in steps),
+        step,
+        images=before.images + step.images,
+        seconds=before.seconds + step.seconds,
+        waiting_s=before.waiting_s + step.waiting_s,
     )
 
 
-def _group(config: TrainConfig) -> Group:
-    """Settle ``auto`` against the cluster; every rank has a crop of each batch.
+def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
+    """How many ranks, or the fewest and the most, and what each gets: ``auto`` settled against the
+    cluster. Every rank has a crop of each batch.
 
     Raises WorkersError if the ranks do not fit, ConfigError for a batch that is too small.
     """
     workers, batch, count = config.workers, config.train.batch, config.workers.count
-    is_pair = isinstance(count, tuple)
-    fewest = count[0] if isinstance(count, tuple) else count
+    fewest, most = count if isinstance(count, tuple) else (count, None)
     if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
         raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
     wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
-    placement = session.settle(wanted, session.offered(wanted), may_wait=is_pair)
+    placement = session.settle(wanted, session.offered(wanted), may_wait=most is not None)
     if batch < placement.actors:
         raise ConfigError(
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
             "crop: raise it, or lower workers.count"
         )
-    ranks = (count[0], min(count[1], batch)) if isinstance(count, tuple) else placement.actors
-    return Group(ranks, placement.gpus, placement.cpus)
-
-
-def _require_reachable(config: TrainConfig) -> None:
-    needed = places(config) | checkpoint_place(config, session.has_working_dir())
-    require_reachable(needed, session.node_count(), config.storage.shared)
+    ranks = placement.actors if most is None else (placement.actors, min(most, batch))
+    return ranks, placement

@@ -1,9 +1,7 @@
-"""``unet-jobs demo``: sample data, and a run on a local Ray cluster with two actors."""
+"""``unet-jobs demo``: sample data, and the config of a run on two actors of a local Ray cluster."""
 
 from pathlib import Path
 
-from jobs.predict import Outcome, predict
-from unet_core.config import PredictConfig, load
 from unet_core.synthetic import write_webdataset
 
 IMAGES, SHARDS = 64, 8
@@ -31,9 +29,3 @@ def write_data(folder: Path) -> Path:
     config = folder / "predict.toml"
     config.write_text(CONFIG.format(folder=folder.as_posix()), encoding="utf-8")
     return config
-
-
-def demo(folder: Path) -> tuple[Path, Outcome]:
-    """Write the data and run the job; returns its config and how it stands."""
-    path = write_data(folder)
-    return path, predict(load(PredictConfig, str(path), []))

@@ -1,12 +1,13 @@
 """``unet-jobs model``: what a network is made of, what it sees, what it costs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unet_core.config import override_values
 from unet_core.errors import ConfigError
@@ -30,7 +31,7 @@ class Layer:
     """C×H×W that it gives."""
     parameters: int
     flop: int
-    """Two for each multiply-add of a convolution; the rest is not counted."""
+    """Two for each multiply-add of a convolution or matrix product; the rest is not counted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     side = side or tiling.sides.at_least(USUAL_SIDE)
     if side not in tiling.sides:
         raise ConfigError(f"side: {side} is not possible with {name}; {tiling.sides.near(side)}")
-    layers = list(_layers(network.eval(), spec.in_channels, side))
+    layers = _layers(network.eval(), spec.in_channels, side)
     title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
     return Description(title, layers, tiling, (side, side - 2 * tiling.margin))
 
@@ -91,32 +92,23 @@ def _typed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _layers(network: nn.Module, channels: int, side: int) -> Iterator[Layer]:
+def _layers(network: nn.Module, channels: int, side: int) -> list[Layer]:
     network = network.to("meta")
     found: list[Layer] = []
+    counter = FlopCounterMode(display=False)
 
-    def look(name: str, module: nn.Module, x: Tensor, given: Tensor) -> None:
-        if not isinstance(module, UNSHOWN):
-            parameters = sum(p.numel() for p in module.parameters())
-            shape, flop = tuple(given.shape[1:]), _flop(module, x, given)
-            found.append(Layer(name, type(module).__name__, shape, parameters, flop))
+    def look(name: str, module: nn.Module, _: object, given_NCHW: Tensor) -> None:
+        parameters = sum(p.numel() for p in module.parameters())
+        flop = counter.get_total_flops() - sum(layer.flop for layer in found)
+        shape = tuple(given_NCHW.shape[1:])
+        found.append(Layer(name, type(module).__name__, shape, parameters, flop))
 
     for name, module in network.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(
-                lambda module, x, given, name=name: look(name, module, x[0], given)
-            )
-    network(torch.zeros(1, channels, side, side, device="meta"))
-    yield from found
-
-
-def _flop(module: nn.Module, x_NCHW: Tensor, given_NCHW: Tensor) -> int:
-    """2 · taps · channels in · channels out · positions, per image."""
-    if isinstance(module, nn.Conv2d):
-        return 2 * module.weight[0].numel() * given_NCHW[0].numel()
-    if isinstance(module, nn.ConvTranspose2d):
-        return 2 * module.weight[0].numel() * x_NCHW[0].numel()
-    return 0
+        if not list(module.children()) and not isinstance(module, UNSHOWN):
+            module.register_forward_hook(partial(look, name))
+    with counter:
+        network(torch.zeros(1, channels, side, side, device="meta"))
+    return found
 
 
 def layers_table(described: Description) -> Table:
@@ -137,16 +129,12 @@ def layers_table(described: Description) -> Table:
 
 def sentences(tiling: Tiling) -> dict[str, str]:
     """What the tiling means, by a name for each line."""
-    sees = (
-        f"{tiling.receptive_field} pixels along an axis"
-        if tiling.receptive_field
-        else "the whole window"
-    )
+    axis = tiling.receptive_field
     exact = f"exact: windows from {tiling.smallest_window}, starts at multiples of {tiling.stride}"
     return {
         "sides": str(tiling.sides),
         "margin": f"{tiling.margin} pixels lost on each side",
-        "sees": sees,
+        "sees": f"{axis} pixels along an axis" if axis else "the whole window",
         "halo": f"{tiling.halo} pixels" if tiling.is_exact else "none",
         "tiles": exact if tiling.is_exact else "blended: the output depends on the whole window",
     }

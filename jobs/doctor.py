@@ -1,10 +1,10 @@
 """``unet-jobs doctor``: what this machine, its cluster and its stores are like, and what to do
-where something is wrong. A check is a function that says how it is, or raises what is wrong.
+where something is wrong. A check is a function that says how it is, or raises what is wrong; it
+imports what it needs itself, so that a library that is broken is a line too.
 """
 
 import importlib
 import importlib.metadata
-import io
 import os
 import platform
 import resource
@@ -16,17 +16,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jobs import session
-from jobs.job import places
+from jobs.places import data_places
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig, StorageConfig, WorkersConfig
 from unet_core.errors import ConfigError, StoreError, UnetJobsError, WorkersError
 
 if TYPE_CHECKING:
     import torch
+    from packaging.requirements import Requirement
 
 LIMIT_S = 20.0
 """For one check."""
@@ -101,26 +102,23 @@ def libraries() -> str:
 
     try:
         asked = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or ())
-        needed = [a for a in asked if a.marker is None or a.marker.evaluate({"extra": ""})]
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError("unet-jobs is not installed here: pip install unet-jobs") from error
-    wrong = [what for one in needed if (what := _wrong_with(one.name, str(one.specifier)))]
-    if wrong:
+    needed = [a for a in asked if a.marker is None or a.marker.evaluate({"extra": ""})]
+    if wrong := list(filter(None, map(_wrong_with, needed))):
         raise ConfigError(f"{'; '.join(wrong)}: pip install --upgrade {DISTRIBUTION}")
     shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     return f"{len(needed)} as required: {shown} ..."
 
 
-def _wrong_with(name: str, wanted: str) -> str:
-    from packaging.specifiers import SpecifierSet
-
+def _wrong_with(needed: "Requirement") -> str:
+    name, wanted = needed.name, needed.specifier
     try:
         has = importlib.metadata.version(name)
         importlib.import_module(MODULES.get(name, name))
     except Exception as error:  # a library that does not load may raise anything
         return f"{name} cannot be imported ({type(error).__name__}: {error})"
-    fits = SpecifierSet(wanted).contains(has, prereleases=True)
-    return "" if fits else f"{name} is {has}, needed: {wanted}"
+    return "" if wanted.contains(has, prereleases=True) else f"{name} is {has}, needed: {wanted}"
 
 
 def cpu() -> str:
@@ -164,27 +162,6 @@ def _computing(device: "torch.device") -> str:
         return device_model(device)
     free, total = torch.cuda.mem_get_info(device)
     return f"{device_model(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-
-
-def codecs() -> str:
-    """What is written is read again."""
-    import numpy as np
-    from PIL import Image
-
-    from unet_core.images.codec import decode_image
-
-    pixels_HW = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
-    kinds: dict[str, dict[str, Any]] = {
-        "PNG": {}, "BMP": {}, "WEBP": {"lossless": True}, "JPEG": {},
-        "TIFF": {"compression": "tiff_lzw"},
-    }  # fmt: skip
-    for kind, options in kinds.items():
-        buffer = io.BytesIO()
-        Image.fromarray(pixels_HW).save(buffer, kind, **options)
-        shown_HW = decode_image(buffer.getvalue(), pixels_HW.size).pixels_HWC[..., 0]
-        if kind != "JPEG" and not (shown_HW == pixels_HW).all():
-            raise WorkersError(f"{kind} is decoded wrongly; reinstall pillow and imagecodecs")
-    return ", ".join(kinds)
 
 
 def network() -> str:
@@ -257,7 +234,6 @@ MACHINE: dict[str, Callable[[], str]] = {
     "libraries": libraries,
     "cpu": cpu,
     "gpus": gpus,
-    "codecs": codecs,
     "network": network,
     "temporary space": temporary_space,
     "open files": open_files,
@@ -269,14 +245,14 @@ def _of_config(config: PredictConfig) -> dict[str, Callable[[], str]]:
     """What a config needs of the world."""
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
-    found = {key: uri for key, uri in places(config).items() if not uri.startswith("memory://")}
     checks: dict[str, Callable[[], str]] = {"model": partial(_model, config, storage)}
-    in_s3 = next((uri for uri in found.values() if uri.startswith("s3://")), None)
-    if in_s3 is not None:
-        checks["credentials"] = partial(_credentials, in_s3, storage)
-    for key, uri in found.items():
+    places = data_places(config)
+    if in_s3 := [uri for uri in places.values() if uri.startswith("s3://")]:
+        checks["credentials"] = partial(_credentials, in_s3[0], storage)
+    for key, uri in places.items():
         check = _writable if key == "output.uri" else _readable
-        checks[key] = partial(check, uri, storage)
+        if not uri.startswith("memory://"):
+            checks[key] = partial(check, uri, storage)
     return checks
 
 

@@ -55,9 +55,8 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome
         "input.ignore_index": config.input.ignore_index,
     }
     evaluation = _prepared(results, truth, config.input.ignore_index, identity, where, name)
-    places = {"RUN": results.run.uri} | ({"--truth": where} if "/" in where else {})
-    if "/" not in where:
-        places["input.uri"] = source.root.uri()
+    needed = {"--truth": where} if "/" in where else {"input.uri": source.root.uri()}
+    places = {"RUN": results.run.uri, **needed}
     tally, set_aside = _done(evaluation, results, config, places)
     if not set_aside:
         _require_some(tally, lambda: _without_truth(results, truth, tally))
@@ -103,11 +102,9 @@ def _prepared(
         prefix = "against-" if label.startswith("against-") else ""
         last = re.sub(r"[^\w.-]+", "-", label.rstrip("/").rpartition("/")[2]).lstrip("._-")
         name = f"{prefix}{last or 'truth'}-{_digest(json.dumps(identity, sort_keys=True))}"
-    uri, storage = results.run.store.uri(), results.run.store.storage
-    folder = Store(f"{uri}/{FOLDER}/{name}", storage)
-    return Evaluation(
-        Store(uri, storage), folder, truth, len(results.class_names), ignore_index, identity
-    )
+    run = results.run.store
+    folder = Store(f"{run.uri()}/{FOLDER}/{name}", run.storage)
+    return Evaluation(run, folder, truth, len(results.class_names), ignore_index, identity)
 
 
 def _digest(text: str) -> str:
@@ -180,10 +177,14 @@ def _told(
     set_aside: dict[str, str],
 ) -> Outcome:
     """Publish the document, if nothing is left."""
-    folder = evaluation.store.uri()
-    about = {"run": results.run.store.uri(), "evaluation": folder, "of": evaluation.identity}
-    state = {"is_finished": results.run.is_finished, "counted": counted(tally.totals)}
-    document = {**about, **state, **found}
+    document = {
+        "run": results.run.store.uri(),
+        "evaluation": evaluation.store.uri(),
+        "of": evaluation.identity,
+        "is_finished": results.run.is_finished,
+        "counted": counted(tally.totals),
+        **found,
+    }
     if not set_aside:
         data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)

@@ -123,22 +123,20 @@ def _write_annotations(task: Export, done: list[str]) -> None:
     store, names = task.folder.store, task.results.class_names
     if store.exists(ANNOTATIONS) and digest.encode() in store.read(ANNOTATIONS, 0, HEAD_BYTES):
         return
-    file = coco.document(names, digest, _images(task, done), _annotations(task, done))
+    images = (
+        {"id": number, "file_name": row.pop("image_id"), **row}
+        for number, row in _exported(task, done, ["image_id", "height", "width"])
+    )
+    annotations = (
+        {**annotation, "image": number}
+        for number, row in _exported(task, done, ["annotations"])
+        for annotation in row["annotations"]
+    )
+    file = coco.document(names, digest, images, annotations)
     try:
         store.publish(ANNOTATIONS, file)
     finally:
         drop(file)
-
-
-def _images(task: Export, done: list[str]) -> Iterator[dict[str, Any]]:
-    for number, row in _exported(task, done, ["image_id", "height", "width"]):
-        yield {"id": number, "file_name": row.pop("image_id"), **row}
-
-
-def _annotations(task: Export, done: list[str]) -> Iterator[dict[str, Any]]:
-    for number, row in _exported(task, done, ["annotations"]):
-        for annotation in row["annotations"]:
-            yield {**annotation, "image": number}
 
 
 def _exported(

@@ -4,10 +4,9 @@ import os
 from dataclasses import dataclass
 
 from jobs import session
-from jobs.job import Job, prepare
+from jobs.job import prepare
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs.formats import list_shards
-from unet_core.inputs.shards import Shard
 from unet_core.manifest import draft
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
@@ -37,7 +36,10 @@ class Plan:
 def plan(config: PredictConfig) -> Plan:
     """Look at input, run folder and cluster; raises what ``predict`` would raise."""
     job = prepare(config)
-    shards, committed = job.run.manifest() or _shards_of(job), job.run.committed()
+    shards, committed = job.run.manifest(), job.run.committed()
+    if shards is None:
+        with draft(list_shards(job.source)) as found:
+            shards = found.heads
     left = [shard for shard in shards if shard.shard_id not in committed]
     counts = [shard.count for shard in shards]
     return Plan(
@@ -52,11 +54,6 @@ def plan(config: PredictConfig) -> Plan:
         is_finished=job.run.is_finished,
         workers=_describe_workers(config),
     )
-
-
-def _shards_of(job: Job) -> list[Shard]:
-    with draft(list_shards(job.source)) as found:
-        return found.heads
 
 
 def _describe_workers(config: PredictConfig) -> str:
@@ -98,24 +95,24 @@ class TrainingStatus:
 
 def status(uri: str, storage: StorageConfig | None = None) -> Status | TrainingStatus:
     """Read the folder of a run or of a training; raises StoreError if it is neither."""
-    if is_training(Store(uri, storage)):
-        return _training_status(uri, storage)
+    store = Store(uri, storage)
+    if is_training(store):
+        training = TrainingRun(store)
+        return TrainingStatus(
+            uri=store.uri(),
+            steps=training.record["data"]["steps"],
+            position=training.position(),
+            is_finished=training.is_finished,
+            metric=training.record["config"]["train"]["best"],
+        )
     run, record = open_existing(uri, storage)
-    shards = run.manifest() or []
     committed = run.committed()
-    totals = run.finished_totals() if run.is_finished else run.totals(committed)
     return Status(
-        uri,
-        len(shards),
-        len(committed),
-        run.is_finished,
-        totals,
-        record.class_names,
-        recent_seconds(run.store),
+        uri=uri,
+        shards=len(run.manifest() or ()),
+        committed=len(committed),
+        is_finished=run.is_finished,
+        totals=run.finished_totals() if run.is_finished else run.totals(committed),
+        class_names=record.class_names,
+        seconds=recent_seconds(run.store),
     )
-
-
-def _training_status(uri: str, storage: StorageConfig | None) -> TrainingStatus:
-    run = TrainingRun(Store(uri, storage))
-    steps, metric = run.record["data"]["steps"], run.record["config"]["train"]["best"]
-    return TrainingStatus(run.store.uri(), steps, run.position(), run.is_finished, metric)

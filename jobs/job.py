@@ -1,18 +1,16 @@
 """A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from unet_core import schema
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.config import InputConfig, PredictConfig, is_remote
+from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.run import Record, Run, identity
-from unet_core.train_config import TrainConfig
 from unet_core.windows import Windows, windows_for
 
 
@@ -72,45 +70,3 @@ def _check_ignore_index(config: PredictConfig, header: Header) -> None:
             f"input.ignore_index is {config.input.ignore_index} by default, which is a class of "
             f"this network of {header.classes}; set it to another value, e.g. 65535"
         )
-
-
-def places(config: PredictConfig | TrainConfig) -> dict[str, str]:
-    """Where a job reads and writes data: URIs by their keys in the config."""
-    found: dict[str, str] = {}
-    parts: dict[str, InputConfig | None]
-    if isinstance(config, PredictConfig):
-        parts = {"input": config.input}
-    else:
-        parts = {"data.train": config.data.train, "data.val": config.data.val}
-    for key, part in parts.items():
-        if part is not None:
-            found[f"{key}.uri"] = part.uri
-            found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
-    return found | {"output.uri": config.output.uri}
-
-
-def checkpoint_place(config: PredictConfig | TrainConfig, came_along: bool) -> dict[str, str]:
-    """Where workers find the checkpoint, as ``places`` says it; nothing if they have it anyhow:
-    built in, or ``came_along`` with a job's files.
-    """
-    named = config.model.checkpoint
-    has_come = came_along and not is_remote(named) and not Path(named).is_absolute()
-    is_elsewhere = named and not named.startswith("builtin:") and not has_come
-    return {"model.checkpoint": named} if is_elsewhere else {}
-
-
-def require_reachable(found: dict[str, str], nodes: int, is_shared: bool) -> None:
-    """Refuse places, by their keys, that the workers of a cluster of so many nodes cannot see.
-
-    Raises ConfigError that names the first one.
-    """
-    for key, uri in found.items():
-        if uri.startswith("memory://"):
-            raise ConfigError(
-                f"{key}: memory:// lives in one process; set workers.count = 'inline'"
-            )
-        if not is_remote(uri) and nodes > 1 and not is_shared:
-            raise ConfigError(
-                f"{key}: {uri} is a plain path, and the cluster has {nodes} nodes; if all of them "
-                "see it there, set storage.shared = true, else use an object store"
-            )

@@ -41,15 +41,12 @@ class Measures:
 
     def done(self, actor: str, attempt: Attempt, result: ShardResult) -> None:
         """A shard was committed."""
-        self._attempts.inc(1, {"outcome": "committed"})
-        if attempt.shard.bytes:
-            self._bytes.inc(attempt.shard.bytes)
-        for status, images in (("ok", result.totals.ok), ("failed", result.totals.failed)):
-            if images:
-                self._images.inc(images, {"status": status})
+        _add(self._attempts, 1, outcome="committed")
+        _add(self._bytes, attempt.shard.bytes)
+        _add(self._images, result.totals.ok, status="ok")
+        _add(self._images, result.totals.failed, status="failed")
         for stage, seconds in vars(result.seconds).items():
-            if seconds > 0:
-                self._stages.inc(seconds, {"stage": stage})
+            _add(self._stages, seconds, stage=stage)
         self._shards.observe(result.seconds.at_device)
         self._actors[actor] += result.seconds
         self._busy.set(self._actors[actor].shares.get("busy", 0.0), {"actor": actor})
@@ -60,11 +57,15 @@ class Measures:
 
     def lost(self, attempts: int) -> None:
         """Attempts ended with their actor."""
-        if attempts:
-            self._attempts.inc(attempts, {"outcome": "lost"})
+        _add(self._attempts, attempts, outcome="lost")
 
     def gone(self, actor: str) -> None:
         """An actor ended."""
         if self._actors.pop(actor, None) is not None:
             self._busy.set(0, {"actor": actor})
         self._ready.set(len(self._actors))
+
+
+def _add(counter: Counter, value: float, **tags: str) -> None:
+    if value > 0:  # Ray's counters refuse 0
+        counter.inc(value, tags)

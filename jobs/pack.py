@@ -33,10 +33,10 @@ ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
 class Packed:
     """What was done."""
 
-    shards: int = 0
-    kept: int = 0
-    images: int = 0
-    masks: int = 0
+    shards: int
+    kept: int
+    images: int
+    masks: int
 
 
 def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
@@ -60,22 +60,14 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
             f"pack: {config.output.uri} holds {strange[0]}, which is no shard of this input; "
             "choose a new destination, or images would be there twice"
         )
-    packed = Packed()
-    for name, shard in plan.items():
-        is_there = name in there
-        if not is_there:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                samples = list(read_shard(source, shard))
-                contents = list(pool.map(_contents, samples))
-            write = _tar if kind == "webdataset" else _parquet
-            output.publish(name, write(list(zip(samples, contents, strict=True))))
-        packed = Packed(
-            packed.shards + (not is_there),
-            packed.kept + is_there,
-            packed.images + len(shard.members),
-            packed.masks + sum(member.mask is not None for member in shard.members),
-        )
-    return packed
+    new = {name: shard for name, shard in plan.items() if name not in there}
+    write = _tar if kind == "webdataset" else _parquet
+    for name, shard in new.items():
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            packing = list(pool.map(_contents, read_shard(source, shard)))
+        output.publish(name, write(packing))
+    masks = sum(member.mask is not None for member in members)
+    return Packed(len(new), len(plan) - len(new), len(members), masks)
 
 
 def _require_distinct_keys(members: list[Member]) -> None:
@@ -117,18 +109,19 @@ def _shard(members: list[Member]) -> Shard:
     return make_shard("", size, None, 0, len(members), tuple(members))
 
 
-def _contents(sample: Sample) -> tuple[bytes, bytes | None]:
-    return sample.read(), sample.read_mask() if sample.read_mask is not None else None
+Packing = list[tuple[Sample, bytes, bytes | None]]
+"""Images with their bytes, and those of their masks."""
 
 
-Packing = list[tuple[Sample, tuple[bytes, bytes | None]]]
+def _contents(sample: Sample) -> tuple[Sample, bytes, bytes | None]:
+    return sample, sample.read(), sample.read_mask() if sample.read_mask is not None else None
 
 
 def _tar(packing: Packing) -> bytes:
     """``KEY.ext`` and ``KEY.mask.ext``, with nothing of this machine or moment in the headers."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for sample, (image, mask) in packing:
+        for sample, image, mask in packing:
             key, ending = _key(sample.image_id), PurePosixPath(sample.source_uri).suffix.lower()
             _add(tar, f"{key}{ending}", image)
             if mask is not None:
@@ -152,10 +145,10 @@ def _parquet(packing: Packing) -> bytes:
             "image": {"bytes": image, "path": PurePosixPath(sample.image_id).name},
             "mask": mask,
         }
-        for sample, (image, mask) in packing
+        for sample, image, mask in packing
     ]
     sink = io.BytesIO()
-    largest = max(len(image) + len(mask or b"") for _, (image, mask) in packing)
+    largest = max(len(image) + len(mask or b"") for _, image, mask in packing)
     pq.write_table(
         pa.Table.from_pylist(rows, schema=schema),
         sink,

@@ -2,13 +2,14 @@
 
 import hashlib
 import importlib.machinery
+import logging
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.job import places
-from unet_core.config import PredictConfig, is_remote, plain
+from jobs.places import data_places, is_everywhere, require_everywhere
+from unet_core.config import PredictConfig, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
@@ -25,14 +26,13 @@ class Package:
     verb: str
     files: dict[str, Path]
     overrides: list[str]
-    is_verbose: bool = False
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...]
     """Of the verb: ``--refresh`` and the like."""
 
     @property
     def entrypoint(self) -> str:
         """What the cluster runs."""
-        verbose = ["-v"] if self.is_verbose else []
+        verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
         words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
         return shlex.join(words)
 
@@ -54,47 +54,38 @@ class Package:
 
 
 def pack(
-    verb: str, path: str, overrides: list[str], config: PredictConfig | TrainConfig
+    verb: str,
+    path: str,
+    overrides: list[str],
+    config: PredictConfig | TrainConfig,
+    flags: tuple[str, ...] = (),
 ) -> Package:
     """Find what a job needs of this machine: TOML, a local checkpoint, the module of a factory.
 
     Raises ConfigError for places that the cluster cannot see and for files that are too large.
     """
-    for key, uri in places(config).items():
-        _require_visible(key, uri, config.storage.shared)
+    require_everywhere(data_places(config), config.storage)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
-    if checkpoint and not checkpoint.startswith("builtin:") and not _is_visible(checkpoint, config):
+    is_builtin = not checkpoint or checkpoint.startswith("builtin:")
+    if not is_builtin and not is_everywhere(checkpoint, config.storage):
         local = Path(plain(checkpoint)).expanduser()
         if not local.is_file():
             raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")
         files[local.name] = local.resolve()
         overrides.append(f"model.checkpoint={local.name}")
     files |= _module(config.model.factory)
-    _require_small(files)
-    return Package(verb, files, overrides)
-
-
-def _is_visible(uri: str, config: PredictConfig | TrainConfig) -> bool:
-    """Whether every node of the cluster sees a file where this machine does."""
-    return is_remote(uri) or (config.storage.shared and Path(plain(uri)).is_absolute())
-
-
-def _require_visible(key: str, uri: str, is_shared: bool) -> None:
-    if uri.startswith("memory://"):
-        raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
-    if is_remote(uri):
-        return
-    if not Path(plain(uri)).is_absolute():
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
         raise ConfigError(
-            f"{key}: {uri} is relative to a directory of this machine; write where the nodes of "
-            "the cluster find it: an object store, or an absolute path that they share"
+            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
+            "allowed; the largest files:\n"
+            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
+            + "\nput them into the image of the cluster, or a checkpoint into an object store"
         )
-    if not is_shared:
-        raise ConfigError(
-            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
-            "= true if all nodes of the cluster see it there"
-        )
+    return Package(verb, files, overrides, flags)
 
 
 def _module(factory: str) -> dict[str, Path]:
@@ -112,16 +103,3 @@ def _module(factory: str) -> dict[str, Path]:
         for name in sorted(path.relative_to(folder) for path in folder.rglob("*"))
         if (folder / name).is_file() and not SKIPPED & set(name.parts)
     }
-
-
-def _require_small(files: dict[str, Path]) -> None:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    total = sum(sizes.values())
-    if total > MOST_BYTES:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
-        raise ConfigError(
-            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
-            "allowed; the largest files:\n"
-            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
-            + "\nput them into the image of the cluster, or a checkpoint into an object store"
-        )

@@ -7,20 +7,21 @@ from functools import partial
 
 from jobs import session
 from jobs.board import Attempt, Board
-from jobs.budget import Budget
 from jobs.dispatch import Workers, dispatch
-from jobs.job import Job, checkpoint_place, places, prepare, require_reachable
+from jobs.job import Job, prepare
+from jobs.places import require_reachable, worker_places
 from jobs.progress import RunProgress
-from unet_core.config import PredictConfig, is_remote
+from unet_core import manifest
+from unet_core.config import ErrorsConfig, PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import Draft
-from unet_core.manifest import draft as make_draft
-from unet_core.manifest import names as known_names
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
+
+ENOUGH_IMAGES = 1000
+"""Before so many, the share of failed ones says nothing, except at the end."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +58,40 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     checkpoint, run folder or store that cannot be used. Interrupted anyhow, the same call
     continues.
     """
-    outcome = _predicted(config, retry_failed, refresh)
-    output = config.output
-    if not output.report:
+    outcome = _predicted(prepare(config), retry_failed, refresh)
+    if not config.output.report:
         return outcome
     from jobs.report import ending_report  # templates, charts, pictures
 
-    was_done = not outcome.was_finished
-    report = ending_report(output.uri, config.storage, output.report, was_done)
+    report = ending_report(config.output.uri, config.storage, not outcome.was_finished)
     return replace(outcome, report=report)
 
 
-def _predicted(config: PredictConfig, retry_failed: bool, refresh: bool) -> Outcome:
-    job = prepare(config)
+def _predicted(job: Job, retry_failed: bool, refresh: bool) -> Outcome:
     run = job.run
-    with contextlib.ExitStack() as stack:
-        known = run.manifest()
-        again = 0
-        if retry_failed and known is not None:
-            again = run.forget_failed(known, partial(is_there, job.source))
-        new = _new_shards(job, known) if refresh and known is not None else []
-        if run.is_finished:
-            if known is not None and run.has_all(known):
-                return Outcome(run, run.finished_totals(), was_finished=True)
-            run.reopen()  # somebody has taken commits away
-        draft = None
-        if known is None:
-            draft = stack.enter_context(make_draft(list_shards(job.source)))
-        job.source.listing.clear()
-        shards = draft.heads if draft is not None else [*(known or []), *new]
-        return replace(segment(job, shards, draft), done_again=again, added=len(new))
+    known = run.manifest()
+    again = run.forget_failed(known, partial(is_there, job.source)) if known and retry_failed else 0
+    new = _new_shards(job, known) if known and refresh else []
+    if run.is_finished:
+        if known is not None and run.has_all(known):
+            return Outcome(run, run.finished_totals(), was_finished=True)
+        run.reopen()  # somebody has taken commits away
+    if known is None:
+        with manifest.draft(list_shards(job.source)) as draft:
+            job.source.listing.clear()
+            return segment(job, draft.heads, draft)
+    job.source.listing.clear()
+    return replace(segment(job, [*known, *new]), done_again=again, added=len(new))
 
 
-def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
+def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) -> Outcome:
     """Place workers, and let them do what is left of the shards."""
-    run, errors, budget = job.run, job.config.errors, Budget.of(job.config.errors)
+    run, errors = job.run, job.config.errors
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
     board = Board.of(plan, errors, job.config.storage.deadline_s)
-    if budget.is_exceeded(totals):
+    if too_many_failed(errors, totals):
         board.stop()
     if not board.is_done or draft is not None:
         timings = TimingsLog(run.store)
@@ -112,13 +107,13 @@ def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
                 totals += result.totals
                 timings.add(result, attempt.number, actor)
                 progress.on_done(result)
-                if budget.is_exceeded(totals):
+                if too_many_failed(errors, totals):
                     board.stop()
 
             with timings:
                 dispatch(board, workers, on_done, progress.on_event, progress.tick)
     is_done = totals.shards == len(shards)
-    exceeded = budget.is_exceeded(totals, at_end=True) if is_done else board.is_stopped
+    exceeded = too_many_failed(errors, totals, at_end=True) if is_done else board.is_stopped
     if is_done and not exceeded:
         if not run.has_all(shards):
             raise RunMismatchError(
@@ -126,8 +121,8 @@ def segment(job: Job, shards: list[Shard], draft: Draft | None) -> Outcome:
                 "meanwhile; run the same command again"
             )
         run.finish(totals)
-    names = {shard.shard_id: shard.uri or shard.shard_id for shard in plan}
-    set_aside = {names[shard_id]: why for shard_id, why in board.set_aside.items()}
+    why = board.set_aside
+    set_aside = {s.uri or s.shard_id: why[s.shard_id] for s in plan if s.shard_id in why}
     return Outcome(run, totals, set_aside=set_aside, too_many_failed=exceeded)
 
 
@@ -136,13 +131,23 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
 
     What was written again since it was listed is no new object.
     """
-    names = known_names(job.run.store, known)
+    names = manifest.names(job.run.store, known)
     generation = 1 + max(shard.generation for shard in known)
-    with make_draft(list_shards(job.source, names), generation) as draft:
+    with manifest.draft(list_shards(job.source, names), generation) as draft:
         if draft.heads:
             job.run.reopen()
             job.run.publish_manifest(draft)
         return draft.heads
+
+
+def too_many_failed(errors: ErrorsConfig, totals: Totals, at_end: bool = False) -> bool:
+    """Whether more images failed than ``errors.max_failed_images``, a number or a share."""
+    most = errors.max_failed_images
+    if isinstance(most, int):
+        return totals.failed > most
+    return (at_end or totals.images_seen >= ENOUGH_IMAGES) and (
+        totals.failed > most * totals.images_seen
+    )
 
 
 @contextlib.contextmanager
@@ -152,22 +157,19 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     if session.is_inline(workers):
         from jobs.inline import InlineWorkers
 
-        inline = InlineWorkers(job.replica(session.local_cpus(workers)), progress.on_image)
-        try:
+        with contextlib.closing(
+            InlineWorkers(job.replica(session.local_cpus(workers)), progress.on_image)
+        ) as inline:
             yield inline
-        finally:
-            inline.close()
-    else:
-        from jobs.actors import RayActors
+        return
+    from jobs.actors import RayActors
 
-        with session.connected():
-            is_shared = job.config.storage.shared
-            needed = places(job.config) | checkpoint_place(job.config, session.has_working_dir())
-            require_reachable(needed, session.node_count(), is_shared)
-            only_here = not is_shared and not all(map(is_remote, needed.values()))
-            placement = session.settle(workers, session.offered(workers, only_here))
-            actors = RayActors(job.replica(placement.cpus), placement, shards, only_here)
-            try:
-                yield actors
-            finally:
-                actors.close()
+    with session.connected():
+        is_shared, needed = job.config.storage.shared, worker_places(job.config)
+        require_reachable(needed, is_shared)
+        only_here = not is_shared and not all(map(is_remote, needed.values()))
+        placement = session.settle(workers, session.offered(workers, only_here))
+        with contextlib.closing(
+            RayActors(job.replica(placement.cpus), placement, shards, only_here)
+        ) as actors:
+            yield actors

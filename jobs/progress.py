@@ -6,12 +6,12 @@ The plain lines of a job on a cluster become a bar again on the terminal of who 
 import re
 import threading
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -23,104 +23,81 @@ from unet_core.metrics import Totals
 from unet_core.timings import ShardResult
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
-UNKNOWN_RATE = "–"
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
 """A plain line: what goes on, its text, how much of how much."""
 
 
-class Pace:
-    """When it is time for another plain line: less and less often, so that logs stay small."""
+class Display:
+    """A bar, or where there is no terminal plain lines, less and less often: logs stay small."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str, on_stderr: bool = True) -> None:
+        self.console = Console(stderr=on_stderr, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self.bar.add_task(what, total=1.0, text="")
         self._began = self._said = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether to say a line now; if so, it counts as said."""
-        now = time.monotonic()
-        wait = min(max(MOST_OFTEN_S, (now - self._began) / 20), LEAST_OFTEN_S)
-        if now - self._said < wait:
-            return False
-        self._said = now
-        return True
-
-
-def bar_columns() -> list[ProgressColumn]:
-    """What a bar of segmenting shows, here and for a job elsewhere."""
-    return [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeRemainingColumn(),
-    ]
-
-
-class FollowedProgress:
-    """Shows a job's output line by line; on a terminal its progress lines move a bar."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            *bar_columns(), console=self._console, disable=not self._console.is_terminal
-        )
-        self._task = self._bar.add_task("starting", total=1.0, counts="", visible=False)
-
-    def __enter__(self) -> "FollowedProgress":
-        self._bar.start()
+    def __enter__(self) -> Self:
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self.bar.stop()
 
-    def show(self, line: str) -> None:
+    def show(self, what: str, share: float, text: str, is_last: bool = False) -> None:
+        """Move the bar; where there is none, say a line if it is time for one, or the last."""
+        self.bar.update(self._task, description=what, completed=share, text=text)
+        now = time.monotonic()
+        wait_s = min(max(MOST_OFTEN_S, (now - self._began) / 20), LEAST_OFTEN_S)
+        if self.bar.disable and (is_last or now - self._said >= wait_s):
+            self._said = now
+            self.console.print(f"{what}: {text}")
+
+
+class FollowedProgress(Display):
+    """Shows a job's output line by line; on a terminal its progress lines move a bar."""
+
+    def __init__(self) -> None:
+        super().__init__("starting", on_stderr=False)
+
+    def on_line(self, line: str) -> None:
         """One line of the job."""
         found = LINE.fullmatch(line.rstrip())
-        if found is None or self._bar.disable:
-            self._console.print(line, markup=False)
+        if found is None or self.bar.disable:
+            self.console.print(line, markup=False)
             return
         what, text, done, total = found.groups()
         known = total.replace(",", "")
         share = int(done.replace(",", "")) / int(known) if known.isdigit() and int(known) else 0.0
-        self._bar.update(
-            self._task, description=what, completed=min(1.0, share), counts=text, visible=True
-        )
+        self.show(what, min(1.0, share), text)
 
 
-class RunProgress:
+class RunProgress(Display):
     """Counts images of this session; totals that only reading tells are estimated and get a ~."""
 
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
-        self._before = before
-        self._plan = plan
-        self._left_bytes = sum(shard.bytes for shard in plan)
+        super().__init__("segmenting")
+        self._bytes = {shard.shard_id: shard.bytes for shard in plan}
         counts = [shard.count for shard in plan]
-        self._known = sum(c for c in counts if c is not None) if None not in counts else None
-        self._shards = len(shards)
-        self._done_shards = len(shards) - len(plan)
-        self._done = Totals()
-        self._done_bytes = 0
-        self._sizes = {shard.shard_id: shard.bytes for shard in plan}
-        self._provisional = 0
+        self._known = None if None in counts else sum(count or 0 for count in counts)
+        self._shards, self._done_shards = len(shards), len(shards) - len(plan)
+        self._before, self._done = before, Totals()
+        self._done_bytes = self._provisional = 0
         self._actors: set[str] = set()
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._pace = Pace()
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> "RunProgress":
-        if self._console.is_terminal:
-            self._bar = Progress(*bar_columns(), console=self._console)
-            self._task = self._bar.add_task("segmenting", total=1.0, counts="starting")
-            self._bar.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._show()
-            self._bar.stop()
-        elif self._done.shards:
-            self._say()
+        if self._done.shards:
+            self.tick(is_last=True)
+        super().__exit__()
 
     def on_image(self) -> None:
         """One image of a shard under way is done; called from threads of an inline run."""
@@ -139,73 +116,45 @@ class RunProgress:
     def on_done(self, result: ShardResult) -> None:
         """A shard was committed."""
         with self._lock:
-            self._done += result.totals
             self._provisional = max(0, self._provisional - result.totals.images_seen)
-            self._done_bytes += self._sizes[result.shard_id]
-            self._done_shards += 1
+        self._done += result.totals
+        self._done_bytes += self._bytes[result.shard_id]
+        self._done_shards += 1
 
-    def tick(self) -> None:
-        """Refresh the bar, or say a line if it is time for one."""
-        if self._bar is not None:
-            self._show()
-        elif self._pace.is_due():
-            self._say()
-
-    def _say(self) -> None:
-        self._console.print(f"segmenting: {self._text()}", highlight=False, soft_wrap=True)
-
-    def _total(self) -> tuple[float | None, bool]:
-        """Images of this session and whether that is known rather than estimated."""
-        if self._known is not None:
-            return float(self._known), True
-        if self._done_shards == self._shards:
-            return float(self._done.images_seen), True
-        if self._done_bytes:
-            return self._done.images_seen * self._left_bytes / self._done_bytes, False
-        return None, False
-
-    def _show(self) -> None:
-        assert self._bar is not None
-        total, _ = self._total()
+    def tick(self, is_last: bool = False) -> None:
+        """Show how it stands."""
         done = self._done.images_seen + self._provisional
-        share = min(1.0, done / total) if total else 0.0
-        self._bar.update(self._task, completed=share, counts=self._text())
-
-    def _text(self) -> str:
-        done = self._done.images_seen + self._provisional
-        total, is_known = self._total()
-        before = self._before.images_seen
-        of = f"{'' if is_known else '~'}{before + total:,.0f}" if total is not None else "~?"
-        elapsed = time.monotonic() - self._started
-        rate = f"{done / elapsed:.1f}" if done else UNKNOWN_RATE
-        failed = self._before.failed + self._done.failed
-        at_work = "" if self._done_shards == self._shards else f", {len(self._actors)} actors"
-        return (
-            f"{before + done:,} of {of} images, {rate} images/s, {failed} failed, "
-            f"{self._done_shards}/{self._shards} shards{at_work}"
+        total, before = self._total(), self._before.images_seen
+        is_over = self._done_shards == self._shards
+        about = "" if is_over or self._known is not None else "~"
+        of = "?" if total is None else f"{before + total:,.0f}"
+        rate = f"{done / (time.monotonic() - self._started):.1f}" if done else "–"
+        text = (
+            f"{before + done:,} of {about}{of} images, {rate} images/s, "
+            f"{self._before.failed + self._done.failed} failed, "
+            f"{self._done_shards}/{self._shards} shards"
+            f"{'' if is_over else f', {len(self._actors)} actors'}"
         )
+        self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
+
+    def _total(self) -> float | None:
+        """Images of this session, as far as anybody can know."""
+        if self._known is not None:
+            return self._known
+        if self._done_shards == self._shards:
+            return self._done.images_seen
+        if self._done_bytes:
+            return self._done.images_seen * sum(self._bytes.values()) / self._done_bytes
+        return None
 
 
-class ShardsProgress:
+class ShardsProgress(Display):
     """Counts shards of something done once more with each of them."""
 
     def __init__(self, what: str, shards: int, done: int) -> None:
+        super().__init__(what)
         self._what, self._shards, self._done = what, shards, done
-        self._images = 0
-        self._started = time.monotonic()
-        self._pace = Pace()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            *bar_columns(), console=self._console, disable=not self._console.is_terminal
-        )
-        self._task = self._bar.add_task(what, total=shards, completed=done, counts="")
-
-    def __enter__(self) -> "ShardsProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._images, self._started = 0, time.monotonic()
 
     def on_done(self, images: int) -> None:
         """A shard came to its end."""
@@ -213,6 +162,4 @@ class ShardsProgress:
         self._images += images
         rate = self._images / max(time.monotonic() - self._started, 1e-3)
         text = f"{self._done:,}/{self._shards:,} shards, {rate:.1f} images/s"
-        self._bar.update(self._task, completed=self._done, counts=text)
-        if self._bar.disable and self._pace.is_due():
-            self._console.print(f"{self._what}: {text}")
+        self.show(self._what, self._done / self._shards, text)

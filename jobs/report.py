@@ -1,18 +1,29 @@
-"""``unet-jobs report``: the page of a run or a training."""
+"""``unet-jobs report``: the page of a run or a training, or overlays of single images of a run."""
 
 import logging
+from pathlib import PurePosixPath
 
-from unet_core.compact import compact
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.export import require_apart
+from unet_core.compact import batches, compact
 from unet_core.config import StorageConfig
 from unet_core.errors import UnetJobsError
+from unet_core.export.names import Names
 from unet_core.report.facts import run_facts
+from unet_core.report.images import Fetched, fetch
+from unet_core.report.measured import RANDOM, measure, pick_ids
 from unet_core.report.page import NAME, run_page, training_page
+from unet_core.report.pictures import overlay
 from unet_core.report.training import training_facts
-from unet_core.results import open_run
+from unet_core.results import Results, open_run
 from unet_core.storage.store import Store
 from unet_core.training.run import TrainingRun, is_training
 
 log = logging.getLogger(__name__)
+
+PREVIEWS = 20
 
 
 def write_report(uri: str, storage: StorageConfig | None = None) -> str:
@@ -29,25 +40,18 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
         compact(store, results.record)
         page = run_page(run_facts(results))
     store.publish(NAME, page)
-    return report_uri(uri)
-
-
-def report_uri(uri: str) -> str:
-    """Where the report of a folder lies."""
     return f"{uri.rstrip('/')}/{NAME}"
 
 
-def ending_report(uri: str, storage: StorageConfig, is_wanted: bool, was_done: bool) -> str:
+def ending_report(uri: str, storage: StorageConfig, was_done: bool) -> str:
     """The report that comes with the end of a run or a training; empty if there is none.
 
     Where nothing ``was_done`` and it is there, it is left alone. What keeps it from being written
     is told, and spoils nothing.
     """
-    if not is_wanted:
-        return ""
     try:
         if not was_done and Store(uri, storage).exists(NAME):
-            return report_uri(uri)
+            return f"{uri.rstrip('/')}/{NAME}"
         return write_report(uri, storage)
     except Exception as error:  # the work is done: no mistake in its description may deny that
         kind = "" if isinstance(error, UnetJobsError) else f"{type(error).__name__}: "
@@ -56,3 +60,44 @@ def ending_report(uri: str, storage: StorageConfig, is_wanted: bool, was_done: b
             kind, error, uri, exc_info=log.isEnabledFor(logging.INFO),
         )  # fmt: skip
         return ""
+
+
+def write_previews(
+    uri: str, to: str, image_ids: list[str], worst: int, storage: StorageConfig | None = None
+) -> tuple[int, list[tuple[str, str]]]:
+    """Write overlays of these images, or of the worst ones, or of some at random, as PNG files that
+    are named after the image ids. Returns how many, and which could not be drawn and why.
+
+    Raises ConfigError for a folder in the input, which would read them as images.
+    """
+    results, target = open_run(uri, storage), Store(to, storage)
+    require_apart(results, "--previews", to)
+    rows = batches(results.run.store)
+    if image_ids:
+        picks = pick_ids(rows, image_ids)
+    else:
+        measured = measure(rows, len(results.class_names), worst or PREVIEWS)
+        picks = measured.worst if worst else measured.picks[RANDOM]
+    names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
+
+    def write(fetched: Fetched) -> None:
+        image_id = fetched.picture.sample.image_id
+        target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
+
+    written, reasons = fetch(results, picks, write)
+    missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
+    near = _near(results, missing)
+    problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]
+    return len(written), [*problems, *reasons.items()]
+
+
+def _near(results: Results, missing: list[str]) -> dict[str, str]:
+    """For each id that is not there, one that has its stem within it."""
+    found = dict.fromkeys(missing, "")
+    for table in batches(results.run.store) if missing else ():
+        for image_id in missing:
+            stem = PurePosixPath(image_id).stem
+            like = pc.match_substring(table["image_id"], stem, ignore_case=True)
+            if not found[image_id] and pc.any(like).as_py():
+                found[image_id] = f"; did you mean {table['image_id'].filter(like)[0].as_py()}?"
+    return found

@@ -2,13 +2,12 @@
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from unet_core.config import WorkersConfig
 from unet_core.errors import WorkersError
@@ -87,19 +86,17 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    options = {"logging_level": logging.WARNING, "log_to_driver": shows_logs}
+    place: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
+    if not is_cluster_named():
+        place = {
+            "address": "local",
+            "_node_ip_address": "127.0.0.1",  # nobody else's business
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        if is_cluster_named():
-            ray.init(address=os.environ["RAY_ADDRESS"], **options)
-        else:
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",  # nobody else's business
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **options,
-            )
+        ray.init(**place, logging_level=logging.WARNING, log_to_driver=shows_logs)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise WorkersError(f"no Ray cluster at {where}: {error}") from error
@@ -170,19 +167,17 @@ def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
         shares = [c // (g / gpus) for g, c in nodes if g >= gpus]
         return max(1.0, min(shares, default=1.0))
     if workers.count in ("auto", "inline"):
-        return max(1.0, min(c for _, c in nodes if c) if any(c for _, c in nodes) else 1.0)
+        return max(1.0, min((c for _, c in nodes if c), default=1.0))
     each = -(-int(workers.count) // max(1, len(nodes)))
     return max(1.0, min((c for _, c in nodes), default=1.0) // each)
 
 
 def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
     """How many actors one node can hold."""
-    by_gpus = math.inf
+    rooms = [_times(node[1], cpus)] if cpus else []
     if gpus:
-        by_gpus = _times(node[0], gpus) if gpus >= 1 else node[0] * _times(1, gpus)
-    by_cpus = _times(node[1], cpus) if cpus else math.inf
-    least = min(by_gpus, by_cpus)
-    return int(least) if math.isfinite(least) else 1
+        rooms.append(_times(node[0], gpus) if gpus >= 1 else int(node[0] * _times(1, gpus)))
+    return min(rooms, default=1)
 
 
 def _times(whole: float, part: float) -> int:
@@ -208,11 +203,10 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
         return call()
 
     remote = ray.remote(num_cpus=0, max_retries=0)(ask)
-    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")][:most]
     asked = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        asked[remote.options(scheduling_strategy=there).remote()] = node[:12]
+    for node in _working_nodes()[:most]:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[remote.options(scheduling_strategy=there).remote()] = node["NodeID"][:12]
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=within_s)
     found: dict[str, ResultT | str] = {asked[r]: f"no answer in {within_s:g} s" for r in late}
     for reference in ready:
@@ -225,6 +219,10 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
 
 def node_count() -> int:
     """Nodes of the cluster that take work."""
+    return len(_working_nodes())
+
+
+def _working_nodes() -> list[dict[str, Any]]:
     import ray
 
-    return sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from jobs import session
 from jobs.answers import Crash, Failure, Refusal, recorded
-from jobs.job import require_reachable
+from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig, WorkersConfig
@@ -62,19 +62,20 @@ def spread(
     left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))
     if not left:
         return {}
-    with ShardsProgress(what, len(shards), len(shards) - len(left)) as progress:
-        refused = {}
-        run = _here if is_here(config.workers) else _on_cluster
-        with contextlib.closing(run(task, left, config, places)) as answers:
-            for shard, answer in answers:
-                if isinstance(answer, Failure):
-                    answer.raise_again()
-                if isinstance(answer, Crash | Refusal):
-                    refused[shard.uri or shard.shard_id] = answer.reason
-                else:
-                    assert isinstance(answer, int)
-                    progress.on_done(answer)
-        return refused
+    refused: dict[str, str] = {}
+    run = _here if is_here(config.workers) else _on_cluster
+    with (
+        ShardsProgress(what, len(shards), len(shards) - len(left)) as progress,
+        contextlib.closing(run(task, left, config, places)) as answers,
+    ):
+        for shard, answer in answers:
+            if isinstance(answer, Failure):
+                answer.raise_again()
+            elif isinstance(answer, Crash | Refusal):
+                refused[shard.uri or shard.shard_id] = answer.reason
+            else:
+                progress.on_done(answer)
+    return refused
 
 
 def is_here(workers: WorkersConfig) -> bool:
@@ -102,7 +103,7 @@ def _on_cluster(
     import ray
 
     with session.connected():
-        require_reachable(places, session.node_count(), config.storage.shared)
+        require_reachable(places, config.storage.shared)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_remotely)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}
@@ -116,22 +117,16 @@ def _on_cluster(
                     return
                 ready, _ = ray.wait(list(calls), timeout=WAIT_S)
                 for reference in ready:
-                    yield calls.pop(reference), _got(reference)
+                    try:
+                        answer = ray.get(reference)
+                    except ray.exceptions.RayTaskError:
+                        raise  # a bug of ours: its traceback is the message
+                    except ray.exceptions.RayError as error:
+                        answer = Crash(" ".join(str(error).split())[:300])
+                    yield calls.pop(reference), answer
         finally:
             for reference in calls:
                 ray.cancel(reference, force=True)
-
-
-def _got(reference: Any) -> Answer:
-    import ray
-
-    try:
-        answer: Answer = ray.get(reference)
-    except ray.exceptions.RayTaskError:
-        raise  # a bug of ours: its traceback is the message
-    except ray.exceptions.RayError as error:
-        return Crash(" ".join(str(error).split())[:300])
-    return answer
 
 
 def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> Answer:

@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +81,9 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        _use_token()
+        given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+        if given or (Path.home() / TOKEN).exists():  # only ray.init shows it by itself
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.exceptions import AuthenticationError  # reads the environment when it comes
         from ray.job_submission import JobSubmissionClient
 
@@ -89,8 +91,11 @@ class JobServer:
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
         self._refusal = AuthenticationError
-        with _without(ADDRESSES):  # Ray prefers them to what is asked for
+        hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+        try:  # Ray prefers them to what is asked for
             self._client: Any = self._ask(lambda: JobSubmissionClient(address), patience_s=0)
+        finally:
+            os.environ.update(hidden)
 
     def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
         """Start a job for a run, or find the one that is at work on it.
@@ -181,12 +186,14 @@ class JobServer:
                         "of the dashboard, e.g. http://localhost:8265"
                     ) from error
             except RuntimeError as error:  # Ray's for any answer that is not 200
-                said, code = str(error), _code(error)
+                said = str(error)
+                status = re.search(r"status code (\d{3})", said)
+                code = int(status[1]) if status else 0
                 if "already exists" in said:
                     raise TakenError(said) from error
                 if code == 404:
                     raise UnknownError(f"{self.address}: {_short(error)}") from error
-                if code is None or code < 500 or time.monotonic() >= deadline:
+                if code < 500 or time.monotonic() >= deadline:
                     raise WorkersError(f"{self.address}: {_short(error)}") from error
             time.sleep(AGAIN_S)
 
@@ -250,13 +257,6 @@ def _alive(jobs: dict[int, Any]) -> Any | None:
     return next((job for job in jobs.values() if not job.status.is_terminal()), None)
 
 
-def _use_token() -> None:
-    """Show the cluster this user's token, if there is one: only ``ray.init`` does by itself."""
-    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
-    if given or (Path.home() / TOKEN).exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
 def _exit_code(info: "JobInfo") -> int:
     """A job that was stopped is no success; one killed by a signal has no code of its own."""
     if info.status == "SUCCEEDED":
@@ -267,23 +267,7 @@ def _exit_code(info: "JobInfo") -> int:
     return code if code is not None and code > 0 else 1
 
 
-def _code(error: RuntimeError) -> int | None:
-    """The status of an HTTP answer that Ray made an exception of."""
-    found = re.search(r"status code (\d{3})", str(error))
-    return int(found[1]) if found else None
-
-
 def _short(error: BaseException) -> str:
     """The last line of a message that may be a traceback."""
     lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" .'\"}")]
     return lines[-1].strip(" .'\"}")[:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _without(names: tuple[str, ...]) -> Iterator[None]:
-    """Hide variables of the environment."""
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)

@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
+    output = config.output
     run = open_training(config)
     was_finished = run.is_finished
     if not was_finished:
@@ -49,15 +50,13 @@ def train(config: TrainConfig) -> Trained:
                 progress.on_event(event)
     done = run.position()
     return Trained(
-        best=f"{config.output.uri.rstrip('/')}/{BEST}",
+        best=f"{output.uri.rstrip('/')}/{BEST}",
         step=done.step,
         best_step=done.best_step,
         metric=config.train.best,
         value=done.best,
         was_finished=was_finished,
-        report=ending_report(
-            config.output.uri, config.storage, config.output.report, not was_finished
-        ),
+        report=ending_report(output.uri, config.storage, not was_finished) if output.report else "",
     )
 
 

@@ -14,12 +14,13 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 STORAGE = "[STORAGE.KEY=VALUE]..."
+Words = tuple[str, ...]
 REACH = ("storage.", "workers.")
 """What may always be said anew of a run that is done."""
 
 
 def predict_config(
-    source: str, overrides: tuple[str, ...], model: str | None, out: str | None
+    source: str, overrides: Words, model: str | None, out: str | None
 ) -> PredictConfig:
     """Of ``predict`` and its kin: a TOML, or a folder of images."""
     if source.endswith(".toml"):
@@ -56,7 +57,7 @@ def recipe(path: str) -> str:
     return str(shipped) if not Path(path).exists() and shipped.is_file() else path
 
 
-def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
+def storage_of(overrides: Words) -> StorageConfig:
     """The storage section that overrides make."""
     for override in overrides:
         if not override.startswith("storage."):
@@ -65,16 +66,14 @@ def storage_of(overrides: tuple[str, ...]) -> StorageConfig:
     return build(PredictConfig, places, list(overrides), source="command line").storage
 
 
-def stored_run(run: str, overrides: tuple[str, ...]) -> "Results":
+def stored_run(run: str, overrides: Words) -> "Results":
     """A run, reached as the ``storage`` overrides among others say."""
     from unet_core.results import open_run
 
     return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
 
 
-def run_config(
-    results: "Results", overrides: tuple[str, ...], allowed: tuple[str, ...]
-) -> PredictConfig:
+def run_config(results: "Results", overrides: Words, allowed: Words) -> PredictConfig:
     """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
     ``allowed``. Who made it does not matter any more: ``[workers]`` begins at its defaults.
 

@@ -2,8 +2,8 @@
 
 import click
 
-from jobs.verbs.arguments import OVERRIDES, train_config
-from jobs.verbs.show import show
+from jobs.verbs import show
+from jobs.verbs.arguments import OVERRIDES, Words, train_config
 from unet_core.config import ImportConfig, build
 
 
@@ -11,7 +11,7 @@ from unet_core.config import ImportConfig, build
 @click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
-def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
+def train(source: str, overrides: Words, out: str | None) -> None:
     """Train a network on images with masks. Run it again to continue."""
     config = train_config(source, list(overrides), out)
     from jobs.train import train as run_train
@@ -20,11 +20,11 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
     if trained.was_finished:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
     value = "–" if trained.value is None else f"{trained.value:.4f}"
-    show(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
-    show(best=f"{trained.best} (val {trained.metric} {value})")
+    show.lines(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
+    show.lines(best=f"{trained.best} (val {trained.metric} {value})")
     if trained.report:
-        show(report=trained.report)
-    show(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
+        show.lines(report=trained.report)
+    show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -33,7 +33,7 @@ def train(source: str, overrides: tuple[str, ...], out: str | None) -> None:
 @click.option(
     "--factory", default="", help="The function that a checkpoint names, if you trust it."
 )
-def model(name: str, options: tuple[str, ...], factory: str) -> None:
+def model(name: str, options: Words, factory: str) -> None:
     """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
 
     Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
@@ -47,7 +47,7 @@ def model(name: str, options: tuple[str, ...], factory: str) -> None:
         return
     described = describe(name, list(options), factory)
     Console().print(layers_table(described))
-    show(**sentences(described.tiling))
+    show.lines(**sentences(described.tiling))
 
 
 @click.command("import-weights")
@@ -57,11 +57,7 @@ def model(name: str, options: tuple[str, ...], factory: str) -> None:
 @click.option("--layout", help="Which published U-Net, where the keys fit several.")
 @click.option("--factory", help="package.module:function that makes another network.")
 def import_weights(
-    source: str,
-    destination: str,
-    overrides: tuple[str, ...],
-    layout: str | None,
-    factory: str | None,
+    source: str, destination: str, overrides: Words, layout: str | None, factory: str | None
 ) -> None:
     """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
 
@@ -80,7 +76,7 @@ def import_weights(
     header = run_import(config)
     wanted, tiling = header.preprocessing, header.tiling
     kind = "exact tiles" if tiling.is_exact else "blended tiles"
-    show(
+    show.lines(
         wrote=destination,
         network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
         images=f"{wanted.color}, {wanted.normalisation}",

@@ -1,28 +1,14 @@
 """The verbs that segment: predict, plan, submit, pack, demo."""
 
-import logging
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.verbs.arguments import OVERRIDES, predict_config, recipe
-from jobs.verbs.show import (
-    READING,
-    json_option,
-    only_document,
-    show,
-    show_bench,
-    show_causes,
-    show_checks,
-    show_cost,
-    show_json,
-    show_outcome,
-    show_plan,
-)
+from jobs.verbs import show
+from jobs.verbs.arguments import OVERRIDES, Words, predict_config, recipe
 from unet_core.config import PredictConfig, build, load
 from unet_core.errors import ConfigError, StoppedError
 from unet_core.train_config import TrainConfig
@@ -42,7 +28,7 @@ NOWHERE = "memory://nowhere"
 @click.option("--refresh", is_flag=True, help="Add images that are new in the input.")
 def predict(
     source: str,
-    overrides: tuple[str, ...],
+    overrides: Words,
     model: str | None,
     out: str | None,
     retry_failed: bool,
@@ -53,9 +39,9 @@ def predict(
     from jobs.predict import predict as run_predict
 
     outcome = run_predict(config, retry_failed, refresh)
-    show_outcome(outcome)
+    show.outcome(outcome)
     if outcome.too_many_failed:
-        show_causes(outcome, config)
+        show.causes(outcome, config)
     if not outcome.is_complete:
         sys.exit(1)
 
@@ -67,10 +53,10 @@ def predict(
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --cost: of an hour of one GPU.")
-@json_option
+@show.json_option
 def plan(
     source: str,
-    overrides: tuple[str, ...],
+    overrides: Words,
     model: str | None,
     out: str | None,
     cost: bool,
@@ -83,19 +69,19 @@ def plan(
     config = predict_config(source, overrides, model, out)
     from jobs.inspect import plan as make_plan
 
-    with only_document(as_json):
+    with show.only_document(as_json):
         made = make_plan(config)
         if not as_json:
-            show_plan(made)
+            show.plan(made)
         found = None
         if cost:
             from jobs.cost import estimate
 
             found = estimate(config, price)
     if as_json:
-        show_json(made, cost=found)
+        show.document(made, cost=found)
     elif found is not None:
-        show_cost(found)
+        show.cost(found)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -114,7 +100,7 @@ def plan(
 def submit(
     verb: str,
     path: str,
-    overrides: tuple[str, ...],
+    overrides: Words,
     address: str,
     follow: bool,
     retry_failed: bool,
@@ -135,14 +121,11 @@ def submit(
         path = recipe(path)
         config = load(TrainConfig, path, list(overrides))
     from jobs.package import pack as pack_job
-
-    is_verbose = logging.getLogger().isEnabledFor(logging.INFO)
-    packed = pack_job(verb, path, list(overrides), config)
-    package = replace(packed, is_verbose=is_verbose, flags=flags)
     from jobs.submit import JobServer, run_name
 
+    package = pack_job(verb, path, list(overrides), config, flags)
     name = run_name(verb, config)
-    show(job=name)
+    show.lines(job=name)
     server = JobServer(address)
     job = server.submit(name, package, config)
     if job.before:
@@ -151,8 +134,8 @@ def submit(
         click.echo(f"{job.id} is at work already")
     if follow:
         sys.exit(_follow(server, job.id))
-    show(follow="the same command with --follow")
-    show(stop=f"ray job stop --address {address} {job.id}")
+    show.lines(follow="the same command with --follow")
+    show.lines(stop=f"ray job stop --address {address} {job.id}")
 
 
 def _follow(server: "JobServer", job_id: str) -> int:
@@ -161,7 +144,7 @@ def _follow(server: "JobServer", job_id: str) -> int:
     from jobs.submit import Follower
 
     shown = FollowedProgress()
-    follower = Follower(server, job_id, shown.show)
+    follower = Follower(server, job_id, shown.on_line)
     while True:
         try:
             with shown:
@@ -184,8 +167,8 @@ def _follow(server: "JobServer", job_id: str) -> int:
 @click.argument("source", metavar="CONFIG.toml|IMAGES")
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
 @click.option("--model", help="Checkpoint, where IMAGES is given.")
-@json_option
-def bench(source: str, overrides: tuple[str, ...], model: str | None, as_json: bool) -> None:
+@show.json_option
+def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> None:
     """Measure what this machine allows, its model and the whole job. Keeps nothing."""
     out = None if source.endswith(".toml") else "bench"
     config = predict_config(source, overrides, model, out)
@@ -193,9 +176,9 @@ def bench(source: str, overrides: tuple[str, ...], model: str | None, as_json: b
 
     measured = measure(config)
     if as_json:
-        show_json(measured)
+        show.document(measured)
     else:
-        show_bench(measured)
+        show.bench(measured)
 
 
 @click.command()
@@ -210,24 +193,22 @@ def bench(source: str, overrides: tuple[str, ...], model: str | None, as_json: b
     show_default=True,
     help="Size of a shard in megabytes.",
 )
-def pack(
-    source: str, destination: str, overrides: tuple[str, ...], kind: str, shard_mb: int
-) -> None:
+def pack(source: str, destination: str, overrides: Words, kind: str, shard_mb: int) -> None:
     """Pack loose images, and their masks (input.masks=...), into balanced shards."""
     table = {"input": {"uri": source}, "output": {"uri": destination}}
     config = build(PredictConfig, table, list(overrides), source="command line")
     from jobs.pack import pack as run_pack
 
     packed = run_pack(config, kind, shard_mb * 10**6)
-    show(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
-    show(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+    show.lines(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
+    show.lines(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
 
 
 @click.command()
 @click.argument("source", metavar="[CONFIG.toml|IMAGES]", default="")
 @click.argument("overrides", nargs=-1, metavar=OVERRIDES)
-@json_option
-def doctor(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@show.json_option
+def doctor(source: str, overrides: Words, as_json: bool) -> None:
     """Check this machine, its cluster, and with a config or a place of images whether they can be
     reached. Exit code 1 if anything is wrong.
 
@@ -239,12 +220,12 @@ def doctor(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
         config = predict_config(source, overrides, None, None if has_output else NOWHERE)
     from jobs.doctor import diagnose
 
-    with only_document(as_json):
+    with show.only_document(as_json):
         found = diagnose(config)
     if as_json:
-        show_json(found)
+        show.document(found)
     else:
-        show_checks(found)
+        show.checks(found)
     sys.stdout.flush()
     if any(check.hangs for check in found.checks):
         os._exit(1)  # what it waits for may never come
@@ -257,13 +238,14 @@ def doctor(source: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
 def demo(folder: Path, data_only: bool) -> None:
     """Try it: sample images, a run on two local Ray actors, a report."""
-    from jobs.demo import demo as run_demo
     from jobs.demo import write_data
+    from jobs.predict import predict as run_predict
 
+    config = write_data(folder)
     if data_only:
-        click.echo(f"wrote {folder}/images and {write_data(folder)}")
+        click.echo(f"wrote {folder}/images and {config}")
         return
-    path, outcome = run_demo(folder)
-    show_outcome(outcome)
-    show(config=str(path))
-    click.echo(READING.format(run=outcome.run.uri))
+    outcome = run_predict(load(PredictConfig, str(config), []))
+    show.outcome(outcome)
+    show.lines(config=str(config))
+    click.echo(show.READING.format(run=outcome.run.uri))

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,11 +35,12 @@ if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EXTREMES_SHOWN = 5
+PROBLEMS_SHOWN = 10
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def show_json(value: Any, **more: Any) -> None:
+def document(value: Any, **more: Any) -> None:
     """One JSON document: the fields and properties of a dataclass, or a dict, and more keys."""
     click.echo(json.dumps({**_plain(value), **_plain(more)}, indent=1, allow_nan=False))
 
@@ -63,7 +65,7 @@ def only_document(as_json: bool) -> Iterator[None]:
         yield
 
 
-def show_checks(diagnosis: "Diagnosis") -> None:
+def checks(diagnosis: "Diagnosis") -> None:
     """A line for each check."""
     width = max(len(check.name) for check in diagnosis.checks) + 1
     for check in diagnosis.checks:
@@ -71,9 +73,9 @@ def show_checks(diagnosis: "Diagnosis") -> None:
         click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
 
 
-def show_plan(plan: "Plan") -> None:
+def plan(plan: "Plan") -> None:
     """What ``predict`` would do."""
-    show(
+    lines(
         run=plan.uri + (" (finished)" if plan.is_finished else ""),
         input=f"{plan.input} ({plan.format})",
         shards=f"{plan.shards:,}, {plan.shards_left:,} left",
@@ -83,9 +85,9 @@ def show_plan(plan: "Plan") -> None:
     )
 
 
-def show_bench(bench: "Bench") -> None:
+def bench(bench: "Bench") -> None:
     """The limit, the model, the stages, the job, and how near each comes to the one before."""
-    show(
+    lines(
         machine=f"{bench.device}, {bench.lanes} lanes",
         sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",
         limit=f"{bench.matrix_gflop_per_s:,.0f} GFLOP/s at {bench.gflop_per_megapixel:,.1f} "
@@ -101,10 +103,10 @@ def show_bench(bench: "Bench") -> None:
     )
 
 
-def show_cost(cost: "Cost") -> None:
+def cost(cost: "Cost") -> None:
     """What the rest of a run will take, and what a million images do."""
     about = "" if cost.is_counted else "about "
-    show(
+    lines(
         measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
         f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
         left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
@@ -116,7 +118,7 @@ def show_cost(cost: "Cost") -> None:
     money = ""
     if cost.price is not None and cost.price_per_million is not None:
         money = f", at {cost.price:g} each: {_span(cost.price_per_million)}"
-    show(million=f"{_span(hours)} {unit}{money}")
+    lines(million=f"{_span(hours)} {unit}{money}")
 
 
 def _time(hours: tuple[float, float]) -> str:
@@ -129,37 +131,31 @@ def _span(values: tuple[float, float], factor: float = 1.0) -> str:
     return " to ".join(f"{value * factor:,.3g}" for value in values)
 
 
-def show_outcome(outcome: "Outcome") -> None:
+def outcome(outcome: "Outcome") -> None:
     """How a run stands after ``predict``."""
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
     if outcome.done_again:
-        show(again=f"{outcome.done_again:,} shards with failed images")
+        lines(again=f"{outcome.done_again:,} shards with failed images")
     if outcome.added:
-        show(added=f"{outcome.added:,} shards of new objects")
-    show_totals(outcome.totals, record.class_names if record else ())
-    show(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
+        lines(added=f"{outcome.added:,} shards of new objects")
+    totals(outcome.totals, record.class_names if record else ())
+    lines(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
     if outcome.report:
-        show(report=outcome.report)
-    show_set_aside(outcome.set_aside, "committed")
+        lines(report=outcome.report)
+    problems(outcome.set_aside.items(), "not committed: shard", most=None)
 
 
-def show_set_aside(set_aside: dict[str, str], what: str) -> None:
-    """Shards that could not be done, and why."""
-    for shard, reason in set_aside.items():
-        click.echo(harmless(f"not {what}: shard {shard}: {reason}"), err=True)
-
-
-def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
+def causes(outcome: "Outcome", config: PredictConfig) -> None:
     """Why too many images failed, and what to do."""
-    from jobs.budget import Budget
     from unet_core.failures import causes
 
-    totals, run = outcome.totals, outcome.run.uri
+    totals, run, most = outcome.totals, outcome.run.uri, config.errors.max_failed_images
+    budget = f"{most:,}" if isinstance(most, int) else f"{100 * most:g} %"
     click.echo(
         f"error: {totals.failed:,} of {totals.images_seen:,} images failed, "
-        f"errors.max_failed_images is {Budget.of(config.errors)}; most frequent:",
+        f"errors.max_failed_images is {budget}; most frequent:",
         err=True,
     )
     for cause in causes(outcome.run, totals):
@@ -170,28 +166,29 @@ def show_causes(outcome: "Outcome", config: PredictConfig) -> None:
     click.echo(LOOKING.format(run=run, enough=enough), err=True)
 
 
-def show_problems(problems: list[tuple[str, str]], what: str, most: int) -> None:
+def problems(
+    problems: Collection[tuple[str, str]], what: str, most: int | None = PROBLEMS_SHOWN
+) -> None:
     """The first of those that something could not be done with, and how many more there are."""
-    for name, reason in problems[:most]:
+    for name, reason in islice(problems, most):
         click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
-    if len(problems) > most:
+    if most is not None and len(problems) > most:
         click.echo(f"{what}: {len(problems) - most:,} more", err=True)
 
 
-def show_totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
+def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
-    show(
-        images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
-    )
+    seen = f"{totals.images_seen:,} seen"
+    lines(images=f"{seen} {balance} {totals.ok:,} ok + {totals.failed:,} failed")
     for code, count in totals.errors.items():
-        click.echo(f"{'':<10}{count:,} x {code}")
+        line("", f"{count:,} x {code}")
     warn_of_one_class(totals, class_names)
     if totals.with_truth:
-        show(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
+        lines(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
         for name, score in zip(class_names, totals.scores, strict=True):
             if score.iou is not None and score.dice is not None:
-                click.echo(f"{'':<10}{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
+                line("", f"{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
 
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
@@ -205,10 +202,10 @@ def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
         )
 
 
-def show_scored(document: dict[str, Any]) -> None:
+def scored(document: dict[str, Any]) -> None:
     """What an evaluation against truth says."""
     counts = document["images"]
-    show(
+    lines(
         images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
         f"{document['of']['truth']}"
     )
@@ -219,11 +216,11 @@ def show_scored(document: dict[str, Any]) -> None:
         _show_scores(document)
     if ignored := document["ignored_pixels"]:
         value = document["of"]["input.ignore_index"]
-        show(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+        lines(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
     if "warning" in document:
         click.echo(harmless(f"warning: {document['warning']}"), err=True)
     for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
-        _showharmless("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
+        line("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
 
 
@@ -233,41 +230,40 @@ def _show_scores(document: dict[str, Any]) -> None:
     rows.append(("mean", document["mean"], ""))
     width = max(len(name) for name, _, _ in rows)
     heads = "".join(f"  {name:<14}" for name in SCORES.values())
-    click.echo(f"{'':{10 + width}}{heads}  images")
-    click.echo((f"{'':{10 + width}}" + f"  {'micro':<6}  {'macro':<6}" * len(SCORES)).rstrip())
+    line("", f"{'':{width}}{heads}  images")
+    line("", f"{'':{width}}" + (f"  {'micro':<6}  {'macro':<6}" * len(SCORES)).rstrip())
     for name, score, images in rows:
         values = (score[kind][ratio] for ratio in SCORES for kind in ("micro", "macro"))
-        line = f"{'':10}{name:<{width}}{''.join(map(_score, values))}  {images}"
-        click.echo(line.rstrip())
+        line("", f"{name:<{width}}{''.join(map(_score, values))}  {images}".rstrip())
 
 
 def _score(value: float | None) -> str:
     return f"  {'–' if value is None else f'{value:.4f}':<6}"
 
 
-def show_changed(document: dict[str, Any]) -> None:
+def changed(document: dict[str, Any]) -> None:
     """What an evaluation against an earlier run says."""
     counts = document["images"]
-    show(images=f"{counts['compared']:,} compared with {document['of']['against']}")
+    lines(images=f"{counts['compared']:,} compared with {document['of']['against']}")
     _show_images(counts["only_here"], "only in this run", document["only_here"])
     _show_images(counts["only_there"], "only in the other", document["only_there"])
     _show_images(counts["failed_there"], "failed only in the other", document["failed_there"])
     _show_images(counts["failed_here"], "failed only in this run", document["failed_here"])
     _show_images(counts["unusable_there"], "cannot be compared", document["unusable_there"])
     if document["classes"]:
-        show(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
+        lines(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
         width = max(len(score["class"]) for score in document["classes"])
-        click.echo(f"{'':{10 + width}}  before    after     IoU")
+        line("", f"{'':{width}}  before    after     IoU")
         for score in document["classes"]:
             shares = f"  {score['before']:<8.3%}  {score['after']:<8.3%}"
-            click.echo(f"{'':10}{score['class']:<{width}}{shares}{_score(score['iou'])}")
+            line("", f"{score['class']:<{width}}{shares}{_score(score['iou'])}")
     for number, image in enumerate(document["flipped"]):
-        _showharmless("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
+        line("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
     _show_state(document)
 
 
 def _show_state(document: dict[str, Any]) -> None:
-    show(written=document["evaluation"])
+    lines(written=document["evaluation"])
     if not document["is_finished"]:
         click.echo("the run is not finished; this is of the shards that are committed", err=True)
 
@@ -275,19 +271,20 @@ def _show_state(document: dict[str, Any]) -> None:
 def _show_images(count: int, what: str, examples: list[str]) -> None:
     """How many images something happened to, if any, and a few of them."""
     if count:
-        click.echo(f"{'':<10}{count:,} {what}")
+        line("", f"{count:,} {what}")
     for example in examples:
-        _showharmless("", f"  {example}")
+        line("", f"  {example}")
 
 
-def _showharmless(name: str, text: str) -> None:
-    click.echo(f"{name:<10}{harmless(text)}")
-
-
-def show(**lines: str) -> None:
+def lines(**texts: str) -> None:
     """Lines of a name and a text each."""
-    for name, text in lines.items():
-        click.echo(f"{name.replace('_', ' ') + ':':<10}{text}")
+    for name, text in texts.items():
+        line(f"{name.replace('_', ' ')}:", text)
+
+
+def line(name: str, text: str) -> None:
+    """A line in two columns."""
+    click.echo(f"{name:<10}{harmless(text)}")
 
 
 def harmless(text: str) -> str:

@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.budget import Budget
-from jobs.predict import predict
+from jobs.predict import predict, too_many_failed
 from tests.data import digests, write_folder, write_tar, write_tars
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
@@ -64,9 +63,8 @@ def spoiled(tmp_path):
 def test_a_budget_is_a_number_or_a_share_judged_when_it_means_something(
     most, failed, seen, at_end, exceeded
 ):
-    budget = Budget.of(ErrorsConfig(max_failed_images=most))
-    totals = Totals(images_seen=seen, failed=failed)
-    assert budget.is_exceeded(totals, at_end) == exceeded
+    errors, totals = ErrorsConfig(max_failed_images=most), Totals(images_seen=seen, failed=failed)
+    assert too_many_failed(errors, totals, at_end) == exceeded
 
 
 def test_a_run_over_its_budget_is_not_finished_and_tells_why(run_cli, make_config, spoiled):

@@ -3,7 +3,7 @@
 import json
 
 from jobs.predict import predict
-from jobs.verbs.show import show_json
+from jobs.verbs.show import document
 from unet_core.metrics import Totals
 
 TOTALS = {
@@ -67,6 +67,6 @@ def test_a_run_of_one_class_is_warned_of_beside_the_document(run_cli, make_confi
 
 
 def test_numbers_that_are_none_are_null_and_names_stay_texts(capsys):
-    show_json({"value": float("nan"), "totals": Totals(ok=1)}, name="\udce4\n")
+    document({"value": float("nan"), "totals": Totals(ok=1)}, name="\udce4\n")
     found = json.loads(capsys.readouterr().out)
     assert (found["value"], found["totals"]["ok"], found["name"]) == (None, 1, "\udce4\n")

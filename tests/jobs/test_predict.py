@@ -8,8 +8,9 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import session
 from jobs.inspect import plan, status
-from jobs.job import checkpoint_place
+from jobs.places import worker_places
 from jobs.predict import predict
 from tests.data import digests
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
@@ -185,7 +186,8 @@ def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
     ],
 )
 def test_workers_must_see_the_checkpoint_unless_they_have_it(
-    make_config, named, came_along, is_needed
+    make_config, named, came_along, is_needed, monkeypatch
 ):
-    place = checkpoint_place(make_config(model={"checkpoint": named}), came_along)
-    assert place == ({"model.checkpoint": named} if is_needed else {})
+    monkeypatch.setattr(session, "has_working_dir", lambda: came_along)
+    places = worker_places(make_config(model={"checkpoint": named}))
+    assert places.get("model.checkpoint") == (named if is_needed else None)

@@ -41,7 +41,7 @@ def test_a_report_that_cannot_be_written_loses_nothing(make_config, tmp_path, ca
 
 def test_damage_that_nobody_thought_of_is_told_too(tmp_path, caplog):
     (tmp_path / "run.json").write_text("[]")
-    assert ending_report(str(tmp_path), StorageConfig(), True, was_done=True) == ""
+    assert ending_report(str(tmp_path), StorageConfig(), was_done=True) == ""
     assert "the report could not be written" in caplog.text
 
 

@@ -10,8 +10,9 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 
-from jobs import cli, ddp, package, session, submit
+from jobs import cli, package, session, submit
 from jobs.package import pack
+from jobs.places import require_reachable, worker_places
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submit import Follower, JobServer, run_name
@@ -106,10 +107,10 @@ def test_a_checkpoint_that_came_along_is_there_for_every_rank(monkeypatch):
     config = config_of(TrainConfig, model__checkpoint="mine.safetensors")
     monkeypatch.setattr(session, "node_count", lambda: 2)
     monkeypatch.setattr(session, "has_working_dir", lambda: True)
-    ddp._require_reachable(config)
+    require_reachable(worker_places(config), is_shared=False)
     monkeypatch.setattr(session, "has_working_dir", lambda: False)
     with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a plain path"):
-        ddp._require_reachable(config)
+        require_reachable(worker_places(config), is_shared=False)
 
 
 def test_absolute_paths_go_with_a_file_system_that_is_shared(tmp_path):
@@ -321,10 +322,10 @@ def test_progress_lines_of_a_job_move_a_bar_on_a_terminal(monkeypatch):
             ("segmenting: 30 of ~? images, 3.0 images/s, 0 failed, 1/4 shards, 2 actors", 0.0),
             ("training: 1,500 of 3,000 steps, epoch 3/6, 20 images/s, loss 0.1", 0.5),
         ]:
-            shown.show(line)
-            (task,) = shown._bar.tasks
+            shown.on_line(line)
+            (task,) = shown.bar.tasks
             assert task.completed == share
-            assert task.fields["counts"] == line.partition(": ")[2]
+            assert task.fields["text"] == line.partition(": ")[2]
 
 
 def test_a_wrong_config_costs_no_connection(tmp_path):

@@ -1,0 +1,78 @@
+"""Where a job reads and writes, by the keys of its config, and who can see it there."""
+
+from pathlib import Path
+
+from jobs import session
+from unet_core.config import InputConfig, PredictConfig, StorageConfig, is_remote, plain
+from unet_core.errors import ConfigError
+from unet_core.train_config import TrainConfig
+
+
+def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """Where a job reads and writes data: URIs by their keys in the config."""
+    found: dict[str, str] = {}
+    parts: dict[str, InputConfig | None]
+    if isinstance(config, PredictConfig):
+        parts = {"input": config.input}
+    else:
+        parts = {"data.train": config.data.train, "data.val": config.data.val}
+    for key, part in parts.items():
+        if part is not None:
+            found[f"{key}.uri"] = part.uri
+            found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
+    return found | {"output.uri": config.output.uri}
+
+
+def worker_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """All that the workers of a connected cluster have to reach: data, and the checkpoint unless
+    they have it, built in or brought along with a job's files.
+    """
+    named = config.model.checkpoint
+    is_elsewhere = bool(named) and not named.startswith("builtin:")
+    if is_elsewhere and not is_remote(named) and not Path(named).is_absolute():
+        is_elsewhere = not session.has_working_dir()
+    return data_places(config) | ({"model.checkpoint": named} if is_elsewhere else {})
+
+
+def require_reachable(found: dict[str, str], is_shared: bool) -> None:
+    """Refuse places, by their keys, that the workers of a connected cluster cannot see.
+
+    Raises ConfigError that names the first one.
+    """
+    nodes = session.node_count()
+    for key, uri in found.items():
+        if uri.startswith("memory://"):
+            raise ConfigError(
+                f"{key}: memory:// lives in one process; set workers.count = 'inline'"
+            )
+        if not is_remote(uri) and nodes > 1 and not is_shared:
+            raise ConfigError(
+                f"{key}: {uri} is a plain path, and the cluster has {nodes} nodes; if all of them "
+                "see it there, set storage.shared = true, else use an object store"
+            )
+
+
+def is_everywhere(uri: str, storage: StorageConfig) -> bool:
+    """Whether every node of any cluster sees a file where this machine does."""
+    return is_remote(uri) or (storage.shared and Path(plain(uri)).is_absolute())
+
+
+def require_everywhere(found: dict[str, str], storage: StorageConfig) -> None:
+    """Refuse places, by their keys, that a cluster elsewhere cannot see.
+
+    Raises ConfigError that names the first one.
+    """
+    for key, uri in found.items():
+        if uri.startswith("memory://"):
+            raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
+        if is_everywhere(uri, storage):
+            continue
+        if not Path(plain(uri)).is_absolute():
+            raise ConfigError(
+                f"{key}: {uri} is relative to a directory of this machine; write where the nodes "
+                "of the cluster find it: an object store, or an absolute path that they share"
+            )
+        raise ConfigError(
+            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
+            "= true if all nodes of the cluster see it there"
+        )
