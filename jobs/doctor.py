@@ -171,7 +171,8 @@ def codecs() -> str:
     import numpy as np
     from PIL import Image
 
-    from unet_core.images.codec import decode_image
+    from unet_core.config import InputConfig
+    from unet_core.images.codec import decode_images
 
     pixels_HW = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
     kinds: dict[str, dict[str, Any]] = {
@@ -181,7 +182,7 @@ def codecs() -> str:
     for kind, options in kinds.items():
         buffer = io.BytesIO()
         Image.fromarray(pixels_HW).save(buffer, kind, **options)
-        shown_HW = decode_image(buffer.getvalue(), pixels_HW.size).pixels_HWC[..., 0]
+        shown_HW = decode_images(buffer.getvalue(), InputConfig(uri=kind))[0][..., 0]
         if kind != "JPEG" and not (shown_HW == pixels_HW).all():
             raise WorkersError(f"{kind} is decoded wrongly; reinstall pillow and imagecodecs")
     return ", ".join(kinds)
