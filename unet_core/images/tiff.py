@@ -56,11 +56,9 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         series = full_series(tiff)
         _check_values(pages, series, config)
         if is_stack(tiff, len(pages), series, config):
-            stacks = [
-                page for one in series for page in _stack(one, len(series), config, as_labels)
-            ]
-            require_allowed(len(stacks), config)
-            return stacks
+            stacks = [_stack(one, len(series), config, as_labels) for one in series]
+            require_allowed(sum(map(len, stacks)), config)
+            return [page for stack in stacks for page in stack]
         require_allowed(len(pages), config)
         return [_page(page, config, as_labels) for page in pages]
 
@@ -159,7 +157,7 @@ def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputCo
 def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> None:
     """All pages and channels together, before any is decoded."""
     by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
-    values = max(by_pages, sum(int(np.prod(s.shape, dtype=np.int64)) for s in series))
+    values = max(by_pages, sum(math.prod(s.shape) for s in series))
     allowed = VALUES_PER_PIXEL * config.max_pixels
     if values > allowed:
         raise ImageError(
@@ -170,7 +168,7 @@ def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> N
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
     """How many planes with such axes there are."""
     sizes = zip(shape, axes, strict=True)
-    return int(np.prod([size for size, axis in sizes if axis not in axes_of_a_plane]))
+    return math.prod(size for size, axis in sizes if axis not in axes_of_a_plane)
 
 
 def require_allowed(pages: int, config: InputConfig) -> None:
@@ -191,7 +189,7 @@ def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: b
     order = [*others, axes.index("Y"), axes.index("X"), *channels]
     pixels = np.transpose(series.asarray(), order)
     height, width = pixels.shape[len(others) : len(others) + 2]
-    depth = int(np.prod([shape[i] for i in channels]))
+    depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, height, width, depth)
     if _alpha_of(series.keyframe) and "C" not in axes and not config.channels:
         pages_NHWC = pages_NHWC[..., :-1]
