@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Full, Queue
@@ -129,9 +128,8 @@ class InOrder(Generic[ResultT]):
     """Takes numbered futures in any order and gives their results by number."""
 
     def __init__(self) -> None:
-        self._early: dict[int, Future[ResultT]] = {}
-        self._line: deque[Future[ResultT]] = deque()
-        self._following = 0
+        self._futures: dict[int, Future[ResultT]] = {}
+        self._next = 0
         self.numbers = 0
         """How many numbers were given out, whether or not their results have come."""
 
@@ -142,18 +140,19 @@ class InOrder(Generic[ResultT]):
 
     def add(self, number: int, future: Future[ResultT]) -> None:
         """The result to come of a number."""
-        self._early[number] = future
-        while self._following in self._early:
-            self._line.append(self._early.pop(self._following))
-            self._following += 1
+        self._futures[number] = future
 
     def ready(self) -> Iterator[ResultT]:
         """What can be given without waiting."""
-        while self._line and self._line[0].done():
-            yield self._line.popleft().result()
+        while (future := self._futures.get(self._next)) is not None and future.done():
+            yield self._given()
 
     def rest(self) -> Iterator[ResultT]:
         """Everything else; every number that was given out must have been added."""
-        assert self._following == self.numbers, f"number {self._following} is missing"
-        while self._line:
-            yield self._line.popleft().result()
+        while self._next < self.numbers:
+            yield self._given()
+
+    def _given(self) -> ResultT:
+        assert self._next in self._futures, f"number {self._next} is missing"
+        self._next += 1
+        return self._futures.pop(self._next - 1).result()
