@@ -188,21 +188,17 @@ def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
 def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> Sample:
     config = source.config
     data, path = _payload(values[config.image_column])
-    given = values.get(config.id_column) if config.id_column else None
-    given = _text(given)
-    image_id = f"{shard.uri}#{row}" if given is None else given
-    failure = None
-    if data is None:
-        failure = ImageError("empty", "the row has no bytes; paths inside data are not followed")
+    given = _text(values.get(config.id_column))
+    nothing = ImageError("empty", "the row has no bytes; paths inside data are not followed")
     mask = _payload(values[config.masks])[0] if config.masks else None
     name = path or (given if given is not None else str(row))
     return Sample(
-        image_id=image_id,
+        image_id=f"{shard.uri}#{row}" if given is None else given,
         key=PurePosixPath(name).stem if path or "/" in name else name,
         source_uri=source.root.uri(shard.uri),
         read=lambda: data or b"",
         read_mask=(lambda: mask) if mask is not None else None,
-        failure=failure,
+        failure=nothing if data is None else None,
         encoded_bytes=len(data or b"") + len(mask or b""),
     )
 
