@@ -175,7 +175,7 @@ def _is_plain_colour_png(image: Image.Image, data: bytes) -> bool:
 
 def _pixels_of(image: Image.Image) -> Any:
     match image.mode:
-        case "L" | "LA" | "RGB" | "RGBA":
+        case "L" | "LA" | "RGB" | "RGBA" | "I;16" | "I;16B" | "I;16L":
             return np.asarray(image)
         case "1":
             return np.asarray(image).astype(np.uint8) * 255
@@ -183,19 +183,13 @@ def _pixels_of(image: Image.Image) -> Any:
             return np.asarray(image.convert("RGBA"))
         case "CMYK" | "YCbCr":
             return np.asarray(image.convert("RGB"))
-        case "I;16" | "I;16B" | "I;16L":
-            return np.asarray(image)
         case _:
             raise ImageError("mode", f"colour mode {image.mode} is not supported")
 
 
 def _labels_of(image: Image.Image, data: bytes) -> Any:
     """Stored values: Pillow stretches 2- and 4-bit gray to 8 bits, so shrink them again."""
-    if image.mode == "1":
-        return np.asarray(image).astype(np.uint8)
-    if image.mode in ("LA", "PA"):
-        return np.asarray(image)[..., 0]
-    if image.mode not in ("L", "P", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
         raise ImageError("labels", f"a mask cannot have colour mode {image.mode}")
     labels = np.asarray(image)
     depth = data[24] if image.format == "PNG" else 8

@@ -292,36 +292,32 @@ class Store:
     def _find(self, path: str) -> Iterator[Entry]:
         """List an object store, the prefixes of each level side by side."""
         with ThreadPoolExecutor(LIST_THREADS) as pool:
-            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path)}
+            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for level in done:
-                    for info in self._result(level, path):
+                    for info in level.result():
                         name = info["name"][len(path.rstrip("/")) + 1 :]
                         if not name or any(part.startswith(".") for part in name.split("/")):
                             continue
                         if info["type"] == "directory":
-                            pending.add(pool.submit(self._level, info["name"]))
+                            pending.add(pool.submit(self._level, info["name"], path))
                         elif not name.endswith("/"):
                             yield Entry(name, int(info["size"]), _etag_of(info))
 
-    def _result(
-        self, level: "Future[Sequence[dict[str, Any]]]", root: str
-    ) -> Sequence[dict[str, Any]]:
-        """A level; one that is gone since it was seen is empty, unless nothing is there at all."""
+    def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
+        """What lies directly below a prefix; nothing where it is gone since it was seen, unless all
+        of the root is.
+        """
+        where = str(self.fs.unstrip_protocol(path))
         try:
-            return level.result()
+            found: list[dict[str, Any]] = persist(
+                lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
+            )
         except NotFoundError:
             if self.exists(root[len(self.root) + 1 :]):
                 return []
             raise
-
-    def _level(self, path: str) -> Sequence[dict[str, Any]]:
-        """What lies directly below a prefix."""
-        where = str(self.fs.unstrip_protocol(path))
-        found: list[dict[str, Any]] = persist(
-            lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
-        )
         for info in found:
             if info["type"] == "directory" and info["name"].rstrip("/") == path.rstrip("/"):
                 raise StoreError(
