@@ -164,7 +164,7 @@ class Run:
         """
         if not self.store.exists(manifest_name(0)):
             return None
-        names = [f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER)]
+        names = (f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER))
         files = [name for name in names if name.endswith(".parquet")]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
