@@ -59,8 +59,7 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
 
 
 def _s3_options(storage: StorageConfig) -> dict[str, Any]:
-    written = {"ServerSideEncryption": storage.encryption, "SSEKMSKeyId": storage.kms_key}
-    options: dict[str, Any] = {
+    options = {
         "anon": storage.anonymous,
         "requester_pays": storage.requester_pays,
         "use_listings_cache": False,
@@ -70,17 +69,19 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
             "connect_timeout": _cut_off_s(storage.deadline_s, 10),
             "read_timeout": _cut_off_s(storage.deadline_s, 60),
         },
-        "s3_additional_kwargs": {key: value for key, value in written.items() if value},
+        "client_kwargs": _said(endpoint_url=storage.endpoint_url, region_name=storage.region),
+        "s3_additional_kwargs": _said(
+            ServerSideEncryption=storage.encryption, SSEKMSKeyId=storage.kms_key
+        ),
     }
-    if storage.endpoint_url:
-        options["endpoint_url"] = storage.endpoint_url
-    if storage.region:
-        options["client_kwargs"] = {"region_name": storage.region}
     if storage.role:
-        options["session"] = _role_session(storage)
-    elif storage.profile:
-        options["profile"] = storage.profile
-    return options
+        return options | {"session": _role_session(storage)}
+    return options | _said(profile=storage.profile)
+
+
+def _said(**options: str) -> dict[str, str]:
+    """Options that are not empty."""
+    return {name: value for name, value in options.items() if value}
 
 
 def write(fs: Any, path: str, data: bytes, deadline_s: float, **how: Any) -> None:
@@ -123,10 +124,7 @@ def _role_session(storage: StorageConfig) -> Any:
     from aiobotocore.session import AioSession
 
     own = AioSession(profile=storage.profile or None)
-    options = {
-        "region_name": storage.region or own.get_config_variable("region"),
-        "endpoint_url": storage.endpoint_url or None,
-    }
+    options = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
 
     async def assume() -> dict[str, str]:
         async with own.create_client("sts", **options) as client:
