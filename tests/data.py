@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from unet_core.config import InputConfig
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header, palette_of
@@ -18,6 +19,11 @@ from unet_core.synthetic import nuclei, png
 
 SIZES = ((64, 64), (50, 70), (96, 64), (33, 40), (300, 270), (64, 64))
 IMAGES = 12
+
+
+def reading(max_pixels: int, **options: object) -> InputConfig:
+    """How files are read."""
+    return InputConfig.model_validate({"uri": "x", "max_pixels": max_pixels, **options})
 
 
 def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = None) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.data import reading
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff
 from unet_core.images.codec import decode_images, decode_labels
-from unet_core.images.tiff import Rules
 from unet_core.inputs import webdataset
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
@@ -26,12 +26,12 @@ SHOWN = 20
 
 def image(data: bytes, **rules: Any) -> list[tuple[int, ...]]:
     """Shapes of the images of a file."""
-    return [r.pixels_HWC.shape for r in decode_images(data, Rules(PIXELS, **rules))][:SHOWN]
+    return [r.shape for r in decode_images(data, reading(PIXELS, **rules))][:SHOWN]
 
 
 def labels(data: bytes) -> tuple[int, ...]:
     """The shape of a mask."""
-    return decode_labels(data, Rules(PIXELS), {}, 65536, 65535).shape
+    return decode_labels(data, reading(PIXELS, ignore_index=65535), 65536).shape
 
 
 def windows(data: bytes) -> tuple[int, ...] | None:
@@ -40,7 +40,7 @@ def windows(data: bytes) -> tuple[int, ...] | None:
     For a child process: it changes what counts as large.
     """
     large_tiff.SMALL_PIXELS = 0
-    rules = Rules(PIXELS)
+    rules = reading(PIXELS)
     large = large_tiff.open_large(lambda start, stop: data[start:stop], len(data), rules)
     if large is None:
         return None

@@ -41,6 +41,12 @@ class Look:
         """uint8, or uint16 above 256 classes."""
         return np.uint8 if self.logits <= 256 else np.uint16
 
+    def room_for(self, box: Box) -> Array | None:
+        """Room for the probabilities of a mask window; None if none are kept."""
+        if self.probabilities == "none":
+            return None
+        return np.empty((self.logits, *box.shape), dtype=self.probabilities)
+
 
 @dataclass(frozen=True)
 class Area:
@@ -103,10 +109,9 @@ class Canvas:
         return found[3] if found is not None else None
 
     def _opened(self, box: Box) -> "_ExactArea | _BlendedArea":
-        if not self._blends:
-            return _ExactArea(box, self._look)
-        is_alone = len(self.tiles) == 1
-        return _BlendedArea(box, self._look, self._margin, is_alone)
+        if self._blends:
+            return _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
+        return _ExactArea(box, self._look)
 
     def _under(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""
@@ -126,10 +131,7 @@ class _ExactArea:
     def __init__(self, box: Box, look: Look) -> None:
         self._box = box
         self._mask_HW = np.empty(box.shape, dtype=look.mask_dtype)
-        self._probabilities_KHW: Array | None = None
-        if look.probabilities != "none":
-            shape = (look.logits, *box.shape)
-            self._probabilities_KHW = np.empty(shape, dtype=look.probabilities)
+        self._probabilities_KHW = look.room_for(box)
 
     def paste(self, tile: Tile, result: Segmented) -> None:
         here, there = self._box.shared(*tile.target)
@@ -161,9 +163,7 @@ class _BlendedArea:
 
     def finished(self) -> Area:
         mask_HW, confidence = np.empty(self._box.shape, self._look.mask_dtype), 0
-        kept_KHW = None
-        if self._look.probabilities != "none":
-            kept_KHW = np.empty(self._sum_KHW.shape, self._look.probabilities)
+        kept_KHW = self._look.room_for(self._box)
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])

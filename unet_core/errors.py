@@ -1,26 +1,11 @@
-"""The exception tree. Decisions go by class, never by the words of a message.
-
-UnetJobsError
-├── ConfigError          a key, type or value in the config            exit 2
-├── CheckpointError      a model file that cannot be used              exit 2
-├── RunMismatchError     the run folder belongs to another run         exit 2
-├── StoreError           storage refused or failed                     exit 3
-│   ├── NotFoundError        there is no such object
-│   ├── ChangedError         an object is not the one that the manifest names
-│   └── ParquetDamagedError  not a Parquet file, or a damaged one
-├── ShardError           one shard cannot be done; the others go on    exit 1
-├── CommitConflictError  two attempts at one shard differ in bytes     exit 1
-├── DivergedError        a training's loss is no longer a number       exit 1
-├── WorkersError         actors cannot be placed or keep dying         exit 1
-├── StoppedError         someone asked to stop                         exit 130
-└── ImageError           one image; becomes one failed row, never stops a run
-"""
+"""What goes wrong. Decisions go by class, never by the words of a message."""
 
 
 class UnetJobsError(Exception):
     """Base of every error that this project raises on purpose; the text is for people."""
 
     exit_code = 1
+    """Of the command that it ends."""
 
 
 class ConfigError(UnetJobsError):
@@ -82,7 +67,9 @@ class StoppedError(UnetJobsError):
 
 
 class ImageError(UnetJobsError):
-    """One image cannot be segmented. ``code`` goes to the row's ``error_code``."""
+    """One image cannot be segmented: a failed row, never the end of a run. ``code`` goes to the
+    row's ``error_code``.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -6,12 +6,11 @@ driver, and the members of one shard by the actor that segments it.
 
 import dataclasses
 import io
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,13 +19,12 @@ import pyarrow.parquet as pq
 from unet_core.errors import ConfigError, ParquetDamagedError
 from unet_core.inputs.shards import Known, Member, Shard
 from unet_core.schema import MANIFEST, MEMBER
-from unet_core.storage.spool import drop, local_space
+from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
 """In a row group, where shards have members, since an actor reads a whole group for one of them."""
 HEADS_PER_GROUP = 4096
-SPOOL_BYTES = 64 * 2**20
 FOLDER = "manifest"
 HEADS = [name for name in MANIFEST.names if name != "members"]
 
@@ -62,7 +60,7 @@ def draft(shards: Iterable[Shard], generation: int = 0) -> Draft:
 
     Raises ConfigError if two shards are the same, StoreError if there is no room for it.
     """
-    file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES))  # noqa: SIM115  # the draft owns it
+    file = spooled()
     try:
         heads = _write(iter(shards), file, generation)
         file.flush()
@@ -108,24 +106,19 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([*arrays, lists], schema=MANIFEST)
 
 
-def read_heads(file: BinaryIO | bytes, generation: int = 0) -> list[Shard]:
+def read_heads(file: bytes, generation: int = 0) -> list[Shard]:
     """All shards of a manifest's file, without their members.
 
     Raises ParquetDamagedError if it is damaged.
     """
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    heads: list[Shard] = []
     try:
-        return list(_heads(pq.ParquetFile(source), generation))
+        for batch in pq.ParquetFile(io.BytesIO(file)).iter_batches(columns=HEADS):
+            for row, head in enumerate(batch.to_pylist(), start=len(heads)):
+                heads.append(Shard(**head, generation=generation, row=row))
+        return heads
     except (pa.ArrowException, OSError) as error:
         raise ParquetDamagedError(f"the manifest is damaged: {error}") from error
-
-
-def _heads(file: pq.ParquetFile, generation: int) -> Iterator[Shard]:
-    row = 0
-    for batch in file.iter_batches(columns=HEADS):
-        for head in batch.to_pylist():
-            yield Shard(**head, generation=generation, row=row)
-            row += 1
 
 
 def with_members(store: Store, shard: Shard) -> Shard:

@@ -5,13 +5,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Full, Queue
 from typing import Generic, TypeVar
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-RETRY_S = 0.2
 READ_THREADS = 16
 
 
@@ -51,12 +49,13 @@ class Prefetch(Generic[ItemT, ResultT]):
     ) -> None:
         self._pool, self._work, self._items = pool, work, items
         self._weigh, self._weigh_item, self._budget = weigh, weigh_item, budget
+        self._ahead = ahead
+        self._line: deque[Future[ResultT] | BaseException | None] = deque()
         self._waiting = 0
         self._under_way = 0
         self._heaviest: int | None = None
-        self._weighed = threading.Condition()
-        self._queue: Queue[Future[ResultT] | BaseException | None] = Queue(ahead)
-        self._left = threading.Event()
+        self._is_left = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
         self.waited_for_items_s = 0.0
         """How long whoever uses the results stood still because the iterator had given nothing."""
@@ -68,13 +67,18 @@ class Prefetch(Generic[ItemT, ResultT]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        with self._changed:
+            self._is_left = True
+            self._changed.notify_all()
         self._thread.join()
 
     def __iter__(self) -> Iterator[ResultT]:
         while True:
             asked = time.perf_counter()
-            item = self._queue.get()
+            with self._changed:
+                self._changed.wait_for(lambda: self._line)
+                item = self._line.popleft()
+                self._changed.notify_all()
             given = time.perf_counter()
             self.waited_for_items_s += given - asked
             if item is None:
@@ -83,17 +87,17 @@ class Prefetch(Generic[ItemT, ResultT]):
                 raise item
             result = item.result()
             self.waited_for_work_s += time.perf_counter() - given
-            with self._weighed:
+            with self._changed:
                 self._waiting -= self._weigh(result)
-                self._weighed.notify()
+                self._changed.notify_all()
             yield result
 
     def _read(self) -> None:
         try:
             for item in self._items:
-                self._wait_for_room(self._weigh_item(item))
-                if not self._put(self._pool.submit(self._worked, item)):
+                if not self._take_room(self._weigh_item(item)):
                     return
+                self._put(self._pool.submit(self._worked, item))
             self._put(None)
         except BaseException as error:  # raised again where the results are used
             self._put(error)
@@ -105,23 +109,25 @@ class Prefetch(Generic[ItemT, ResultT]):
             weight = self._weigh(result)
             return result
         finally:
-            with self._weighed:
+            with self._changed:
                 self._waiting += weight - self._weigh_item(item)
                 self._under_way -= 1
                 self._heaviest = max(self._heaviest or 0, weight)
-                self._weighed.notify()
+                self._changed.notify_all()
 
-    def _wait_for_room(self, weight: int) -> None:
-        """Until an item, and a result as heavy as the heaviest yet, would fit, or nothing else is
-        there.
+    def _take_room(self, weight: int) -> bool:
+        """Wait until an item, and a result as heavy as the heaviest yet, would fit, or nothing else
+        is there; False if nobody wants any more.
         """
-        with self._weighed:
-            while not self._left.is_set() and not self._has_room(weight):
-                self._weighed.wait(RETRY_S)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_left or self._has_room(weight))
             self._under_way += 1
             self._waiting += weight
+            return not self._is_left
 
     def _has_room(self, weight: int) -> bool:
+        if len(self._line) > self._ahead:
+            return False
         if not self._under_way and not self._waiting:
             return True
         if self._heaviest is None:
@@ -129,24 +135,18 @@ class Prefetch(Generic[ItemT, ResultT]):
         results = (self._under_way + 1) * self._heaviest
         return self._waiting + weight + results <= self._budget
 
-    def _put(self, item: Future[ResultT] | BaseException | None) -> bool:
-        """Wait for a place in the queue; False if nobody reads it any more."""
-        while not self._left.is_set():
-            try:
-                self._queue.put(item, timeout=RETRY_S)
-                return True
-            except Full:
-                continue
-        return False
+    def _put(self, item: Future[ResultT] | BaseException | None) -> None:
+        with self._changed:
+            self._line.append(item)
+            self._changed.notify_all()
 
 
 class InOrder(Generic[ResultT]):
     """Takes numbered futures in any order and gives their results by number."""
 
     def __init__(self) -> None:
-        self._early: dict[int, Future[ResultT]] = {}
-        self._line: deque[Future[ResultT]] = deque()
-        self._following = 0
+        self._futures: dict[int, Future[ResultT]] = {}
+        self._next = 0
         self.numbers = 0
         """How many numbers were given out, whether or not their results have come."""
 
@@ -157,18 +157,19 @@ class InOrder(Generic[ResultT]):
 
     def add(self, number: int, future: Future[ResultT]) -> None:
         """The result to come of a number."""
-        self._early[number] = future
-        while self._following in self._early:
-            self._line.append(self._early.pop(self._following))
-            self._following += 1
+        self._futures[number] = future
 
     def ready(self) -> Iterator[ResultT]:
         """What can be given without waiting."""
-        while self._line and self._line[0].done():
-            yield self._line.popleft().result()
+        while (future := self._futures.get(self._next)) is not None and future.done():
+            yield self._given()
 
     def rest(self) -> Iterator[ResultT]:
         """Everything else; every number that was given out must have been added."""
-        assert self._following == self.numbers, f"number {self._following} is missing"
-        while self._line:
-            yield self._line.popleft().result()
+        while self._next < self.numbers:
+            yield self._given()
+
+    def _given(self) -> ResultT:
+        assert self._next in self._futures, f"number {self._next} is missing"
+        self._next += 1
+        return self._futures.pop(self._next - 1).result()

@@ -10,9 +10,10 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict
 
 from unet_core import __version__, schema
 from unet_core.compute import Compute
@@ -78,9 +79,10 @@ def _absolute(config: PredictConfig) -> str:
     return Store(masks, config.storage).uri() if "/" in masks else masks
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(BaseModel):
     """``run.json``."""
+
+    model_config = ConfigDict(frozen=True)
 
     identity: Identity
     compute: Compute
@@ -102,27 +104,15 @@ class Record:
 
     def to_json(self) -> bytes:
         """The bytes of ``run.json``."""
-        table = {
-            "fingerprint": self.fingerprint,
-            **dataclasses.asdict(self),
-            "compute": self.compute.model_dump(),
-        }
+        table = {"fingerprint": self.fingerprint, **self.model_dump()}
         return json.dumps(table, indent=1).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Record":
         """Parse ``run.json``; raises StoreError if it is damaged or from another version."""
         try:
-            table = json.loads(data)
-            return cls(
-                identity=table["identity"],
-                compute=Compute.model_validate(table["compute"]),
-                config=table["config"],
-                class_names=tuple(table["class_names"]),
-                palette=tuple(tuple(rgb) for rgb in table["palette"]),
-                version=table["version"],
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            return cls.model_validate_json(data)
+        except ValueError as error:
             raise StoreError(f"{where}: not the run.json of a run: {error}") from error
 
 
@@ -133,9 +123,10 @@ class Run:
         self.uri = uri.rstrip("/") or uri
         """As people wrote it."""
         self.store = Store(uri, storage)
-        self.record: Record | None = None
-        if self.store.exists(RUN_JSON):
-            self.record = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+        self.record = self._read_record() if self.store.exists(RUN_JSON) else None
+
+    def _read_record(self) -> Record:
+        return Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
 
     @property
     def is_finished(self) -> bool:
@@ -150,8 +141,8 @@ class Run:
         """
         if self.record is None:
             require_empty(self.store)
-            return
-        require_equal(self.store.uri(), self.record.identity, wanted)
+        else:
+            require_equal(self.store.uri(), self.record.identity, wanted)
 
     def establish(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
@@ -162,13 +153,10 @@ class Run:
                 "drivers of this run apart; start only one at a time",
                 self.store.uri(),
             )
-        if self.store.publish_exclusively(RUN_JSON, record.to_json()):
-            self.record = record
-            return record
-        winner = Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
-        self.record = winner
+        is_first = self.store.publish_exclusively(RUN_JSON, record.to_json())
+        self.record = record if is_first else self._read_record()
         self.require_same(record.identity)
-        return winner
+        return self.record
 
     def manifest(self) -> list[Shard] | None:
         """All shards of the run as they were found when it began and at each refresh, without their
@@ -176,7 +164,7 @@ class Run:
         """
         if not self.store.exists(manifest_name(0)):
             return None
-        names = [f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER)]
+        names = (f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER))
         files = [name for name in names if name.endswith(".parquet")]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:

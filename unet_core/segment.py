@@ -87,6 +87,24 @@ class Decoded:
 Images = Prefetch[tuple[Sample, float], Decoded]
 
 
+@dataclass
+class _Attempt:
+    """What one try at a shard has under way, and what came of it."""
+
+    part: MasksPart
+    queue: TileQueue
+    on_step: Callable[[], None]
+    seconds: Seconds = field(default_factory=Seconds)
+    ids: set[str] = field(default_factory=set)
+    running: deque[tuple[list[Piece], Future[tuple[list[Segmented], float]]]] = field(
+        default_factory=deque
+    )
+    """Batches on the device's lanes, in the order in which they were submitted."""
+    encoded: InOrder[Encoded] = field(default_factory=InOrder)
+    rows: list[Row] = field(default_factory=list)
+    """Of the metrics part."""
+
+
 class Segmenter:
     """Segments shards with one engine. Two threads may call ``segment`` at once: while one has
     the device, the other already reads and decodes.
@@ -129,103 +147,82 @@ class Segmenter:
         bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
         exception.
         """
-        seconds, start = Seconds(), time.perf_counter()
+        start = time.perf_counter()
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
             for place, sample in enumerate(read_shard(self.settings.source, shard))
         )
         try:
-            with self._part() as part:
-                rows, seen = self._fill(part, samples, seconds, partial(self.step, shard.shard_id))
-                totals = self._commit(shard, rows, part, seen, seconds)
-            return ShardResult(shard.shard_id, totals, seconds, time.perf_counter() - start)
+            with self._attempt(partial(self.step, shard.shard_id)) as attempt:
+                self._fill(attempt, samples)
+                totals = self._commit(attempt, shard)
+            return ShardResult(shard.shard_id, totals, attempt.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(shard.shard_id, None)
 
     def rehearse(self, sample: Sample) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._part() as part:
-            self._fill(part, iter([sample]), Seconds())
+        with self._attempt() as attempt:
+            self._fill(attempt, iter([sample]))
 
-    def _part(self) -> "contextlib.closing[MasksPart]":
+    @contextlib.contextmanager
+    def _attempt(self, on_step: Callable[[], None] = lambda: None) -> Iterator[_Attempt]:
         has_probabilities = self._look.probabilities != "none"
         part = MasksPart(self.settings.encoding, self.settings.footer, has_probabilities)
-        return contextlib.closing(part)
+        with contextlib.closing(part):
+            yield _Attempt(part, TileQueue(self.settings.compute), on_step)
 
-    def _fill(
-        self,
-        part: MasksPart,
-        samples: Iterator[Sample],
-        seconds: Seconds,
-        on_step: Callable[[], None] = lambda: None,
-    ) -> tuple[list[Row], int]:
-        """Put the masks of samples into a part; returns the rows of the metrics part, and how many
-        images the reader gave.
-        """
-        rows: list[Row] = []
-        encoded: InOrder[Encoded] = InOrder()
-        ahead = 2 * self.settings.threads + 2
+    def _fill(self, attempt: _Attempt, samples: Iterator[Sample]) -> None:
+        """Put the masks of samples into the part, and collect the rows of the other one."""
         with Prefetch(
             self._pool,
             self._decode,
             _drawn(samples),
-            ahead,
+            2 * self.settings.threads + 2,
             lambda decoded: decoded.held_bytes,
             DECODED_BYTES,
             lambda drawn: drawn[0].encoded_bytes,
         ) as images:
-            for index, future in self._compute(images, encoded, seconds, on_step):
-                encoded.add(index, future)
-                self._append(encoded.ready(), rows, part, seconds)
-            self._append(encoded.rest(), rows, part, seconds)
-        return rows, encoded.numbers
+            self._compute(attempt, images)
+            self._append(attempt, attempt.encoded.rest())
 
     def _decode(self, drawn: tuple[Sample, float]) -> Decoded:
         sample, drawn_s = drawn
-        clock = _Clock()
+        reads: list[float] = []
+        read_mask = sample.read_mask and _timed(sample.read_mask, reads)
         start = time.perf_counter()
-        images = self._decoder.decode(clock.watch(sample))
+        images = self._decoder.decode(
+            replace(sample, read=_timed(sample.read, reads), read_mask=read_mask)
+        )
         spent = time.perf_counter() - start
-        return Decoded(images, drawn_s, clock.seconds, spent - clock.seconds)
+        return Decoded(images, drawn_s, sum(reads), spent - sum(reads))
 
-    def _compute(
-        self,
-        images: Images,
-        encoded: InOrder[Encoded],
-        seconds: Seconds,
-        on_step: Callable[[], None],
-    ) -> Iterator[tuple[int, Future[Encoded]]]:
-        """Run every batch; yield each image's number and its rows to come once it is complete.
-
-        Images are numbered, and so counted, as they come from the reader, before anything can
-        happen to them. The next shard gets the device when the last batch of this one is under way.
+    def _compute(self, attempt: _Attempt, images: Images) -> None:
+        """Run every batch. Images are numbered, and so counted, as they come from the reader,
+        before anything can happen to them. The next shard gets the device when the last batch of
+        this one is under way.
         """
-        queue, running = TileQueue(self.settings.compute), _Running()
-        ids: set[str] = set()
-        with self._device_taken(seconds):
-            for decoded in self._timed(images, seconds):
-                if self._cancelled.is_set():
-                    raise StoppedError("stopped")
-                on_step()
-                seconds.reading += decoded.drawn_s + decoded.read_s
-                seconds.decoding += decoded.decode_s
-                for decoded_image in decoded.images:
-                    image = self._unless_too_large(_unless_seen(decoded_image, ids))
-                    index = encoded.number()
+        with self._device_taken(attempt.seconds):
+            for decoded in self._waited_for(images, attempt.seconds):
+                self._raise_if_cancelled()
+                attempt.on_step()
+                attempt.seconds.reading += decoded.drawn_s + decoded.read_s
+                attempt.seconds.decoding += decoded.decode_s
+                for found in decoded.images:
+                    image = self._unless_too_large(_unless_seen(found, attempt.ids))
+                    index = attempt.encoded.number()
                     if isinstance(image, Rejected):
                         row = self._encoder.rejected(image)
-                        yield index, self._pool.submit(Encoded, row, ())
-                        continue
-                    canvas = Canvas(index, image, self.settings.windows, self._look)
-                    for pieces in queue.add(canvas):
-                        self._start(pieces, running)
-                        batches = running.finished(self.engine.lanes + 1)
-                        yield from self._paste(batches, seconds, on_step)
-            for pieces in queue.rest():
-                self._start(pieces, running)
-                batches = running.finished(self.engine.lanes + 1)
-                yield from self._paste(batches, seconds, on_step)
-        yield from self._paste(running.finished(0), seconds, on_step)
+                        self._add(attempt, index, self._pool.submit(Encoded, row, ()))
+                    else:
+                        canvas = Canvas(index, image, self.settings.windows, self._look)
+                        self._start(attempt, attempt.queue.add(canvas))
+            self._start(attempt, attempt.queue.rest())
+        self._paste(attempt, 0)
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise StoppedError("stopped")
 
     @contextlib.contextmanager
     def _device_taken(self, seconds: Seconds) -> Iterator[None]:
@@ -236,7 +233,7 @@ class Segmenter:
                 seconds.waiting_for_shard += self.engine.lanes * free_s
             yield
 
-    def _timed(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
+    def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
         """Count the time in which lanes of the device are idle because no image is decoded."""
         iterator = iter(images)
         while True:
@@ -263,11 +260,12 @@ class Segmenter:
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 
-    def _start(self, pieces: list[Piece], running: "_Running") -> None:
-        if self._cancelled.is_set():
-            raise StoppedError("stopped")
-        batch = self._pool.submit(stack, pieces)
-        running.add(pieces, self._lanes.submit(self._run, batch))
+    def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
+        for pieces in batches:
+            self._raise_if_cancelled()
+            batch = self._pool.submit(stack, pieces)
+            attempt.running.append((pieces, self._lanes.submit(self._run, batch)))
+            self._paste(attempt, self.engine.lanes + 1)
 
     def _run(self, batch: Future[Batch]) -> tuple[list[Segmented], float]:
         ready = batch.result()
@@ -281,47 +279,47 @@ class Segmenter:
                 self._running -= 1
                 self._ended = time.perf_counter()
 
-    def _paste(
-        self,
-        finished: Iterator[tuple[list[Piece], list[Segmented], float]],
-        seconds: Seconds,
-        on_step: Callable[[], None],
-    ) -> Iterator[tuple[int, Future[Encoded]]]:
-        for pieces, results, device_s in finished:
-            on_step()
-            seconds.device += device_s
+    def _paste(self, attempt: _Attempt, keep: int) -> None:
+        """Take what is done off the device; wait until at most ``keep`` batches are under way."""
+        running = attempt.running
+        while running and (len(running) > keep or running[0][1].done()):
+            pieces, future = running.popleft()
+            results, device_s = future.result()
+            attempt.on_step()
+            attempt.seconds.device += device_s
             for (canvas, tile), result in zip(pieces, results, strict=True):
                 for area in canvas.paste(tile, result):
                     encoding = self._pool.submit(self._encoder.area, canvas, area)
                     canvas.encoded.append(encoding)
                 if canvas.is_complete:
-                    yield canvas.index, self._pool.submit(self._encoder.image, canvas)
+                    rows = self._pool.submit(self._encoder.image, canvas)
+                    self._add(attempt, canvas.index, rows)
 
-    def _append(
-        self, images: Iterable[Encoded], rows: list[Row], part: MasksPart, seconds: Seconds
-    ) -> None:
+    def _add(self, attempt: _Attempt, index: int, image: Future[Encoded]) -> None:
+        attempt.encoded.add(index, image)
+        self._append(attempt, attempt.encoded.ready())
+
+    def _append(self, attempt: _Attempt, images: Iterable[Encoded]) -> None:
         for image in images:
-            seconds.encoding += image.encode_s
-            rows.append(image.metrics)
+            attempt.seconds.encoding += image.encode_s
+            attempt.rows.append(image.metrics)
             for row in image.masks:
-                part.add(row)
+                attempt.part.add(row)
             self.settings.on_image()
 
-    def _commit(
-        self, shard: Shard, rows: list[Row], part: MasksPart, seen: int, seconds: Seconds
-    ) -> Totals:
-        start = time.perf_counter()
-        masks, sha256, size = part.finish()
+    def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
+        start, seen = time.perf_counter(), attempt.encoded.numbers
+        masks, sha256, size = attempt.part.finish()
         footer = {
             **self.settings.footer,
             "images_seen": str(seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        output, made = self.settings.output, metrics_part(rows, footer)
+        output, made = self.settings.output, metrics_part(attempt.rows, footer)
         counts = commit(output, shard.shard_id, masks, made)
         totals = totals_of(counts, output.uri(metrics_name(shard.shard_id)))
-        seconds.writing = time.perf_counter() - start
+        attempt.seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return totals
 
@@ -335,45 +333,17 @@ def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected
     return image
 
 
-class _Running:
-    """Batches on the device's lanes, in the order in which they were submitted."""
+def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], bytes]:
+    """A reader that notes the seconds which it takes."""
 
-    def __init__(self) -> None:
-        self._line: deque[tuple[list[Piece], Future[tuple[list[Segmented], float]]]] = deque()
+    def timed() -> bytes:
+        start = time.perf_counter()
+        try:
+            return read()
+        finally:
+            spent_s.append(time.perf_counter() - start)
 
-    def add(self, pieces: list[Piece], future: Future[tuple[list[Segmented], float]]) -> None:
-        self._line.append((pieces, future))
-
-    def finished(self, keep: int) -> Iterator[tuple[list[Piece], list[Segmented], float]]:
-        """What is done; waits until at most ``keep`` batches are under way."""
-        while self._line and (len(self._line) > keep or self._line[0][1].done()):
-            pieces, future = self._line.popleft()
-            yield pieces, *future.result()
-
-
-class _Clock:
-    """Adds up what one thread spends on reading."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def watch(self, sample: Sample) -> Sample:
-        """The sample, with its reads timed."""
-        return replace(
-            sample,
-            read=self._timed(sample.read),
-            read_mask=self._timed(sample.read_mask) if sample.read_mask is not None else None,
-        )
-
-    def _timed(self, read: Callable[[], bytes]) -> Callable[[], bytes]:
-        def timed() -> bytes:
-            start = time.perf_counter()
-            try:
-                return read()
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return timed
+    return timed
 
 
 def _drawn(samples: Iterator[Sample]) -> Iterator[tuple[Sample, float]]:

@@ -34,25 +34,19 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Began:
-    """The child has an image in hand, or with None no further one."""
+class Ended:
+    """The child survived the image that it had in hand."""
 
-    place: int | None
-
-
-@dataclass(frozen=True)
-class Guilty:
-    """The child survived, but the image cannot be segmented."""
-
-    place: int
-    failure: ImageError
+    failure: ImageError | None = None
+    """Why the image cannot be segmented."""
     is_broken: bool = False
     """The child ends: what is broken stays broken, and other images would be blamed for it."""
 
 
-@dataclass(frozen=True)
-class Passed:
-    """The image came to its end."""
+Word = int | Ended | None
+"""What the child says: the place of the image that it has in hand, how that one ended, and at last
+that there is no further one.
+"""
 
 
 def find_guilty(replica: Replica, shard: Shard, image_s: float) -> dict[int, ImageError]:
@@ -108,23 +102,24 @@ class Trial:
         except OSError as error:
             raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
-        place, patience_s = None, LOADING_S
+        place: int | None = None
+        patience_s = LOADING_S
         try:
             while True:
                 message = _heard(here, patience_s)
                 on_step()
                 patience_s = self.image_s
                 match message:
-                    case Began(None):
+                    case None:
                         return None
-                    case Began(begun):
-                        place = begun
-                    case Passed():
-                        place = None
-                    case Guilty(guilty, failure, is_broken):
-                        found[guilty], place = failure, None
+                    case int():
+                        place = message
+                    case Ended(failure, is_broken) if place is not None:
+                        if failure is not None:
+                            found[place] = failure
                         if is_broken:
-                            return guilty + 1
+                            return place + 1
+                        place = None
                     case UnetJobsError():
                         raise message
         except EOFError:
@@ -165,26 +160,24 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
         pipe.send(ShardError(f"reading it takes more memory than {_needed(room)}"))
 
 
-def _tried(
-    replica: Replica, shard: Shard, first: int, room: int | None
-) -> Iterator[Began | Passed | Guilty]:
+def _tried(replica: Replica, shard: Shard, first: int, room: int | None) -> Iterator[Word]:
     for place, sample in enumerate(read_shard(replica.spec.source, shard)):
         if place < first:
             continue
-        yield Began(place)
+        yield place
         try:
             replica.segmenter.rehearse(sample)
-            yield Passed()
+            yield Ended()
         except MemoryError:
             reason = f"it takes more memory than {_needed(room)}"
-            yield Guilty(place, ImageError("out_of_memory", reason))
+            yield Ended(ImageError("out_of_memory", reason))
         except WorkersError as error:  # the device has no room for one tile
-            yield Guilty(place, ImageError("out_of_memory", f"tried alone: {error}"))
+            yield Ended(ImageError("out_of_memory", f"tried alone: {error}"))
         except RuntimeError as error:  # torch's device errors: a broken device stays broken
             reason = f"tried alone: {one_line(error)}"
-            yield Guilty(place, ImageError("worker_died", reason), is_broken=True)
+            yield Ended(ImageError("worker_died", reason), is_broken=True)
             return
-    yield Began(None)
+    yield None
 
 
 def _needed(room: int | None) -> str:

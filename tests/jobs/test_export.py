@@ -15,16 +15,15 @@ from pycocotools import mask as pycoco
 from scipy import ndimage
 
 from jobs.predict import predict
-from tests.data import pictures
+from tests.data import pictures, reading
 from tests.unet_core.test_large_images import write_slides
 from unet_core import open_run
 from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.export.names import Names
 from unet_core.export.objects import find_objects, measured
 from unet_core.export.task import Export, Folder, Options
-from unet_core.images.codec import Raster, decode_labels
+from unet_core.images.codec import decode_labels
 from unet_core.images.preprocessing import to_color
-from unet_core.images.tiff import Rules
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.storage.store import Store
 from unet_core.synthetic import png
@@ -63,7 +62,7 @@ def digests(folder):
 
 
 def ids_in(path):
-    return decode_labels(path.read_bytes(), Rules(2**24), {}, 2**16, 2**16 - 1)
+    return decode_labels(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)
 
 
 def annotated(out):
@@ -258,7 +257,7 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
         mine = [row for row in rows if row["image_id"] == f"{number}.tif"]
         assert [row["area"] for row in mine] == wanted["area"]
         with Image.open(tmp_path / "slides" / "images" / f"{number}.tif") as image:
-            gray_HW = to_color(Raster(np.asarray(image)), "gray")[0]
+            gray_HW = to_color(np.asarray(image), "gray")[0]
         labels_HW = find_objects(mask_HW, splits=False).labels_HW
         means = ndimage.mean(gray_HW, labels_HW, wanted["label"])
         assert [row["mean_intensity"][0] for row in mine] == pytest.approx(means.tolist())

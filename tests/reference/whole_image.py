@@ -4,15 +4,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.data import reading
 from unet_core.geometry import Tiling
-from unet_core.images.codec import decode_image
+from unet_core.images.codec import decode_images
 from unet_core.images.preprocessing import offset_and_scale, to_color
 from unet_core.networks.checkpoint import Header
 
 
 def logits_of(network: nn.Module, header: Header, data: bytes) -> np.ndarray:
     """Logits KHW of an encoded image."""
-    pixels_CHW = to_color(decode_image(data, 2**30), header.preprocessing.color)
+    pixels_CHW = to_color(decode_images(data, reading(2**30))[0], header.preprocessing.color)
     offset, scale = offset_and_scale(pixels_CHW, header.preprocessing)
     x_CHW = (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
     return whole_pass(network, header.tiling, x_CHW)

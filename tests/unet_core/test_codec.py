@@ -6,12 +6,12 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.data import reading
 from unet_core.errors import ImageError
-from unet_core.images.codec import decode_image, decode_labels
-from unet_core.images.tiff import Rules
+from unet_core.images.codec import decode_images, decode_labels
 
 LIMIT = 10_000
-RULES = Rules(LIMIT)
+RULES = reading(LIMIT)
 RANDOM = np.random.default_rng(0)
 GRAY8 = RANDOM.integers(0, 256, (24, 31), dtype=np.uint8)
 RGB8 = RANDOM.integers(0, 256, (24, 31, 3), dtype=np.uint8)
@@ -77,7 +77,7 @@ def alpha(pixels):
     ],
 )
 def test_pixels_are_what_was_stored(data, expected):
-    pixels = decode_image(data, LIMIT).pixels_HWC
+    pixels = decode_images(data, RULES)[0]
     expected = expected if expected.ndim == 3 else expected[..., None]
     np.testing.assert_array_equal(pixels, expected)
     assert pixels.dtype == expected.dtype
@@ -89,7 +89,7 @@ def test_lossy_and_cmyk_images_become_rgb():
     for data in (saved(smooth, "JPEG", quality=95), saved(smooth, "JPEG", mode="CMYK", quality=95),
                  tiff(smooth, photometric="rgb", compression="jpeg"),
                  saved(smooth, "TIFF", mode="CMYK")):  # fmt: skip
-        pixels = decode_image(data, LIMIT).pixels_HWC
+        pixels = decode_images(data, RULES)[0]
         assert pixels.shape == smooth.shape
         assert np.abs(pixels.astype(int) - smooth).max() <= 12
 
@@ -98,7 +98,7 @@ def test_exif_orientation_is_left_alone():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = saved(RGB8, "JPEG", exif=exif.tobytes(), quality=95)
-    assert decode_image(data, LIMIT).pixels_HWC.shape == RGB8.shape
+    assert decode_images(data, RULES)[0].shape == RGB8.shape
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
     messages = set()
     for _ in range(2):
         with pytest.raises(ImageError) as caught:
-            decode_image(data, LIMIT)
+            decode_images(data, RULES)
         assert caught.value.code == code
         messages.add(str(caught.value))
     assert len(messages) == 1
@@ -149,7 +149,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_labels_are_ids_and_never_scaled(data, expected):
-    labels = decode_labels(data, RULES, {}, classes=65536, ignore_index=65535)
+    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)
     np.testing.assert_array_equal(labels, expected.astype(np.uint16))
 
 
@@ -160,10 +160,10 @@ def test_labels_of_two_and_four_bits_are_not_stretched():
         shifts = np.arange(8 // bits)[::-1] * bits
         rows = np.left_shift(packed, shifts).sum(-1).astype(np.uint8)
         data = _png_of_rows(rows, 32, 24, bits)
-        labels = decode_labels(data, RULES, {}, 16, 255)
+        labels = decode_labels(data, RULES, 16)
         np.testing.assert_array_equal(labels, values)
         stretched = values * (255 // (2**bits - 1))
-        np.testing.assert_array_equal(decode_image(data, LIMIT).pixels_HWC[..., 0], stretched)
+        np.testing.assert_array_equal(decode_images(data, RULES)[0][..., 0], stretched)
 
 
 def _png_of_rows(rows, width, height, bits):
@@ -183,15 +183,15 @@ def _png_of_rows(rows, width, height, bits):
 
 def test_label_values_are_mapped_and_strangers_are_named():
     mask = np.array([[0, 255], [7, 255]], np.uint8)
-    labels = decode_labels(saved(mask), RULES, {255: 1, 7: 9}, 2, ignore_index=9)
+    labels = decode_labels(saved(mask), reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9), 2)
     assert labels.tolist() == [[0, 1], [9, 1]]
     with pytest.raises(ImageError, match="holds 7, 255, but classes are 0 to 1"):
-        decode_labels(saved(mask), RULES, {}, 2, ignore_index=9)
+        decode_labels(saved(mask), reading(LIMIT, ignore_index=9), 2)
     with pytest.raises(ImageError, match="coloured"):
-        decode_labels(saved(RGB8), RULES, {}, 2, 255)
+        decode_labels(saved(RGB8), RULES, 2)
     for dtype in (np.float32, np.complex64):
         with pytest.raises(ImageError, match=np.dtype(dtype).name):
-            decode_labels(tiff(FLOAT.astype(dtype)), RULES, {}, 2, 255)
+            decode_labels(tiff(FLOAT.astype(dtype)), RULES, 2)
 
 
 def test_the_image_of_a_tiff_is_not_its_thumbnail():
@@ -199,9 +199,9 @@ def test_the_image_of_a_tiff_is_not_its_thumbnail():
     with tifffile.TiffWriter(buffer) as writer:
         writer.write(GRAY8[:8, :8], subfiletype=1)
         writer.write(GRAY8)
-    np.testing.assert_array_equal(decode_image(buffer.getvalue(), LIMIT).pixels_HWC[..., 0], GRAY8)
+    np.testing.assert_array_equal(decode_images(buffer.getvalue(), RULES)[0][..., 0], GRAY8)
 
 
 def test_declared_alpha_of_a_tiff_is_dropped():
     data = tiff(alpha(RGB8), photometric="rgb", extrasamples=["unassalpha"])
-    np.testing.assert_array_equal(decode_image(data, LIMIT).pixels_HWC, RGB8)
+    np.testing.assert_array_equal(decode_images(data, RULES)[0], RGB8)

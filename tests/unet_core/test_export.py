@@ -15,12 +15,12 @@ from pycocotools import mask as pycoco
 from scipy import ndimage
 from skimage.measure import regionprops
 
+from tests.data import reading
 from unet_core.export import coco, images
 from unet_core.export.names import Names
 from unet_core.export.objects import find_objects, measured
 from unet_core.images.codec import decode_labels
 from unet_core.images.picture import Pixels
-from unet_core.images.tiff import Rules
 from unet_core.networks.checkpoint import palette_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools' own
@@ -89,7 +89,7 @@ def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
     with contextlib.closing(file):
         file.seek(0)
         data = file.read()
-    assert (decode_labels(data, Rules(2**20), {}, classes, 65535) == mask_HW).all()
+    assert (decode_labels(data, reading(2**20, ignore_index=65535), classes) == mask_HW).all()
     shown = Image.open(io.BytesIO(data))
     assert shown.mode == ("P" if classes == 2 else "I;16")
     if classes == 2:

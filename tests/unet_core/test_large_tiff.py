@@ -10,16 +10,16 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data import reading
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode, decode_images
 from unet_core.images.large_tiff import open_large
 from unet_core.images.preprocessing import Preprocessing, offset_and_scale, offset_and_scale_by_rows
-from unet_core.images.tiff import Rules
 
 RANDOM = np.random.default_rng(0)
 HEIGHT, WIDTH = 150, 117
-RULES = Rules(10**6)
+RULES = reading(10**6)
 GRAY8 = RANDOM.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 GRAY16 = RANDOM.integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16)
 RGB8 = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -162,8 +162,8 @@ def windows(count=12):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_window_is_that_part_of_the_whole(name, options):
-    rules = Rules(10**6, **options)
-    whole_HWC = decode_images(FILES[name], rules)[0].pixels_HWC
+    rules = reading(10**6, **options)
+    whole_HWC = decode_images(FILES[name], rules)[0]
     image = opened(FILES[name], rules)
     assert (*image.shape, image.channels) == whole_HWC.shape
     for y, x, height, width in windows():
@@ -186,7 +186,7 @@ def test_labels_are_what_is_stored(name):
 @pytest.mark.parametrize("name", ["rows", "rows, planar", "OME, rows", "rows, big endian"])
 def test_rows_too_long_for_the_cache_are_read_in_pieces(name, monkeypatch):
     monkeypatch.setattr(tiff_segments, "PIECE_COLUMNS", 50)
-    whole_HWC = decode_images(FILES[name], RULES)[0].pixels_HWC
+    whole_HWC = decode_images(FILES[name], RULES)[0]
     image = opened(FILES[name], cache_bytes=10_000)
     for y, x, height, width in windows():
         np.testing.assert_array_equal(
@@ -224,7 +224,7 @@ def test_only_touched_segments_are_read_and_each_once(monkeypatch):
 
 def test_only_chosen_channels_are_read():
     ranges = Ranges(FILES["OME"])
-    image = open_large(ranges, len(ranges.data), Rules(10**6, channels=(2, 4)))
+    image = open_large(ranges, len(ranges.data), reading(10**6, channels=(2, 4)))
     ranges.reads.clear()
     image.read(0, 0, 10, 10)
     assert len(ranges.reads) == 2
@@ -288,11 +288,11 @@ def test_small_images_and_other_formats_are_left_to_the_decoder():
 
 def test_files_that_cannot_be_read_by_window_are_left_to_the_decoder(monkeypatch):
     stack = tiff(FIVE_CYX, photometric="minisblack")
-    assert opened(stack, Rules(10**6, pages="expand")) is None
+    assert opened(stack, reading(10**6, pages="expand")) is None
     hidden = tiff(FIVE_CYX, imagej=True, metadata={"axes": "CYX"}, truncate=True)
     assert opened(hidden) is None
     volume = tiff(FIVE_CYX, photometric="minisblack", volumetric=True, tile=(16, 16, 16))
-    assert opened(volume, Rules(10**6, pages="expand")) is None
+    assert opened(volume, reading(10**6, pages="expand")) is None
     monkeypatch.setattr(tiff_segments, "STRIP_BYTES", 10_000)
     assert opened(tiff(GRAY8, compression="deflate")) is None
 
@@ -313,13 +313,13 @@ def test_files_that_cannot_be_read_by_window_are_left_to_the_decoder(monkeypatch
 def test_what_the_decoder_refuses_is_refused_from_the_header(data, rules, code):
     for attempt in (opened, decode_images):
         with pytest.raises(ImageError) as caught:
-            attempt(data, Rules(10**6, **rules))
+            attempt(data, reading(10**6, **rules))
         assert caught.value.code == code
 
 
 def test_a_declared_stack_of_channels_needs_no_metadata():
     data = tiff(FIVE_CYX, photometric="minisblack", **TILED)
-    window_HWC = opened(data, Rules(10**6, axes="CYX")).read(30, 40, 50, 60)
+    window_HWC = opened(data, reading(10**6, axes="CYX")).read(30, 40, 50, 60)
     np.testing.assert_array_equal(window_HWC, np.moveaxis(FIVE_CYX, 0, -1)[30:80, 40:100])
 
 

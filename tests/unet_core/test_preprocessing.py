@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from unet_core.images.codec import Raster
 from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
 
 RANDOM = np.random.default_rng(0)
@@ -17,15 +16,13 @@ def normalised(pixels_CHW, method, **options):
 def test_gray_of_gray_colours_is_that_gray_at_any_depth():
     for dtype, top in ((np.uint8, 255), (np.uint16, 65535)):
         gray = RANDOM.integers(0, top + 1, (40, 30, 1)).astype(dtype)
-        np.testing.assert_array_equal(to_color(Raster(gray.repeat(3, 2)), "gray")[0], gray[..., 0])
-        np.testing.assert_array_equal(
-            to_color(Raster(gray), "rgb"), gray[..., 0][None].repeat(3, 0)
-        )
+        np.testing.assert_array_equal(to_color(gray.repeat(3, 2), "gray")[0], gray[..., 0])
+        np.testing.assert_array_equal(to_color(gray, "rgb"), gray[..., 0][None].repeat(3, 0))
 
 
 def test_luma_is_that_of_the_standard():
     exact = RGB @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(to_color(Raster(RGB), "gray")[0] - exact).max() <= 0.51
+    assert np.abs(to_color(RGB, "gray")[0] - exact).max() <= 0.51
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])

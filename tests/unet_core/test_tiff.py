@@ -5,11 +5,11 @@ import pytest
 import tifffile
 
 from jobs.predict import predict
+from tests.data import reading
 from unet_core.config import build
 from unet_core.errors import ImageError
 from unet_core.fit import fit
 from unet_core.images.codec import decode_images
-from unet_core.images.tiff import Rules
 from unet_core.networks import checkpoint
 from unet_core.synthetic import nuclei, png
 from unet_core.train_config import TrainConfig
@@ -46,7 +46,7 @@ def tiff(pixels, **options):
     ],
 )  # fmt: skip
 def test_pages_and_channels_are_what_the_axes_say(data, rules, expected):
-    images = [raster.pixels_HWC for raster in decode_images(data, Rules(LIMIT, **rules))]
+    images = decode_images(data, reading(LIMIT, **rules))
     assert len(images) == len(expected)
     for image, pixels in zip(images, expected, strict=True):
         np.testing.assert_array_equal(image, pixels)
@@ -66,7 +66,7 @@ def test_pages_and_channels_are_what_the_axes_say(data, rules, expected):
 )  # fmt: skip
 def test_what_the_rules_do_not_allow_is_refused(data, rules, code):
     with pytest.raises(ImageError) as caught:
-        decode_images(data, Rules(LIMIT, **rules))
+        decode_images(data, reading(LIMIT, **rules))
     assert caught.value.code == code
 
 
@@ -87,8 +87,8 @@ def truncated_stack():
 def test_nothing_behind_the_first_page_is_overlooked():
     for data, count in ((several_series(), 3), (truncated_stack(), 5)):
         with pytest.raises(ImageError, match=f"holds {count} pages"):
-            decode_images(data, Rules(LIMIT))
-        assert len(decode_images(data, Rules(LIMIT, pages="expand"))) == count
+            decode_images(data, reading(LIMIT))
+        assert len(decode_images(data, reading(LIMIT, pages="expand"))) == count
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_nothing_behind_the_first_page_is_overlooked():
 )
 def test_a_stack_of_odd_colours_is_refused(data):
     with pytest.raises(ImageError, match="a stack of"):
-        decode_images(data, Rules(LIMIT, axes="CYX"))
+        decode_images(data, reading(LIMIT, axes="CYX"))
 
 
 def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_config, tmp_path):

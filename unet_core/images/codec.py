@@ -7,8 +7,6 @@ tifffile decodes TIFF. EXIF orientation is never applied: image and mask stay in
 
 import io
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import imagecodecs
@@ -16,8 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
+from unet_core.config import InputConfig
 from unet_core.errors import ImageError
-from unet_core.images.tiff import Rules, check_size, decode_tiff
+from unet_core.images.tiff import check_size, decode_tiff
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -32,96 +31,65 @@ MAX_LABEL = 2**16 - 1
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit
 
 
-@dataclass(frozen=True)
-class Raster:
-    """One decoded image: HWC; uint8, uint16 or float32 in native byte order; gray, RGB or more
-    channels, alpha dropped.
-    """
-
-    pixels_HWC: Array
-
-    @property
-    def height(self) -> int:
-        """Rows."""
-        return int(self.pixels_HWC.shape[0])
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return int(self.pixels_HWC.shape[1])
-
-
 def is_image(name: str) -> bool:
     """Whether a file's extension is one that is decoded."""
     return name.lower().endswith(EXTENSIONS)
 
 
-def decode_images(data: bytes, rules: Rules) -> list[Raster]:
+def decode_images(data: bytes, config: InputConfig) -> list[Array]:
     """Decode one encoded file by its content, whatever its name says; one image unless it has
     pages that are expanded.
+
+    HWC; uint8, uint16 or float32 in native byte order; gray, RGB or more channels, alpha dropped.
 
     Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``axes``,
     ``mode``, ``channels`` or ``not_finite``.
     """
-    return [raster_of(pixels, rules) for pixels in _decode(data, rules, as_labels=False)]
+    return [image_of(pixels, config) for pixels in _decode(data, config, as_labels=False)]
 
 
-def decode_image(data: bytes, max_pixels: int) -> Raster:
-    """Decode a file that holds one image."""
-    return decode_images(data, Rules(max_pixels))[0]
-
-
-def raster_of(pixels: Any, rules: Rules) -> Raster:
+def image_of(pixels: Any, config: InputConfig) -> Array:
     """Decoded pixels HW or HWC with the channels that count, in a type that networks take.
 
     Raises ImageError with code ``channels``, ``mode`` or ``not_finite``.
     """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if rules.channels:
-        if max(rules.channels) >= pixels.shape[2]:
+    if config.channels:
+        wanted, there = max(config.channels), pixels.shape[2]
+        if wanted >= there:
             raise ImageError(
                 "channels",
-                f"the image has {pixels.shape[2]} channels, input.channels asks for number "
-                f"{max(rules.channels)} (they count from 0)",
+                f"the image has {there} channels, input.channels asks for number {wanted} (they "
+                "count from 0)",
             )
-        pixels = pixels[..., list(rules.channels)]
+        pixels = pixels[..., config.channels]
     pixels = _native(pixels)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = int(np.size(pixels) - np.isfinite(pixels).sum())
         raise ImageError("not_finite", f"{bad} pixel values are NaN or infinite")
-    return Raster(pixels)
+    return pixels
 
 
-def decode_labels(
-    data: bytes,
-    rules: Rules,
-    label_map: Mapping[int, int],
-    classes: int,
-    ignore_index: int,
-    page: int = 0,
-) -> Array:
+def decode_labels(data: bytes, config: InputConfig, classes: int, page: int = 0) -> Array:
     """Decode a label mask into class ids HW; palette masks are indices, ids are never scaled.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
-    pages = _decode(data, rules, as_labels=True)
+    pages = _decode(data, config, as_labels=True)
     if page >= len(pages):
         raise ImageError("labels", f"it has {len(pages)} pages, the image more")
-    return class_ids(pages[page], label_map, classes, ignore_index)
+    return class_ids(pages[page], config, classes)
 
 
-def class_ids(
-    labels: Array, label_map: Mapping[int, int], classes: int, ignore_index: int
-) -> Array:
+def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
     """Class ids HW of stored label values, HW or HWC.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
-    if labels.ndim == 3 and labels.shape[2] in (1, 2):
-        labels = labels[..., 0]  # the rest is alpha
     if labels.ndim == 3:
-        if not (labels[..., :1] == labels[..., :3]).all():
+        colors = labels[..., :3] if labels.shape[2] > 2 else labels[..., :1]  # the rest is alpha
+        if not (colors[..., :1] == colors).all():
             raise ImageError("labels", "the mask is coloured; a mask holds one class id per pixel")
         labels = labels[..., 0]
     if labels.dtype == bool:
@@ -133,14 +101,15 @@ def class_ids(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
     present = np.flatnonzero(np.bincount(labels.ravel()))
-    mapped = {int(value): label_map.get(int(value), int(value)) for value in present}
-    unknown = [v for v, to in mapped.items() if not 0 <= to < classes and to != ignore_index]
+    mapped = {int(value): config.label_map.get(int(value), int(value)) for value in present}
+    ignored = config.ignore_index
+    unknown = [v for v, to in mapped.items() if not 0 <= to < classes and to != ignored]
     if unknown:
         shown = ", ".join(map(str, unknown[:5]))
         raise ImageError(
             "labels",
             f"the mask holds {shown}, but classes are 0 to {classes - 1} and ignore_index is "
-            f"{ignore_index}; map the values with input.label_map",
+            f"{ignored}; map the values with input.label_map",
         )
     table = np.zeros(int(present[-1]) + 1, dtype=np.uint16)
     for value, to in mapped.items():
@@ -165,7 +134,7 @@ def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array
     return np.frombuffer(payload, dtype).reshape(height, width)
 
 
-def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
+def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     """Arrays HW or HWC, one for each page; alpha is gone unless channels are chosen."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
@@ -173,8 +142,8 @@ def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     try:
         if data.startswith(TIFF_MAGICS):
-            return decode_tiff(data, rules, as_labels)
-        pixels = _decode_single(data, rules, as_labels)
+            return decode_tiff(data, config, as_labels)
+        pixels = _decode_single(data, config, as_labels)
     except (ImageError, MemoryError):
         raise  # memory is a matter of this moment, not of the image: another attempt may have more
     except UnidentifiedImageError as error:
@@ -182,13 +151,13 @@ def _decode(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
     except Exception as error:  # decoders share no base class, and a bad file is only a failed row
         raise ImageError("decode", one_line(error)) from error
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    return [pixels[..., :-1] if has_alpha and not rules.channels else pixels]
+    return [pixels[..., :-1] if has_alpha and not config.channels else pixels]
 
 
-def _decode_single(data: bytes, rules: Rules, as_labels: bool) -> Any:
+def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:
     """Whatever Pillow opens."""
     with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-        check_size(image.width, image.height, rules.max_pixels)
+        check_size(image.width, image.height, config.max_pixels)
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
             raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
@@ -206,7 +175,7 @@ def _is_plain_colour_png(image: Image.Image, data: bytes) -> bool:
 
 def _pixels_of(image: Image.Image) -> Any:
     match image.mode:
-        case "L" | "LA" | "RGB" | "RGBA":
+        case "L" | "LA" | "RGB" | "RGBA" | "I;16" | "I;16B" | "I;16L":
             return np.asarray(image)
         case "1":
             return np.asarray(image).astype(np.uint8) * 255
@@ -214,19 +183,13 @@ def _pixels_of(image: Image.Image) -> Any:
             return np.asarray(image.convert("RGBA"))
         case "CMYK" | "YCbCr":
             return np.asarray(image.convert("RGB"))
-        case "I;16" | "I;16B" | "I;16L":
-            return np.asarray(image)
         case _:
             raise ImageError("mode", f"colour mode {image.mode} is not supported")
 
 
 def _labels_of(image: Image.Image, data: bytes) -> Any:
     """Stored values: Pillow stretches 2- and 4-bit gray to 8 bits, so shrink them again."""
-    if image.mode == "1":
-        return np.asarray(image).astype(np.uint8)
-    if image.mode in ("LA", "PA"):
-        return np.asarray(image)[..., 0]
-    if image.mode not in ("L", "P", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B", "I;16L"):
         raise ImageError("labels", f"a mask cannot have colour mode {image.mode}")
     labels = np.asarray(image)
     depth = data[24] if image.format == "PNG" else 8

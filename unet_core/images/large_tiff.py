@@ -9,19 +9,17 @@ P planes (pages, or separate samples of one) · H W a window · S samples of a p
 
 import io
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
+from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError
 from unet_core.geometry import MASK_WINDOW_PIXELS
-from unet_core.images.codec import TIFF_MAGICS, one_line, raster_of
+from unet_core.images.codec import TIFF_MAGICS, image_of, one_line
 from unet_core.images.tiff import (
-    Rules,
     from_bits,
     full_series,
     is_plain,
@@ -58,17 +56,23 @@ class LargeTiff:
     def __init__(
         self,
         segments: Segments,
-        wanted: list[int],
-        finish: Callable[[Array], Array],
+        page: Any,
+        is_stack: bool,
+        config: InputConfig,
+        as_labels: bool,
         cache_bytes: int,
     ) -> None:
         self.held_bytes = cache_bytes
         """What it takes of memory."""
         self.shape = segments.shape
         """Height and width in pixels."""
-        self._segments, self._wanted, self._finish = segments, wanted, finish
+        self._segments, self._page, self._is_stack = segments, page, is_stack
+        self._config, self._as_labels = config, as_labels
         self._cache = Cache(segments.load, cache_bytes)
-        pixel = finish(_joined(self._blank(1, 1)))
+        self._wanted = list(range(segments.planes))
+        if config.channels and not as_labels and is_plain(page.keyframe):  # planes as they are
+            self._wanted = sorted({channel // segments.samples for channel in config.channels})
+        pixel = self._finished(self._blank(1, 1))
         self.channels = 1 if pixel.ndim == 2 else int(pixel.shape[2])
         self.dtype: np.dtype[Any] = pixel.dtype
 
@@ -83,7 +87,7 @@ class LargeTiff:
         stored_PHWS = self._blank(height, width)
         for plane in self._wanted:
             self._fill(stored_PHWS[plane], plane, y, x)
-        return self._finish(_joined(stored_PHWS))
+        return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
         """Zeros; planes that nobody wants stay untouched and take no memory."""
@@ -104,17 +108,24 @@ class LargeTiff:
                     source = segment_HWS[max(-top, 0) :, max(-left, 0) :]
                     target[...] = source[: target.shape[0], : target.shape[1]]
 
-
-def _joined(stored_PHWS: Array) -> Array:
-    """HWC: planes and their samples side by side."""
-    height, width = stored_PHWS.shape[1:3]
-    return stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
+    def _finished(self, stored_PHWS: Array) -> Array:
+        """Stored values as decoding the whole makes an image or labels of them: planes and their
+        samples side by side, in the colours that the page declares.
+        """
+        height, width = stored_PHWS.shape[1:3]
+        pixels = stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
+        if self._is_stack:
+            pixels = from_bits(pixels, self._as_labels)
+        else:
+            stored = pixels[..., 0] if self._page.axes == "YX" else pixels
+            pixels = page_pixels(self._page, stored, self._config, self._as_labels)
+        return pixels if self._as_labels else image_of(pixels, self._config)
 
 
 def open_large(
     read_range: ReadRange,
     size: int,
-    rules: Rules,
+    config: InputConfig,
     as_labels: bool = False,
     cache_bytes: int = CACHE_BYTES,
 ) -> LargeTiff | None:
@@ -131,23 +142,20 @@ def open_large(
         try:
             with tifffile.TiffFile(header) as tiff:
                 refuse_circles(tiff)
-                pages, is_stacked = _pages_of(tiff, rules)
+                pages, is_stacked = _pages_of(tiff, config)
                 if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                     return None
                 segments = segments_of(pages, read_range, size, cache_bytes)
                 if segments is None:
                     return None
-                wanted = _wanted(segments, pages[0].keyframe, rules, as_labels)
-                page = None if is_stacked else pages[0]
-                finish = partial(_finished, page, rules, as_labels)
-                return LargeTiff(segments, wanted, finish, cache_bytes)
+                return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
         except (UnetJobsError, MemoryError):
             raise
         except Exception as error:  # tifffile's errors share no base class
             raise ImageError("decode", f"the TIFF's header: {one_line(error)}") from error
 
 
-def _pages_of(tiff: Any, rules: Rules) -> tuple[list[Any], bool]:
+def _pages_of(tiff: Any, config: InputConfig) -> tuple[list[Any], bool]:
     """The page of a large image, or those of its channels and True; none for anything else."""
     first = tiff.pages.first
     require_numbers(first)
@@ -156,17 +164,17 @@ def _pages_of(tiff: Any, rules: Rules) -> tuple[list[Any], bool]:
     series = full_series(tiff)
     images = series[:1] + [one for one in series[1:] if not _is_extra(one)]
     pages = [page for one in images for page in one.pages]
-    if is_stack(tiff, len(pages), images, rules):
-        return _channels_of(images, rules), True
-    require_allowed(len(pages), rules)
+    if is_stack(tiff, len(pages), images, config):
+        return _channels_of(images, config), True
+    require_allowed(len(pages), config)
     return (pages if len(pages) == 1 else []), False
 
 
-def _channels_of(images: list[Any], rules: Rules) -> list[Any]:
+def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
     """The pages of a stack, if each is a channel of the same image."""
-    axes = [stack_axes(one, len(images), rules) for one in images]
+    axes = [stack_axes(one, len(images), config) for one in images]
     count = sum(planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
-    require_allowed(count, rules)
+    require_allowed(count, config)
     first, pages = images[0], list(images[0].pages)
     is_channels = axes[0] == f"C{first.keyframe.axes}" and len(pages) == first.shape[0]
     return pages if count == 1 and is_channels and first.transform is None else []
@@ -175,23 +183,6 @@ def _channels_of(images: list[Any], rules: Rules) -> list[Any]:
 def _is_extra(series: Any) -> bool:
     kind = (series.name or "").lower().removesuffix(" image")
     return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
-
-
-def _wanted(segments: Segments, page: Any, rules: Rules, as_labels: bool) -> list[int]:
-    """Planes that must be read: all, unless channels are chosen that are planes as they are."""
-    if rules.channels and not as_labels and is_plain(page):
-        return sorted({channel // segments.samples for channel in rules.channels})
-    return list(range(segments.planes))
-
-
-def _finished(page: Any, rules: Rules, as_labels: bool, stored_HWC: Array) -> Array:
-    """Stored values as decoding the whole makes an image or labels of them; no page: a stack."""
-    if page is None:
-        pixels = from_bits(stored_HWC, as_labels)
-    else:
-        stored = stored_HWC[..., 0] if page.axes == "YX" else stored_HWC
-        pixels = page_pixels(page, stored, rules, as_labels)
-    return pixels if as_labels else raster_of(pixels, rules).pixels_HWC
 
 
 def _metered(read_range: ReadRange) -> ReadRange:

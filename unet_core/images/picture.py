@@ -4,7 +4,7 @@ Large TIFFs are not decoded whole: their pixels and their truth are read by wind
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
-from unet_core.images.codec import Raster, class_ids, decode_images, decode_labels
+from unet_core.images.codec import class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import LargeTiff, open_large
 from unet_core.images.preprocessing import (
     Preprocessing,
@@ -21,7 +21,7 @@ from unet_core.images.preprocessing import (
     offset_and_scale_by_rows,
     to_color,
 )
-from unet_core.images.tiff import Rules, check_size
+from unet_core.images.tiff import check_size
 from unet_core.inputs import shards
 from unet_core.inputs.shards import Ranged, Sample
 
@@ -100,10 +100,9 @@ class TruthDecoder:
         """
         if sample.read_mask is None:
             return [None] * len(pages)
-        rules = rules_of(self.config)
         try:
             ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
-            large, data = _opened(sample.read_mask, ranged, rules, as_labels=True)
+            large, data = _opened(sample.read_mask, ranged, self.config, as_labels=True)
         except ImageError as failure:
             return [unusable(failure)] * len(pages)
         if large is not None:
@@ -112,22 +111,16 @@ class TruthDecoder:
         return [self._whole(data, page) for page in pages]
 
     def _whole(self, data: bytes, page: int) -> Pixels | ImageError:
-        config, rules = self.config, rules_of(self.config)
         try:
-            labels_HW = decode_labels(
-                data, rules, config.label_map, self.classes, config.ignore_index, page
-            )
+            return Pixels.of(decode_labels(data, self.config, self.classes, page)[None])
         except ImageError as failure:
             return unusable(failure)
-        return Pixels.of(labels_HW[None])
 
     def _by_window(self, large: LargeTiff) -> Pixels:
-        config = self.config
-
         def read(y: int, x: int, height: int, width: int) -> Array:
             try:
                 stored = large.read(y, x, height, width)
-                return class_ids(stored, config.label_map, self.classes, config.ignore_index)[None]
+                return class_ids(stored, self.config, self.classes)[None]
             except ImageError as failure:
                 raise unusable(failure) from failure
 
@@ -151,25 +144,22 @@ class Decoder:
         try:
             if sample.failure is not None:
                 raise sample.failure
-            images = self._images(sample)
+            ranged = sample.open() if sample.open is not None else None
+            large, data = _opened(sample.read, ranged, self.config, as_labels=False)
+            images: Sequence[Array | LargeTiff]
+            images = [large] if large is not None else decode_images(data, self.config)
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         samples = [sample.bare]  # many small images wait for a batch, and not their files
         if len(images) > 1:
             samples = [_page_of(sample.bare, page) for page in range(len(images))]
-        is_large = isinstance(images[0], LargeTiff)
         truths = TruthDecoder(self.classes, self.config).decode(
-            sample, range(len(images)), is_large
+            sample, range(len(images)), large is not None
         )
         return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
 
-    def _images(self, sample: Sample) -> list[Raster | LargeTiff]:
-        ranged = sample.open() if sample.open is not None else None
-        large, data = _opened(sample.read, ranged, rules_of(self.config), as_labels=False)
-        return [large] if large is not None else [*decode_images(data, rules_of(self.config))]
-
     def _picture(
-        self, sample: Sample, image: Raster | LargeTiff, truth: Pixels | ImageError | None
+        self, sample: Sample, image: Array | LargeTiff, truth: Pixels | ImageError | None
     ) -> Picture | Rejected:
         try:
             if isinstance(image, LargeTiff):
@@ -189,7 +179,7 @@ class Decoder:
         check_size(image.shape[1], image.shape[0], MOST_LARGE * self.config.max_pixels)
 
         def read(y: int, x: int, height: int, width: int) -> Array:
-            return to_color(Raster(image.read(y, x, height, width)), color)
+            return to_color(image.read(y, x, height, width), color)
 
         corner_CHW = read(0, 0, 1, 1)
         height, width = image.shape
@@ -198,11 +188,6 @@ class Decoder:
             lambda start, stop: read(start, 0, stop - start, width), height, width, self.wanted
         )
         return pixels, offset, scale
-
-
-def rules_of(config: InputConfig) -> Rules:
-    """How the files of an input are read."""
-    return Rules(config.max_pixels, tuple(config.channels), config.pages, config.axes)
 
 
 def unusable(why: object) -> ImageError:
@@ -225,15 +210,15 @@ def _page_of(sample: Sample, page: int) -> Sample:
 
 
 def _opened(
-    read: Callable[[], bytes], ranged: Ranged | None, rules: Rules, as_labels: bool
+    read: Callable[[], bytes], ranged: Ranged | None, config: InputConfig, as_labels: bool
 ) -> tuple[LargeTiff | None, bytes]:
     """A file that is read by window, or else all its bytes."""
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged.read, ranged.size, rules, as_labels)
+        large = open_large(ranged.read, ranged.size, config, as_labels)
         if large is not None:
             return large, b""
     data = read()
-    large = open_large(lambda start, stop: data[start:stop], len(data), rules, as_labels)
+    large = open_large(lambda start, stop: data[start:stop], len(data), config, as_labels)
     if large is not None:
         large.held_bytes += len(data)
     return large, data

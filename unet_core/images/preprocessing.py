@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.codec import Raster
 
 BAND_ROWS = 256
 """An image too large for memory is counted in bands of so many rows,"""
@@ -40,14 +39,17 @@ class Preprocessing(BaseModel):
     @property
     def channels(self) -> int:
         """Input channels of the network."""
-        return self.color if isinstance(self.color, int) else {"gray": 1, "rgb": 3}[self.color]
+        return _channels(self.color)
 
 
-def to_color(raster: Raster, color: str | int) -> Array:
+def _channels(color: str | int) -> int:
+    return color if isinstance(color, int) else {"gray": 1, "rgb": 3}[color]
+
+
+def to_color(pixels_HWC: Array, color: str | int) -> Array:
     """Pixels CHW in the colours that a network wants, of the image's own dtype."""
-    pixels_HWC = raster.pixels_HWC
     channels = pixels_HWC.shape[2]
-    if channels == (color if isinstance(color, int) else {"gray": 1, "rgb": 3}[color]):
+    if channels == _channels(color):
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
     if channels == 1 and color == "rgb":
         return np.repeat(pixels_HWC.transpose(2, 0, 1), 3, axis=0)
@@ -179,9 +181,8 @@ def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
 
 def _percentiles(plane_HW: Array, wanted: Preprocessing) -> tuple[float, float]:
     """The value at the low percentile, and the distance from there to the high one."""
-    ranks = _ranks(plane_HW.size, wanted)
-    ordered = np.partition(plane_HW.ravel(), [rank - 1 for rank in ranks])
-    bottom, top = (float(ordered[rank - 1]) for rank in ranks)
+    places = [rank - 1 for rank in _ranks(plane_HW.size, wanted)]
+    bottom, top = map(float, np.partition(plane_HW.ravel(), places)[places])
     return bottom, top - bottom
 
 

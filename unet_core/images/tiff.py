@@ -6,13 +6,13 @@ Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others
 import io
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from unet_core.config import InputConfig
 from unet_core.errors import ImageError
 
 VALUES_PER_PIXEL = 8
@@ -29,19 +29,6 @@ SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How files are read; from ``input`` of the config."""
-
-    max_pixels: int
-    channels: tuple[int, ...] = ()
-    """Which channels count, as stored (alpha too); empty: gray or RGB without alpha, or all."""
-    pages: str = "refuse"
-    """What several pages or frames of a TIFF are: ``refuse`` or ``expand`` into images."""
-    axes: str = ""
-    """Axes of TIFFs that do not say them, e.g. ``CYX``; empty: OME and ImageJ metadata."""
-
-
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise ImageError for images without pixels, or with too many."""
     if width * height > max_pixels:
@@ -53,7 +40,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("decode", f"an image of {height} × {width} pixels has nothing to segment")
 
 
-def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
+def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     """Arrays HW or HWC, one for each page.
 
     Raises ImageError for pages that are refused, and axes or colours that are not understood.
@@ -64,16 +51,16 @@ def decode_tiff(data: bytes, rules: Rules, as_labels: bool) -> list[Any]:
         pages = pages or [tiff.pages.first]
         for page in pages:
             require_numbers(page)
-            check_size(page.imagewidth, page.imagelength * page.imagedepth, rules.max_pixels)
-            _check_segments(page, data, rules)
+            check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
+            _check_segments(page, data, config)
         series = full_series(tiff)
-        _check_values(pages, series, rules)
-        if is_stack(tiff, len(pages), series, rules):
-            stacks = [page for one in series for page in _stack(one, len(series), rules, as_labels)]
-            require_allowed(len(stacks), rules)
-            return stacks
-        require_allowed(len(pages), rules)
-        return [_page(page, rules, as_labels) for page in pages]
+        _check_values(pages, series, config)
+        if is_stack(tiff, len(pages), series, config):
+            stacks = [_stack(one, len(series), config, as_labels) for one in series]
+            require_allowed(sum(map(len, stacks)), config)
+            return [page for stack in stacks for page in stack]
+        require_allowed(len(pages), config)
+        return [_page(page, config, as_labels) for page in pages]
 
 
 class _Chain(list[int]):
@@ -109,14 +96,14 @@ def require_numbers(page: Any) -> None:
             raise ImageError("decode", "where its strips or tiles lie is no number")
 
 
-def _check_segments(page: Any, data: bytes, rules: Rules) -> None:
+def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
     """Raise ImageError for pixels of no type, and for strips or tiles that are far larger than
     their image.
     """
     if page.dtype is None:
         raise ImageError("mode", f"pixels of {page.bitspersample} bits are not supported")
     side = side_of(page)
-    if math.prod(side) > rules.max_pixels:
+    if math.prod(side) > config.max_pixels:
         raise ImageError("too_large", f"segments of {side[0]} × {side[1]} pixels")
     if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
         for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
@@ -160,18 +147,18 @@ def _check_planes(ome_xml: str) -> None:
         raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
 
 
-def is_stack(tiff: Any, number_of_pages: int, series: list[Any], rules: Rules) -> bool:
+def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputConfig) -> bool:
     """Whether pages are planes of something whose axes are declared, or lie behind one page."""
-    is_declared = bool(rules.axes or tiff.is_ome or tiff.is_imagej)
+    is_declared = bool(config.axes or tiff.is_ome or tiff.is_imagej)
     is_many = number_of_pages > 1 and is_declared
     return is_many or sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
 
 
-def _check_values(pages: list[Any], series: list[Any], rules: Rules) -> None:
+def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> None:
     """All pages and channels together, before any is decoded."""
     by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
-    values = max(by_pages, sum(int(np.prod(s.shape, dtype=np.int64)) for s in series))
-    allowed = VALUES_PER_PIXEL * rules.max_pixels
+    values = max(by_pages, sum(math.prod(s.shape) for s in series))
+    allowed = VALUES_PER_PIXEL * config.max_pixels
     if values > allowed:
         raise ImageError(
             "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
@@ -181,12 +168,12 @@ def _check_values(pages: list[Any], series: list[Any], rules: Rules) -> None:
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
     """How many planes with such axes there are."""
     sizes = zip(shape, axes, strict=True)
-    return int(np.prod([size for size, axis in sizes if axis not in axes_of_a_plane]))
+    return math.prod(size for size, axis in sizes if axis not in axes_of_a_plane)
 
 
-def require_allowed(pages: int, rules: Rules) -> None:
+def require_allowed(pages: int, config: InputConfig) -> None:
     """Raise ImageError for several pages, unless each may be an image."""
-    if pages > 1 and rules.pages == "refuse":
+    if pages > 1 and config.pages == "refuse":
         raise ImageError(
             "frames",
             f"the TIFF holds {pages} pages; input.pages = 'expand' makes each an image, "
@@ -194,26 +181,26 @@ def require_allowed(pages: int, rules: Rules) -> None:
         )
 
 
-def _stack(series: Any, number_of_series: int, rules: Rules, as_labels: bool) -> list[Any]:
+def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: bool) -> list[Any]:
     """Planes whose meaning is declared: channels are joined, every other axis is pages."""
-    axes, shape = stack_axes(series, number_of_series, rules), series.shape
+    axes, shape = stack_axes(series, number_of_series, config), series.shape
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
     order = [*others, axes.index("Y"), axes.index("X"), *channels]
     pixels = np.transpose(series.asarray(), order)
     height, width = pixels.shape[len(others) : len(others) + 2]
-    depth = int(np.prod([shape[i] for i in channels]))
+    depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, height, width, depth)
-    if _alpha_of(series.keyframe) and "C" not in axes and not rules.channels:
+    if _alpha_of(series.keyframe) and "C" not in axes and not config.channels:
         pages_NHWC = pages_NHWC[..., :-1]
     return list(from_bits(pages_NHWC, as_labels))
 
 
-def stack_axes(series: Any, number_of_series: int, rules: Rules) -> str:
+def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
     """The declared axes of a stack. Raises ImageError for those that cannot be, and odd colours."""
-    axes, shape = rules.axes or series.axes, series.shape
+    axes, shape = config.axes or series.axes, series.shape
     is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
-    if is_wrong or (rules.axes and number_of_series > 1):
+    if is_wrong or (config.axes and number_of_series > 1):
         found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
         raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
     _require_plain(series)
@@ -242,20 +229,20 @@ def _alpha_of(page: Any) -> int:
     return sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
 
 
-def _page(page: Any, rules: Rules, as_labels: bool) -> Any:
+def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
     """One page that is one image, in the colours that it declares."""
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("axes", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
     pixels = page.asarray()
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
-    return page_pixels(page, pixels, rules, as_labels)
+    return page_pixels(page, pixels, config, as_labels)
 
 
-def page_pixels(page: Any, pixels: Any, rules: Rules, as_labels: bool) -> Any:
+def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) -> Any:
     """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
     alpha = _alpha_of(page)
-    if alpha and not rules.channels:
+    if alpha and not config.channels:
         pixels = pixels[..., :-alpha]
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
     return pixels if as_labels else _tiff_colors(page, pixels)

@@ -176,42 +176,34 @@ class Cache:
     def __init__(self, load: Callable[[Key], Array | None], budget_bytes: int) -> None:
         self._load, self._left = load, budget_bytes
         self._lock = threading.Lock()
-        self._held: OrderedDict[Key, Array | None] = OrderedDict()
-        self._pending: dict[Key, Future[Array | None]] = {}
+        self._held: OrderedDict[Key, Future[Array | None]] = OrderedDict()
 
     def get(self, key: Key) -> Array | None:
         """A segment HWS, not to be written to; None where the file stores none."""
         with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key]
-            future = self._pending.get(key)
-            if future is None:
-                mine = self._pending[key] = Future()
-        return future.result() if future is not None else self._fulfil(key, mine)
+            is_new = key not in self._held
+            future = self._held.setdefault(key, Future())
+            self._held.move_to_end(key)
+        if is_new:
+            self._fulfil(key, future)
+        return future.result()
 
-    def _fulfil(self, key: Key, future: "Future[Array | None]") -> Array | None:
+    def _fulfil(self, key: Key, future: "Future[Array | None]") -> None:
         try:
-            segment_HWS = self._load(key)
+            future.set_result(self._load(key))
         except BaseException as error:
             with self._lock:
-                del self._pending[key]
+                del self._held[key]
             future.set_exception(error)
-            raise
+            return
         with self._lock:
-            del self._pending[key]
-            self._hold(key, segment_HWS)
-        future.set_result(segment_HWS)
-        return segment_HWS
-
-    def _hold(self, key: Key, segment_HWS: Array | None) -> None:
-        self._held[key] = segment_HWS
-        self._left -= _cost(segment_HWS)
-        while self._left < 0:
-            _, oldest_HWS = self._held.popitem(last=False)
-            self._left += _cost(oldest_HWS)
+            self._left -= _cost(future)
+            while self._left < 0:
+                oldest = next(key for key, held in self._held.items() if held.done())
+                self._left += _cost(self._held.pop(oldest))
 
 
-def _cost(segment_HWS: Array | None) -> int:
+def _cost(held: "Future[Array | None]") -> int:
     """Bytes that a segment takes in the cache, with its entry."""
+    segment_HWS = held.result()
     return 512 + (0 if segment_HWS is None else segment_HWS.nbytes)

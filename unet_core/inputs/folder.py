@@ -1,8 +1,9 @@
 """``format = "folder"``: loose images at any depth, in fixed groups, each with its mask by stem."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from unet_core.inputs.shards import (
     Source,
     make_shard,
 )
-from unet_core.storage.store import Entry, Store
+from unet_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
     Raises ConfigError if masks are asked for and none fits any image.
     """
-    found = _pair(source, [entry for entry in source.entries() if is_image(entry.name)])
-    members = [member for member in found if member.key not in known]
-    step = source.config.shard_images
-    for at in range(0, len(members), step):
-        yield group(members[at : at + step], at)
+    yield from grouped(source, _pair(source), known)
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -73,15 +70,19 @@ def sample_of(
     )
 
 
-def group(members: list[Member], first: int) -> Shard:
-    """A shard of loose images."""
-    size = sum(member.bytes for member in members)
-    return make_shard("", size, None, first, len(members), tuple(members))
+def grouped(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
+    """Shards of ``input.shard_images`` loose images, without those that are known."""
+    new = (member for member in members if member.key not in known)
+    first = 0
+    while some := tuple(islice(new, source.config.shard_images)):
+        yield make_shard("", sum(member.bytes for member in some), None, first, len(some), some)
+        first += len(some)
 
 
-def _pair(source: Source, entries: list[Entry]) -> list[Member]:
+def _pair(source: Source) -> list[Member]:
     """Give every image its mask by exactly equal stems, and take the masks out of the images."""
     masks = source.config.masks
+    entries = [entry for entry in source.entries() if is_image(entry.name)]
     members = [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if not masks:
         return members
@@ -93,21 +94,23 @@ def _pair(source: Source, entries: list[Entry]) -> list[Member]:
         by_stem = names_by_stem([entry.name for entry in entries], masks)
     else:
         stems = {stem_of(m.key) for m in members}
-        is_mask = [
-            stem.endswith(masks) and stem.removesuffix(masks) in stems
-            for stem in (stem_of(m.key) for m in members)
-        ]
-        found = [m.key for m, yes in zip(members, is_mask, strict=True) if yes]
-        members = [m for m, yes in zip(members, is_mask, strict=True) if not yes]
-        by_stem = {s.removesuffix(masks): name for s, name in names_by_stem(found, masks).items()}
+        found = dict.fromkeys(
+            m.key
+            for m in members
+            if (stem := stem_of(m.key)).endswith(masks) and stem.removesuffix(masks) in stems
+        )
+        members = [m for m in members if m.key not in found]
+        by_stem = {s.removesuffix(masks): n for s, n in names_by_stem(list(found), masks).items()}
     etags = {entry.name: entry.etag for entry in entries}
-    found_masks = (by_stem.get(stem_of(member.key)) for member in members)
-    paired = [
-        member._replace(mask=mask, mask_etag=etags[mask] if mask is not None else None)
-        for member, mask in zip(members, found_masks, strict=True)
-    ]
-    _say_unmatched([m.key for m in paired if m.mask is None], len(paired), by_stem, masks)
-    return paired
+    lonely = []
+    for at, member in enumerate(members):
+        mask = by_stem.get(stem_of(member.key))
+        if mask is None:
+            lonely.append(member.key)
+        else:
+            members[at] = member._replace(mask=mask, mask_etag=etags[mask])
+    _say_unmatched(lonely, len(members), by_stem, masks)
+    return members
 
 
 def stem_of(name: str) -> str:

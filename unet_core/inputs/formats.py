@@ -33,11 +33,8 @@ def open_source(
         folder, name = split(root.uri())
         root, names = Store(folder, storage), (name,)
     elif not root.exists():
-        raise StoreError(
-            f"input.uri: there is nothing at {config.uri}; check the bucket's name and the prefix"
-            if "://" in config.uri
-            else f"input.uri: there is nothing at {config.uri}"
-        )
+        hint = "; check the bucket's name and the prefix" if "://" in config.uri else ""
+        raise StoreError(f"input.uri: there is nothing at {config.uri}{hint}")
     if known or config.format != "auto":
         return Source(config, known or config.format, root, names)
     listing = [] if names else root.list()

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,14 +20,18 @@ import pyarrow as pa
 from unet_core.config import has_credentials
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
-from unet_core.inputs.folder import File, group, sample_of
+from unet_core.inputs.folder import File, grouped, sample_of
 from unet_core.inputs.shards import Known, Member, Sample, Shard, Source
 from unet_core.storage.store import Store, split
 
 PARQUET = (".parquet", ".pq")
 INVENTORY = "manifest.json"
+INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
+                     "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
+"""As its Parquet files call them → as its manifest does."""
 BATCH_ROWS = 65_536
 SHOWN = 1000
+DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
 MAX_ROW_CHARACTERS = 2**20
 """A row of a list names an image; a packed list of a few kB can hold one of many GB."""
 
@@ -48,11 +51,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """
-    members = (member for member in all_members(source) if member.key not in known)
-    first = 0
-    while some := list(islice(members, source.config.shard_images)):
-        yield group(some, first)
-        first += len(some)
+    yield from grouped(source, all_members(source), known)
 
 
 def all_members(source: Source) -> Iterator[Member]:
@@ -102,22 +101,18 @@ class Allowed:
     def member(self, line: Line) -> Member:
         """The loose image that a line names; raises ConfigError if it may not be opened."""
         uri = self._absolute(line.uri)
-        prefix = self.prefix_of(uri)
-        mask = None
-        if line.mask:
-            mask = self._absolute(line.mask)
+        image_id = line.id or uri[len(self.prefix_of(uri)) :]
+        mask = self._absolute(line.mask) if line.mask else None
+        if mask is not None:
             self.prefix_of(mask)
-        image_id = line.id or uri[len(prefix) :]
         etag = (line.etag or "").strip('"')
-        return Member(image_id, line.bytes or 0, etag, mask, None, uri)
+        return Member(image_id, line.bytes or 0, etag, mask, uri=uri)
 
     def prefix_of(self, uri: str) -> str:
         """The allowed prefix above a URI; raises ConfigError if there is none."""
         for prefix in self.prefixes:
-            if uri.startswith(prefix):
-                rest = uri[len(prefix) :]
-                if _is_plain(rest):
-                    return prefix
+            if uri.startswith(prefix) and _is_plain(uri[len(prefix) :]):
+                return prefix
         named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:SHOWN])
         raise ConfigError(
             f"input.allow: the list names {named}; allowed is what lies below "
@@ -190,7 +185,7 @@ def _csv_lines(source: Source, name: str) -> Iterator[Line]:
                     raise ConfigError(f"{where}: line {number} has no uri")
                 size = known.pop("bytes", None)
                 yield Line(**known, bytes=int(size) if size else None)
-        except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise ConfigError(f"{where}: line {number} cannot be read: {error}") from error
 
 
@@ -225,7 +220,7 @@ def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
         raise ConfigError(
             f"input.masks: {where} has no column {mask!r}; it has: {', '.join(names)}"
         )
-    wanted = {"uri": "uri", "bytes": "bytes", "etag": "etag", "id": "id"}
+    wanted = {field: field for field in ("uri", "bytes", "etag", "id")}
     if mask:
         wanted[mask] = "mask"
     return {column: field for column, field in wanted.items() if column in names}
@@ -257,8 +252,7 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
                         bytes=int(row.get("Size") or 0),
                         etag=row.get("ETag") or "",
                     )
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error, EOFError,
-                gzip.BadGzipFile, zlib.error) as error:  # fmt: skip
+        except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{home.uri(file)}: not a file of an inventory: {error}") from error
 
 
@@ -276,17 +270,10 @@ def _bucket_of(uri: str) -> str:
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
     if file.endswith(".parquet"):
         with home.open_parquet(file) as opened:
-            wanted = {
-                "key": "Key",
-                "size": "Size",
-                "e_tag": "ETag",
-                "is_latest": "IsLatest",
-                "is_delete_marker": "IsDeleteMarker",
-            }
-            there = [column for column in wanted if column in opened.schema_arrow.names]
+            there = [column for column in INVENTORY_COLUMNS if column in opened.schema_arrow.names]
             for batch in opened.iter_batches(BATCH_ROWS, columns=there):
                 for row in batch.to_pylist():
-                    yield {wanted[key]: value for key, value in row.items()}
+                    yield {INVENTORY_COLUMNS[key]: value for key, value in row.items()}
         return
     with home.open(file) as stream, _text(file, stream) as text:
         for row in _rows(text):

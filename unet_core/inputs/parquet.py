@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -69,8 +70,15 @@ def _footer(source: Source, entry: Entry) -> pq.FileMetaData:
     where = source.root.uri(entry.name)
     with source.root.open_parquet(entry.name, entry.bytes) as file:
         _check_columns(source, file.schema_arrow, where)
-        _check_row_groups(source, file.metadata, where)
-        return file.metadata
+        metadata = file.metadata
+    for number in range(metadata.num_row_groups):
+        size = _size_of(metadata.row_group(number), source)
+        if size > MAX_ROW_GROUP_BYTES:
+            raise StoreError(
+                f"{where}: row group {number} holds {size / 2**30:.1f} GiB of images, allowed: "
+                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
+            )
+    return metadata
 
 
 def _columns(source: Source) -> dict[str, str]:
@@ -135,16 +143,6 @@ def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
     return pa.large_binary() if _is_text(kind) else kind
 
 
-def _check_row_groups(source: Source, metadata: pq.FileMetaData, where: str) -> None:
-    for number in range(metadata.num_row_groups):
-        size = _size_of(metadata.row_group(number), source)
-        if size > MAX_ROW_GROUP_BYTES:
-            raise StoreError(
-                f"{where}: row group {number} holds {size / 2**30:.1f} GiB of images, allowed: "
-                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
-            )
-
-
 def _size_of(group: Any, source: Source) -> int:
     """Uncompressed bytes of the columns that are read."""
     columns = [group.column(index) for index in range(group.num_columns)]
@@ -173,14 +171,10 @@ def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
 
     Raises ParquetDamagedError if there are none: the file was written again.
     """
-    row, groups, rows = 0, [], 0
-    for number in range(metadata.num_row_groups):
-        size = metadata.row_group(number).num_rows
-        if first <= row < first + count:
-            groups.append(number)
-            rows += size
-        row += size
-    if rows != count or sum(metadata.row_group(n).num_rows for n in range(groups[0])) != first:
+    numbers = range(metadata.num_row_groups)
+    starts = [0, *accumulate(metadata.row_group(number).num_rows for number in numbers)]
+    groups = [number for number in numbers if first <= starts[number] < first + count]
+    if not groups or (starts[groups[0]], starts[groups[-1] + 1]) != (first, first + count):
         raise ParquetDamagedError("its row groups are not those of when the run began")
     return groups
 
@@ -188,21 +182,17 @@ def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
 def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> Sample:
     config = source.config
     data, path = _payload(values[config.image_column])
-    given = values.get(config.id_column) if config.id_column else None
-    given = _text(given)
-    image_id = f"{shard.uri}#{row}" if given is None else given
-    failure = None
-    if data is None:
-        failure = ImageError("empty", "the row has no bytes; paths inside data are not followed")
+    given = _text(values.get(config.id_column))
+    nothing = ImageError("empty", "the row has no bytes; paths inside data are not followed")
     mask = _payload(values[config.masks])[0] if config.masks else None
     name = path or (given if given is not None else str(row))
     return Sample(
-        image_id=image_id,
+        image_id=f"{shard.uri}#{row}" if given is None else given,
         key=PurePosixPath(name).stem if path or "/" in name else name,
         source_uri=source.root.uri(shard.uri),
         read=lambda: data or b"",
         read_mask=(lambda: mask) if mask is not None else None,
-        failure=failure,
+        failure=nothing if data is None else None,
         encoded_bytes=len(data or b"") + len(mask or b""),
     )
 

@@ -104,23 +104,17 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     held = 0
     failure: ImageError | None = None
     with source.root.open(shard.uri, shard.bytes, shard.etag) as stream:
-        members = _members(stream, uri)
-        while True:
-            try:
-                info, data = next(members)
-            except StopIteration:
-                break
-            except ImageError as error:
-                failure = error
-                break
-            key, suffix = _split_member(info, mask_suffix)
-            if group and group[0].key != key:
-                yield from _samples_of(shard, uri, group, mask_suffix)
-                group, held = [], 0
-            held += _size_of(data)
-            if held > MAX_ENCODED_BYTES:  # a tar may hold the same name any number of times
-                data = ImageError("too_large", f"its names hold {held} bytes together")
-            group.append(_Found(key, suffix, data))
+        try:
+            for name, data in _members(stream, uri):
+                key, suffix = _split_member(name, mask_suffix)
+                if group and group[0].key != key:
+                    yield from _samples_of(shard, uri, group, mask_suffix)
+                    group, held = [], 0
+                held += _size_of(data)  # a tar may hold the same name any number of times
+                refusal = ImageError("too_large", f"its names hold {held} bytes together")
+                group.append(_Found(key, suffix, data if held <= MAX_ENCODED_BYTES else refusal))
+        except ImageError as error:
+            failure = error
     yield from _samples_of(shard, uri, group, mask_suffix)
     if failure is not None:
         yield Sample(shard.uri, "", uri, bytes, failure=failure)

@@ -4,6 +4,7 @@ Credentials are found by the store's own library; nothing here reads, keeps or p
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -15,7 +16,7 @@ import fsspec
 import fsspec.asyn
 
 from unet_core.config import StorageConfig
-from unet_core.errors import ChangedError, StoreError
+from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage.spool import FULL
 
 ResultT = TypeVar("ResultT")
@@ -58,8 +59,7 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
 
 
 def _s3_options(storage: StorageConfig) -> dict[str, Any]:
-    written = {"ServerSideEncryption": storage.encryption, "SSEKMSKeyId": storage.kms_key}
-    options: dict[str, Any] = {
+    options = {
         "anon": storage.anonymous,
         "requester_pays": storage.requester_pays,
         "use_listings_cache": False,
@@ -69,31 +69,40 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
             "connect_timeout": _cut_off_s(storage.deadline_s, 10),
             "read_timeout": _cut_off_s(storage.deadline_s, 60),
         },
-        "s3_additional_kwargs": {key: value for key, value in written.items() if value},
+        "client_kwargs": _said(endpoint_url=storage.endpoint_url, region_name=storage.region),
+        "s3_additional_kwargs": _said(
+            ServerSideEncryption=storage.encryption, SSEKMSKeyId=storage.kms_key
+        ),
     }
-    if storage.endpoint_url:
-        options["endpoint_url"] = storage.endpoint_url
-    if storage.region:
-        options["client_kwargs"] = {"region_name": storage.region}
     if storage.role:
-        options["session"] = _role_session(storage)
-    elif storage.profile:
-        options["profile"] = storage.profile
-    return options
+        return options | {"session": _role_session(storage)}
+    return options | _said(profile=storage.profile)
+
+
+def _said(**options: str) -> dict[str, str]:
+    """Options that are not empty."""
+    return {name: value for name, value in options.items() if value}
 
 
 def write(fs: Any, path: str, data: bytes, deadline_s: float, **how: Any) -> None:
-    """Put an object whole. Raises TimeoutError if that gets nowhere: time limits of the libraries
-    begin when all is sent, so a store that takes nothing would hold them for ever.
+    """Put an object whole; ``mode="create"``: raises FileExistsError if there is one.
+
+    Raises TimeoutError if that gets nowhere: time limits of the libraries begin when all is sent,
+    so a store that takes nothing would hold them for ever.
     """
-    if not getattr(fs, "async_impl", False):
-        fs.pipe_file(path, data, **how)
-        return
     limit_s = _cut_off_s(deadline_s, 60) + len(data) / SLOWEST_BYTES_PER_S
     try:
-        fsspec.asyn.sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
+        if getattr(fs, "async_impl", False):
+            fsspec.asyn.sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
+        else:
+            fs.pipe_file(path, data, **how)
     except fsspec.FSTimeoutError as error:
         raise TimeoutError(f"{len(data)} bytes were not taken in {limit_s:.0f} s") from error
+    except OSError as error:
+        # some stores refuse to create with a bare 412 that s3fs calls EINVAL
+        if how and error.errno == errno.EINVAL and fs.exists(path):
+            raise FileExistsError(path) from error
+        raise
 
 
 def where_credentials_are(storage: StorageConfig) -> str:
@@ -111,45 +120,25 @@ def _cut_off_s(deadline_s: float, most_s: float) -> float:
 
 def _role_session(storage: StorageConfig) -> Any:
     """A session whose credentials are those of a role, renewed before they expire."""
-    from aiobotocore.credentials import (
-        AioAssumeRoleCredentialFetcher,
-        AioDeferredRefreshableCredentials,
-    )
+    from aiobotocore.credentials import AioDeferredRefreshableCredentials
     from aiobotocore.session import AioSession
-    from botocore.credentials import Credentials
 
     own = AioSession(profile=storage.profile or None)
-    region = storage.region or own.get_config_variable("region")
+    options = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
 
-    def create_client(service: str, **options: Any) -> Any:
-        options |= {"region_name": region, "endpoint_url": storage.endpoint_url or None}
-        return own.create_client(service, **options)
+    async def assume() -> dict[str, str]:
+        async with own.create_client("sts", **options) as client:
+            answer = await client.assume_role(RoleArn=storage.role, RoleSessionName="unet-jobs")
+        found = answer["Credentials"]
+        return {
+            "access_key": found["AccessKeyId"],
+            "secret_key": found["SecretAccessKey"],
+            "token": found["SessionToken"],
+            "expiry_time": found["Expiration"].isoformat(),
+        }
 
-    class Fetcher(AioAssumeRoleCredentialFetcher):  # type: ignore[misc]  # it has no types
-        """Finds the credentials at hand only when the role is assumed."""
-
-        async def _get_credentials(self) -> Any:
-            found = await own.get_credentials()
-            if found is None:
-                raise PermissionError(f"no credentials to assume {storage.role} with")
-            frozen = await found.get_frozen_credentials()
-            self._source_credentials = Credentials(*frozen)
-            return await super()._get_credentials()
-
-        async def _create_client(self) -> Any:
-            frozen = self._source_credentials
-            return create_client(
-                "sts",
-                aws_access_key_id=frozen.access_key,
-                aws_secret_access_key=frozen.secret_key,
-                aws_session_token=frozen.token,
-            )
-
-    fetcher = Fetcher(create_client, None, storage.role, {"RoleSessionName": "unet-jobs"})
     session = AioSession()
-    session._credentials = AioDeferredRefreshableCredentials(
-        fetcher.fetch_credentials, method="assume-role"
-    )
+    session._credentials = AioDeferredRefreshableCredentials(assume, method="assume-role")
     return session
 
 
@@ -165,10 +154,8 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
         found = await fs._call_s3(
             "get_object", Bucket=bucket, Key=key, IfMatch=f'"{etag}"', **wanted, **fs.req_kw
         )
-        try:
-            return bytes(await found["Body"].read())
-        finally:
-            found["Body"].close()
+        with contextlib.closing(found["Body"]) as body:
+            return bytes(await body.read())
 
     try:
         return cast(bytes, fsspec.asyn.sync(fs.loop, read))
@@ -185,17 +172,13 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, TimeoutError | ConnectionError | asyncio.TimeoutError):
         return True
     if type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3"):
-        return not _is_permanent(error)  # some of these are OSErrors without a number
+        from botocore.exceptions import SSLError
+
+        # some of these are OSErrors without a number
+        return not isinstance(error, SSLError) and not _is_about_credentials(error)
     if isinstance(error, OSError):
         return error.errno in BUSY or isinstance(error.__cause__, ConnectionError)
     return False
-
-
-def _is_permanent(error: BaseException) -> bool:
-    """Of the libraries' own errors: whether they are about something that stays as it is."""
-    from botocore.exceptions import SSLError
-
-    return isinstance(error, SSLError) or _is_about_credentials(error)
 
 
 def _is_about_credentials(error: BaseException) -> bool:
@@ -216,13 +199,13 @@ def _is_about_credentials(error: BaseException) -> bool:
 def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: float) -> ResultT:
     """Call; while the store is busy or away try again, with growing pauses, until the deadline.
 
-    Raises FileNotFoundError, FileExistsError and ChangedError as they are, StoreError for the rest.
+    Raises NotFoundError, FileExistsError and ChangedError, StoreError for the rest.
     """
     end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
     while True:
         try:
             return call()
-        except (FileNotFoundError, FileExistsError, ChangedError):
+        except (FileExistsError, ChangedError):
             raise
         except Exception as error:  # the libraries of the stores share no base class
             if not is_transient(error):
@@ -238,30 +221,31 @@ def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: floa
 
 def refused(verb: str, where: str, error: BaseException) -> StoreError:
     """What a permanent refusal means, and what to do next."""
-    reason = _reason(error)
-    hint = ""
-    if isinstance(error, FileNotFoundError):
-        reason, hint = "there is no such file, folder or bucket", ""
-    elif "://" in where and isinstance(error, PermissionError):
-        hint = (
-            "; check the credentials, the bucket's policy and whether a token expired; then the "
-            "same command continues"
+    is_no_folder = verb == "list" and isinstance(error, NotADirectoryError)
+    if is_no_folder or isinstance(error, FileNotFoundError):
+        kind = StoreError if verb == "write" else NotFoundError  # to write, a bucket is missing
+        return kind(f"cannot {verb} {where}: there is no such file, folder or bucket")
+    return StoreError(f"cannot {verb} {where}: {_reason(error)}{_advice(verb, where, error)}")
+
+
+def _advice(verb: str, where: str, error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    is_denied = "://" in where and isinstance(error, PermissionError)
+    if is_denied or _code(error) in ABOUT_CREDENTIALS:
+        return (
+            "; check the credentials, whether a token expired, the bucket's policy and "
+            "storage.region; then the same command continues"
         )
-    elif _code(error) in ABOUT_CREDENTIALS:
-        hint = (
-            "; check the credentials, whether a token expired, and storage.region; then the same "
-            "command continues"
-        )
-    elif getattr(error, "errno", None) in FULL:
-        hint = "; make room there, then the same command continues"
-    elif isinstance(error, OSError) and error.errno in NOT_WRITABLE and verb == "write":
-        hint = "; let this user write there, then the same command continues"
-    elif type(error).__module__.startswith("botocore") and _is_about_credentials(error):
-        hint = (
+    if number in FULL:
+        return "; make room there, then the same command continues"
+    if number in NOT_WRITABLE and verb == "write":
+        return "; let this user write there, then the same command continues"
+    if _is_about_credentials(error):
+        return (
             "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or "
             "storage.anonymous = true for a public bucket"
         )
-    return StoreError(f"cannot {verb} {where}: {reason}{hint}")
+    return ""
 
 
 def _code(error: BaseException) -> str:

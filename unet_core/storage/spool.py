@@ -50,7 +50,7 @@ class Spool:
     """Bytes that wait on local disk until the image that they belong to is known to be good."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)  # noqa: SIM115  # closed below
+        self._file = spooled()
         weakref.finalize(self, drop, self._file)
         self._lock = threading.Lock()
 

@@ -6,7 +6,6 @@ then published whole, here and nowhere else.
 """
 
 import contextlib
-import errno
 import io
 import os
 import shutil
@@ -15,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
@@ -63,7 +62,8 @@ class Store:
         self._given = uri
         self.fs, path = connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
-        self.is_local = "file" in _protocols(self.fs)
+        protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        self.is_local, self._is_s3 = "file" in protocols, "s3" in protocols
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self._given, self.storage)
@@ -77,30 +77,25 @@ class Store:
     def size(self) -> int | None:
         """Bytes of the root, if it is itself one object; None for a folder or nothing."""
         try:
-            info = self._try("look at", "", lambda: self.fs.info(self.root))
-        except FileNotFoundError:
+            info = self._info("")
+        except NotFoundError:
             return None
         return int(info["size"]) if info["type"] == "file" else None
 
     def entry(self, name: str) -> Entry:
         """One object as a listing would give it. Raises NotFoundError if it is not there."""
-        path = self._path(name)
-        try:
-            if self.is_local:
-                stat = os.stat(path)
-                return Entry(name, stat.st_size, _local_etag(stat))
-            info = self._try("look at", name, lambda: self.fs.info(path))
-            return Entry(name, int(info["size"]), _etag_of(info))
-        except FileNotFoundError as error:
-            raise NotFoundError(str(refused("look at", self.uri(name), error))) from error
+        if self.is_local:
+            return _local_entry(name, self._try("look at", name, lambda: os.stat(self._path(name))))
+        info = self._info(name)
+        return Entry(name, int(info["size"]), _etag_of(info))
 
     def exists(self, name: str = "") -> bool:
         """Whether there is such an object or folder."""
         if self.is_local:
             return os.path.exists(self._path(name))
         try:  # not by ``exists``: s3fs calls a bucket missing that it could not ask about
-            self._try("look at", name, lambda: self.fs.info(self._path(name)))
-        except FileNotFoundError:
+            self._info(name)
+        except NotFoundError:
             return False
         return True
 
@@ -112,18 +107,14 @@ class Store:
         Raises NotFoundError if it is not there, ChangedError if it has another etag than that.
         """
         path = self._path(name)
-        try:
-            if self.is_local:
-                return self._try("read", name, lambda: self._read_locally(name, start, stop, etag))
-            if etag and "s3" in _protocols(self.fs):
-                return self._try(
-                    "read", name, lambda: read_if_match(self.fs, path, start, stop, etag)
-                )
-            return bytes(
-                self._try("read", name, lambda: self.fs.cat_file(path, start=start, end=stop))
-            )
-        except FileNotFoundError as error:
-            raise NotFoundError(str(refused("read", self.uri(name), error))) from error
+        call: Callable[[], bytes]
+        if self.is_local:
+            call = partial(self._read_locally, name, start, stop, etag)
+        elif etag and self._is_s3:
+            call = partial(read_if_match, self.fs, path, start, stop, etag)
+        else:
+            call = partial(self.fs.cat_file, path, start=start, end=stop)
+        return bytes(self._try("read", name, call))
 
     def open(self, name: str, size: int | None = None, etag: str | None = None) -> BinaryIO:
         """An object as a stream, read once from front to back in large pieces."""
@@ -135,15 +126,10 @@ class Store:
         Raises NotFoundError and ChangedError as ``read``; local files as they are opened.
         """
         if self.is_local:
-            try:
-                self.require_etag(name, etag)
-                return open(self._path(name), "rb", buffering=0)
-            except FileNotFoundError as error:
-                raise NotFoundError(str(refused("open", self.uri(name), error))) from error
-            except OSError as error:
-                raise refused("open", self.uri(name), error) from error
+            self.require_etag(name, etag)
+            return self._try("open", name, lambda: open(self._path(name), "rb", buffering=0))
         if size is None:
-            size = self._size_of(name)
+            size = self.entry(name).bytes
         return Ranges(lambda start, stop: self.read(name, start, stop, etag), size, self.uri(name))
 
     @contextlib.contextmanager
@@ -164,23 +150,25 @@ class Store:
 
     def list(self, folder: str = "") -> list[Entry]:
         """All objects below a folder at any depth, by name; hidden ones (``.name``) are skipped."""
+        try:
+            return sorted(self._entries(folder), key=lambda entry: entry.name)
+        except NotFoundError:
+            return []
+
+    def first(self) -> Entry | None:
+        """Some object below the root; None if there is none. Lists no more than it has to."""
+        return next(self._entries(), None)
+
+    def _entries(self, folder: str = "") -> Iterator[Entry]:
         path = self._path(folder)
         try:
-            found = self._walk(path) if self.is_local else self._find(path)
-            return sorted(found, key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            yield from self._walk(path) if self.is_local else self._find(path)
         except OSError as error:
             raise refused("list", self.uri(folder), error) from error
 
     def publish(self, name: str, source: bytes | BinaryIO) -> None:
         """Make an object appear whole, replacing any earlier one."""
-        path = self._path(name)
-        if self.is_local:
-            self._locally(name, source, os.replace)
-        else:
-            data = _all_bytes(source)
-            self._write(name, lambda: self._put(path, data))
+        self._publish(name, source, os.replace)
 
     def publish_exclusively(self, name: str, source: bytes | BinaryIO) -> bool:
         """Make an object appear whole if there is none; False if there was one.
@@ -188,27 +176,22 @@ class Store:
         False too where an earlier try of this very call got through and only its answer was lost:
         whoever cares compares the bytes.
         """
-        path = self._path(name)
         try:
-            if self.is_local:
-                self._locally(name, source, os.link)
-            else:
-                data = _all_bytes(source)
-                self._write(name, lambda: self._create(path, data))
+            self._publish(name, source, os.link, mode="create")
         except FileExistsError:
             return False
         return True
 
-    def first(self) -> Entry | None:
-        """Some object below the root; None if there is none. Lists no more than it has to."""
-        try:
-            return next(
-                iter(self._walk(self.root) if self.is_local else self._find(self.root)), None
-            )
-        except FileNotFoundError as error:
-            raise NotFoundError(str(refused("list", self.uri(), error))) from error
-        except OSError as error:
-            raise refused("list", self.uri(), error) from error
+    def _publish(
+        self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None], **how: str
+    ) -> None:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        if self.is_local:
+            self._try("write", name, lambda: self._locally(name, stream, settle))
+            return
+        stream.seek(0)
+        data, deadline_s = stream.read(), self.storage.deadline_s
+        self._try("write", name, lambda: write(self.fs, self._path(name), data, deadline_s, **how))
 
     def require_writable(self) -> None:
         """Make and remove a small object, locally in the nearest folder that is there.
@@ -233,7 +216,7 @@ class Store:
         """Where the credentials of an S3 store come from, as botocore names it; empty if there are
         none. Other stores find their own.
         """
-        return "" if "s3" not in _protocols(self.fs) else where_credentials_are(self.storage)
+        return where_credentials_are(self.storage) if self._is_s3 else ""
 
     def has_one_winner(self) -> bool:
         """Whether this store keeps ``publish_exclusively``: some accept the second object too.
@@ -253,29 +236,30 @@ class Store:
     def remove(self, name: str) -> None:
         """Delete one object, and a local folder that it leaves empty; none there is fine."""
         path = self._path(name)
-        try:
+        with contextlib.suppress(NotFoundError):
             if self.exists(name):
                 self._try("remove", name, lambda: self.fs.rm_file(path))
-        except FileNotFoundError:
-            pass
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(path))
 
     def remove_all(self) -> None:
         """Delete the folder with all that is in it; one that is not there is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(NotFoundError):
             self._try("remove", "", lambda: self.fs.rm(self._path(""), recursive=True))
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+    def _info(self, name: str) -> dict[str, Any]:
+        return self._try("look at", name, lambda: self.fs.info(self._path(name)))
 
     def _try(self, verb: str, name: str, call: Callable[[], ResultT]) -> ResultT:
         """Persist on an object store; on local disk once is enough."""
         if self.is_local:
             try:
                 return call()
-            except (FileNotFoundError, FileExistsError):
+            except FileExistsError:
                 raise
             except OSError as error:
                 raise refused(verb, self.uri(name), error) from error
@@ -286,103 +270,54 @@ class Store:
     ) -> bytes:
         with open(self._path(name), "rb") as file:
             self._hold_to(name, os.fstat(file.fileno()), etag)
-            if start is None or stop is None:
-                data = file.read()
-            else:
-                file.seek(start)
-                data = file.read(stop - start)
+            file.seek(start or 0)
+            data = file.read() if stop is None else file.read(stop - (start or 0))
             self._hold_to(name, os.fstat(file.fileno()), etag)  # written in place meanwhile
             return data
 
     def require_etag(self, name: str, etag: str | None) -> None:
         """Raises ChangedError if a local file has another etag, NotFoundError if it is gone."""
-        if etag:
-            try:
-                stat = os.stat(self._path(name))
-            except FileNotFoundError as error:
-                raise NotFoundError(str(refused("read", self.uri(name), error))) from error
-            self._hold_to(name, stat, etag)
+        self._hold_to(name, self._try("read", name, lambda: os.stat(self._path(name))), etag)
 
     def _hold_to(self, name: str, stat: os.stat_result, etag: str | None) -> None:
-        if etag and _local_etag(stat) != etag:
+        if etag and _local_entry(name, stat).etag != etag:
             raise ChangedError(f"{self.uri(name)} {REWRITTEN}")
 
-    def _write(self, name: str, call: Callable[[], None]) -> None:
+    def _locally(self, name: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
         try:
-            self._try("write", name, call)
-        except FileNotFoundError as error:
-            raise refused("write", self.uri(name), error) from error
-
-    def _size_of(self, name: str) -> int:
-        path = self._path(name)
-        try:
-            return int(self._try("open", name, lambda: self.fs.info(path))["size"])
-        except FileNotFoundError as error:
-            raise NotFoundError(str(refused("open", self.uri(name), error))) from error
-
-    def _locally(
-        self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None]
-    ) -> None:
-        path = self._path(name)
-        try:
-            try:
-                with _TemporaryTwin(path, source) as twin:
-                    settle(twin, path)
-            except FileNotFoundError:  # another driver finished the run and swept leftovers
-                with _TemporaryTwin(path, source) as twin:
-                    settle(twin, path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise refused("write", self.uri(name), error) from error
-
-    def _put(self, path: str, data: bytes, **how: Any) -> None:
-        write(self.fs, path, data, self.storage.deadline_s, **how)
-
-    def _create(self, path: str, data: bytes) -> None:
-        """Exclusive create; some stores refuse with a bare 412 that s3fs calls EINVAL."""
-        try:
-            self._put(path, data, mode="create")
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno == errno.EINVAL and self.fs.exists(path):
-                raise FileExistsError(path) from error
-            raise
+            _settle(self._path(name), source, settle)
+        except FileNotFoundError:  # another driver finished the run and swept leftovers
+            _settle(self._path(name), source, settle)
 
     def _find(self, path: str) -> Iterator[Entry]:
         """List an object store, the prefixes of each level side by side."""
         with ThreadPoolExecutor(LIST_THREADS) as pool:
-            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path)}
+            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for level in done:
-                    for info in self._result(level, path):
+                    for info in level.result():
                         name = info["name"][len(path.rstrip("/")) + 1 :]
                         if not name or any(part.startswith(".") for part in name.split("/")):
                             continue
                         if info["type"] == "directory":
-                            pending.add(pool.submit(self._level, info["name"]))
+                            pending.add(pool.submit(self._level, info["name"], path))
                         elif not name.endswith("/"):
                             yield Entry(name, int(info["size"]), _etag_of(info))
 
-    def _result(
-        self, level: "Future[Sequence[dict[str, Any]]]", root: str
-    ) -> Sequence[dict[str, Any]]:
-        """A level; one that is gone since it was seen is empty, unless nothing is there at all."""
+    def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
+        """What lies directly below a prefix; nothing where it is gone since it was seen, unless all
+        of the root is.
+        """
+        where = str(self.fs.unstrip_protocol(path))
         try:
-            return level.result()
-        except FileNotFoundError:
+            found: list[dict[str, Any]] = persist(
+                lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
+            )
+        except NotFoundError:
             if self.exists(root[len(self.root) + 1 :]):
                 return []
             raise
-
-    def _level(self, path: str) -> Sequence[dict[str, Any]]:
-        """What lies directly below a prefix."""
-        where = str(self.fs.unstrip_protocol(path))
-        found: list[dict[str, Any]] = persist(
-            lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
-        )
         for info in found:
             if info["type"] == "directory" and info["name"].rstrip("/") == path.rstrip("/"):
                 raise StoreError(
@@ -419,7 +354,7 @@ class Store:
                             info = item.stat(follow_symlinks=item.is_file())
                         except FileNotFoundError:
                             continue  # a temporary file that was there a moment ago
-                        yield Entry(name, info.st_size, _local_etag(info))
+                        yield _local_entry(name, info)
 
 
 @contextlib.contextmanager
@@ -469,45 +404,24 @@ def _etag_of(info: dict[str, Any]) -> str:
     return str(etag).strip('"')
 
 
-def _local_etag(info: os.stat_result) -> str:
-    return f"{info.st_mtime_ns}-{info.st_size}"
+def _local_entry(name: str, stat: os.stat_result) -> Entry:
+    return Entry(name, stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}")
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
-
-
-class _TemporaryTwin:
-    """A complete, synced file beside ``path``; its name begins with ``_``, so readers skip it."""
-
-    def __init__(self, path: str, source: bytes | BinaryIO) -> None:
-        folder, name = os.path.split(path)
-        self.source = source
-        self.twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")
-
-    def __enter__(self) -> str:
-        os.makedirs(os.path.dirname(self.twin), exist_ok=True)
-        try:
-            with open(self.twin, "xb") as file:
-                if isinstance(self.source, bytes):
-                    file.write(self.source)
-                else:
-                    self.source.seek(0)
-                    shutil.copyfileobj(self.source, file, COPY_BYTES)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            self.__exit__()
-            raise
-        return self.twin
-
-    def __exit__(self, *_: object) -> None:
-        if os.path.exists(self.twin):
-            os.unlink(self.twin)
-
-
-def _all_bytes(source: bytes | BinaryIO) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    source.seek(0)
-    return source.read()
+def _settle(path: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
+    """Put a complete, synced file in place; until then its name begins with ``_``, so that readers
+    skip it.
+    """
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with open(twin, "xb") as file:
+            source.seek(0)
+            shutil.copyfileobj(source, file, COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        settle(twin, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(twin)
