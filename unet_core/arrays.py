@@ -4,9 +4,26 @@ N images or tiles of a batch · C channels · H rows · W columns · K logits or
 ``pixels_HWC`` is as decoders give it, ``pixels_CHW`` as networks take it, ``mask_HW`` class ids.
 """
 
+import sys
 from typing import Any
 
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 """A NumPy array; its dtype and shape are told by the name or the docstring."""
+
+
+def leave_pandas_out() -> None:
+    """Let pyarrow settle that it has no pandas, which it would import, 0.25 s, for the first list
+    that it makes an array of; ``to_pandas`` finds it all the same.
+
+    For processes of our own: of those who import pandas later, it would take a Series for a list.
+    """
+    import pyarrow as pa
+
+    if "pandas" not in sys.modules:
+        sys.modules["pandas"] = None  # type: ignore[assignment]  # how Python says: not to be found
+        try:
+            pa.array([])
+        finally:
+            del sys.modules["pandas"]
