@@ -13,6 +13,14 @@ Array = npt.NDArray[Any]
 """A NumPy array; its dtype and shape are told by the name or the docstring."""
 
 
+class _NoPandas:
+    """A finder for which there is none."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)
+
+
 def leave_pandas_out() -> None:
     """Let pyarrow settle that it has no pandas, which it would import, 0.25 s, for the first list
     that it makes an array of; ``to_pandas`` finds it all the same.
@@ -21,9 +29,9 @@ def leave_pandas_out() -> None:
     """
     import pyarrow as pa
 
-    if "pandas" not in sys.modules:
-        sys.modules["pandas"] = None  # type: ignore[assignment]  # how Python says: not to be found
-        try:
-            pa.array([])
-        finally:
-            del sys.modules["pandas"]
+    hidden = _NoPandas()
+    sys.meta_path.insert(0, hidden)
+    try:
+        pa.array([])
+    finally:
+        sys.meta_path.remove(hidden)
