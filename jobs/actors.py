@@ -30,7 +30,6 @@ from jobs.board import (
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
-from unet_core.arrays import leave_pandas_out
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ShardError, WorkersError
 from unet_core.timings import ShardResult
@@ -81,7 +80,6 @@ class SegmentActor:
         def load() -> Compute:
             from unet_core.replica import Replica  # torch: for the actor, not for the driver
 
-            leave_pandas_out()
             self._replica = Replica(self._spec)
             return self._replica.probe()
 

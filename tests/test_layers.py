@@ -132,11 +132,10 @@ def test_every_file_that_is_no_module_goes_into_the_wheel():
         assert found <= {p for pattern in shipped[package] for p in (ROOT / package).glob(pattern)}
 
 
-def test_work_in_this_process_imports_neither_ray_nor_pandas(tars, tiny_model, tmp_path):
+def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
     words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
     code = (
         "import sys; from jobs.cli import cli; "
-        "cli(sys.argv[1:], standalone_mode=False); assert not {'ray', 'pandas'} & set(sys.modules);"
-        "import pyarrow; assert len(pyarrow.table({'a': [1]}).to_pandas()) == 1"
+        "cli(sys.argv[1:], standalone_mode=False); assert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True)

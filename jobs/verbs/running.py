@@ -37,9 +37,7 @@ def predict(
     """Segment everything that is not committed yet. Run it again to continue."""
     config = predict_config(source, overrides, model, out)
     from jobs.predict import predict as run_predict
-    from unet_core.arrays import leave_pandas_out
 
-    leave_pandas_out()
     outcome = run_predict(config, retry_failed, refresh)
     show.outcome(outcome)
     if outcome.too_many_failed:
