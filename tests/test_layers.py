@@ -17,7 +17,6 @@ MODULES = {
 }
 
 
-USE_RAY = ("session", "actors", "ddp", "measures", "spread", "submit")
 VERBS = {name for name in MODULES if name.startswith("jobs.verbs.")}
 
 

@@ -10,9 +10,11 @@ import pytest
 
 from jobs import session
 from jobs.inspect import plan, status
+from jobs.job import prepare
 from jobs.places import worker_places
 from jobs.predict import predict
 from tests.data import digests
+from unet_core.compute import Compute
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
 from unet_core.storage.store import Store
 from unet_core.verify import verify
@@ -41,6 +43,16 @@ def test_a_run_accounts_for_every_image(make_config, tmp_path):
     assert len(rows) == 6
     assert all(row["attempt"] == 1 and row["device_s"] > 0 for row in rows)
     assert all(row["whole_s"] > row["writing_s"] > 0 for row in rows)
+
+
+def test_every_key_is_in_the_identity_of_a_run_or_changes_no_part(make_config):
+    changing_nothing = {"model.device", "output.uri", "output.report"}
+    told_by_the_checkpoint = {"model.checkpoint", "model.factory"}
+    config = make_config()
+    identity = prepare(config).record(Compute("cpu", "float32", "eager", 1, {})).identity
+    tables = config.model_dump(include={"input", "model", "tile", "output"})
+    keys = {f"{table}.{key}" for table, values in tables.items() for key in values}
+    assert keys - identity.keys() == changing_nothing | told_by_the_checkpoint
 
 
 def test_a_second_run_writes_nothing(make_config, tmp_path):

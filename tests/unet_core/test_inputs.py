@@ -2,13 +2,14 @@ import gzip
 import io
 import logging
 import tarfile
+from typing import get_args
 
 import pytest
 
 from tests.data import write_tar
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.formats import FORMATS, list_shards, open_source, read_shard
 from unet_core.synthetic import nuclei, png
 
 IMAGE, MASK = b"image", b"mask"
@@ -213,9 +214,14 @@ def test_an_image_that_only_looks_like_a_mask_is_an_image(tmp_path):
     assert [sample.image_id for sample in samples] == ["a.png", "gas_mask.png"]
 
 
+def test_every_format_may_be_asked_for():
+    asked = get_args(InputConfig.model_fields["format"].annotation)
+    assert set(asked) == {"auto", *FORMATS}
+
+
 def test_an_input_without_anything_of_its_format_is_refused(tmp_path):
     write(tmp_path, "notes.txt")
-    for kind in ("folder", "webdataset", "parquet", "list"):
+    for kind in FORMATS:
         with pytest.raises(StoreError, match=f"nothing of format '{kind}'"):
             read_all(uri=tmp_path, format=kind)
 
