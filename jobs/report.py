@@ -7,12 +7,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.export import require_apart
+from unet_core.arrays import Array
 from unet_core.compact import batches, compact
 from unet_core.config import StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
+from unet_core.images.picture import Picture
 from unet_core.report.facts import run_facts
-from unet_core.report.images import Fetched, fetch
+from unet_core.report.images import fetch
 from unet_core.report.measured import RANDOM, measure, pick_ids
 from unet_core.report.page import NAME, run_page, training_page
 from unet_core.report.pictures import overlay
@@ -80,9 +82,9 @@ def write_previews(
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
-    def write(fetched: Fetched) -> None:
-        image_id = fetched.picture.sample.image_id
-        target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
+    def write(picture: Picture, mask_HW: Array) -> None:
+        drawn = overlay(picture, mask_HW, results.palette)
+        target.publish(names.of(picture.sample.image_id, ""), drawn)
 
     written, reasons = fetch(results, picks, write)
     missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]

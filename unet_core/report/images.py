@@ -7,12 +7,10 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError
+from unet_core.errors import UnetJobsError
 from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.ordered import side_by_side
@@ -29,28 +27,14 @@ THREADS = 4
 MadeT = TypeVar("MadeT")
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """One image of a run, ready to be drawn."""
-
-    picture: Picture
-    mask_HW: Array
-
-    @property
-    def truth(self) -> Array | None:
-        """Class ids HW, if there is a truth that can be read."""
-        with suppress(ImageError):
-            return self.picture.truth.whole()[0] if self.picture.truth is not None else None
-        return None
-
-
 def fetch(
     results: Results,
     picks: list[Pick],
-    make: Callable[[Fetched], MadeT],
+    make: Callable[[Picture, Array], MadeT],
     most_bytes: float = math.inf,
 ) -> tuple[dict[str, MadeT], dict[str, str]]:
-    """Make something of each image, by id; on a few threads, and one image of a thread at a time.
+    """Make something of each image and its mask (HW), by id; on a few threads, and one image of a
+    thread at a time.
 
     Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
     large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
@@ -62,8 +46,8 @@ def fetch(
     source = _impatient(results.source)
     for pick in picks:
         head = heads.get(pick.shard_id)
-        is_streamed = head is not None and not head.has_members and head.shard_id not in wanted
-        stream_bytes = head.bytes if head is not None and is_streamed else 0
+        is_streamed = head and not head.has_members and head.shard_id not in wanted
+        stream_bytes = head.bytes if head and is_streamed else 0
         if head is None:
             reason = f"the manifest has no shard {pick.shard_id}"
         elif pick.height * pick.width > MOST_PIXELS:
@@ -84,7 +68,7 @@ def fetch(
                 if isinstance(found, str):
                     reasons[image_id] = found
                 else:
-                    made[image_id] = make(found)
+                    made[image_id] = make(*found)
         except (UnetJobsError, ValueError, OSError, MemoryError) as error:
             reason = str(error) or type(error).__name__  # also of a damaged mask
         for image_id in wanted[shard_id]:
@@ -97,7 +81,7 @@ def fetch(
 
 def _found(
     results: Results, source: Source, shard: Shard, ids: set[str]
-) -> Iterator[tuple[str, Fetched | str]]:
+) -> Iterator[tuple[str, tuple[Picture, Array] | str]]:
     """The images that are there, in the order of the shard, or why one could not be taken."""
     masks = stored_masks(results.run.store, shard.shard_id)
     missing = set(ids)
@@ -112,7 +96,7 @@ def _found(
             elif (mask.height, mask.width) != picture.pixels.shape:
                 yield image_id, "its mask has another size: the input changed"
             else:
-                yield image_id, Fetched(picture, mask.whole())
+                yield image_id, (picture, mask.whole())
             missing.remove(image_id)
             if not missing:
                 return
