@@ -16,7 +16,7 @@ from unet_core.images.picture import Picture
 from unet_core.report.facts import run_facts
 from unet_core.report.images import fetch
 from unet_core.report.measured import RANDOM, measure, pick_ids
-from unet_core.report.page import NAME, run_page, training_page
+from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
 from unet_core.report.training import training_facts
 from unet_core.results import Results, open_run
@@ -36,11 +36,11 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """
     store = Store(uri, storage)
     if is_training(store):
-        page = training_page(training_facts(TrainingRun(store)))
+        page = render(training_facts(TrainingRun(store)))
     else:
         results = open_run(uri, storage)
         compact(store, results.record)
-        page = run_page(run_facts(results))
+        page = render(run_facts(results))
     store.publish(NAME, page)
     return f"{uri.rstrip('/')}/{NAME}"
 
