@@ -311,8 +311,8 @@ def test_a_page_says_of_how_many_images_it_has_timings(facts):
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.998, 1.0])
 def test_a_histogram_of_one_value_shows_it_inside_its_axis(value):
     plot = histogram("all the same", np.full(7, value, np.float32))
-    (bar,) = plot.bars
-    assert [float(part) for part in bar.text.split(":")[0].split(" to ")] == pytest.approx(
+    (bar,) = plot.marks
+    assert [float(part) for part in bar.name.split(":")[0].split(" to ")] == pytest.approx(
         [value, value], abs=1e-3
     )
     assert float(plot.x[-1].text) <= 1.0

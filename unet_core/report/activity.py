@@ -128,8 +128,8 @@ def _plots(
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
     middles = (edges[:-1] + edges[1:]) / 2 / size
     rules = tuple((at / size, "paused") for at in pauses)
-    series = [Series("images per second", [0.0, *middles, worked_s / size],
-                     [rates[0], *rates, rates[-1]])]  # fmt: skip
+    points = [0.0, *middles, worked_s / size], [rates[0], *rates, rates[-1]]
+    series = [Series("images per second", list(zip(*points, strict=True)))]
     rate = lines("Images per second", series, f"{unit} at work", rules=rules)
     states = parts[1:].T
     totals = states.sum(axis=1, keepdims=True)

@@ -14,7 +14,7 @@ from unet_core.training.run import BEST, Position, TrainingRun
 MOST_LINES = TONES = 8
 SCORES = {"iou": "IoU", "dice": "Dice"}
 
-Point = tuple[int, float]
+Point = tuple[float, float]
 """A step, and a value."""
 Points = dict[tuple[str, str | None], list[Point]]
 
@@ -118,13 +118,13 @@ def _plots(points: Points, names: list[str], position: Position) -> Iterator[Plo
     def plot(title: str, *series: Series, shares: bool = False) -> Plot | None:
         return lines(title, [*series], "steps", (0.0, 1.0) if shares else None, rules)
 
-    yield plot("Training loss", _series("loss", points["loss", None]))
-    yield plot("Learning rate", _series("learning rate", points["learning_rate", None]))
+    yield plot("Training loss", Series("loss", points["loss", None]))
+    yield plot("Learning rate", Series("learning rate", points["learning_rate", None]))
     for kind, title in SCORES.items():
         hardest = _hardest(points, kind, names)
-        curves = (_series(name, points[kind, name], names.index(name)) for name in hardest)
+        curves = (Series(name, points[kind, name], names.index(name)) for name in hardest)
         yield plot(f"Validation {title}", *curves, shares=True)
-    accuracy = _series("right pixels", points["accuracy", None])
+    accuracy = Series("right pixels", points["accuracy", None])
     yield plot("Validation accuracy", accuracy, shares=True)
 
 
@@ -133,10 +133,6 @@ def _hardest(points: Points, kind: str, names: list[str]) -> list[str]:
     last = {name: points[kind, name][-1][1] for name in names if points[kind, name]}
     kept = sorted(last, key=lambda name: last[name])[:MOST_LINES]
     return [name for name in names if name in kept]
-
-
-def _series(name: str, points: list[Point], tone: int = 0) -> Series:
-    return Series(name, [step for step, _ in points], [value for _, value in points], tone)
 
 
 def _warnings(
