@@ -52,8 +52,9 @@ class Evaluation:
             require_equal(self.store.uri(), mine, self.identity, "evaluation", advice)
 
     def done(self) -> set[str]:
-        """Shards that have their part."""
-        return ids_in(self.store, "metrics")
+        """Shards whose part is of the masks that the run has now."""
+        names = {shard_id: metrics_name(shard_id) for shard_id in ids_in(self.store, "metrics")}
+        return current_ids(self.run, self.store, names)
 
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""
@@ -110,11 +111,3 @@ class Evaluation:
             owned.append(owners)
         require_own(pa.concat_tables(owned))
         return total
-
-    def forget_stale(self, shard_ids: set[str]) -> int:
-        """Remove the parts of shards that the run has done again since; returns how many."""
-        names = {shard_id: metrics_name(shard_id) for shard_id in shard_ids}
-        stale = shard_ids - current_ids(self.run, self.store, names)
-        for shard_id in stale:
-            self.store.remove(names[shard_id])
-        return len(stale)

@@ -160,8 +160,8 @@ def causes(outcome: "Outcome", config: PredictConfig) -> None:
     )
     for cause in causes(outcome.run, totals):
         click.echo(f"  {cause.images:,} x {cause.code}", err=True)
-        for example in cause.examples:
-            click.echo(harmless(f"    {example.image_id}: {example.message}"), err=True)
+        for image_id, message in cause.examples:
+            click.echo(harmless(f"    {image_id}: {message}"), err=True)
     enough = math.ceil(10 * totals.failed / totals.images_seen) / 10
     click.echo(LOOKING.format(run=run, enough=enough), err=True)
 

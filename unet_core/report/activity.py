@@ -5,6 +5,7 @@ there was none is cut out.
 """
 
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,6 @@ CHUNK = 65536
 LEAST_SHARDS = 6
 PAUSE_S = 120.0
 """Time without an attempt is told if it is longer."""
-MOST_ACTORS = 32
 SPENT = [f"{stage}_s" for stage in DEVICE.values()]
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
@@ -49,9 +49,7 @@ class Activity:
     images_per_s: float
     megapixels_per_s: float
     shares: dict[str, float]
-    actors: tuple[Actor, ...]
-    """Empty if there are too many to show."""
-    actor_count: int
+    actors: list[Actor]
     rate: Plot | None
     where: Plot | None
     """Both None for a few shards."""
@@ -68,7 +66,6 @@ def activity(table: pa.Table) -> Activity | None:
     start_s, end_s, pauses = _without_pauses(began_s, ended_s)
     worked_s = float(end_s.max())
     images = table["images"].to_numpy().astype(float)
-    actors = _actors(table)
     rate, where = None, None
     if table.num_rows >= LEAST_SHARDS:
         rate, where = _plots(table, images, start_s, end_s, worked_s, pauses)
@@ -81,8 +78,7 @@ def activity(table: pa.Table) -> Activity | None:
         images_per_s=images.sum() / worked_s,
         megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
         shares=Seconds.of_table(table).shares,
-        actors=actors if len(actors) <= MOST_ACTORS else (),
-        actor_count=len(actors),
+        actors=list(_actors(table)),
         rate=rate,
         where=where,
     )
@@ -154,11 +150,9 @@ def _spent(table: pa.Table) -> Array:
     return np.stack([table[column].to_numpy() for column in SPENT])
 
 
-def _actors(table: pa.Table) -> tuple[Actor, ...]:
+def _actors(table: pa.Table) -> Iterator[Actor]:
     sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
-    found = []
     for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
         spent = [row[f"{column}_sum"] for column in SPENT]
         shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
-        found.append(Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares))
-    return tuple(found)
+        yield Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares)
