@@ -136,7 +136,9 @@ def _require_some(tally: Tally, without: Callable[[], str]) -> None:
 def _without_truth(results: Results, truth: LabelImages | BesideImages, tally: Tally) -> str:
     where = truth.source.config.masks
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
-    there = f"; label images: {', '.join(truth.names)}" if truth.names else ""
+    there = ""
+    if isinstance(truth, LabelImages):  # else only reading tells
+        there = f"; label images: {', '.join(truth.names)}"
     return (
         f"--truth: none of {tally.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(tally.without.examples)}{there}"

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.arrays import Array
 from unet_core.errors import ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
@@ -137,14 +136,12 @@ class LabelImages:
     def owners(self, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
-        found = [] if _is_in_list(self.source) else pairs.to_pylist()
-        return pa.Table.from_pylist(
-            [{"truth": row["truth"], "image": self._owner(row)} for row in found], schema=OWNERS
-        )
-
-    def _owner(self, row: Row) -> str:
-        *_, (image_id, _, _) = _pages(self.source, row)
-        return stem_of(image_id) if is_image(image_id) else image_id
+        owners = []
+        for row in [] if _is_in_list(self.source) else pairs.to_pylist():
+            *_, (image_id, _, _) = _pages(self.source, row)
+            image = stem_of(image_id) if is_image(image_id) else image_id
+            owners.append({"truth": row["truth"], "image": image})
+        return pa.Table.from_pylist(owners, schema=OWNERS)
 
     def _find(self, shard: Shard, row: Row) -> tuple[Label | None, int]:
         stems = self.labels["stem"]
@@ -219,11 +216,6 @@ class BesideImages:
     digest: str = ""
     """None is needed: shards are held to the etags in the manifest."""
 
-    @property
-    def names(self) -> list[str]:
-        """Only reading tells."""
-        return []
-
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """Read the shard again, beside its rows, which have the same order."""
         decoder, masks = TruthDecoder(self.classes, self.source.config), self.source.config.masks
@@ -277,7 +269,9 @@ class OtherRun:
                         stack.close()
                         masks = stack.enter_context(open_masks(self.store, shard_id))
                         opened = shard_id
-                    yield Found("ok", _pixels(masks.mask(row["image_id"])))
+                    mask = masks.mask(row["image_id"])
+                    assert mask is not None  # its row says that there is one
+                    yield Found("ok", _pixels(mask))
 
     @classmethod
     def joined(cls, mine: Results, other: Results) -> "tuple[OtherRun, Images]":
@@ -305,13 +299,7 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     return pa.concat_tables([IDS.empty_table(), *side_by_side(read, sorted(shard_ids))])
 
 
-def _pixels(mask: StoredMask | None) -> Pixels:
-    """A stored mask as truth. It is asked for windows as they are stored: runs cut images of one
-    size into the same.
-    """
-    assert mask is not None
-
-    def read(y: int, x: int, height: int, width: int) -> Array:
-        return mask.read(mask.boxes.index(Box(y, x, height, width)))[None]
-
-    return Pixels(1, mask.height, mask.width, np.dtype(np.uint16), read)
+def _pixels(mask: StoredMask) -> Pixels:
+    """A stored mask as truth."""
+    kind = np.dtype(np.uint16)
+    return Pixels(1, mask.height, mask.width, kind, lambda *window: mask.cut(Box(*window))[None])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +39,6 @@ MOST_LABELS = 2**16 - 1
 ROW_GROUP_BYTES = 8 * 2**20
 
 Row = dict[str, Any]
-Made = BinaryIO | list[Row] | None
-"""Of an image: a file, annotations, or neither."""
 
 
 @dataclass(frozen=True)
@@ -193,40 +191,39 @@ class Export:
             if self.options.format != "tiff" or self.options.objects:
                 _require_small(mask)
             if not self.options.objects:
-                return self._written(shard_id, mask.image_id, self._made(mask)), None
+                return self._written(shard_id, mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(shard_id, mask.image_id, self._made(mask, found))
+            row = self._written(shard_id, mask, found)
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, pixels)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _made(self, mask: StoredMask, found: Objects | None = None) -> Made:
-        """What is written of a mask's classes, or of the objects that were found in it."""
+    def _written(self, shard_id: str, mask: StoredMask, found: Objects | None = None) -> Row:
+        """Write a mask's classes, or the objects that were found in it; what the index says of it:
+        its file, or annotations.
+        """
         palette = self.results.palette if found is None else None
         size = mask.height, mask.width
         match self.options.format:
             case "png":
-                return encode_png(mask.whole() if found is None else _labels(found), palette)
+                file = encode_png(mask.whole() if found is None else _labels(found), palette)
             case "tiff":
                 kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
                 bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
-                return encode_tiff(size, bands, palette)
+                file = encode_tiff(size, bands, palette)
             case "coco":
                 regions = coco.classes_of(mask.whole()) if found is None else found.regions()
-                return [coco.annotation(*at, size, self.options.polygons) for at in regions]
-        return None
-
-    def _written(self, shard_id: str, image_id: str, made: Made) -> Row:
-        """What a row of the index says of it; a file is published."""
-        if made is None or isinstance(made, list):
-            return {"annotations": made}
-        name = self.names.of(image_id, shard_id)
+                polygons = self.options.polygons
+                return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
+            case _:
+                return {}
+        name = self.names.of(mask.image_id, shard_id)
         try:
-            self.folder.store.publish(name, made)
+            self.folder.store.publish(name, file)
         finally:
-            drop(made)
+            drop(file)
         return {"file": name}
 
 
