@@ -89,7 +89,7 @@ TIMINGS = pa.schema(
     ]
 )
 """``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
-sums over threads, and attempts of one actor overlap. Null in runs of versions before it.
+sums over threads, and attempts of one actor overlap.
 """
 
 PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]

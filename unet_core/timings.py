@@ -129,8 +129,7 @@ def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
     tables = side_by_side(lambda name: table_of(store.read(name)), names)
-    both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
-    return both.select(TIMINGS.names)  # earlier versions had other columns
+    return pa.concat_tables([TIMINGS.empty_table(), *tables])
 
 
 def recent_seconds(store: Store) -> Seconds:

@@ -275,7 +275,7 @@ def test_time_in_which_nobody_worked_is_cut_out():
     table = [
         {name: 0.0 for name in TIMINGS.names if name.endswith("_s")}
         | {"shard_id": str(n), "attempt": 1, "actor": actor, "images": 100, "pixels": 10**6,
-           "device_s": 8.0, "waiting_for_reading_s": 2.0,
+           "device_s": 8.0, "waiting_for_reading_s": 2.0, "whole_s": 10.0,
            "finished": began + datetime.timedelta(seconds=10 * (n + 1) + 7200 * (n >= 5))}
         for n in range(10) for actor in ("a", "b")
     ]  # fmt: skip
@@ -292,7 +292,8 @@ def test_attempts_count_by_the_clock_however_many_overlap():
     began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     ends_s = (10, 15, 60)  # nobody worked from 15 to 50
     table = [
-        {"shard_id": str(n), "attempt": 1, "actor": "a", "images": 100, "pixels": 10**6,
+        {name: 0.0 for name in TIMINGS.names if name.endswith("_s")}
+        | {"shard_id": str(n), "attempt": 1, "actor": "a", "images": 100, "pixels": 10**6,
          "device_s": 19.0, "whole_s": 10.0, "finished": began + datetime.timedelta(seconds=end_s)}
         for n, end_s in enumerate(ends_s)
     ]  # fmt: skip

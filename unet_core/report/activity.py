@@ -57,46 +57,28 @@ class Activity:
 
 def activity(table: pa.Table) -> Activity | None:
     """Of the rows in ``timings/``; None if there are none."""
-    table = table.sort_by([("actor", "ascending"), ("finished", "ascending")]).combine_chunks()
-    table = pa.table([column.fill_null(0) if pa.types.is_floating(column.type) else column
-                      for column in table.columns], names=table.column_names)  # fmt: skip
     if not table.num_rows:
         return None
-    began_s, ended_s = _intervals(table)
-    start_s, end_s, pauses = _without_pauses(began_s, ended_s)
-    worked_s = float(end_s.max())
-    images = table["images"].to_numpy().astype(float)
+    ends_s = table["finished"].cast(pa.int64()).to_numpy() / 1e3
+    begins_s = ends_s - np.maximum(table["whole_s"].to_numpy(), 1e-3)
+    start_s, end_s, pauses = _without_pauses(begins_s, ends_s)
+    worked_s, images = float(end_s.max()), pc.sum(table["images"]).as_py()
     rate, where = None, None
     if table.num_rows >= LEAST_SHARDS:
-        rate, where = _plots(table, images, start_s, end_s, worked_s, pauses)
+        rate, where = _plots(table, start_s, end_s, worked_s, pauses)
     return Activity(
-        began=datetime.datetime.fromtimestamp(float(began_s.min()), datetime.UTC),
+        began=datetime.datetime.fromtimestamp(float(begins_s.min()), datetime.UTC),
         ended=pc.max(table["finished"]).as_py(),
         worked_s=worked_s,
         pauses=len(pauses),
-        images=int(images.sum()),
-        images_per_s=images.sum() / worked_s,
-        megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
+        images=images,
+        images_per_s=images / worked_s,
+        megapixels_per_s=pc.sum(table["pixels"]).as_py() / 1e6 / worked_s,
         shares=Seconds.of_table(table).shares,
         actors=list(_actors(table)),
         rate=rate,
         where=where,
     )
-
-
-def _intervals(table: pa.Table) -> tuple[Array, Array]:
-    """Seconds at which each attempt began and ended; rows are ordered by actor.
-
-    Where none were noted, it took what the device says, but no longer than since the one before.
-    """
-    ends = table["finished"].cast(pa.int64()).to_numpy() / 1e3
-    names = pc.dictionary_encode(table["actor"]).combine_chunks().indices.to_numpy()
-    spent = _spent(table).sum(axis=0)
-    before = np.concatenate([[-np.inf], ends[:-1]])
-    before[np.concatenate([[True], names[1:] != names[:-1]])] = -np.inf
-    whole = table["whole_s"].to_numpy()
-    starts = np.where(whole > 0, ends - whole, np.maximum(before, ends - spent))
-    return np.minimum(starts, ends - 1e-3), ends
 
 
 def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
@@ -115,11 +97,11 @@ def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[fl
 
 
 def _plots(
-    table: pa.Table, images: Array, start_s: Array, end_s: Array, worked_s: float,
-    pauses: list[float],
-) -> tuple[Plot | None, Plot]:  # fmt: skip
+    table: pa.Table, start_s: Array, end_s: Array, worked_s: float, pauses: list[float]
+) -> tuple[Plot | None, Plot]:
     edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
-    parts = _binned(np.vstack([images, _spent(table)]), start_s, end_s, edges)
+    values = np.stack([table[name].to_numpy() for name in ("images", *SPENT)])
+    parts = _binned(values, start_s, end_s, edges)
     rates = parts[0] / np.diff(edges)
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
     middles = (edges[:-1] + edges[1:]) / 2 / size
@@ -143,11 +125,6 @@ def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
         reached = np.clip(edges[None] - start_s[part, None], 0, length_s)
         total += values[:, part] @ (np.diff(reached, axis=1) / length_s)
     return total
-
-
-def _spent(table: pa.Table) -> Array:
-    """Seconds (M, N) by ``DEVICE``."""
-    return np.stack([table[column].to_numpy() for column in SPENT])
 
 
 def _actors(table: pa.Table) -> Iterator[Actor]:
