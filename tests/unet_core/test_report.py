@@ -215,7 +215,7 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
     assert measured.values.num_rows == 60 * 8191
     drawn = [panels(view(*noise(n), PANEL), palette, 255) for n in range(4)]
     picks = measured.picks[RANDOM]
-    sizes, others = facts_of.sizes_of(measured)
+    sizes, size_count = facts_of.sizes_of(measured)
     names = [f"a class with a long name {n}" for n in range(64)]
     page = render(
         dataclasses.replace(
@@ -225,7 +225,7 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
             confusion=[[10**9] * 64] * 64,
             plots=facts_of.distributions(measured),
             sizes=sizes,
-            other_sizes=others,
+            size_count=size_count,
             sheets=[Sheet("random", "Random", "", picks * 3)],
             panels={pick.image_id: drawn[n % 4] for n, pick in enumerate(picks)},
         )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-import pyarrow.compute as pc
-
 from unet_core.arrays import Array
 from unet_core.compact import batches
 from unet_core.config import PredictConfig, build
@@ -95,8 +93,7 @@ class RunFacts:
     plots: list[Plot]
     sizes: list[Row]
     """The most frequent ones: height, width, and how many images have it."""
-    other_sizes: tuple[int, int]
-    """How many there are, and how many images have one of them."""
+    size_count: int
     sheets: list[Sheet]
     panels: dict[str, tuple[Panel, ...]]
     """Of the images of the sheets,"""
@@ -118,23 +115,22 @@ def run_facts(results: Results) -> RunFacts:
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
     shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
     compute = record.compute.model_dump(exclude={"versions"})
-    rows = class_rows(results, totals)
     chosen = sheets(measured)
     drawn, reasons = _panels(results, chosen)
-    sizes, other_sizes = sizes_of(measured)
+    sizes, size_count = sizes_of(measured)
     is_finished = results.run.is_finished
     return RunFacts(
         uri=results.run.uri,
         is_finished=is_finished,
         shards=len(shards),
         totals=totals,
-        classes=most_frequent(rows),
-        class_count=len(rows),
+        classes=classes_of(results, totals),
+        class_count=len(results.class_names),
         mean={n: mean(getattr(s, n) for s in totals.scores) for n in RATIOS if totals.with_truth},
         confusion=matrix_KK.tolist() if matrix_KK is not None else [],
         plots=distributions(measured),
         sizes=sizes,
-        other_sizes=other_sizes,
+        size_count=size_count,
         sheets=chosen,
         panels=drawn,
         reasons=reasons,
@@ -149,19 +145,15 @@ def run_facts(results: Results) -> RunFacts:
     )
 
 
-def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
-    """Every class, by its id."""
+def classes_of(results: Results, totals: Totals) -> list[ClassRow]:
+    """As many as a table can show, the most frequent ones, in the order of their ids."""
     nothing = [None] * len(results.class_names)
     pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
     classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
-    return [
+    rows = [
         ClassRow(name, "rgb({} {} {})".format(*color), ratio(count or 0, totals.pixels), score)
         for name, color, count, score in classes
     ]
-
-
-def most_frequent(rows: list[ClassRow]) -> list[ClassRow]:
-    """As many classes as a table can show, in the order of their ids."""
     order = sorted(range(len(rows)), key=lambda at: -(rows[at].share or 0.0))[:MOST_CLASSES]
     return [rows[at] for at in sorted(order)]
 
@@ -174,14 +166,11 @@ def distributions(measured: Measured) -> list[Plot]:
     return [plot for plot in found if plot is not None]
 
 
-def sizes_of(measured: Measured) -> tuple[list[Row], tuple[int, int]]:
-    """The most frequent sizes, and how many others with how many images."""
+def sizes_of(measured: Measured) -> tuple[list[Row], int]:
+    """The most frequent sizes, and how many there are."""
     order = [("count_all", "descending"), ("height", "ascending"), ("width", "ascending")]
     counts = measured.values.group_by(["height", "width"]).aggregate([([], "count_all")])
-    counts = counts.sort_by(order)
-    kept = MOST_SIZES if counts.num_rows <= MOST_SIZES else MOST_SIZES - 1
-    others = counts["count_all"].slice(kept)
-    return counts.slice(0, kept).to_pylist(), (len(others), pc.sum(others).as_py() or 0)
+    return counts.sort_by(order).slice(0, MOST_SIZES).to_pylist(), counts.num_rows
 
 
 def sheets(measured: Measured) -> list[Sheet]:
