@@ -25,7 +25,7 @@ from unet_core.report.charts import histogram
 from unet_core.report.facts import Sheet, command_of, run_facts
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
 from unet_core.report.page import render
-from unet_core.report.pictures import PANEL, panels, view
+from unet_core.report.pictures import PANEL, panels
 from unet_core.schema import TIMINGS
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'.png"
@@ -213,7 +213,7 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
     measured = measure(batches, 2)
     assert time.perf_counter() - began < 3
     assert measured.values.num_rows == 60 * 8191
-    drawn = [panels(view(*noise(n), PANEL), palette, 255) for n in range(4)]
+    drawn = [panels(*noise(n), palette, 255) for n in range(4)]
     picks = measured.picks[RANDOM]
     sizes, size_count = facts_of.sizes_of(measured)
     names = [f"a class with a long name {n}" for n in range(64)]

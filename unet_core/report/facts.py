@@ -19,7 +19,7 @@ from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import command, toml
 from unet_core.report.images import fetch
 from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
-from unet_core.report.pictures import PANEL, Panel, panels, view
+from unet_core.report.pictures import Panel, panels
 from unet_core.results import Results
 from unet_core.storage.store import Store
 from unet_core.tally import counted
@@ -195,7 +195,7 @@ def _panels(
     ignore_index = results.config.input.ignore_index
 
     def draw(picture: Picture, mask_HW: Array) -> tuple[Panel, ...]:
-        return panels(view(picture, mask_HW, PANEL), results.palette, ignore_index)
+        return panels(picture, mask_HW, results.palette, ignore_index)
 
     return fetch(results, list(picks.values()), draw, MOST_BYTES)
 

@@ -36,16 +36,6 @@ Palette = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class View:
-    """An image as people see it, with ids of the same size."""
-
-    image_HWC: Array
-    """RGB, uint8."""
-    mask_HW: Array
-    truth_HW: Array | None
-
-
-@dataclass(frozen=True)
 class Panel:
     """One picture of the page."""
 
@@ -56,15 +46,15 @@ class Panel:
     width: int
 
 
-def view(picture: Picture, mask_HW: Array, side: int) -> View:
-    """An image no longer than ``side``; ids are taken from the nearest pixel. A truth that cannot
-    be read is left out.
+def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
+    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are those
+    of the nearest pixels. A truth that cannot be read is left out.
     """
     factor = min(1.0, side / max(picture.pixels.shape))
     shape = [max(1, round(old * factor)) for old in picture.pixels.shape]
     sides = zip(picture.pixels.shape, shape, strict=True)
     near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
-    image_HWC = visible(picture.pixels.whole(), 2 * side)
+    image_HWC = _visible(picture.pixels.whole(), 2 * side)
     if image_HWC.shape[:2] != tuple(shape):
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
         image_HWC = np.asarray(small)
@@ -72,10 +62,10 @@ def view(picture: Picture, mask_HW: Array, side: int) -> View:
     if picture.truth is not None:
         with suppress(ImageError):
             truth_HW = picture.truth.whole()[0][near]
-    return View(image_HWC, mask_HW[near], truth_HW)
+    return image_HWC, mask_HW[near], truth_HW
 
 
-def visible(pixels_CHW: Array, most: int) -> Array:
+def _visible(pixels_CHW: Array, most: int) -> Array:
     """RGB uint8 of every so many-th pixel, so that no side is much longer than ``most``: 8-bit RGB
     as it is, all else from the 0.5th to the 99.8th percentile; the first channel or three.
     """
@@ -88,54 +78,47 @@ def visible(pixels_CHW: Array, most: int) -> Array:
     )
 
 
-def outline(mask_HW: Array) -> Array:
+def _outline(mask_HW: Array) -> Array:
     """Pixels of a class other than 0 that touch another class."""
     return (ndimage.morphological_gradient(mask_HW, footprint=CROSS) > 0) & (mask_HW > 0)
 
 
-def panels(seen: View, palette: Palette, ignore_index: int) -> tuple[Panel, ...]:
+def panels(
+    picture: Picture, mask_HW: Array, palette: Palette, ignore_index: int
+) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
+    image_HWC, mask_HW, truth_HW = _view(picture, mask_HW, PANEL)
     colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
-    image = _panel("image", Image.fromarray(seen.image_HWC))
-    outlined = _panel("mask outline", Image.fromarray(_outlined(seen, _lit(colors))))
-    if seen.truth_HW is None:
-        return image, _flat("mask", seen.mask_HW, colors), outlined
-    known_HW = np.where(seen.truth_HW == ignore_index, len(colors), seen.truth_HW)
+    image = _panel("image", Image.fromarray(image_HWC))
+    edge = _outline(mask_HW)
+    outlined_HWC = image_HWC.copy()
+    outlined_HWC[ndimage.binary_dilation(edge, CROSS)] //= 3  # a rim, to be seen on any ground
+    outlined_HWC[edge] = _lit(colors)[mask_HW[edge]]
+    outlined = _panel("mask outline", Image.fromarray(outlined_HWC))
+    if truth_HW is None:
+        return image, _flat("mask", mask_HW, colors), outlined
+    known_HW = np.where(truth_HW == ignore_index, len(colors), truth_HW)
     shown = np.concatenate([colors, of_errors[IGNORED:]])
     truth = _flat("truth", np.minimum(known_HW, len(colors)), shown)
-    errors = _flat("errors", errors_of(seen.truth_HW, seen.mask_HW, ignore_index), of_errors)
+    errors = _flat("errors", _errors(truth_HW, mask_HW, ignore_index), of_errors)
     return image, truth, outlined, errors
 
 
-def _outlined(seen: View, colors: Array) -> Array:
-    """The image with outlines, each in a darker rim so that it is seen on any ground."""
-    drawn_HWC = seen.image_HWC.copy()
-    edge = outline(seen.mask_HW)
-    drawn_HWC[ndimage.binary_dilation(edge, CROSS)] //= 3
-    drawn_HWC[edge] = colors[seen.mask_HW[edge]]
-    return drawn_HWC
-
-
-def errors_of(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
+def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
     """Which of ``ERRORS`` each pixel is."""
-    kinds_HW = np.where(truth_HW > 0, RIGHT_OBJECT, RIGHT).astype(np.uint8)
-    wrong = truth_HW != mask_HW
-    kinds_HW[wrong] = CONFUSED
-    kinds_HW[wrong & (truth_HW == 0)] = EXTRA
-    kinds_HW[wrong & (mask_HW == 0)] = MISSED
-    kinds_HW[truth_HW == ignore_index] = IGNORED
-    return kinds_HW
+    is_right, is_ignored = truth_HW == mask_HW, truth_HW == ignore_index
+    cases = [is_ignored, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
+    return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
 
 
 def overlay(picture: Picture, mask_HW: Array, palette: Palette) -> bytes:
     """PNG of an image with its classes blended in and outlined."""
-    seen = view(picture, mask_HW, OVERLAY)
-    colors = _lit(np.array(palette, np.uint8))
-    inside, edge = seen.mask_HW > 0, outline(seen.mask_HW)
-    drawn_HWC = seen.image_HWC.copy()
-    mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[seen.mask_HW[inside]]
+    drawn_HWC, mask_HW, _ = _view(picture, mask_HW, OVERLAY)
+    colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
+    inside, edge = mask_HW > 0, _outline(mask_HW)
+    mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]
     drawn_HWC[inside] = mixed.round().astype(np.uint8)
-    drawn_HWC[edge] = colors[seen.mask_HW[edge]]
+    drawn_HWC[edge] = colors[mask_HW[edge]]
     return _encoded(Image.fromarray(drawn_HWC), "png")
 
 
