@@ -47,8 +47,8 @@ class Panel:
 
 
 def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
-    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are those
-    of the nearest pixels. A truth that cannot be read is left out.
+    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are of
+    the nearest pixels. A truth that cannot be read is left out.
     """
     factor = min(1.0, side / max(picture.pixels.shape))
     shape = [max(1, round(old * factor)) for old in picture.pixels.shape]
