@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,14 +45,6 @@ class Found:
 
 
 NOTHING = Found()
-
-
-class Truth(Protocol):
-    """Knows the truth of images; travels to the nodes."""
-
-    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
-        """For each row of a shard's metrics, in their order."""
-        ...
 
 
 def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
@@ -118,7 +110,7 @@ class LabelImages:
         return [*self.labels["name"].slice(0, SHOWN).to_pylist()]
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
-        """By path below the root of each, else by bare name."""
+        """For each row of a shard's metrics: by path below the root, else by bare name."""
         decoder, root = TruthDecoder(self.classes, self.source.config), masks_root(self.source)
         for row in rows:
             label, page = self._find(shard, row)
@@ -287,6 +279,10 @@ class OtherRun:
         only = theirs.join(ours, "image_id", join_type="left anti")["image_id"].to_pylist()
         found = cls(other.run.store, {i: tuple(sorted(ids)) for i, ids in shards.items()})
         return found, Images.of(sorted(only))
+
+
+Truth = LabelImages | BesideImages | OtherRun
+"""Knows the truth of images; travels to the nodes."""
 
 
 def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
