@@ -148,6 +148,11 @@ class Totals:
         """Whether every image that a reader saw has its row."""
         return self.images_seen == self.ok + self.failed
 
+    def only_class(self) -> int | None:
+        """The class that all pixels were given, if that is so of several images."""
+        given = [class_id for class_id, pixels in enumerate(self.class_pixels) if pixels]
+        return given[0] if self.ok > 1 and len(given) == 1 else None
+
     @property
     def scores(self) -> list[Scores]:
         """Micro scores per class, over all images with truth."""

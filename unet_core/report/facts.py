@@ -241,10 +241,9 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]
         yield f"{totals.failed:,} images failed ({share:.2%}); see failures below."
     if unusable := totals.errors.get("truth", 0):
         yield f"The truth of {unusable:,} images could not be used; they have no scores."
-    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
-        only = results.class_names[next(n for n, c in enumerate(totals.class_pixels) if c)]
+    if (only := totals.only_class()) is not None:
         yield (
-            f"Every pixel of all {totals.ok:,} images is {only!r}: is this the model for these "
+            f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this the model for these "
             "images? See model.threshold, and what the model was trained on."
         )
 
