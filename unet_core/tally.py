@@ -155,7 +155,10 @@ def scored(tally: Tally, class_names: tuple[str, ...]) -> Row:
         },
         "ignored_pixels": tally.totals.ignored_pixels,
         "classes": scores,
-        "mean": _means(scores),
+        "mean": {
+            kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
+            for kind in ("micro", "macro")
+        },
         "confusion": _square(tally.confusion),
         "worst": [{"image_id": image_id, "iou": iou} for iou, image_id in tally.worst.images],
         "without_truth": list(tally.without.examples),
@@ -201,17 +204,7 @@ def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> R
 def _square(confusion: Array | int) -> list[list[int]] | None:
     if isinstance(confusion, int):
         return None
-    side = math.isqrt(confusion.size)
-    rows: list[list[int]] = confusion.reshape(side, side).tolist()
-    return rows
-
-
-def _means(scores: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Over the classes where they are defined."""
-    return {
-        kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
-        for kind in ("micro", "macro")
-    }
+    return [*confusion.reshape(math.isqrt(confusion.size), -1).tolist()]
 
 
 def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:

@@ -21,15 +21,14 @@ from PIL import Image
 
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
-from unet_core.images.codec import EXTENSIONS
+from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
+from unet_core.inputs.webdataset import MASK_WORDS
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import ids_in, read_metrics
 from unet_core.run import Record, Run, open_existing
 from unet_core.storage.store import Store, is_temporary, table_of
-
-TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 
 
 @dataclass
@@ -212,11 +211,11 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
     except StoreError:
         return  # gone: all its rows will be told
     for name in names:
-        stem, extension = os.path.splitext(name)
-        is_image = extension.lower() in EXTENSIONS and not os.path.basename(name).startswith(".")
+        stem, _ = os.path.splitext(name)
+        is_hidden = os.path.basename(name).startswith(".")
         is_mask = bool(suffix) and name.endswith(f".{suffix}")
-        is_mask |= os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES
-        if is_image and not is_mask:
+        is_mask |= os.path.splitext(stem)[1].lstrip(".") in MASK_WORDS
+        if is_image(name) and not is_hidden and not is_mask:
             yield f"{shard.uri}/{stem}"
 
 

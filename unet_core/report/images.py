@@ -3,10 +3,10 @@
 Each shard is read at most once, and only until the last image that is wanted from it.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 from unet_core.arrays import Array
@@ -43,7 +43,9 @@ def fetch(
     made: dict[str, MadeT] = {}
     reasons: dict[str, str] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
-    source = _impatient(results.source)
+    storage = results.source.root.storage
+    storage = storage.model_copy(update={"deadline_s": min(PATIENCE_S, storage.deadline_s)})
+    source = replace(results.source, root=Store(results.source.root.uri(), storage))
     for pick in picks:
         head = heads.get(pick.shard_id)
         is_streamed = head and not head.has_members and head.shard_id not in wanted
@@ -100,10 +102,3 @@ def _found(
             missing.remove(image_id)
             if not missing:
                 return
-
-
-def _impatient(source: Source) -> Source:
-    storage = source.root.storage
-    deadline_s = min(PATIENCE_S, storage.deadline_s)
-    storage = storage.model_copy(update={"deadline_s": deadline_s})
-    return dataclasses.replace(source, root=Store(source.root.uri(), storage))
