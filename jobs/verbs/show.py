@@ -195,8 +195,8 @@ def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Where all masks are the same class everywhere, the model is hardly one for these images."""
     if (only := totals.only_class()) is not None:
         click.echo(
-            f"warning: every pixel of all {totals.ok:,} images is {class_names[only]!r}; is this the "
-            "model for these images? See model.threshold, and what the model was trained on",
+            f"warning: every pixel of all {totals.ok:,} images is {class_names[only]!r}; is this "
+            "the model for these images? See model.threshold, and what the model was trained on",
             err=True,
         )
 

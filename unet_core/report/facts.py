@@ -243,8 +243,8 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]
         yield f"The truth of {unusable:,} images could not be used; they have no scores."
     if (only := totals.only_class()) is not None:
         yield (
-            f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this the "
-            "model for these images? See model.threshold, and what the model was trained on."
+            f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this "
+            "the model for these images? See model.threshold, and what the model was trained on."
         )
 
 
