@@ -15,7 +15,7 @@ from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
 from unet_core.ordered import side_by_side
 from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
-from unet_core.results import StoredMask, stored_masks
+from unet_core.results import StoredMask, open_masks
 from unet_core.run import Identity, require_equal
 from unet_core.schema import EVALUATION
 from unet_core.storage.store import Store
@@ -60,15 +60,16 @@ class Evaluation:
         """Compare the masks of one shard with their truth, and publish its part."""
         table, footer = read_metrics(self.run, shard.shard_id)
         rows = table.drop_columns([*{*WITHOUT_TRUTH} & {*table.column_names}]).to_pylist()
-        masks = stored_masks(self.run, shard.shard_id)
         judged = []
-        for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
-            mask = next(masks, None) if row["status"] == "ok" else None
-            if row["status"] == "ok" and (mask is None or mask.image_id != row["image_id"]):
-                raise ShardError(
-                    f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
-                )
-            judged.append(row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found))
+        with open_masks(self.run, shard.shard_id) as masks:
+            for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
+                mask = masks.mask(row["image_id"]) if row["status"] == "ok" else None
+                if row["status"] == "ok" and mask is None:
+                    raise ShardError(
+                        f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
+                    )
+                told = {"truth": found.name} | self._judge(mask, found)
+                judged.append(row | WITHOUT_TRUTH | told)
         part = metrics_part(judged, footer, EVALUATION)
         self.store.publish(metrics_name(shard.shard_id), part)
         return len(rows)

@@ -94,16 +94,11 @@ class OpenMasks:
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
         self._held: tuple[int, Any] = (-1, None)
 
-    def __iter__(self) -> Iterator[StoredMask]:
-        """In the order of the shard."""
-        return map(self._stored, self._rows)
-
     def mask(self, image_id: str) -> StoredMask | None:
         """The mask of one image; None if there is none."""
-        return self._stored(image_id) if image_id in self._rows else None
-
-    def _stored(self, image_id: str) -> StoredMask:
-        rows = self._rows[image_id]
+        rows = self._rows.get(image_id)
+        if rows is None:
+            return None
         boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
         first = rows[0][2]
         size = first["image_height"], first["image_width"]
@@ -223,12 +218,3 @@ def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
     name = masks_name(shard_id)
     with store.open_parquet(name) as file:
         yield OpenMasks(file, store.uri(name))
-
-
-def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
-    """The masks of a committed shard in the order of its images, one row group in memory at a time.
-
-    What is not read of one mask is skipped; masks are read while this goes on, not after.
-    """
-    with open_masks(store, shard_id) as masks:
-        yield from masks

@@ -18,7 +18,7 @@ from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.parts import read_metrics
 from unet_core.report.facts import evaluations
-from unet_core.results import stored_masks
+from unet_core.results import open_masks
 from unet_core.synthetic import nuclei, png
 from unet_core.truth import truth_of
 from unet_core.verify import verify
@@ -254,7 +254,8 @@ def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch,
     assert truths_of(document["evaluation"]) == truths_of(run)
     assert compared(run, run)["images"]["compared"] == 1
     (shard,) = open_run(run).shards()
-    for mask in stored_masks(open_run(run).run.store, shard.shard_id):
+    with open_masks(open_run(run).run.store, shard.shard_id) as masks:
+        mask = masks.mask("slide.tif")
         assert len(mask.boxes) == 9
         assert (mask.whole() == open_run(run).mask("slide.tif")).all()
 

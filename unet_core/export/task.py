@@ -24,7 +24,7 @@ from unet_core.export.objects import Objects, find_objects, measured
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
-from unet_core.results import Results, StoredMask, pictures, stored_masks
+from unet_core.results import Results, StoredMask, open_masks, pictures
 from unet_core.run import require_empty, require_equal
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
@@ -162,19 +162,14 @@ class Export:
         rows = metrics.select(["image_id", "height", "width", "status", "error_message"])
         ok = rows.filter(pc.field("status") == "ok")["image_id"].to_pylist()
         inputs = _inputs(self.results, shard, ok) if self.has_input else repeat(None)
-        masks = stored_masks(self.results.run.store, shard.shard_id)
-        mask = next(masks, None)
-        for row in rows.to_pylist():
-            if row["status"] != "ok":
-                yield {**row, "problem": row["error_message"]}, None
-                continue
-            pixels = next(inputs)
-            if mask is None or mask.image_id != row["image_id"]:  # both are in the shard's order
-                yield {**row, "status": "refused", "problem": "the run has no mask of it"}, None
-            else:
-                made, found = self._image(shard.shard_id, mask, pixels)
-                yield {**row, **made}, found
-                mask = next(masks, None)
+        with open_masks(self.results.run.store, shard.shard_id) as masks:
+            for row in rows.to_pylist():
+                if row["status"] != "ok":
+                    yield {**row, "problem": row["error_message"]}, None
+                else:
+                    mask = masks.mask(row["image_id"])
+                    made, found = self._image(shard.shard_id, mask, next(inputs))
+                    yield {**row, **made}, found
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
         """Remove images of an earlier export of this shard that have failed since."""
@@ -184,9 +179,11 @@ class Export:
                     self.folder.store.remove(row["file"])
 
     def _image(
-        self, shard_id: str, mask: StoredMask, pixels: Pixels | None
+        self, shard_id: str, mask: StoredMask | None, pixels: Pixels | None
     ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
+        if mask is None:
+            return {"status": "refused", "problem": "the run has no mask of it"}, None
         try:
             if self.options.format != "tiff" or self.options.objects:
                 _require_small(mask)

@@ -15,7 +15,7 @@ from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.ordered import side_by_side
 from unet_core.report.measured import Pick
-from unet_core.results import Results, pictures, stored_masks
+from unet_core.results import Results, open_masks, pictures
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20
@@ -85,20 +85,20 @@ def _found(
     results: Results, source: Source, shard: Shard, ids: set[str]
 ) -> Iterator[tuple[str, tuple[Picture, Array] | str]]:
     """The images that are there, in the order of the shard, or why one could not be taken."""
-    masks = stored_masks(results.run.store, shard.shard_id)
     missing = set(ids)
-    for picture in pictures(results, shard, ids, source, has_truth=True):
-        image_id = picture.sample.image_id
-        if isinstance(picture, Rejected):
-            yield image_id, str(picture.failure)
-        elif image_id in missing:  # the first of a name counts
-            mask = next((mask for mask in masks if mask.image_id == image_id), None)
-            if mask is None:
-                yield image_id, "its mask is not there"
-            elif (mask.height, mask.width) != picture.pixels.shape:
-                yield image_id, "its mask has another size: the input changed"
-            else:
-                yield image_id, (picture, mask.whole())
-            missing.remove(image_id)
-            if not missing:
-                return
+    with open_masks(results.run.store, shard.shard_id) as masks:
+        for picture in pictures(results, shard, ids, source, has_truth=True):
+            image_id = picture.sample.image_id
+            if isinstance(picture, Rejected):
+                yield image_id, str(picture.failure)
+            elif image_id in missing:  # the first of a name counts
+                mask = masks.mask(image_id)
+                if mask is None:
+                    yield image_id, "its mask is not there"
+                elif (mask.height, mask.width) != picture.pixels.shape:
+                    yield image_id, "its mask has another size: the input changed"
+                else:
+                    yield image_id, (picture, mask.whole())
+                missing.remove(image_id)
+                if not missing:
+                    return
