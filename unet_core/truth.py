@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,9 +44,6 @@ class Found:
     """Class ids 1HW, or why it cannot be used; None also for an image that has no mask."""
 
 
-NOTHING = Found()
-
-
 def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     """What ``input.masks`` of a source means, whatever it was when its shards were listed.
 
@@ -70,13 +67,6 @@ def require_own(owners: pa.Table) -> None:
 # --- label images by name -------------------------------------------------------------------
 
 
-class Label(NamedTuple):
-    """One label image: its path below the root, or its URI in a list."""
-
-    name: str
-    etag: str | None = None
-
-
 @dataclass(frozen=True)
 class LabelImages:
     """Loose label images: below another folder, beside the images, or in a column of a list."""
@@ -84,7 +74,9 @@ class LabelImages:
     source: Source
     classes: int
     labels: pa.RecordBatch
-    """By stem, or in a list by image id, sorted: one copy for all processes of a node."""
+    """Stem (in a list the image id), name (path below the root, in a list URI) and etag, sorted by
+    stem: one copy for all processes of a node.
+    """
     digest: str
     """Of their names and etags."""
 
@@ -101,7 +93,7 @@ class LabelImages:
             digest.update(json.dumps(label).encode())
         columns = zip(*((stem, *label) for stem, label in labels), strict=True)
         arrays = [pa.array(column, pa.large_string()) for column in columns]
-        batch = pa.RecordBatch.from_arrays(arrays, ["stem", *Label._fields])
+        batch = pa.RecordBatch.from_arrays(arrays, ["stem", "name", "etag"])
         return cls(source, classes, batch, digest.hexdigest())
 
     @property
@@ -113,17 +105,18 @@ class LabelImages:
         """For each row of a shard's metrics: by path below the root, else by bare name."""
         decoder, root = TruthDecoder(self.classes, self.source.config), masks_root(self.source)
         for row in rows:
-            label, page = self._find(shard, row)
-            if label is None:
-                yield NOTHING
+            found = self._find(shard, row)
+            if found is None:
+                yield Found()
                 continue
-            file = File(root, label.name, root, label.etag)
+            name, etag, page = found
+            file = File(root, name, root, etag)
             if _is_in_list(self.source):
-                file = replace(listing.file_of(self.source, label.name, None), etag=label.etag)
+                file = replace(listing.file_of(self.source, name, None), etag=etag)
             sample = Sample(
                 row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
             )
-            yield _decoded(decoder, sample, row, label.name, page)
+            yield _decoded(decoder, sample, row, name, page)
 
     def owners(self, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
@@ -135,39 +128,41 @@ class LabelImages:
             owners.append({"truth": row["truth"], "image": image})
         return pa.Table.from_pylist(owners, schema=OWNERS)
 
-    def _find(self, shard: Shard, row: Row) -> tuple[Label | None, int]:
+    def _find(self, shard: Shard, row: Row) -> tuple[str, str | None, int] | None:
+        """Name, etag and page of an image's truth."""
         stems = self.labels["stem"]
         for image_id, key, page in _pages(self.source, row):
             for name in _names(image_id, key, shard):
                 at = bisect_left(stems, name, key=str)
                 if at < len(stems) and str(stems[at]) == name:
-                    return Label(*(self.labels[f][at].as_py() for f in Label._fields)), page
-        return None, 0
+                    _, found, etag = (column[at].as_py() for column in self.labels.columns)
+                    return found, etag, page
+        return None
 
 
 def _is_in_list(source: Source) -> bool:
     return source.format == "list" and "/" not in source.config.masks
 
 
-def _in_list(source: Source) -> dict[str, Label]:
+def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
     """Lists say nothing of how label images change: each is looked at."""
 
-    def look(uri: str) -> Label:
+    def look(uri: str) -> tuple[str, str | None]:
         file = listing.file_of(source, uri, None)
         try:
-            return Label(uri, file.store.entry(file.name).etag)
+            return uri, file.store.entry(file.name).etag
         except NotFoundError:  # its row will say so
-            return Label(uri)
+            return uri, None
 
     uris = {member.key: member.mask for member in listing.all_members(source) if member.mask}
     return dict(zip(uris, side_by_side(look, uris.values()), strict=True))
 
 
-def _in_folder(source: Source) -> dict[str, Label]:
+def _in_folder(source: Source) -> dict[str, tuple[str, str | None]]:
     """Names that are no UTF-8 are those of no image."""
     entries = (e for e in masks_root(source).list() if readable_name(e.name) == e.name)
     by_stem = labels_by_stem(entries, source.config.masks)
-    return {stem: Label(entry.name, entry.etag) for stem, entry in by_stem.items()}
+    return {stem: (entry.name, entry.etag) for stem, entry in by_stem.items()}
 
 
 def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:
@@ -219,7 +214,7 @@ class BesideImages:
             while sample is not None and last.get(sample.image_id, -1) < number:
                 sample = next(samples, None)
             if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
-                yield NOTHING
+                yield Found()
             else:
                 yield _decoded(decoder, sample, row, masks, pages[number][sample.image_id])
         for _ in samples:  # to the end, where the shard is held to its etag
@@ -250,7 +245,7 @@ class OtherRun:
             for row in rows:
                 shard_id, other = there.get(row["image_id"], ("", None))
                 if other is None:
-                    yield NOTHING
+                    yield Found()
                 elif other["status"] != "ok":
                     reason = f"it failed there: {other['error_message']}"
                     yield Found("failed", ImageError("truth", reason))
