@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals, added
 from unet_core.ordered import side_by_side
-from unet_core.schema import TIMINGS
 from unet_core.storage.store import Store, table_of
 
 FLUSH_S = 60.0
@@ -63,6 +62,23 @@ class Seconds:
     def of_table(cls, table: pa.Table) -> "Seconds":
         """The sums of rows as ``TIMINGS``."""
         return cls(**{s.name: pc.sum(table[f"{s.name}_s"]).as_py() or 0.0 for s in fields(cls)})
+
+
+TIMINGS = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("actor", pa.string()),
+        ("finished", pa.timestamp("ms", tz="UTC")),
+        ("images", pa.int64()),
+        ("pixels", pa.int64()),
+        *((f"{stage.name}_s", pa.float64()) for stage in fields(Seconds)),
+        ("whole_s", pa.float64()),
+    ]
+)
+"""``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
+sums over threads, and attempts of one actor overlap.
+"""
 
 
 @dataclass(frozen=True)

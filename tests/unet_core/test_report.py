@@ -26,7 +26,7 @@ from unet_core.report.facts import Sheet, command_of, run_facts
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
 from unet_core.report.page import render
 from unet_core.report.pictures import PANEL, panels
-from unet_core.schema import TIMINGS
+from unet_core.timings import TIMINGS
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
