@@ -1,4 +1,5 @@
-"""The Parquet files of a run, but those of ``timings``: their columns and footers. The public contract; see docs/formats.md.
+"""The Parquet files of a run: their columns and footers (``timings`` knows its own). The public
+contract; see docs/formats.md.
 
 ``SCHEMA_VERSION`` changes on its own schedule, whenever a reader would notice.
 """

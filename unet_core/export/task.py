@@ -53,33 +53,20 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Where an export lies: a folder of its own, or a run's ``objects``, where only rows of objects
-    are to be seen by who reads it as a data set.
-    """
-
-    store: Store
-    is_of_run: bool = False
-
-    def own(self, name: str) -> str:
-        """Name of what an export keeps for itself."""
-        return f"_{name}" if self.is_of_run else name
-
-    def objects(self, shard_id: str) -> str:
-        """Name of a shard's rows of objects."""
-        return f"{'' if self.is_of_run else 'objects/'}{shard_id}.parquet"
-
-
-@dataclass(frozen=True)
 class Export:
     """A ``Task``: exports the shards of a run."""
 
     results: Results
-    folder: Folder
+    store: Store
+    """Where the export lies."""
     options: Options
     names: Names
     has_input: bool = False
     """Whether intensities are measured: the input is still there."""
+    is_of_run: bool = False
+    """It lies in a run's ``objects``, where only rows of objects are to be seen by who reads it as
+    a data set; else in a folder of its own.
+    """
 
     @property
     def identity(self) -> dict[str, str]:
@@ -93,7 +80,7 @@ class Export:
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
-        store, name = self.folder.store, self.folder.own("export.json")
+        store, name = self.store, self._own("export.json")
         if not store.exists(name):
             require_empty(store, "export", "--out")
             record = self.results.record
@@ -110,21 +97,24 @@ class Export:
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
-        store = self.folder.store
-        names = {i: self.index(i) for i in ids_in(store, self.folder.own("index"))}
-        return current_ids(self.results.run.store, store, names)
+        names = {i: self.index(i) for i in ids_in(self.store, self._own("index"))}
+        return current_ids(self.results.run.store, self.store, names)
 
     def index(self, shard_id: str) -> str:
         """Name of a shard's commit."""
-        return self.folder.own(f"index/{shard_id}.parquet")
+        return self._own(f"index/{shard_id}.parquet")
+
+    def _own(self, name: str) -> str:
+        """Name of what an export keeps for itself."""
+        return f"_{name}" if self.is_of_run else name
 
     def masks_sha256(self, shard_id: str) -> str | None:
         """Of the masks that a shard's index is of."""
-        return masks_sha256(self.folder.store, self.index(shard_id))
+        return masks_sha256(self.store, self.index(shard_id))
 
     def exported(self, shard_id: str, columns: list[str]) -> Iterator[Row]:
         """Rows of a shard's index, a group in memory at a time."""
-        with self.folder.store.open_parquet(self.index(shard_id)) as file:
+        with self.store.open_parquet(self.index(shard_id)) as file:
             for group in range(file.num_row_groups):
                 yield from file.read_row_group(group, columns).to_pylist()
 
@@ -133,7 +123,7 @@ class Export:
         """Export one shard; raises NotFoundError or ParquetDamagedError if its parts are not what
         they should be.
         """
-        store, shard_id = self.folder.store, shard.shard_id
+        store, shard_id = self.store, shard.shard_id
         metrics, footer = read_metrics(self.results.run.store, shard_id)
         footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
         columns = schema.EXPORTED
@@ -153,7 +143,8 @@ class Export:
                     objects.append(found)
             self._remove_all_but(files, shard_id)
             if self.options.objects:
-                store.publish(self.folder.objects(shard_id), objects.complete())
+                folder = "" if self.is_of_run else "objects/"
+                store.publish(f"{folder}{shard_id}.parquet", objects.complete())
             store.publish(self.index(shard_id), index.complete())
         return metrics.num_rows
 
@@ -173,10 +164,10 @@ class Export:
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
         """Remove images of an earlier export of this shard that have failed since."""
-        if self.folder.store.exists(self.index(shard_id)):
+        if self.store.exists(self.index(shard_id)):
             for row in self.exported(shard_id, ["file"]):
                 if row["file"] and row["file"] not in files:
-                    self.folder.store.remove(row["file"])
+                    self.store.remove(row["file"])
 
     def _image(
         self, shard_id: str, mask: StoredMask | None, pixels: Pixels | None
@@ -218,7 +209,7 @@ class Export:
                 return {}
         name = self.names.of(mask.image_id, shard_id)
         try:
-            self.folder.store.publish(name, file)
+            self.store.publish(name, file)
         finally:
             drop(file)
         return {"file": name}
