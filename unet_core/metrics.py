@@ -44,7 +44,7 @@ def _bands(mask_HW: Array) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, mask_HW.shape[0], rows))
 
 
-def ratio(part: int, whole: int) -> float | None:
+def ratio(part: float, whole: int) -> float | None:
     """``part / whole``; None where there is nothing to divide by."""
     return part / whole if whole else None
 

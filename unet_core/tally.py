@@ -118,22 +118,18 @@ class Tally:
         """Micro and macro scores per class; None where they are not defined."""
         if not self.totals.with_truth:
             return []
+        sums_KR, counts_KR = (np.transpose(of).tolist() for of in (self.sums, self.counts))
+        columns = zip(class_names, self.totals.scores, sums_KR, counts_KR, strict=True)
         return [
             {
                 "class": class_name,
                 "micro": {name: getattr(score, name) for name in RATIOS},
-                "macro": {name: self._macro(n, class_id) for n, name in enumerate(RATIOS)},
-                "images": int(np.asarray(self.counts)[[*RATIOS].index("iou"), class_id]),
-                "pixels": {"tp": score.tp, "fp": score.fp, "fn": score.fn},
+                "macro": dict(zip(RATIOS, map(ratio, sums, counts), strict=True)),
+                "images": counts[[*RATIOS].index("iou")],
+                "pixels": vars(score),
             }
-            for class_id, (class_name, score) in enumerate(
-                zip(class_names, self.totals.scores, strict=True)
-            )
+            for class_name, score, sums, counts in columns
         ]
-
-    def _macro(self, number: int, class_id: int) -> float | None:
-        count = int(np.asarray(self.counts)[number, class_id])
-        return float(np.asarray(self.sums)[number, class_id]) / count if count else None
 
 
 def counted(totals: Totals) -> list[Any]:
