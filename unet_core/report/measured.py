@@ -6,6 +6,7 @@ Batches of rows come in, a few bytes of each image are kept, whatever the number
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,7 @@ NEEDED = ["shard_id", "image_id", "height", "width", "class_pixels", "confidence
           "tp", "fp", "fn", "confusion"]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pick:
+class Pick(NamedTuple):
     """One image of a run, with where it is and what it scored; nan is undefined."""
 
     image_id: str
@@ -39,8 +39,7 @@ class Pick:
     """1 minus the share of class 0."""
 
 
-NAMES = list(Pick.__dataclass_fields__)
-VALUES = NAMES[2:]
+PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ def _scored(ok: pa.Table) -> pa.Table:
     counts_nK = [lists(ok[name]) for name in ("tp", "fp", "fn")]
     for name in ("iou", "dice"):
         found[name][has_truth] = means(ratios(name, *counts_nK))
-    columns = {name: ok[name] for name in NAMES[:4]}
+    columns = {name: ok[name] for name in PLACE}
     return pa.table(columns | {n: values.astype(np.float32) for n, values in found.items()})
 
 
 def _picks(images: pa.Table) -> list[Pick]:
-    return [Pick(**row) for row in images.select(NAMES).to_pylist()]
+    return [Pick(**row) for row in images.select(list(Pick._fields)).to_pylist()]
