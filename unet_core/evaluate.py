@@ -91,9 +91,9 @@ class Evaluation:
 
     def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
         matrix_KK = np.zeros((self.classes, self.classes), np.int64)
-        for box, mask_HW in mask.windows:
+        for box, read in mask.windows.items():
             truth_HW = truth.read(*box)[0]
-            matrix_KK += confusion(truth_HW, mask_HW, self.classes, self.ignore_index)
+            matrix_KK += confusion(truth_HW, read(), self.classes, self.ignore_index)
         return matrix_KK
 
     def tally(self, shard_ids: set[str]) -> Tally:

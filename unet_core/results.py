@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -39,20 +39,11 @@ class StoredMask:
     image_id: str
     height: int
     width: int
-    boxes: tuple[Box, ...]
-    """Its windows by place; they cover the image."""
-    read: Callable[[int], Array]
-    """Class ids HW of one of them, by its number."""
-
-    @property
-    def windows(self) -> Iterator[tuple[Box, Array]]:
-        """Class ids HW by place, read when they are asked for."""
-        return ((box, self.read(number)) for number, box in enumerate(self.boxes))
+    windows: dict[Box, Callable[[], Array]]
+    """Class ids HW by place, read when they are called; they cover the image."""
 
     def whole(self) -> Array:
         """Class ids HW of the image."""
-        if len(self.boxes) == 1:
-            return self.read(0)
         return self.cut(Box(0, 0, self.height, self.width))
 
     def cut(self, wanted: Box) -> Array:
@@ -65,13 +56,15 @@ class StoredMask:
         if not is_inside or below > self.height or right > self.width:
             size = f"{self.height} × {self.width} pixels"
             raise ValueError(f"window {tuple(wanted)} leaves the image of {size}")
+        if wanted in self.windows:
+            return self.windows[wanted]()
         cut_HW: Array | None = None
-        for number, box in enumerate(self.boxes):
+        for box, read in self.windows.items():
             rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
             here, there = wanted.shared(rows, columns)
             if any(side.start == side.stop for side in here):
                 continue
-            window_HW = self.read(number)
+            window_HW = read()
             if cut_HW is None:
                 cut_HW = np.empty(wanted.shape, window_HW.dtype)
             cut_HW[here] = window_HW[there]
@@ -99,10 +92,12 @@ class OpenMasks:
         rows = self._rows.get(image_id)
         if rows is None:
             return None
-        boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
-        first = rows[0][2]
-        size = first["image_height"], first["image_width"]
-        return StoredMask(image_id, *size, boxes, lambda number: self._read(*rows[number]))
+        windows = {
+            Box(*(row[side] for side in Box._fields)): partial(self._read, group, number, row)
+            for group, number, row in rows
+        }
+        *_, any_row = rows[0]
+        return StoredMask(image_id, any_row["image_height"], any_row["image_width"], windows)
 
     def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
         if self._held[0] != group:

@@ -256,7 +256,7 @@ def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch,
     (shard,) = open_run(run).shards()
     with open_masks(open_run(run).run.store, shard.shard_id) as masks:
         mask = masks.mask("slide.tif")
-        assert len(mask.boxes) == 9
+        assert len(mask.windows) == 9
         assert (mask.whole() == open_run(run).mask("slide.tif")).all()
 
 
