@@ -22,7 +22,7 @@ from unet_core.inputs.shards import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import activity
 from unet_core.report.charts import histogram
-from unet_core.report.facts import Sheet, command_of, run_facts
+from unet_core.report.facts import Sheet, run_facts
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
 from unet_core.report.page import render
 from unet_core.report.pictures import PANEL, panels
@@ -263,8 +263,8 @@ def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
     assert b"not finished" in render(found)
 
 
-def test_the_command_shown_gives_the_config_again(run):
-    _, verb, source, *words = shlex.split(command_of(run))
+def test_the_command_shown_gives_the_config_again(run, facts):
+    _, verb, source, *words = shlex.split(facts.command)
     assert (verb, words[0], words[2]) == ("predict", "--model", "--out")
     config = predict_config(source, tuple(words[4:]), words[1], words[3])
     assert config == run.config

@@ -5,7 +5,7 @@ import shlex
 from collections import defaultdict
 from typing import Any
 
-from unet_core.config import override_values
+from unet_core.config import PredictConfig, build, override_values
 
 Table = dict[str, Any]
 
@@ -31,6 +31,15 @@ def command(verb: list[str], config: Table, defaults: Table, leave_out: set[str]
         if key not in leave_out and value != usual.get(key) and value is not None
     ]
     return " ".join(shlex.quote(word) for word in ["unet-jobs", *verb, *changed])
+
+
+def predict_command(config: Table, checkpoint: str, out: str) -> str:
+    """The command that predicts with a config, or with a part of one, into a folder."""
+    uri = config["input"]["uri"]
+    places = {"input": {"uri": uri}, "output": {"uri": out}}
+    defaults = build(PredictConfig, places, []).model_dump(mode="json")
+    told = {"input.uri", "model.checkpoint", "output.uri"}
+    return command(["predict", uri, "--model", checkpoint, "--out", out], config, defaults, told)
 
 
 def _flat(table: Table, prefix: str = "") -> Table:

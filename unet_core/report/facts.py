@@ -9,14 +9,13 @@ from typing import Any
 
 from unet_core.arrays import Array
 from unet_core.compact import batches
-from unet_core.config import PredictConfig, build
 from unet_core.evaluate import EVALUATION_JSON, FOLDER
 from unet_core.failures import Cause, causes
 from unet_core.images.picture import Picture
 from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
-from unet_core.report.command import command, toml
+from unet_core.report.command import predict_command, toml
 from unet_core.report.images import fetch
 from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
 from unet_core.report.pictures import Panel, panels
@@ -115,7 +114,7 @@ def run_facts(results: Results) -> RunFacts:
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
     shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
     compute = record.compute.model_dump(exclude={"versions"})
-    chosen = sheets(measured)
+    config, chosen = results.config, sheets(measured)
     drawn, reasons = _panels(results, chosen)
     sizes, size_count = sizes_of(measured)
     is_finished = results.run.is_finished
@@ -138,7 +137,9 @@ def run_facts(results: Results) -> RunFacts:
         evaluations=list(evaluations(results.run.store, totals)),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
         warnings=list(_warnings(results, is_finished, len(shards))),
-        command=command_of(results),
+        command=predict_command(
+            config.model_dump(mode="json"), config.model.checkpoint, results.run.uri
+        ),
         config=toml(record.config),
         versions={"unet-jobs": record.version, **compute, **record.compute.versions},
         identity={"fingerprint": record.fingerprint, **record.identity},
@@ -246,13 +247,3 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]
             f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this "
             "the model for these images? See model.threshold, and what the model was trained on."
         )
-
-
-def command_of(results: Results) -> str:
-    """The command that continues or repeats a run."""
-    config, run = results.config, results.run.uri
-    places = {"input": {"uri": config.input.uri}, "output": {"uri": run}}
-    defaults = build(PredictConfig, places, []).model_dump(mode="json")
-    verb = ["predict", config.input.uri, "--model", config.model.checkpoint, "--out", run]
-    told = {"input.uri", "model.checkpoint", "output.uri"}
-    return command(verb, config.model_dump(mode="json"), defaults, told)

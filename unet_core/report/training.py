@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from unet_core.config import InputConfig, PredictConfig, build
+from unet_core.config import InputConfig, build
 from unet_core.report.charts import Plot, Series, lines
-from unet_core.report.command import command, toml
+from unet_core.report.command import command, predict_command, toml
 from unet_core.train_config import TrainConfig
 from unet_core.training.run import BEST, Position, TrainingRun
 
@@ -158,7 +158,4 @@ def _look(data: dict[str, Any], best: str) -> str:
     """Segments labelled images with the best weights; a truth of objects is no truth of classes."""
     left_out = {"masks", "label_map"} if data["instances"] else set()
     given = {k: v for k, v in data.items() if k in InputConfig.model_fields and k not in left_out}
-    places = {"input": {"uri": data["uri"]}, "output": {"uri": "RUN"}}
-    defaults = build(PredictConfig, places, []).model_dump(mode="json")
-    verb = ["predict", data["uri"], "--model", best, "--out", "RUN"]
-    return command(verb, {"input": given}, defaults, {"input.uri"})
+    return predict_command({"input": given}, best, "RUN")
