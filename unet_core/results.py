@@ -1,6 +1,6 @@
 """Reading a run back: its totals, its masks by image or by shard, and its images."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -39,7 +39,7 @@ class StoredMask:
     image_id: str
     height: int
     width: int
-    windows: dict[Box, Callable[[], Array]]
+    windows: Mapping[Box, Callable[[], Array]]
     """Class ids HW by place, read when they are called; they cover the image."""
 
     def whole(self) -> Array:
