@@ -39,29 +39,12 @@ def fetch(
     Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
     large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
     """
-    wanted: dict[str, set[str]] = defaultdict(set)
     made: dict[str, MadeT] = {}
-    reasons: dict[str, str] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
+    wanted, reasons = _wanted(picks, heads, most_bytes)
     storage = results.source.root.storage
     storage = storage.model_copy(update={"deadline_s": min(PATIENCE_S, storage.deadline_s)})
     source = replace(results.source, root=Store(results.source.root.uri(), storage))
-    for pick in picks:
-        head = heads.get(pick.shard_id)
-        is_streamed = head and not head.has_members and head.shard_id not in wanted
-        stream_bytes = head.bytes if head and is_streamed else 0
-        if head is None:
-            reason = f"the manifest has no shard {pick.shard_id}"
-        elif pick.height * pick.width > MOST_PIXELS:
-            reason = f"its {pick.height:,} × {pick.width:,} pixels are too many to show here"
-        elif stream_bytes > most_bytes:
-            size = f"{stream_bytes / 1e9:,.3g} GB"
-            reason = f"its shard of {size} is too much to read for a page; see report --previews"
-        else:
-            most_bytes -= stream_bytes
-            wanted[pick.shard_id].add(pick.image_id)
-            continue
-        reasons[pick.image_id] = reason
 
     def of_shard(shard_id: str) -> None:
         reason = "it is not in its shard any more"
@@ -79,6 +62,32 @@ def fetch(
     for _ in side_by_side(of_shard, wanted, THREADS):
         pass
     return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
+
+
+def _wanted(
+    picks: list[Pick], heads: dict[str, Shard], most_bytes: float
+) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """The images that can be had, by shard, and why each of the others cannot."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    reasons = {}
+    for pick in picks:
+        head = heads.get(pick.shard_id)
+        is_streamed = head and not head.has_members and head.shard_id not in wanted
+        stream_bytes = head.bytes if head and is_streamed else 0
+        if head is None:
+            reasons[pick.image_id] = f"the manifest has no shard {pick.shard_id}"
+        elif pick.height * pick.width > MOST_PIXELS:
+            size = f"{pick.height:,} × {pick.width:,}"
+            reasons[pick.image_id] = f"its {size} pixels are too many to show here"
+        elif stream_bytes > most_bytes:
+            reasons[pick.image_id] = (
+                f"its shard of {stream_bytes / 1e9:,.3g} GB is too much to read for a page; see "
+                "report --previews"
+            )
+        else:
+            most_bytes -= stream_bytes
+            wanted[pick.shard_id].add(pick.image_id)
+    return wanted, reasons
 
 
 def _found(
