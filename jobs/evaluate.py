@@ -116,15 +116,8 @@ def _done(
 ) -> tuple[Tally, dict[str, str]]:
     """Do what is left, and what the run has done again since."""
     evaluation.begin()
-    shards = results.shards()
-    ids = {shard.shard_id for shard in shards}
-    set_aside = spread(evaluation, shards, config, places, "evaluating")
-    done = evaluation.done() & ids
-    tally = evaluation.tally(done)
-    if counted(tally.totals) != counted(results.totals) and evaluation.forget_stale(done):
-        set_aside = spread(evaluation, shards, config, places, "evaluating")
-        tally = evaluation.tally(evaluation.done() & ids)
-    return tally, set_aside
+    set_aside = spread(evaluation, results.shards(), config, places, "evaluating")
+    return evaluation.tally(evaluation.done()), set_aside
 
 
 def _require_some(tally: Tally, without: Callable[[], str]) -> None:
@@ -143,7 +136,9 @@ def _require_some(tally: Tally, without: Callable[[], str]) -> None:
 def _without_truth(results: Results, truth: LabelImages | BesideImages, tally: Tally) -> str:
     where = truth.source.config.masks
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
-    there = f"; label images: {', '.join(truth.names)}" if truth.names else ""
+    there = ""
+    if isinstance(truth, LabelImages):  # else only reading tells
+        there = f"; label images: {', '.join(truth.names)}"
     return (
         f"--truth: none of {tally.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(tally.without.examples)}{there}"

@@ -16,7 +16,7 @@ from unet_core.config import PredictConfig, StorageConfig, refuse_nesting
 from unet_core.errors import ConfigError
 from unet_core.export import coco
 from unet_core.export.names import Names
-from unet_core.export.task import EXTENSIONS, Export, Folder, Options
+from unet_core.export.task import EXTENSIONS, Export, Options
 from unet_core.inputs.shards import Shard
 from unet_core.ordered import side_by_side
 from unet_core.parts import read_columns
@@ -60,7 +60,7 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
     has_input = bool(options.objects) and results.source.root.exists()
     shards = results.shards()
     names = _names(results, shards, options)
-    task = Export(results, Folder(store, is_of_run=not out), options, names, has_input)
+    task = Export(results, store, options, names, has_input, is_of_run=not out)
     task.establish()
     places = {"RUN": results.run.uri, "--out": store.uri()}
     refused = spread(task, shards, config, places, "exporting")
@@ -103,7 +103,7 @@ def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> E
         images += counts
         problems += refused
     return Exported(
-        task.folder.store.uri(),
+        task.store.uri(),
         images["ok"],
         images["failed"],
         problems,
@@ -120,7 +120,7 @@ def _write_annotations(task: Export, done: list[str]) -> None:
     masks = side_by_side(task.masks_sha256, done)
     state = json.dumps(list(zip(done, masks, strict=True)))
     digest = hashlib.sha256(state.encode()).hexdigest()
-    store, names = task.folder.store, task.results.class_names
+    store, names = task.store, task.results.class_names
     if store.exists(ANNOTATIONS) and digest.encode() in store.read(ANNOTATIONS, 0, HEAD_BYTES):
         return
     images = (

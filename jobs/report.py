@@ -7,14 +7,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.export import require_apart
+from unet_core.arrays import Array
 from unet_core.compact import batches, compact
 from unet_core.config import StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
+from unet_core.images.picture import Picture
 from unet_core.report.facts import run_facts
-from unet_core.report.images import Fetched, fetch
+from unet_core.report.images import fetch
 from unet_core.report.measured import RANDOM, measure, pick_ids
-from unet_core.report.page import NAME, run_page, training_page
+from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
 from unet_core.report.training import training_facts
 from unet_core.results import Results, open_run
@@ -34,11 +36,11 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """
     store = Store(uri, storage)
     if is_training(store):
-        page = training_page(training_facts(TrainingRun(store)))
+        page = render(training_facts(TrainingRun(store)))
     else:
         results = open_run(uri, storage)
         compact(store, results.record)
-        page = run_page(run_facts(results))
+        page = render(run_facts(results))
     store.publish(NAME, page)
     return f"{uri.rstrip('/')}/{NAME}"
 
@@ -80,9 +82,9 @@ def write_previews(
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
-    def write(fetched: Fetched) -> None:
-        image_id = fetched.picture.sample.image_id
-        target.publish(names.of(image_id, ""), overlay(fetched, results.palette))
+    def write(picture: Picture, mask_HW: Array) -> None:
+        drawn = overlay(picture, mask_HW, results.palette)
+        target.publish(names.of(picture.sample.image_id, ""), drawn)
 
     written, reasons = fetch(results, picks, write)
     missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]

@@ -36,7 +36,7 @@ class Task(Protocol):
     """What is done with each shard; travels to the nodes."""
 
     def done(self) -> set[str]:
-        """Ids of the shards that it has been done with. One listing."""
+        """Ids of the shards that it has been done with."""
         ...
 
     def do(self, shard: Shard) -> int:

@@ -66,7 +66,12 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.verbs.models"}),
         (
             "scipy",
-            {"unet_core.training.boundary", "unet_core.export.objects", "unet_core.export.coco"},
+            {
+                "unet_core.training.boundary",
+                "unet_core.export.objects",
+                "unet_core.export.coco",
+                "unet_core.report.pictures",
+            },
         ),
         ("skimage", {"unet_core.export.objects"}),
         ("pycocotools", {"unet_core.export.coco"}),

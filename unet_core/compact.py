@@ -24,21 +24,19 @@ GROUP_BYTES = 128 * 2**20
 PARTS = "parts"
 BATCH_ROWS = 8192
 
-State = list[tuple[str, int, str]]
-
 
 def compact(store: Store, record: Record) -> None:
     """Write ``metrics.parquet`` unless it is there and tells of all parts of a run.
 
     One row group is in memory at a time.
     """
-    state = _state(store)
-    if not state or _is_current(store, state):
+    ids, digest = _parts(store)
+    if not ids or _is_current(store, digest):
         return
     names = json.dumps(record.class_names)
-    footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: _digest(state)}
+    footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: digest}
     with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
-        for rows in _tables(store, state):
+        for rows in _tables(store, ids):
             file.append(rows)
         store.publish(FILE, file.complete())
 
@@ -47,36 +45,33 @@ def batches(store: Store) -> Iterator[pa.Table]:
     """The rows of all committed shards, by shard id and then in the order of the shard, a few at a
     time; columns as ``COMPACTED``.
     """
-    state = _state(store)
-    if not _is_current(store, state):
-        yield from _tables(store, state)
+    ids, digest = _parts(store)
+    if not _is_current(store, digest):
+        yield from _tables(store, ids)
         return
     with store.open_parquet(FILE) as file:
         for batch in file.iter_batches(BATCH_ROWS):
             yield pa.Table.from_batches([batch]).replace_schema_metadata()
 
 
-def _tables(store: Store, state: State) -> Iterator[pa.Table]:
+def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
     def rows(shard_id: str) -> pa.Table:
         table, _ = read_metrics(store, shard_id)
         names = pa.array([shard_id] * table.num_rows, pa.string())
         return pa.table([names, *table.select(METRICS.names).columns], schema=COMPACTED)
 
-    return side_by_side(rows, (shard_id for shard_id, *_ in state))
+    return side_by_side(rows, ids)
 
 
-def _state(store: Store) -> State:
-    """Ids, sizes and etags of the metrics parts."""
-    return [
+def _parts(store: Store) -> tuple[list[str], str]:
+    """Ids of the shards that have a metrics part, and a digest of them with sizes and etags."""
+    state = [
         (entry.name.removesuffix(".parquet"), entry.bytes, entry.etag)
         for entry in store.list("metrics")
         if not entry.name.startswith("_")
     ]
+    return [name for name, *_ in state], hashlib.sha256(repr(state).encode()).hexdigest()
 
 
-def _digest(state: State) -> str:
-    return hashlib.sha256(repr(state).encode()).hexdigest()
-
-
-def _is_current(store: Store, state: State) -> bool:
-    return store.exists(FILE) and read_footer(store, FILE).get(PARTS) == _digest(state)
+def _is_current(store: Store, digest: str) -> bool:
+    return store.exists(FILE) and read_footer(store, FILE).get(PARTS) == digest

@@ -15,7 +15,7 @@ from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
 from unet_core.ordered import side_by_side
 from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
-from unet_core.results import StoredMask, stored_masks
+from unet_core.results import StoredMask, open_masks
 from unet_core.run import Identity, require_equal
 from unet_core.schema import EVALUATION
 from unet_core.storage.store import Store
@@ -52,22 +52,24 @@ class Evaluation:
             require_equal(self.store.uri(), mine, self.identity, "evaluation", advice)
 
     def done(self) -> set[str]:
-        """Shards that have their part."""
-        return ids_in(self.store, "metrics")
+        """Shards whose part is of the masks that the run has now."""
+        names = {shard_id: metrics_name(shard_id) for shard_id in ids_in(self.store, "metrics")}
+        return current_ids(self.run, self.store, names)
 
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""
         table, footer = read_metrics(self.run, shard.shard_id)
         rows = table.drop_columns([*{*WITHOUT_TRUTH} & {*table.column_names}]).to_pylist()
-        masks = stored_masks(self.run, shard.shard_id)
         judged = []
-        for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
-            mask = next(masks, None) if row["status"] == "ok" else None
-            if row["status"] == "ok" and (mask is None or mask.image_id != row["image_id"]):
-                raise ShardError(
-                    f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
-                )
-            judged.append(row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found))
+        with open_masks(self.run, shard.shard_id) as masks:
+            for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
+                mask = masks.mask(row["image_id"]) if row["status"] == "ok" else None
+                if row["status"] == "ok" and mask is None:
+                    raise ShardError(
+                        f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
+                    )
+                told = {"truth": found.name} | self._judge(mask, found)
+                judged.append(row | WITHOUT_TRUTH | told)
         part = metrics_part(judged, footer, EVALUATION)
         self.store.publish(metrics_name(shard.shard_id), part)
         return len(rows)
@@ -89,9 +91,9 @@ class Evaluation:
 
     def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
         matrix_KK = np.zeros((self.classes, self.classes), np.int64)
-        for box, mask_HW in mask.windows:
+        for box, read in mask.windows.items():
             truth_HW = truth.read(*box)[0]
-            matrix_KK += confusion(truth_HW, mask_HW, self.classes, self.ignore_index)
+            matrix_KK += confusion(truth_HW, read(), self.classes, self.ignore_index)
         return matrix_KK
 
     def tally(self, shard_ids: set[str]) -> Tally:
@@ -110,11 +112,3 @@ class Evaluation:
             owned.append(owners)
         require_own(pa.concat_tables(owned))
         return total
-
-    def forget_stale(self, shard_ids: set[str]) -> int:
-        """Remove the parts of shards that the run has done again since; returns how many."""
-        names = {shard_id: metrics_name(shard_id) for shard_id in shard_ids}
-        stale = shard_ids - current_ids(self.run, self.store, names)
-        for shard_id in stale:
-            self.store.remove(names[shard_id])
-        return len(stale)

@@ -44,7 +44,7 @@ def _bands(mask_HW: Array) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, mask_HW.shape[0], rows))
 
 
-def ratio(part: int, whole: int) -> float | None:
+def ratio(part: float, whole: int) -> float | None:
     """``part / whole``; None where there is nothing to divide by."""
     return part / whole if whole else None
 
@@ -147,6 +147,11 @@ class Totals:
     def is_reconciled(self) -> bool:
         """Whether every image that a reader saw has its row."""
         return self.images_seen == self.ok + self.failed
+
+    def only_class(self) -> int | None:
+        """The class that all pixels were given, if that is so of several images."""
+        given = [class_id for class_id, pixels in enumerate(self.class_pixels) if pixels]
+        return given[0] if self.ok > 1 and len(given) == 1 else None
 
     @property
     def scores(self) -> list[Scores]:

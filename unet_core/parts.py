@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import io
-import tempfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO, cast
 
@@ -14,11 +12,10 @@ from unet_core import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.ordered import side_by_side
-from unet_core.storage.spool import drop
-from unet_core.storage.store import Store, table_of, whole_parquet
+from unet_core.storage.spool import drop, spooled
+from unet_core.storage.store import Store, parquet_of, table_of, whole_parquet
 
 ROW_GROUP_BYTES = 32 * 2**20
-SPOOL_BYTES = 32 * 2**20
 CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"}
 """Codes of failures that one attempt may meet and another not."""
 SETTLED = ("image_id", "status", "error_code", "height", "width")
@@ -42,7 +39,7 @@ class RowGroups:
 
     def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
         self.columns = columns
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  # closed by close()
+        self._file = spooled()
         self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
         self._group_bytes = group_bytes
         self._held: list[Any] = []
@@ -56,7 +53,7 @@ class RowGroups:
         """The whole file, which is gone once this is closed."""
         self._flush()
         self._writer.close()
-        return cast(BinaryIO, self._file)
+        return self._file
 
     def close(self) -> None:
         """Drop the spooled file."""
@@ -115,9 +112,7 @@ def metrics_part(
 ) -> bytes:
     """The bytes of a metrics part."""
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **COMPRESSION)
-    return sink.getvalue()
+    return parquet_of(table, **COMPRESSION)
 
 
 def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:

@@ -1,9 +1,9 @@
 """Reading a run back: its totals, its masks by image or by shard, and its images."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -39,20 +39,11 @@ class StoredMask:
     image_id: str
     height: int
     width: int
-    boxes: tuple[Box, ...]
-    """Its windows by place; they cover the image."""
-    read: Callable[[int], Array]
-    """Class ids HW of one of them, by its number."""
-
-    @property
-    def windows(self) -> Iterator[tuple[Box, Array]]:
-        """Class ids HW by place, read when they are asked for."""
-        return ((box, self.read(number)) for number, box in enumerate(self.boxes))
+    windows: Mapping[Box, Callable[[], Array]]
+    """Class ids HW by place, read when they are called; they cover the image."""
 
     def whole(self) -> Array:
         """Class ids HW of the image."""
-        if len(self.boxes) == 1:
-            return self.read(0)
         return self.cut(Box(0, 0, self.height, self.width))
 
     def cut(self, wanted: Box) -> Array:
@@ -65,13 +56,15 @@ class StoredMask:
         if not is_inside or below > self.height or right > self.width:
             size = f"{self.height} × {self.width} pixels"
             raise ValueError(f"window {tuple(wanted)} leaves the image of {size}")
+        if wanted in self.windows:
+            return self.windows[wanted]()
         cut_HW: Array | None = None
-        for number, box in enumerate(self.boxes):
+        for box, read in self.windows.items():
             rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
             here, there = wanted.shared(rows, columns)
             if any(side.start == side.stop for side in here):
                 continue
-            window_HW = self.read(number)
+            window_HW = read()
             if cut_HW is None:
                 cut_HW = np.empty(wanted.shape, window_HW.dtype)
             cut_HW[here] = window_HW[there]
@@ -94,20 +87,17 @@ class OpenMasks:
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
         self._held: tuple[int, Any] = (-1, None)
 
-    def __iter__(self) -> Iterator[StoredMask]:
-        """In the order of the shard."""
-        return map(self._stored, self._rows)
-
     def mask(self, image_id: str) -> StoredMask | None:
         """The mask of one image; None if there is none."""
-        return self._stored(image_id) if image_id in self._rows else None
-
-    def _stored(self, image_id: str) -> StoredMask:
-        rows = self._rows[image_id]
-        boxes = tuple(Box(*(row[side] for side in Box._fields)) for _, _, row in rows)
-        first = rows[0][2]
-        size = first["image_height"], first["image_width"]
-        return StoredMask(image_id, *size, boxes, lambda number: self._read(*rows[number]))
+        rows = self._rows.get(image_id)
+        if rows is None:
+            return None
+        windows = {
+            Box(*(row[side] for side in Box._fields)): partial(self._read, group, number, row)
+            for group, number, row in rows
+        }
+        *_, any_row = rows[0]
+        return StoredMask(image_id, any_row["image_height"], any_row["image_width"], windows)
 
     def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
         if self._held[0] != group:
@@ -223,12 +213,3 @@ def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
     name = masks_name(shard_id)
     with store.open_parquet(name) as file:
         yield OpenMasks(file, store.uri(name))
-
-
-def stored_masks(store: Store, shard_id: str) -> Iterator[StoredMask]:
-    """The masks of a committed shard in the order of its images, one row group in memory at a time.
-
-    What is not read of one mask is skipped; masks are read while this goes on, not after.
-    """
-    with open_masks(store, shard_id) as masks:
-        yield from masks

@@ -1,4 +1,5 @@
-"""The Parquet files of a run: their columns and footers. The public contract; see docs/formats.md.
+"""The Parquet files of a run: their columns and footers (``timings`` knows its own). The public
+contract; see docs/formats.md.
 
 ``SCHEMA_VERSION`` changes on its own schedule, whenever a reader would notice.
 """
@@ -68,29 +69,6 @@ HISTORY = pa.schema(
     ]
 )
 """Of a training, a row for each number; ``class`` is null where it speaks of all."""
-
-TIMINGS = pa.schema(
-    [
-        ("shard_id", pa.string()),
-        ("attempt", pa.int32()),
-        ("actor", pa.string()),
-        ("finished", pa.timestamp("ms", tz="UTC")),
-        ("images", pa.int64()),
-        ("pixels", pa.int64()),
-        ("reading_s", pa.float64()),
-        ("decoding_s", pa.float64()),
-        ("device_s", pa.float64()),
-        ("encoding_s", pa.float64()),
-        ("writing_s", pa.float64()),
-        ("waiting_for_shard_s", pa.float64()),
-        ("waiting_for_reading_s", pa.float64()),
-        ("waiting_for_decoding_s", pa.float64()),
-        ("whole_s", pa.float64()),
-    ]
-)
-"""``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
-sums over threads, and attempts of one actor overlap. Null in runs of versions before it.
-"""
 
 PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
 

@@ -118,22 +118,18 @@ class Tally:
         """Micro and macro scores per class; None where they are not defined."""
         if not self.totals.with_truth:
             return []
+        sums_KR, counts_KR = (np.transpose(of).tolist() for of in (self.sums, self.counts))
+        columns = zip(class_names, self.totals.scores, sums_KR, counts_KR, strict=True)
         return [
             {
                 "class": class_name,
                 "micro": {name: getattr(score, name) for name in RATIOS},
-                "macro": {name: self._macro(n, class_id) for n, name in enumerate(RATIOS)},
-                "images": int(np.asarray(self.counts)[[*RATIOS].index("iou"), class_id]),
-                "pixels": {"tp": score.tp, "fp": score.fp, "fn": score.fn},
+                "macro": dict(zip(RATIOS, map(ratio, sums, counts), strict=True)),
+                "images": counts[[*RATIOS].index("iou")],
+                "pixels": vars(score),
             }
-            for class_id, (class_name, score) in enumerate(
-                zip(class_names, self.totals.scores, strict=True)
-            )
+            for class_name, score, sums, counts in columns
         ]
-
-    def _macro(self, number: int, class_id: int) -> float | None:
-        count = int(np.asarray(self.counts)[number, class_id])
-        return float(np.asarray(self.sums)[number, class_id]) / count if count else None
 
 
 def counted(totals: Totals) -> list[Any]:
@@ -155,7 +151,10 @@ def scored(tally: Tally, class_names: tuple[str, ...]) -> Row:
         },
         "ignored_pixels": tally.totals.ignored_pixels,
         "classes": scores,
-        "mean": _means(scores),
+        "mean": {
+            kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
+            for kind in ("micro", "macro")
+        },
         "confusion": _square(tally.confusion),
         "worst": [{"image_id": image_id, "iou": iou} for iou, image_id in tally.worst.images],
         "without_truth": list(tally.without.examples),
@@ -201,17 +200,7 @@ def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> R
 def _square(confusion: Array | int) -> list[list[int]] | None:
     if isinstance(confusion, int):
         return None
-    side = math.isqrt(confusion.size)
-    rows: list[list[int]] = confusion.reshape(side, side).tolist()
-    return rows
-
-
-def _means(scores: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Over the classes where they are defined."""
-    return {
-        kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
-        for kind in ("micro", "macro")
-    }
+    return [*confusion.reshape(math.isqrt(confusion.size), -1).tolist()]
 
 
 def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:

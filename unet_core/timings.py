@@ -1,7 +1,6 @@
 """Where the time of each attempt went, and what an attempt reports."""
 
 import datetime
-import io
 import time
 import uuid
 from dataclasses import dataclass, fields
@@ -9,13 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals, added
 from unet_core.ordered import side_by_side
-from unet_core.schema import TIMINGS
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store, parquet_of, table_of
 
 FLUSH_S = 60.0
 RECENT = 60
@@ -63,6 +60,23 @@ class Seconds:
     def of_table(cls, table: pa.Table) -> "Seconds":
         """The sums of rows as ``TIMINGS``."""
         return cls(**{s.name: pc.sum(table[f"{s.name}_s"]).as_py() or 0.0 for s in fields(cls)})
+
+
+TIMINGS = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("actor", pa.string()),
+        ("finished", pa.timestamp("ms", tz="UTC")),
+        ("images", pa.int64()),
+        ("pixels", pa.int64()),
+        *((f"{stage.name}_s", pa.float64()) for stage in fields(Seconds)),
+        ("whole_s", pa.float64()),
+    ]
+)
+"""``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
+sums over threads, and attempts of one actor overlap.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,9 +132,8 @@ class TimingsLog:
     def flush(self) -> None:
         """Write what was collected; nothing collected writes nothing."""
         if self._rows:
-            sink = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(self._rows, schema=TIMINGS), sink)
-            self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", sink.getvalue())
+            data = parquet_of(pa.Table.from_pylist(self._rows, schema=TIMINGS))
+            self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", data)
             self._files += 1
         self._rows, self._flushed = [], time.monotonic()
 
@@ -129,8 +142,7 @@ def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
     tables = side_by_side(lambda name: table_of(store.read(name)), names)
-    both = pa.concat_tables([TIMINGS.empty_table(), *tables], promote_options="default")
-    return both.select(TIMINGS.names)  # earlier versions had other columns
+    return pa.concat_tables([TIMINGS.empty_table(), *tables])
 
 
 def recent_seconds(store: Store) -> Seconds:

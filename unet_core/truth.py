@@ -8,19 +8,18 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.arrays import Array
 from unet_core.errors import ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
 from unet_core.inputs import listing
-from unet_core.inputs.folder import File, names_by_stem, stem_of
+from unet_core.inputs.folder import File, labels_by_stem, masks_root, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.ordered import side_by_side
@@ -43,17 +42,6 @@ class Found:
     """Which it is; None if there is none."""
     labels: Pixels | ImageError | None = None
     """Class ids 1HW, or why it cannot be used; None also for an image that has no mask."""
-
-
-NOTHING = Found()
-
-
-class Truth(Protocol):
-    """Knows the truth of images; travels to the nodes."""
-
-    def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
-        """For each row of a shard's metrics, in their order."""
-        ...
 
 
 def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
@@ -79,13 +67,6 @@ def require_own(owners: pa.Table) -> None:
 # --- label images by name -------------------------------------------------------------------
 
 
-class Label(NamedTuple):
-    """One label image: its path below the root, or its URI in a list."""
-
-    name: str
-    etag: str | None = None
-
-
 @dataclass(frozen=True)
 class LabelImages:
     """Loose label images: below another folder, beside the images, or in a column of a list."""
@@ -93,7 +74,9 @@ class LabelImages:
     source: Source
     classes: int
     labels: pa.RecordBatch
-    """By stem, or in a list by image id, sorted: one copy for all processes of a node."""
+    """Stem (in a list the image id), name (path below the root, in a list URI) and etag, sorted by
+    stem: one copy for all processes of a node.
+    """
     digest: str
     """Of their names and etags."""
 
@@ -110,7 +93,7 @@ class LabelImages:
             digest.update(json.dumps(label).encode())
         columns = zip(*((stem, *label) for stem, label in labels), strict=True)
         arrays = [pa.array(column, pa.large_string()) for column in columns]
-        batch = pa.RecordBatch.from_arrays(arrays, ["stem", *Label._fields])
+        batch = pa.RecordBatch.from_arrays(arrays, ["stem", "name", "etag"])
         return cls(source, classes, batch, digest.hexdigest())
 
     @property
@@ -119,78 +102,67 @@ class LabelImages:
         return [*self.labels["name"].slice(0, SHOWN).to_pylist()]
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
-        """By path below the root of each, else by bare name."""
-        decoder, root = TruthDecoder(self.classes, self.source.config), _root(self.source)
+        """For each row of a shard's metrics: by path below the root, else by bare name."""
+        decoder, root = TruthDecoder(self.classes, self.source.config), masks_root(self.source)
         for row in rows:
-            label, page = self._find(shard, row)
-            if label is None:
-                yield NOTHING
+            found = self._find(shard, row)
+            if found is None:
+                yield Found()
                 continue
-            file = File(root, label.name, root, label.etag)
+            name, etag, page = found
+            file = File(root, name, root, etag)
             if _is_in_list(self.source):
-                file = replace(listing.file_of(self.source, label.name, None), etag=label.etag)
+                file = replace(listing.file_of(self.source, name, None), etag=etag)
             sample = Sample(
                 row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
             )
-            yield _decoded(decoder, sample, row, label.name, page)
+            yield _decoded(decoder, sample, row, name, page)
 
     def owners(self, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
-        found = [] if _is_in_list(self.source) else pairs.to_pylist()
-        return pa.Table.from_pylist(
-            [{"truth": row["truth"], "image": self._owner(row)} for row in found], schema=OWNERS
-        )
+        owners = []
+        for row in [] if _is_in_list(self.source) else pairs.to_pylist():
+            *_, (image_id, _, _) = _pages(self.source, row)
+            image = stem_of(image_id) if is_image(image_id) else image_id
+            owners.append({"truth": row["truth"], "image": image})
+        return pa.Table.from_pylist(owners, schema=OWNERS)
 
-    def _owner(self, row: Row) -> str:
-        *_, (image_id, _, _) = _pages(self.source, row)
-        return stem_of(image_id) if is_image(image_id) else image_id
-
-    def _find(self, shard: Shard, row: Row) -> tuple[Label | None, int]:
+    def _find(self, shard: Shard, row: Row) -> tuple[str, str | None, int] | None:
+        """Name, etag and page of an image's truth."""
         stems = self.labels["stem"]
         for image_id, key, page in _pages(self.source, row):
             for name in _names(image_id, key, shard):
                 at = bisect_left(stems, name, key=str)
                 if at < len(stems) and str(stems[at]) == name:
-                    return Label(*(self.labels[f][at].as_py() for f in Label._fields)), page
-        return None, 0
+                    _, found, etag = (column[at].as_py() for column in self.labels.columns)
+                    return found, etag, page
+        return None
 
 
 def _is_in_list(source: Source) -> bool:
     return source.format == "list" and "/" not in source.config.masks
 
 
-def _root(source: Source) -> Store:
-    """Below which label images lie."""
-    masks = source.config.masks
-    return Store(masks, source.root.storage) if "/" in masks else source.root
-
-
-def _in_list(source: Source) -> dict[str, Label]:
+def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
     """Lists say nothing of how label images change: each is looked at."""
 
-    def look(uri: str) -> Label:
+    def look(uri: str) -> tuple[str, str | None]:
         file = listing.file_of(source, uri, None)
         try:
-            return Label(uri, file.store.entry(file.name).etag)
+            return uri, file.store.entry(file.name).etag
         except NotFoundError:  # its row will say so
-            return Label(uri)
+            return uri, None
 
     uris = {member.key: member.mask for member in listing.all_members(source) if member.mask}
     return dict(zip(uris, side_by_side(look, uris.values()), strict=True))
 
 
-def _in_folder(source: Source) -> dict[str, Label]:
+def _in_folder(source: Source) -> dict[str, tuple[str, str | None]]:
     """Names that are no UTF-8 are those of no image."""
-    masks = source.config.masks
-    suffix = "" if "/" in masks else masks
-    etags = {
-        entry.name: entry.etag
-        for entry in _root(source).list()
-        if is_image(entry.name) and stem_of(entry.name).endswith(suffix)
-    }
-    found = names_by_stem([name for name in etags if readable_name(name) == name], masks)
-    return {stem.removesuffix(suffix): Label(name, etags[name]) for stem, name in found.items()}
+    entries = (e for e in masks_root(source).list() if readable_name(e.name) == e.name)
+    by_stem = labels_by_stem(entries, source.config.masks)
+    return {stem: (entry.name, entry.etag) for stem, entry in by_stem.items()}
 
 
 def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:
@@ -231,11 +203,6 @@ class BesideImages:
     digest: str = ""
     """None is needed: shards are held to the etags in the manifest."""
 
-    @property
-    def names(self) -> list[str]:
-        """Only reading tells."""
-        return []
-
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """Read the shard again, beside its rows, which have the same order."""
         decoder, masks = TruthDecoder(self.classes, self.source.config), self.source.config.masks
@@ -247,7 +214,7 @@ class BesideImages:
             while sample is not None and last.get(sample.image_id, -1) < number:
                 sample = next(samples, None)
             if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
-                yield NOTHING
+                yield Found()
             else:
                 yield _decoded(decoder, sample, row, masks, pages[number][sample.image_id])
         for _ in samples:  # to the end, where the shard is held to its etag
@@ -278,7 +245,7 @@ class OtherRun:
             for row in rows:
                 shard_id, other = there.get(row["image_id"], ("", None))
                 if other is None:
-                    yield NOTHING
+                    yield Found()
                 elif other["status"] != "ok":
                     reason = f"it failed there: {other['error_message']}"
                     yield Found("failed", ImageError("truth", reason))
@@ -289,7 +256,9 @@ class OtherRun:
                         stack.close()
                         masks = stack.enter_context(open_masks(self.store, shard_id))
                         opened = shard_id
-                    yield Found("ok", _pixels(masks.mask(row["image_id"])))
+                    mask = masks.mask(row["image_id"])
+                    assert mask is not None  # its row says that there is one
+                    yield Found("ok", _pixels(mask))
 
     @classmethod
     def joined(cls, mine: Results, other: Results) -> "tuple[OtherRun, Images]":
@@ -307,6 +276,10 @@ class OtherRun:
         return found, Images.of(sorted(only))
 
 
+Truth = LabelImages | BesideImages | OtherRun
+"""Knows the truth of images; travels to the nodes."""
+
+
 def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     """Image ids of shards, with their shards."""
 
@@ -317,13 +290,7 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     return pa.concat_tables([IDS.empty_table(), *side_by_side(read, sorted(shard_ids))])
 
 
-def _pixels(mask: StoredMask | None) -> Pixels:
-    """A stored mask as truth. It is asked for windows as they are stored: runs cut images of one
-    size into the same.
-    """
-    assert mask is not None
-
-    def read(y: int, x: int, height: int, width: int) -> Array:
-        return mask.read(mask.boxes.index(Box(y, x, height, width)))[None]
-
-    return Pixels(1, mask.height, mask.width, np.dtype(np.uint16), read)
+def _pixels(mask: StoredMask) -> Pixels:
+    """A stored mask as truth."""
+    kind = np.dtype(np.uint16)
+    return Pixels(1, mask.height, mask.width, kind, lambda *window: mask.cut(Box(*window))[None])

@@ -21,15 +21,14 @@ from PIL import Image
 
 from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
-from unet_core.images.codec import EXTENSIONS
+from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
+from unet_core.inputs.webdataset import MASK_WORDS
 from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.parts import ids_in, read_metrics
 from unet_core.run import Record, Run, open_existing
 from unet_core.storage.store import Store, is_temporary, table_of
-
-TAR_MASK_SUFFIXES = ("mask", "masks", "seg", "label", "labels")
 
 
 @dataclass
@@ -212,11 +211,11 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
     except StoreError:
         return  # gone: all its rows will be told
     for name in names:
-        stem, extension = os.path.splitext(name)
-        is_image = extension.lower() in EXTENSIONS and not os.path.basename(name).startswith(".")
+        stem, _ = os.path.splitext(name)
+        is_hidden = os.path.basename(name).startswith(".")
         is_mask = bool(suffix) and name.endswith(f".{suffix}")
-        is_mask |= os.path.splitext(stem)[1].lstrip(".") in TAR_MASK_SUFFIXES
-        if is_image and not is_mask:
+        is_mask |= os.path.splitext(stem)[1].lstrip(".") in MASK_WORDS
+        if is_image(name) and not is_hidden and not is_mask:
             yield f"{shard.uri}/{stem}"
 
 
@@ -228,13 +227,13 @@ def _headers(stream: BinaryIO) -> Iterator[str]:
             if not _is_header(block):
                 continue
             size, kind = int(tarfile.nti(block[124:136])), block[156:157]  # type: ignore[attr-defined]  # missing from the stubs
-            content = _skip(stream, size, keep=kind in (b"L", b"K", b"x", b"g"))
-            if content is None:
+            told = stream.read(max(size, 0)) if kind in (b"L", b"x") else b""
+            if not _skip(stream, size - len(told), -size % 512):
                 return
             if kind == b"L":
-                long_name = content.rstrip(b"\0")
+                long_name = told.rstrip(b"\0")
             elif kind == b"x":
-                found = re.search(rb"\d+ path=([^\n]*)\n", content)
+                found = re.search(rb"\d+ path=([^\n]*)\n", told)
                 long_name = found.group(1) if found else long_name
             elif kind not in (b"K", b"g"):
                 if kind != b"5":
@@ -251,19 +250,13 @@ def _short_name(block: bytes) -> bytes:
     return prefix + b"/" + plain if prefix else plain
 
 
-def _skip(stream: BinaryIO, size: int, keep: bool) -> bytes | None:
-    """Pass over a member's content and padding; its bytes if they are kept, None if cut short."""
-    if size < 0:
-        return None
-    kept, left = b"", size
-    while left:
-        piece = stream.read(min(left, 2**20))
-        if not piece:
-            return None
-        left -= len(piece)
-        kept += piece if keep else b""
-    stream.read(-size % 512)
-    return kept
+def _skip(stream: BinaryIO, size: int, padding: int) -> bool:
+    """Pass over what is left of a member's content, and its padding; whether it is whole."""
+    for left in range(size, 0, -(2**20)):
+        if len(stream.read(min(left, 2**20))) < min(left, 2**20):
+            return False
+    stream.read(padding)
+    return size >= 0
 
 
 def _is_header(block: bytes) -> bool:

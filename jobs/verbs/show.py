@@ -160,8 +160,8 @@ def causes(outcome: "Outcome", config: PredictConfig) -> None:
     )
     for cause in causes(outcome.run, totals):
         click.echo(f"  {cause.images:,} x {cause.code}", err=True)
-        for example in cause.examples:
-            click.echo(harmless(f"    {example.image_id}: {example.message}"), err=True)
+        for image_id, message in cause.examples:
+            click.echo(harmless(f"    {image_id}: {message}"), err=True)
     enough = math.ceil(10 * totals.failed / totals.images_seen) / 10
     click.echo(LOOKING.format(run=run, enough=enough), err=True)
 
@@ -193,11 +193,10 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Where all masks are the same class everywhere, the model is hardly one for these images."""
-    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
-        only = next(name for name, n in zip(class_names, totals.class_pixels, strict=True) if n)
+    if (only := totals.only_class()) is not None:
         click.echo(
-            f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
-            "for these images? See model.threshold, and what the model was trained on",
+            f"warning: every pixel of all {totals.ok:,} images is {class_names[only]!r}; is this "
+            "the model for these images? See model.threshold, and what the model was trained on",
             err=True,
         )
 

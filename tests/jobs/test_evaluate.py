@@ -17,8 +17,8 @@ from tests.data import write_tar
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.parts import read_metrics
-from unet_core.report.evaluations import evaluations
-from unet_core.results import stored_masks
+from unet_core.report.facts import evaluations
+from unet_core.results import open_masks
 from unet_core.synthetic import nuclei, png
 from unet_core.truth import truth_of
 from unet_core.verify import verify
@@ -235,8 +235,9 @@ def test_a_report_tells_what_is_wrong_with_an_evaluation(make_run, folder, tmp_p
     evaluated(results.run.uri, f"{tmp_path}/truth/", "input.label_map={255=1}", name="b")
     unmapped, mapped = evaluations(results.run.store, results.totals)
     assert "input.label_map={255=1}" in unmapped.warnings[0]
-    assert (mapped.warnings, "label_map {255 = 1}" in mapped.about) == ((), True)
-    (told,) = evaluations(results.run.store, replace(results.totals, confidence_sum=1))[1].warnings
+    assert (mapped.warnings, mapped.document["of"]["input.label_map"]) == ([], {"255": 1})
+    totals = replace(results.totals, confidence_sum=1)
+    *_, (told,) = (found.warnings for found in evaluations(results.run.store, totals))
     assert "Evaluate again" in told
 
 
@@ -253,8 +254,9 @@ def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch,
     assert truths_of(document["evaluation"]) == truths_of(run)
     assert compared(run, run)["images"]["compared"] == 1
     (shard,) = open_run(run).shards()
-    for mask in stored_masks(open_run(run).run.store, shard.shard_id):
-        assert len(mask.boxes) == 9
+    with open_masks(open_run(run).run.store, shard.shard_id) as masks:
+        mask = masks.mask("slide.tif")
+        assert len(mask.windows) == 9
         assert (mask.whole() == open_run(run).mask("slide.tif")).all()
 
 

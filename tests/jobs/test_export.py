@@ -21,7 +21,7 @@ from unet_core import open_run
 from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.export.names import Names
 from unet_core.export.objects import find_objects, measured
-from unet_core.export.task import Export, Folder, Options
+from unet_core.export.task import Export, Options
 from unet_core.images.codec import decode_labels
 from unet_core.images.preprocessing import to_color
 from unet_core.inputs.formats import list_shards, open_source
@@ -172,7 +172,7 @@ def test_annotations_and_images_are_of_what_the_run_has_now(run, tmp_path, run_c
     footer = {**table.schema.metadata, b"masks_sha256": b"another"}
     pq.write_table(table.replace_schema_metadata(footer), second)
     results, names = open_run(str(copied)), Names(".png")
-    task = Export(results, Folder(Store(str(tmp_path / "png"))), Options("png"), names)
+    task = Export(results, Store(str(tmp_path / "png")), Options("png"), names)
     assert (tmp_path / "png" / gone).exists()
     for shard in results.shards():
         task.do(shard)
@@ -196,8 +196,8 @@ def test_a_damaged_part_sets_its_shard_aside(run, tmp_path, run_cli):
 
 def test_an_export_travels_to_another_process(run, tmp_path):
     results = open_run(str(run))
-    folder, names = Folder(Store(str(tmp_path))), Names(".png")
-    task = pickle.loads(pickle.dumps(Export(results, folder, Options("png"), names)))
+    store, names = Store(str(tmp_path)), Names(".png")
+    task = pickle.loads(pickle.dumps(Export(results, store, Options("png"), names)))
     task.establish()
     assert [task.do(shard) for shard in results.shards()] == [4, 4, 4]
     assert task.done() == {shard.shard_id for shard in results.shards()}

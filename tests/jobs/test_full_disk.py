@@ -15,7 +15,6 @@ from jobs import cli
 from jobs.predict import predict
 from tests.data import digests
 from tests.jobs.test_predict import write_toml
-from unet_core import parts
 from unet_core.errors import StoreError
 from unet_core.storage import spool
 from unet_core.verify import verify
@@ -150,7 +149,6 @@ def test_no_room_for_temporary_files_stops_the_run_and_is_not_blamed_on_the_outp
         if path.is_file() and path.name not in kept:
             path.unlink()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "small"))
-    monkeypatch.setattr(parts, "SPOOL_BYTES", 64)
     monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
     with small_files(tmp_path / "small", 100):
         message = stop(toml)

@@ -81,12 +81,13 @@ def test_a_page_streams_no_more_of_the_input_than_it_may(make_config, monkeypatc
     sizes = {shard.shard_id: shard.bytes for shard in results.shards()}
     budget = sum(sizes.values()) - 1
     monkeypatch.setattr(facts, "MOST_BYTES", budget)
-    entries = {e.pick.image_id: e for sheet in facts.run_facts(results).sheets
-               for e in sheet.entries}.values()  # fmt: skip
-    shown = {entry.pick.shard_id for entry in entries if entry.panels}
+    found = facts.run_facts(results)
+    picks = [pick for sheet in found.sheets for pick in sheet.picks]
+    shown = {pick.shard_id for pick in picks if pick.image_id in found.panels}
     assert 0 < sum(sizes[shard_id] for shard_id in shown) <= budget
     assert len(shown) < len(sizes)
-    assert all("too much to read" in e.reason for e in entries if e.pick.shard_id not in shown)
+    left_out = [pick.image_id for pick in picks if pick.shard_id not in shown]
+    assert all("too much to read" in found.reasons[image_id] for image_id in left_out)
 
 
 def test_a_training_explains_itself(folder, tmp_path):
@@ -110,7 +111,7 @@ def test_a_report_has_all_rows_in_one_file_and_what_was_evaluated_since(make_run
         assert run_cli("evaluate", run, *arguments, "--name", arguments[0].strip("-"))[0] == 0
     write_report(run)
     page = (Path(run) / NAME).read_text()
-    assert "0.0000% of all" in page
+    assert "0.0000 % of all" in page
     assert f"compared with truth in {folder}/masks" in page
     assert open_run(run).metrics.num_rows == 12
     assert (Path(run) / "metrics.parquet").exists()

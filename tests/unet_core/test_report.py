@@ -22,12 +22,11 @@ from unet_core.inputs.shards import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import activity
 from unet_core.report.charts import histogram
-from unet_core.report.facts import Entry, Sheet, command_of, run_facts
-from unet_core.report.images import Fetched
+from unet_core.report.facts import Sheet, run_facts
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
-from unet_core.report.page import run_page
-from unet_core.report.pictures import PANEL, panels, view
-from unet_core.schema import TIMINGS
+from unet_core.report.page import render
+from unet_core.report.pictures import PANEL, panels
+from unet_core.timings import TIMINGS
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -79,7 +78,7 @@ class Outline(HTMLParser):
 
 
 def test_a_run_explains_itself(run, facts):
-    page = run_page(facts).decode()
+    page = render(facts).decode()
     for text in ("not finished", "13 ok + 1 failed", "mean of classes", "nucleus", "cell03.png",
                  run.record.fingerprint, "more images failed than errors.max_failed_images = 0",
                  "not a TIFF, PNG", "--model"):  # fmt: skip
@@ -89,14 +88,15 @@ def test_a_run_explains_itself(run, facts):
         "Worst images",
         "Largest foreground",
     ]
-    assert all(len(entry.panels) >= 3 for sheet in facts.sheets for entry in sheet.entries)
+    assert all(len(found) >= 3 for found in facts.panels.values())
+    assert not facts.reasons
     micro = run.totals.scores
-    assert [row.iou for row in facts.classes] == [score.iou for score in micro]
+    assert [row.scores.iou for row in facts.classes] == [score.iou for score in micro]
     assert facts.confusion[1] == [micro[1].fn, micro[1].tp]
 
 
 def test_a_page_is_one_file_that_everybody_can_read(facts):
-    outline = Outline(run_page(facts))
+    outline = Outline(render(facts))
     assert not outline.of("script", "iframe", "object")
     links = [a.get("src", a.get("href", "")) for _, a in outline.found]
     assert all(link.startswith(("data:", "#")) for link in links if link)
@@ -112,7 +112,7 @@ def test_a_page_is_one_file_that_everybody_can_read(facts):
 
 
 def test_names_from_elsewhere_are_text(facts):
-    page = run_page(facts)
+    page = render(facts)
     assert b"&lt;img src=x onerror=alert(1)&gt;" in page
     assert b"<img src=x" not in page
     assert b"<script" not in page
@@ -122,7 +122,7 @@ def test_names_from_elsewhere_are_text(facts):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_phone_shows_every_picture_and_never_scrolls_sideways(facts, tmp_path):
-    page = run_page(facts).replace(b"default-src 'none'", b"script-src 'unsafe-inline'")
+    page = render(facts).replace(b"default-src 'none'", b"script-src 'unsafe-inline'")
     (tmp_path / "page.html").write_bytes(page + COUNTER.encode())
     frame = '<iframe src="page.html" style="width: 390px; height: 900px"></iframe>'
     (tmp_path / "frame.html").write_text(
@@ -159,8 +159,8 @@ def rows(count, classes=2, seed=0):
         "shard_id": pa.array(np.arange(count) // 256).cast("string"),
         "image_id": pa.array(np.arange(count)).cast("string"),
         "status": pa.array(["ok"] * (count - 1) + ["failed"]),
-        "height": pa.array(np.full(count, 100)),
-        "width": pa.array(random.integers(1, 40, count)),
+        "height": pa.array(np.full(count, 100, np.int32)),
+        "width": pa.array(random.integers(1, 40, count).astype(np.int32)),
         "class_pixels": lists(pixels),
         "confidence_sum": pa.array(random.integers(0, 65535, count)),
         "tp": lists(tp),
@@ -180,10 +180,10 @@ def test_one_pass_finds_what_a_loop_over_all_rows_finds():
         of_class = [t / (t + p + n) for t, p, n in zip(row["tp"], row["fp"], row["fn"], strict=True)
                     if t + p + n]  # fmt: skip
         ious.append(sum(of_class) / len(of_class))
-    assert np.allclose(found.iou, ious)
+    assert np.allclose(found.values["iou"], ious)
     assert [pick.image_id for pick in found.worst] == [str(n) for n in np.argsort(ious)[:5]]
     assert [p.image_id for p in found.picks[LARGEST]] == [
-        str(n) for n in np.argsort(-found.foreground, kind="stable")[:5]
+        str(n) for n in np.argsort(-found.values["foreground"].to_numpy(), kind="stable")[:5]
     ]
     assert found.confusion_KK.sum() == sum(sum(r["confusion"]) for r in table.to_pylist()[:-1])
     assert len({pick.image_id for pick in found.picks[RANDOM]}) == 5
@@ -203,7 +203,7 @@ def noise(number):
     ids = random.integers(0, 64, (2, 1, PANEL, PANEL), np.uint8)
     one = np.ones(3, np.float32)
     sample = Sample(str(number), "", "", bytes)
-    return Fetched(Picture(sample, Pixels.of(pixels_CHW), one, one, Pixels.of(ids[0])), ids[1][0])
+    return Picture(sample, Pixels.of(pixels_CHW), one, one, Pixels.of(ids[0])), ids[1][0]
 
 
 def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
@@ -212,19 +212,22 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
     began = time.perf_counter()
     measured = measure(batches, 2)
     assert time.perf_counter() - began < 3
-    assert len(measured.iou) == 60 * 8191
-    drawn = [panels(view(noise(n), PANEL), palette, 255) for n in range(4)]
-    entries = [Entry(pick, drawn[n % 4], "") for n, pick in enumerate(measured.picks[RANDOM] * 3)]
+    assert measured.values.num_rows == 60 * 8191
+    drawn = [panels(*noise(n), palette, 255) for n in range(4)]
+    picks = measured.picks[RANDOM]
+    sizes, size_count = facts_of.sizes_of(measured)
     names = [f"a class with a long name {n}" for n in range(64)]
-    page = run_page(
+    page = render(
         dataclasses.replace(
             facts,
-            classes=tuple(dataclasses.replace(facts.classes[0], name=name) for name in names),
+            classes=[dataclasses.replace(facts.classes[0], name=name) for name in names],
             class_count=64,
             confusion=[[10**9] * 64] * 64,
             plots=facts_of.distributions(measured),
-            sizes=facts_of.sizes_of(measured.sizes),
-            sheets=(Sheet("random", "Random", "", tuple(entries)),),
+            sizes=sizes,
+            size_count=size_count,
+            sheets=[Sheet("random", "Random", "", picks * 3)],
+            panels={pick.image_id: drawn[n % 4] for n, pick in enumerate(picks)},
         )
     )
     assert len(page) < 5e6
@@ -237,12 +240,12 @@ def test_what_cannot_be_shown_says_so_in_its_place(folder, tiny_model, tmp_path)
     predict(config_of(tmp_path, tmp_path / "run", tiny_model))
     (tmp_path / "images" / "cell02.png").unlink()
     (tmp_path / "images" / "cell03.png").write_bytes(b"rewritten")
-    (sheet,) = run_facts(open_run(str(tmp_path / "run"))).sheets
-    reasons = {entry.pick.image_id: entry.reason for entry in sheet.entries}
-    assert len(reasons) == 6
+    found = run_facts(open_run(str(tmp_path / "run")))
+    (sheet,), reasons = found.sheets, found.reasons
+    assert len(sheet.picks) == 6
     assert "it was there when the run began" in reasons["cell02.png"]
     assert "cell03.png" in reasons["cell03.png"]
-    assert [bool(entry.panels) for entry in sheet.entries].count(True) == 4
+    assert (len(found.panels), len(reasons)) == (4, 2)
 
 
 def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
@@ -251,17 +254,17 @@ def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
     (tmp_path / "images" / "cell01.png").write_bytes(b"no image")
     predict(config_of(tmp_path, tmp_path / "run", tiny_model))
     found = run_facts(open_run(str(tmp_path / "run")))
-    assert (found.sheets, found.plots, found.confusion, len(found.causes)) == ((), (), (), 1)
-    assert b"0 ok + 1 failed" in run_page(found)
+    assert (found.sheets, found.plots, found.confusion, len(found.causes)) == ([], [], [], 1)
+    assert b"0 ok + 1 failed" in render(found)
     for folder_name in ("metrics", "masks", "timings"):
         shutil.rmtree(tmp_path / "run" / folder_name)
     found = run_facts(open_run(str(tmp_path / "run")))
     assert found.warnings[0].startswith("Not finished: 0 of 1 shards")
-    assert b"not finished" in run_page(found)
+    assert b"not finished" in render(found)
 
 
-def test_the_command_shown_gives_the_config_again(run):
-    _, verb, source, *words = shlex.split(command_of(run))
+def test_the_command_shown_gives_the_config_again(run, facts):
+    _, verb, source, *words = shlex.split(facts.command)
     assert (verb, words[0], words[2]) == ("predict", "--model", "--out")
     config = predict_config(source, tuple(words[4:]), words[1], words[3])
     assert config == run.config
@@ -272,7 +275,7 @@ def test_time_in_which_nobody_worked_is_cut_out():
     table = [
         {name: 0.0 for name in TIMINGS.names if name.endswith("_s")}
         | {"shard_id": str(n), "attempt": 1, "actor": actor, "images": 100, "pixels": 10**6,
-           "device_s": 8.0, "waiting_for_reading_s": 2.0,
+           "device_s": 8.0, "waiting_for_reading_s": 2.0, "whole_s": 10.0,
            "finished": began + datetime.timedelta(seconds=10 * (n + 1) + 7200 * (n >= 5))}
         for n in range(10) for actor in ("a", "b")
     ]  # fmt: skip
@@ -289,7 +292,8 @@ def test_attempts_count_by_the_clock_however_many_overlap():
     began = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     ends_s = (10, 15, 60)  # nobody worked from 15 to 50
     table = [
-        {"shard_id": str(n), "attempt": 1, "actor": "a", "images": 100, "pixels": 10**6,
+        {name: 0.0 for name in TIMINGS.names if name.endswith("_s")}
+        | {"shard_id": str(n), "attempt": 1, "actor": "a", "images": 100, "pixels": 10**6,
          "device_s": 19.0, "whole_s": 10.0, "finished": began + datetime.timedelta(seconds=end_s)}
         for n, end_s in enumerate(ends_s)
     ]  # fmt: skip
@@ -301,15 +305,15 @@ def test_attempts_count_by_the_clock_however_many_overlap():
 def test_a_page_says_of_how_many_images_it_has_timings(facts):
     few = dataclasses.replace(facts.activity, images=5)
     said = b"Timings are here of"
-    assert said not in run_page(facts)
-    assert said + b" 5 of 14 images" in run_page(dataclasses.replace(facts, activity=few))
+    assert said not in render(facts)
+    assert said + b" 5 of 14 images" in render(dataclasses.replace(facts, activity=few))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.998, 1.0])
 def test_a_histogram_of_one_value_shows_it_inside_its_axis(value):
     plot = histogram("all the same", np.full(7, value, np.float32))
-    (bar,) = plot.bars
-    assert [float(part) for part in bar.text.split(":")[0].split(" to ")] == pytest.approx(
+    (bar,) = plot.marks
+    assert [float(part) for part in bar.name.split(":")[0].split(" to ")] == pytest.approx(
         [value, value], abs=1e-3
     )
     assert float(plot.x[-1].text) <= 1.0

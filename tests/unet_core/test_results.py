@@ -1,3 +1,4 @@
+import pyarrow.compute as pc
 import pytest
 
 from jobs.predict import predict
@@ -5,7 +6,7 @@ from unet_core import compact, open_run
 from unet_core.compact import COMPACTED
 from unet_core.errors import ParquetDamagedError
 from unet_core.parts import masks_name
-from unet_core.results import stored_masks
+from unet_core.results import open_masks
 
 
 @pytest.fixture
@@ -46,16 +47,15 @@ def test_rows_taken_back_take_the_one_file_along(run):
     assert not run.store.exists(compact.FILE)
 
 
-def test_masks_of_a_shard_come_one_by_one_as_they_come_by_id(make_config):
+def test_masks_of_a_shard_are_those_of_the_run(make_config):
     run = predict(make_config(output={"encoding": "png"})).run
     results = open_run(run.uri)
     shard = results.shards()[0]
-    found = {mask.image_id: mask.whole() for mask in stored_masks(run.store, shard.shard_id)}
-    assert len(found) == 2
-    for image_id, mask_HW in found.items():
-        assert (results.mask(image_id) == mask_HW).all()
-    skipped = [mask.image_id for mask in stored_masks(run.store, shard.shard_id)]
-    assert skipped == list(found)
+    rows = results.metrics.filter(pc.field("shard_id") == shard.shard_id)
+    with open_masks(run.store, shard.shard_id) as masks:
+        for image_id in rows["image_id"].to_pylist():
+            assert (results.mask(image_id) == masks.mask(image_id).whole()).all()
+        assert (rows.num_rows, masks.mask("another")) == (2, None)
 
 
 def test_a_run_knows_its_config_and_input_again(make_config):
@@ -76,18 +76,19 @@ def test_label_images_are_found_from_any_folder(make_config, folder, tmp_path, m
 
 def test_a_damaged_mask_is_told_by_its_file_wherever_it_is_read(run):
     shard_id = open_run(run.uri).shards()[0].shard_id
-    masks = stored_masks(run.store, shard_id)
-    mask = next(masks)
-    with run.store.open_parquet(masks_name(shard_id)) as file:
-        names = file.schema_arrow.names
-        column = file.metadata.row_group(0).column(names.index("mask"))
-    data = bytearray(run.store.read(masks_name(shard_id)))
-    at = column.dictionary_page_offset or column.data_page_offset
-    data[at : at + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    with open(run.store.uri(masks_name(shard_id)), "r+b") as part:
-        part.write(data)
-    with pytest.raises(ParquetDamagedError, match=masks_name(shard_id)):
-        mask.whole()
+    image_id = open_run(run.uri).metrics.filter(pc.field("shard_id") == shard_id)["image_id"][0]
+    with open_masks(run.store, shard_id) as masks:
+        mask = masks.mask(image_id.as_py())
+        with run.store.open_parquet(masks_name(shard_id)) as file:
+            names = file.schema_arrow.names
+            column = file.metadata.row_group(0).column(names.index("mask"))
+        data = bytearray(run.store.read(masks_name(shard_id)))
+        at = column.dictionary_page_offset or column.data_page_offset
+        data[at : at + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        with open(run.store.uri(masks_name(shard_id)), "r+b") as part:
+            part.write(data)
+        with pytest.raises(ParquetDamagedError, match=masks_name(shard_id)):
+            mask.whole()
 
 
 def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):

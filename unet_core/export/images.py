@@ -74,8 +74,8 @@ def encode_tiff(
 
 def bands_of(mask: StoredMask) -> Iterator[Array]:
     """A mask's rows of windows from above, each as one array: the whole of a mask is not held."""
-    for _, windows in groupby(mask.windows, key=lambda window: window[0].y):
-        yield np.concatenate([window_HW for _, window_HW in windows], axis=1)
+    for _, windows in groupby(mask.windows.items(), key=lambda window: window[0].y):
+        yield np.concatenate([read() for _, read in windows], axis=1)
 
 
 def _tiles(bands: Iterable[Array]) -> Iterator[Array]:

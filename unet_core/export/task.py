@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from unet_core.export.objects import Objects, find_objects, measured
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
-from unet_core.results import Results, StoredMask, pictures, stored_masks
+from unet_core.results import Results, StoredMask, open_masks, pictures
 from unet_core.run import require_empty, require_equal
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
@@ -39,8 +39,6 @@ MOST_LABELS = 2**16 - 1
 ROW_GROUP_BYTES = 8 * 2**20
 
 Row = dict[str, Any]
-Made = BinaryIO | list[Row] | None
-"""Of an image: a file, annotations, or neither."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +53,20 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Where an export lies: a folder of its own, or a run's ``objects``, where only rows of objects
-    are to be seen by who reads it as a data set.
-    """
-
-    store: Store
-    is_of_run: bool = False
-
-    def own(self, name: str) -> str:
-        """Name of what an export keeps for itself."""
-        return f"_{name}" if self.is_of_run else name
-
-    def objects(self, shard_id: str) -> str:
-        """Name of a shard's rows of objects."""
-        return f"{'' if self.is_of_run else 'objects/'}{shard_id}.parquet"
-
-
-@dataclass(frozen=True)
 class Export:
     """A ``Task``: exports the shards of a run."""
 
     results: Results
-    folder: Folder
+    store: Store
+    """Where the export lies."""
     options: Options
     names: Names
     has_input: bool = False
     """Whether intensities are measured: the input is still there."""
+    is_of_run: bool = False
+    """It lies in a run's ``objects``, where only rows of objects are to be seen by who reads it as
+    a data set; else in a folder of its own.
+    """
 
     @property
     def identity(self) -> dict[str, str]:
@@ -95,7 +80,7 @@ class Export:
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
-        store, name = self.folder.store, self.folder.own("export.json")
+        store, name = self.store, self._own("export.json")
         if not store.exists(name):
             require_empty(store, "export", "--out")
             record = self.results.record
@@ -112,21 +97,24 @@ class Export:
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
-        store = self.folder.store
-        names = {i: self.index(i) for i in ids_in(store, self.folder.own("index"))}
-        return current_ids(self.results.run.store, store, names)
+        names = {i: self.index(i) for i in ids_in(self.store, self._own("index"))}
+        return current_ids(self.results.run.store, self.store, names)
 
     def index(self, shard_id: str) -> str:
         """Name of a shard's commit."""
-        return self.folder.own(f"index/{shard_id}.parquet")
+        return self._own(f"index/{shard_id}.parquet")
+
+    def _own(self, name: str) -> str:
+        """Name of what an export keeps for itself."""
+        return f"_{name}" if self.is_of_run else name
 
     def masks_sha256(self, shard_id: str) -> str | None:
         """Of the masks that a shard's index is of."""
-        return masks_sha256(self.folder.store, self.index(shard_id))
+        return masks_sha256(self.store, self.index(shard_id))
 
     def exported(self, shard_id: str, columns: list[str]) -> Iterator[Row]:
         """Rows of a shard's index, a group in memory at a time."""
-        with self.folder.store.open_parquet(self.index(shard_id)) as file:
+        with self.store.open_parquet(self.index(shard_id)) as file:
             for group in range(file.num_row_groups):
                 yield from file.read_row_group(group, columns).to_pylist()
 
@@ -135,7 +123,7 @@ class Export:
         """Export one shard; raises NotFoundError or ParquetDamagedError if its parts are not what
         they should be.
         """
-        store, shard_id = self.folder.store, shard.shard_id
+        store, shard_id = self.store, shard.shard_id
         metrics, footer = read_metrics(self.results.run.store, shard_id)
         footer = {**self.identity, "masks_sha256": footer["masks_sha256"]}
         columns = schema.EXPORTED
@@ -155,7 +143,8 @@ class Export:
                     objects.append(found)
             self._remove_all_but(files, shard_id)
             if self.options.objects:
-                store.publish(self.folder.objects(shard_id), objects.complete())
+                folder = "" if self.is_of_run else "objects/"
+                store.publish(f"{folder}{shard_id}.parquet", objects.complete())
             store.publish(self.index(shard_id), index.complete())
         return metrics.num_rows
 
@@ -164,69 +153,65 @@ class Export:
         rows = metrics.select(["image_id", "height", "width", "status", "error_message"])
         ok = rows.filter(pc.field("status") == "ok")["image_id"].to_pylist()
         inputs = _inputs(self.results, shard, ok) if self.has_input else repeat(None)
-        masks = stored_masks(self.results.run.store, shard.shard_id)
-        mask = next(masks, None)
-        for row in rows.to_pylist():
-            if row["status"] != "ok":
-                yield {**row, "problem": row["error_message"]}, None
-                continue
-            pixels = next(inputs)
-            if mask is None or mask.image_id != row["image_id"]:  # both are in the shard's order
-                yield {**row, "status": "refused", "problem": "the run has no mask of it"}, None
-            else:
-                made, found = self._image(shard.shard_id, mask, pixels)
-                yield {**row, **made}, found
-                mask = next(masks, None)
+        with open_masks(self.results.run.store, shard.shard_id) as masks:
+            for row in rows.to_pylist():
+                if row["status"] != "ok":
+                    yield {**row, "problem": row["error_message"]}, None
+                else:
+                    mask = masks.mask(row["image_id"])
+                    made, found = self._image(shard.shard_id, mask, next(inputs))
+                    yield {**row, **made}, found
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
         """Remove images of an earlier export of this shard that have failed since."""
-        if self.folder.store.exists(self.index(shard_id)):
+        if self.store.exists(self.index(shard_id)):
             for row in self.exported(shard_id, ["file"]):
                 if row["file"] and row["file"] not in files:
-                    self.folder.store.remove(row["file"])
+                    self.store.remove(row["file"])
 
     def _image(
-        self, shard_id: str, mask: StoredMask, pixels: Pixels | None
+        self, shard_id: str, mask: StoredMask | None, pixels: Pixels | None
     ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
+        if mask is None:
+            return {"status": "refused", "problem": "the run has no mask of it"}, None
         try:
             if self.options.format != "tiff" or self.options.objects:
                 _require_small(mask)
             if not self.options.objects:
-                return self._written(shard_id, mask.image_id, self._made(mask)), None
+                return self._written(shard_id, mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(shard_id, mask.image_id, self._made(mask, found))
+            row = self._written(shard_id, mask, found)
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, pixels)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _made(self, mask: StoredMask, found: Objects | None = None) -> Made:
-        """What is written of a mask's classes, or of the objects that were found in it."""
+    def _written(self, shard_id: str, mask: StoredMask, found: Objects | None = None) -> Row:
+        """Write a mask's classes, or the objects that were found in it; what the index says of it:
+        its file, or annotations.
+        """
         palette = self.results.palette if found is None else None
         size = mask.height, mask.width
         match self.options.format:
             case "png":
-                return encode_png(mask.whole() if found is None else _labels(found), palette)
+                file = encode_png(mask.whole() if found is None else _labels(found), palette)
             case "tiff":
                 kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
                 bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
-                return encode_tiff(size, bands, palette)
+                file = encode_tiff(size, bands, palette)
             case "coco":
                 regions = coco.classes_of(mask.whole()) if found is None else found.regions()
-                return [coco.annotation(*at, size, self.options.polygons) for at in regions]
-        return None
-
-    def _written(self, shard_id: str, image_id: str, made: Made) -> Row:
-        """What a row of the index says of it; a file is published."""
-        if made is None or isinstance(made, list):
-            return {"annotations": made}
-        name = self.names.of(image_id, shard_id)
+                polygons = self.options.polygons
+                return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
+            case _:
+                return {}
+        name = self.names.of(mask.image_id, shard_id)
         try:
-            self.folder.store.publish(name, made)
+            self.store.publish(name, file)
         finally:
-            drop(made)
+            drop(file)
         return {"file": name}
 
 

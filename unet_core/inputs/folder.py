@@ -19,7 +19,7 @@ from unet_core.inputs.shards import (
     Source,
     make_shard,
 )
-from unet_core.storage.store import Store
+from unet_core.storage.store import Entry, Store
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    masks = source.config.masks
-    mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
+    mask_root = masks_root(source)
     for member in shard.members:
         image = File(source.root, member.key, source.root, member.etag)
         mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
@@ -87,28 +86,23 @@ def _pair(source: Source) -> list[Member]:
     if not masks:
         return members
     if "/" in masks:
-        store = Store(masks, source.root.storage)
+        store = masks_root(source)
         below = _path_below(store.uri(), source.root.uri())
         members = [m for m in members if not (below and m.key.startswith(below))]
-        entries = [entry for entry in store.list() if is_image(entry.name)]
-        by_stem = names_by_stem([entry.name for entry in entries], masks)
+        by_stem = labels_by_stem(store.list(), masks)
     else:
-        stems = {stem_of(m.key) for m in members}
-        found = dict.fromkeys(
-            m.key
-            for m in members
-            if (stem := stem_of(m.key)).endswith(masks) and stem.removesuffix(masks) in stems
-        )
+        stems = {stem_of(entry.name) for entry in entries}
+        paired = (e for e in entries if stem_of(e.name).removesuffix(masks) in stems)
+        by_stem = labels_by_stem(paired, masks)
+        found = {entry.name for entry in by_stem.values()}
         members = [m for m in members if m.key not in found]
-        by_stem = {s.removesuffix(masks): n for s, n in names_by_stem(list(found), masks).items()}
-    etags = {entry.name: entry.etag for entry in entries}
     lonely = []
     for at, member in enumerate(members):
         mask = by_stem.get(stem_of(member.key))
         if mask is None:
             lonely.append(member.key)
         else:
-            members[at] = member._replace(mask=mask, mask_etag=etags[mask])
+            members[at] = member._replace(mask=mask.name, mask_etag=mask.etag)
     _say_unmatched(lonely, len(members), by_stem, masks)
     return members
 
@@ -123,22 +117,32 @@ def _path_below(path: str, root: str) -> str:
     return f"{path[len(root) + 1 :]}/" if path.startswith(f"{root}/") else ""
 
 
-def names_by_stem(names: list[str], masks: str) -> dict[str, str]:
-    """Label images by their stems; raises ConfigError for two of one stem."""
-    by_stem: dict[str, str] = {}
-    for name in names:
-        other = by_stem.setdefault(stem_of(name), name)
-        if other != name:
-            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {other}, {name}")
+def masks_root(source: Source) -> Store:
+    """Below which label images lie: ``input.masks`` is a folder, or what their stems end in."""
+    masks = source.config.masks
+    return Store(masks, source.root.storage) if "/" in masks else source.root
+
+
+def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
+    """Label images by the stems of their images; raises ConfigError for two of one stem."""
+    suffix = "" if "/" in masks else masks
+    by_stem: dict[str, Entry] = {}
+    for entry in entries:
+        stem = stem_of(entry.name)
+        if is_image(entry.name) and stem.endswith(suffix):
+            other = by_stem.setdefault(stem.removesuffix(suffix), entry)
+            if other is not entry:
+                names = f"{other.name}, {entry.name}"
+                raise ConfigError(f"input.masks: {masks} holds two masks of one name: {names}")
     return by_stem
 
 
-def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], masks: str) -> None:
+def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, Entry], masks: str) -> None:
     if not lonely:
         return
     shown = ", ".join(lonely[:SHOWN])
     if len(lonely) == images:
-        there = ", ".join(list(by_stem.values())[:SHOWN]) or "no images at all"
+        there = ", ".join(e.name for e in islice(by_stem.values(), SHOWN)) or "no images at all"
         raise ConfigError(
             f"input.masks: none of {images} images has a mask with the same stem in {masks!r}; "
             f"images: {shown}; masks: {there}"

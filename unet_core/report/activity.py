@@ -5,6 +5,7 @@ there was none is cut out.
 """
 
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,6 @@ CHUNK = 65536
 LEAST_SHARDS = 6
 PAUSE_S = 120.0
 """Time without an attempt is told if it is longer."""
-MOST_ACTORS = 32
 SPENT = [f"{stage}_s" for stage in DEVICE.values()]
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
@@ -49,9 +49,7 @@ class Activity:
     images_per_s: float
     megapixels_per_s: float
     shares: dict[str, float]
-    actors: tuple[Actor, ...]
-    """Empty if there are too many to show."""
-    actor_count: int
+    actors: list[Actor]
     rate: Plot | None
     where: Plot | None
     """Both None for a few shards."""
@@ -59,48 +57,28 @@ class Activity:
 
 def activity(table: pa.Table) -> Activity | None:
     """Of the rows in ``timings/``; None if there are none."""
-    table = table.sort_by([("actor", "ascending"), ("finished", "ascending")]).combine_chunks()
-    table = pa.table([column.fill_null(0) if pa.types.is_floating(column.type) else column
-                      for column in table.columns], names=table.column_names)  # fmt: skip
     if not table.num_rows:
         return None
-    began_s, ended_s = _intervals(table)
-    start_s, end_s, pauses = _without_pauses(began_s, ended_s)
-    worked_s = float(end_s.max())
-    images = table["images"].to_numpy().astype(float)
-    actors = _actors(table)
+    ends_s = table["finished"].cast(pa.int64()).to_numpy() / 1e3
+    begins_s = ends_s - np.maximum(table["whole_s"].to_numpy(), 1e-3)
+    start_s, end_s, pauses = _without_pauses(begins_s, ends_s)
+    worked_s, images = float(end_s.max()), pc.sum(table["images"]).as_py()
     rate, where = None, None
     if table.num_rows >= LEAST_SHARDS:
-        rate, where = _plots(table, images, start_s, end_s, worked_s, pauses)
+        rate, where = _plots(table, start_s, end_s, worked_s, pauses)
     return Activity(
-        began=datetime.datetime.fromtimestamp(float(began_s.min()), datetime.UTC),
+        began=datetime.datetime.fromtimestamp(float(begins_s.min()), datetime.UTC),
         ended=pc.max(table["finished"]).as_py(),
         worked_s=worked_s,
         pauses=len(pauses),
-        images=int(images.sum()),
-        images_per_s=images.sum() / worked_s,
-        megapixels_per_s=float(table["pixels"].to_numpy().sum()) / 1e6 / worked_s,
+        images=images,
+        images_per_s=images / worked_s,
+        megapixels_per_s=pc.sum(table["pixels"]).as_py() / 1e6 / worked_s,
         shares=Seconds.of_table(table).shares,
-        actors=actors if len(actors) <= MOST_ACTORS else (),
-        actor_count=len(actors),
+        actors=list(_actors(table)),
         rate=rate,
         where=where,
     )
-
-
-def _intervals(table: pa.Table) -> tuple[Array, Array]:
-    """Seconds at which each attempt began and ended; rows are ordered by actor.
-
-    Where none were noted, it took what the device says, but no longer than since the one before.
-    """
-    ends = table["finished"].cast(pa.int64()).to_numpy() / 1e3
-    names = pc.dictionary_encode(table["actor"]).combine_chunks().indices.to_numpy()
-    spent = _spent(table).sum(axis=0)
-    before = np.concatenate([[-np.inf], ends[:-1]])
-    before[np.concatenate([[True], names[1:] != names[:-1]])] = -np.inf
-    whole = table["whole_s"].to_numpy()
-    starts = np.where(whole > 0, ends - whole, np.maximum(before, ends - spent))
-    return np.minimum(starts, ends - 1e-3), ends
 
 
 def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
@@ -119,17 +97,17 @@ def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[fl
 
 
 def _plots(
-    table: pa.Table, images: Array, start_s: Array, end_s: Array, worked_s: float,
-    pauses: list[float],
-) -> tuple[Plot | None, Plot]:  # fmt: skip
+    table: pa.Table, start_s: Array, end_s: Array, worked_s: float, pauses: list[float]
+) -> tuple[Plot | None, Plot]:
     edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
-    parts = _binned(np.vstack([images, _spent(table)]), start_s, end_s, edges)
+    values = np.stack([table[name].to_numpy() for name in ("images", *SPENT)])
+    parts = _binned(values, start_s, end_s, edges)
     rates = parts[0] / np.diff(edges)
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
     middles = (edges[:-1] + edges[1:]) / 2 / size
     rules = tuple((at / size, "paused") for at in pauses)
-    series = [Series("images per second", [0.0, *middles, worked_s / size],
-                     [rates[0], *rates, rates[-1]])]  # fmt: skip
+    points = [0.0, *middles, worked_s / size], [rates[0], *rates, rates[-1]]
+    series = [Series("images per second", list(zip(*points, strict=True)))]
     rate = lines("Images per second", series, f"{unit} at work", rules=rules)
     states = parts[1:].T
     totals = states.sum(axis=1, keepdims=True)
@@ -149,16 +127,9 @@ def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
     return total
 
 
-def _spent(table: pa.Table) -> Array:
-    """Seconds (M, N) by ``DEVICE``."""
-    return np.stack([table[column].to_numpy() for column in SPENT])
-
-
-def _actors(table: pa.Table) -> tuple[Actor, ...]:
+def _actors(table: pa.Table) -> Iterator[Actor]:
     sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
-    found = []
     for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
         spent = [row[f"{column}_sum"] for column in SPENT]
         shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
-        found.append(Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares))
-    return tuple(found)
+        yield Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares)

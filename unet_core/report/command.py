@@ -2,52 +2,52 @@
 
 import json
 import shlex
+from collections import defaultdict
 from typing import Any
 
-from unet_core.config import override_values
+from unet_core.config import PredictConfig, build, override_values
 
 Table = dict[str, Any]
 
 
 def toml(config: Table) -> str:
-    """Every key, in sections."""
-    return "\n\n".join(
-        f"[{name}]\n" + "\n".join(f"{key} = {_literal(value)}" for key, value in section.items()
-                                  if value is not None and not _is_section(value))
-        for name, section in _sections(config)
-    )  # fmt: skip
+    """Every key that has a value, in sections."""
+    sections: dict[str, list[str]] = defaultdict(list)
+    for path, value in _flat(config).items():
+        section, _, key = path.rpartition(".")
+        if value is not None:
+            sections[section].append(f"{key} = {_literal(value)}")
+    return "\n\n".join("\n".join([f"[{name}]", *lines]) for name, lines in sections.items())
 
 
 def command(verb: list[str], config: Table, defaults: Table, leave_out: set[str]) -> str:
     """A verb with plain arguments, and an override for each key that has another value than
     ``defaults``; those that its arguments say are left out.
     """
+    usual = _flat(defaults)
     changed = [
-        f"{key}={_override(key, value)}" for key, value in _flat(config).items()
-        if key not in leave_out and value != _flat(defaults).get(key) and value is not None
-    ]  # fmt: skip
+        f"{key}={_override(key, value)}"
+        for key, value in _flat(config).items()
+        if key not in leave_out and value != usual.get(key) and value is not None
+    ]
     return " ".join(shlex.quote(word) for word in ["unet-jobs", *verb, *changed])
 
 
-def _sections(config: Table, prefix: str = "") -> list[tuple[str, Table]]:
-    found = []
-    for key, value in config.items():
-        if _is_section(value):
-            found += [(prefix + key, value), *_sections(value, f"{prefix}{key}.")]
-    return [
-        (name, table) for name, table in found if any(not _is_section(v) for v in table.values())
-    ]
-
-
-def _is_section(value: Any) -> bool:
-    """A table of keys that are names; maps of values are written in one line."""
-    return isinstance(value, dict) and bool(value) and all(map(str.isidentifier, value))
+def predict_command(config: Table, checkpoint: str, out: str) -> str:
+    """The command that predicts with a config, or with a part of one, into a folder."""
+    uri = config["input"]["uri"]
+    places = {"input": {"uri": uri}, "output": {"uri": out}}
+    defaults = build(PredictConfig, places, []).model_dump(mode="json")
+    told = {"input.uri", "model.checkpoint", "output.uri"}
+    return command(["predict", uri, "--model", checkpoint, "--out", out], config, defaults, told)
 
 
 def _flat(table: Table, prefix: str = "") -> Table:
+    """Values by the paths of their keys; maps whose keys are no names are values."""
     found: Table = {}
     for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if _is_section(value) else {prefix + key: value}
+        is_section = isinstance(value, dict) and value and all(map(str.isidentifier, value))
+        found |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
     return found
 
 

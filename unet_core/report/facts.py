@@ -1,24 +1,27 @@
 """What there is to say of a run, gathered once; the page only lays it out."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-
-import numpy as np
+from typing import Any
 
 from unet_core.arrays import Array
 from unet_core.compact import batches
-from unet_core.config import PredictConfig, build
+from unet_core.evaluate import EVALUATION_JSON, FOLDER
 from unet_core.failures import Cause, causes
-from unet_core.metrics import RATIOS, Totals, mean, ratio
+from unet_core.images.picture import Picture
+from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity, activity
 from unet_core.report.charts import Plot, histogram
-from unet_core.report.command import command, toml
-from unet_core.report.evaluations import Compared, evaluations
+from unet_core.report.command import predict_command, toml
 from unet_core.report.images import fetch
 from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
-from unet_core.report.pictures import PANEL, Panel, panels, view
+from unet_core.report.pictures import Panel, panels
 from unet_core.results import Results
+from unet_core.storage.store import Store
+from unet_core.tally import counted
 from unet_core.timings import read_timings
 
 SHOWN = 8
@@ -29,39 +32,26 @@ MOST_CLASSES = 64
 MOST_SIZES = 8
 TIMING_FILES = 2880
 """About two days at work."""
+DISTRIBUTIONS = {
+    "iou": "IoU of an image, mean over its classes",
+    "dice": "Dice of an image, mean over its classes",
+    "confidence": "Mean confidence of an image",
+    "foreground": "Foreground share of an image",
+}
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class over all images; None is undefined."""
+    """One class over all images."""
 
     name: str
     color: str
     share: float | None
-    """Of all pixels in the masks."""
-    dice: float | None
-    iou: float | None
-    precision: float | None
-    recall: float | None
-
-
-@dataclass(frozen=True)
-class Size:
-    """Images of one size."""
-
-    text: str
-    images: int
-    width: float | None
-    """Percent of the longest bar; None where a bar would say nothing."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image of a sheet: its panels, or why there are none."""
-
-    pick: Pick
-    panels: tuple[Panel, ...]
-    reason: str
+    """Of all pixels in the masks; None is undefined."""
+    scores: Scores | None
+    """None where there is no truth."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,17 @@ class Sheet:
     anchor: str
     name: str
     about: str
-    entries: tuple[Entry, ...]
+    picks: list[Pick]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A later evaluation: against truth that came later, or another run."""
+
+    name: str
+    document: Row
+    """``evaluation.json``."""
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,30 @@ class RunFacts:
     is_finished: bool
     shards: int
     totals: Totals
-    classes: tuple[ClassRow, ...]
+    classes: list[ClassRow]
     """The most frequent ones, if there are very many."""
     class_count: int
-    mean_row: ClassRow | None
-    """Mean of the defined values of all classes."""
-    confusion: tuple[list[int], ...]
+    mean: dict[str, float | None]
+    """Of the defined scores of all classes; empty without truth."""
+    confusion: list[list[int]]
     """Pixels, truth × mask; empty where there is none, or too many classes."""
-    plots: tuple[Plot, ...]
-    sizes: tuple[Size, ...]
-    sheets: tuple[Sheet, ...]
-    causes: tuple[Cause, ...]
-    evaluations: tuple[Compared, ...]
+    plots: list[Plot]
+    sizes: list[Row]
+    """The most frequent ones: height, width, and how many images have it."""
+    size_count: int
+    sheets: list[Sheet]
+    panels: dict[str, tuple[Panel, ...]]
+    """Of the images of the sheets,"""
+    reasons: dict[str, str]
+    """or why there are none."""
+    causes: list[Cause]
+    evaluations: list[Compared]
     activity: Activity | None
-    warnings: tuple[str, ...]
+    warnings: list[str]
     command: str
     config: str
-    versions: dict[str, str]
-    identity: dict[str, str]
+    versions: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def run_facts(results: Results) -> RunFacts:
@@ -108,116 +114,115 @@ def run_facts(results: Results) -> RunFacts:
     measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
     shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
     compute = record.compute.model_dump(exclude={"versions"})
-    rows = class_rows(results, totals)
+    config, chosen = results.config, sheets(measured)
+    drawn, reasons = _panels(results, chosen)
+    sizes, size_count = sizes_of(measured)
     is_finished = results.run.is_finished
     return RunFacts(
         uri=results.run.uri,
         is_finished=is_finished,
         shards=len(shards),
         totals=totals,
-        classes=most_frequent(rows),
-        class_count=len(rows),
-        mean_row=_mean_row(rows) if totals.with_truth else None,
-        confusion=tuple(matrix_KK.tolist()) if matrix_KK is not None else (),
+        classes=classes_of(results, totals),
+        class_count=len(results.class_names),
+        mean={n: mean(getattr(s, n) for s in totals.scores) for n in RATIOS if totals.with_truth},
+        confusion=matrix_KK.tolist() if matrix_KK is not None else [],
         plots=distributions(measured),
-        sizes=sizes_of(measured.sizes),
-        sheets=sheets(results, measured),
-        causes=tuple(causes(results.run, totals)) if totals.failed else (),
-        evaluations=evaluations(results.run.store, totals),
+        sizes=sizes,
+        size_count=size_count,
+        sheets=chosen,
+        panels=drawn,
+        reasons=reasons,
+        causes=causes(results.run, totals) if totals.failed else [],
+        evaluations=list(evaluations(results.run.store, totals)),
         activity=activity(read_timings(results.run.store, TIMING_FILES)),
-        warnings=tuple(_warnings(results, is_finished, len(shards))),
-        command=command_of(results),
+        warnings=list(_warnings(results, is_finished, len(shards))),
+        command=predict_command(
+            config.model_dump(mode="json"), config.model.checkpoint, results.run.uri
+        ),
         config=toml(record.config),
-        versions={"unet-jobs": record.version, **_texts(compute), **record.compute.versions},
-        identity={"fingerprint": record.fingerprint, **_texts(record.identity)},
+        versions={"unet-jobs": record.version, **compute, **record.compute.versions},
+        identity={"fingerprint": record.fingerprint, **record.identity},
     )
 
 
-def class_rows(results: Results, totals: Totals) -> list[ClassRow]:
-    """Every class, by its id."""
+def classes_of(results: Results, totals: Totals) -> list[ClassRow]:
+    """As many as a table can show, the most frequent ones, in the order of their ids."""
     nothing = [None] * len(results.class_names)
     pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
     classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
-    return [
-        ClassRow(
-            name,
-            "rgb({} {} {})".format(*color),
-            ratio(count or 0, totals.pixels),
-            **{kind: getattr(score, kind, None) for kind in RATIOS},
-        )
+    rows = [
+        ClassRow(name, "rgb({} {} {})".format(*color), ratio(count or 0, totals.pixels), score)
         for name, color, count, score in classes
     ]
-
-
-def most_frequent(rows: list[ClassRow]) -> tuple[ClassRow, ...]:
-    """As many classes as a table can show, in the order of their ids."""
     order = sorted(range(len(rows)), key=lambda at: -(rows[at].share or 0.0))[:MOST_CLASSES]
-    return tuple(rows[at] for at in sorted(order))
+    return [rows[at] for at in sorted(order)]
 
 
-def _mean_row(rows: list[ClassRow]) -> ClassRow:
-    means = {name: mean(getattr(row, name) for row in rows) for name in RATIOS}
-    return ClassRow("mean of classes", "", None, **means)
-
-
-def distributions(measured: Measured) -> tuple[Plot, ...]:
+def distributions(measured: Measured) -> list[Plot]:
     """Histograms over images, of what is defined."""
-    values = {
-        "IoU of an image, mean over its classes": measured.iou,
-        "Dice of an image, mean over its classes": measured.dice,
-        "Mean confidence of an image": measured.confidence,
-        "Foreground share of an image": measured.foreground,
-    }
-    plots = (histogram(title, of_images) for title, of_images in values.items())
-    return tuple(plot for plot in plots if plot is not None)
+    found = (
+        histogram(title, measured.values[name].to_numpy()) for name, title in DISTRIBUTIONS.items()
+    )
+    return [plot for plot in found if plot is not None]
 
 
-def sizes_of(sizes: Array) -> tuple[Size, ...]:
-    """The most frequent sizes, and how many have others."""
-    known, counts = np.unique(sizes, axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    kept = order if len(order) <= MOST_SIZES else order[: MOST_SIZES - 1]
-    most = int(counts.max(initial=1))
-    found = [
-        Size(f"{height:,} × {width:,}", images, 100 * images / most if most > 1 else None)
-        for (height, width), images in zip(known[kept], counts[kept].tolist(), strict=True)
-    ]
-    others = order[len(kept) :]
-    if len(others):
-        found.append(Size(f"{len(others):,} other sizes", int(counts[others].sum()), None))
-    return tuple(found)
+def sizes_of(measured: Measured) -> tuple[list[Row], int]:
+    """The most frequent sizes, and how many there are."""
+    order = [("count_all", "descending"), ("height", "ascending"), ("width", "ascending")]
+    counts = measured.values.group_by(["height", "width"]).aggregate([([], "count_all")])
+    return counts.sort_by(order).slice(0, MOST_SIZES).to_pylist(), counts.num_rows
 
 
-def sheets(results: Results, measured: Measured) -> tuple[Sheet, ...]:
+def sheets(measured: Measured) -> list[Sheet]:
     """Random, worst and largest images; all of them on one sheet if there are few."""
     drawn = measured.picks[RANDOM]
-    chosen = [("all", "All images", "in no order", drawn)]
-    if len(measured.iou) > SHOWN:
-        by = "IoU" if measured.has_truth else "mean confidence"
-        chosen = [
-            ("random", "Random images", "drawn by chance", drawn),
-            ("worst", "Worst images", f"lowest {by} first", measured.worst),
-            ("largest", "Largest foreground", "by share of pixels", measured.picks[LARGEST]),
-        ]
-    palette, ignore_index = results.palette, results.config.input.ignore_index
-    by_rank = chain(*zip_longest(*(of_sheet for *_, of_sheet in chosen)))
+    if measured.values.num_rows <= SHOWN:
+        return [Sheet("all", "All images", "in no order", drawn)] if drawn else []
+    by = "IoU" if measured.has_truth else "mean confidence"
+    return [
+        Sheet("random", "Random images", "drawn by chance", drawn),
+        Sheet("worst", "Worst images", f"lowest {by} first", measured.worst),
+        Sheet("largest", "Largest foreground", "by share of pixels", measured.picks[LARGEST]),
+    ]
+
+
+def _panels(
+    results: Results, sheets: list[Sheet]
+) -> tuple[dict[str, tuple[Panel, ...]], dict[str, str]]:
+    """Of all images by id, or why there are none; the first ones of each sheet first."""
+    by_rank = chain(*zip_longest(*(sheet.picks for sheet in sheets)))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
-    made, reasons = fetch(
-        results, list(picks.values()),
-        lambda fetched: panels(view(fetched, PANEL), palette, ignore_index), MOST_BYTES,
-    )  # fmt: skip
+    ignore_index = results.config.input.ignore_index
 
-    def entry(pick: Pick) -> Entry:
-        return Entry(pick, made.get(pick.image_id, ()), reasons.get(pick.image_id, ""))
+    def draw(picture: Picture, mask_HW: Array) -> tuple[Panel, ...]:
+        return panels(picture, mask_HW, results.palette, ignore_index)
 
-    return tuple(
-        Sheet(anchor, name, about, tuple(map(entry, of_sheet)))
-        for anchor, name, about, of_sheet in chosen
-        if of_sheet
-    )
+    return fetch(results, list(picks.values()), draw, MOST_BYTES)
 
 
-def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]:
+def evaluations(store: Store, totals: Totals) -> Iterator[Compared]:
+    """All that are complete, by name; one of another version is left out. ``totals``: of the run,
+    which may have gone on since.
+    """
+    for entry in store.list(FOLDER):
+        folder, _, name = entry.name.rpartition("/")
+        if name == EVALUATION_JSON:
+            with suppress(ValueError, KeyError, TypeError):
+                document = json.loads(store.read(f"{FOLDER}/{entry.name}"))
+                yield Compared(folder, document, list(_warnings_of(document, totals)))
+
+
+def _warnings_of(document: Row, totals: Totals) -> Iterator[str]:
+    if document["counted"] != counted(totals):
+        yield "The run has gone on since: this is of masks that it had before. Evaluate again."
+    elif not document["is_finished"]:
+        yield "The run is not finished: this is of the shards that were committed."
+    if "warning" in document:
+        yield f"{document['warning'][:1].upper()}{document['warning'][1:]}."
+
+
+def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]:
     totals = results.totals
     if not is_finished:
         how = "run predict again to continue"
@@ -237,29 +242,8 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterable[str]
         yield f"{totals.failed:,} images failed ({share:.2%}); see failures below."
     if unusable := totals.errors.get("truth", 0):
         yield f"The truth of {unusable:,} images could not be used; they have no scores."
-    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
-        only = results.class_names[next(n for n, c in enumerate(totals.class_pixels) if c)]
+    if (only := totals.only_class()) is not None:
         yield (
-            f"Every pixel of all {totals.ok:,} images is {only!r}: is this the model for these "
-            "images? See model.threshold, and what the model was trained on."
+            f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this "
+            "the model for these images? See model.threshold, and what the model was trained on."
         )
-
-
-def command_of(results: Results) -> str:
-    """The command that continues or repeats a run."""
-    config, run = results.config, results.run.uri
-    places = {"input": {"uri": config.input.uri}, "output": {"uri": run}}
-    defaults = build(PredictConfig, places, []).model_dump(mode="json")
-    verb = ["predict", config.input.uri, "--model", config.model.checkpoint, "--out", run]
-    told = {"input.uri", "model.checkpoint", "output.uri"}
-    return command(verb, config.model_dump(mode="json"), defaults, told)
-
-
-def _texts(table: dict[str, object]) -> dict[str, str]:
-    return {key: _text(value) or "–" for key, value in table.items()}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -3,21 +3,19 @@
 Each shard is read at most once, and only until the last image that is wanted from it.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TypeVar
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError
+from unet_core.errors import UnetJobsError
 from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.ordered import side_by_side
 from unet_core.report.measured import Pick
-from unet_core.results import Results, pictures, stored_masks
+from unet_core.results import Results, open_masks, pictures
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20
@@ -29,53 +27,24 @@ THREADS = 4
 MadeT = TypeVar("MadeT")
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """One image of a run, ready to be drawn."""
-
-    picture: Picture
-    mask_HW: Array
-
-    @property
-    def truth(self) -> Array | None:
-        """Class ids HW, if there is a truth that can be read."""
-        with suppress(ImageError):
-            return self.picture.truth.whole()[0] if self.picture.truth is not None else None
-        return None
-
-
 def fetch(
     results: Results,
     picks: list[Pick],
-    make: Callable[[Fetched], MadeT],
+    make: Callable[[Picture, Array], MadeT],
     most_bytes: float = math.inf,
 ) -> tuple[dict[str, MadeT], dict[str, str]]:
-    """Make something of each image, by id; on a few threads, and one image of a thread at a time.
+    """Make something of each image and its mask (HW), by id; on a few threads, and one image of a
+    thread at a time.
 
     Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
     large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
     """
-    wanted: dict[str, set[str]] = defaultdict(set)
     made: dict[str, MadeT] = {}
-    reasons: dict[str, str] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
-    source = _impatient(results.source)
-    for pick in picks:
-        head = heads.get(pick.shard_id)
-        is_streamed = head is not None and not head.has_members and head.shard_id not in wanted
-        stream_bytes = head.bytes if head is not None and is_streamed else 0
-        if head is None:
-            reason = f"the manifest has no shard {pick.shard_id}"
-        elif pick.height * pick.width > MOST_PIXELS:
-            reason = f"its {pick.height:,} × {pick.width:,} pixels are too many to show here"
-        elif stream_bytes > most_bytes:
-            size = f"{stream_bytes / 1e9:,.3g} GB"
-            reason = f"its shard of {size} is too much to read for a page; see report --previews"
-        else:
-            most_bytes -= stream_bytes
-            wanted[pick.shard_id].add(pick.image_id)
-            continue
-        reasons[pick.image_id] = reason
+    wanted, reasons = _wanted(picks, heads, most_bytes)
+    storage = results.source.root.storage
+    storage = storage.model_copy(update={"deadline_s": min(PATIENCE_S, storage.deadline_s)})
+    source = replace(results.source, root=Store(results.source.root.uri(), storage))
 
     def of_shard(shard_id: str) -> None:
         reason = "it is not in its shard any more"
@@ -84,7 +53,7 @@ def fetch(
                 if isinstance(found, str):
                     reasons[image_id] = found
                 else:
-                    made[image_id] = make(found)
+                    made[image_id] = make(*found)
         except (UnetJobsError, ValueError, OSError, MemoryError) as error:
             reason = str(error) or type(error).__name__  # also of a damaged mask
         for image_id in wanted[shard_id]:
@@ -95,31 +64,50 @@ def fetch(
     return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
 
+def _wanted(
+    picks: list[Pick], heads: dict[str, Shard], most_bytes: float
+) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """The images that can be had, by shard, and why each of the others cannot."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    reasons = {}
+    for pick in picks:
+        head = heads.get(pick.shard_id)
+        is_streamed = head and not head.has_members and head.shard_id not in wanted
+        stream_bytes = head.bytes if head and is_streamed else 0
+        if head is None:
+            reasons[pick.image_id] = f"the manifest has no shard {pick.shard_id}"
+        elif pick.height * pick.width > MOST_PIXELS:
+            size = f"{pick.height:,} × {pick.width:,}"
+            reasons[pick.image_id] = f"its {size} pixels are too many to show here"
+        elif stream_bytes > most_bytes:
+            reasons[pick.image_id] = (
+                f"its shard of {stream_bytes / 1e9:,.3g} GB is too much to read for a page; see "
+                "report --previews"
+            )
+        else:
+            most_bytes -= stream_bytes
+            wanted[pick.shard_id].add(pick.image_id)
+    return wanted, reasons
+
+
 def _found(
     results: Results, source: Source, shard: Shard, ids: set[str]
-) -> Iterator[tuple[str, Fetched | str]]:
+) -> Iterator[tuple[str, tuple[Picture, Array] | str]]:
     """The images that are there, in the order of the shard, or why one could not be taken."""
-    masks = stored_masks(results.run.store, shard.shard_id)
     missing = set(ids)
-    for picture in pictures(results, shard, ids, source, has_truth=True):
-        image_id = picture.sample.image_id
-        if isinstance(picture, Rejected):
-            yield image_id, str(picture.failure)
-        elif image_id in missing:  # the first of a name counts
-            mask = next((mask for mask in masks if mask.image_id == image_id), None)
-            if mask is None:
-                yield image_id, "its mask is not there"
-            elif (mask.height, mask.width) != picture.pixels.shape:
-                yield image_id, "its mask has another size: the input changed"
-            else:
-                yield image_id, Fetched(picture, mask.whole())
-            missing.remove(image_id)
-            if not missing:
-                return
-
-
-def _impatient(source: Source) -> Source:
-    storage = source.root.storage
-    deadline_s = min(PATIENCE_S, storage.deadline_s)
-    storage = storage.model_copy(update={"deadline_s": deadline_s})
-    return dataclasses.replace(source, root=Store(source.root.uri(), storage))
+    with open_masks(results.run.store, shard.shard_id) as masks:
+        for picture in pictures(results, shard, ids, source, has_truth=True):
+            image_id = picture.sample.image_id
+            if isinstance(picture, Rejected):
+                yield image_id, str(picture.failure)
+            elif image_id in missing:  # the first of a name counts
+                mask = masks.mask(image_id)
+                if mask is None:
+                    yield image_id, "its mask is not there"
+                elif (mask.height, mask.width) != picture.pixels.shape:
+                    yield image_id, "its mask has another size: the input changed"
+                else:
+                    yield image_id, (picture, mask.whole())
+                missing.remove(image_id)
+                if not missing:
+                    return

@@ -2,37 +2,38 @@
 
 import datetime
 import math
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from unet_core.report.evaluations import score
 from unet_core.report.facts import RunFacts
-from unet_core.report.pictures import ERROR_COLORS, ERROR_NAMES
+from unet_core.report.pictures import ERRORS
 from unet_core.report.training import TrainingFacts
 
 NAME = "report.html"
+SCORES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
 CELLS_WITH_TEXT = 12
 """A larger confusion matrix is colours, with its numbers for the pointer."""
 
 
-def run_page(facts: RunFacts, now: datetime.datetime | None = None) -> bytes:
-    """The page of a run."""
-    legend = list(zip(ERROR_NAMES, ERROR_COLORS, strict=True))
-    about = {"error_legend": legend, "cells_with_text": CELLS_WITH_TEXT}
-    return _render("run.html", facts, now, about)
-
-
-def training_page(facts: TrainingFacts, now: datetime.datetime | None = None) -> bytes:
-    """The page of a training."""
-    return _render("training.html", facts, now, {})
-
-
-def _render(name: str, facts: Any, now: datetime.datetime | None, about: dict[str, Any]) -> bytes:
-    written = now or datetime.datetime.now(datetime.UTC)
+def render(facts: RunFacts | TrainingFacts) -> bytes:
+    """The page of a run or a training."""
+    template = "run.html" if isinstance(facts, RunFacts) else "training.html"
     title = facts.uri.rstrip("/").rpartition("/")[2] or facts.uri
-    text = TEMPLATES.get_template(name).render(f=facts, title=title, written=written, **about)
-    return text.encode("utf-8", "backslashreplace")
+    written = datetime.datetime.now(datetime.UTC)
+    page = TEMPLATES.get_template(template).render(f=facts, title=title, written=written)
+    return page.encode("utf-8", "backslashreplace")
+
+
+def text(value: object) -> str:
+    """A value of a config."""
+    if isinstance(value, dict):
+        value = [f"{k} = {v}" for k, v in value.items() if v is not None]
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "–"
+
+
+def score(value: float | None) -> str:
+    """Four decimals, or a dash where it is undefined."""
+    return "–" if value is None else f"{value:.4f}"
 
 
 def share(value: float | None, decimals: int = 1) -> str:
@@ -60,6 +61,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {"score": score, "share": share, "span": span, "at": at}
+TEMPLATES.globals |= {"scores": SCORES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
+TEMPLATES.filters |= {"text": text, "score": score, "share": share, "span": span, "at": at}
 TEMPLATES.filters["count"] = "{:,}".format
 TEMPLATES.tests["nan"] = math.isnan

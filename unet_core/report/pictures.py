@@ -2,13 +2,16 @@
 
 import base64
 import io
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from unet_core.arrays import Array
-from unet_core.report.images import Fetched
+from unet_core.errors import ImageError
+from unet_core.images.picture import Picture
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -16,29 +19,20 @@ MOST_PANEL_BYTES = 28_000
 OVERLAY = 4096
 OPACITY = 0.35
 QUALITIES = (85, 70, 50, 30, 10)
-HOPELESS = 2
-"""Packed in haste, a PNG that large beside its JPEG is the larger one however well it is packed."""
 
-RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(6)
-ERROR_COLORS = (
-    (24, 26, 29), (150, 154, 160), (230, 97, 1), (72, 160, 240), (240, 228, 66), (70, 60, 80),
-)  # fmt: skip
-ERROR_NAMES = (
-    "right, background", "right, an object", "false positive", "false negative", "other class",
-    "ignored",
-)  # fmt: skip
+ERRORS = {
+    "right, background": (24, 26, 29),
+    "right, an object": (150, 154, 160),
+    "false positive": (230, 97, 1),
+    "false negative": (72, 160, 240),
+    "other class": (240, 228, 66),
+    "ignored": (70, 60, 80),
+}
+"""What a pixel may be, with its colour."""
+RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(len(ERRORS))
+CROSS = ndimage.generate_binary_structure(2, 1)
 
 Palette = tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """An image as people see it, with ids of the same size."""
-
-    image_HWC: Array
-    """RGB, uint8."""
-    mask_HW: Array
-    truth_HW: Array | None
 
 
 @dataclass(frozen=True)
@@ -52,21 +46,26 @@ class Panel:
     width: int
 
 
-def view(fetched: Fetched, side: int) -> View:
-    """An image no longer than ``side``; ids are taken from the nearest pixel."""
-    picture, truth_HW = fetched.picture, fetched.truth
-    height, width = picture.pixels.shape
-    factor = min(1.0, side / max(height, width))
-    shape = max(1, round(height * factor)), max(1, round(width * factor))
-    near = np.ix_(_nearest(height, shape[0]), _nearest(width, shape[1]))
-    image_HWC = visible(picture.pixels.whole(), 2 * side)
-    if image_HWC.shape[:2] != shape:
+def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
+    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are of
+    the nearest pixels. A truth that cannot be read is left out.
+    """
+    factor = min(1.0, side / max(picture.pixels.shape))
+    shape = [max(1, round(old * factor)) for old in picture.pixels.shape]
+    sides = zip(picture.pixels.shape, shape, strict=True)
+    near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
+    image_HWC = _visible(picture.pixels.whole(), 2 * side)
+    if image_HWC.shape[:2] != tuple(shape):
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
         image_HWC = np.asarray(small)
-    return View(image_HWC, fetched.mask_HW[near], None if truth_HW is None else truth_HW[near])
+    truth_HW = None
+    if picture.truth is not None:
+        with suppress(ImageError):
+            truth_HW = picture.truth.whole()[0][near]
+    return image_HWC, mask_HW[near], truth_HW
 
 
-def visible(pixels_CHW: Array, most: int) -> Array:
+def _visible(pixels_CHW: Array, most: int) -> Array:
     """RGB uint8 of every so many-th pixel, so that no side is much longer than ``most``: 8-bit RGB
     as it is, all else from the 0.5th to the 99.8th percentile; the first channel or three.
     """
@@ -79,72 +78,48 @@ def visible(pixels_CHW: Array, most: int) -> Array:
     )
 
 
-def outline(mask_HW: Array) -> Array:
+def _outline(mask_HW: Array) -> Array:
     """Pixels of a class other than 0 that touch another class."""
-    edge = np.zeros(mask_HW.shape, dtype=bool)
-    down, right = mask_HW[1:] != mask_HW[:-1], mask_HW[:, 1:] != mask_HW[:, :-1]
-    edge[1:] |= down
-    edge[:-1] |= down
-    edge[:, 1:] |= right
-    edge[:, :-1] |= right
-    return edge & (mask_HW > 0)
+    return (ndimage.morphological_gradient(mask_HW, footprint=CROSS) > 0) & (mask_HW > 0)
 
 
-def panels(seen: View, palette: Palette, ignore_index: int) -> tuple[Panel, ...]:
+def panels(
+    picture: Picture, mask_HW: Array, palette: Palette, ignore_index: int
+) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
-    colors = np.array(palette, np.uint8)
-    image = _panel("image", Image.fromarray(seen.image_HWC))
-    outlined = _panel("mask outline", Image.fromarray(_outlined(seen, _lit(colors))))
-    if seen.truth_HW is None:
-        return image, _flat("mask", seen.mask_HW, colors), outlined
-    known_HW = np.where(seen.truth_HW == ignore_index, len(colors), seen.truth_HW)
-    shown = np.concatenate([colors, np.array([ERROR_COLORS[IGNORED]], np.uint8)])
+    image_HWC, mask_HW, truth_HW = _view(picture, mask_HW, PANEL)
+    colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
+    image = _panel("image", Image.fromarray(image_HWC))
+    edge = _outline(mask_HW)
+    outlined_HWC = image_HWC.copy()
+    outlined_HWC[ndimage.binary_dilation(edge, CROSS)] //= 3  # a rim, to be seen on any ground
+    outlined_HWC[edge] = _lit(colors)[mask_HW[edge]]
+    outlined = _panel("mask outline", Image.fromarray(outlined_HWC))
+    if truth_HW is None:
+        return image, _flat("mask", mask_HW, colors), outlined
+    known_HW = np.where(truth_HW == ignore_index, len(colors), truth_HW)
+    shown = np.concatenate([colors, of_errors[IGNORED:]])
     truth = _flat("truth", np.minimum(known_HW, len(colors)), shown)
-    errors = _flat("errors", errors_of(seen, ignore_index), np.array(ERROR_COLORS, np.uint8))
+    errors = _flat("errors", _errors(truth_HW, mask_HW, ignore_index), of_errors)
     return image, truth, outlined, errors
 
 
-def _outlined(seen: View, colors: Array) -> Array:
-    """The image with outlines, each in a darker rim so that it is seen on any ground."""
-    drawn_HWC = seen.image_HWC.copy()
-    edge = outline(seen.mask_HW)
-    rim = edge.copy()
-    rim[1:] |= edge[:-1]
-    rim[:-1] |= edge[1:]
-    rim[:, 1:] |= edge[:, :-1]
-    rim[:, :-1] |= edge[:, 1:]
-    drawn_HWC[rim] //= 3
-    drawn_HWC[edge] = colors[seen.mask_HW[edge]]
-    return drawn_HWC
+def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
+    """Which of ``ERRORS`` each pixel is."""
+    is_right, is_ignored = truth_HW == mask_HW, truth_HW == ignore_index
+    cases = [is_ignored, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
+    return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
 
 
-def errors_of(seen: View, ignore_index: int) -> Array:
-    """Which of ``ERROR_NAMES`` each pixel is."""
-    truth_HW, mask_HW = seen.truth_HW, seen.mask_HW
-    assert truth_HW is not None
-    kinds_HW = np.where(truth_HW > 0, RIGHT_OBJECT, RIGHT).astype(np.uint8)
-    wrong = truth_HW != mask_HW
-    kinds_HW[wrong] = CONFUSED
-    kinds_HW[wrong & (truth_HW == 0)] = EXTRA
-    kinds_HW[wrong & (mask_HW == 0)] = MISSED
-    kinds_HW[truth_HW == ignore_index] = IGNORED
-    return kinds_HW
-
-
-def overlay(fetched: Fetched, palette: Palette) -> bytes:
+def overlay(picture: Picture, mask_HW: Array, palette: Palette) -> bytes:
     """PNG of an image with its classes blended in and outlined."""
-    seen = view(fetched, OVERLAY)
-    colors = _lit(np.array(palette, np.uint8))
-    inside, edge = seen.mask_HW > 0, outline(seen.mask_HW)
-    drawn_HWC = seen.image_HWC.copy()
-    mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[seen.mask_HW[inside]]
+    drawn_HWC, mask_HW, _ = _view(picture, mask_HW, OVERLAY)
+    colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
+    inside, edge = mask_HW > 0, _outline(mask_HW)
+    mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]
     drawn_HWC[inside] = mixed.round().astype(np.uint8)
-    drawn_HWC[edge] = colors[seen.mask_HW[edge]]
-    return _png(Image.fromarray(drawn_HWC))
-
-
-def _nearest(old: int, new: int) -> Array:
-    return ((np.arange(new) + 0.5) * old / new).astype(np.intp)
+    drawn_HWC[edge] = colors[mask_HW[edge]]
+    return _encoded(Image.fromarray(drawn_HWC), "png")
 
 
 def _stretched(plane_HW: Array) -> Array:
@@ -170,29 +145,17 @@ def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
 
 
 def _panel(title: str, image: Image.Image) -> Panel:
-    """As PNG if it is flat or that is smaller, else as JPEG; below the limit by its quality."""
-    is_flat = image.mode == "P"
-    data, kind = _png(image, -1 if is_flat else 1), "png"
-    if not is_flat and len(data) < HOPELESS * len(_jpeg(image, QUALITIES[0])):
-        data = _png(image)
-    if len(data) > (MOST_PANEL_BYTES if is_flat else 0):
-        for quality in QUALITIES:
-            jpeg = _jpeg(image, quality)
-            if len(jpeg) < len(data):
-                data, kind = jpeg, "jpeg"
-            if len(data) <= MOST_PANEL_BYTES:
-                break
+    """As PNG, or if that is too large as the best JPEG that is not."""
+    data, kind = _encoded(image, "png"), "png"
+    for quality in QUALITIES:
+        if len(data) > MOST_PANEL_BYTES:
+            kind = "jpeg"
+            data = _encoded(image.convert("RGB"), kind, quality=quality, subsampling=0)
     text = base64.b64encode(data).decode()
     return Panel(title, f"data:image/{kind};base64,{text}", image.height, image.width)
 
 
-def _png(image: Image.Image, level: int = -1) -> bytes:
+def _encoded(image: Image.Image, kind: str, **how: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=image.mode == "P", compress_level=level)
-    return buffer.getvalue()
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=quality, subsampling=0)
+    image.save(buffer, kind, optimize=image.mode == "P", **how)
     return buffer.getvalue()

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from unet_core.config import InputConfig, PredictConfig, build
+from unet_core.config import InputConfig, build
 from unet_core.report.charts import Plot, Series, lines
-from unet_core.report.command import command, toml
+from unet_core.report.command import command, predict_command, toml
 from unet_core.train_config import TrainConfig
 from unet_core.training.run import BEST, Position, TrainingRun
 
 MOST_LINES = TONES = 8
 SCORES = {"iou": "IoU", "dice": "Dice"}
 
-Point = tuple[int, float]
+Point = tuple[float, float]
 """A step, and a value."""
 Points = dict[tuple[str, str | None], list[Point]]
 
@@ -38,70 +38,61 @@ class TrainingFacts:
 
     uri: str
     is_finished: bool
+    record: dict[str, Any]
+    """``run.json``."""
     position: Position
-    data: dict[str, Any]
-    """As ``run.json`` tells: images of each split, steps, pixels of each class."""
-    metric: str
     loss: float | None
-    classes: tuple[ClassFacts, ...]
+    classes: list[ClassFacts]
     scores: dict[str, str]
-    plots: tuple[Plot, ...]
-    warnings: tuple[str, ...]
-    note: str
+    plots: list[Plot]
+    warnings: list[str]
+    is_best_last: bool
+    """Whether more epochs may help."""
     best: str
     look: str
     """The command that shows them on the images of the training."""
     command: str
     config: str
-    versions: dict[str, str]
-    identity: dict[str, str]
 
 
 def training_facts(run: TrainingRun) -> TrainingFacts:
     """Read ``run.json``, the history, and how far it has come."""
-    record, data, position = run.record, run.record["data"], run.position()
-    rows = run.rows()
-    points, config = _points(rows), record["config"]
-    names = _class_names(rows) or config["model"]["classes"]
+    data, config, position = run.record["data"], run.record["config"], run.position()
+    points, uri = _points(run.rows()), run.store.uri()
+    losses = points["loss", None]
+    # by class id; a checkpoint to begin with may have brought its own
+    names = [name for kind, name in points if kind == "iou" and name] or config["model"]["classes"]
     pixels = dict.fromkeys(names, 0) | dict(zip(names, data["class_pixels"], strict=False))
-    uri = run.store.uri()
     best = f"{uri}/{BEST}"
     return TrainingFacts(
         uri=uri,
         is_finished=run.is_finished,
+        record=run.record,
         position=position,
-        data=data,
-        metric=config["train"]["best"],
-        loss=_last(points["loss", None]),
-        classes=tuple(_classes(pixels, points, position)),
+        loss=_last(losses),
+        classes=list(_classes(pixels, points, position)),
         scores=SCORES,
-        plots=tuple(plot for plot in _plots(points, names, position) if plot is not None),
-        warnings=tuple(_warnings(run, data, position, pixels)),
-        note=_note(run, position, points["loss", None]),
+        plots=[plot for plot in _plots(points, names, position) if plot is not None],
+        warnings=list(_warnings(run, data["steps"], position, pixels)),
+        is_best_last=run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0],
         best=best,
         look=_look(config["data"]["val"] or config["data"]["train"], best),
         command=_command(config, uri),
         config=toml(config),
-        versions={"unet-jobs": record["version"]},
-        identity={"fingerprint": record["fingerprint"]},
     )
 
 
 def _points(rows: list[dict[str, Any]]) -> Points:
     found: Points = defaultdict(list)
     for row in rows:
+        points = found[row["name"], row["class"]]
         if row["value"] is not None:
-            found[row["name"], row["class"]].append((row["step"], row["value"]))
+            points.append((row["step"], row["value"]))
     return found
 
 
 def _last(points: list[Point]) -> float | None:
     return points[-1][1] if points else None
-
-
-def _class_names(rows: list[dict[str, Any]]) -> list[str]:
-    """By class id; a checkpoint to begin with may have brought its own."""
-    return list(dict.fromkeys(row["class"] for row in rows if row["name"] == "iou"))
 
 
 def _classes(pixels: dict[str, int], points: Points, position: Position) -> Iterator[ClassFacts]:
@@ -118,13 +109,13 @@ def _plots(points: Points, names: list[str], position: Position) -> Iterator[Plo
     def plot(title: str, *series: Series, shares: bool = False) -> Plot | None:
         return lines(title, [*series], "steps", (0.0, 1.0) if shares else None, rules)
 
-    yield plot("Training loss", _series("loss", points["loss", None]))
-    yield plot("Learning rate", _series("learning rate", points["learning_rate", None]))
+    yield plot("Training loss", Series("loss", points["loss", None]))
+    yield plot("Learning rate", Series("learning rate", points["learning_rate", None]))
     for kind, title in SCORES.items():
         hardest = _hardest(points, kind, names)
-        curves = (_series(name, points[kind, name], names.index(name)) for name in hardest)
+        curves = (Series(name, points[kind, name], names.index(name)) for name in hardest)
         yield plot(f"Validation {title}", *curves, shares=True)
-    accuracy = _series("right pixels", points["accuracy", None])
+    accuracy = Series("right pixels", points["accuracy", None])
     yield plot("Validation accuracy", accuracy, shares=True)
 
 
@@ -135,26 +126,16 @@ def _hardest(points: Points, kind: str, names: list[str]) -> list[str]:
     return [name for name in names if name in kept]
 
 
-def _series(name: str, points: list[Point], tone: int = 0) -> Series:
-    return Series(name, [step for step, _ in points], [value for _, value in points], tone)
-
-
 def _warnings(
-    run: TrainingRun, data: dict[str, Any], position: Position, pixels: dict[str, int]
+    run: TrainingRun, steps: int, position: Position, pixels: dict[str, int]
 ) -> Iterator[str]:
     if not run.is_finished:
         yield (
-            f"Not finished: {position.step:,} of {data['steps']:,} steps are saved; run train "
+            f"Not finished: {position.step:,} of {steps:,} steps are saved; run train "
             "again to continue."
         )
     if absent := [name for name, count in pixels.items() if not count]:
         yield f"No training pixel is of class {', '.join(absent)}: it cannot be learnt."
-
-
-def _note(run: TrainingRun, position: Position, losses: list[Point]) -> str:
-    if run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0]:
-        return "The last epoch was the best one: more epochs may help."
-    return ""
 
 
 def _command(config: dict[str, Any], uri: str) -> str:
@@ -177,7 +158,4 @@ def _look(data: dict[str, Any], best: str) -> str:
     """Segments labelled images with the best weights; a truth of objects is no truth of classes."""
     left_out = {"masks", "label_map"} if data["instances"] else set()
     given = {k: v for k, v in data.items() if k in InputConfig.model_fields and k not in left_out}
-    places = {"input": {"uri": data["uri"]}, "output": {"uri": "RUN"}}
-    defaults = build(PredictConfig, places, []).model_dump(mode="json")
-    verb = ["predict", data["uri"], "--model", best, "--out", "RUN"]
-    return command(verb, {"input": given}, defaults, {"input.uri"})
+    return predict_command({"input": given}, best, "RUN")
