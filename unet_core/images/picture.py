@@ -4,7 +4,7 @@ Large TIFFs are not decoded whole: their pixels and their truth are read by wind
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,8 @@ class Picture:
     offset: Array
     """Float32 (C,); the network receives ``(pixels - offset) * scale``."""
     scale: Array
-    truth: Pixels | None = None
-    """Class ids and ``ignore_index`` (1HW); None if there is no truth or it cannot be used."""
-    truth_failure: ImageError | None = None
+    truth: Pixels | ImageError | None = None
+    """Class ids and ``ignore_index`` (1HW), or why they cannot be used; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,14 @@ class TruthDecoder:
         if sample.read_mask is None:
             return [None] * len(pages)
         try:
-            ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
-            large, data = _opened(sample.read_mask, ranged, self.config, as_labels=True)
+            ranged = sample.open_mask if is_large else None
+            found = _opened(sample.read_mask, ranged, self.config, as_labels=True)
         except ImageError as failure:
             return [unusable(failure)] * len(pages)
-        if large is not None:
-            others = unusable("it has one page, the image more")
-            return [others if page else self._by_window(large) for page in pages]
-        return [self._whole(data, page) for page in pages]
+        if isinstance(found, bytes):
+            return [self._whole(found, page) for page in pages]
+        others = unusable("it has one page, the image more")
+        return [others if page else self._by_window(found) for page in pages]
 
     def _whole(self, data: bytes, page: int) -> Pixels | ImageError:
         try:
@@ -144,19 +143,17 @@ class Decoder:
         try:
             if sample.failure is not None:
                 raise sample.failure
-            ranged = sample.open() if sample.open is not None else None
-            large, data = _opened(sample.read, ranged, self.config, as_labels=False)
-            images: Sequence[Array | LargeTiff]
-            images = [large] if large is not None else decode_images(data, self.config)
+            found = _opened(sample.read, sample.open, self.config, as_labels=False)
+            is_large = isinstance(found, LargeTiff)
+            images = [found] if is_large else decode_images(found, self.config)
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         samples = [sample.bare]  # many small images wait for a batch, and not their files
         if len(images) > 1:
             samples = [_page_of(sample.bare, page) for page in range(len(images))]
-        truths = TruthDecoder(self.classes, self.config).decode(
-            sample, range(len(images)), large is not None
-        )
-        return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
+        decoder = TruthDecoder(self.classes, self.config)
+        truths = decoder.decode(sample, range(len(images)), is_large)
+        return list(map(self._picture, samples, images, truths))
 
     def _picture(
         self, sample: Sample, image: Array | LargeTiff, truth: Pixels | ImageError | None
@@ -169,10 +166,7 @@ class Decoder:
                 offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
-        truth = fitting(truth, pixels.shape)
-        if isinstance(truth, ImageError):
-            return Picture(sample, pixels, offset, scale, None, truth)
-        return Picture(sample, pixels, offset, scale, truth)
+        return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))
 
     def _by_window(self, image: LargeTiff) -> tuple[Pixels, Array, Array]:
         color = self.wanted.color
@@ -210,15 +204,20 @@ def _page_of(sample: Sample, page: int) -> Sample:
 
 
 def _opened(
-    read: Callable[[], bytes], ranged: Ranged | None, config: InputConfig, as_labels: bool
-) -> tuple[LargeTiff | None, bytes]:
+    read: Callable[[], bytes],
+    open_ranged: Callable[[], Ranged] | None,
+    config: InputConfig,
+    as_labels: bool,
+) -> LargeTiff | bytes:
     """A file that is read by window, or else all its bytes."""
+    ranged = open_ranged() if open_ranged is not None else None
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
         large = open_large(ranged.read, ranged.size, config, as_labels)
         if large is not None:
-            return large, b""
+            return large
     data = read()
     large = open_large(lambda start, stop: data[start:stop], len(data), config, as_labels)
-    if large is not None:
-        large.held_bytes += len(data)
-    return large, data
+    if large is None:
+        return data
+    large.held_bytes += len(data)
+    return large

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
+from unet_core.networks.presets import channels_of
 
 BAND_ROWS = 256
 """An image too large for memory is counted in bands of so many rows,"""
@@ -39,17 +40,13 @@ class Preprocessing(BaseModel):
     @property
     def channels(self) -> int:
         """Input channels of the network."""
-        return _channels(self.color)
-
-
-def _channels(color: str | int) -> int:
-    return color if isinstance(color, int) else {"gray": 1, "rgb": 3}[color]
+        return channels_of(self.color)
 
 
 def to_color(pixels_HWC: Array, color: str | int) -> Array:
     """Pixels CHW in the colours that a network wants, of the image's own dtype."""
     channels = pixels_HWC.shape[2]
-    if channels == _channels(color):
+    if channels == channels_of(color):
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
     if channels == 1 and color == "rgb":
         return np.repeat(pixels_HWC.transpose(2, 0, 1), 3, axis=0)

@@ -17,7 +17,7 @@ from unet_core.errors import CheckpointError
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.checkpoint import Header
-from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.networks.presets import COLORS, Factory, NetworkSpec, UNetSpec
 from unet_core.networks.reach import tiling_of, tiling_of_module
 from unet_core.networks.unet import UNet
 from unet_core.train_config import NetworkConfig
@@ -72,7 +72,7 @@ def preprocessing_of(model: ForeignConfig | NetworkConfig, channels: int) -> Pre
     """As the config wants it; ``auto`` colours are those that have so many channels."""
     given = model.model_dump(include={"color", "normalisation", "low", "high"})
     if model.color == "auto":
-        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
+        given["color"] = next((c for c, n in COLORS.items() if n == channels), channels)
     return Preprocessing.model_validate(given)
 
 

@@ -142,6 +142,14 @@ class Factory:
 
 NetworkSpec = UNetSpec | Factory
 
+COLORS = {"gray": 1, "rgb": 3}
+
+
+def channels_of(color: str | int) -> int:
+    """Channels of an image in the colours that a network wants: by name, or that many."""
+    return color if isinstance(color, int) else COLORS[color]
+
+
 _TUTORIAL = UNetSpec(
     join="pad", concat="skip_decoder", dropout="channels", init="xavier"
 )  # fmt: skip

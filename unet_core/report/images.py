@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError, UnetJobsError
-from unet_core.images.picture import Picture, Rejected
+from unet_core.images.picture import Picture, Pixels, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.ordered import side_by_side
 from unet_core.report.measured import Pick
@@ -40,7 +40,8 @@ class Fetched:
     def truth(self) -> Array | None:
         """Class ids HW, if there is a truth that can be read."""
         with suppress(ImageError):
-            return self.picture.truth.whole()[0] if self.picture.truth is not None else None
+            truth = self.picture.truth
+            return truth.whole()[0] if isinstance(truth, Pixels) else None
         return None
 
 

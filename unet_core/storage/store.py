@@ -389,13 +389,10 @@ def split(uri: str) -> tuple[str, str]:
     return (folder or ("/" if uri.startswith("/") else "."), name)
 
 
-def read_file(uri: str, storage: StorageConfig | None = None) -> bytes:
-    """All bytes of one file given by path or URI."""
-    return Store(uri, storage).read("")
-
-
-def read_range(uri: str, start: int, stop: int, storage: StorageConfig | None = None) -> bytes:
-    """Bytes [start, stop) of one file given by path or URI."""
+def read_file(
+    uri: str, storage: StorageConfig | None, start: int | None = None, stop: int | None = None
+) -> bytes:
+    """All bytes of one file given by path or URI, or those in [start, stop)."""
     return Store(uri, storage).read("", start, stop)
 
 

@@ -79,8 +79,8 @@ class LabelledInput:
             try:
                 if isinstance(image, Rejected):
                     raise image.failure
-                if image.truth_failure is not None:
-                    raise image.truth_failure
+                if isinstance(image.truth, ImageError):
+                    raise image.truth
                 images.append(self._in_memory(image))
             except ImageError as error:  # also of a window that is only read now
                 text = str(error).replace("input.", f"{self.name}.")
@@ -96,7 +96,7 @@ class LabelledInput:
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
         background_HW = np.zeros((height, width), dtype=np.uint8)
-        stored_HW = image.truth.whole()[0] if image.truth is not None else background_HW
+        stored_HW = image.truth.whole()[0] if isinstance(image.truth, Pixels) else background_HW
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
