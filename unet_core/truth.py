@@ -20,7 +20,7 @@ from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
 from unet_core.inputs import listing
-from unet_core.inputs.folder import File, names_by_stem, stem_of
+from unet_core.inputs.folder import File, labels_by_stem, mask_root, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.ordered import side_by_side
@@ -120,7 +120,7 @@ class LabelImages:
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """By path below the root of each, else by bare name."""
-        decoder, root = TruthDecoder(self.classes, self.source.config), _root(self.source)
+        decoder, root = TruthDecoder(self.classes, self.source.config), mask_root(self.source)
         for row in rows:
             label, page = self._find(shard, row)
             if label is None:
@@ -160,12 +160,6 @@ def _is_in_list(source: Source) -> bool:
     return source.format == "list" and "/" not in source.config.masks
 
 
-def _root(source: Source) -> Store:
-    """Below which label images lie."""
-    masks = source.config.masks
-    return Store(masks, source.root.storage) if "/" in masks else source.root
-
-
 def _in_list(source: Source) -> dict[str, Label]:
     """Lists say nothing of how label images change: each is looked at."""
 
@@ -182,15 +176,9 @@ def _in_list(source: Source) -> dict[str, Label]:
 
 def _in_folder(source: Source) -> dict[str, Label]:
     """Names that are no UTF-8 are those of no image."""
-    masks = source.config.masks
-    suffix = "" if "/" in masks else masks
-    etags = {
-        entry.name: entry.etag
-        for entry in _root(source).list()
-        if is_image(entry.name) and stem_of(entry.name).endswith(suffix)
-    }
-    found = names_by_stem([name for name in etags if readable_name(name) == name], masks)
-    return {stem.removesuffix(suffix): Label(name, etags[name]) for stem, name in found.items()}
+    entries = (e for e in mask_root(source).list() if readable_name(e.name) == e.name)
+    found = labels_by_stem(entries, source.config.masks)
+    return {stem: Label(entry.name, entry.etag) for stem, entry in found.items()}
 
 
 def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:

@@ -19,7 +19,7 @@ from unet_core.inputs.shards import (
     Source,
     make_shard,
 )
-from unet_core.storage.store import Store
+from unet_core.storage.store import Entry, Store
 
 log = logging.getLogger(__name__)
 
@@ -38,30 +38,27 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    masks = source.config.masks
-    mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
+    root, masks = source.root, mask_root(source)
     for member in shard.members:
-        image = File(source.root, member.key, source.root, member.etag)
-        mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
-        yield sample_of(
-            member,
-            stem_of(PurePosixPath(member.key).name),
-            source.root.uri(member.key),
-            image,
-            mask,
-        )
+        image = File(root, member.key, root, member.etag)
+        mask = File(masks, member.mask, masks, member.mask_etag) if member.mask else None
+        yield sample_of(member, root.uri(member.key), image, mask)
 
 
-def sample_of(
-    member: Member, key: str, source_uri: str, image: "File", mask: "File | None"
-) -> Sample:
+def mask_root(source: Source) -> Store:
+    """Below which loose label images lie."""
+    masks = source.config.masks
+    return Store(masks, source.root.storage) if "/" in masks else source.root
+
+
+def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None") -> Sample:
     """A loose image with its truth; lists may not know how large it is."""
     may_be_large = member.bytes > LARGE_FILE_BYTES or (
         not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
     )
     return Sample(
         image_id=member.key,
-        key=key,
+        key=PurePosixPath(member.key).stem,
         source_uri=source_uri,
         read=image.read,
         read_mask=mask.read if mask is not None else None,
@@ -83,33 +80,26 @@ def _pair(source: Source) -> list[Member]:
     """Give every image its mask by exactly equal stems, and take the masks out of the images."""
     masks = source.config.masks
     entries = [entry for entry in source.entries() if is_image(entry.name)]
-    members = [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if not masks:
-        return members
+        return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if "/" in masks:
-        store = Store(masks, source.root.storage)
-        below = _path_below(store.uri(), source.root.uri())
-        members = [m for m in members if not (below and m.key.startswith(below))]
-        entries = [entry for entry in store.list() if is_image(entry.name)]
-        by_stem = names_by_stem([entry.name for entry in entries], masks)
+        store, root = mask_root(source), f"{source.root.uri()}/"
+        if store.uri().startswith(root):
+            below = f"{store.uri().removeprefix(root)}/"
+            entries = [entry for entry in entries if not entry.name.startswith(below)]
+        by_stem = labels_by_stem(store.list(), masks)
     else:
-        stems = {stem_of(m.key) for m in members}
-        found = dict.fromkeys(
-            m.key
-            for m in members
-            if (stem := stem_of(m.key)).endswith(masks) and stem.removesuffix(masks) in stems
-        )
-        members = [m for m in members if m.key not in found]
-        by_stem = {s.removesuffix(masks): n for s, n in names_by_stem(list(found), masks).items()}
-    etags = {entry.name: entry.etag for entry in entries}
-    lonely = []
-    for at, member in enumerate(members):
-        mask = by_stem.get(stem_of(member.key))
-        if mask is None:
-            lonely.append(member.key)
-        else:
-            members[at] = member._replace(mask=mask, mask_etag=etags[mask])
-    _say_unmatched(lonely, len(members), by_stem, masks)
+        stems = {stem_of(entry.name) for entry in entries}
+        of_images = (e for e in entries if stem_of(e.name)[: -len(masks)] in stems)
+        by_stem = labels_by_stem(of_images, masks)
+        labels = set(by_stem.values())
+        entries = [entry for entry in entries if entry not in labels]
+    members = []
+    for entry in entries:
+        label = by_stem.get(stem_of(entry.name))
+        truth = (label.name, label.etag) if label is not None else ()
+        members.append(Member(entry.name, entry.bytes, entry.etag, *truth))
+    _say_unmatched(members, [label.name for label in by_stem.values()], masks)
     return members
 
 
@@ -118,27 +108,31 @@ def stem_of(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _path_below(path: str, root: str) -> str:
-    """``path`` relative to ``root`` with a trailing slash, or nothing if it lies elsewhere."""
-    return f"{path[len(root) + 1 :]}/" if path.startswith(f"{root}/") else ""
+def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
+    """Label images by the stems of their images, which ``masks`` ends if it is no folder.
 
-
-def names_by_stem(names: list[str], masks: str) -> dict[str, str]:
-    """Label images by their stems; raises ConfigError for two of one stem."""
-    by_stem: dict[str, str] = {}
-    for name in names:
-        other = by_stem.setdefault(stem_of(name), name)
-        if other != name:
-            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {other}, {name}")
+    Raises ConfigError for two of one stem.
+    """
+    suffix = "" if "/" in masks else masks
+    by_stem: dict[str, Entry] = {}
+    for entry in entries:
+        stem = stem_of(entry.name)
+        if not is_image(entry.name) or not stem.endswith(suffix):
+            continue
+        other = by_stem.setdefault(stem.removesuffix(suffix), entry)
+        if other is not entry:
+            both = f"{other.name}, {entry.name}"
+            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {both}")
     return by_stem
 
 
-def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, str], masks: str) -> None:
+def _say_unmatched(members: list[Member], labels: list[str], masks: str) -> None:
+    lonely, images = [member.key for member in members if member.mask is None], len(members)
     if not lonely:
         return
     shown = ", ".join(lonely[:SHOWN])
     if len(lonely) == images:
-        there = ", ".join(list(by_stem.values())[:SHOWN]) or "no images at all"
+        there = ", ".join(labels[:SHOWN]) or "no images at all"
         raise ConfigError(
             f"input.masks: none of {images} images has a mask with the same stem in {masks!r}; "
             f"images: {shown}; masks: {there}"
@@ -161,14 +155,14 @@ class File:
 
     def read(self) -> bytes:
         """All bytes."""
-        return self._held(lambda: self.store.read(self.name, etag=self.etag))
+        return self._read()
 
     def open(self) -> Ranged:
         """Its size, and pieces of it."""
         size = self._held(lambda: self.store.entry(self.name).bytes)
-        return Ranged(size, self._piece)
+        return Ranged(size, self._read)
 
-    def _piece(self, start: int, stop: int) -> bytes:
+    def _read(self, start: int | None = None, stop: int | None = None) -> bytes:
         return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
 
     def _held(self, look: Callable[[], ResultT]) -> ResultT:

@@ -99,31 +99,18 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
         if column not in schema.names:
             there = ", ".join(schema.names)
             raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
-    ids = source.config.id_column
-    if ids and not _is_id(schema.field(ids).type):
-        raise ConfigError(
-            f"input.id_column: {ids!r} in {where} is {schema.field(ids).type}, allowed: text or "
-            "numbers"
-        )
-    for column in (source.config.image_column, source.config.masks):
-        if column and not _holds_bytes(schema.field(column).type):
-            raise ConfigError(
-                f"{_columns(source)[column]}: {column!r} in {where} is "
-                f"{schema.field(column).type}, allowed: binary, or struct<bytes, path>"
-            )
+        kind, allowed = schema.field(column).type, "binary, or struct<bytes, path>"
+        fits = _holds_bytes(kind)
+        if key == "input.id_column":
+            fits, allowed = not pa.types.is_nested(kind), "text or numbers"
+        if not fits:
+            raise ConfigError(f"{key}: {column!r} in {where} is {kind}, allowed: {allowed}")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_id(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_id(kind.value_type)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return bool(is_number or pa.types.is_decimal(kind) or _is_text(kind) or _holds_bytes(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
