@@ -24,8 +24,8 @@ from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
 from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed, Order
-from unet_core.training.learner import BatchCounts, Learner, new_network, rate_at
-from unet_core.training.losses import Loss, class_weights
+from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
 
@@ -202,14 +202,12 @@ class Fitting:
         Raises what went wrong on any rank, on all of them.
         """
         loss, image_ids = self._unchecked
-        counts = [self.learner.loss.counts(piece) for piece in mine.pieces]
+        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
         pixels, crops, images, errors, whole_loss, stops, late = self.ranks.total(
             [
-                math.fsum(pixels for pixels, _ in counts),
-                math.fsum(crops for _, crops in counts),
-                float(sum(len(piece.image_ids) for piece in mine.pieces)),
+                *map(math.fsum, zip(*counts, strict=True)),
                 float(mine.error is not None),
                 loss,
                 float(self.wants_stop()),

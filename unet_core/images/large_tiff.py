@@ -31,8 +31,8 @@ from unet_core.images.tiff import (
     require_numbers,
     stack_axes,
 )
-from unet_core.images.tiff_segments import Cache, ReadRange, Segments, segments_of
-from unet_core.storage.ranges import Ranges
+from unet_core.images.tiff_segments import Cache, Segments, segments_of
+from unet_core.storage.ranges import Ranged, Ranges
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""
@@ -123,19 +123,15 @@ class LargeTiff:
 
 
 def open_large(
-    read_range: ReadRange,
-    size: int,
-    config: InputConfig,
-    as_labels: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    file: Ranged, config: InputConfig, as_labels: bool = False, cache_bytes: int = CACHE_BYTES
 ) -> LargeTiff | None:
-    """A TIFF of ``size`` bytes to be read by window; None for what is better decoded whole: small
-    images, other formats, several images in a file, and layouts that have no small segments.
+    """A TIFF to be read by window; None for what is better decoded whole: small images, other
+    formats, several images in a file, and layouts that have no small segments.
 
     Raises ImageError as decoding the whole does for several pages, axes, channels and colours, and
     for headers that lie.
     """
-    with _Header(Ranges(_metered(read_range), size, "the TIFF"), READ_BYTES) as header:
+    with _Header(Ranges(_metered(file), "the TIFF"), READ_BYTES) as header:
         if not header.read(4).startswith(TIFF_MAGICS):
             return None
         header.seek(0)
@@ -145,7 +141,7 @@ def open_large(
                 pages, is_stacked = _pages_of(tiff, config)
                 if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                     return None
-                segments = segments_of(pages, read_range, size, cache_bytes)
+                segments = segments_of(pages, file, cache_bytes)
                 if segments is None:
                     return None
                 return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
@@ -185,7 +181,7 @@ def _is_extra(series: Any) -> bool:
     return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
 
 
-def _metered(read_range: ReadRange) -> ReadRange:
+def _metered(file: Ranged) -> Ranged:
     left = HEADER_BYTES
 
     def read(start: int, stop: int) -> bytes:
@@ -193,9 +189,9 @@ def _metered(read_range: ReadRange) -> ReadRange:
         left -= stop - start
         if left < 0:
             raise ImageError("too_large", f"the TIFF's header takes more than {HEADER_BYTES} bytes")
-        return read_range(start, stop)
+        return file.read(start, stop)
 
-    return read
+    return Ranged(file.size, read)
 
 
 class _Header(io.BufferedReader):

@@ -23,7 +23,8 @@ from unet_core.images.preprocessing import (
 )
 from unet_core.images.tiff import check_size
 from unet_core.inputs import shards
-from unet_core.inputs.shards import Ranged, Sample
+from unet_core.inputs.shards import Sample
+from unet_core.storage.ranges import Ranged
 
 MOST_LARGE = 256
 """An image that is read by window has at most this many times ``max_pixels`` pixels."""
@@ -212,11 +213,12 @@ def _opened(
     """A file that is read by window, or else all its bytes."""
     ranged = open_ranged() if open_ranged is not None else None
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged.read, ranged.size, config, as_labels)
+        large = open_large(ranged, config, as_labels)
         if large is not None:
             return large
     data = read()
-    large = open_large(lambda start, stop: data[start:stop], len(data), config, as_labels)
+    in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
+    large = open_large(in_memory, config, as_labels)
     if large is None:
         return data
     large.held_bytes += len(data)

@@ -18,9 +18,8 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError, UnetJobsError
 from unet_core.images.codec import one_line
 from unet_core.images.tiff import check_sniffed, require_numbers, side_of
+from unet_core.storage.ranges import Ranged
 
-ReadRange = Callable[[int, int], bytes]
-"""Bytes [start, stop) of the file; called by several threads at once."""
 Key = tuple[int, int, int]
 """A segment: its plane, and its row and column among the plane's segments."""
 
@@ -41,14 +40,14 @@ class Segments:
     side: tuple[int, int]
     """Rows and columns of a segment; those at the lower and right edge may be shorter."""
 
-    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
+    def __init__(self, pages: list[Any], file: Ranged) -> None:
         layout = pages[0].keyframe
         self.shape: tuple[int, int] = (layout.imagelength, layout.imagewidth)
         self.separate, self.samples = int(layout.shaped[0]), int(layout.shaped[4])
         self.planes = len(pages) * self.separate
         self.dtype: np.dtype[Any] = layout.dtype
         self.nodata = layout.nodata
-        self._pages, self._read_range, self._size = pages, read_range, size
+        self._pages, self._file = pages, file
 
     def load(self, key: Key) -> Array | None:
         """A segment HWS; None where the file stores none. Raises ImageError."""
@@ -56,10 +55,10 @@ class Segments:
 
     def _read(self, start: int, stop: int) -> bytes:
         """Raises ImageError for what the file never had, or has no more."""
-        if not 0 <= start <= stop <= self._size:
+        if not 0 <= start <= stop <= self._file.size:
             where = f"a segment lies at bytes {start} to {stop}"
-            raise ImageError("decode", f"{where}, the file ends at {self._size}")
-        data = self._read_range(start, stop)
+            raise ImageError("decode", f"{where}, the file ends at {self._file.size}")
+        data = self._file.read(start, stop)
         if len(data) != stop - start:
             raise ImageError(
                 "changed",
@@ -72,10 +71,8 @@ class Segments:
 class Raw(Segments):
     """Uncompressed rows that follow each other, in blocks of about 1 MiB."""
 
-    def __init__(
-        self, pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
-    ) -> None:
-        super().__init__(pages, read_range, size)
+    def __init__(self, pages: list[Any], file: Ranged, cache_bytes: int) -> None:
+        super().__init__(pages, file)
         self._stored = self.dtype.newbyteorder(pages[0].keyframe.parent.byteorder)
         self._pixel_bytes = self.dtype.itemsize * self.samples
         self._row_bytes = self.shape[1] * self._pixel_bytes
@@ -84,8 +81,9 @@ class Raw(Segments):
         self.side = max(1, BLOCK_BYTES // (columns * self._pixel_bytes)), columns
         for page in pages:
             stop = page.dataoffsets[0] + self.separate * self.shape[0] * self._row_bytes
-            if stop > size:
-                raise ImageError("decode", f"the pixels end at byte {stop}, the file at {size}")
+            if stop > file.size:
+                where = f"the pixels end at byte {stop}"
+                raise ImageError("decode", f"{where}, the file at {file.size}")
 
     def load(self, key: Key) -> Array:
         """One read, or one for each row where segments are narrower than the image."""
@@ -106,8 +104,8 @@ class Raw(Segments):
 class Encoded(Segments):
     """Strips or tiles as the file has them, decoded by tifffile."""
 
-    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
-        super().__init__(pages, read_range, size)
+    def __init__(self, pages: list[Any], file: Ranged) -> None:
+        super().__init__(pages, file)
         layout = pages[0].keyframe
         self.side = side_of(layout)
         self._down, self._across = (
@@ -147,9 +145,7 @@ class Encoded(Segments):
         return segment_DHWS[0]
 
 
-def segments_of(
-    pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
-) -> Raw | Encoded | None:
+def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:
     """Segments of pages of one layout; None where they are too large, or offsets mean other things.
 
     Raises ImageError for headers that lie.
@@ -162,12 +158,12 @@ def segments_of(
     if is_odd or page.dtype is None:
         return None
     if all(one.is_final for one in pages):
-        return Raw(pages, read_range, size, cache_bytes)
+        return Raw(pages, file, cache_bytes)
     decoded_bytes = math.prod(side_of(page)) * int(page.shaped[4]) * page.dtype.itemsize
     if page.is_tiled and decoded_bytes > SEGMENT_BYTES:
         raise ImageError("too_large", f"tiles of {decoded_bytes} bytes, allowed: {SEGMENT_BYTES}")
     is_small = page.is_tiled or decoded_bytes <= STRIP_BYTES
-    return Encoded(pages, read_range, size) if is_small else None
+    return Encoded(pages, file) if is_small else None
 
 
 class Cache:

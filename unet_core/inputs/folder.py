@@ -13,12 +13,12 @@ from unet_core.inputs.shards import (
     LARGE_FILE_BYTES,
     Known,
     Member,
-    Ranged,
     Sample,
     Shard,
     Source,
     make_shard,
 )
+from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from unet_core.storage.object_stores import (
     where_credentials_are,
     write,
 )
-from unet_core.storage.ranges import Ranges
+from unet_core.storage.ranges import Ranged, Ranges
 
 ResultT = TypeVar("ResultT")
 
@@ -130,7 +130,8 @@ class Store:
             return self._try("open", name, lambda: open(self._path(name), "rb", buffering=0))
         if size is None:
             size = self.entry(name).bytes
-        return Ranges(lambda start, stop: self.read(name, start, stop, etag), size, self.uri(name))
+        ranged = Ranged(size, lambda start, stop: self.read(name, start, stop, etag))
+        return Ranges(ranged, self.uri(name))
 
     @contextlib.contextmanager
     def open_parquet(

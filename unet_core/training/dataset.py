@@ -156,8 +156,12 @@ class Item:
 
     key: Key
     """Split, shard, and position among the images of the split in the shard."""
-    image_id: str
     found: Sample | Labelled
+
+    @property
+    def image_id(self) -> str:
+        """Whose image it is."""
+        return self.found.image_id
 
 
 @dataclass
@@ -183,7 +187,7 @@ class Split:
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
         kept = [self.memory.kept[key] for key in keys if key in self.memory.kept]
         if len(kept) == len(keys):
-            yield from (Item(k, image.image_id, image) for k, image in zip(keys, kept, strict=True))
+            yield from map(Item, keys, kept)
             return
         wanted = set(keys)
         for item in read_items([self], shard):
@@ -242,7 +246,7 @@ def read_items(
             share = share_of(found.image_id)
             for split in splits:
                 if split.low <= share < split.high:
-                    yield Item((split.name, shard, positions[split.name]), found.image_id, found)
+                    yield Item((split.name, shard, positions[split.name]), found)
                     positions[split.name] += 1
 
 

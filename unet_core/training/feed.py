@@ -169,7 +169,9 @@ class Feed:
         waiting_s = time.perf_counter() - started
         ends = [len(drawn) * at // pieces for at in range(pieces + 1)]
         cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
-        return Fed([self._augmented(piece) for piece in cut], waiting_s, error)
+        none = nothing(self.shape, self.channels, self.device)
+        made = [augmented(some, self.shape, self.device) if some else none for some in cut]
+        return Fed(made, waiting_s, error)
 
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
@@ -178,8 +180,3 @@ class Feed:
             for rank in range(ranks.count)
         )
         return min(self.config.train.accumulate, most)
-
-    def _augmented(self, crops: list[Crop]) -> Examples:
-        if not crops:
-            return nothing(self.shape, self.channels, self.device)
-        return augmented(crops, self.shape, self.device)

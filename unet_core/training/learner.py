@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,19 +22,8 @@ from unet_core.networks.construction import build, header_of
 from unet_core.networks.presets import UNetSpec
 from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples
-from unet_core.training.losses import Loss
+from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """What a global batch holds, over all ranks."""
-
-    pixels: float
-    """Those that count."""
-    crops: float
-    """Those with pixels that count."""
-    images: float
 
 
 class Learner:
@@ -107,7 +96,7 @@ class Learner:
         is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self.loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
+        part = self.loss.part(logits_NKHW, piece, counts)
         (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return part.detach()
 
