@@ -314,4 +314,4 @@ def _pixels(mask: StoredMask | None) -> Pixels:
     def read(y: int, x: int, height: int, width: int) -> Array:
         return mask.read(mask.boxes.index(Box(y, x, height, width)))[None]
 
-    return Pixels(1, mask.height, mask.width, np.dtype(np.uint16), read)
+    return Pixels(1, (mask.height, mask.width), np.dtype(np.uint16), read)

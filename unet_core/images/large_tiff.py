@@ -18,19 +18,8 @@ from unet_core.arrays import Array
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError
 from unet_core.geometry import MASK_WINDOW_PIXELS
+from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of, one_line
-from unet_core.images.tiff import (
-    from_bits,
-    full_series,
-    is_plain,
-    is_stack,
-    page_pixels,
-    planes,
-    refuse_circles,
-    require_allowed,
-    require_numbers,
-    stack_axes,
-)
 from unet_core.images.tiff_segments import Cache, Segments, segments_of
 from unet_core.storage.ranges import Ranged, Ranges
 
@@ -54,14 +43,9 @@ class LargeTiff:
     """
 
     def __init__(
-        self,
-        segments: Segments,
-        page: Any,
-        is_stack: bool,
-        config: InputConfig,
-        as_labels: bool,
-        cache_bytes: int,
-    ) -> None:
+        self, segments: Segments, page: Any, is_stack: bool, config: InputConfig,
+        as_labels: bool, cache_bytes: int,
+    ) -> None:  # fmt: skip
         self.held_bytes = cache_bytes
         """What it takes of memory."""
         self.shape = segments.shape
@@ -70,7 +54,7 @@ class LargeTiff:
         self._config, self._as_labels = config, as_labels
         self._cache = Cache(segments.load, cache_bytes)
         self._wanted = list(range(segments.planes))
-        if config.channels and not as_labels and is_plain(page.keyframe):  # planes as they are
+        if config.channels and not as_labels and tiff.is_plain(page.keyframe):  # planes as they are
             self._wanted = sorted({channel // segments.samples for channel in config.channels})
         pixel = self._finished(self._blank(1, 1))
         self.channels = 1 if pixel.ndim == 2 else int(pixel.shape[2])
@@ -115,10 +99,10 @@ class LargeTiff:
         height, width = stored_PHWS.shape[1:3]
         pixels = stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
         if self._is_stack:
-            pixels = from_bits(pixels, self._as_labels)
+            pixels = tiff.from_bits(pixels, self._as_labels)
         else:
             stored = pixels[..., 0] if self._page.axes == "YX" else pixels
-            pixels = page_pixels(self._page, stored, self._config, self._as_labels)
+            pixels = tiff.page_pixels(self._page, stored, self._config, self._as_labels)
         return pixels if self._as_labels else image_of(pixels, self._config)
 
 
@@ -136,9 +120,9 @@ def open_large(
             return None
         header.seek(0)
         try:
-            with tifffile.TiffFile(header) as tiff:
-                refuse_circles(tiff)
-                pages, is_stacked = _pages_of(tiff, config)
+            with tifffile.TiffFile(header) as opened:
+                tiff.refuse_circles(opened)
+                pages, is_stacked = _pages_of(opened, config)
                 if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                     return None
                 segments = segments_of(pages, file, cache_bytes)
@@ -151,26 +135,26 @@ def open_large(
             raise ImageError("decode", f"the TIFF's header: {one_line(error)}") from error
 
 
-def _pages_of(tiff: Any, config: InputConfig) -> tuple[list[Any], bool]:
+def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:
     """The page of a large image, or those of its channels and True; none for anything else."""
-    first = tiff.pages.first
-    require_numbers(first)
+    first = opened.pages.first
+    tiff.require_numbers(first)
     if first.imagewidth * first.imagelength <= SMALL_PIXELS:
         return [], False
-    series = full_series(tiff)
+    series = tiff.full_series(opened)
     images = series[:1] + [one for one in series[1:] if not _is_extra(one)]
     pages = [page for one in images for page in one.pages]
-    if is_stack(tiff, len(pages), images, config):
+    if tiff.is_stack(opened, len(pages), images, config):
         return _channels_of(images, config), True
-    require_allowed(len(pages), config)
+    tiff.require_allowed(len(pages), config)
     return (pages if len(pages) == 1 else []), False
 
 
 def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
     """The pages of a stack, if each is a channel of the same image."""
-    axes = [stack_axes(one, len(images), config) for one in images]
-    count = sum(planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
-    require_allowed(count, config)
+    axes = [tiff.stack_axes(one, len(images), config) for one in images]
+    count = sum(tiff.planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
+    tiff.require_allowed(count, config)
     first, pages = images[0], list(images[0].pages)
     is_channels = axes[0] == f"C{first.keyframe.axes}" and len(pages) == first.shape[0]
     return pages if count == 1 and is_channels and first.transform is None else []

@@ -35,19 +35,14 @@ class Pixels:
     """The pixels of an image in the network's colours, in memory or not."""
 
     channels: int
-    height: int
-    width: int
+    shape: tuple[int, int]
+    """Height and width."""
     dtype: np.dtype[Any]
     """The image's own: uint8, uint16 or float32."""
     read: Callable[[int, int, int, int], Array]
     """CHW of a window (y, x, height, width) inside the image; raises ImageError."""
     held_bytes: int = 0
     """Memory that they take."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.height, self.width
 
     @classmethod
     def of(cls, pixels_CHW: Array) -> "Pixels":
@@ -56,12 +51,12 @@ class Pixels:
         def read(y: int, x: int, height: int, width: int) -> Array:
             return pixels_CHW[:, y : y + height, x : x + width]
 
-        channels, rows, columns = pixels_CHW.shape
-        return cls(channels, rows, columns, pixels_CHW.dtype, read, pixels_CHW.nbytes)
+        channels, *shape = pixels_CHW.shape
+        return cls(channels, (shape[0], shape[1]), pixels_CHW.dtype, read, pixels_CHW.nbytes)
 
     def whole(self) -> Array:
         """All of them, CHW."""
-        return self.read(0, 0, self.height, self.width)
+        return self.read(0, 0, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class TruthDecoder:
             except ImageError as failure:
                 raise unusable(failure) from failure
 
-        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.held_bytes)
+        return Pixels(1, large.shape, np.dtype(np.uint16), read, large.held_bytes)
 
 
 @dataclass(frozen=True)
@@ -170,19 +165,18 @@ class Decoder:
         return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))
 
     def _by_window(self, image: LargeTiff) -> tuple[Pixels, Array, Array]:
-        color = self.wanted.color
-        check_size(image.shape[1], image.shape[0], MOST_LARGE * self.config.max_pixels)
+        rows, columns = image.shape
+        check_size(columns, rows, MOST_LARGE * self.config.max_pixels)
 
         def read(y: int, x: int, height: int, width: int) -> Array:
-            return to_color(image.read(y, x, height, width), color)
+            return to_color(image.read(y, x, height, width), self.wanted.color)
 
-        corner_CHW = read(0, 0, 1, 1)
-        height, width = image.shape
-        pixels = Pixels(len(corner_CHW), height, width, corner_CHW.dtype, read, image.held_bytes)
-        offset, scale = offset_and_scale_by_rows(
-            lambda start, stop: read(start, 0, stop - start, width), height, width, self.wanted
-        )
-        return pixels, offset, scale
+        def read_rows(start: int, stop: int) -> Array:
+            return read(start, 0, stop - start, columns)
+
+        offset, scale = offset_and_scale_by_rows(read_rows, rows, columns, self.wanted)
+        channels, dtype = self.wanted.channels, image.dtype
+        return Pixels(channels, image.shape, dtype, read, image.held_bytes), offset, scale
 
 
 def unusable(why: object) -> ImageError:

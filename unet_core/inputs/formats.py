@@ -11,12 +11,7 @@ from unet_core.inputs import folder, listing, parquet, webdataset
 from unet_core.inputs.shards import Known, Sample, Shard, Source, readable_name
 from unet_core.storage.store import Store, split
 
-FORMATS = {
-    "folder": folder,
-    "webdataset": webdataset,
-    "parquet": parquet,
-    "list": listing,
-}
+FORMATS = {"folder": folder, "webdataset": webdataset, "parquet": parquet, "list": listing}
 
 
 def open_source(

@@ -118,13 +118,9 @@ def readable_name(name: str) -> str:
 
 
 def make_shard(
-    uri: str,
-    size: int,
-    etag: str | None,
-    first: int | None = None,
-    count: int | None = None,
+    uri: str, size: int, etag: str | None, first: int | None = None, count: int | None = None,
     members: tuple[Member, ...] = (),
-) -> Shard:
+) -> Shard:  # fmt: skip
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
     identity = [uri, size, etag, range_, members]

@@ -22,15 +22,7 @@ import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError
-from unet_core.storage.object_stores import (
-    REWRITTEN,
-    connect,
-    persist,
-    read_if_match,
-    refused,
-    where_credentials_are,
-    write,
-)
+from unet_core.storage import object_stores
 from unet_core.storage.ranges import Ranged, Ranges
 
 ResultT = TypeVar("ResultT")
@@ -60,7 +52,7 @@ class Store:
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         self.storage = storage or StorageConfig()
         self._given = uri
-        self.fs, path = connect(uri, self.storage)
+        self.fs, path = object_stores.connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
         protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
         self.is_local, self._is_s3 = "file" in protocols, "s3" in protocols
@@ -111,7 +103,7 @@ class Store:
         if self.is_local:
             call = partial(self._read_locally, name, start, stop, etag)
         elif etag and self._is_s3:
-            call = partial(read_if_match, self.fs, path, start, stop, etag)
+            call = partial(object_stores.read_if_match, self.fs, path, start, stop, etag)
         else:
             call = partial(self.fs.cat_file, path, start=start, end=stop)
         return bytes(self._try("read", name, call))
@@ -165,7 +157,7 @@ class Store:
         try:
             yield from self._walk(path) if self.is_local else self._find(path)
         except OSError as error:
-            raise refused("list", self.uri(folder), error) from error
+            raise object_stores.refused("list", self.uri(folder), error) from error
 
     def publish(self, name: str, source: bytes | BinaryIO) -> None:
         """Make an object appear whole, replacing any earlier one."""
@@ -191,8 +183,10 @@ class Store:
             self._try("write", name, lambda: self._locally(name, stream, settle))
             return
         stream.seek(0)
-        data, deadline_s = stream.read(), self.storage.deadline_s
-        self._try("write", name, lambda: write(self.fs, self._path(name), data, deadline_s, **how))
+        path, data, deadline_s = self._path(name), stream.read(), self.storage.deadline_s
+        self._try(
+            "write", name, partial(object_stores.write, self.fs, path, data, deadline_s, **how)
+        )
 
     def require_writable(self) -> None:
         """Make and remove a small object, locally in the nearest folder that is there.
@@ -211,13 +205,13 @@ class Store:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"probe")
         except OSError as error:
-            raise refused("write", folder, error) from error
+            raise object_stores.refused("write", folder, error) from error
 
     def credentials(self) -> str:
         """Where the credentials of an S3 store come from, as botocore names it; empty if there are
         none. Other stores find their own.
         """
-        return where_credentials_are(self.storage) if self._is_s3 else ""
+        return object_stores.where_credentials_are(self.storage) if self._is_s3 else ""
 
     def has_one_winner(self) -> bool:
         """Whether this store keeps ``publish_exclusively``: some accept the second object too.
@@ -263,8 +257,8 @@ class Store:
             except FileExistsError:
                 raise
             except OSError as error:
-                raise refused(verb, self.uri(name), error) from error
-        return persist(call, verb, self.uri(name), self.storage.deadline_s)
+                raise object_stores.refused(verb, self.uri(name), error) from error
+        return object_stores.persist(call, verb, self.uri(name), self.storage.deadline_s)
 
     def _read_locally(
         self, name: str, start: int | None, stop: int | None, etag: str | None
@@ -282,7 +276,7 @@ class Store:
 
     def _hold_to(self, name: str, stat: os.stat_result, etag: str | None) -> None:
         if etag and _local_entry(name, stat).etag != etag:
-            raise ChangedError(f"{self.uri(name)} {REWRITTEN}")
+            raise ChangedError(f"{self.uri(name)} {object_stores.REWRITTEN}")
 
     def _locally(self, name: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
         try:
@@ -312,7 +306,7 @@ class Store:
         """
         where = str(self.fs.unstrip_protocol(path))
         try:
-            found: list[dict[str, Any]] = persist(
+            found: list[dict[str, Any]] = object_stores.persist(
                 lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
             )
         except NotFoundError:

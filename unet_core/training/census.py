@@ -23,7 +23,7 @@ from unet_core.training.dataset import (
     divide_at,
     read_items,
     share_of,
-)  # fmt: skip
+)
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
