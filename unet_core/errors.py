@@ -1,5 +1,7 @@
 """What goes wrong. Decisions go by class, never by the words of a message."""
 
+import re
+
 
 class UnetJobsError(Exception):
     """Base of every error that this project raises on purpose; the text is for people."""
@@ -77,3 +79,9 @@ class ImageError(UnetJobsError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, str(self))
+
+
+def one_line(error: BaseException) -> str:
+    """The words of a library without what changes from run to run: rows must be repeatable."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]

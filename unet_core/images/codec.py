@@ -6,7 +6,6 @@ tifffile decodes TIFF. EXIF orientation is never applied: image and mask stay in
 """
 
 import io
-import re
 from typing import Any
 
 import imagecodecs
@@ -15,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError
+from unet_core.errors import ImageError, one_line
 from unet_core.images.tiff import check_size, decode_tiff
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -205,9 +204,3 @@ def _native(pixels: Any) -> Array:
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
     return np.ascontiguousarray(pixels, dtype=np.float32)
-
-
-def one_line(error: Exception) -> str:
-    """A decoder's words without what changes from run to run: rows must be repeatable."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]

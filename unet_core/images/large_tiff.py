@@ -16,10 +16,10 @@ import tifffile
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, UnetJobsError
+from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.geometry import MASK_WINDOW_PIXELS
 from unet_core.images import tiff
-from unet_core.images.codec import TIFF_MAGICS, image_of, one_line
+from unet_core.images.codec import TIFF_MAGICS, image_of
 from unet_core.images.tiff_segments import Cache, Segments, segments_of
 from unet_core.storage.ranges import Ranged, Ranges
 

@@ -15,8 +15,7 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError
-from unet_core.images.codec import one_line
+from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.images.tiff import check_sniffed, require_numbers, side_of
 from unet_core.storage.ranges import Ranged
 
@@ -134,9 +133,8 @@ class Encoded(Segments):
         except (UnetJobsError, MemoryError):
             raise
         except Exception as error:  # codecs share no base class
-            y, x = key[1] * self.side[0], key[2] * self.side[1]
-            reason = f"the segment at row {y}, column {x}: {one_line(error)}"
-            raise ImageError("decode", reason) from error
+            where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
+            raise ImageError("decode", f"the segment at {where}: {one_line(error)}") from error
 
     def _decoded(self, data: bytes, index: int, tables: bytes | None) -> Array:
         if self._is_sniffed:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError
+from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError, one_line
 from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
@@ -59,10 +59,9 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             if row != shard.first + shard.count:
                 raise ParquetDamagedError("it has fewer rows than when the run began")
     except ParquetDamagedError as error:
-        reason = " ".join(str(error).split())[:200]
+        failure = ImageError("parquet", f"the file is damaged here: {one_line(error)[:200]}")
+        uri = source.root.uri(shard.uri)
         for number in range(row, shard.first + shard.count):
-            failure = ImageError("parquet", f"the file is damaged here: {reason}")
-            uri = source.root.uri(shard.uri)
             yield Sample(f"{shard.uri}#{number}", str(number), uri, bytes, failure=failure)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from unet_core.errors import ConfigError, ImageError, StoreError
+from unet_core.errors import ConfigError, ImageError, StoreError, one_line
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
 from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, readable_name
 
@@ -165,25 +165,19 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
                 raise tarfile.ReadError("it has no end mark")
             if getattr(tar, "has_strange_blocks", False):
                 raise tarfile.ReadError("blocks between its members are no headers")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise _damaged(error) from error
     except (StoreError, MemoryError):
         raise
-    except OSError as error:
-        raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
     except Exception as error:  # tarfile raises whatever a hostile header leads to
-        raise _damaged(error) from error
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
+        reason = f"the tar is cut short or damaged: {one_line(error)}"
+        raise ImageError("tar", reason) from error
 
 
 def _unpacked(stream: BinaryIO) -> BinaryIO:
     """The tar's own bytes; gzip is known by its magic number, and its checksum is checked."""
     magic = cast(io.BufferedReader, stream).peek(2)[:2]
     return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if magic == b"\x1f\x8b" else stream
-
-
-def _damaged(error: Exception) -> ImageError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageError("tar", f"the tar is cut short or damaged: {reason}")
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:

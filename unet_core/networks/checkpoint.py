@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from unet_core.config import StorageConfig
-from unet_core.errors import CheckpointError, ConfigError, StoreError
+from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
@@ -117,7 +117,7 @@ def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header
         header = HEADERS.validate_json(json.dumps(table), strict=True)
         _check_sizes(header)
     except (KeyError, ValueError, RecursionError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
     return header
 
@@ -176,11 +176,9 @@ def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
 
 
 def load(
-    checkpoint: str,
-    sha256: str | None = None,
-    storage: StorageConfig | None = None,
+    checkpoint: str, sha256: str | None = None, storage: StorageConfig | None = None,
     factory: str = "",
-) -> tuple["nn.Module", Header]:
+) -> tuple["nn.Module", Header]:  # fmt: skip
     """The network in eval mode, float32 on the CPU, weights strict; and its header.
 
     ``factory`` is the function that the user allows to build a network of somebody else. Raises
@@ -202,8 +200,10 @@ def load(
             network = build(header.network)  # a small file must not bring about a large network
         fill(network, tensors, assign=is_ours)
     except (RuntimeError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())[:500]
-        raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
+        reason = one_line(error)
+        raise CheckpointError(
+            f"{checkpoint}: its tensors do not fit its header: {reason}"
+        ) from error
     return network.eval(), header
 
 

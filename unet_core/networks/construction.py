@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unet_core.config import ForeignConfig
-from unet_core.errors import CheckpointError
+from unet_core.errors import CheckpointError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.checkpoint import Header
@@ -94,7 +94,7 @@ def _made_by(spec: Factory) -> nn.Module:
     try:
         made = getattr(importlib.import_module(module), function)(**arguments)
     except Exception as error:  # the function is the user's, and so are its errors
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
     if not isinstance(made, nn.Module):
         raise CheckpointError(

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
-from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError
+from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError, one_line
 from unet_core.storage import object_stores
 from unet_core.storage.ranges import Ranged, Ranges
 
@@ -361,7 +361,7 @@ def whole_parquet(uri: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow calls bad pages I/O errors, and names need not be UTF-8
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
 
 

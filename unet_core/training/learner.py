@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unet_core.engine import memory_format
-from unet_core.errors import CheckpointError, ConfigError
+from unet_core.errors import CheckpointError, ConfigError, one_line
 from unet_core.geometry import Sides
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
@@ -124,8 +124,8 @@ class Learner:
                 self._mean.load_state_dict(parts["mean"])
             self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            text = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
+            reason = f"the checkpoint does not fit this network: {one_line(error)}"
+            raise CheckpointError(reason) from error
         for weight, kept in self._optimiser.state.items():
             kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
 
