@@ -84,7 +84,8 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
     elif wanted.normalisation == "percentile":
         pairs = [_percentiles(plane, wanted) for plane in pixels_CHW]
     else:
-        pairs = [_mean_and_deviation(plane) for plane in pixels_CHW]
+        wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
+        pairs = [(float(values.mean()), float(values.std())) for values in wide]
     return _as_arrays(pairs)
 
 
@@ -224,12 +225,6 @@ def _keys(values: Array) -> Array:
 def _values_of(keys: Array) -> Array:
     """Float32 values of their keys."""
     return np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
-
-
-def _mean_and_deviation(plane_HW: Array) -> tuple[float, float]:
-    """Mean and standard deviation of floats."""
-    wide = plane_HW.ravel().astype(np.float64)
-    return float(wide.mean()), float(np.sqrt(max(float(wide.var()), 0.0)))
 
 
 def _row_moments(band_CHW: Array) -> Array:

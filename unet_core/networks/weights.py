@@ -174,9 +174,9 @@ def _unpickled(data: bytes) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle brings about
-        raise CheckpointError(
-            f"damaged, or no state_dict that torch.save wrote: {_first(error)}"
-        ) from error
+        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = f"damaged, or no state_dict that torch.save wrote: {first}"
+        raise CheckpointError(reason) from error
 
 
 def _require_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:
@@ -194,12 +194,6 @@ def _objects(data: bytes) -> str:
         found = []
     found.sort(key=lambda name: (name.startswith("torch."), name))
     return few(found) or "objects of Python, or damage,"
-
-
-def _first(error: Exception) -> str:
-    """The first sentence of an error that is not ours."""
-    text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return text or type(error).__name__
 
 
 def _unwrapped(found: Any) -> dict[Any, Any]:
