@@ -69,9 +69,7 @@ class StoppedError(UnetJobsError):
 
 
 class ImageError(UnetJobsError):
-    """One image cannot be segmented: a failed row, never the end of a run. ``code`` goes to the
-    row's ``error_code``.
-    """
+    """One image cannot be segmented: a failed row with this ``error_code``, never a run's end."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -156,9 +156,7 @@ class Fitting:
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
-        """Take the steps that are left of an epoch, and evaluate it; saves a checkpoint when it is
-        time for one.
-        """
+        """Take the steps left of an epoch and evaluate it; saves a checkpoint when it is time."""
         began, position = time.perf_counter(), self.position
         order = Order(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch

@@ -199,9 +199,7 @@ class Box(NamedTuple):
         return self.height, self.width
 
     def shared(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
-        """What it shares with rows and columns, counted from its corner and from theirs; empty
-        where they do not meet.
-        """
+        """What it shares with rows and columns, from its corner and from theirs; may be empty."""
         here, there = [], []
         for at, length, other in ((self.y, self.height, rows), (self.x, self.width, columns)):
             start = max(at, other.start)

@@ -82,10 +82,7 @@ def decode_labels(data: bytes, config: InputConfig, classes: int, page: int = 0)
 
 
 def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
-    """Class ids HW of stored label values, HW or HWC.
-
-    Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
-    """
+    """Class ids HW of stored values, HW or HWC; raises ImageError (``labels``) for unknown ones."""
     if labels.ndim == 3:
         colors = labels[..., :3] if labels.shape[2] > 2 else labels[..., :1]  # the rest is alpha
         if not (colors[..., :1] == colors).all():

@@ -41,10 +41,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC, one for each page.
-
-    Raises ImageError for pages that are refused, and axes or colours that are not understood.
-    """
+    """Arrays HW or HWC, one for each page; raises ImageError for what is refused or unknown."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -97,9 +94,7 @@ def require_numbers(page: Any) -> None:
 
 
 def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
-    """Raise ImageError for pixels of no type, and for strips or tiles that are far larger than
-    their image.
-    """
+    """Raise ImageError for pixels of no type, and strips or tiles far larger than their image."""
     if page.dtype is None:
         raise ImageError("mode", f"pixels of {page.bitspersample} bits are not supported")
     side = side_of(page)
@@ -196,9 +191,7 @@ def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: b
 
 
 def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
-    """The declared axes of a stack. Raises ImageError for those that cannot be, for odd colours,
-    and for planes that are missing.
-    """
+    """The declared axes of a stack; raises ImageError for impossible ones, odd colours and gaps."""
     axes, shape = config.axes or series.axes, series.shape
     is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
     if is_wrong or (config.axes and number_of_series > 1):

@@ -144,10 +144,7 @@ class Encoded(Segments):
 
 
 def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:
-    """Segments of pages of one layout; None where they are too large, or offsets mean other things.
-
-    Raises ImageError for headers that lie.
-    """
+    """Segments of pages of one layout, None if large or odd; ImageError for headers that lie."""
     for one in pages:
         require_numbers(one)
     page = pages[0].keyframe

@@ -109,10 +109,7 @@ def stem_of(name: str) -> str:
 
 
 def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
-    """Label images by the stems of their images, which ``masks`` ends if it is no folder.
-
-    Raises ConfigError for two of one stem.
-    """
+    """Label images by the stems of their images; raises ConfigError for two of one stem."""
     suffix = "" if "/" in masks else masks
     by_stem: dict[str, Entry] = {}
     for entry in entries:

@@ -153,10 +153,7 @@ def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator
 
 
 def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
-    """The row groups that are exactly rows [first, first + count).
-
-    Raises ParquetDamagedError if there are none: the file was written again.
-    """
+    """The row groups that are just these rows; raises ParquetDamagedError if there are none."""
     numbers = range(metadata.num_row_groups)
     starts = [0, *accumulate(metadata.row_group(number).num_rows for number in numbers)]
     groups = [number for number in numbers if first <= starts[number] < first + count]

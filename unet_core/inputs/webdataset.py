@@ -23,10 +23,7 @@ MAX_HEADER_BYTES = 2**20
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """A shard for every tar, by name; nothing is opened.
-
-    Raises ConfigError for ``input.masks`` that cannot be a member suffix.
-    """
+    """A shard for every tar, unopened, by name; raises ConfigError for impossible ``input.masks``."""
     _mask_suffix(source)
     for entry in source.entries():
         if entry.name.endswith(EXTENSIONS) and entry.name not in known:
@@ -34,9 +31,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 
 class _TarMember(tarfile.TarInfo):
-    """A tar header; notes in its archive whether the end mark came, and whether blocks between
-    the members are no headers.
-    """
+    """A tar header; tells its archive of the end mark, and of blocks that are no headers."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> "_TarMember":
@@ -121,10 +116,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def _mask_suffix(source: Source) -> str:
-    """``input.masks`` as a member suffix without its first dot.
-
-    Raises ConfigError if it cannot be one.
-    """
+    """``input.masks`` as a member suffix without first dot; raises ConfigError if it is none."""
     masks = source.config.masks
     suffix = masks.removeprefix(".")
     if masks and ("/" in suffix or "." not in suffix):

@@ -100,10 +100,7 @@ def locate(checkpoint: str) -> str:
 
 
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
-    """Read what a checkpoint says of itself, without torch.
-
-    Raises CheckpointError if it is not a safetensors file of this project, or damaged.
-    """
+    """What a file says of itself, without torch; raises CheckpointError if foreign or damaged."""
     metadata = read_metadata(checkpoint, storage)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
@@ -223,9 +220,7 @@ def fill(network: "nn.Module", tensors: "dict[str, Tensor]", assign: bool = Fals
 
 
 def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
-    """A tensor in the type that its network has; raises ValueError for one of another shape or
-    kind of numbers, or with NaN.
-    """
+    """A tensor in its network's type; raises ValueError for another shape or kind, or for NaN."""
     if tensor.shape != wanted.shape:
         got, needed = list(tensor.shape), list(wanted.shape)
         raise ValueError(f"{key} has the shape {got}, but its network needs {needed}")

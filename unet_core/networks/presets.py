@@ -84,9 +84,7 @@ class UNetSpec:
 
     @property
     def moves_with_input(self) -> bool:
-        """Whether a shift of the input by a stride shifts the output; resizing depends on the
-        window's size.
-        """
+        """Whether a shift of the input by a stride shifts the output; resizing sees the window."""
         return not (self.up.startswith("bilinear") or self.join == "resize" or self.resize_logits)
 
     def output_side(self, side: int) -> int | None:

@@ -101,10 +101,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
 
 
 def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
-    """Tensors under our names, in float32.
-
-    Raises ValueError, with the source's name, for one of another shape or with NaN.
-    """
+    """Tensors under our names; raises ValueError, with the source's, for one that does not fit."""
     with torch.device("meta"):  # other initial weights take seconds
         wanted = UNet(replace(spec, init="torch")).state_dict()
     names = layout.names(spec.depth, spec.bias)

@@ -143,10 +143,7 @@ def _role_session(storage: StorageConfig) -> Any:
 
 
 def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag: str) -> bytes:
-    """Bytes [start, stop) of an S3 object if it still has that ETag; one request.
-
-    Raises ChangedError if it does not.
-    """
+    """Bytes [start, stop) of an S3 object, one request; raises ChangedError for another ETag."""
 
     async def read() -> bytes:
         bucket, key, _ = fs.split_path(path)

@@ -94,10 +94,7 @@ class Store:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """All bytes of one object, or those in [start, stop).
-
-        Raises NotFoundError if it is not there, ChangedError if it has another etag than that.
-        """
+        """All bytes of an object, or [start, stop); raises NotFoundError, ChangedError by ``etag``."""
         path = self._path(name)
         call: Callable[[], bytes]
         if self.is_local:
@@ -189,10 +186,7 @@ class Store:
         )
 
     def require_writable(self) -> None:
-        """Make and remove a small object, locally in the nearest folder that is there.
-
-        Raises StoreError if that is refused; leaves nothing behind.
-        """
+        """Make and remove a small object, locally a file near by; raises StoreError if refused."""
         name = f"_probe-{uuid.uuid4().hex}"
         if not self.is_local:
             self.publish(name, b"probe")
@@ -208,9 +202,7 @@ class Store:
             raise object_stores.refused("write", folder, error) from error
 
     def credentials(self) -> str:
-        """Where the credentials of an S3 store come from, as botocore names it; empty if there are
-        none. Other stores find their own.
-        """
+        """Where an S3 store's credentials come from, in botocore's words; empty if from nowhere."""
         return object_stores.where_credentials_are(self.storage) if self._is_s3 else ""
 
     def has_one_winner(self) -> bool:
@@ -301,9 +293,7 @@ class Store:
                             yield Entry(name, int(info["size"]), _etag_of(info))
 
     def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
-        """What lies directly below a prefix; nothing where it is gone since it was seen, unless all
-        of the root is.
-        """
+        """What lies right below a prefix; nothing where it is gone, unless all of the root is."""
         where = str(self.fs.unstrip_protocol(path))
         try:
             found: list[dict[str, Any]] = object_stores.persist(
@@ -401,9 +391,7 @@ def _local_entry(name: str, stat: os.stat_result) -> Entry:
 
 
 def _settle(path: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
-    """Put a complete, synced file in place; until then its name begins with ``_``, so that readers
-    skip it.
-    """
+    """Put a complete, synced file in place; until then it begins with ``_``: readers skip it."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")

@@ -53,9 +53,7 @@ class Order:
         return sum(self._start(lane + 1) - self._start(lane) > step for lane in lanes)
 
     def streams(self, lanes: range, skip: int) -> Iterator[list[Entry | None]]:
-        """Step by step what some lanes have; None for a lane that has ended. The first ``skip``
-        steps are passed over.
-        """
+        """Step by step, after ``skip`` of them, what lanes have; None for one that has ended."""
         shards = self._shards()
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
         streams = [self._lane(lane, shards, ends) for lane in lanes]
@@ -96,9 +94,7 @@ class Order:
             yield _drawn(waiting, random)
 
     def _cut(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One lane's part of all images, shard by shard; of one that several lanes share it has
-        some at random.
-        """
+        """One lane's part of all images by shard; of a shard that lanes share, some at random."""
         start, stop = self._start(lane), self._start(lane + 1)
         for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
             round_, shard = shards[at]

@@ -138,8 +138,6 @@ def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[f
 
 
 def balanced(pixels: list[int]) -> list[float]:
-    """Weights by the inverse of how often each class occurs, 1 in the mean over all pixels; 0 for
-    a class that never does.
-    """
+    """Inverse to how often each class occurs, 1 in the mean over pixels; 0 if it never does."""
     there = sum(n > 0 for n in pixels)
     return [sum(pixels) / (there * n) if n else 0.0 for n in pixels]
