@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 2**20
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """A shard for every tar, unopened, by name; raises ConfigError for impossible ``input.masks``."""
+    """A shard for every tar, by name, unopened; raises ConfigError for odd ``input.masks``."""
     _mask_suffix(source)
     for entry in source.entries():
         if entry.name.endswith(EXTENSIONS) and entry.name not in known:

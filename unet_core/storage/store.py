@@ -94,7 +94,7 @@ class Store:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """All bytes of an object, or [start, stop); raises NotFoundError, ChangedError by ``etag``."""
+        """All bytes of an object, or [start, stop); raises NotFoundError and ChangedError."""
         path = self._path(name)
         call: Callable[[], bytes]
         if self.is_local:
