@@ -3,9 +3,8 @@
 Large TIFFs are not decoded whole: their pixels and their truth are read by window.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,9 +143,9 @@ class Decoder:
             images = [found] if is_large else decode_images(found, self.config)
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
-        samples = [sample.bare]  # many small images wait for a batch, and not their files
-        if len(images) > 1:
-            samples = [_page_of(sample.bare, page) for page in range(len(images))]
+        bare = sample.bare  # many small images wait for a batch, and not their files
+        ends = [f"#{page}" for page in range(len(images))] if len(images) > 1 else [""]
+        samples = [replace(bare, image_id=bare.image_id + end, key=bare.key + end) for end in ends]
         decoder = TruthDecoder(self.classes, self.config)
         truths = decoder.decode(sample, range(len(images)), is_large)
         return list(map(self._picture, samples, images, truths))
@@ -191,11 +190,6 @@ def fitting(
     if isinstance(truth, Pixels) and truth.shape != shape:
         return unusable(f"it has shape {truth.shape}, the image {shape}")
     return truth
-
-
-def _page_of(sample: Sample, page: int) -> Sample:
-    image_id, key = f"{sample.image_id}#{page}", f"{sample.key}#{page}"
-    return dataclasses.replace(sample, image_id=image_id, key=key)
 
 
 def _opened(

@@ -215,10 +215,8 @@ def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
         raise ConfigError(
             f"input.masks: {where} has no column {mask!r}; it has: {', '.join(names)}"
         )
-    wanted = {field: field for field in ("uri", "bytes", "etag", "id")}
-    if mask:
-        wanted[mask] = "mask"
-    return {column: field for column, field in wanted.items() if column in names}
+    wanted = {"uri": "uri", "bytes": "bytes", "etag": "etag", "id": "id", mask: "mask"}
+    return {column: field for column, field in wanted.items() if column and column in names}
 
 
 def _inventory_lines(source: Source, name: str) -> Iterator[Line]:

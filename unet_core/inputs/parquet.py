@@ -53,7 +53,9 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
-                for values in _with_bytes_for_text(batch).to_pylist():
+                # nothing in a file makes sure that its text is UTF-8
+                schema = pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema])
+                for values in batch.cast(schema).to_pylist():
                     yield _sample(source, shard, row, values)
                     row += 1
             if row != shard.first + shard.count:
@@ -114,11 +116,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _with_bytes_for_text(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Text as its bytes: nothing in a file makes sure that it is UTF-8."""
-    return batch.cast(pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema]))
 
 
 def _bytes_for_text(kind: pa.DataType) -> pa.DataType:

@@ -139,8 +139,10 @@ class _Found:
 def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageError]]:
     """Names and contents of the image members. Raises ImageError where the tar is damaged."""
     try:
+        is_packed = cast(io.BufferedReader, stream).peek(2)[:2] == b"\x1f\x8b"
+        plain = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_packed else stream
         with tarfile.open(
-            fileobj=cast(BinaryIO, _Metered(_unpacked(stream))),
+            fileobj=cast(BinaryIO, _Metered(plain)),
             mode="r|",
             tarinfo=_TarMember,
             ignore_zeros=True,
@@ -164,12 +166,6 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
             raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
         reason = f"the tar is cut short or damaged: {one_line(error)}"
         raise ImageError("tar", reason) from error
-
-
-def _unpacked(stream: BinaryIO) -> BinaryIO:
-    """The tar's own bytes; gzip is known by its magic number, and its checksum is checked."""
-    magic = cast(io.BufferedReader, stream).peek(2)[:2]
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if magic == b"\x1f\x8b" else stream
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:

@@ -258,8 +258,6 @@ def open_splits(config: TrainConfig, header: Header, memory: Memory) -> Splits:
     inputs = {
         name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()
     }
-    train = inputs[TRAIN]
-    if VAL in inputs:
-        return Split(TRAIN, train, memory), Split(VAL, inputs[VAL], memory)
-    at = config.data.val_fraction
-    return Split(TRAIN, train, memory, low=at), Split(VAL, train, memory, high=at)
+    train, val = inputs[TRAIN], inputs.get(VAL)
+    low, high = (0.0, 1.0) if val is not None else (config.data.val_fraction,) * 2
+    return Split(TRAIN, train, memory, low=low), Split(VAL, val or train, memory, high=high)
