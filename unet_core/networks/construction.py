@@ -65,15 +65,11 @@ def header_of(
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])
-    return Header(spec, tiling, names, preprocessing_of(model, spec.in_channels))
-
-
-def preprocessing_of(model: ForeignConfig | NetworkConfig, channels: int) -> Preprocessing:
-    """As the config wants it; ``auto`` colours are those that have so many channels."""
     given = model.model_dump(include={"color", "normalisation", "low", "high"})
     if model.color == "auto":
-        given["color"] = next((c for c, n in COLORS.items() if n == channels), channels)
-    return Preprocessing.model_validate(given)
+        by_channels = {channels: color for color, channels in COLORS.items()}
+        given["color"] = by_channels.get(spec.in_channels, spec.in_channels)
+    return Header(spec, tiling, names, Preprocessing.model_validate(given))
 
 
 def origin(spec: Factory) -> str:

@@ -68,11 +68,10 @@ class Store:
     @cached_property
     def size(self) -> int | None:
         """Bytes of the root, if it is itself one object; None for a folder or nothing."""
-        try:
+        with contextlib.suppress(NotFoundError):
             info = self._info("")
-        except NotFoundError:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
+            return int(info["size"]) if info["type"] == "file" else None
+        return None
 
     def entry(self, name: str) -> Entry:
         """One object as a listing would give it. Raises NotFoundError if it is not there."""
@@ -85,11 +84,10 @@ class Store:
         """Whether there is such an object or folder."""
         if self.is_local:
             return os.path.exists(self._path(name))
-        try:  # not by ``exists``: s3fs calls a bucket missing that it could not ask about
-            self._info(name)
-        except NotFoundError:
-            return False
-        return True
+        with contextlib.suppress(NotFoundError):
+            self._info(name)  # not ``exists``: s3fs calls a bucket missing that it could not ask
+            return True
+        return False
 
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
@@ -335,11 +333,8 @@ class Store:
                     if item.is_dir():
                         folders.append(f"{name}/")
                     elif item.is_file() or item.is_symlink():
-                        try:
-                            info = item.stat(follow_symlinks=item.is_file())
-                        except FileNotFoundError:
-                            continue  # a temporary file that was there a moment ago
-                        yield _local_entry(name, info)
+                        with contextlib.suppress(FileNotFoundError):  # it was temporary
+                            yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
 
 
 @contextlib.contextmanager
