@@ -20,7 +20,7 @@ from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.geometry import MASK_WINDOW_PIXELS
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
-from unet_core.images.tiff_segments import Cache, Segments, segments_of
+from unet_core.images.tiff_segments import Cache, Encoded, Raw, segments_of
 from unet_core.storage.ranges import Ranged, Ranges
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
@@ -43,7 +43,7 @@ class LargeTiff:
     """
 
     def __init__(
-        self, segments: Segments, page: Any, is_stack: bool, config: InputConfig,
+        self, segments: Raw | Encoded, page: Any, is_stack: bool, config: InputConfig,
         as_labels: bool, cache_bytes: int,
     ) -> None:  # fmt: skip
         self.held_bytes = cache_bytes

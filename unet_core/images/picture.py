@@ -3,7 +3,7 @@
 Large TIFFs are not decoded whole: their pixels and their truth are read by window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,15 +139,15 @@ class Decoder:
             if sample.failure is not None:
                 raise sample.failure
             found = _opened(sample.read, sample.open, self.config, as_labels=False)
-            is_large = isinstance(found, LargeTiff)
-            images = [found] if is_large else decode_images(found, self.config)
+            images: Sequence[Array | LargeTiff]
+            images = decode_images(found, self.config) if isinstance(found, bytes) else [found]
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         bare = sample.bare  # many small images wait for a batch, and not their files
         ends = [f"#{page}" for page in range(len(images))] if len(images) > 1 else [""]
         samples = [replace(bare, image_id=bare.image_id + end, key=bare.key + end) for end in ends]
         decoder = TruthDecoder(self.classes, self.config)
-        truths = decoder.decode(sample, range(len(images)), is_large)
+        truths = decoder.decode(sample, range(len(images)), not isinstance(found, bytes))
         return list(map(self._picture, samples, images, truths))
 
     def _picture(
@@ -193,21 +193,17 @@ def fitting(
 
 
 def _opened(
-    read: Callable[[], bytes],
-    open_ranged: Callable[[], Ranged] | None,
-    config: InputConfig,
+    read: Callable[[], bytes], open_ranged: Callable[[], Ranged] | None, config: InputConfig,
     as_labels: bool,
-) -> LargeTiff | bytes:
+) -> LargeTiff | bytes:  # fmt: skip
     """A file that is read by window, or else all its bytes."""
     ranged = open_ranged() if open_ranged is not None else None
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged, config, as_labels)
-        if large is not None:
+        if (large := open_large(ranged, config, as_labels)) is not None:
             return large
     data = read()
     in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
-    large = open_large(in_memory, config, as_labels)
-    if large is None:
+    if (large := open_large(in_memory, config, as_labels)) is None:
         return data
     large.held_bytes += len(data)
     return large

@@ -48,10 +48,6 @@ class Segments:
         self.nodata = layout.nodata
         self._pages, self._file = pages, file
 
-    def load(self, key: Key) -> Array | None:
-        """A segment HWS; None where the file stores none. Raises ImageError."""
-        raise NotImplementedError
-
     def _read(self, start: int, stop: int) -> bytes:
         """Raises ImageError for what the file never had, or has no more."""
         if not 0 <= start <= stop <= self._file.size:
@@ -85,7 +81,7 @@ class Raw(Segments):
                 raise ImageError("decode", f"{where}, the file at {file.size}")
 
     def load(self, key: Key) -> Array:
-        """One read, or one for each row where segments are narrower than the image."""
+        """A segment HWS: one read, or one for each row where it is narrower than the image."""
         plane, y, x = key[0], key[1] * self.side[0], key[2] * self.side[1]
         height, width = min(self.side[0], self.shape[0] - y), min(self.side[1], self.shape[1] - x)
         page, sample = divmod(plane, self.separate)
@@ -118,7 +114,7 @@ class Encoded(Segments):
         self._is_sniffed = layout.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
 
     def load(self, key: Key) -> Array | None:
-        """Read and decode."""
+        """A segment HWS; None where the file stores none. Raises ImageError."""
         page, sample = divmod(key[0], self.separate)
         index = (sample * self._down + key[1]) * self._across + key[2]
         start = self._pages[page].dataoffsets[index]
