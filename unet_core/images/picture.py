@@ -199,7 +199,8 @@ def _opened(
     """A file that is read by window, or else all its bytes."""
     ranged = open_ranged() if open_ranged is not None else None
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        if (large := open_large(ranged, config, as_labels)) is not None:
+        large = open_large(ranged, config, as_labels)
+        if large is not None:
             return large
     data = read()
     in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
