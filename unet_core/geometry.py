@@ -20,10 +20,8 @@ class Sides:
     smallest: int
     step: int
 
-    def __contains__(self, side: object) -> bool:
-        if not isinstance(side, int) or side < self.smallest:
-            return False
-        return (side - self.smallest) % self.step == 0
+    def __contains__(self, side: int) -> bool:
+        return side >= self.smallest and (side - self.smallest) % self.step == 0
 
     def at_least(self, side: int) -> int:
         """The smallest allowed length that is not below ``side``."""

@@ -69,8 +69,7 @@ class UNetSpec:
             allowed, given = get_args(kind), getattr(self, name)
             if allowed and given not in allowed:
                 raise ConfigError(f"model: {name} is {given!r}, allowed: {', '.join(allowed)}")
-        is_plain_up = self.up == "bilinear"
-        if is_plain_up != (self.bottom == "same"):
+        if (self.up == "bilinear") != (self.bottom == "same"):
             raise ConfigError("model: up = 'bilinear' and bottom = 'same' go together")
         if min(self.in_channels, self.classes, self.width, self.depth, self.dilation) < 1:
             raise ConfigError(
