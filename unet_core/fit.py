@@ -16,7 +16,7 @@ import torch
 
 from unet_core.engine import choose_device
 from unet_core.errors import DivergedError, StoppedError
-from unet_core.memory import keep_freed
+from unet_core.memory import keep_freed, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.train_config import TrainConfig
 from unet_core.training.census import counted
@@ -28,6 +28,9 @@ from unet_core.training.learner import Learner, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
+
+MEMORY_SHARE = 4
+"""Decoded images may take this part of the memory, as if all ranks were on this machine."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Fitting:
         self.pool, self.wants_stop = pool, wants_stop
         self.position = Position()
         network, self.header = ranks.together(lambda: new_network(config))
-        header, memory = self.header, Memory.shared_by(ranks.count)
+        header, memory = self.header, Memory(usable_bytes() // MEMORY_SHARE // ranks.count)
         splits = ranks.together(lambda: open_splits(config, header, memory))
         data = counted(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]

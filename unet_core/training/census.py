@@ -99,7 +99,7 @@ def _look(
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return Census(unusable=[str(error)])
-        seen = Census(Counter([item.key[:2]]), lowest_share=share_of(item.image_id))
+        seen = Census(Counter([item.key[:2]]), lowest_share=share_of(item.found.image_id))
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))

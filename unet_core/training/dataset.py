@@ -18,13 +18,10 @@ from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
-from unet_core.memory import usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.train_config import LabelledConfig, TrainConfig
 
 TRAIN, VAL = "train", "val"
-MEMORY_SHARE = 4
-"""Decoded images may take this part of the machine's memory, divided by the ranks."""
 
 Key = tuple[str, int, int]
 
@@ -131,11 +128,6 @@ class Memory:
     kept: dict[Key, Labelled] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @classmethod
-    def shared_by(cls, ranks: int) -> "Memory":
-        """A part of the memory that this process may use, as if all ranks were on this machine."""
-        return cls(usable_bytes() // MEMORY_SHARE // ranks)
-
     def clear(self) -> None:
         """Keep nothing any more."""
         with self._lock:
@@ -157,11 +149,6 @@ class Item:
     key: Key
     """Split, shard, and position among the images of the split in the shard."""
     found: Sample | Labelled
-
-    @property
-    def image_id(self) -> str:
-        """Whose image it is."""
-        return self.found.image_id
 
 
 @dataclass
