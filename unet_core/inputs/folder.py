@@ -150,17 +150,14 @@ class File:
     """Where the input lies; if that is gone, it is not the object that is missing."""
     etag: str | None = None
 
-    def read(self) -> bytes:
-        """All bytes."""
-        return self._read()
+    def read(self, start: int | None = None, stop: int | None = None) -> bytes:
+        """All bytes, or those in [start, stop)."""
+        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
 
     def open(self) -> Ranged:
         """Its size, and pieces of it."""
         size = self._held(lambda: self.store.entry(self.name).bytes)
-        return Ranged(size, self._read)
-
-    def _read(self, start: int | None = None, stop: int | None = None) -> bytes:
-        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
+        return Ranged(size, self.read)
 
     def _held(self, look: Callable[[], ResultT]) -> ResultT:
         try:

@@ -147,9 +147,7 @@ def channels_of(color: str | int) -> int:
     return color if isinstance(color, int) else COLORS[color]
 
 
-_TUTORIAL = UNetSpec(
-    join="pad", concat="skip_decoder", dropout="channels", init="xavier"
-)  # fmt: skip
+_TUTORIAL = UNetSpec(join="pad", concat="skip_decoder", dropout="channels", init="xavier")
 _CONCAT = UNetSpec(classes=10, padding="valid", concat="skip_decoder")
 
 PRESETS = {
