@@ -113,8 +113,7 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
     suffix = "" if "/" in masks else masks
     by_stem: dict[str, Entry] = {}
     for entry in entries:
-        stem = stem_of(entry.name)
-        if not is_image(entry.name) or not stem.endswith(suffix):
+        if not is_image(entry.name) or not (stem := stem_of(entry.name)).endswith(suffix):
             continue
         other = by_stem.setdefault(stem.removesuffix(suffix), entry)
         if other is not entry:

@@ -197,10 +197,8 @@ def load(
             network = build(header.network)  # a small file must not bring about a large network
         fill(network, tensors, assign=is_ours)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = one_line(error)
-        raise CheckpointError(
-            f"{checkpoint}: its tensors do not fit its header: {reason}"
-        ) from error
+        reason = f"its tensors do not fit its header: {one_line(error)}"
+        raise CheckpointError(f"{checkpoint}: {reason}") from error
     return network.eval(), header
 
 
@@ -297,14 +295,9 @@ def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
         raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
-def _read(
-    checkpoint: str,
-    storage: StorageConfig | None,
-    start: int | None = None,
-    stop: int | None = None,
-) -> bytes:
+def _read(checkpoint: str, storage: StorageConfig | None, *piece: int) -> bytes:
     try:
-        return read_file(locate(checkpoint), storage, start, stop)
+        return read_file(locate(checkpoint), storage, *piece)
     except StoreError as error:
         is_file = checkpoint.endswith(".safetensors")
         hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
