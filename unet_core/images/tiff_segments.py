@@ -125,18 +125,15 @@ class Encoded(Segments):
             raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
         data = self._read(start, start + count)
         try:
-            return self._decoded(data, index, self._pages[page].jpegtables)
+            if self._is_sniffed:
+                check_sniffed(data, self.side)
+            segment_DHWS, *_ = self._decode(data, index, jpegtables=self._pages[page].jpegtables)
+            return segment_DHWS[0]
         except (UnetJobsError, MemoryError):
             raise
         except Exception as error:  # codecs share no base class
             where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
             raise ImageError("decode", f"the segment at {where}: {one_line(error)}") from error
-
-    def _decoded(self, data: bytes, index: int, tables: bytes | None) -> Array:
-        if self._is_sniffed:
-            check_sniffed(data, self.side)
-        segment_DHWS, _, _ = self._decode(data, index, jpegtables=tables)
-        return segment_DHWS[0]
 
 
 def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:
