@@ -17,7 +17,7 @@ import tifffile
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
-from unet_core.geometry import MASK_WINDOW_PIXELS
+from unet_core.geometry import MASK_WINDOW_PIXELS, Box
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
 from unet_core.images.tiff_segments import Cache, Encoded, Raw, segments_of
@@ -70,7 +70,7 @@ class LargeTiff:
             raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
         stored_PHWS = self._blank(height, width)
         for plane in self._wanted:
-            self._fill(stored_PHWS[plane], plane, y, x)
+            self._fill(stored_PHWS[plane], plane, Box(y, x, height, width))
         return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
@@ -78,19 +78,15 @@ class LargeTiff:
         segments = self._segments
         return np.zeros((segments.planes, height, width, segments.samples), segments.dtype)
 
-    def _fill(self, window_HWS: Array, plane: int, y: int, x: int) -> None:
+    def _fill(self, window_HWS: Array, plane: int, box: Box) -> None:
         rows, columns = self._segments.side
-        height, width = window_HWS.shape[:2]
-        for i in range(y // rows, -(-(y + height) // rows)):
-            for j in range(x // columns, -(-(x + width) // columns)):
+        for i in range(box.y // rows, -(-(box.y + box.height) // rows)):
+            for j in range(box.x // columns, -(-(box.x + box.width) // columns)):
                 segment_HWS = self._cache.get((plane, i, j))
-                top, left = i * rows - y, j * columns - x
-                target = window_HWS[max(top, 0) : top + rows, max(left, 0) : left + columns]
-                if segment_HWS is None:
-                    target[...] = self._segments.nodata
-                else:
-                    source = segment_HWS[max(-top, 0) :, max(-left, 0) :]
-                    target[...] = source[: target.shape[0], : target.shape[1]]
+                segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                here, there = box.shared(*segment)
+                nodata = self._segments.nodata
+                window_HWS[here] = nodata if segment_HWS is None else segment_HWS[there]
 
     def _finished(self, stored_PHWS: Array) -> Array:
         """Stored values as decoding the whole makes an image or labels of them: planes and their
