@@ -3,7 +3,6 @@
 Credentials are found by the store's own library; nothing here reads, keeps or prints one.
 """
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -166,7 +165,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: busy, away, or cut off."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
         return False
-    if isinstance(error, TimeoutError | ConnectionError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError | ConnectionError):
         return True
     if type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3"):
         from botocore.exceptions import SSLError
