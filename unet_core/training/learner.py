@@ -37,10 +37,10 @@ class Learner:
         if ranks.count > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
-        self._norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
-        if config.freeze_norm:
-            for norm in self._norms:
-                norm.requires_grad_(False)
+        norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
+        self._frozen = list(norms) if config.freeze_norm else []
+        for norm in self._frozen:
+            norm.requires_grad_(False)
         if config.compile:
             self.network.compile()
         self._parallel = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
@@ -66,27 +66,19 @@ class Learner:
         """
         torch.manual_seed(seed)
         self.network.train()
-        if self._config.freeze_norm:
-            for norm in self._norms:
-                norm.eval()
+        for norm in self._frozen:
+            norm.eval()
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
         parts = [self._backward(piece, counts, piece is pieces[-1]) for piece in pieces]
-        if not self._clipped_norm().isfinite():
+        longest = self._config.clip_norm or math.inf
+        if not nn.utils.clip_grad_norm_(self.network.parameters(), longest).isfinite():
             return math.nan
         self._optimiser.step()
         if self._mean is not None:
             self._mean.update_parameters(self.network)
         return math.fsum(part.item() for part in parts)
-
-    def _clipped_norm(self) -> Tensor:
-        """The gradient's norm, over all ranks, before it was clipped."""
-        weights = [p for p in self.network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if self._config.clip_norm:
-            nn.utils.clip_grads_with_norm_(weights, self._config.clip_norm, norm)
-        return norm
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
