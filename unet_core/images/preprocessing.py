@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from unet_core.arrays import Array
+from unet_core.config import Section
 from unet_core.errors import ImageError
 from unet_core.networks.presets import channels_of
 
@@ -23,10 +24,8 @@ BAND_BYTES = 64 * 2**20
 PIECE = 2**20
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Section):
     """What a checkpoint wants from an image; part of its metadata and of the fingerprint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     color: Literal["gray", "rgb"] | Annotated[int, Field(ge=1)]
     """``gray``: RGB becomes luma (0.299 R + 0.587 G + 0.114 B, ITU-R 601); ``rgb``: gray is

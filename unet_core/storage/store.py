@@ -164,11 +164,10 @@ class Store:
         False too where an earlier try of this very call got through and only its answer was lost:
         whoever cares compares the bytes.
         """
-        try:
+        with contextlib.suppress(FileExistsError):
             self._publish(name, source, os.link, mode="create")
-        except FileExistsError:
-            return False
-        return True
+            return True
+        return False
 
     def _publish(
         self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None], **how: str
@@ -178,10 +177,9 @@ class Store:
             self._try("write", name, lambda: self._locally(name, stream, settle))
             return
         stream.seek(0)
-        path, data, deadline_s = self._path(name), stream.read(), self.storage.deadline_s
-        self._try(
-            "write", name, partial(object_stores.write, self.fs, path, data, deadline_s, **how)
-        )
+        data, where = stream.read(), self._path(name)
+        write = partial(object_stores.write, self.fs, where, data, self.storage.deadline_s, **how)
+        self._try("write", name, write)
 
     def require_writable(self) -> None:
         """Make and remove a small object, locally a file near by; raises StoreError if refused."""
