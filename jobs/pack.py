@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
@@ -20,7 +19,7 @@ from unet_core.images.codec import is_image
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Sample, Shard, make_shard
 from unet_core.ordered import READ_THREADS
-from unet_core.storage.store import Store
+from unet_core.storage.store import Store, parquet_of
 
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28
@@ -147,12 +146,9 @@ def _parquet(packing: Packing) -> bytes:
         }
         for sample, image, mask in packing
     ]
-    sink = io.BytesIO()
     largest = max(len(image) + len(mask or b"") for _, image, mask in packing)
-    pq.write_table(
+    return parquet_of(
         pa.Table.from_pylist(rows, schema=schema),
-        sink,
         compression="none",  # images are compressed already
         row_group_size=max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, largest))),
     )
-    return sink.getvalue()

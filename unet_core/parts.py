@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import tempfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO, cast
@@ -15,7 +14,7 @@ from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedE
 from unet_core.metrics import Totals
 from unet_core.ordered import side_by_side
 from unet_core.storage.spool import drop
-from unet_core.storage.store import Store, table_of, whole_parquet
+from unet_core.storage.store import Store, parquet_of, table_of, whole_parquet
 
 ROW_GROUP_BYTES = 32 * 2**20
 SPOOL_BYTES = 32 * 2**20
@@ -115,9 +114,7 @@ def metrics_part(
 ) -> bytes:
     """The bytes of a metrics part."""
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **COMPRESSION)
-    return sink.getvalue()
+    return parquet_of(table, **COMPRESSION)
 
 
 def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Where the time of each attempt went, and what an attempt reports."""
 
 import datetime
-import io
 import time
 import uuid
 from dataclasses import dataclass, fields
@@ -9,13 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals, added
 from unet_core.ordered import side_by_side
 from unet_core.schema import TIMINGS
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store, parquet_of, table_of
 
 FLUSH_S = 60.0
 RECENT = 60
@@ -118,9 +116,8 @@ class TimingsLog:
     def flush(self) -> None:
         """Write what was collected; nothing collected writes nothing."""
         if self._rows:
-            sink = io.BytesIO()
-            pq.write_table(pa.Table.from_pylist(self._rows, schema=TIMINGS), sink)
-            self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", sink.getvalue())
+            data = parquet_of(pa.Table.from_pylist(self._rows, schema=TIMINGS))
+            self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", data)
             self._files += 1
         self._rows, self._flushed = [], time.monotonic()
 

@@ -355,6 +355,13 @@ def table_of(data: bytes) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read()
 
 
+def parquet_of(table: pa.Table, **options: Any) -> bytes:
+    """The bytes of a Parquet file with these rows."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file is not yet published, or was left behind by who would have done so."""
     base = name.rpartition("/")[2]

@@ -6,14 +6,12 @@ published before it.
 """
 
 import hashlib
-import io
 import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
@@ -21,7 +19,7 @@ from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
 from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
 from unet_core.schema import HISTORY
-from unet_core.storage.store import Store, is_temporary
+from unet_core.storage.store import Store, is_temporary, parquet_of
 from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import Splits
 
@@ -122,7 +120,8 @@ class TrainingRun:
             for split in splits
             for shard, count in zip(split.input.shards, split.counts, strict=True)
         ]
-        self.store.publish(manifest_name(0), _parquet(pa.Table.from_pylist(rows)))
+        data = parquet_of(pa.Table.from_pylist(rows), compression="zstd")
+        self.store.publish(manifest_name(0), data)
 
     def recall_counts(self, splits: Splits) -> None:
         """Set the counts as they were first found; raises RunMismatchError for other shards."""
@@ -145,7 +144,8 @@ class TrainingRun:
         """Publish the history since the last checkpoint, then a checkpoint; drop older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
-            self.store.publish(HISTORY_FILE.format(position.step), _parquet(table))
+            data = parquet_of(table, compression="zstd")
+            self.store.publish(HISTORY_FILE.format(position.step), data)
             self.history = []
         data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
         self.store.publish(CHECKPOINT.format(position.step), data)
@@ -229,9 +229,3 @@ def _run_json(store: Store) -> dict[str, Any]:
         return dict(json.loads(store.read(RUN_JSON)))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a run: {error}") from error
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
