@@ -56,9 +56,7 @@ class LargeTiff:
         self._wanted = list(range(segments.planes))
         if config.channels and not as_labels and tiff.is_plain(page.keyframe):  # planes as they are
             self._wanted = sorted({channel // segments.samples for channel in config.channels})
-        pixel = self._finished(self._blank(1, 1))
-        self.channels = 1 if pixel.ndim == 2 else int(pixel.shape[2])
-        self.dtype: np.dtype[Any] = pixel.dtype
+        self.dtype: np.dtype[Any] = self._finished(self._blank(1, 1)).dtype
 
     def read(self, y: int, x: int, height: int, width: int) -> Array:
         """A window inside the image: HWC as decoded images have it, or stored labels HW or HWC.
