@@ -123,11 +123,10 @@ def _block(
     for number, (before, after) in enumerate(((channels, middle), (middle, out)), start=1):
         conv = nn.Conv2d(before, after, 3, padding=padding, dilation=dilation, bias=spec.bias)
         layers[f"conv{number}"] = conv
-        if spec.norm == "before_relu":
-            layers[f"norm{number}"] = nn.BatchNorm2d(after)
-        layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        if spec.norm == "after_relu":
-            layers[f"norm{number}"] = nn.BatchNorm2d(after)
+        norm = f"norm{number}", nn.BatchNorm2d(after)
+        relu = f"relu{number}", nn.ReLU(inplace=True)
+        order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
+        layers.update(order[spec.norm])
     if dropout and spec.dropout != "none":
         layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(DROPOUT)
     return nn.Sequential(layers)
