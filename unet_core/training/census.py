@@ -66,9 +66,8 @@ def take(
 
     found = _sum(ranks.gather(ranks.together(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
-        dataset.divide_at(
-            splits, math.nextafter(found.lowest_share, 1)
-        )  # few images: one validates
+        just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
+        dataset.divide_at(splits, just_above)
         found = _sum(ranks.gather(ranks.together(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
