@@ -54,14 +54,14 @@ def measured(
 
 
 def header_of(
-    network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig,
-    stride: int | None = None,
-) -> Header:  # fmt: skip
+    network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig
+) -> Header:
     """What the network's checkpoint will say of itself, by the config and what is ``measured``.
 
     Raises ConfigError for class names and colours that do not fit the network.
     """
-    spec, tiling = measured(spec, network, stride)
+    stride = model.stride if isinstance(model, ForeignConfig) else "auto"
+    spec, tiling = measured(spec, network, None if stride == "auto" else stride)
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])

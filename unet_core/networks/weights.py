@@ -46,8 +46,7 @@ def import_weights(config: ImportConfig) -> Header:
     tensors = read_tensors(config.source, config.storage)
     with _naming(config.source):
         network, spec = _network_with(tensors, config.model)
-    stride = config.model.stride if isinstance(config.model.stride, int) else None
-    header = construction.header_of(network, spec, config.model, stride)
+    header = construction.header_of(network, spec, config.model)
     header = replace(header, training={"imported_from": config.source})
     destination.publish("", checkpoint.serialise(network, header))
     return header
