@@ -96,8 +96,8 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         raise ImageError(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
-    present = np.flatnonzero(np.bincount(labels.ravel()))
-    mapped = {int(value): config.label_map.get(int(value), int(value)) for value in present}
+    present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    mapped = {value: config.label_map.get(value, value) for value in present}
     ignored = config.ignore_index
     unknown = [v for v, to in mapped.items() if not 0 <= to < classes and to != ignored]
     if unknown:
@@ -107,9 +107,8 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
             f"the mask holds {shown}, but classes are 0 to {classes - 1} and ignore_index is "
             f"{ignored}; map the values with input.label_map",
         )
-    table = np.zeros(int(present[-1]) + 1, dtype=np.uint16)
-    for value, to in mapped.items():
-        table[value] = to
+    table = np.zeros(present[-1] + 1, dtype=np.uint16)
+    table[present] = list(mapped.values())
     return table[labels]
 
 
