@@ -40,7 +40,7 @@ class Layout:
 
     def names(self, depth: int, bias: bool) -> dict[str, str]:
         """Our name of every tensor, with theirs; ``bias``: that of the 3×3 convolutions."""
-        found = {}
+        found: dict[str, str] = {}
         for ours, theirs in self._modules(depth):
             has_bias = bias or not ours.endswith(("conv1", "conv2"))
             tensors = ["weight", "bias"] if has_bias else ["weight"]

@@ -123,8 +123,8 @@ def _block(
     for number, (before, after) in enumerate(((channels, middle), (middle, out)), start=1):
         conv = nn.Conv2d(before, after, 3, padding=padding, dilation=dilation, bias=spec.bias)
         layers[f"conv{number}"] = conv
-        norm = f"norm{number}", nn.BatchNorm2d(after)
-        relu = f"relu{number}", nn.ReLU(inplace=True)
+        norm: tuple[str, nn.Module] = f"norm{number}", nn.BatchNorm2d(after)
+        relu: tuple[str, nn.Module] = f"relu{number}", nn.ReLU(inplace=True)
         order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
         layers.update(order[spec.norm])
     if dropout and spec.dropout != "none":
