@@ -54,8 +54,7 @@ class Store:
         self._given = uri
         self.fs, path = object_stores.connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
-        protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
-        self.is_local, self._is_s3 = "file" in protocols, "s3" in protocols
+        self.is_local, self._is_s3 = "file" in self.fs.protocol, "s3" in self.fs.protocol
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self._given, self.storage)

@@ -92,5 +92,4 @@ def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
     numbers = itertools.count()
     for shard, count in enumerate(split.counts):
         wanted = [at for at in range(count) if next(numbers) % ranks.count == ranks.rank]
-        if wanted:
-            yield from split.items(shard, wanted)
+        yield from split.items(shard, wanted)
