@@ -103,7 +103,7 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
         kind, allowed = schema.field(column).type, "binary, or struct<bytes, path>"
         fits = _holds_bytes(kind)
         if key == "input.id_column":
-            fits, allowed = not pa.types.is_nested(kind), "text or numbers"
+            fits, allowed = _is_id(kind), "text or numbers"
         if not fits:
             raise ConfigError(f"{key}: {column!r} in {where} is {kind}, allowed: {allowed}")
 
@@ -112,6 +112,13 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_id(kind.value_type)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(is_number or pa.types.is_decimal(kind) or _is_text(kind) or _holds_bytes(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
