@@ -100,11 +100,10 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
         if column not in schema.names:
             there = ", ".join(schema.names)
             raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
-        kind, allowed = schema.field(column).type, "binary, or struct<bytes, path>"
-        fits = _holds_bytes(kind)
-        if key == "input.id_column":
-            fits, allowed = _is_id(kind), "text or numbers"
-        if not fits:
+        kind = schema.field(column).type
+        is_id = column not in (source.config.image_column, source.config.masks)
+        if not (_is_id(kind) if is_id else _holds_bytes(kind)):
+            allowed = "text or numbers" if is_id else "binary, or struct<bytes, path>"
             raise ConfigError(f"{key}: {column!r} in {where} is {kind}, allowed: {allowed}")
 
 
