@@ -174,7 +174,6 @@ def ray_session(s3_server: S3) -> Iterator[Any]:
 def small_is_large(monkeypatch):
     """What is above 100,000 pixels or 100 kB counts as large, and mask windows have 128 pixels."""
     monkeypatch.setattr("unet_core.images.large_tiff.SMALL_PIXELS", 100_000)
-    monkeypatch.setattr("unet_core.inputs.folder.LARGE_FILE_BYTES", 100_000)
     monkeypatch.setattr("unet_core.inputs.shards.LARGE_FILE_BYTES", 100_000)
     monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_PIXELS", 100_000)
     monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_SIDE", 128)

@@ -18,6 +18,7 @@ from unet_core.inputs import webdataset
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
 from unet_core.networks.weights import read_tensors
+from unet_core.storage.ranges import Ranged
 
 PIXELS = 2**20
 SIDE = 64
@@ -41,7 +42,8 @@ def windows(data: bytes) -> tuple[int, ...] | None:
     """
     large_tiff.SMALL_PIXELS = 0
     rules = reading(PIXELS)
-    large = large_tiff.open_large(lambda start, stop: data[start:stop], len(data), rules)
+    file = Ranged(len(data), lambda start, stop: data[start:stop])
+    large = large_tiff.open_large(file, rules)
     if large is None:
         return None
     height, width = large.shape

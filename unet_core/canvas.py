@@ -121,7 +121,7 @@ class Canvas:
             range(span.start // MASK_WINDOW_SIDE, (span.stop - 1) // MASK_WINDOW_SIDE + 1)
             for span in tile.target
         )
-        across = round_up(self.picture.pixels.width, MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
+        across = round_up(self.picture.pixels.shape[1], MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
         return [self._boxes[row * across + column] for row in rows for column in columns]
 
 

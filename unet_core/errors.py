@@ -1,5 +1,7 @@
 """What goes wrong. Decisions go by class, never by the words of a message."""
 
+import re
+
 
 class UnetJobsError(Exception):
     """Base of every error that this project raises on purpose; the text is for people."""
@@ -67,9 +69,7 @@ class StoppedError(UnetJobsError):
 
 
 class ImageError(UnetJobsError):
-    """One image cannot be segmented: a failed row, never the end of a run. ``code`` goes to the
-    row's ``error_code``.
-    """
+    """One image cannot be segmented: a failed row with this ``error_code``, never a run's end."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -77,3 +77,9 @@ class ImageError(UnetJobsError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, str(self))
+
+
+def one_line(error: BaseException) -> str:
+    """The words of a library without what changes from run to run: rows must be repeatable."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]

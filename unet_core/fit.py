@@ -16,7 +16,7 @@ import torch
 
 from unet_core.engine import choose_device
 from unet_core.errors import DivergedError, StoppedError
-from unet_core.memory import keep_freed
+from unet_core.memory import keep_freed, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.train_config import TrainConfig
 from unet_core.training.census import counted
@@ -24,10 +24,13 @@ from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
 from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed, Order
-from unet_core.training.learner import BatchCounts, Learner, new_network, rate_at
-from unet_core.training.losses import Loss, class_weights
+from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
+
+MEMORY_SHARE = 4
+"""Decoded images may take this part of the memory, as if all ranks were on this machine."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Fitting:
         self.pool, self.wants_stop = pool, wants_stop
         self.position = Position()
         network, self.header = ranks.together(lambda: new_network(config))
-        header, memory = self.header, Memory.shared_by(ranks.count)
+        header, memory = self.header, Memory(usable_bytes() // MEMORY_SHARE // ranks.count)
         splits = ranks.together(lambda: open_splits(config, header, memory))
         data = counted(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
@@ -156,9 +159,7 @@ class Fitting:
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
-        """Take the steps that are left of an epoch, and evaluate it; saves a checkpoint when it is
-        time for one.
-        """
+        """Take the steps left of an epoch and evaluate it; saves a checkpoint when it is time."""
         began, position = time.perf_counter(), self.position
         order = Order(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
@@ -202,14 +203,12 @@ class Fitting:
         Raises what went wrong on any rank, on all of them.
         """
         loss, image_ids = self._unchecked
-        counts = [self.learner.loss.counts(piece) for piece in mine.pieces]
+        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
         pixels, crops, images, errors, whole_loss, stops, late = self.ranks.total(
             [
-                math.fsum(pixels for pixels, _ in counts),
-                math.fsum(crops for _, crops in counts),
-                float(sum(len(piece.image_ids) for piece in mine.pieces)),
+                *map(math.fsum, zip(*counts, strict=True)),
                 float(mine.error is not None),
                 loss,
                 float(self.wants_stop()),

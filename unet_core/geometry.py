@@ -20,10 +20,8 @@ class Sides:
     smallest: int
     step: int
 
-    def __contains__(self, side: object) -> bool:
-        if not isinstance(side, int) or side < self.smallest:
-            return False
-        return (side - self.smallest) % self.step == 0
+    def __contains__(self, side: int) -> bool:
+        return side >= self.smallest and (side - self.smallest) % self.step == 0
 
     def at_least(self, side: int) -> int:
         """The smallest allowed length that is not below ``side``."""
@@ -199,9 +197,7 @@ class Box(NamedTuple):
         return self.height, self.width
 
     def shared(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
-        """What it shares with rows and columns, counted from its corner and from theirs; empty
-        where they do not meet.
-        """
+        """What it shares with rows and columns, from its corner and from theirs; may be empty."""
         here, there = [], []
         for at, length, other in ((self.y, self.height, rows), (self.x, self.width, columns)):
             start = max(at, other.start)

@@ -72,9 +72,11 @@ class Encoder:
             time.perf_counter() - start,
         )
 
-    def _compare(self, truth: Pixels | None, area: Area) -> tuple[Array | None, ImageError | None]:
-        if truth is None:
-            return None, None
+    def _compare(
+        self, truth: Pixels | ImageError | None, area: Area
+    ) -> tuple[Array | None, ImageError | None]:
+        if not isinstance(truth, Pixels):
+            return None, truth
         try:
             truth_HW = truth.read(*area.box)[0]
         except ImageError as failure:
@@ -87,8 +89,7 @@ class Encoder:
         picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
         if canvas.failure is not None:
             return Encoded(self.rejected(Rejected(picture.sample, canvas.failure)), (), encode_s)
-        failures = [picture.truth_failure, *(area.truth_failure for area in areas)]
-        failure = next((f for f in failures if f is not None), None)
+        failure = next((a.truth_failure for a in areas if a.truth_failure is not None), None)
         height, width = picture.pixels.shape
         row = _row(picture.sample, "ok", failure) | {
             "height": height,

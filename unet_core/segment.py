@@ -22,7 +22,7 @@ from unet_core.compute import Compute
 from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
-from unet_core.images.picture import Decoder, Picture, Rejected
+from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source
 from unet_core.metrics import Totals
@@ -74,7 +74,7 @@ class Decoded:
     def held_bytes(self) -> int:
         """Memory that the pixels take."""
         pictures = [image for image in self.images if isinstance(image, Picture)]
-        truths = [picture.truth for picture in pictures if picture.truth is not None]
+        truths = [picture.truth for picture in pictures if isinstance(picture.truth, Pixels)]
         return sum(held.held_bytes for held in [*truths, *(p.pixels for p in pictures)])
 
     @property

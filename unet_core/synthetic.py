@@ -82,16 +82,11 @@ def write_webdataset(folder: Path, images: int, shards: int, seed: int = 0) -> N
         partial = path.with_suffix(".partial")
         with tarfile.open(partial, "w") as tar:
             for name, image_HW, mask_HW in made[shard::shards]:
-                _add_png(tar, f"{name}.png", image_HW)
-                _add_png(tar, f"{name}.mask.png", mask_HW)
+                for suffix, pixels_HW in ((".png", image_HW), (".mask.png", mask_HW)):
+                    data, info = png(pixels_HW), tarfile.TarInfo(name + suffix)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
         partial.rename(path)
-
-
-def _add_png(tar: tarfile.TarFile, name: str, pixels_HW: Array) -> None:
-    data = png(pixels_HW)
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def png(pixels_HW: Array) -> bytes:

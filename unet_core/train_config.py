@@ -19,7 +19,7 @@ from unet_core.config import (
 )
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
-from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, preset
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (
@@ -88,7 +88,7 @@ class NetworkConfig(Section):
     @property
     def spec(self) -> NetworkSpec:
         """What is trained, unless a checkpoint decides; two classes make one logit."""
-        channels = self.color if isinstance(self.color, int) else {"gray": 1, "rgb": 3}[self.color]
+        channels = channels_of(self.color)
         logits = 1 if len(self.classes) == 2 else len(self.classes)
         if self.factory:
             return Factory(self.factory, self.arguments, channels, logits)

@@ -19,8 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError
-from unet_core.images.codec import one_line
+from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError, one_line
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.replica import Replica

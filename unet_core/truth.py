@@ -19,7 +19,7 @@ from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
 from unet_core.inputs import listing
-from unet_core.inputs.folder import File, labels_by_stem, masks_root, stem_of
+from unet_core.inputs.folder import File, labels_by_stem, mask_root, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.ordered import side_by_side
@@ -103,7 +103,7 @@ class LabelImages:
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """For each row of a shard's metrics: by path below the root, else by bare name."""
-        decoder, root = TruthDecoder(self.classes, self.source.config), masks_root(self.source)
+        decoder, root = TruthDecoder(self.classes, self.source.config), mask_root(self.source)
         for row in rows:
             found = self._find(shard, row)
             if found is None:
@@ -160,7 +160,7 @@ def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
 
 def _in_folder(source: Source) -> dict[str, tuple[str, str | None]]:
     """Names that are no UTF-8 are those of no image."""
-    entries = (e for e in masks_root(source).list() if readable_name(e.name) == e.name)
+    entries = (e for e in mask_root(source).list() if readable_name(e.name) == e.name)
     by_stem = labels_by_stem(entries, source.config.masks)
     return {stem: (entry.name, entry.etag) for stem, entry in by_stem.items()}
 
@@ -292,5 +292,5 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
 
 def _pixels(mask: StoredMask) -> Pixels:
     """A stored mask as truth."""
-    kind = np.dtype(np.uint16)
-    return Pixels(1, mask.height, mask.width, kind, lambda *window: mask.cut(Box(*window))[None])
+    size, kind = (mask.height, mask.width), np.dtype(np.uint16)
+    return Pixels(1, size, kind, lambda *window: mask.cut(Box(*window))[None])

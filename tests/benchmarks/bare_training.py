@@ -59,7 +59,7 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     def step() -> float:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = network(examples.images_NCHW)
-        part = loss.part(logits, examples, *counts)
+        part = loss.part(logits, examples, counts)
         optimiser.zero_grad(set_to_none=True)
         part.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -79,10 +79,10 @@ def test_metadata_that_does_not_fit_is_refused(tiny_model, tmp_path, key, value,
 def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
     spec = '{"in_channels": 1, "classes": 1, "width": 8}'
     bad = rewritten(tiny_model, tmp_path, lambda h: h["__metadata__"].update({"model": spec}))
-    with pytest.raises(CheckpointError, match=r"tensors do not fit its header: .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"tensors do not fit its header: .*has the shape"):
         checkpoint.load(bad)
     bad = rewritten(tiny_model, tmp_path, lambda h: h.update(extra=h.pop("head.conv.bias")))
-    with pytest.raises(CheckpointError, match=r"Missing.*head\.conv\.bias.*Unexpected.*extra"):
+    with pytest.raises(CheckpointError, match=r"missing head\.conv\.bias, unexpected extra"):
         checkpoint.load(bad)
     with pytest.raises(CheckpointError, match="changed since the run was made"):
         checkpoint.load(tiny_model, "0" * 64)
@@ -90,9 +90,9 @@ def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
     with torch.no_grad():
         network.head.conv.bias[0] = torch.nan
     (tmp_path / "nan.safetensors").write_bytes(checkpoint.serialise(network, header))
-    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in head\.conv\.bias"):
+    with pytest.raises(CheckpointError, match=r"head\.conv\.bias holds NaN or inf"):
         checkpoint.load(str(tmp_path / "nan.safetensors"))
     whole = Path(tiny_model).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="a damaged safetensors file"):
         checkpoint.load(str(tmp_path / "cut.safetensors"))

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from unet_core.errors import StoreError
-from unet_core.storage.store import Store, read_range
+from unet_core.storage.store import Store
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -68,7 +68,7 @@ def test_what_is_missing_is_told_by_path(store):
     ):
         store.read("nothing")
     with pytest.raises(StoreError, match="no such file"):
-        read_range(store.uri("nothing"), 0, 8)
+        Store(store.uri("nothing")).read("", 0, 8)
 
 
 def test_a_listing_is_whole_while_files_come_and_go(tmp_path):

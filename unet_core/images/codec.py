@@ -6,7 +6,6 @@ tifffile decodes TIFF. EXIF orientation is never applied: image and mask stay in
 """
 
 import io
-import re
 from typing import Any
 
 import imagecodecs
@@ -15,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError
+from unet_core.errors import ImageError, one_line
 from unet_core.images.tiff import check_size, decode_tiff
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -83,10 +82,7 @@ def decode_labels(data: bytes, config: InputConfig, classes: int, page: int = 0)
 
 
 def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
-    """Class ids HW of stored label values, HW or HWC.
-
-    Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
-    """
+    """Class ids HW of stored values, HW or HWC; raises ImageError (``labels``) for unknown ones."""
     if labels.ndim == 3:
         colors = labels[..., :3] if labels.shape[2] > 2 else labels[..., :1]  # the rest is alpha
         if not (colors[..., :1] == colors).all():
@@ -100,8 +96,8 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         raise ImageError(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
-    present = np.flatnonzero(np.bincount(labels.ravel()))
-    mapped = {int(value): config.label_map.get(int(value), int(value)) for value in present}
+    present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    mapped = {value: config.label_map.get(value, value) for value in present}
     ignored = config.ignore_index
     unknown = [v for v, to in mapped.items() if not 0 <= to < classes and to != ignored]
     if unknown:
@@ -111,9 +107,8 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
             f"the mask holds {shown}, but classes are 0 to {classes - 1} and ignore_index is "
             f"{ignored}; map the values with input.label_map",
         )
-    table = np.zeros(int(present[-1]) + 1, dtype=np.uint16)
-    for value, to in mapped.items():
-        table[value] = to
+    table = np.zeros(present[-1] + 1, dtype=np.uint16)
+    table[present] = list(mapped.values())
     return table[labels]
 
 
@@ -205,9 +200,3 @@ def _native(pixels: Any) -> Array:
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
     return np.ascontiguousarray(pixels, dtype=np.float32)
-
-
-def one_line(error: Exception) -> str:
-    """A decoder's words without what changes from run to run: rows must be repeatable."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]

@@ -16,23 +16,12 @@ import tifffile
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, UnetJobsError
-from unet_core.geometry import MASK_WINDOW_PIXELS
-from unet_core.images.codec import TIFF_MAGICS, image_of, one_line
-from unet_core.images.tiff import (
-    from_bits,
-    full_series,
-    is_plain,
-    is_stack,
-    page_pixels,
-    planes,
-    refuse_circles,
-    require_allowed,
-    require_numbers,
-    stack_axes,
-)
-from unet_core.images.tiff_segments import Cache, ReadRange, Segments, segments_of
-from unet_core.storage.ranges import Ranges
+from unet_core.errors import ImageError, UnetJobsError, one_line
+from unet_core.geometry import MASK_WINDOW_PIXELS, Box
+from unet_core.images import tiff
+from unet_core.images.codec import TIFF_MAGICS, image_of
+from unet_core.images.tiff_segments import Cache, Encoded, Raw, segments_of
+from unet_core.storage.ranges import Ranged, Ranges
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""
@@ -54,14 +43,9 @@ class LargeTiff:
     """
 
     def __init__(
-        self,
-        segments: Segments,
-        page: Any,
-        is_stack: bool,
-        config: InputConfig,
-        as_labels: bool,
-        cache_bytes: int,
-    ) -> None:
+        self, segments: Raw | Encoded, page: Any, is_stack: bool, config: InputConfig,
+        as_labels: bool, cache_bytes: int,
+    ) -> None:  # fmt: skip
         self.held_bytes = cache_bytes
         """What it takes of memory."""
         self.shape = segments.shape
@@ -70,11 +54,9 @@ class LargeTiff:
         self._config, self._as_labels = config, as_labels
         self._cache = Cache(segments.load, cache_bytes)
         self._wanted = list(range(segments.planes))
-        if config.channels and not as_labels and is_plain(page.keyframe):  # planes as they are
+        if config.channels and not as_labels and tiff.is_plain(page.keyframe):  # planes as they are
             self._wanted = sorted({channel // segments.samples for channel in config.channels})
-        pixel = self._finished(self._blank(1, 1))
-        self.channels = 1 if pixel.ndim == 2 else int(pixel.shape[2])
-        self.dtype: np.dtype[Any] = pixel.dtype
+        self.dtype: np.dtype[Any] = self._finished(self._blank(1, 1)).dtype
 
     def read(self, y: int, x: int, height: int, width: int) -> Array:
         """A window inside the image: HWC as decoded images have it, or stored labels HW or HWC.
@@ -86,7 +68,7 @@ class LargeTiff:
             raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
         stored_PHWS = self._blank(height, width)
         for plane in self._wanted:
-            self._fill(stored_PHWS[plane], plane, y, x)
+            self._fill(stored_PHWS[plane], plane, Box(y, x, height, width))
         return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
@@ -94,19 +76,15 @@ class LargeTiff:
         segments = self._segments
         return np.zeros((segments.planes, height, width, segments.samples), segments.dtype)
 
-    def _fill(self, window_HWS: Array, plane: int, y: int, x: int) -> None:
+    def _fill(self, window_HWS: Array, plane: int, box: Box) -> None:
         rows, columns = self._segments.side
-        height, width = window_HWS.shape[:2]
-        for i in range(y // rows, -(-(y + height) // rows)):
-            for j in range(x // columns, -(-(x + width) // columns)):
+        for i in range(box.y // rows, -(-(box.y + box.height) // rows)):
+            for j in range(box.x // columns, -(-(box.x + box.width) // columns)):
                 segment_HWS = self._cache.get((plane, i, j))
-                top, left = i * rows - y, j * columns - x
-                target = window_HWS[max(top, 0) : top + rows, max(left, 0) : left + columns]
-                if segment_HWS is None:
-                    target[...] = self._segments.nodata
-                else:
-                    source = segment_HWS[max(-top, 0) :, max(-left, 0) :]
-                    target[...] = source[: target.shape[0], : target.shape[1]]
+                segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                here, there = box.shared(*segment)
+                nodata = self._segments.nodata
+                window_HWS[here] = nodata if segment_HWS is None else segment_HWS[there]
 
     def _finished(self, stored_PHWS: Array) -> Array:
         """Stored values as decoding the whole makes an image or labels of them: planes and their
@@ -115,37 +93,33 @@ class LargeTiff:
         height, width = stored_PHWS.shape[1:3]
         pixels = stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
         if self._is_stack:
-            pixels = from_bits(pixels, self._as_labels)
+            pixels = tiff.from_bits(pixels, self._as_labels)
         else:
             stored = pixels[..., 0] if self._page.axes == "YX" else pixels
-            pixels = page_pixels(self._page, stored, self._config, self._as_labels)
+            pixels = tiff.page_pixels(self._page, stored, self._config, self._as_labels)
         return pixels if self._as_labels else image_of(pixels, self._config)
 
 
 def open_large(
-    read_range: ReadRange,
-    size: int,
-    config: InputConfig,
-    as_labels: bool = False,
-    cache_bytes: int = CACHE_BYTES,
+    file: Ranged, config: InputConfig, as_labels: bool = False, cache_bytes: int = CACHE_BYTES
 ) -> LargeTiff | None:
-    """A TIFF of ``size`` bytes to be read by window; None for what is better decoded whole: small
-    images, other formats, several images in a file, and layouts that have no small segments.
+    """A TIFF to be read by window; None for what is better decoded whole: small images, other
+    formats, several images in a file, and layouts that have no small segments.
 
     Raises ImageError as decoding the whole does for several pages, axes, channels and colours, and
     for headers that lie.
     """
-    with _Header(Ranges(_metered(read_range), size, "the TIFF"), READ_BYTES) as header:
+    with _Header(Ranges(_metered(file), "the TIFF"), READ_BYTES) as header:
         if not header.read(4).startswith(TIFF_MAGICS):
             return None
         header.seek(0)
         try:
-            with tifffile.TiffFile(header) as tiff:
-                refuse_circles(tiff)
-                pages, is_stacked = _pages_of(tiff, config)
+            with tifffile.TiffFile(header) as opened:
+                tiff.refuse_circles(opened)
+                pages, is_stacked = _pages_of(opened, config)
                 if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                     return None
-                segments = segments_of(pages, read_range, size, cache_bytes)
+                segments = segments_of(pages, file, cache_bytes)
                 if segments is None:
                     return None
                 return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
@@ -155,26 +129,26 @@ def open_large(
             raise ImageError("decode", f"the TIFF's header: {one_line(error)}") from error
 
 
-def _pages_of(tiff: Any, config: InputConfig) -> tuple[list[Any], bool]:
+def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:
     """The page of a large image, or those of its channels and True; none for anything else."""
-    first = tiff.pages.first
-    require_numbers(first)
+    first = opened.pages.first
+    tiff.require_numbers(first)
     if first.imagewidth * first.imagelength <= SMALL_PIXELS:
         return [], False
-    series = full_series(tiff)
+    series = tiff.full_series(opened)
     images = series[:1] + [one for one in series[1:] if not _is_extra(one)]
     pages = [page for one in images for page in one.pages]
-    if is_stack(tiff, len(pages), images, config):
+    if tiff.is_stack(opened, len(pages), images, config):
         return _channels_of(images, config), True
-    require_allowed(len(pages), config)
+    tiff.require_allowed(len(pages), config)
     return (pages if len(pages) == 1 else []), False
 
 
 def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
     """The pages of a stack, if each is a channel of the same image."""
-    axes = [stack_axes(one, len(images), config) for one in images]
-    count = sum(planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
-    require_allowed(count, config)
+    axes = [tiff.stack_axes(one, len(images), config) for one in images]
+    count = sum(tiff.planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
+    tiff.require_allowed(count, config)
     first, pages = images[0], list(images[0].pages)
     is_channels = axes[0] == f"C{first.keyframe.axes}" and len(pages) == first.shape[0]
     return pages if count == 1 and is_channels and first.transform is None else []
@@ -185,7 +159,7 @@ def _is_extra(series: Any) -> bool:
     return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
 
 
-def _metered(read_range: ReadRange) -> ReadRange:
+def _metered(file: Ranged) -> Ranged:
     left = HEADER_BYTES
 
     def read(start: int, stop: int) -> bytes:
@@ -193,9 +167,9 @@ def _metered(read_range: ReadRange) -> ReadRange:
         left -= stop - start
         if left < 0:
             raise ImageError("too_large", f"the TIFF's header takes more than {HEADER_BYTES} bytes")
-        return read_range(start, stop)
+        return file.read(start, stop)
 
-    return read
+    return Ranged(file.size, read)
 
 
 class _Header(io.BufferedReader):

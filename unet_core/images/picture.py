@@ -3,9 +3,8 @@
 Large TIFFs are not decoded whole: their pixels and their truth are read by window.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from unet_core.images.preprocessing import (
 )
 from unet_core.images.tiff import check_size
 from unet_core.inputs import shards
-from unet_core.inputs.shards import Ranged, Sample
+from unet_core.inputs.shards import Sample
+from unet_core.storage.ranges import Ranged
 
 MOST_LARGE = 256
 """An image that is read by window has at most this many times ``max_pixels`` pixels."""
@@ -34,19 +34,14 @@ class Pixels:
     """The pixels of an image in the network's colours, in memory or not."""
 
     channels: int
-    height: int
-    width: int
+    shape: tuple[int, int]
+    """Height and width."""
     dtype: np.dtype[Any]
     """The image's own: uint8, uint16 or float32."""
     read: Callable[[int, int, int, int], Array]
     """CHW of a window (y, x, height, width) inside the image; raises ImageError."""
     held_bytes: int = 0
     """Memory that they take."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.height, self.width
 
     @classmethod
     def of(cls, pixels_CHW: Array) -> "Pixels":
@@ -55,12 +50,12 @@ class Pixels:
         def read(y: int, x: int, height: int, width: int) -> Array:
             return pixels_CHW[:, y : y + height, x : x + width]
 
-        channels, rows, columns = pixels_CHW.shape
-        return cls(channels, rows, columns, pixels_CHW.dtype, read, pixels_CHW.nbytes)
+        channels, *shape = pixels_CHW.shape
+        return cls(channels, (shape[0], shape[1]), pixels_CHW.dtype, read, pixels_CHW.nbytes)
 
     def whole(self) -> Array:
         """All of them, CHW."""
-        return self.read(0, 0, self.height, self.width)
+        return self.read(0, 0, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -72,9 +67,8 @@ class Picture:
     offset: Array
     """Float32 (C,); the network receives ``(pixels - offset) * scale``."""
     scale: Array
-    truth: Pixels | None = None
-    """Class ids and ``ignore_index`` (1HW); None if there is no truth or it cannot be used."""
-    truth_failure: ImageError | None = None
+    truth: Pixels | ImageError | None = None
+    """Class ids and ``ignore_index`` (1HW), or why they cannot be used; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +95,14 @@ class TruthDecoder:
         if sample.read_mask is None:
             return [None] * len(pages)
         try:
-            ranged = sample.open_mask() if is_large and sample.open_mask is not None else None
-            large, data = _opened(sample.read_mask, ranged, self.config, as_labels=True)
+            ranged = sample.open_mask if is_large else None
+            found = _opened(sample.read_mask, ranged, self.config, as_labels=True)
         except ImageError as failure:
             return [unusable(failure)] * len(pages)
-        if large is not None:
-            others = unusable("it has one page, the image more")
-            return [others if page else self._by_window(large) for page in pages]
-        return [self._whole(data, page) for page in pages]
+        if isinstance(found, bytes):
+            return [self._whole(found, page) for page in pages]
+        others = unusable("it has one page, the image more")
+        return [others if page else self._by_window(found) for page in pages]
 
     def _whole(self, data: bytes, page: int) -> Pixels | ImageError:
         try:
@@ -124,7 +118,7 @@ class TruthDecoder:
             except ImageError as failure:
                 raise unusable(failure) from failure
 
-        return Pixels(1, *large.shape, np.dtype(np.uint16), read, large.held_bytes)
+        return Pixels(1, large.shape, np.dtype(np.uint16), read, large.held_bytes)
 
 
 @dataclass(frozen=True)
@@ -144,19 +138,17 @@ class Decoder:
         try:
             if sample.failure is not None:
                 raise sample.failure
-            ranged = sample.open() if sample.open is not None else None
-            large, data = _opened(sample.read, ranged, self.config, as_labels=False)
+            found = _opened(sample.read, sample.open, self.config, as_labels=False)
             images: Sequence[Array | LargeTiff]
-            images = [large] if large is not None else decode_images(data, self.config)
+            images = decode_images(found, self.config) if isinstance(found, bytes) else [found]
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
-        samples = [sample.bare]  # many small images wait for a batch, and not their files
-        if len(images) > 1:
-            samples = [_page_of(sample.bare, page) for page in range(len(images))]
-        truths = TruthDecoder(self.classes, self.config).decode(
-            sample, range(len(images)), large is not None
-        )
-        return [self._picture(*found) for found in zip(samples, images, truths, strict=True)]
+        bare = sample.bare  # many small images wait for a batch, and not their files
+        ends = [f"#{page}" for page in range(len(images))] if len(images) > 1 else [""]
+        samples = [replace(bare, image_id=bare.image_id + end, key=bare.key + end) for end in ends]
+        decoder = TruthDecoder(self.classes, self.config)
+        truths = decoder.decode(sample, range(len(images)), not isinstance(found, bytes))
+        return list(map(self._picture, samples, images, truths))
 
     def _picture(
         self, sample: Sample, image: Array | LargeTiff, truth: Pixels | ImageError | None
@@ -169,25 +161,21 @@ class Decoder:
                 offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
-        truth = fitting(truth, pixels.shape)
-        if isinstance(truth, ImageError):
-            return Picture(sample, pixels, offset, scale, None, truth)
-        return Picture(sample, pixels, offset, scale, truth)
+        return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))
 
     def _by_window(self, image: LargeTiff) -> tuple[Pixels, Array, Array]:
-        color = self.wanted.color
-        check_size(image.shape[1], image.shape[0], MOST_LARGE * self.config.max_pixels)
+        rows, columns = image.shape
+        check_size(columns, rows, MOST_LARGE * self.config.max_pixels)
 
         def read(y: int, x: int, height: int, width: int) -> Array:
-            return to_color(image.read(y, x, height, width), color)
+            return to_color(image.read(y, x, height, width), self.wanted.color)
 
-        corner_CHW = read(0, 0, 1, 1)
-        height, width = image.shape
-        pixels = Pixels(len(corner_CHW), height, width, corner_CHW.dtype, read, image.held_bytes)
-        offset, scale = offset_and_scale_by_rows(
-            lambda start, stop: read(start, 0, stop - start, width), height, width, self.wanted
-        )
-        return pixels, offset, scale
+        def read_rows(start: int, stop: int) -> Array:
+            return read(start, 0, stop - start, columns)
+
+        offset, scale = offset_and_scale_by_rows(read_rows, rows, columns, self.wanted)
+        channels, dtype = self.wanted.channels, image.dtype
+        return Pixels(channels, image.shape, dtype, read, image.held_bytes), offset, scale
 
 
 def unusable(why: object) -> ImageError:
@@ -204,21 +192,19 @@ def fitting(
     return truth
 
 
-def _page_of(sample: Sample, page: int) -> Sample:
-    image_id, key = f"{sample.image_id}#{page}", f"{sample.key}#{page}"
-    return dataclasses.replace(sample, image_id=image_id, key=key)
-
-
 def _opened(
-    read: Callable[[], bytes], ranged: Ranged | None, config: InputConfig, as_labels: bool
-) -> tuple[LargeTiff | None, bytes]:
+    read: Callable[[], bytes], open_ranged: Callable[[], Ranged] | None, config: InputConfig,
+    as_labels: bool,
+) -> LargeTiff | bytes:  # fmt: skip
     """A file that is read by window, or else all its bytes."""
+    ranged = open_ranged() if open_ranged is not None else None
     if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged.read, ranged.size, config, as_labels)
+        large = open_large(ranged, config, as_labels)
         if large is not None:
-            return large, b""
+            return large
     data = read()
-    large = open_large(lambda start, stop: data[start:stop], len(data), config, as_labels)
-    if large is not None:
-        large.held_bytes += len(data)
-    return large, data
+    in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
+    if (large := open_large(in_memory, config, as_labels)) is None:
+        return data
+    large.held_bytes += len(data)
+    return large

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from unet_core.arrays import Array
+from unet_core.config import Section
 from unet_core.errors import ImageError
+from unet_core.networks.presets import channels_of
 
 BAND_ROWS = 256
 """An image too large for memory is counted in bands of so many rows,"""
@@ -22,10 +24,8 @@ BAND_BYTES = 64 * 2**20
 PIECE = 2**20
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Section):
     """What a checkpoint wants from an image; part of its metadata and of the fingerprint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     color: Literal["gray", "rgb"] | Annotated[int, Field(ge=1)]
     """``gray``: RGB becomes luma (0.299 R + 0.587 G + 0.114 B, ITU-R 601); ``rgb``: gray is
@@ -39,17 +39,13 @@ class Preprocessing(BaseModel):
     @property
     def channels(self) -> int:
         """Input channels of the network."""
-        return _channels(self.color)
-
-
-def _channels(color: str | int) -> int:
-    return color if isinstance(color, int) else {"gray": 1, "rgb": 3}[color]
+        return channels_of(self.color)
 
 
 def to_color(pixels_HWC: Array, color: str | int) -> Array:
     """Pixels CHW in the colours that a network wants, of the image's own dtype."""
     channels = pixels_HWC.shape[2]
-    if channels == _channels(color):
+    if channels == channels_of(color):
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
     if channels == 1 and color == "rgb":
         return np.repeat(pixels_HWC.transpose(2, 0, 1), 3, axis=0)
@@ -87,7 +83,8 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
     elif wanted.normalisation == "percentile":
         pairs = [_percentiles(plane, wanted) for plane in pixels_CHW]
     else:
-        pairs = [_mean_and_deviation(plane) for plane in pixels_CHW]
+        wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
+        pairs = [(float(values.mean()), float(values.std())) for values in wide]
     return _as_arrays(pairs)
 
 
@@ -227,12 +224,6 @@ def _keys(values: Array) -> Array:
 def _values_of(keys: Array) -> Array:
     """Float32 values of their keys."""
     return np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
-
-
-def _mean_and_deviation(plane_HW: Array) -> tuple[float, float]:
-    """Mean and standard deviation of floats."""
-    wide = plane_HW.ravel().astype(np.float64)
-    return float(wide.mean()), float(np.sqrt(max(float(wide.var()), 0.0)))
 
 
 def _row_moments(band_CHW: Array) -> Array:

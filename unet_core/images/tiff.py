@@ -41,10 +41,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC, one for each page.
-
-    Raises ImageError for pages that are refused, and axes or colours that are not understood.
-    """
+    """Arrays HW or HWC, one for each page; raises ImageError for what is refused or unknown."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -97,9 +94,7 @@ def require_numbers(page: Any) -> None:
 
 
 def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
-    """Raise ImageError for pixels of no type, and for strips or tiles that are far larger than
-    their image.
-    """
+    """Raise ImageError for pixels of no type, and strips or tiles far larger than their image."""
     if page.dtype is None:
         raise ImageError("mode", f"pixels of {page.bitspersample} bits are not supported")
     side = side_of(page)
@@ -160,9 +155,8 @@ def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> N
     values = max(by_pages, sum(math.prod(s.shape) for s in series))
     allowed = VALUES_PER_PIXEL * config.max_pixels
     if values > allowed:
-        raise ImageError(
-            "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
-        )
+        text = f"{values} values in all pages and channels, allowed: {allowed}"
+        raise ImageError("too_large", text)
 
 
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
@@ -197,26 +191,19 @@ def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: b
 
 
 def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
-    """The declared axes of a stack. Raises ImageError for those that cannot be, and odd colours."""
+    """The declared axes of a stack; raises ImageError for impossible ones, odd colours and gaps."""
     axes, shape = config.axes or series.axes, series.shape
     is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
     if is_wrong or (config.axes and number_of_series > 1):
         found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
         raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
-    _require_plain(series)
-    return str(axes)
-
-
-def _require_plain(series: Any) -> None:
-    """Raise ImageError for a stack of colours that only single pages may have, or with gaps."""
     page = series.keyframe
-    if not is_plain(page) or page.bitspersample in (2, 4):
-        colors = _name(page.photometric)
-        raise ImageError(
-            "mode", f"a stack of {colors} at {page.bitspersample} bits is not supported"
-        )
+    if not is_plain(page) or page.bitspersample in (2, 4):  # colours that only single pages have
+        colors = f"{_name(page.photometric)} at {page.bitspersample} bits"
+        raise ImageError("mode", f"a stack of {colors} is not supported")
     if any(plane is None for plane in series.pages):
         raise ImageError("frames", "planes of the stack are missing; they lie in other files")
+    return str(axes)
 
 
 def is_plain(page: Any) -> bool:

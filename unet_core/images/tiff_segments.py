@@ -15,12 +15,10 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError
-from unet_core.images.codec import one_line
+from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.images.tiff import check_sniffed, require_numbers, side_of
+from unet_core.storage.ranges import Ranged
 
-ReadRange = Callable[[int, int], bytes]
-"""Bytes [start, stop) of the file; called by several threads at once."""
 Key = tuple[int, int, int]
 """A segment: its plane, and its row and column among the plane's segments."""
 
@@ -41,25 +39,21 @@ class Segments:
     side: tuple[int, int]
     """Rows and columns of a segment; those at the lower and right edge may be shorter."""
 
-    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
+    def __init__(self, pages: list[Any], file: Ranged) -> None:
         layout = pages[0].keyframe
         self.shape: tuple[int, int] = (layout.imagelength, layout.imagewidth)
         self.separate, self.samples = int(layout.shaped[0]), int(layout.shaped[4])
         self.planes = len(pages) * self.separate
         self.dtype: np.dtype[Any] = layout.dtype
         self.nodata = layout.nodata
-        self._pages, self._read_range, self._size = pages, read_range, size
-
-    def load(self, key: Key) -> Array | None:
-        """A segment HWS; None where the file stores none. Raises ImageError."""
-        raise NotImplementedError
+        self._pages, self._file = pages, file
 
     def _read(self, start: int, stop: int) -> bytes:
         """Raises ImageError for what the file never had, or has no more."""
-        if not 0 <= start <= stop <= self._size:
+        if not 0 <= start <= stop <= self._file.size:
             where = f"a segment lies at bytes {start} to {stop}"
-            raise ImageError("decode", f"{where}, the file ends at {self._size}")
-        data = self._read_range(start, stop)
+            raise ImageError("decode", f"{where}, the file ends at {self._file.size}")
+        data = self._file.read(start, stop)
         if len(data) != stop - start:
             raise ImageError(
                 "changed",
@@ -72,10 +66,8 @@ class Segments:
 class Raw(Segments):
     """Uncompressed rows that follow each other, in blocks of about 1 MiB."""
 
-    def __init__(
-        self, pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
-    ) -> None:
-        super().__init__(pages, read_range, size)
+    def __init__(self, pages: list[Any], file: Ranged, cache_bytes: int) -> None:
+        super().__init__(pages, file)
         self._stored = self.dtype.newbyteorder(pages[0].keyframe.parent.byteorder)
         self._pixel_bytes = self.dtype.itemsize * self.samples
         self._row_bytes = self.shape[1] * self._pixel_bytes
@@ -84,11 +76,12 @@ class Raw(Segments):
         self.side = max(1, BLOCK_BYTES // (columns * self._pixel_bytes)), columns
         for page in pages:
             stop = page.dataoffsets[0] + self.separate * self.shape[0] * self._row_bytes
-            if stop > size:
-                raise ImageError("decode", f"the pixels end at byte {stop}, the file at {size}")
+            if stop > file.size:
+                where = f"the pixels end at byte {stop}"
+                raise ImageError("decode", f"{where}, the file at {file.size}")
 
     def load(self, key: Key) -> Array:
-        """One read, or one for each row where segments are narrower than the image."""
+        """A segment HWS: one read, or one for each row where it is narrower than the image."""
         plane, y, x = key[0], key[1] * self.side[0], key[2] * self.side[1]
         height, width = min(self.side[0], self.shape[0] - y), min(self.side[1], self.shape[1] - x)
         page, sample = divmod(plane, self.separate)
@@ -106,8 +99,8 @@ class Raw(Segments):
 class Encoded(Segments):
     """Strips or tiles as the file has them, decoded by tifffile."""
 
-    def __init__(self, pages: list[Any], read_range: ReadRange, size: int) -> None:
-        super().__init__(pages, read_range, size)
+    def __init__(self, pages: list[Any], file: Ranged) -> None:
+        super().__init__(pages, file)
         layout = pages[0].keyframe
         self.side = side_of(layout)
         self._down, self._across = (
@@ -121,7 +114,7 @@ class Encoded(Segments):
         self._is_sniffed = layout.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
 
     def load(self, key: Key) -> Array | None:
-        """Read and decode."""
+        """A segment HWS; None where the file stores none. Raises ImageError."""
         page, sample = divmod(key[0], self.separate)
         index = (sample * self._down + key[1]) * self._across + key[2]
         start = self._pages[page].dataoffsets[index]
@@ -132,28 +125,19 @@ class Encoded(Segments):
             raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
         data = self._read(start, start + count)
         try:
-            return self._decoded(data, index, self._pages[page].jpegtables)
+            if self._is_sniffed:
+                check_sniffed(data, self.side)
+            segment_DHWS, *_ = self._decode(data, index, jpegtables=self._pages[page].jpegtables)
+            return segment_DHWS[0]
         except (UnetJobsError, MemoryError):
             raise
         except Exception as error:  # codecs share no base class
-            y, x = key[1] * self.side[0], key[2] * self.side[1]
-            reason = f"the segment at row {y}, column {x}: {one_line(error)}"
-            raise ImageError("decode", reason) from error
-
-    def _decoded(self, data: bytes, index: int, tables: bytes | None) -> Array:
-        if self._is_sniffed:
-            check_sniffed(data, self.side)
-        segment_DHWS, _, _ = self._decode(data, index, jpegtables=tables)
-        return segment_DHWS[0]
+            where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
+            raise ImageError("decode", f"the segment at {where}: {one_line(error)}") from error
 
 
-def segments_of(
-    pages: list[Any], read_range: ReadRange, size: int, cache_bytes: int
-) -> Raw | Encoded | None:
-    """Segments of pages of one layout; None where they are too large, or offsets mean other things.
-
-    Raises ImageError for headers that lie.
-    """
+def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:
+    """Segments of pages of one layout, None if large or odd; ImageError for headers that lie."""
     for one in pages:
         require_numbers(one)
     page = pages[0].keyframe
@@ -162,12 +146,12 @@ def segments_of(
     if is_odd or page.dtype is None:
         return None
     if all(one.is_final for one in pages):
-        return Raw(pages, read_range, size, cache_bytes)
+        return Raw(pages, file, cache_bytes)
     decoded_bytes = math.prod(side_of(page)) * int(page.shaped[4]) * page.dtype.itemsize
     if page.is_tiled and decoded_bytes > SEGMENT_BYTES:
         raise ImageError("too_large", f"tiles of {decoded_bytes} bytes, allowed: {SEGMENT_BYTES}")
     is_small = page.is_tiled or decoded_bytes <= STRIP_BYTES
-    return Encoded(pages, read_range, size) if is_small else None
+    return Encoded(pages, file) if is_small else None
 
 
 class Cache:

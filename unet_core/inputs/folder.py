@@ -9,16 +9,9 @@ from typing import TypeVar
 
 from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.images.codec import is_image
-from unet_core.inputs.shards import (
-    LARGE_FILE_BYTES,
-    Known,
-    Member,
-    Ranged,
-    Sample,
-    Shard,
-    Source,
-    make_shard,
-)
+from unet_core.inputs import shards
+from unet_core.inputs.shards import Known, Member, Sample, Shard, Source, make_shard
+from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
 log = logging.getLogger(__name__)
@@ -38,29 +31,27 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    mask_root = masks_root(source)
+    root, masks = source.root, mask_root(source)
     for member in shard.members:
-        image = File(source.root, member.key, source.root, member.etag)
-        mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
-        yield sample_of(
-            member,
-            stem_of(PurePosixPath(member.key).name),
-            source.root.uri(member.key),
-            image,
-            mask,
-        )
+        image = File(root, member.key, root, member.etag)
+        mask = File(masks, member.mask, masks, member.mask_etag) if member.mask else None
+        yield sample_of(member, root.uri(member.key), image, mask)
 
 
-def sample_of(
-    member: Member, key: str, source_uri: str, image: "File", mask: "File | None"
-) -> Sample:
+def mask_root(source: Source) -> Store:
+    """Below which loose label images lie."""
+    masks = source.config.masks
+    return Store(masks, source.root.storage) if "/" in masks else source.root
+
+
+def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None") -> Sample:
     """A loose image with its truth; lists may not know how large it is."""
-    may_be_large = member.bytes > LARGE_FILE_BYTES or (
+    may_be_large = member.bytes > shards.LARGE_FILE_BYTES or (
         not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
     )
     return Sample(
         image_id=member.key,
-        key=key,
+        key=PurePosixPath(member.key).stem,
         source_uri=source_uri,
         read=image.read,
         read_mask=mask.read if mask is not None else None,
@@ -82,28 +73,26 @@ def _pair(source: Source) -> list[Member]:
     """Give every image its mask by exactly equal stems, and take the masks out of the images."""
     masks = source.config.masks
     entries = [entry for entry in source.entries() if is_image(entry.name)]
-    members = [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if not masks:
-        return members
+        return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if "/" in masks:
-        store = masks_root(source)
-        below = _path_below(store.uri(), source.root.uri())
-        members = [m for m in members if not (below and m.key.startswith(below))]
+        store, root = mask_root(source), f"{source.root.uri()}/"
+        if store.uri().startswith(root):
+            below = f"{store.uri().removeprefix(root)}/"
+            entries = [entry for entry in entries if not entry.name.startswith(below)]
         by_stem = labels_by_stem(store.list(), masks)
     else:
         stems = {stem_of(entry.name) for entry in entries}
-        paired = (e for e in entries if stem_of(e.name).removesuffix(masks) in stems)
-        by_stem = labels_by_stem(paired, masks)
-        found = {entry.name for entry in by_stem.values()}
-        members = [m for m in members if m.key not in found]
-    lonely = []
-    for at, member in enumerate(members):
-        mask = by_stem.get(stem_of(member.key))
-        if mask is None:
-            lonely.append(member.key)
-        else:
-            members[at] = member._replace(mask=mask.name, mask_etag=mask.etag)
-    _say_unmatched(lonely, len(members), by_stem, masks)
+        of_images = (e for e in entries if stem_of(e.name)[: -len(masks)] in stems)
+        by_stem = labels_by_stem(of_images, masks)
+        labels = set(by_stem.values())
+        entries = [entry for entry in entries if entry not in labels]
+    members = []
+    for entry in entries:
+        label = by_stem.get(stem_of(entry.name))
+        truth = (label.name, label.etag) if label is not None else ()
+        members.append(Member(entry.name, entry.bytes, entry.etag, *truth))
+    _say_unmatched(members, [label.name for label in by_stem.values()], masks)
     return members
 
 
@@ -112,37 +101,27 @@ def stem_of(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _path_below(path: str, root: str) -> str:
-    """``path`` relative to ``root`` with a trailing slash, or nothing if it lies elsewhere."""
-    return f"{path[len(root) + 1 :]}/" if path.startswith(f"{root}/") else ""
-
-
-def masks_root(source: Source) -> Store:
-    """Below which label images lie: ``input.masks`` is a folder, or what their stems end in."""
-    masks = source.config.masks
-    return Store(masks, source.root.storage) if "/" in masks else source.root
-
-
 def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
     """Label images by the stems of their images; raises ConfigError for two of one stem."""
     suffix = "" if "/" in masks else masks
     by_stem: dict[str, Entry] = {}
     for entry in entries:
-        stem = stem_of(entry.name)
-        if is_image(entry.name) and stem.endswith(suffix):
-            other = by_stem.setdefault(stem.removesuffix(suffix), entry)
-            if other is not entry:
-                names = f"{other.name}, {entry.name}"
-                raise ConfigError(f"input.masks: {masks} holds two masks of one name: {names}")
+        if not is_image(entry.name) or not (stem := stem_of(entry.name)).endswith(suffix):
+            continue
+        other = by_stem.setdefault(stem.removesuffix(suffix), entry)
+        if other is not entry:
+            both = f"{other.name}, {entry.name}"
+            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {both}")
     return by_stem
 
 
-def _say_unmatched(lonely: list[str], images: int, by_stem: dict[str, Entry], masks: str) -> None:
+def _say_unmatched(members: list[Member], labels: list[str], masks: str) -> None:
+    lonely, images = [member.key for member in members if member.mask is None], len(members)
     if not lonely:
         return
     shown = ", ".join(lonely[:SHOWN])
     if len(lonely) == images:
-        there = ", ".join(e.name for e in islice(by_stem.values(), SHOWN)) or "no images at all"
+        there = ", ".join(labels[:SHOWN]) or "no images at all"
         raise ConfigError(
             f"input.masks: none of {images} images has a mask with the same stem in {masks!r}; "
             f"images: {shown}; masks: {there}"
@@ -163,17 +142,14 @@ class File:
     """Where the input lies; if that is gone, it is not the object that is missing."""
     etag: str | None = None
 
-    def read(self) -> bytes:
-        """All bytes."""
-        return self._held(lambda: self.store.read(self.name, etag=self.etag))
+    def read(self, start: int | None = None, stop: int | None = None) -> bytes:
+        """All bytes, or those in [start, stop)."""
+        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
 
     def open(self) -> Ranged:
         """Its size, and pieces of it."""
         size = self._held(lambda: self.store.entry(self.name).bytes)
-        return Ranged(size, self._piece)
-
-    def _piece(self, start: int, stop: int) -> bytes:
-        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
+        return Ranged(size, self.read)
 
     def _held(self, look: Callable[[], ResultT]) -> ResultT:
         try:

@@ -11,12 +11,7 @@ from unet_core.inputs import folder, listing, parquet, webdataset
 from unet_core.inputs.shards import Known, Sample, Shard, Source, readable_name
 from unet_core.storage.store import Store, split
 
-FORMATS = {
-    "folder": folder,
-    "webdataset": webdataset,
-    "parquet": parquet,
-    "list": listing,
-}
+FORMATS = {"folder": folder, "webdataset": webdataset, "parquet": parquet, "list": listing}
 
 
 def open_source(
@@ -76,9 +71,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def is_there(source: Source, shard: Shard) -> bool:
-    """Whether the tar or Parquet file of a shard is the one that was listed; loose images are
-    looked at one by one when they are read.
-    """
+    """Whether a shard's tar or Parquet file is the one listed; loose images show it when read."""
     if not shard.uri:
         return True
     try:

@@ -12,20 +12,18 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from unet_core.config import has_credentials
+from unet_core.config import AUTHORITY, has_credentials
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.folder import File, grouped, sample_of
+from unet_core.inputs.parquet import EXTENSIONS
 from unet_core.inputs.shards import Known, Member, Sample, Shard, Source
 from unet_core.storage.store import Store, split
 
-PARQUET = (".parquet", ".pq")
-INVENTORY = "manifest.json"
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
                      "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
 """As its Parquet files call them → as its manifest does."""
@@ -66,7 +64,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
         assert member.uri is not None
         image = file_of(source, member.uri, member.etag)
         mask = file_of(source, member.mask, member.mask_etag) if member.mask else None
-        yield sample_of(member, PurePosixPath(member.key).stem, member.uri, image, mask)
+        yield sample_of(member, member.uri, image, mask)
 
 
 def file_of(source: Source, uri: str, etag: str | None) -> File:
@@ -138,11 +136,11 @@ def _is_plain(path: str) -> bool:
 
 def _lines(source: Source) -> Iterator[Line]:
     for entry in source.entries():
-        if entry.name.endswith(PARQUET):
+        if entry.name.endswith(EXTENSIONS):
             yield from _parquet_lines(source, entry.name, entry.bytes)
         elif entry.name.endswith((".csv", ".csv.gz")):
             yield from _csv_lines(source, entry.name)
-        elif entry.name.endswith(INVENTORY):
+        elif entry.name.endswith("manifest.json"):
             yield from _inventory_lines(source, entry.name)
 
 
@@ -171,34 +169,28 @@ def _cast(column: pa.Array, name: str, where: str) -> pa.Array:
 def _csv_lines(source: Source, name: str) -> Iterator[Line]:
     """Rows of a CSV file with a header; empty lines count nothing."""
     where, number = source.root.uri(name), 1
-    with source.root.open(name) as stream, _text(name, stream) as text:
-        try:
-            rows = _rows(text)
-            header = next(rows, [])
-            columns = _columns(source, header, where)
-            fields = [columns.get(column) for column in header]
-            for number, row in enumerate(rows, start=2):
-                known = {f: v for f, v in zip(fields, row, strict=False) if f and v}
-                if not known:
-                    continue
-                if "uri" not in known:
-                    raise ConfigError(f"{where}: line {number} has no uri")
-                size = known.pop("bytes", None)
-                yield Line(**known, bytes=int(size) if size else None)
-        except DAMAGED as error:
-            raise ConfigError(f"{where}: line {number} cannot be read: {error}") from error
+    try:
+        rows = _rows(source.root, name)
+        header = next(rows, [])
+        columns = _columns(source, header, where)
+        fields = [columns.get(column) for column in header]
+        for number, row in enumerate(rows, start=2):
+            known = {f: v for f, v in zip(fields, row, strict=False) if f and v}
+            if not known:
+                continue
+            if "uri" not in known:
+                raise ConfigError(f"{where}: line {number} has no uri")
+            size = known.pop("bytes", None)
+            yield Line(**known, bytes=int(size) if size else None)
+    except DAMAGED as error:
+        raise ConfigError(f"{where}: line {number} cannot be read: {error}") from error
 
 
-def _text(name: str, stream: Any) -> io.TextIOWrapper:
-    plain = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
-    return io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
-
-
-def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
-    """Rows of a CSV file. Raises ValueError for one that is too long."""
+def _rows(store: Store, name: str) -> Iterator[list[str]]:
+    """Rows of a CSV file, packed or not. Raises ValueError for one that is too long."""
     left = MAX_ROW_CHARACTERS
 
-    def lines() -> Iterator[str]:
+    def lines(text: io.TextIOWrapper) -> Iterator[str]:
         nonlocal left
         while line := text.readline(left):
             left -= len(line)
@@ -206,9 +198,12 @@ def _rows(text: io.TextIOWrapper) -> Iterator[list[str]]:
                 raise ValueError(f"a row has more than {MAX_ROW_CHARACTERS} characters")
             yield line
 
-    for row in csv.reader(lines()):
-        left = MAX_ROW_CHARACTERS
-        yield row
+    with store.open(name) as stream:
+        plain: Any = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
+        with io.TextIOWrapper(plain, encoding="utf-8-sig", newline="") as text:
+            for row in csv.reader(lines(text)):
+                left = MAX_ROW_CHARACTERS
+                yield row
 
 
 def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
@@ -220,10 +215,8 @@ def _columns(source: Source, names: list[str], where: str) -> dict[str, str]:
         raise ConfigError(
             f"input.masks: {where} has no column {mask!r}; it has: {', '.join(names)}"
         )
-    wanted = {field: field for field in ("uri", "bytes", "etag", "id")}
-    if mask:
-        wanted[mask] = "mask"
-    return {column: field for column, field in wanted.items() if column in names}
+    wanted = {"uri": "uri", "bytes": "bytes", "etag": "etag", "id": "id", mask: "mask"}
+    return {column: field for column, field in wanted.items() if column and column in names}
 
 
 def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
@@ -242,7 +235,8 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
         raise ConfigError(f"{where}: not the manifest.json of an S3 Inventory: {error}") from error
     if kind not in ("CSV", "Parquet"):
         raise ConfigError(f"{where}: the inventory is {kind}, allowed: CSV, Parquet")
-    home = Store(_bucket_of(where), source.root.storage)
+    bucket_of_files = AUTHORITY.match(where)
+    home = Store(bucket_of_files[0] if bucket_of_files else split(where)[0], source.root.storage)
     for file in files:
         try:
             for row in _inventory_rows(home, file, columns):
@@ -262,11 +256,6 @@ def _is_current(row: dict[str, Any]) -> bool:
     return str(latest).lower() != "false" and str(deleted).lower() != "true"
 
 
-def _bucket_of(uri: str) -> str:
-    protocol, separator, path = uri.partition("://")
-    return f"{protocol}://{path.partition('/')[0]}" if separator else split(uri)[0]
-
-
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
     if file.endswith(".parquet"):
         with home.open_parquet(file) as opened:
@@ -275,7 +264,6 @@ def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict
                 for row in batch.to_pylist():
                     yield {INVENTORY_COLUMNS[key]: value for key, value in row.items()}
         return
-    with home.open(file) as stream, _text(file, stream) as text:
-        for row in _rows(text):
-            named = dict(zip(columns, row, strict=False))
-            yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}
+    for row in _rows(home, file):
+        named = dict(zip(columns, row, strict=False))
+        yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError
+from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError, one_line
 from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
@@ -53,16 +53,17 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
             for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
-                for values in _with_bytes_for_text(batch).to_pylist():
+                # nothing in a file makes sure that its text is UTF-8
+                schema = pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema])
+                for values in batch.cast(schema).to_pylist():
                     yield _sample(source, shard, row, values)
                     row += 1
             if row != shard.first + shard.count:
                 raise ParquetDamagedError("it has fewer rows than when the run began")
     except ParquetDamagedError as error:
-        reason = " ".join(str(error).split())[:200]
+        failure = ImageError("parquet", f"the file is damaged here: {one_line(error)[:200]}")
+        uri = source.root.uri(shard.uri)
         for number in range(row, shard.first + shard.count):
-            failure = ImageError("parquet", f"the file is damaged here: {reason}")
-            uri = source.root.uri(shard.uri)
             yield Sample(f"{shard.uri}#{number}", str(number), uri, bytes, failure=failure)
 
 
@@ -99,18 +100,11 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
         if column not in schema.names:
             there = ", ".join(schema.names)
             raise ConfigError(f"{key}: {where} has no column {column!r}; it has: {there}")
-    ids = source.config.id_column
-    if ids and not _is_id(schema.field(ids).type):
-        raise ConfigError(
-            f"input.id_column: {ids!r} in {where} is {schema.field(ids).type}, allowed: text or "
-            "numbers"
-        )
-    for column in (source.config.image_column, source.config.masks):
-        if column and not _holds_bytes(schema.field(column).type):
-            raise ConfigError(
-                f"{_columns(source)[column]}: {column!r} in {where} is "
-                f"{schema.field(column).type}, allowed: binary, or struct<bytes, path>"
-            )
+        kind = schema.field(column).type
+        is_id = column not in (source.config.image_column, source.config.masks)
+        if not (_is_id(kind) if is_id else _holds_bytes(kind)):
+            allowed = "text or numbers" if is_id else "binary, or struct<bytes, path>"
+            raise ConfigError(f"{key}: {column!r} in {where} is {kind}, allowed: {allowed}")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -128,11 +122,6 @@ def _is_id(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _with_bytes_for_text(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Text as its bytes: nothing in a file makes sure that it is UTF-8."""
-    return batch.cast(pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema]))
 
 
 def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
@@ -167,10 +156,7 @@ def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator
 
 
 def _groups_of(metadata: pq.FileMetaData, first: int, count: int) -> list[int]:
-    """The row groups that are exactly rows [first, first + count).
-
-    Raises ParquetDamagedError if there are none: the file was written again.
-    """
+    """The row groups that are just these rows; raises ParquetDamagedError if there are none."""
     numbers = range(metadata.num_row_groups)
     starts = [0, *accumulate(metadata.row_group(number).num_rows for number in numbers)]
     groups = [number for number in numbers if first <= starts[number] < first + count]

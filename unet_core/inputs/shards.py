@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
+from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
 LARGE_FILE_BYTES = 64 * 2**20
@@ -54,15 +55,6 @@ class Shard:
     def has_members(self) -> bool:
         """Whether its images are loose objects that the manifest names."""
         return not self.uri
-
-
-@dataclass(frozen=True)
-class Ranged:
-    """A file that may be read in pieces, by several threads at once."""
-
-    size: int
-    read: Callable[[int, int], bytes]
-    """Bytes [start, stop); raises StoreError."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +118,9 @@ def readable_name(name: str) -> str:
 
 
 def make_shard(
-    uri: str,
-    size: int,
-    etag: str | None,
-    first: int | None = None,
-    count: int | None = None,
+    uri: str, size: int, etag: str | None, first: int | None = None, count: int | None = None,
     members: tuple[Member, ...] = (),
-) -> Shard:
+) -> Shard:  # fmt: skip
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
     identity = [uri, size, etag, range_, members]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from unet_core.errors import ConfigError, ImageError, StoreError
+from unet_core.errors import ConfigError, ImageError, StoreError, one_line
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
 from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, readable_name
 
@@ -23,10 +23,7 @@ MAX_HEADER_BYTES = 2**20
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """A shard for every tar, by name; nothing is opened.
-
-    Raises ConfigError for ``input.masks`` that cannot be a member suffix.
-    """
+    """A shard for every tar, by name, unopened; raises ConfigError for odd ``input.masks``."""
     _mask_suffix(source)
     for entry in source.entries():
         if entry.name.endswith(EXTENSIONS) and entry.name not in known:
@@ -34,9 +31,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 
 class _TarMember(tarfile.TarInfo):
-    """A tar header; notes in its archive whether the end mark came, and whether blocks between
-    the members are no headers.
-    """
+    """A tar header; tells its archive of the end mark, and of blocks that are no headers."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> "_TarMember":
@@ -121,10 +116,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def _mask_suffix(source: Source) -> str:
-    """``input.masks`` as a member suffix without its first dot.
-
-    Raises ConfigError if it cannot be one.
-    """
+    """``input.masks`` as a member suffix without first dot; raises ConfigError if it is none."""
     masks = source.config.masks
     suffix = masks.removeprefix(".")
     if masks and ("/" in suffix or "." not in suffix):
@@ -147,8 +139,10 @@ class _Found:
 def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageError]]:
     """Names and contents of the image members. Raises ImageError where the tar is damaged."""
     try:
+        is_packed = cast(io.BufferedReader, stream).peek(2)[:2] == b"\x1f\x8b"
+        plain = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_packed else stream
         with tarfile.open(
-            fileobj=cast(BinaryIO, _Metered(_unpacked(stream))),
+            fileobj=cast(BinaryIO, _Metered(plain)),
             mode="r|",
             tarinfo=_TarMember,
             ignore_zeros=True,
@@ -165,25 +159,13 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
                 raise tarfile.ReadError("it has no end mark")
             if getattr(tar, "has_strange_blocks", False):
                 raise tarfile.ReadError("blocks between its members are no headers")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise _damaged(error) from error
     except (StoreError, MemoryError):
         raise
-    except OSError as error:
-        raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
     except Exception as error:  # tarfile raises whatever a hostile header leads to
-        raise _damaged(error) from error
-
-
-def _unpacked(stream: BinaryIO) -> BinaryIO:
-    """The tar's own bytes; gzip is known by its magic number, and its checksum is checked."""
-    magic = cast(io.BufferedReader, stream).peek(2)[:2]
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if magic == b"\x1f\x8b" else stream
-
-
-def _damaged(error: Exception) -> ImageError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageError("tar", f"the tar is cut short or damaged: {reason}")
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
+        reason = f"the tar is cut short or damaged: {one_line(error)}"
+        raise ImageError("tar", reason) from error
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:

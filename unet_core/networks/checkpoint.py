@@ -10,17 +10,18 @@ import hashlib
 import importlib.resources
 import json
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
 from unet_core.config import StorageConfig
-from unet_core.errors import CheckpointError, ConfigError, StoreError
+from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.storage.store import read_file, read_range
+from unet_core.storage.store import read_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +33,7 @@ KEYS = {
 }  # fmt: skip
 """Where the metadata holds what a header says."""
 MAX_HEADER_BYTES = 16 * 2**20
+SHOWN = 3
 MOST = 2**16
 """Of whatever a checkpoint counts; class ids are 16 bits."""
 DEFAULT_COLORS = (
@@ -98,10 +100,7 @@ def locate(checkpoint: str) -> str:
 
 
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
-    """Read what a checkpoint says of itself, without torch.
-
-    Raises CheckpointError if it is not a safetensors file of this project, or damaged.
-    """
+    """What a file says of itself, without torch; raises CheckpointError if foreign or damaged."""
     metadata = read_metadata(checkpoint, storage)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
@@ -115,27 +114,23 @@ def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header
         header = HEADERS.validate_json(json.dumps(table), strict=True)
         _check_sizes(header)
     except (KeyError, ValueError, RecursionError, ConfigError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
     return header
 
 
 def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
     """The texts in a safetensors file, by two range reads; raises CheckpointError if it is none."""
-    path = locate(checkpoint)
+    prefix = _read(checkpoint, storage, 0, 8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
+    text = _read(checkpoint, storage, 8, 8 + length)
     try:
-        prefix = read_range(path, 0, 8, storage)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= MAX_HEADER_BYTES:
-            raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
-        header = json.loads(read_range(path, 8, 8 + length, storage))
+        header = json.loads(text)
         metadata: dict[str, str] = header.get("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata are texts")
-    except StoreError as error:
-        is_file = checkpoint.endswith(".safetensors")
-        hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
-        raise CheckpointError(f"model.checkpoint: {error}{hint}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
     return metadata
@@ -174,60 +169,84 @@ def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
 
 def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
     """SHA-256 of the whole file, hex."""
-    return hashlib.sha256(_bytes(checkpoint, storage)).hexdigest()
+    return hashlib.sha256(_read(checkpoint, storage)).hexdigest()
 
 
 def load(
-    checkpoint: str,
-    sha256: str | None = None,
-    storage: StorageConfig | None = None,
+    checkpoint: str, sha256: str | None = None, storage: StorageConfig | None = None,
     factory: str = "",
-) -> tuple["nn.Module", Header]:
+) -> tuple["nn.Module", Header]:  # fmt: skip
     """The network in eval mode, float32 on the CPU, weights strict; and its header.
 
     ``factory`` is the function that the user allows to build a network of somebody else. Raises
     CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
     """
-    import safetensors.torch
     import torch
-    from safetensors import SafetensorError
 
     from unet_core.networks.construction import build
 
-    data = _bytes(checkpoint, storage)
+    data = _read(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
     header = read_header(checkpoint, storage)
     require_factory(checkpoint, header, factory)
+    tensors = unpack(data, checkpoint)
+    is_ours = isinstance(header.network, UNetSpec)
     try:
-        tensors = safetensors.torch.load(data)
-        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if bad:
-            raise CheckpointError(f"{checkpoint}: NaN or infinite weights in {', '.join(bad[:3])}")
-        is_ours = isinstance(header.network, UNetSpec)
         with torch.device("meta") if is_ours else contextlib.nullcontext():
             network = build(header.network)  # a small file must not bring about a large network
-        _fill(network, tensors, assign=is_ours)
-    except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:500]
-        raise CheckpointError(f"{checkpoint}: its tensors do not fit its header: {text}") from error
+        fill(network, tensors, assign=is_ours)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = f"its tensors do not fit its header: {one_line(error)}"
+        raise CheckpointError(f"{checkpoint}: {reason}") from error
     return network.eval(), header
 
 
-def _fill(network: "nn.Module", tensors: "dict[str, Tensor]", assign: bool) -> None:
-    """Give a network its weights, strictly; ``assign`` puts them in the place of its own.
+def fill(network: "nn.Module", tensors: "dict[str, Tensor]", assign: bool = False) -> None:
+    """Give a network its weights, strictly but for counters of batches; ``assign`` puts them in
+    the place of its own.
 
-    Raises RuntimeError for those that do not fit.
+    Raises ValueError that names those that do not fit.
     """
-    found = {}
-    for name, own in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            found[name] = own.new_zeros((), device="cpu")  # counts training steps; not kept
-        elif name in tensors:
-            if tensors[name].is_floating_point() != own.is_floating_point():
-                raise RuntimeError(f"{name} holds {tensors[name].dtype}, not {own.dtype}")
-            found[name] = tensors[name].to(own.dtype)
-    network.load_state_dict({**tensors, **found}, strict=True, assign=assign)
+    own = network.state_dict()
+    wanted, given = ([key for key in keys if not is_counter(key)] for keys in (own, tensors))
+    if different := difference(wanted, given):
+        raise ValueError(f"not the weights of this network: {different}")
+    sound = {key: fitting(key, tensors[key], own[key]) for key in wanted}
+    none = {key: own[key].new_zeros((), device="cpu") for key in own if is_counter(key)}
+    network.load_state_dict(sound | none, assign=assign)
+
+
+def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
+    """A tensor in its network's type; raises ValueError for another shape or kind, or for NaN."""
+    if tensor.shape != wanted.shape:
+        got, needed = list(tensor.shape), list(wanted.shape)
+        raise ValueError(f"{key} has the shape {got}, but its network needs {needed}")
+    if tensor.is_floating_point() != wanted.is_floating_point():
+        raise ValueError(f"{key} holds {tensor.dtype}, but its network needs {wanted.dtype}")
+    tensor = tensor.to(wanted.dtype)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{key} holds NaN or infinite numbers")
+    return tensor
+
+
+def difference(wanted: Collection[str], got: Collection[str]) -> str:
+    """The first few keys on either side, and how many more there are."""
+    missing = [key for key in wanted if key not in got]
+    unexpected = [key for key in got if key not in wanted]
+    found = {"missing": missing, "unexpected": unexpected}
+    return ", ".join(f"{what} {few(keys)}" for what, keys in found.items() if keys)
+
+
+def few(keys: list[str]) -> str:
+    """The first ones, and how many more there are."""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def is_counter(key: str) -> bool:
+    """Whether a tensor counts the steps of a training, which is not kept."""
+    return key.endswith("num_batches_tracked")
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
@@ -243,7 +262,7 @@ def serialise(network: "nn.Module", header: Header) -> bytes:
 
     tensors = {}
     for name, value in network.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
+        if not is_counter(name):
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             tensors[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
     metadata = {
@@ -276,8 +295,10 @@ def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
         raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
-def _bytes(checkpoint: str, storage: StorageConfig | None) -> bytes:
+def _read(checkpoint: str, storage: StorageConfig | None, *piece: int) -> bytes:
     try:
-        return read_file(locate(checkpoint), storage)
+        return read_file(locate(checkpoint), storage, *piece)
     except StoreError as error:
-        raise CheckpointError(f"model.checkpoint: {error}") from error
+        is_file = checkpoint.endswith(".safetensors")
+        hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
+        raise CheckpointError(f"model.checkpoint: {error}{hint}") from error

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from unet_core.config import ForeignConfig
-from unet_core.errors import CheckpointError
+from unet_core.errors import CheckpointError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.checkpoint import Header
-from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.networks.presets import COLORS, Factory, NetworkSpec, UNetSpec
 from unet_core.networks.reach import tiling_of, tiling_of_module
 from unet_core.networks.unet import UNet
 from unet_core.train_config import NetworkConfig
@@ -54,26 +54,22 @@ def measured(
 
 
 def header_of(
-    network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig,
-    stride: int | None = None,
-) -> Header:  # fmt: skip
+    network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig
+) -> Header:
     """What the network's checkpoint will say of itself, by the config and what is ``measured``.
 
     Raises ConfigError for class names and colours that do not fit the network.
     """
-    spec, tiling = measured(spec, network, stride)
+    stride = model.stride if isinstance(model, ForeignConfig) else "auto"
+    spec, tiling = measured(spec, network, None if stride == "auto" else stride)
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])
-    return Header(spec, tiling, names, preprocessing_of(model, spec.in_channels))
-
-
-def preprocessing_of(model: ForeignConfig | NetworkConfig, channels: int) -> Preprocessing:
-    """As the config wants it; ``auto`` colours are those that have so many channels."""
     given = model.model_dump(include={"color", "normalisation", "low", "high"})
     if model.color == "auto":
-        given["color"] = {1: "gray", 3: "rgb"}.get(channels, channels)
-    return Preprocessing.model_validate(given)
+        by_channels = {channels: color for color, channels in COLORS.items()}
+        given["color"] = by_channels.get(spec.in_channels, spec.in_channels)
+    return Header(spec, tiling, names, Preprocessing.model_validate(given))
 
 
 def origin(spec: Factory) -> str:
@@ -94,7 +90,7 @@ def _made_by(spec: Factory) -> nn.Module:
     try:
         made = getattr(importlib.import_module(module), function)(**arguments)
     except Exception as error:  # the function is the user's, and so are its errors
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
     if not isinstance(made, nn.Module):
         raise CheckpointError(

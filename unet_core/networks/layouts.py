@@ -40,11 +40,13 @@ class Layout:
 
     def names(self, depth: int, bias: bool) -> dict[str, str]:
         """Our name of every tensor, with theirs; ``bias``: that of the 3×3 convolutions."""
-        return {
-            f"{ours}.{tensor}": f"{theirs}.{tensor}"
-            for ours, theirs in self._modules(depth)
-            for tensor in _tensors(ours, bias)
-        }
+        found: dict[str, str] = {}
+        for ours, theirs in self._modules(depth):
+            has_bias = bias or not ours.endswith(("conv1", "conv2"))
+            tensors = ["weight", "bias"] if has_bias else ["weight"]
+            tensors += ["running_mean", "running_var"] if "norm" in ours else []
+            found |= {f"{ours}.{tensor}": f"{theirs}.{tensor}" for tensor in tensors}
+        return found
 
     def _modules(self, depth: int) -> Iterator[tuple[str, str]]:
         below = self.bottom or self.encoder
@@ -65,14 +67,6 @@ class Layout:
             for mine, layer in zip(layers, self.layers.split(), strict=True):
                 yield f"{ours}.{mine}", f"{theirs}.{layer}"
         yield from ((ours, theirs) for ours, theirs in others.items() if theirs)
-
-
-def _tensors(module: str, bias: bool) -> tuple[str, ...]:
-    """What a module of ours holds."""
-    if "norm" in module:
-        return ("weight", "bias", "running_mean", "running_var")
-    is_3x3 = module.endswith(("conv1", "conv2"))
-    return ("weight", "bias") if bias or not is_3x3 else ("weight",)
 
 
 _MILESIAL = UNetSpec(bias=False, join="pad", concat="skip_decoder")

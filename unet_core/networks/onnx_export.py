@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet_core.errors import CheckpointError, ConfigError
+from unet_core.errors import CheckpointError, ConfigError, one_line
 from unet_core.geometry import Tiling
 from unet_core.networks.checkpoint import Header
 
@@ -40,8 +40,8 @@ def to_onnx(network: nn.Module, header: Header) -> bytes:
             program.save(str(path), external_data=False)
             model = onnx.load(str(path))
     except Exception as error:  # exporters share no base class
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the network cannot be exported to ONNX: {reason}") from error
+        reason = f"the network cannot be exported to ONNX: {one_line(error)}"
+        raise CheckpointError(reason) from error
     onnx.helper.set_model_props(model, _about(header))
     data: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])

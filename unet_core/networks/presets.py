@@ -69,8 +69,7 @@ class UNetSpec:
             allowed, given = get_args(kind), getattr(self, name)
             if allowed and given not in allowed:
                 raise ConfigError(f"model: {name} is {given!r}, allowed: {', '.join(allowed)}")
-        is_plain_up = self.up == "bilinear"
-        if is_plain_up != (self.bottom == "same"):
+        if (self.up == "bilinear") != (self.bottom == "same"):
             raise ConfigError("model: up = 'bilinear' and bottom = 'same' go together")
         if min(self.in_channels, self.classes, self.width, self.depth, self.dilation) < 1:
             raise ConfigError(
@@ -84,9 +83,7 @@ class UNetSpec:
 
     @property
     def moves_with_input(self) -> bool:
-        """Whether a shift of the input by a stride shifts the output; resizing depends on the
-        window's size.
-        """
+        """Whether a shift of the input by a stride shifts the output; resizing sees the window."""
         return not (self.up.startswith("bilinear") or self.join == "resize" or self.resize_logits)
 
     def output_side(self, side: int) -> int | None:
@@ -142,9 +139,15 @@ class Factory:
 
 NetworkSpec = UNetSpec | Factory
 
-_TUTORIAL = UNetSpec(
-    join="pad", concat="skip_decoder", dropout="channels", init="xavier"
-)  # fmt: skip
+COLORS = {"gray": 1, "rgb": 3}
+
+
+def channels_of(color: str | int) -> int:
+    """Channels of an image in the colours that a network wants: by name, or that many."""
+    return color if isinstance(color, int) else COLORS[color]
+
+
+_TUTORIAL = UNetSpec(join="pad", concat="skip_decoder", dropout="channels", init="xavier")
 _CONCAT = UNetSpec(classes=10, padding="valid", concat="skip_decoder")
 
 PRESETS = {

@@ -59,25 +59,22 @@ class UNet(nn.Module):
         self.spec = spec
         widths = [spec.width * 2**level for level in range(spec.depth)]
         bottom = widths[-1] * (2 if spec.bottom == "double" else 1)
-        inputs = [spec.in_channels, *widths]
+        inputs = [spec.in_channels, *widths[:-1]]
         self.pool = nn.MaxPool2d(2, ceil_mode=spec.ceil_pool)
         self.encoder = nn.ModuleList(
-            _block(spec, inputs[level], widths[level], dilation=spec.dilation,
-                   dropout=level == spec.depth - 1)
-            for level in range(spec.depth)
-        )  # fmt: skip
+            _block(spec, channels, out, dilation=spec.dilation, dropout=out == widths[-1])
+            for channels, out in zip(inputs, widths, strict=True)
+        )
         self.bottom = _block(spec, widths[-1], bottom, dropout=True)
         # what leaves each decoder block; without a convolution the up-sampling halves nothing
         outputs = widths if spec.bottom == "double" else [spec.width, *widths[:-1]]
         below = [*outputs[1:], bottom]
-        self.up = nn.ModuleList(
-            _up(spec, below[level], widths[level]) for level in range(spec.depth)
-        )
+        self.up = nn.ModuleList(map(partial(_up, spec), below, widths))
+        middles = widths if spec.decoder_middle == "wide" else outputs
         self.decoder = nn.ModuleList(
-            _block(spec, 2 * widths[level], outputs[level],
-                   middle=widths[level] if spec.decoder_middle == "wide" else outputs[level])
-            for level in range(spec.depth)
-        )  # fmt: skip
+            _block(spec, 2 * width, out, middle)
+            for width, out, middle in zip(widths, outputs, middles, strict=True)
+        )
         self.head = _head(spec)
         _initialise(self, spec.init)
 
@@ -126,11 +123,10 @@ def _block(
     for number, (before, after) in enumerate(((channels, middle), (middle, out)), start=1):
         conv = nn.Conv2d(before, after, 3, padding=padding, dilation=dilation, bias=spec.bias)
         layers[f"conv{number}"] = conv
-        if spec.norm == "before_relu":
-            layers[f"norm{number}"] = nn.BatchNorm2d(after)
-        layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        if spec.norm == "after_relu":
-            layers[f"norm{number}"] = nn.BatchNorm2d(after)
+        norm: tuple[str, nn.Module] = f"norm{number}", nn.BatchNorm2d(after)
+        relu: tuple[str, nn.Module] = f"relu{number}", nn.ReLU(inplace=True)
+        order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
+        layers.update(order[spec.norm])
     if dropout and spec.dropout != "none":
         layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(DROPOUT)
     return nn.Sequential(layers)

@@ -8,7 +8,7 @@ import io
 import itertools
 import pickle
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
 from unet_core.networks import checkpoint, construction
-from unet_core.networks.checkpoint import Header
+from unet_core.networks.checkpoint import Header, difference, few, fitting, is_counter
 from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
-from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of
 from unet_core.networks.unet import UNet
 from unet_core.storage.store import Store, read_file
 
@@ -29,7 +29,6 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
 PICKLES = (b"PK\x03\x04", b"\x80")
 """What files of ``torch.save`` begin with, since 1.6 and before."""
-SHOWN = 3
 
 Reading = tuple[Layout, UNetSpec, dict[str, str]]
 """A layout with a depth and with or without biases; all names that follow, ours and theirs."""
@@ -47,8 +46,7 @@ def import_weights(config: ImportConfig) -> Header:
     tensors = read_tensors(config.source, config.storage)
     with _naming(config.source):
         network, spec = _network_with(tensors, config.model)
-    stride = config.model.stride if isinstance(config.model.stride, int) else None
-    header = construction.header_of(network, spec, config.model, stride)
+    header = construction.header_of(network, spec, config.model)
     header = replace(header, training={"imported_from": config.source})
     destination.publish("", checkpoint.serialise(network, header))
     return header
@@ -82,7 +80,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     allowed = dict.fromkeys(known.name for known in LAYOUTS)
     if layout and layout not in allowed:
         raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(allowed)}")
-    keys = {name for name in tensors if not _is_counter(name)}
+    keys = {name for name in tensors if not is_counter(name)}
     readings = [
         (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
         for known in LAYOUTS
@@ -102,14 +100,11 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
 
 
 def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
-    """Tensors under our names, in float32.
-
-    Raises CheckpointError, with the source's name, for one of another shape or with NaN.
-    """
+    """Tensors under our names; raises ValueError, with the source's, for one that does not fit."""
     with torch.device("meta"):  # other initial weights take seconds
         wanted = UNet(replace(spec, init="torch")).state_dict()
     names = layout.names(spec.depth, spec.bias)
-    return {ours: _sound(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
+    return {ours: fitting(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
 
 
 def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
@@ -131,21 +126,8 @@ def _nearest(readings: list[Reading], keys: set[str]) -> str:
     layout, spec, names = max(readings, key=share)
     return (
         f"no known network has these keys; the nearest is {layout.name} with {spec.depth} pools: "
-        f"{_difference(names.values(), sorted(keys))}; give model.factory for another one"
+        f"{difference(names.values(), sorted(keys))}; give model.factory for another one"
     )
-
-
-def _difference(wanted: Collection[str], got: Collection[str]) -> str:
-    """The first few keys on either side, and how many more there are."""
-    missing = [key for key in wanted if key not in got]
-    unexpected = [key for key in got if key not in wanted]
-    found = {"missing": missing, "unexpected": unexpected}
-    return ", ".join(f"{what} {_few(keys)}" for what, keys in found.items() if keys)
-
-
-def _few(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
 
 
 def _network_with(
@@ -153,10 +135,9 @@ def _network_with(
 ) -> tuple[nn.Module, NetworkSpec]:
     """The network with these weights; how many classes a factory's has is not known yet."""
     if model.factory:
-        wanted = construction.preprocessing_of(model, 0)
-        made_by = Factory(model.factory, model.arguments, wanted.channels)
+        made_by = Factory(model.factory, model.arguments, channels_of(model.color))
         foreign = construction.build(made_by)
-        _fill(foreign, tensors)
+        checkpoint.fill(foreign, tensors)
         return foreign.eval(), made_by
     layout, spec = recognise(tensors, model.layout)
     converted = convert(tensors, layout, spec)  # holds shapes against each other first
@@ -165,39 +146,13 @@ def _network_with(
     return network.eval(), spec
 
 
-def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a network of somebody else its weights, strictly but for counters of batches."""
-    wanted = {key: value for key, value in network.state_dict().items() if not _is_counter(key)}
-    given = {key: tensor for key, tensor in tensors.items() if not _is_counter(key)}
-    if different := _difference(wanted, given):
-        raise CheckpointError(f"not the weights of the factory's network: {different}")
-    network.load_state_dict({key: _sound(key, given[key], wanted[key]) for key in wanted})
-
-
-def _sound(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
-    """A tensor in float32; whole numbers only where the network has them too."""
-    if tensor.shape != wanted.shape:
-        got, needed = list(tensor.shape), list(wanted.shape)
-        raise CheckpointError(f"{key} has the shape {got}, but its network needs {needed}")
-    if tensor.is_floating_point() != wanted.is_floating_point():
-        raise CheckpointError(f"{key} holds {tensor.dtype}, but its network needs {wanted.dtype}")
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{key} holds NaN or infinite numbers")
-    return tensor
-
-
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
     """Let errors say which file they are about."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-
-
-def _is_counter(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
 
 
 def _unpickled(data: bytes) -> Any:
@@ -215,9 +170,9 @@ def _unpickled(data: bytes) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle brings about
-        raise CheckpointError(
-            f"damaged, or no state_dict that torch.save wrote: {_first(error)}"
-        ) from error
+        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = f"damaged, or no state_dict that torch.save wrote: {first}"
+        raise CheckpointError(reason) from error
 
 
 def _require_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:
@@ -234,13 +189,7 @@ def _objects(data: bytes) -> str:
     except Exception:  # too old, or too damaged to tell
         found = []
     found.sort(key=lambda name: (name.startswith("torch."), name))
-    return _few(found) or "objects of Python, or damage,"
-
-
-def _first(error: Exception) -> str:
-    """The first sentence of an error that is not ours."""
-    text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return text or type(error).__name__
+    return few(found) or "objects of Python, or damage,"
 
 
 def _unwrapped(found: Any) -> dict[Any, Any]:

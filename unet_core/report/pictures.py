@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.picture import Picture
+from unet_core.images.picture import Picture, Pixels
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -59,7 +59,7 @@ def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Ar
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
         image_HWC = np.asarray(small)
     truth_HW = None
-    if picture.truth is not None:
+    if isinstance(picture.truth, Pixels):
         with suppress(ImageError):
             truth_HW = picture.truth.whole()[0][near]
     return image_HWC, mask_HW[near], truth_HW

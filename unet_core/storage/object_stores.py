@@ -3,7 +3,6 @@
 Credentials are found by the store's own library; nothing here reads, keeps or prints one.
 """
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -143,10 +142,7 @@ def _role_session(storage: StorageConfig) -> Any:
 
 
 def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag: str) -> bytes:
-    """Bytes [start, stop) of an S3 object if it still has that ETag; one request.
-
-    Raises ChangedError if it does not.
-    """
+    """Bytes [start, stop) of an S3 object, one request; raises ChangedError for another ETag."""
 
     async def read() -> bytes:
         bucket, key, _ = fs.split_path(path)
@@ -169,7 +165,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: busy, away, or cut off."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
         return False
-    if isinstance(error, TimeoutError | ConnectionError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError | ConnectionError):
         return True
     if type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3"):
         from botocore.exceptions import SSLError

@@ -1,19 +1,28 @@
-"""An object as a file: seeking is free, every read is one ranged request."""
+"""An object that is read in pieces, each by one ranged request."""
 
 import io
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from unet_core.errors import ChangedError
 
 
-class Ranges(io.RawIOBase):
-    """A read-only file of ``size`` bytes whose pieces ``read(start, stop)`` brings."""
+@dataclass(frozen=True)
+class Ranged:
+    """An object that may be read in pieces, by several threads at once."""
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int, where: str) -> None:
-        self._read, self._size, self._where = read, size, where
-        self._at = 0
+    size: int
+    read: Callable[[int, int], bytes]
+    """Bytes [start, stop); raises StoreError."""
+
+
+class Ranges(io.RawIOBase):
+    """It as a read-only file: seeking is free, every read is one request."""
+
+    def __init__(self, ranged: Ranged, where: str) -> None:
+        self._ranged, self._where, self._at = ranged, where, 0
 
     def readable(self) -> bool:
         """Always."""
@@ -29,16 +38,16 @@ class Ranges(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move without a request."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ranged.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer by one request. Raises ChangedError if the object has become shorter."""
-        stop = min(self._at + len(buffer), self._size)
+        stop = min(self._at + len(buffer), self._ranged.size)
         if stop <= self._at:
             return 0
-        data = self._read(self._at, stop)
+        data = self._ranged.read(self._at, stop)
         if len(data) != stop - self._at:
             raise ChangedError(
                 f"{self._where} changed while it was read: {stop - self._at} bytes were asked for, "

@@ -17,10 +17,7 @@ IN_MEMORY_BYTES = 8 * 2**20
 
 @contextlib.contextmanager
 def local_space() -> Iterator[None]:
-    """Around whatever writes temporary files, or as a decorator of it.
-
-    Raises StoreError that names their folder, where it has no room for them.
-    """
+    """Around what writes temporary files; raises StoreError that names a folder without room."""
     try:
         yield
     except OSError as error:

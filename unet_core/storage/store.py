@@ -21,17 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
-from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError
-from unet_core.storage.object_stores import (
-    REWRITTEN,
-    connect,
-    persist,
-    read_if_match,
-    refused,
-    where_credentials_are,
-    write,
-)
-from unet_core.storage.ranges import Ranges
+from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError, one_line
+from unet_core.storage import object_stores
+from unet_core.storage.ranges import Ranged, Ranges
 
 ResultT = TypeVar("ResultT")
 
@@ -60,10 +52,9 @@ class Store:
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         self.storage = storage or StorageConfig()
         self._given = uri
-        self.fs, path = connect(uri, self.storage)
+        self.fs, path = object_stores.connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
-        protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
-        self.is_local, self._is_s3 = "file" in protocols, "s3" in protocols
+        self.is_local, self._is_s3 = "file" in self.fs.protocol, "s3" in self.fs.protocol
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self._given, self.storage)
@@ -76,11 +67,10 @@ class Store:
     @cached_property
     def size(self) -> int | None:
         """Bytes of the root, if it is itself one object; None for a folder or nothing."""
-        try:
+        with contextlib.suppress(NotFoundError):
             info = self._info("")
-        except NotFoundError:
-            return None
-        return int(info["size"]) if info["type"] == "file" else None
+            return int(info["size"]) if info["type"] == "file" else None
+        return None
 
     def entry(self, name: str) -> Entry:
         """One object as a listing would give it. Raises NotFoundError if it is not there."""
@@ -93,25 +83,21 @@ class Store:
         """Whether there is such an object or folder."""
         if self.is_local:
             return os.path.exists(self._path(name))
-        try:  # not by ``exists``: s3fs calls a bucket missing that it could not ask about
-            self._info(name)
-        except NotFoundError:
-            return False
-        return True
+        with contextlib.suppress(NotFoundError):
+            self._info(name)  # not ``exists``: s3fs calls a bucket missing that it could not ask
+            return True
+        return False
 
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """All bytes of one object, or those in [start, stop).
-
-        Raises NotFoundError if it is not there, ChangedError if it has another etag than that.
-        """
+        """All bytes of an object, or [start, stop); raises NotFoundError and ChangedError."""
         path = self._path(name)
         call: Callable[[], bytes]
         if self.is_local:
             call = partial(self._read_locally, name, start, stop, etag)
         elif etag and self._is_s3:
-            call = partial(read_if_match, self.fs, path, start, stop, etag)
+            call = partial(object_stores.read_if_match, self.fs, path, start, stop, etag)
         else:
             call = partial(self.fs.cat_file, path, start=start, end=stop)
         return bytes(self._try("read", name, call))
@@ -130,7 +116,8 @@ class Store:
             return self._try("open", name, lambda: open(self._path(name), "rb", buffering=0))
         if size is None:
             size = self.entry(name).bytes
-        return Ranges(lambda start, stop: self.read(name, start, stop, etag), size, self.uri(name))
+        ranged = Ranged(size, lambda start, stop: self.read(name, start, stop, etag))
+        return Ranges(ranged, self.uri(name))
 
     @contextlib.contextmanager
     def open_parquet(
@@ -164,7 +151,7 @@ class Store:
         try:
             yield from self._walk(path) if self.is_local else self._find(path)
         except OSError as error:
-            raise refused("list", self.uri(folder), error) from error
+            raise object_stores.refused("list", self.uri(folder), error) from error
 
     def publish(self, name: str, source: bytes | BinaryIO) -> None:
         """Make an object appear whole, replacing any earlier one."""
@@ -176,11 +163,10 @@ class Store:
         False too where an earlier try of this very call got through and only its answer was lost:
         whoever cares compares the bytes.
         """
-        try:
+        with contextlib.suppress(FileExistsError):
             self._publish(name, source, os.link, mode="create")
-        except FileExistsError:
-            return False
-        return True
+            return True
+        return False
 
     def _publish(
         self, name: str, source: bytes | BinaryIO, settle: Callable[[str, str], None], **how: str
@@ -190,14 +176,12 @@ class Store:
             self._try("write", name, lambda: self._locally(name, stream, settle))
             return
         stream.seek(0)
-        data, deadline_s = stream.read(), self.storage.deadline_s
-        self._try("write", name, lambda: write(self.fs, self._path(name), data, deadline_s, **how))
+        data, where = stream.read(), self._path(name)
+        write = partial(object_stores.write, self.fs, where, data, self.storage.deadline_s, **how)
+        self._try("write", name, write)
 
     def require_writable(self) -> None:
-        """Make and remove a small object, locally in the nearest folder that is there.
-
-        Raises StoreError if that is refused; leaves nothing behind.
-        """
+        """Make and remove a small object, locally a file near by; raises StoreError if refused."""
         name = f"_probe-{uuid.uuid4().hex}"
         if not self.is_local:
             self.publish(name, b"probe")
@@ -210,13 +194,11 @@ class Store:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"probe")
         except OSError as error:
-            raise refused("write", folder, error) from error
+            raise object_stores.refused("write", folder, error) from error
 
     def credentials(self) -> str:
-        """Where the credentials of an S3 store come from, as botocore names it; empty if there are
-        none. Other stores find their own.
-        """
-        return where_credentials_are(self.storage) if self._is_s3 else ""
+        """Where an S3 store's credentials come from, in botocore's words; empty if from nowhere."""
+        return object_stores.where_credentials_are(self.storage) if self._is_s3 else ""
 
     def has_one_winner(self) -> bool:
         """Whether this store keeps ``publish_exclusively``: some accept the second object too.
@@ -262,8 +244,8 @@ class Store:
             except FileExistsError:
                 raise
             except OSError as error:
-                raise refused(verb, self.uri(name), error) from error
-        return persist(call, verb, self.uri(name), self.storage.deadline_s)
+                raise object_stores.refused(verb, self.uri(name), error) from error
+        return object_stores.persist(call, verb, self.uri(name), self.storage.deadline_s)
 
     def _read_locally(
         self, name: str, start: int | None, stop: int | None, etag: str | None
@@ -281,7 +263,7 @@ class Store:
 
     def _hold_to(self, name: str, stat: os.stat_result, etag: str | None) -> None:
         if etag and _local_entry(name, stat).etag != etag:
-            raise ChangedError(f"{self.uri(name)} {REWRITTEN}")
+            raise ChangedError(f"{self.uri(name)} {object_stores.REWRITTEN}")
 
     def _locally(self, name: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
         try:
@@ -306,12 +288,10 @@ class Store:
                             yield Entry(name, int(info["size"]), _etag_of(info))
 
     def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
-        """What lies directly below a prefix; nothing where it is gone since it was seen, unless all
-        of the root is.
-        """
+        """What lies right below a prefix; nothing where it is gone, unless all of the root is."""
         where = str(self.fs.unstrip_protocol(path))
         try:
-            found: list[dict[str, Any]] = persist(
+            found: list[dict[str, Any]] = object_stores.persist(
                 lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
             )
         except NotFoundError:
@@ -350,11 +330,8 @@ class Store:
                     if item.is_dir():
                         folders.append(f"{name}/")
                     elif item.is_file() or item.is_symlink():
-                        try:
-                            info = item.stat(follow_symlinks=item.is_file())
-                        except FileNotFoundError:
-                            continue  # a temporary file that was there a moment ago
-                        yield _local_entry(name, info)
+                        with contextlib.suppress(FileNotFoundError):  # it was temporary
+                            yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
 
 
 @contextlib.contextmanager
@@ -366,7 +343,7 @@ def whole_parquet(uri: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow calls bad pages I/O errors, and names need not be UTF-8
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
 
 
@@ -396,13 +373,10 @@ def split(uri: str) -> tuple[str, str]:
     return (folder or ("/" if uri.startswith("/") else "."), name)
 
 
-def read_file(uri: str, storage: StorageConfig | None = None) -> bytes:
-    """All bytes of one file given by path or URI."""
-    return Store(uri, storage).read("")
-
-
-def read_range(uri: str, start: int, stop: int, storage: StorageConfig | None = None) -> bytes:
-    """Bytes [start, stop) of one file given by path or URI."""
+def read_file(
+    uri: str, storage: StorageConfig | None, start: int | None = None, stop: int | None = None
+) -> bytes:
+    """All bytes of one file given by path or URI, or those in [start, stop)."""
     return Store(uri, storage).read("", start, stop)
 
 
@@ -416,9 +390,7 @@ def _local_entry(name: str, stat: os.stat_result) -> Entry:
 
 
 def _settle(path: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
-    """Put a complete, synced file in place; until then its name begins with ``_``, so that readers
-    skip it.
-    """
+    """Put a complete, synced file in place; until then it begins with ``_``: readers skip it."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")

@@ -33,10 +33,8 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
     """
     grid_NHW2 = _grid(crops, shape, device)
     pixels = _stacked([crop.pixels_CHW for crop in crops], device).float()
-    offset, scale = (
-        _stacked(values, device)[..., None, None]
-        for values in ([crop.offset for crop in crops], [crop.scale for crop in crops])
-    )
+    offset = _stacked([crop.offset for crop in crops], device)[..., None, None]
+    scale = _stacked([crop.scale for crop in crops], device)[..., None, None]
     images_NCHW = _sample(pixels.sub_(offset).mul_(scale), grid_NHW2, "bilinear")
     inner = slice(shape.margin, shape.margin + shape.side)
     inner_NHW2 = grid_NHW2[:, inner, inner]
@@ -122,13 +120,11 @@ def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:
 def _varied(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
     """Gamma, contrast, brightness and noise, as drawn for each crop."""
     device = images_NCHW.device
-    gamma, brightness = (
-        torch.tensor(values, device=device)[:, None, None, None]
-        for values in ([crop.gamma for crop in crops], [crop.brightness for crop in crops])
-    )
+    gamma = torch.tensor([crop.gamma for crop in crops], device=device)[:, None, None, None]
+    brightness = torch.tensor([crop.brightness for crop in crops], device=device)
     gain = _stacked([crop.gain for crop in crops], device)
     images_NCHW = images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
-    images_NCHW = images_NCHW + brightness
+    images_NCHW = images_NCHW + brightness[:, None, None, None]
     for at, crop in enumerate(crops):
         if crop.noise:
             random = torch.Generator(device).manual_seed(crop.noise_seed)

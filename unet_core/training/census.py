@@ -14,16 +14,8 @@ import numpy as np
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
 from unet_core.train_config import TrainConfig
-from unet_core.training.dataset import (
-    TRAIN,
-    VAL,
-    Item,
-    Split,
-    Splits,
-    divide_at,
-    read_items,
-    share_of,
-)  # fmt: skip
+from unet_core.training import dataset
+from unet_core.training.dataset import TRAIN, VAL, Item, Split, Splits
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
@@ -74,7 +66,8 @@ def take(
 
     found = _sum(ranks.gather(ranks.together(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
-        divide_at(splits, math.nextafter(found.lowest_share, 1))  # few images: one validates
+        just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
+        dataset.divide_at(splits, just_above)
         found = _sum(ranks.gather(ranks.together(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
@@ -92,14 +85,14 @@ def _look(
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
-            yield from read_items(splits, shard, without_mask)
+            yield from dataset.read_items(splits, shard, without_mask)
 
     def look(item: Item) -> Census:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return Census(unusable=[str(error)])
-        seen = Census(Counter([item.key[:2]]), lowest_share=share_of(item.image_id))
+        seen = Census(Counter([item.key[:2]]), lowest_share=dataset.share_of(item.found.image_id))
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
@@ -168,7 +161,7 @@ def counted(
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
-            divide_at(splits, data["val_below"])
+            dataset.divide_at(splits, data["val_below"])
         ranks.together(lambda: run.recall_counts(splits))
         return data
     found = take(splits, ranks, pool, wants_stop)

@@ -92,25 +92,22 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
         for axis, length in enumerate(pixels_CHW.shape[1:])
     )
     cut = slice(*rows[:2]), slice(*columns[:2])
-    channels = len(pixels_CHW)
     common = random.uniform(1 - augment.contrast, 1 + augment.contrast)
     noisy = random.integers(2) * random.uniform(0, 1)
+    gain = common * random.uniform(1 - augment.color, 1 + augment.color, len(pixels_CHW))
+    whole_HW, side = image.boundary_HW, shape.window
     return Crop(
         image_id=image.image_id,
-        pixels_CHW=_padded(pixels_CHW[:, *cut], shape.window),
-        labels_HW=_padded(image.labels_HW[cut], shape.window),
-        boundary_HW=None
-        if image.boundary_HW is None
-        else _padded(image.boundary_HW[cut], shape.window),
+        pixels_CHW=_padded(pixels_CHW[:, *cut], side),
+        labels_HW=_padded(image.labels_HW[cut], side),
+        boundary_HW=None if whole_HW is None else _padded(whole_HW[cut], side),
         size=(rows[1] - rows[0], columns[1] - columns[0]),
         offset=image.picture.offset,
         scale=image.picture.scale,
         matrix=matrix.astype(np.float32),
         centre=(rows[2], columns[2]),
         elastic=elastic.astype(np.float32),
-        gain=(common * random.uniform(1 - augment.color, 1 + augment.color, channels)).astype(
-            np.float32
-        ),
+        gain=gain.astype(np.float32),
         brightness=random.uniform(-1, 1) * augment.brightness,
         gamma=_ratio(augment.gamma, random),
         noise=noisy * augment.noise,

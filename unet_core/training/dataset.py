@@ -18,13 +18,10 @@ from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Sample
-from unet_core.memory import usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.train_config import LabelledConfig, TrainConfig
 
 TRAIN, VAL = "train", "val"
-MEMORY_SHARE = 4
-"""Decoded images may take this part of the machine's memory, divided by the ranks."""
 
 Key = tuple[str, int, int]
 
@@ -79,8 +76,8 @@ class LabelledInput:
             try:
                 if isinstance(image, Rejected):
                     raise image.failure
-                if image.truth_failure is not None:
-                    raise image.truth_failure
+                if isinstance(image.truth, ImageError):
+                    raise image.truth
                 images.append(self._in_memory(image))
             except ImageError as error:  # also of a window that is only read now
                 text = str(error).replace("input.", f"{self.name}.")
@@ -96,7 +93,7 @@ class LabelledInput:
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
         background_HW = np.zeros((height, width), dtype=np.uint8)
-        stored_HW = image.truth.whole()[0] if image.truth is not None else background_HW
+        stored_HW = image.truth.whole()[0] if isinstance(image.truth, Pixels) else background_HW
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
@@ -131,11 +128,6 @@ class Memory:
     kept: dict[Key, Labelled] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @classmethod
-    def shared_by(cls, ranks: int) -> "Memory":
-        """A part of the memory that this process may use, as if all ranks were on this machine."""
-        return cls(usable_bytes() // MEMORY_SHARE // ranks)
-
     def clear(self) -> None:
         """Keep nothing any more."""
         with self._lock:
@@ -156,7 +148,6 @@ class Item:
 
     key: Key
     """Split, shard, and position among the images of the split in the shard."""
-    image_id: str
     found: Sample | Labelled
 
 
@@ -183,7 +174,7 @@ class Split:
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
         kept = [self.memory.kept[key] for key in keys if key in self.memory.kept]
         if len(kept) == len(keys):
-            yield from (Item(k, image.image_id, image) for k, image in zip(keys, kept, strict=True))
+            yield from map(Item, keys, kept)
             return
         wanted = set(keys)
         for item in read_items([self], shard):
@@ -242,7 +233,7 @@ def read_items(
             share = share_of(found.image_id)
             for split in splits:
                 if split.low <= share < split.high:
-                    yield Item((split.name, shard, positions[split.name]), found.image_id, found)
+                    yield Item((split.name, shard, positions[split.name]), found)
                     positions[split.name] += 1
 
 
@@ -254,8 +245,6 @@ def open_splits(config: TrainConfig, header: Header, memory: Memory) -> Splits:
     inputs = {
         name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()
     }
-    train = inputs[TRAIN]
-    if VAL in inputs:
-        return Split(TRAIN, train, memory), Split(VAL, inputs[VAL], memory)
-    at = config.data.val_fraction
-    return Split(TRAIN, train, memory, low=at), Split(VAL, train, memory, high=at)
+    train, val = inputs[TRAIN], inputs.get(VAL)
+    low, high = (0.0, 1.0) if val is not None else (config.data.val_fraction,) * 2
+    return Split(TRAIN, train, memory, low=low), Split(VAL, val or train, memory, high=high)

@@ -62,10 +62,7 @@ def evaluate(
     network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
     pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
 ) -> Evaluation:  # fmt: skip
-    """Segment the images of a split, each rank its share; the counts are those of all.
-
-    Raises StoppedError if someone asks for it, on every rank.
-    """
+    """Segment a split, each rank its share; counts, and a StoppedError, are those of all."""
     windows = windows_for(TileConfig(), header.tiling)
     classes, ignore_index = header.classes, split.input.config.ignore_index
 
@@ -95,5 +92,4 @@ def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
     numbers = itertools.count()
     for shard, count in enumerate(split.counts):
         wanted = [at for at in range(count) if next(numbers) % ranks.count == ranks.rank]
-        if wanted:
-            yield from split.items(shard, wanted)
+        yield from split.items(shard, wanted)

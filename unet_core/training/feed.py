@@ -53,9 +53,7 @@ class Order:
         return sum(self._start(lane + 1) - self._start(lane) > step for lane in lanes)
 
     def streams(self, lanes: range, skip: int) -> Iterator[list[Entry | None]]:
-        """Step by step what some lanes have; None for a lane that has ended. The first ``skip``
-        steps are passed over.
-        """
+        """Step by step, after ``skip`` of them, what lanes have; None for one that has ended."""
         shards = self._shards()
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
         streams = [self._lane(lane, shards, ends) for lane in lanes]
@@ -96,9 +94,7 @@ class Order:
             yield _drawn(waiting, random)
 
     def _cut(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One lane's part of all images, shard by shard; of one that several lanes share it has
-        some at random.
-        """
+        """One lane's part of all images by shard; of a shard that lanes share, some at random."""
         start, stop = self._start(lane), self._start(lane + 1)
         for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
             round_, shard = shards[at]
@@ -169,7 +165,9 @@ class Feed:
         waiting_s = time.perf_counter() - started
         ends = [len(drawn) * at // pieces for at in range(pieces + 1)]
         cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
-        return Fed([self._augmented(piece) for piece in cut], waiting_s, error)
+        none = nothing(self.shape, self.channels, self.device)
+        made = [augmented(some, self.shape, self.device) if some else none for some in cut]
+        return Fed(made, waiting_s, error)
 
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
@@ -178,8 +176,3 @@ class Feed:
             for rank in range(ranks.count)
         )
         return min(self.config.train.accumulate, most)
-
-    def _augmented(self, crops: list[Crop]) -> Examples:
-        if not crops:
-            return nothing(self.shape, self.channels, self.device)
-        return augmented(crops, self.shape, self.device)

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unet_core.engine import memory_format
-from unet_core.errors import CheckpointError, ConfigError
+from unet_core.errors import CheckpointError, ConfigError, one_line
 from unet_core.geometry import Sides
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
@@ -22,19 +22,8 @@ from unet_core.networks.construction import build, header_of
 from unet_core.networks.presets import UNetSpec
 from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples
-from unet_core.training.losses import Loss
+from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """What a global batch holds, over all ranks."""
-
-    pixels: float
-    """Those that count."""
-    crops: float
-    """Those with pixels that count."""
-    images: float
 
 
 class Learner:
@@ -48,10 +37,10 @@ class Learner:
         if ranks.count > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
-        self._norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
-        if config.freeze_norm:
-            for norm in self._norms:
-                norm.requires_grad_(False)
+        norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
+        self._frozen = list(norms) if config.freeze_norm else []
+        for norm in self._frozen:
+            norm.requires_grad_(False)
         if config.compile:
             self.network.compile()
         self._parallel = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
@@ -77,27 +66,19 @@ class Learner:
         """
         torch.manual_seed(seed)
         self.network.train()
-        if self._config.freeze_norm:
-            for norm in self._norms:
-                norm.eval()
+        for norm in self._frozen:
+            norm.eval()
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
         parts = [self._backward(piece, counts, piece is pieces[-1]) for piece in pieces]
-        if not self._clipped_norm().isfinite():
+        longest = self._config.clip_norm or math.inf
+        if not nn.utils.clip_grad_norm_(self.network.parameters(), longest).isfinite():
             return math.nan
         self._optimiser.step()
         if self._mean is not None:
             self._mean.update_parameters(self.network)
         return math.fsum(part.item() for part in parts)
-
-    def _clipped_norm(self) -> Tensor:
-        """The gradient's norm, over all ranks, before it was clipped."""
-        weights = [p for p in self.network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if self._config.clip_norm:
-            nn.utils.clip_grads_with_norm_(weights, self._config.clip_norm, norm)
-        return norm
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
@@ -107,7 +88,7 @@ class Learner:
         is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self.loss.part(logits_NKHW, piece, counts.pixels, counts.crops)
+        part = self.loss.part(logits_NKHW, piece, counts)
         (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return part.detach()
 
@@ -135,8 +116,8 @@ class Learner:
                 self._mean.load_state_dict(parts["mean"])
             self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            text = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint does not fit this network: {text}") from error
+            reason = f"the checkpoint does not fit this network: {one_line(error)}"
+            raise CheckpointError(reason) from error
         for weight, kept in self._optimiser.state.items():
             kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
 

@@ -6,6 +6,7 @@ and the pieces add up.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ def one_hot(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
     return (labels_NHW[:, None] == classes[None, :, None, None]).to(logits_NKHW.dtype)
 
 
+class BatchCounts(NamedTuple):
+    """What a batch holds, or a piece of it."""
+
+    pixels: float
+    """Those that count."""
+    crops: float
+    """Those with pixels that count."""
+    images: float
+
+
 class Loss:
     """The configured sum. ``class_weights``: of the pixels of each class, if they differ."""
 
@@ -82,13 +93,14 @@ class Loss:
             (config.tversky, config.tversky_alpha, config.tversky_beta),
         ]
 
-    def counts(self, examples: Examples) -> tuple[float, float]:
-        """Pixels that count, and crops that have some."""
+    def counts(self, examples: Examples) -> BatchCounts:
+        """Of this piece."""
         counted_NHW = examples.labels_NHW != self._ignore_index
-        return float(counted_NHW.sum()), float(counted_NHW.flatten(1).any(dim=1).sum())
+        crops = float(counted_NHW.flatten(1).any(dim=1).sum())
+        return BatchCounts(float(counted_NHW.sum()), crops, float(len(counted_NHW)))
 
-    def part(self, logits_NKHW: Tensor, examples: Examples, pixels: float, crops: float) -> Tensor:
-        """This piece's part of the loss of a batch with so many pixels and crops."""
+    def part(self, logits_NKHW: Tensor, examples: Examples, batch: BatchCounts) -> Tensor:
+        """This piece's part of the loss of a batch over all ranks."""
         counted_NHW = examples.labels_NHW != self._ignore_index
         labels_NHW = examples.labels_NHW.masked_fill(~counted_NHW, 0)
         weights_NHW = self._weights(labels_NHW, counted_NHW, examples.boundary_NHW)
@@ -97,12 +109,12 @@ class Loss:
         for weight, pixel_loss in self._of_pixels:
             if weight:
                 each_NHW = pixel_loss(logits_NKHW, labels_NHW)
-                total = total + weight * (each_NHW * weights_NHW).sum() / max(pixels, 1)
+                total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.pixels, 1)
         has_pixels_N = counted_NHW.flatten(1).any(dim=1)
         for weight, alpha, beta in self._of_crops:
             if weight:
                 each_N = tversky(logits_NKHW, labels_NHW, counted_NHW, alpha, beta)
-                total = total + weight * (each_N * has_pixels_N).sum() / max(crops, 1)
+                total = total + weight * (each_N * has_pixels_N).sum() / max(batch.crops, 1)
         return total
 
     def _weights(
@@ -126,8 +138,6 @@ def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[f
 
 
 def balanced(pixels: list[int]) -> list[float]:
-    """Weights by the inverse of how often each class occurs, 1 in the mean over all pixels; 0 for
-    a class that never does.
-    """
+    """Inverse to how often each class occurs, 1 in the mean over pixels; 0 if it never does."""
     there = sum(n > 0 for n in pixels)
     return [sum(pixels) / (there * n) if n else 0.0 for n in pixels]

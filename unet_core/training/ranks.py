@@ -70,9 +70,7 @@ class Ranks:
                 distributed.broadcast(tensor, src=0)
 
     def together(self, call: Callable[[], ResultT]) -> ResultT:
-        """Do what each rank does alone; an error of this project on one is raised on all, so that
-        nobody waits for a rank that has given up.
-        """
+        """Do what each rank does alone; an error of ours on one is raised on all: nobody waits."""
         result, error = _tried(call)
         errors = [found for found in self.gather(error) if found is not None]
         if errors:

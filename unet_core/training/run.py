@@ -123,10 +123,7 @@ class TrainingRun:
         self.store.publish(manifest_name(0), parquet_of(pa.Table.from_pylist(rows)))
 
     def recall_counts(self, splits: Splits) -> None:
-        """Set the counts as they were found when the training began.
-
-        Raises RunMismatchError if the shards are not those of then.
-        """
+        """Set the counts as they were first found; raises RunMismatchError for other shards."""
         with self.store.open_parquet(manifest_name(0)) as file:
             rows = file.read().to_pylist()
         for split in splits:
@@ -155,9 +152,7 @@ class TrainingRun:
                 self.store.remove(CHECKPOINT.format(step))
 
     def newest(self) -> int | None:
-        """The step of the newest checkpoint. Sweeps what a writer left that died: half-written
-        files, and history rows behind that checkpoint.
-        """
+        """The newest checkpoint's step; sweeps half-written files and history rows behind it."""
         for folder in ("checkpoints", "history"):
             for entry in self.store.list(folder):
                 if is_temporary(entry.name):
