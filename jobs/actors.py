@@ -15,23 +15,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.answers import Crash, Failure, Refusal, recorded
-from jobs.board import (
-    PREFETCH,
-    PULSE_S,
-    Attempt,
-    Died,
-    Done,
-    Event,
-    Pulse,
-    Ready,
-    Refused,
-)
+from jobs.answers import Crash, Failure, Problem, Refusal, recorded
+from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import ShardError, WorkersError
+from unet_core.errors import WorkersError
 from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
@@ -74,7 +64,7 @@ class SegmentActor:
         node = ray.get_runtime_context().get_node_id()
         return Joined(node, code_version())
 
-    def start(self) -> Compute | Failure | Crash:
+    def start(self) -> Compute | Problem:
         """Load the model; returns what it computes with."""
 
         def load() -> Compute:
@@ -85,7 +75,7 @@ class SegmentActor:
 
         return recorded(load)
 
-    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
+    def configure(self, compute: Compute, footer: dict[str, str]) -> Problem | None:
         """Fix what the run has decided."""
         assert self._replica is not None
         replica = self._replica
@@ -95,23 +85,21 @@ class SegmentActor:
         """How far its shards are."""
         return self._replica.steps() if self._replica is not None else {}
 
-    def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash | Refusal:
+    def segment(self, attempt: Attempt) -> ShardResult | Problem:
         """Segment and commit one shard."""
         assert self._replica is not None
         replica = self._replica
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
 
-        def work() -> ShardResult | Refusal:
-            guilty = {}
-            try:
-                if attempt.trial_s is not None:
-                    from unet_core.trial import find_guilty  # torch, again
+        def work() -> ShardResult:
+            if attempt.trial_s is None:
+                return replica.segment(attempt.shard)
+            from unet_core.trial import find_guilty  # torch, again
 
-                    guilty = find_guilty(replica, attempt.shard, attempt.trial_s)
-                return replica.segment(attempt.shard, guilty)
-            except ShardError as error:
-                return Refusal(str(error))
+            return replica.segment(
+                attempt.shard, find_guilty(replica, attempt.shard, attempt.trial_s)
+            )
 
         return recorded(work)
 

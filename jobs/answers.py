@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from unet_core import errors
-from unet_core.errors import UnetJobsError
+from unet_core.errors import ShardError, UnetJobsError
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,15 @@ class Refusal:
     reason: str
 
 
-def recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
+Problem = Failure | Crash | Refusal
+
+
+def recorded(call: Callable[[], ResultT]) -> ResultT | Problem:
     """What a call gives, or what went wrong with it as a record; bugs are raised."""
     try:
         return call()
+    except ShardError as error:
+        return Refusal(str(error))
     except UnetJobsError as error:
         return Failure(type(error).__name__, str(error))
     except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors

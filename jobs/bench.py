@@ -98,8 +98,7 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
             job.source.listing.clear()
-            heads = found.heads
-            shards = [found.with_members(head) if head.has_members else head for head in heads]
+            shards = list(map(found.with_members, found.heads))
         return _measured(job, _sample(job, shards), rounds)
 
 

@@ -8,6 +8,7 @@ import logging
 import statistics
 import uuid
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from jobs import session
@@ -84,12 +85,8 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
-        sample = [
-            head if not head.has_members
-            else with_members(job.run.store, head) if known is not None
-            else found.with_members(head)
-            for head in _spread(left)
-        ]  # fmt: skip
+        read = found.with_members if known is None else partial(with_members, job.run.store)
+        sample = list(map(read, _spread(left)))
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(config.workers):

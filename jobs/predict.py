@@ -12,16 +12,13 @@ from jobs.job import Job, prepare
 from jobs.places import require_reachable, worker_places
 from jobs.progress import RunProgress
 from unet_core import manifest
-from unet_core.config import ErrorsConfig, PredictConfig, is_remote
+from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
-
-ENOUGH_IMAGES = 1000
-"""Before so many, the share of failed ones says nothing, except at the end."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
     board = Board.of(plan, errors, job.config.storage.deadline_s)
-    if too_many_failed(errors, totals):
+    if errors.are_too_many(totals.failed, totals.images_seen):
         board.stop()
     if not board.is_done or draft is not None:
         timings = TimingsLog(run.store)
@@ -107,13 +104,15 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                 totals += result.totals
                 timings.add(result, attempt.number, actor)
                 progress.on_done(result)
-                if too_many_failed(errors, totals):
+                if errors.are_too_many(totals.failed, totals.images_seen):
                     board.stop()
 
             with timings:
                 dispatch(board, workers, on_done, progress.on_event, progress.tick)
     is_done = totals.shards == len(shards)
-    exceeded = too_many_failed(errors, totals, at_end=True) if is_done else board.is_stopped
+    exceeded = board.is_stopped
+    if is_done:
+        exceeded = errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
     if is_done and not exceeded:
         if not run.has_all(shards):
             raise RunMismatchError(
@@ -138,16 +137,6 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
             job.run.reopen()
             job.run.publish_manifest(draft)
         return draft.heads
-
-
-def too_many_failed(errors: ErrorsConfig, totals: Totals, at_end: bool = False) -> bool:
-    """Whether more images failed than ``errors.max_failed_images``, a number or a share."""
-    most = errors.max_failed_images
-    if isinstance(most, int):
-        return totals.failed > most
-    return (at_end or totals.images_seen >= ENOUGH_IMAGES) and (
-        totals.failed > most * totals.images_seen
-    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
-from jobs.answers import Crash, Failure, Refusal, recorded
+from jobs.answers import Crash, Failure, Problem, Refusal, recorded
 from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
@@ -28,8 +28,7 @@ AHEAD = 2
 RETRIES = 2
 WAIT_S = 0.5
 
-Answer = int | Failure | Crash | Refusal
-Answers = Generator[tuple[Shard, Answer], None, None]
+Answers = Generator[tuple[Shard, int | Problem], None, None]
 
 
 class Task(Protocol):
@@ -129,18 +128,16 @@ def _on_cluster(
                 ray.cancel(reference, force=True)
 
 
-def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> Answer:
+def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> int | Problem:
     answer = recorded(lambda: driver.require(code_version(), "a node"))
     return answer if answer is not None else _answer(task, shard)
 
 
-def _answer(task: Task, shard: Shard) -> Answer:
-    def do() -> int | Refusal:
+def _answer(task: Task, shard: Shard) -> int | Problem:
+    def do() -> int:
         try:
             return task.do(shard)
-        except ShardError as error:
-            return Refusal(str(error))
         except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
-            return Refusal(f"{error}; unet-jobs verify tells more")
+            raise ShardError(f"{error}; unet-jobs verify tells more") from error
 
     return recorded(do)

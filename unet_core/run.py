@@ -11,15 +11,15 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unet_core import __version__, schema
 from unet_core.compute import Compute
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
-from unet_core.inputs.shards import Shard, Source
+from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
@@ -45,22 +45,16 @@ def identity(
 
     Whatever changes masks, and nothing else: not workers, not where the output lies.
     """
+    settings = config.input.model_dump(exclude={"uri"}) | {
+        "format": source.format,
+        "masks": masks_at(config.input, config.storage),
+        "label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
+    }
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "input.uri": source.root.uri(),
         "input.names": list(source.names),
-        "input.format": source.format,
-        "input.shard_images": config.input.shard_images,
-        "input.masks": _absolute(config),
-        "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
-        "input.ignore_index": config.input.ignore_index,
-        "input.image_column": config.input.image_column,
-        "input.id_column": config.input.id_column,
-        "input.allow": config.input.allow,
-        "input.channels": config.input.channels,
-        "input.pages": config.input.pages,
-        "input.axes": config.input.axes,
-        "input.max_pixels": config.input.max_pixels,
+        **{f"input.{key}": value for key, value in settings.items()},
         "model.sha256": model_sha256,
         "model.preprocessing": header.preprocessing.model_dump(),
         "model.threshold": config.model.threshold,
@@ -72,11 +66,6 @@ def identity(
         "output.encoding": config.output.encoding,
         "output.probabilities": config.output.probabilities,
     }
-
-
-def _absolute(config: PredictConfig) -> str:
-    masks = config.input.masks
-    return Store(masks, config.storage).uri() if "/" in masks else masks
 
 
 class Record(BaseModel):
@@ -239,9 +228,7 @@ class Run:
 
     def finished_totals(self) -> Totals:
         """The totals in ``_SUCCESS``."""
-        table: dict[str, Any] = json.loads(self.store.read(SUCCESS))
-        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        return Totals(**cast(Any, as_tuples))
+        return TypeAdapter(Totals).validate_json(self.store.read(SUCCESS))
 
 
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"

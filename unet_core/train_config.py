@@ -17,7 +17,6 @@ from unet_core.config import (
     UriOrNone,
     refuse_reading_output,
 )
-from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, preset
 
@@ -104,10 +103,7 @@ class NetworkConfig(Section):
             )
         if self.arguments and not self.factory:
             raise ValueError("arguments belong to a factory; give model.factory too")
-        try:
-            assert self.spec
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        assert self.spec  # raises ConfigError for what no network can be
         return self
 
 
@@ -277,6 +273,14 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
             )
-        parts = {f"data.{name}": part for name, part in self.data.parts.items()}
-        refuse_reading_output(self.output, {**parts})
+        refuse_reading_output(self.output, self.read_places)
         return self
+
+    @property
+    def read_places(self) -> dict[str, str]:
+        """Where data is read: URIs by their keys."""
+        return {
+            key: uri
+            for name, part in self.data.parts.items()
+            for key, uri in part.places(f"data.{name}").items()
+        }

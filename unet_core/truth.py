@@ -61,7 +61,7 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
 
     Raises StoreError where there is nothing, ConfigError for two label images of one name.
     """
-    is_by_name = "/" in source.config.masks or source.format in ("folder", "list")
+    is_by_name = source.config.mask_folder or source.format in ("folder", "list")
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
@@ -120,7 +120,7 @@ class LabelImages:
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """By path below the root of each, else by bare name."""
-        decoder, root = TruthDecoder(self.classes, self.source.config), _root(self.source)
+        decoder, root = TruthDecoder(self.classes, self.source.config), self.source.mask_root
         for row in rows:
             label, page = self._find(shard, row)
             if label is None:
@@ -157,13 +157,7 @@ class LabelImages:
 
 
 def _is_in_list(source: Source) -> bool:
-    return source.format == "list" and "/" not in source.config.masks
-
-
-def _root(source: Source) -> Store:
-    """Below which label images lie."""
-    masks = source.config.masks
-    return Store(masks, source.root.storage) if "/" in masks else source.root
+    return source.format == "list" and not source.config.mask_folder
 
 
 def _in_list(source: Source) -> dict[str, Label]:
@@ -183,10 +177,10 @@ def _in_list(source: Source) -> dict[str, Label]:
 def _in_folder(source: Source) -> dict[str, Label]:
     """Names that are no UTF-8 are those of no image."""
     masks = source.config.masks
-    suffix = "" if "/" in masks else masks
+    suffix = "" if source.config.mask_folder else masks
     etags = {
         entry.name: entry.etag
-        for entry in _root(source).list()
+        for entry in source.mask_root.list()
         if is_image(entry.name) and stem_of(entry.name).endswith(suffix)
     }
     found = names_by_stem([name for name in etags if readable_name(name) == name], masks)

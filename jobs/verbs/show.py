@@ -192,9 +192,8 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
 
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
-    """Where all masks are the same class everywhere, the model is hardly one for these images."""
-    if totals.ok > 1 and sum(count > 0 for count in totals.class_pixels) == 1:
-        only = next(name for name, n in zip(class_names, totals.class_pixels, strict=True) if n)
+    """Where there is such a class, the model is hardly one for these images."""
+    if (only := totals.only_class(class_names)) is not None:
         click.echo(
             f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
             "for these images? See model.threshold, and what the model was trained on",

@@ -38,8 +38,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    masks = source.config.masks
-    mask_root = Store(masks, source.root.storage) if "/" in masks else source.root
+    mask_root = source.mask_root
     for member in shard.members:
         image = File(source.root, member.key, source.root, member.etag)
         mask = File(mask_root, member.mask, mask_root, member.mask_etag) if member.mask else None
@@ -86,8 +85,8 @@ def _pair(source: Source) -> list[Member]:
     members = [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if not masks:
         return members
-    if "/" in masks:
-        store = Store(masks, source.root.storage)
+    if source.config.mask_folder:
+        store = source.mask_root
         below = _path_below(store.uri(), source.root.uri())
         members = [m for m in members if not (below and m.key.startswith(below))]
         entries = [entry for entry in store.list() if is_image(entry.name)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from unet_core.config import InputConfig
+from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError
 from unet_core.storage.store import Entry, Store
 
@@ -107,6 +107,12 @@ class Source:
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.config, self.format, self.root, self.names)
 
+    @property
+    def mask_root(self) -> Store:
+        """Below which loose label images lie."""
+        folder = self.config.mask_folder
+        return Store(folder, self.root.storage) if folder else self.root
+
     def entries(self) -> list[Entry]:
         """All files of the input, by name; an input is listed once."""
         if self.names:
@@ -114,6 +120,11 @@ class Source:
         listed = self.listing.copy() or self.root.list()
         self.listing.clear()
         return listed
+
+
+def masks_at(config: InputConfig, storage: StorageConfig) -> str:
+    """Where the truth is, absolute if that is another folder."""
+    return Store(config.masks, storage).uri() if config.mask_folder else config.masks
 
 
 Known = Set[str]

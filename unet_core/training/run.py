@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
+from unet_core.inputs.shards import masks_at
 from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
 from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
@@ -56,8 +57,7 @@ def identity(config: TrainConfig) -> Identity:
     for name, given in config.data.parts.items():
         part = table["data"][name]
         part["uri"] = Store(given.uri, config.storage).uri()
-        if "/" in given.masks:
-            part["masks"] = Store(given.masks, config.storage).uri()
+        part["masks"] = masks_at(given, config.storage)
         del part["shard_images"]
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
     begins_with = config.model.checkpoint
