@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from jobs.board import Attempt, Board, Died, Done, Event, Released
+from jobs.board import Attempt, Board, Died, Done, Event
 from unet_core.compute import Compute
 from unet_core.errors import WorkersError
 from unet_core.timings import ShardResult
@@ -54,7 +54,6 @@ def dispatch(
     board: Board,
     workers: Workers,
     on_done: Callable[[ShardResult, Attempt, str], None],
-    on_event: Callable[[Event], None] = lambda event: None,
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the board until nothing is left to try; ``on_tick`` is called about once a second.
@@ -64,7 +63,6 @@ def dispatch(
     awake = board.clock()
     while not board.is_done:
         for event in workers.events():
-            on_event(event)
             if isinstance(event, Done):
                 on_done(event.result, board.done(event.actor, event.shard_id), event.actor)
             else:
@@ -76,24 +74,14 @@ def dispatch(
         slept, awake = board.clock() - awake, board.clock()
         if slept > PAUSE_S:
             board.forgive(slept)
-        _give_up(board, workers, on_event)
+        for actor, reason in board.overdue():  # its attempt stands still
+            if (died := workers.give_up(actor, reason)) is not None:
+                board.died(died)
         on_tick()
-        actors = workers.want(board.useful, board.open)
-        _hand_out(board, workers, actors, on_event)
+        _hand_out(board, workers, workers.want(board.useful, board.open))
 
 
-def _give_up(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
-    """End the actors whose attempts stand still."""
-    for actor, reason in board.overdue():
-        died = workers.give_up(actor, reason)
-        if died is not None:
-            on_event(died)
-            board.died(died)
-
-
-def _hand_out(
-    board: Board, workers: Workers, actors: int, on_event: Callable[[Event], None]
-) -> None:
+def _hand_out(board: Board, workers: Workers, actors: int) -> None:
     """Let every actor begin what it should, and end those that nothing is left for."""
     for actor in list(board.in_flight):
         while (attempt := board.next_for(actor, actors)) is not None:
@@ -101,4 +89,3 @@ def _hand_out(
         if not board.has_use_for(actor):
             del board.in_flight[actor]
             workers.release(actor)
-            on_event(Released(actor))

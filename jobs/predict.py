@@ -108,7 +108,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                     board.stop()
 
             with timings:
-                dispatch(board, workers, on_done, progress.on_event, progress.tick)
+                dispatch(board, workers, on_done, lambda: progress.tick(len(board.in_flight)))
     is_done = totals.shards == len(shards)
     exceeded = board.is_stopped
     if is_done:

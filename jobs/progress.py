@@ -17,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jobs.board import Died, Event, Ready, Released
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
 from unet_core.timings import ShardResult
@@ -90,28 +89,19 @@ class RunProgress(Display):
         self._shards, self._done_shards = len(shards), len(shards) - len(plan)
         self._before, self._done = before, Totals()
         self._done_bytes = self._provisional = 0
-        self._actors: set[str] = set()
+        self._actors = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
 
     def __exit__(self, *_: object) -> None:
         if self._done.shards:
-            self.tick(is_last=True)
+            self.tick(self._actors, is_last=True)
         super().__exit__()
 
     def on_image(self) -> None:
         """One image of a shard under way is done; called from threads of an inline run."""
         with self._lock:
             self._provisional += 1
-
-    def on_event(self, event: Event) -> None:
-        """Something happened to an actor."""
-        if isinstance(event, Ready):
-            if not self._actors and not self._done.shards:
-                self._started = time.monotonic()  # loading the model is not the rate's business
-            self._actors.add(event.actor)
-        elif isinstance(event, Died | Released):
-            self._actors.discard(event.actor)
 
     def on_done(self, result: ShardResult) -> None:
         """A shard was committed."""
@@ -121,8 +111,11 @@ class RunProgress(Display):
         self._done_bytes += self._bytes[result.shard_id]
         self._done_shards += 1
 
-    def tick(self, is_last: bool = False) -> None:
-        """Show how it stands."""
+    def tick(self, actors: int, is_last: bool = False) -> None:
+        """Show how it stands, and how many actors take shards."""
+        if not self._actors and not self._done.shards:
+            self._started = time.monotonic()  # loading the model is not the rate's business
+        self._actors = actors
         done = self._done.images_seen + self._provisional
         total, before = self._total(), self._before.images_seen
         is_over = self._done_shards == self._shards
@@ -133,7 +126,7 @@ class RunProgress(Display):
             f"{before + done:,} of {about}{of} images, {rate} images/s, "
             f"{self._before.failed + self._done.failed} failed, "
             f"{self._done_shards}/{self._shards} shards"
-            f"{'' if is_over else f', {len(self._actors)} actors'}"
+            f"{'' if is_over else f', {actors} actors'}"
         )
         self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
 
