@@ -9,13 +9,11 @@ from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
 from unet_core.errors import CheckpointError, ImageError
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import with_members
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.segment import NOBODY, Segmenter, Settings
-from unet_core.storage.store import Store
+from unet_core.segment import NOBODY, Segmenter
 from unet_core.timings import ShardResult
 from unet_core.windows import windows_for
 
@@ -54,25 +52,11 @@ class Replica:
         """Fix what the run has decided. Raises RunMismatchError if this replica differs."""
         if not self.spec.config.workers.mixed_devices:
             compute.require(self.probe())
-        settings = Settings(
-            source=self.spec.source,
-            output=Store(self.spec.config.output.uri, self.spec.config.storage),
-            compute=compute,
-            footer=footer,
-            windows=self.windows,
-            encoding=self.spec.config.output.encoding,
-            threads=max(2, self.spec.threads),
-            on_image=on_image,
-        )
-        self._segmenter = Segmenter(self.engine, settings)
+        self._segmenter = Segmenter(self.spec, self.engine, self.windows, compute, footer, on_image)
 
     def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
         """Segment and commit one shard without its ``guilty`` images; two calls may overlap."""
-        return self.segmenter.segment(self.with_members(shard), guilty)
-
-    def with_members(self, shard: Shard) -> Shard:
-        """The shard with its members, if it has any."""
-        return with_members(self.segmenter.settings.output, shard)
+        return self.segmenter.segment(shard, guilty)
 
     @property
     def segmenter(self) -> Segmenter:

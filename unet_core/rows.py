@@ -86,7 +86,7 @@ class Encoder:
         areas = sorted((f.result() for f in canvas.encoded), key=lambda a: (a.row["y"], a.row["x"]))
         picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
         if canvas.failure is not None:
-            return Encoded(self.rejected(Rejected(picture.sample, canvas.failure)), (), encode_s)
+            return rejected(Rejected(picture.sample, canvas.failure), encode_s)
         failures = [picture.truth_failure, *(area.truth_failure for area in areas)]
         failure = next((f for f in failures if f is not None), None)
         height, width = picture.pixels.shape
@@ -101,9 +101,10 @@ class Encoder:
             row |= truth_columns(matrix, height * width)
         return Encoded(row, (area.row | area.payload() for area in areas), encode_s)
 
-    def rejected(self, image: Rejected) -> Row:
-        """The row of an image that failed."""
-        return _row(image.sample, "failed", image.failure)
+
+def rejected(image: Rejected, encode_s: float = 0.0) -> Encoded:
+    """The row of an image that failed."""
+    return Encoded(_row(image.sample, "failed", image.failure), (), encode_s)
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:

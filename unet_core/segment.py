@@ -18,17 +18,18 @@ from types import MappingProxyType
 import numpy as np
 
 from unet_core.canvas import Canvas, Look
-from unet_core.compute import Compute
+from unet_core.compute import Compute, ReplicaSpec
 from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Rejected
 from unet_core.inputs.formats import read_shard
-from unet_core.inputs.shards import Sample, Shard, Source
+from unet_core.inputs.shards import Sample, Shard
+from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
-from unet_core.rows import Encoded, Encoder, Row
+from unet_core.rows import Encoded, Encoder, Row, rejected
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 from unet_core.tiling import Piece, TileQueue, stack
@@ -41,22 +42,6 @@ NOBODY: Mapping[int, ImageError] = MappingProxyType({})
 MOST_ROW_BYTES = 2**31
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait, encoded or decoded, hold more than this."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is fixed for a run and the same on every actor."""
-
-    source: Source
-    output: Store
-    compute: Compute
-    footer: dict[str, str]
-    windows: Windows
-    encoding: str
-    threads: int = 2
-    """For decoding and encoding."""
-    on_image: Callable[[], None] = field(default=lambda: None)
-    """Called after each image, for progress."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +95,26 @@ class Segmenter:
     the device, the other already reads and decodes.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        header, config = engine.header, settings.source.config
-        self.engine = engine
-        self.settings = settings
-        self._decoder = Decoder(header.preprocessing, header.classes, config)
-        self._encoder = Encoder(header.classes, settings.encoding, config.ignore_index)
-        self._look = Look(header.network.classes, engine.threshold, engine.probabilities_kept)
-        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        engine: Engine,
+        windows: Windows,
+        compute: Compute,
+        footer: dict[str, str],
+        on_image: Callable[[], None],
+    ) -> None:
+        header, config = engine.header, spec.config
+        self.engine, self.compute, self.footer = engine, compute, footer
+        self.output = Store(config.output.uri, config.storage)
+        self._source, self._windows, self._on_image = spec.source, windows, on_image
+        self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
+        self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
+        self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
+        self._look = Look(
+            header.network.classes, config.model.threshold, config.output.probabilities
+        )
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
         self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
         self._running = 0
@@ -137,6 +134,10 @@ class Segmenter:
         """Let every shard under way raise StoppedError before its next image."""
         self._cancelled.set()
 
+    def with_members(self, shard: Shard) -> Shard:
+        """The shard as the manifest of the run has it."""
+        return with_members(self.output, shard)
+
     @local_space()
     def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
         """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
@@ -150,7 +151,7 @@ class Segmenter:
         start = time.perf_counter()
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
-            for place, sample in enumerate(read_shard(self.settings.source, shard))
+            for place, sample in enumerate(read_shard(self._source, self.with_members(shard)))
         )
         try:
             with self._attempt(partial(self.step, shard.shard_id)) as attempt:
@@ -168,9 +169,9 @@ class Segmenter:
     @contextlib.contextmanager
     def _attempt(self, on_step: Callable[[], None] = lambda: None) -> Iterator[_Attempt]:
         has_probabilities = self._look.probabilities != "none"
-        part = MasksPart(self.settings.encoding, self.settings.footer, has_probabilities)
+        part = MasksPart(self._encoding, self.footer, has_probabilities)
         with contextlib.closing(part):
-            yield _Attempt(part, TileQueue(self.settings.compute), on_step)
+            yield _Attempt(part, TileQueue(self.compute), on_step)
 
     def _fill(self, attempt: _Attempt, samples: Iterator[Sample]) -> None:
         """Put the masks of samples into the part, and collect the rows of the other one."""
@@ -178,7 +179,7 @@ class Segmenter:
             self._pool,
             self._decode,
             _drawn(samples),
-            2 * self.settings.threads + 2,
+            2 * self._threads + 2,
             lambda decoded: decoded.held_bytes,
             DECODED_BYTES,
             lambda drawn: drawn[0].encoded_bytes,
@@ -212,10 +213,9 @@ class Segmenter:
                     image = self._unless_too_large(_unless_seen(found, attempt.ids))
                     index = attempt.encoded.number()
                     if isinstance(image, Rejected):
-                        row = self._encoder.rejected(image)
-                        self._add(attempt, index, self._pool.submit(Encoded, row, ()))
+                        self._add(attempt, index, self._pool.submit(rejected, image))
                     else:
-                        canvas = Canvas(index, image, self.settings.windows, self._look)
+                        canvas = Canvas(index, image, self._windows, self._look)
                         self._start(attempt, attempt.queue.add(canvas))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
@@ -305,20 +305,19 @@ class Segmenter:
             attempt.rows.append(image.metrics)
             for row in image.masks:
                 attempt.part.add(row)
-            self.settings.on_image()
+            self._on_image()
 
     def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
         start, seen = time.perf_counter(), attempt.encoded.numbers
         masks, sha256, size = attempt.part.finish()
         footer = {
-            **self.settings.footer,
+            **self.footer,
             "images_seen": str(seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        output, made = self.settings.output, metrics_part(attempt.rows, footer)
-        counts = commit(output, shard.shard_id, masks, made)
-        totals = totals_of(counts, output.uri(metrics_name(shard.shard_id)))
+        counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
+        totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
         attempt.seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return totals

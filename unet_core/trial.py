@@ -55,12 +55,11 @@ def find_guilty(replica: Replica, shard: Shard, image_s: float) -> dict[int, Ima
 
     Raises ShardError if the child dies or hangs while it reads.
     """
-    settings = replica.segmenter.settings
+    segmenter = replica.segmenter
     replica.engine.free_memory()
-    trial = Trial(
-        replica.spec, settings.compute, settings.footer, replica.with_members(shard), image_s
-    )
-    return trial.guilty(partial(replica.segmenter.step, shard.shard_id))
+    shard = segmenter.with_members(shard)
+    trial = Trial(replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
+    return trial.guilty(partial(segmenter.step, shard.shard_id))
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def replica(make_config, tmp_path, monkeypatch):
 
 
 def trial(replica, shard, image_s):
-    settings = replica.segmenter.settings
-    return Trial(replica.spec, settings.compute, settings.footer, shard, image_s)
+    segmenter = replica.segmenter
+    return Trial(replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
 
 
 def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_not(replica):
