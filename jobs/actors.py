@@ -26,6 +26,7 @@ from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
     from unet_core.replica import Replica
+    from unet_core.segment import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class SegmentActor:
         self._spec = spec
         self._run = run
         self._replica: Replica | None = None
+        self._segmenter: Segmenter | None = None
 
     def join(self, level: int) -> Joined:
         """Say where it is and what code it runs; log from ``level`` on."""
@@ -77,29 +79,33 @@ class SegmentActor:
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> Problem | None:
         """Fix what the run has decided."""
-        assert self._replica is not None
-        replica = self._replica
-        return recorded(lambda: replica.configure(compute, footer))
+
+        def fix() -> None:
+            from unet_core.segment import Segmenter
+
+            assert self._replica is not None
+            self._segmenter = Segmenter(self._replica, compute, footer)
+
+        return recorded(fix)
 
     def pulse(self) -> dict[str, int]:
         """How far its shards are."""
-        return self._replica.steps() if self._replica is not None else {}
+        return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
     def segment(self, attempt: Attempt) -> ShardResult | Problem:
         """Segment and commit one shard."""
-        assert self._replica is not None
-        replica = self._replica
+        assert self._segmenter is not None
+        segmenter = self._segmenter
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
 
         def work() -> ShardResult:
             if attempt.trial_s is None:
-                return replica.segment(attempt.shard)
+                return segmenter.segment(attempt.shard)
             from unet_core.trial import find_guilty  # torch, again
 
-            return replica.segment(
-                attempt.shard, find_guilty(replica, attempt.shard, attempt.trial_s)
-            )
+            guilty = find_guilty(segmenter, attempt.shard, attempt.trial_s)
+            return segmenter.segment(attempt.shard, guilty)
 
         return recorded(work)
 

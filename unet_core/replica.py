@@ -1,25 +1,20 @@
-"""One replica of the model with everything around it: what an actor is, without Ray."""
-
-from collections.abc import Callable, Mapping
+"""One replica of the model, on its device and with the windows that it is shown."""
 
 from torch import nn
 
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
-from unet_core.errors import CheckpointError, ImageError
-from unet_core.inputs.shards import Shard
+from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.segment import NOBODY, Segmenter
-from unet_core.timings import ShardResult
 from unet_core.windows import windows_for
 
 
 class Replica:
-    """Loads the network, says what it computes with, then segments shards."""
+    """Loads the network and says what it computes with."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
@@ -40,38 +35,10 @@ class Replica:
             config.model.precision,
         )
         self.engine.share_cores(spec.threads, self.windows.size)
-        self._segmenter: Segmenter | None = None
 
     def probe(self) -> Compute:
         """This replica's ``compute`` section."""
         return self.engine.probe(self.windows.size, self.spec.config.tile.batch)
-
-    def configure(
-        self, compute: Compute, footer: dict[str, str], on_image: Callable[[], None] = lambda: None
-    ) -> None:
-        """Fix what the run has decided. Raises RunMismatchError if this replica differs."""
-        if not self.spec.config.workers.mixed_devices:
-            compute.require(self.probe())
-        self._segmenter = Segmenter(self.spec, self.engine, self.windows, compute, footer, on_image)
-
-    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
-        """Segment and commit one shard without its ``guilty`` images; two calls may overlap."""
-        return self.segmenter.segment(shard, guilty)
-
-    @property
-    def segmenter(self) -> Segmenter:
-        """What segments shards, once it is configured."""
-        assert self._segmenter is not None, "configure first"
-        return self._segmenter
-
-    def steps(self) -> dict[str, int]:
-        """By shard under way, how often something of it came to an end."""
-        return dict(self._segmenter.steps) if self._segmenter is not None else {}
-
-    def cancel(self) -> None:
-        """Give up the shards under way, soon; they raise StoppedError."""
-        if self._segmenter is not None:
-            self._segmenter.cancel()
 
 
 def _require_tiling(network: nn.Module, header: Header) -> None:

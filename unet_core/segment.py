@@ -18,8 +18,8 @@ from types import MappingProxyType
 import numpy as np
 
 from unet_core.canvas import Canvas, Look
-from unet_core.compute import Compute, ReplicaSpec
-from unet_core.engine import Batch, Engine, Segmented
+from unet_core.compute import Compute
+from unet_core.engine import Batch, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Rejected
@@ -29,12 +29,12 @@ from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
+from unet_core.replica import Replica
 from unet_core.rows import Encoded, Encoder, Row, rejected
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 from unet_core.tiling import Piece, TileQueue, stack
 from unet_core.timings import Seconds, ShardResult
-from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -91,23 +91,26 @@ class _Attempt:
 
 
 class Segmenter:
-    """Segments shards with one engine. Two threads may call ``segment`` at once: while one has
+    """Segments shards with one replica. Two threads may call ``segment`` at once: while one has
     the device, the other already reads and decodes.
     """
 
     def __init__(
         self,
-        spec: ReplicaSpec,
-        engine: Engine,
-        windows: Windows,
+        replica: Replica,
         compute: Compute,
         footer: dict[str, str],
-        on_image: Callable[[], None],
+        on_image: Callable[[], None] = lambda: None,
     ) -> None:
-        header, config = engine.header, spec.config
-        self.engine, self.compute, self.footer = engine, compute, footer
+        """``compute`` and ``footer`` are what the run has decided. Raises RunMismatchError if the
+        replica differs.
+        """
+        spec, config, header = replica.spec, replica.spec.config, replica.engine.header
+        if not config.workers.mixed_devices:
+            compute.require(replica.probe())
+        self.replica, self.engine, self._on_image = replica, replica.engine, on_image
+        self.compute, self.footer = compute, footer
         self.output = Store(config.output.uri, config.storage)
-        self._source, self._windows, self._on_image = spec.source, windows, on_image
         self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
         self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
         self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
@@ -115,7 +118,7 @@ class Segmenter:
             header.network.classes, config.model.threshold, config.output.probabilities
         )
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
-        self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
+        self._lanes = ThreadPoolExecutor(self.engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
         self._running = 0
         """Lanes at work, for whatever shard."""
@@ -151,7 +154,9 @@ class Segmenter:
         start = time.perf_counter()
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
-            for place, sample in enumerate(read_shard(self._source, self.with_members(shard)))
+            for place, sample in enumerate(
+                read_shard(self.replica.spec.source, self.with_members(shard))
+            )
         )
         try:
             with self._attempt(partial(self.step, shard.shard_id)) as attempt:
@@ -215,7 +220,7 @@ class Segmenter:
                     if isinstance(image, Rejected):
                         self._add(attempt, index, self._pool.submit(rejected, image))
                     else:
-                        canvas = Canvas(index, image, self._windows, self._look)
+                        canvas = Canvas(index, image, self.replica.windows, self._look)
                         self._start(attempt, attempt.queue.add(canvas))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
