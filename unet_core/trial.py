@@ -36,8 +36,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 Word = int | ImageError | Literal["survived", "finished"]
-"""What the child says: the place of the image that it has in hand, why that one cannot be segmented,
-that it survived it, and at last that there is no further one.
+"""What the child says: the place of the image that it has in hand, why that cannot be segmented,
+that the child survived it, and at last that there is no further one.
 """
 
 
