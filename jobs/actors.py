@@ -110,16 +110,6 @@ class SegmentActor:
         return recorded(work)
 
 
-def _answer(reference: Any) -> Any:
-    """What a call gave, or the error that says what became of its actor."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError:
-        raise  # a bug of ours: its traceback is the message
-    except ray.exceptions.RayError as error:
-        return error
-
-
 class RayActors:
     """All actors of a run: as many as are wanted while nodes come and go.
 
@@ -221,7 +211,7 @@ class RayActors:
             log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
-        answers = [(reference, _answer(reference)) for reference in ready]
+        answers = [(reference, session.answer(reference)) for reference in ready]
         answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | Crash))
         for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:

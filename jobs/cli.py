@@ -34,7 +34,7 @@ for room in (running, results, models):
 
 def main() -> None:
     """Run a verb; errors of this project become one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     atexit.register(gc.freeze)  # else the last collection goes through all of torch: 0.6 s
     try:
         sys.exit(cli.main(standalone_mode=False))
@@ -51,7 +51,3 @@ def main() -> None:
         click.echo("stopped; the same command continues where this one ended", err=True)
         sys.stdout.flush()
         os._exit(StoppedError.exit_code)  # without waiting for threads that may hang for ever
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from jobs.predict import segment
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import list_shards
-from unet_core.inputs.shards import Shard
+from unet_core.inputs.shards import Shard, images_in
 from unet_core.manifest import draft, with_members
 from unet_core.run import Run
 from unet_core.timings import read_timings
@@ -156,8 +156,7 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
     s_per_weight, still = sum(spans) / sum(done), sum(map(weigh, left))
     error = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
     times_sample = still / sum(weights.values())
-    counts = [shard.count for shard in left]
-    is_counted = None not in counts
+    counted = images_in(left)
     written = sum(e.bytes for folder in ("masks", "metrics") for e in store.list(folder))
     gpus = scratch.config.workers.gpus
     return Cost(
@@ -166,8 +165,8 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
         shards=len(sample),
         images_per_s=max(1, sum(row["images"] for row in rows[1:])) / sum(spans),
         spread=max(LEAST_SPREAD, 2 * error / s_per_weight),
-        images_left=sum(n or 0 for n in counts) if is_counted else round(images * times_sample),
-        is_counted=is_counted,
+        images_left=round(images * times_sample) if counted is None else counted,
+        is_counted=counted is not None,
         hours=s_per_weight * still / 3600,
         gpus=float(gpus) if gpus not in ("auto", 0) else 1.0,
         output_bytes=round(written * times_sample),

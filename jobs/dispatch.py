@@ -18,36 +18,29 @@ class Workers(Protocol):
 
     def probe(self) -> Compute:
         """The ``compute`` section of the first one that is loaded."""
-        ...
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided; only then does any become ready."""
-        ...
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Let a ready actor begin a shard."""
-        ...
 
     def want(self, actors: int, shards: int) -> int:
         """So many shards are open, and at most so many actors can have one; returns how many have
         a process, ready or starting.
         """
-        ...
 
     def release(self, actor: str) -> None:
         """End an actor that nothing is left for; somebody else may need its GPU."""
-        ...
 
     def give_up(self, actor: str, reason: str) -> Died | None:
         """End an actor whose attempt does not; None where that cannot be done."""
-        ...
 
     def events(self) -> Iterator[Event]:
         """Wait a moment and give what happened; an endless loop calls this.
 
         Raises whatever error of this project an actor met: such errors stop a run.
         """
-        ...
 
 
 def dispatch(

@@ -146,9 +146,8 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     if session.is_inline(workers):
         from jobs.inline import InlineWorkers
 
-        with contextlib.closing(
-            InlineWorkers(job.replica(session.local_cpus(workers)), progress.on_image)
-        ) as inline:
+        spec = job.replica(session.local_cpus(workers))
+        with contextlib.closing(InlineWorkers(spec, progress.on_image)) as inline:
             yield inline
         return
     from jobs.actors import RayActors
@@ -158,7 +157,6 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
         require_reachable(needed, is_shared)
         only_here = not is_shared and not all(map(is_remote, needed.values()))
         placement = session.settle(workers, session.offered(workers, only_here))
-        with contextlib.closing(
-            RayActors(job.replica(placement.cpus), placement, shards, only_here)
-        ) as actors:
+        spec = job.replica(placement.cpus)
+        with contextlib.closing(RayActors(spec, placement, shards, only_here)) as actors:
             yield actors

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from unet_core.inputs.shards import Shard
+from unet_core.inputs.shards import Shard, images_in
 from unet_core.metrics import Totals
 from unet_core.timings import ShardResult
 
@@ -84,8 +84,7 @@ class RunProgress(Display):
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
         super().__init__("segmenting")
         self._bytes = {shard.shard_id: shard.bytes for shard in plan}
-        counts = [shard.count for shard in plan]
-        self._known = None if None in counts else sum(count or 0 for count in counts)
+        self._known = images_in(plan)
         self._shards, self._done_shards = len(shards), len(shards) - len(plan)
         self._before, self._done = before, Totals()
         self._done_bytes = self._provisional = 0

@@ -217,6 +217,18 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
     return found
 
 
+def answer(reference: Any) -> Any:
+    """What a call of Ray gave, or the error that says what became of its process."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        raise  # a bug of ours: its traceback is the message
+    except ray.exceptions.RayError as error:
+        return error
+
+
 def node_count() -> int:
     """Nodes of the cluster that take work."""
     return len(_working_nodes())

@@ -36,7 +36,6 @@ class Task(Protocol):
 
     def done(self) -> set[str]:
         """Ids of the shards that it has been done with. One listing."""
-        ...
 
     def do(self, shard: Shard) -> int:
         """Do one shard and publish what comes of it; returns how many images it had.
@@ -44,7 +43,6 @@ class Task(Protocol):
         Raises ShardError if it cannot be done, NotFoundError or ParquetDamagedError if a part of it
         is not what it should be; the others do not mind.
         """
-        ...
 
 
 def spread(
@@ -116,12 +114,9 @@ def _on_cluster(
                     return
                 ready, _ = ray.wait(list(calls), timeout=WAIT_S)
                 for reference in ready:
-                    try:
-                        answer = ray.get(reference)
-                    except ray.exceptions.RayTaskError:
-                        raise  # a bug of ours: its traceback is the message
-                    except ray.exceptions.RayError as error:
-                        answer = Crash(" ".join(str(error).split())[:300])
+                    answer = session.answer(reference)
+                    if isinstance(answer, ray.exceptions.RayError):
+                        answer = Crash(" ".join(str(answer).split())[:300])
                     yield calls.pop(reference), answer
         finally:
             for reference in calls:

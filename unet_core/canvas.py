@@ -91,7 +91,11 @@ class Canvas:
             self.fail(tile, ImageError("not_finite", reason), rank=1)
         for box in self._under(tile):
             if box not in self._open:
-                self._open[box] = self._opened(box)
+                self._open[box] = (
+                    _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
+                    if self._blends
+                    else _ExactArea(box, self._look)
+                )
             self._open[box].paste(tile, result)
             self._missing[box] -= 1
             if not self._missing[box]:
@@ -107,11 +111,6 @@ class Canvas:
         """Why the image fails: the first reason by place, whenever it was found."""
         found = min(self._failures, key=lambda failure: failure[:3], default=None)
         return found[3] if found is not None else None
-
-    def _opened(self, box: Box) -> "_ExactArea | _BlendedArea":
-        if self._blends:
-            return _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
-        return _ExactArea(box, self._look)
 
     def _under(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""

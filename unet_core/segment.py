@@ -152,11 +152,10 @@ class Segmenter:
         exception.
         """
         start = time.perf_counter()
+        found = read_shard(self.replica.spec.source, self.with_members(shard))
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
-            for place, sample in enumerate(
-                read_shard(self.replica.spec.source, self.with_members(shard))
-            )
+            for place, sample in enumerate(found)
         )
         try:
             with self._attempt(partial(self.step, shard.shard_id)) as attempt:

@@ -5,7 +5,7 @@ A shard's id is a digest of path, size, etag and members: never of a rank, a pos
 
 import hashlib
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +54,12 @@ class Shard:
     def has_members(self) -> bool:
         """Whether its images are loose objects that the manifest names."""
         return not self.uri
+
+
+def images_in(shards: Iterable[Shard]) -> int | None:
+    """How many images; None where only reading tells."""
+    counts = [shard.count for shard in shards]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 @dataclass(frozen=True)
