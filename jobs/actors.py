@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.answers import Crash, Failure, Problem, Refusal, recorded
+from jobs.answers import Crash, Failure, Refusal, recorded
 from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
@@ -66,48 +66,38 @@ class SegmentActor:
         node = ray.get_runtime_context().get_node_id()
         return Joined(node, code_version())
 
-    def start(self) -> Compute | Problem:
+    @recorded
+    def start(self) -> Compute:
         """Load the model; returns what it computes with."""
+        from unet_core.replica import Replica  # torch: for the actor, not for the driver
 
-        def load() -> Compute:
-            from unet_core.replica import Replica  # torch: for the actor, not for the driver
+        self._replica = Replica(self._spec)
+        return self._replica.probe()
 
-            self._replica = Replica(self._spec)
-            return self._replica.probe()
-
-        return recorded(load)
-
-    def configure(self, compute: Compute, footer: dict[str, str]) -> Problem | None:
+    @recorded
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
+        from unet_core.segment import Segmenter
 
-        def fix() -> None:
-            from unet_core.segment import Segmenter
-
-            assert self._replica is not None
-            self._segmenter = Segmenter(self._replica, compute, footer)
-
-        return recorded(fix)
+        assert self._replica is not None
+        self._segmenter = Segmenter(self._replica, compute, footer)
 
     def pulse(self) -> dict[str, int]:
         """How far its shards are."""
         return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
-    def segment(self, attempt: Attempt) -> ShardResult | Problem:
+    @recorded
+    def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
+        from unet_core.trial import find_guilty
+
         assert self._segmenter is not None
-        segmenter = self._segmenter
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
-
-        def work() -> ShardResult:
-            if attempt.trial_s is None:
-                return segmenter.segment(attempt.shard)
-            from unet_core.trial import find_guilty  # torch, again
-
-            guilty = find_guilty(segmenter, attempt.shard, attempt.trial_s)
-            return segmenter.segment(attempt.shard, guilty)
-
-        return recorded(work)
+        guilty = {}
+        if attempt.trial_s is not None:
+            guilty = find_guilty(self._segmenter, attempt.shard, attempt.trial_s)
+        return self._segmenter.segment(attempt.shard, guilty)
 
 
 class RayActors:

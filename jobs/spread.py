@@ -86,7 +86,7 @@ def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str
     """On threads. Whoever is stopped does not wait for what is under way."""
     pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
     try:
-        futures = {pool.submit(_answer, task, shard): shard for shard in left}
+        futures = {pool.submit(recorded(_done), task, shard): shard for shard in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
@@ -123,16 +123,14 @@ def _on_cluster(
                 ray.cancel(reference, force=True)
 
 
-def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> int | Problem:
-    answer = recorded(lambda: driver.require(code_version(), "a node"))
-    return answer if answer is not None else _answer(task, shard)
+@recorded
+def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> int:
+    driver.require(code_version(), "a node")
+    return _done(task, shard)
 
 
-def _answer(task: Task, shard: Shard) -> int | Problem:
-    def do() -> int:
-        try:
-            return task.do(shard)
-        except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
-            raise ShardError(f"{error}; unet-jobs verify tells more") from error
-
-    return recorded(do)
+def _done(task: Task, shard: Shard) -> int:
+    try:
+        return task.do(shard)
+    except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
+        raise ShardError(f"{error}; unet-jobs verify tells more") from error

@@ -32,8 +32,8 @@ class EncodedArea:
     row: Row
     payload: Callable[[], dict[str, bytes]]
     class_pixels: Array
-    confusion_KK: Array | None
-    truth_failure: ImageError | None
+    confusion_KK: Array | ImageError | None
+    """Or what is wrong with the truth, if there is any."""
     confidence_sum: int
     encode_s: float
 
@@ -61,25 +61,23 @@ class Encoder:
             "image_width": width,
             "encoding": self.encoding,
         }
-        matrix, failure = self._compare(canvas.picture.truth, area)
         return EncodedArea(
             row,
             canvas.spool.keep(payload) if canvas.spool is not None else lambda: payload,
             class_pixels(area.mask_HW, self.classes),
-            matrix,
-            failure,
+            self._compare(canvas.picture.truth, area),
             area.confidence_sum,
             time.perf_counter() - start,
         )
 
-    def _compare(self, truth: Pixels | None, area: Area) -> tuple[Array | None, ImageError | None]:
+    def _compare(self, truth: Pixels | None, area: Area) -> Array | ImageError | None:
         if truth is None:
-            return None, None
+            return None
         try:
             truth_HW = truth.read(*area.box)[0]
         except ImageError as failure:
-            return None, failure
-        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index), None
+            return failure
+        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index)
 
     def image(self, canvas: Canvas) -> Encoded:
         """The rows of an image whose areas are all encoded or about to be."""
@@ -87,8 +85,8 @@ class Encoder:
         picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
         if canvas.failure is not None:
             return rejected(Rejected(picture.sample, canvas.failure), encode_s)
-        failures = [picture.truth_failure, *(area.truth_failure for area in areas)]
-        failure = next((f for f in failures if f is not None), None)
+        truths = [picture.truth_failure, *(area.confusion_KK for area in areas)]
+        failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = picture.pixels.shape
         row = _row(picture.sample, "ok", failure) | {
             "height": height,

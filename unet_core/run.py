@@ -231,6 +231,19 @@ class Run:
         return TypeAdapter(Totals).validate_json(self.store.read(SUCCESS))
 
 
+def establish(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Publish a JSON document that says whose folder this is, or read the one that is there.
+
+    Raises StoreError if that is damaged.
+    """
+    if store.publish_exclusively(name, json.dumps(document, indent=1).encode() + b"\n"):
+        return document
+    try:
+        return dict(json.loads(store.read(name)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
+
+
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
 
 

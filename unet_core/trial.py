@@ -96,7 +96,9 @@ class Trial:
         patience_s = LOADING_S
         try:
             while True:
-                message = _heard(here, patience_s)
+                if not here.poll(patience_s):
+                    raise TimeoutError
+                message: object = here.recv()
                 on_step()
                 patience_s = self.image_s
                 match message:
@@ -123,13 +125,6 @@ class Trial:
             raise ShardError(f"its images could not be read one by one: {failure}")
         found.setdefault(place, failure)
         return place + 1
-
-
-def _heard(here: Connection, patience_s: float) -> object:
-    """The child's next word; raises EOFError if it died, TimeoutError if it is silent."""
-    if not here.poll(patience_s):
-        raise TimeoutError
-    return here.recv()
 
 
 def _live(trial: Trial, first: int, pipe: Connection) -> None:
