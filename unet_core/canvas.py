@@ -169,7 +169,8 @@ class _BlendedArea:
             mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
             confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
             if kept_KHW is not None:
-                kept_KHW[:, rows] = quantised(p_KHW, self._look.probabilities)
+                is_uint8 = self._look.probabilities == "uint8"
+                kept_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
         return Area(self._box, mask_HW, confidence, kept_KHW)
 
 
@@ -180,11 +181,6 @@ def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
         chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
         return is_foreground.astype(look.mask_dtype), chosen_HW
     return p_KHW.argmax(axis=0).astype(look.mask_dtype), p_KHW.max(axis=0)
-
-
-def quantised(p_KHW: Array, kind: str) -> Array:
-    """Probabilities as they are stored: round(p · 255), or half precision."""
-    return np.rint(p_KHW * 255).astype(np.uint8) if kind == "uint8" else p_KHW.astype(np.float16)
 
 
 @functools.lru_cache(maxsize=16)

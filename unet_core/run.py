@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +22,7 @@ from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
-from unet_core.ordered import READ_THREADS, side_by_side
+from unet_core.ordered import side_by_side
 from unet_core.parts import ids_in, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
 from unet_core.windows import Windows
@@ -91,19 +90,6 @@ class Record(BaseModel):
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> bytes:
-        """The bytes of ``run.json``."""
-        table = {"fingerprint": self.fingerprint, **self.model_dump()}
-        return json.dumps(table, indent=1).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes, where: str) -> "Record":
-        """Parse ``run.json``; raises StoreError if it is damaged or from another version."""
-        try:
-            return cls.model_validate_json(data)
-        except ValueError as error:
-            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
-
 
 class Run:
     """One output folder."""
@@ -115,7 +101,12 @@ class Run:
         self.record = self._read_record() if self.store.exists(RUN_JSON) else None
 
     def _read_record(self) -> Record:
-        return Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+        """Raises StoreError if it is damaged or from another version."""
+        try:
+            return Record.model_validate_json(self.store.read(RUN_JSON))
+        except ValueError as error:
+            where = self.store.uri(RUN_JSON)
+            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
 
     @property
     def is_finished(self) -> bool:
@@ -142,7 +133,8 @@ class Run:
                 "drivers of this run apart; start only one at a time",
                 self.store.uri(),
             )
-        is_first = self.store.publish_exclusively(RUN_JSON, record.to_json())
+        document = {"fingerprint": record.fingerprint, **record.model_dump()}
+        is_first = establish(self.store, RUN_JSON, document) is document
         self.record = record if is_first else self._read_record()
         self.require_same(record.identity)
         return self.record
@@ -198,15 +190,13 @@ class Run:
         """
         committed = self.committed()
         heads = [shard for shard in shards if shard.shard_id in committed]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            totals = pool.map(lambda shard: read_totals(self.store, shard.shard_id), heads)
-            failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
-            there = pool.map(is_there, failed)
-            again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
-            if again:
-                self.reopen()
-            for _ in pool.map(lambda name: self.store.remove(metrics_name(name)), again):
-                pass
+        totals = side_by_side(lambda shard: read_totals(self.store, shard.shard_id), heads)
+        failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
+        there = side_by_side(is_there, failed)
+        again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
+        if again:
+            self.reopen()
+        list(side_by_side(lambda name: self.store.remove(metrics_name(name)), again))
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:

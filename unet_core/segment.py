@@ -214,7 +214,7 @@ class Segmenter:
                 attempt.seconds.reading += decoded.drawn_s + decoded.read_s
                 attempt.seconds.decoding += decoded.decode_s
                 for found in decoded.images:
-                    image = self._unless_too_large(_unless_seen(found, attempt.ids))
+                    image = self._checked(found, attempt.ids)
                     index = attempt.encoded.number()
                     if isinstance(image, Rejected):
                         self._add(attempt, index, self._pool.submit(rejected, image))
@@ -253,8 +253,14 @@ class Segmenter:
                 return
             yield image
 
-    def _unless_too_large(self, image: Picture | Rejected) -> Picture | Rejected:
-        """The image, or its rejection if a row cannot hold the probabilities of a mask window."""
+    def _checked(self, image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
+        """The image, or its rejection if the shard has an earlier one with its id, or if a row
+        cannot hold the probabilities of a mask window.
+        """
+        if image.sample.image_id in ids:
+            failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
+            return Rejected(image.sample, failure)
+        ids.add(image.sample.image_id)
         if isinstance(image, Rejected) or self._look.probabilities == "none":
             return image
         box = mask_windows(*image.pixels.shape)[0]
@@ -325,15 +331,6 @@ class Segmenter:
         attempt.seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return totals
-
-
-def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
-    """The image, or its rejection if the shard has an earlier one with its id."""
-    if image.sample.image_id in ids:
-        failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
-        return Rejected(image.sample, failure)
-    ids.add(image.sample.image_id)
-    return image
 
 
 def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], bytes]:
