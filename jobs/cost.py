@@ -86,7 +86,10 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
         read = found.with_members if known is None else partial(with_members, job.run.store)
-        sample = list(map(read, _spread(left)))
+        by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
+        count = min(SAMPLE, len(left))
+        places = ((2 * n + 1) * len(left) // (2 * count) for n in range(count))  # of all sizes
+        sample = [read(by_size[place]) for place in places]
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(config.workers):
@@ -104,13 +107,6 @@ def _require_several(shards: int, which: str) -> None:
             f"{shards} shards {which}: too few to measure anything by; a smaller "
             "input.shard_images makes more of loose images"
         )
-
-
-def _spread(left: list[Shard]) -> list[Shard]:
-    """A sample of all sizes."""
-    by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
-    count = min(SAMPLE, len(by_size))
-    return [by_size[(2 * n + 1) * len(by_size) // (2 * count)] for n in range(count)]
 
 
 def _scratch(job: Job) -> Job:

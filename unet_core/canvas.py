@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,30 @@ class Look:
 
 @dataclass(frozen=True)
 class Area:
-    """One finished mask window."""
+    """One mask window; its pixels come from one tile each, unless tiles are blended."""
 
     box: Box
     mask_HW: Array
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
     probabilities_KHW: Array | None
+
+    @classmethod
+    def empty(cls, box: Box, look: Look) -> "Area":
+        """Room for what tiles give."""
+        return cls(box, np.empty(box.shape, look.mask_dtype), 0, look.room_for(box))
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        """Take what lies here of the kept part of a tile."""
+        here, there = self.box.shared(*tile.target)
+        assert result.mask_HW is not None
+        self.mask_HW[here] = result.mask_HW[there]
+        if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
+            self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
+
+    def finished(self) -> "Area":
+        """What became of it."""
+        return self
 
 
 class Canvas:
@@ -76,7 +93,7 @@ class Canvas:
         self.spool = Spool() if len(self._boxes) > 1 else None
         """Where the bytes of finished areas wait until the image is known to be good."""
         self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
-        self._open: dict[Box, _ExactArea | _BlendedArea] = {}
+        self._open: dict[Box, Area | _BlendedArea] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -94,7 +111,7 @@ class Canvas:
                 self._open[box] = (
                     _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
                     if self._blends
-                    else _ExactArea(box, self._look)
+                    else Area.empty(box, self._look)
                 )
             self._open[box].paste(tile, result)
             self._missing[box] -= 1
@@ -124,25 +141,6 @@ class Canvas:
         return [self._boxes[row * across + column] for row in rows for column in columns]
 
 
-class _ExactArea:
-    """A mask window whose pixels come from one tile each."""
-
-    def __init__(self, box: Box, look: Look) -> None:
-        self._box = box
-        self._mask_HW = np.empty(box.shape, dtype=look.mask_dtype)
-        self._probabilities_KHW = look.room_for(box)
-
-    def paste(self, tile: Tile, result: Segmented) -> None:
-        here, there = self._box.shared(*tile.target)
-        assert result.mask_HW is not None
-        self._mask_HW[here] = result.mask_HW[there]
-        if self._probabilities_KHW is not None and result.probabilities_KHW is not None:
-            self._probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
-
-    def finished(self) -> Area:
-        return Area(self._box, self._mask_HW, 0, self._probabilities_KHW)
-
-
 class _BlendedArea:
     """A mask window whose pixels are weighted means over tiles."""
 
@@ -161,17 +159,16 @@ class _BlendedArea:
         self._weight_HW[here] += weight_HW
 
     def finished(self) -> Area:
-        mask_HW, confidence = np.empty(self._box.shape, self._look.mask_dtype), 0
-        kept_KHW = self._look.room_for(self._box)
+        area, confidence = Area.empty(self._box, self._look), 0
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
+            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
             confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
-            if kept_KHW is not None:
+            if area.probabilities_KHW is not None:
                 is_uint8 = self._look.probabilities == "uint8"
-                kept_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
-        return Area(self._box, mask_HW, confidence, kept_KHW)
+                area.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+        return replace(area, confidence_sum=confidence)
 
 
 def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ driver, and the members of one shard by the actor that segments it.
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice
@@ -46,27 +47,21 @@ class Draft:
         """A shard with its members; one of none as it is."""
         return _with_members(head, lambda group: _group(pq.ParquetFile(self.file), group))
 
-    def __enter__(self) -> "Draft":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-@local_space()
-def draft(shards: Iterable[Shard], generation: int = 0) -> Draft:
+@contextmanager
+def draft(shards: Iterable[Shard], generation: int = 0) -> Iterator[Draft]:
     """Write shards, as they come, into a temporary file, for a manifest's ``generation``.
 
     Raises ConfigError if two shards are the same, StoreError if there is no room for it.
     """
     file = spooled()
     try:
-        heads = _write(iter(shards), file, generation)
-        file.flush()
-        return Draft(heads, file, generation)
-    except BaseException:
+        with local_space():
+            heads = _write(iter(shards), file, generation)
+            file.flush()
+        yield Draft(heads, file, generation)
+    finally:
         drop(file)
-        raise
 
 
 def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Shard]:

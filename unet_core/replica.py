@@ -3,7 +3,6 @@
 from torch import nn
 
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
@@ -23,11 +22,12 @@ class Replica:
             config.model.checkpoint, spec.model_sha256, config.storage, config.model.factory
         )
         _require_tiling(network, header)
+        wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"  # also inline
         self.windows = windows_for(config.tile, header.tiling)
         self.engine = Engine(
             network,
             header,
-            choose_device(_wanted_device(config)),
+            choose_device("cpu" if wants_cpu else config.model.device),
             config.model.threshold,
             config.tile.tta,
             config.output.probabilities,
@@ -50,9 +50,3 @@ def _require_tiling(network: nn.Module, header: Header) -> None:
             f"model.factory: {header.network.factory} now builds a network whose tiles are not "
             "exact; import its weights again"
         )
-
-
-def _wanted_device(config: PredictConfig) -> str:
-    """``workers.gpus = 0`` means CPU, also inline."""
-    wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"
-    return "cpu" if wants_cpu else config.model.device

@@ -130,11 +130,13 @@ class Segmenter:
         """By shard under way: how often something of it came to an end."""
 
     def step(self, shard_id: str) -> None:
-        """Something of a shard came to an end."""
+        """Something of a shard came to an end; raises StoppedError after ``cancel``."""
+        if self._cancelled.is_set():
+            raise StoppedError("stopped")
         self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
 
     def cancel(self) -> None:
-        """Let every shard under way raise StoppedError before its next image."""
+        """Let every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
     def with_members(self, shard: Shard) -> Shard:
@@ -209,7 +211,6 @@ class Segmenter:
         """
         with self._device_taken(attempt.seconds):
             for decoded in self._waited_for(images, attempt.seconds):
-                self._raise_if_cancelled()
                 attempt.on_step()
                 attempt.seconds.reading += decoded.drawn_s + decoded.read_s
                 attempt.seconds.decoding += decoded.decode_s
@@ -223,10 +224,6 @@ class Segmenter:
                         self._start(attempt, attempt.queue.add(canvas))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
-
-    def _raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise StoppedError("stopped")
 
     @contextlib.contextmanager
     def _device_taken(self, seconds: Seconds) -> Iterator[None]:
@@ -272,7 +269,6 @@ class Segmenter:
 
     def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
         for pieces in batches:
-            self._raise_if_cancelled()
             batch = self._pool.submit(stack, pieces)
             attempt.running.append((pieces, self._lanes.submit(self._run, batch)))
             self._paste(attempt, self.engine.lanes + 1)
