@@ -57,6 +57,8 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._is_left = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
+        self.drawing_s = 0.0
+        """What the iterator took to give its items."""
         self.waited_for_items_s = 0.0
         """How long whoever uses the results stood still because the iterator had given nothing."""
         self.waited_for_work_s = 0.0
@@ -94,10 +96,13 @@ class Prefetch(Generic[ItemT, ResultT]):
 
     def _read(self) -> None:
         try:
+            start = time.perf_counter()
             for item in self._items:
+                self.drawing_s += time.perf_counter() - start
                 if not self._take_room(self._weigh_item(item)):
                     return
                 self._put(self._pool.submit(self._worked, item))
+                start = time.perf_counter()
             self._put(None)
         except BaseException as error:  # raised again where the results are used
             self._put(error)

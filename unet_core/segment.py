@@ -49,8 +49,6 @@ class Decoded:
     """What a decoding thread hands over."""
 
     images: list[Picture | Rejected]
-    drawn_s: float
-    """What it took the reader of the shard to come to it."""
     read_s: float
     """What the thread itself read: loose images."""
     decode_s: float
@@ -69,7 +67,7 @@ class Decoded:
         return self.read_s / total if total else 0.0
 
 
-Images = Prefetch[tuple[Sample, float], Decoded]
+Images = Prefetch[Sample, Decoded]
 
 
 @dataclass
@@ -184,17 +182,17 @@ class Segmenter:
         with Prefetch(
             self._pool,
             self._decode,
-            _drawn(samples),
+            samples,
             2 * self._threads + 2,
             lambda decoded: decoded.held_bytes,
             DECODED_BYTES,
-            lambda drawn: drawn[0].encoded_bytes,
+            lambda sample: sample.encoded_bytes,
         ) as images:
             self._compute(attempt, images)
+            attempt.seconds.reading += images.drawing_s
             self._append(attempt, attempt.encoded.rest())
 
-    def _decode(self, drawn: tuple[Sample, float]) -> Decoded:
-        sample, drawn_s = drawn
+    def _decode(self, sample: Sample) -> Decoded:
         reads: list[float] = []
         read_mask = sample.read_mask and _timed(sample.read_mask, reads)
         start = time.perf_counter()
@@ -202,7 +200,7 @@ class Segmenter:
             replace(sample, read=_timed(sample.read, reads), read_mask=read_mask)
         )
         spent = time.perf_counter() - start
-        return Decoded(images, drawn_s, sum(reads), spent - sum(reads))
+        return Decoded(images, sum(reads), spent - sum(reads))
 
     def _compute(self, attempt: _Attempt, images: Images) -> None:
         """Run every batch. Images are numbered, and so counted, as they come from the reader,
@@ -212,7 +210,7 @@ class Segmenter:
         with self._device_taken(attempt.seconds):
             for decoded in self._waited_for(images, attempt.seconds):
                 attempt.on_step()
-                attempt.seconds.reading += decoded.drawn_s + decoded.read_s
+                attempt.seconds.reading += decoded.read_s
                 attempt.seconds.decoding += decoded.decode_s
                 for found in decoded.images:
                     image = self._checked(found, attempt.ids)
@@ -340,11 +338,3 @@ def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], byte
             spent_s.append(time.perf_counter() - start)
 
     return timed
-
-
-def _drawn(samples: Iterator[Sample]) -> Iterator[tuple[Sample, float]]:
-    """Samples with the seconds that the reader spent on each."""
-    start = time.perf_counter()
-    for sample in samples:
-        yield sample, time.perf_counter() - start
-        start = time.perf_counter()

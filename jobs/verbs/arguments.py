@@ -29,11 +29,11 @@ def predict_config(
         return load(PredictConfig, source, list(overrides))
     if not out and not any(o.startswith("output.uri=") for o in overrides):
         raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
-    table: dict[str, Any] = {"input": {"uri": source}, "output": {}}
-    if model:
-        table["model"] = {"checkpoint": model}
-    if out:
-        table["output"]["uri"] = out
+    table = {
+        "input": {"uri": source},
+        "model": {"checkpoint": model} if model else {},
+        "output": {"uri": out} if out else {},
+    }
     return build(PredictConfig, table, list(overrides), source="command line")
 
 

@@ -215,13 +215,14 @@ def export(
 
     options = Options(kind or "", objects or "", polygons)
     exported = export_run(results, config, options, out)
-    if objects and not exported.has_input:
+    if objects and not exported.task.has_input:
         click.echo("note: the run's input is gone, so mean_intensity is null")
-    if not exported.is_all:
+    if not results.run.is_finished:
         click.echo("note: the run is not finished; export again for what is still to come")
-    without = f", {exported.failed:,} have no mask" if exported.failed else ""
-    what = kind or "rows of objects"
-    show.lines(wrote=f"{exported.uri} ({what}, {exported.written:,} images{without})")
+    written, failed = exported.images["ok"], exported.images["failed"]
+    without = f", {failed:,} have no mask" if failed else ""
+    where, what = exported.task.folder.store.uri(), kind or "rows of objects"
+    show.lines(wrote=f"{where} ({what}, {written:,} images{without})")
     show.problems(exported.problems, "not written")
     show.problems(exported.shards_refused.items(), "not done: shard")
     if exported.problems or exported.shards_refused:
