@@ -17,7 +17,7 @@ from jobs.answers import Crash, Failure, Problem, Refusal, recorded
 from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
-from unet_core.config import PredictConfig, WorkersConfig
+from unet_core.config import PredictConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
 from unet_core.inputs.shards import Shard
 
@@ -60,7 +60,9 @@ def spread(
     if not left:
         return {}
     refused: dict[str, str] = {}
-    run = _here if is_here(config.workers) else _on_cluster
+    count = config.workers.count  # auto: a cluster that is named
+    is_here = count == "inline" or (count == "auto" and not session.is_cluster_named())
+    run = _here if is_here else _on_cluster
     with (
         ShardsProgress(what, len(shards), len(shards) - len(left)) as progress,
         contextlib.closing(run(task, left, config, places)) as answers,
@@ -73,13 +75,6 @@ def spread(
             else:
                 progress.on_done(answer)
     return refused
-
-
-def is_here(workers: WorkersConfig) -> bool:
-    """Whether this process does it: no cluster is named, and no actors were asked for."""
-    if workers.count == "auto":
-        return not session.is_cluster_named()
-    return workers.count == "inline"
 
 
 def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:

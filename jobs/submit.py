@@ -222,7 +222,9 @@ class Follower:
                     "same command submits the run again, and it continues"
                 )
             if info.status.is_terminal():
-                self._rest()
+                with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
+                    self._take(0, self._server.logs(self._id))
+                self._take(self._seen, "\n" if self._line else "")  # a last line may not end
                 return _exit_code(info), f"{self._id} ended as {info.status}"
             time.sleep(AGAIN_S)
 
@@ -234,13 +236,6 @@ class Follower:
                 chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
                 self._take(position, chunk)
                 position += len(chunk)
-
-    def _rest(self) -> None:
-        with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
-            self._take(0, self._server.logs(self._id))
-        if self._line:
-            self._show(self._line)
-            self._line = ""
 
     def _take(self, position: int, text: str) -> None:
         new = text[max(0, self._seen - position) :]

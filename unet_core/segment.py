@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from types import MappingProxyType
 
 import numpy as np
@@ -158,8 +159,7 @@ class Segmenter:
             for place, sample in enumerate(found)
         )
         try:
-            with self._attempt(partial(self.step, shard.shard_id)) as attempt:
-                self._fill(attempt, samples)
+            with self._filled(samples, partial(self.step, shard.shard_id)) as attempt:
                 totals = self._commit(attempt, shard)
             return ShardResult(shard.shard_id, totals, attempt.seconds, time.perf_counter() - start)
         finally:
@@ -167,30 +167,30 @@ class Segmenter:
 
     def rehearse(self, sample: Sample) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._attempt() as attempt:
-            self._fill(attempt, iter([sample]))
+        with self._filled(iter([sample])):
+            pass
 
     @contextlib.contextmanager
-    def _attempt(self, on_step: Callable[[], None] = lambda: None) -> Iterator[_Attempt]:
-        has_probabilities = self._look.probabilities != "none"
-        part = MasksPart(self._encoding, self.footer, has_probabilities)
+    def _filled(
+        self, samples: Iterator[Sample], on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[_Attempt]:
+        """The masks of samples in their part, and the rows of the other one."""
+        part = MasksPart(self._encoding, self.footer, self._look.probabilities != "none")
         with contextlib.closing(part):
-            yield _Attempt(part, TileQueue(self.compute), on_step)
-
-    def _fill(self, attempt: _Attempt, samples: Iterator[Sample]) -> None:
-        """Put the masks of samples into the part, and collect the rows of the other one."""
-        with Prefetch(
-            self._pool,
-            self._decode,
-            samples,
-            2 * self._threads + 2,
-            lambda decoded: decoded.held_bytes,
-            DECODED_BYTES,
-            lambda sample: sample.encoded_bytes,
-        ) as images:
-            self._compute(attempt, images)
-            attempt.seconds.reading += images.drawing_s
-            self._append(attempt, attempt.encoded.rest())
+            attempt = _Attempt(part, TileQueue(self.compute), on_step)
+            with Prefetch(
+                self._pool,
+                self._decode,
+                samples,
+                2 * self._threads + 2,
+                attrgetter("held_bytes"),
+                DECODED_BYTES,
+                attrgetter("encoded_bytes"),
+            ) as images:
+                self._compute(attempt, images)
+                attempt.seconds.reading += images.drawing_s
+                self._append(attempt, attempt.encoded.rest())
+            yield attempt
 
     def _decode(self, sample: Sample) -> Decoded:
         reads: list[float] = []
