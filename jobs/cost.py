@@ -7,6 +7,7 @@ import contextlib
 import logging
 import statistics
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -85,7 +86,9 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
-        read = found.with_members if known is None else partial(with_members, job.run.store)
+        read: Callable[[Shard], Shard] = found.with_members
+        if known is not None:
+            read = partial(with_members, job.run.store)
         by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
         count = min(SAMPLE, len(left))
         places = ((2 * n + 1) * len(left) // (2 * count) for n in range(count))  # of all sizes

@@ -103,7 +103,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                 nonlocal totals
                 totals += result.totals
                 timings.add(result, attempt.number, actor)
-                progress.on_done(result)
+                progress.on_done(attempt.shard, result.totals)
                 if errors.are_too_many(totals.failed, totals.images_seen):
                     board.stop()
 

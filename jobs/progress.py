@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from unet_core.inputs.shards import Shard, images_in
 from unet_core.metrics import Totals
-from unet_core.timings import ShardResult
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
@@ -77,7 +76,7 @@ class RunProgress(Display):
 
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
         super().__init__("segmenting")
-        self._bytes = {shard.shard_id: shard.bytes for shard in plan}
+        self._bytes = sum(shard.bytes for shard in plan)
         self._known = images_in(plan)
         self._shards, self._done_shards = len(shards), len(shards) - len(plan)
         self._before, self._done = before, Totals()
@@ -96,12 +95,12 @@ class RunProgress(Display):
         with self._lock:
             self._provisional += 1
 
-    def on_done(self, result: ShardResult) -> None:
+    def on_done(self, shard: Shard, totals: Totals) -> None:
         """A shard was committed."""
         with self._lock:
-            self._provisional = max(0, self._provisional - result.totals.images_seen)
-        self._done += result.totals
-        self._done_bytes += self._bytes[result.shard_id]
+            self._provisional = max(0, self._provisional - totals.images_seen)
+        self._done += totals
+        self._done_bytes += shard.bytes
         self._done_shards += 1
 
     def tick(self, actors: int, is_last: bool = False) -> None:
@@ -130,7 +129,7 @@ class RunProgress(Display):
         if self._done_shards == self._shards:
             return self._done.images_seen
         if self._done_bytes:
-            return self._done.images_seen * sum(self._bytes.values()) / self._done_bytes
+            return self._done.images_seen * self._bytes / self._done_bytes
         return None
 
 

@@ -279,8 +279,7 @@ class TrainConfig(Section):
     @property
     def read_places(self) -> dict[str, str]:
         """Where data is read: URIs by their keys."""
-        return {
-            key: uri
-            for name, part in self.data.parts.items()
-            for key, uri in part.places(f"data.{name}").items()
-        }
+        found: dict[str, str] = {}
+        for name, part in self.data.parts.items():
+            found |= part.places(f"data.{name}")
+        return found

@@ -245,7 +245,5 @@ def demo(folder: Path, data_only: bool) -> None:
     if data_only:
         click.echo(f"wrote {folder}/images and {config}")
         return
-    outcome = run_predict(load(PredictConfig, str(config), []))
-    show.outcome(outcome)
+    show.outcome(run_predict(load(PredictConfig, str(config), [])))
     show.lines(config=str(config))
-    click.echo(show.READING.format(run=outcome.run.uri))

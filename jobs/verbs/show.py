@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from unet_core.metrics import Totals
 
 ACTORS_SHOWN = (1, 8, 64)
-READING = """\
-read it:  import pyarrow.dataset as ds
-          print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
 LOOKING = """\
 all of them:  import pyarrow.dataset as ds
               rows = ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed")
