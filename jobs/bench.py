@@ -97,7 +97,6 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
-            job.source.listing.clear()
             shards = list(map(found.with_members, found.heads))
         return _measured(job, _sample(job, shards), rounds)
 

@@ -82,7 +82,6 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
     job = prepare(config)
     known = job.run.manifest()
     with draft(list_shards(job.source) if known is None else iter(())) as found:
-        job.source.listing.clear()
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]

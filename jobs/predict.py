@@ -75,9 +75,7 @@ def _predicted(job: Job, retry_failed: bool, refresh: bool) -> Outcome:
         run.reopen()  # somebody has taken commits away
     if known is None:
         with manifest.draft(list_shards(job.source)) as draft:
-            job.source.listing.clear()
             return segment(job, draft.heads, draft)
-    job.source.listing.clear()
     return replace(segment(job, [*known, *new]), done_again=again, added=len(new))
 
 
