@@ -37,14 +37,15 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
-    output, run = config.output, open_training(config)
+    run = open_training(config)
     was_finished = run.is_finished
     if not was_finished:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    report = ending_report(output.uri, config.storage, not was_finished) if output.report else ""
-    return Trained(f"{output.uri.rstrip('/')}/{BEST}", run.position(), was_finished, report)
+    report = ending_report(config.output, config.storage, not was_finished)
+    best = f"{config.output.uri.rstrip('/')}/{BEST}"
+    return Trained(best, run.position(), was_finished, report)
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:

@@ -20,7 +20,7 @@ from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
-from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
+from unet_core.run import RUN_JSON, SUCCESS, Identity, establish, require_empty, require_equal
 from unet_core.schema import HISTORY
 from unet_core.storage.store import Store, is_temporary
 from unet_core.train_config import TrainConfig
@@ -103,8 +103,7 @@ class TrainingRun:
             "config": config.model_dump(mode="json"),
             "version": __version__,
         }
-        text = json.dumps(record, indent=1).encode() + b"\n"
-        if not self.store.publish_exclusively(RUN_JSON, text):
+        if establish(self.store, RUN_JSON, record) is not record:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
                 "or choose a new folder"
