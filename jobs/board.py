@@ -204,8 +204,10 @@ class Board:
                 self.failed_starts = 0
             case Refused():
                 self.refused(event)
-            case Pulse():
-                self.hear(event)
+            case Pulse(actor, steps) if held := self.in_flight.get(actor):
+                watch, now = self._watches[actor], steps.get(held[0].shard.shard_id, 0)
+                if now != watch.steps:
+                    watch.steps, watch.heard = now, self.clock()
             case Died():
                 self.died(event)
 
@@ -221,13 +223,6 @@ class Board:
         """A shard cannot be done; only its actor could tell."""
         self._take_back(event.actor, event.shard_id)
         self.set_aside[event.shard_id] = event.reason
-
-    def hear(self, event: Pulse) -> None:
-        """Note whether the oldest attempt of an actor has made a step."""
-        if held := self.in_flight.get(event.actor):
-            watch, steps = self._watches[event.actor], event.steps.get(held[0].shard.shard_id, 0)
-            if steps != watch.steps:
-                watch.steps, watch.heard = steps, self.clock()
 
     def forgive(self, seconds: float) -> None:
         """Nobody was listened to for so long."""

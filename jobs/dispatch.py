@@ -71,14 +71,10 @@ def dispatch(
             if (died := workers.give_up(actor, reason)) is not None:
                 board.died(died)
         on_tick()
-        _hand_out(board, workers, workers.want(board.useful, board.open))
-
-
-def _hand_out(board: Board, workers: Workers, actors: int) -> None:
-    """Let every actor begin what it should, and end those that nothing is left for."""
-    for actor in list(board.in_flight):
-        while (attempt := board.next_for(actor, actors)) is not None:
-            workers.submit(actor, attempt)
-        if not board.has_use_for(actor):
-            del board.in_flight[actor]
-            workers.release(actor)
+        actors = workers.want(board.useful, board.open)
+        for actor in list(board.in_flight):
+            while (attempt := board.next_for(actor, actors)) is not None:
+                workers.submit(actor, attempt)
+            if not board.has_use_for(actor):
+                del board.in_flight[actor]
+                workers.release(actor)

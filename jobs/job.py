@@ -9,7 +9,7 @@ from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
-from unet_core.run import Record, Run, identity
+from unet_core.run import Record, Run, identity, require_same
 from unet_core.windows import Windows, windows_for
 
 
@@ -54,9 +54,9 @@ def prepare(config: PredictConfig) -> Job:
     config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
-    known = ""
-    if run.record is not None and config.input.format == "auto":
-        known = str(run.record.identity["input.format"])
+    mine, known = run.record.identity if run.record is not None else None, ""
+    if mine is not None and config.input.format == "auto":
+        known = str(mine["input.format"])
     source = open_source(config.input, config.storage, known)
-    run.require_same(identity(config, source, sha256, header, windows))
+    require_same(run.store, mine, identity(config, source, sha256, header, windows))
     return Job(config, header, sha256, source, run, windows)

@@ -36,17 +36,6 @@ class Look:
     threshold: float = 0.5
     probabilities: str = "none"
 
-    @property
-    def mask_dtype(self) -> Any:
-        """uint8, or uint16 above 256 classes."""
-        return np.uint8 if self.logits <= 256 else np.uint16
-
-    def room_for(self, box: Box) -> Array | None:
-        """Room for the probabilities of a mask window; None if none are kept."""
-        if self.probabilities == "none":
-            return None
-        return np.empty((self.logits, *box.shape), dtype=self.probabilities)
-
 
 @dataclass(frozen=True)
 class Area:
@@ -60,8 +49,12 @@ class Area:
 
     @classmethod
     def empty(cls, box: Box, look: Look) -> "Area":
-        """Room for what tiles give."""
-        return cls(box, np.empty(box.shape, look.mask_dtype), 0, look.room_for(box))
+        """Room for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        mask_HW = np.empty(box.shape, np.uint8 if look.logits <= 256 else np.uint16)
+        probabilities_KHW = None
+        if look.probabilities != "none":
+            probabilities_KHW = np.empty((look.logits, *box.shape), look.probabilities)
+        return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: Segmented) -> None:
         """Take what lies here of the kept part of a tile."""
@@ -176,8 +169,8 @@ def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
     if look.logits == 1:
         is_foreground = p_KHW[0] > look.threshold
         chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
-        return is_foreground.astype(look.mask_dtype), chosen_HW
-    return p_KHW.argmax(axis=0).astype(look.mask_dtype), p_KHW.max(axis=0)
+        return is_foreground, chosen_HW
+    return p_KHW.argmax(axis=0), p_KHW.max(axis=0)
 
 
 @functools.lru_cache(maxsize=16)

@@ -113,17 +113,6 @@ class Run:
         """Whether all shards were committed and the totals written."""
         return self.store.exists(SUCCESS)
 
-    def require_same(self, wanted: Identity) -> None:
-        """Refuse to mix two runs in one folder.
-
-        Raises RunMismatchError with the keys that differ, ConfigError if the folder holds
-        something else.
-        """
-        if self.record is None:
-            require_empty(self.store)
-        else:
-            require_equal(self.store.uri(), self.record.identity, wanted)
-
     def establish(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
         assert self.record is None
@@ -136,7 +125,7 @@ class Run:
         document = {"fingerprint": record.fingerprint, **record.model_dump()}
         is_first = establish(self.store, RUN_JSON, document) is document
         self.record = record if is_first else self._read_record()
-        self.require_same(record.identity)
+        require_same(self.store, self.record.identity, record.identity)
         return self.record
 
     def manifest(self) -> list[Shard] | None:
@@ -232,6 +221,17 @@ def establish(store: Store, name: str, document: dict[str, Any]) -> dict[str, An
         return dict(json.loads(store.read(name)))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
+
+
+def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
+    """Refuse to mix two runs in one folder, or one with something else.
+
+    Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
+    """
+    if mine is None:
+        require_empty(store)
+    else:
+        require_equal(store.uri(), mine, wanted)
 
 
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"

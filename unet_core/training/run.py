@@ -20,7 +20,7 @@ from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
-from unet_core.run import RUN_JSON, SUCCESS, Identity, establish, require_empty, require_equal
+from unet_core.run import RUN_JSON, SUCCESS, Identity, establish, require_same
 from unet_core.schema import HISTORY
 from unet_core.storage.store import Store, is_temporary
 from unet_core.train_config import TrainConfig
@@ -213,11 +213,8 @@ def open_training(config: TrainConfig) -> TrainingRun:
     Raises RunMismatchError, with the keys that differ, for that of another training, ConfigError
     for one that holds something else.
     """
-    run, wanted = TrainingRun(Store(config.output.uri, config.storage)), identity(config)
-    if run.record:
-        require_equal(run.store.uri(), run.record["identity"], wanted)
-    else:
-        require_empty(run.store)
+    run = TrainingRun(Store(config.output.uri, config.storage))
+    require_same(run.store, run.record.get("identity"), identity(config))
     return run
 
 
