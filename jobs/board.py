@@ -202,8 +202,9 @@ class Board:
             case Ready(actor):
                 self.in_flight[actor] = []
                 self.failed_starts = 0
-            case Refused():
-                self.refused(event)
+            case Refused(actor, shard_id, reason):  # only the actor could tell
+                self._take_back(actor, shard_id)
+                self.set_aside[shard_id] = reason
             case Pulse(actor, steps) if held := self.in_flight.get(actor):
                 watch, now = self._watches[actor], steps.get(held[0].shard.shard_id, 0)
                 if now != watch.steps:
@@ -218,11 +219,6 @@ class Board:
         if was_oldest and attempt.trial_s is None:
             self.patience.learn(attempt.shard, self.clock() - since)
         return attempt
-
-    def refused(self, event: Refused) -> None:
-        """A shard cannot be done; only its actor could tell."""
-        self._take_back(event.actor, event.shard_id)
-        self.set_aside[event.shard_id] = event.reason
 
     def forgive(self, seconds: float) -> None:
         """Nobody was listened to for so long."""

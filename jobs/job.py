@@ -54,9 +54,8 @@ def prepare(config: PredictConfig) -> Job:
     config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
-    mine, known = run.record.identity if run.record is not None else None, ""
-    if mine is not None and config.input.format == "auto":
-        known = str(mine["input.format"])
+    mine = run.record.identity if run.record is not None else None
+    known = mine["input.format"] if mine and config.input.format == "auto" else ""
     source = open_source(config.input, config.storage, known)
     require_same(run.store, mine, identity(config, source, sha256, header, windows))
     return Job(config, header, sha256, source, run, windows)

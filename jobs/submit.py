@@ -107,7 +107,8 @@ class JobServer:
         last, found = max(jobs, default=0), _alive(jobs)
         if found is None:
             job_id = f"{name}-{last + 1}" if last else name
-            if self._start(job_id, package, {"run": config.output.uri, "config": digest}):
+            with contextlib.suppress(TakenError):
+                self._start(job_id, package, {"run": config.output.uri, "config": digest})
                 ended = f"{jobs[last].submission_id} ended as {jobs[last].status}" if last else ""
                 return Submitted(job_id, True, ended and f"{ended}; the same run goes on")
             found = _alive(self._jobs_of(name))  # somebody else did, just now
@@ -149,25 +150,21 @@ class JobServer:
         """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
         self._ask(lambda: self._client.stop_job(job_id))
 
-    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> bool:
-        """Upload and start; False if the id has just been taken."""
+    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> None:
+        """Upload and start; raises TakenError if the id has just been taken."""
         with tempfile.TemporaryDirectory() as folder:
             package.write(Path(folder))
-            try:
-                self._ask(
-                    lambda: self._client.submit_job(
-                        entrypoint=package.entrypoint,
-                        submission_id=job_id,
-                        runtime_env={
-                            "working_dir": folder,
-                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
-                        },
-                        metadata=metadata,
-                    )
+            self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=package.entrypoint,
+                    submission_id=job_id,
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                    },
+                    metadata=metadata,
                 )
-            except TakenError:
-                return False
-        return True
+            )
 
     def _ask(self, call: Callable[[], ResultT], patience_s: float = PATIENCE_S) -> ResultT:
         deadline = time.monotonic() + patience_s
