@@ -237,10 +237,8 @@ class Segmenter:
         iterator = iter(images)
         while True:
             idle = self.engine.lanes - self._running
-            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             image = next(iterator, None)
-            items_s = images.waited_for_items_s - items_s
-            work_s = images.waited_for_work_s - work_s
+            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             reading = image.read_share if image is not None else 0.0
             seconds.waiting_for_reading += idle * (items_s + work_s * reading)
             seconds.waiting_for_decoding += idle * work_s * (1 - reading)
