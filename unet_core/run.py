@@ -132,18 +132,15 @@ class Run:
         """All shards of the run as they were found when it began and at each refresh, without their
         members; None before that.
         """
-        if not self.store.exists(manifest_name(0)):
-            return None
         names = (f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER))
         files = [name for name in names if name.endswith(".parquet")]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
-        return [
-            head
-            for number, name in enumerate(files)
-            for head in read_heads(self.store.read(name), number)
-        ]
+        heads: list[Shard] = []
+        for number, name in enumerate(files):
+            heads += read_heads(self.store.read(name), number)
+        return heads or None
 
     def publish_manifest(self, draft: Draft) -> None:
         """Publish the manifest, or what a refresh adds to it, unless it is there.
