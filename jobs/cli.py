@@ -13,7 +13,7 @@ import click
 
 from jobs.session import LOG_FORMAT
 from jobs.verbs import models, results, running
-from jobs.verbs.show import harmless_lines
+from jobs.verbs.show import harmless
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
@@ -41,11 +41,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except StoppedError as error:
-        click.echo(harmless_lines(f"{error}; the same command continues there"), err=True)
-        sys.exit(error.exit_code)
     except UnetJobsError as error:
-        click.echo(harmless_lines(f"error: {error}"), err=True)
+        said = f"error: {error}"
+        if isinstance(error, StoppedError):
+            said = f"{error}; the same command continues there"
+        click.echo("\n".join(map(harmless, said.split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one ended", err=True)

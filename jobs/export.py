@@ -70,7 +70,7 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
 def require_apart(results: Results, option: str, out: str) -> None:
     """Raises ConfigError for a folder in the input, which would read what is there as images."""
     if not results.source.names:  # else the input is but those
-        refuse_nesting(option, out, "the run's input", results.source.root.uri())
+        refuse_nesting(option, out, {"the run's input": results.source.root.uri()})
 
 
 def _names(results: Results, shards: list[Shard], options: Options) -> Names:

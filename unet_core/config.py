@@ -269,7 +269,7 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
-        refuse_reading_output(self.output, self.read_places)
+        refuse_nesting("output.uri", self.output.uri, self.read_places)
         return self
 
     @property
@@ -415,19 +415,14 @@ def plain(uri: str) -> str:
     return uri.removeprefix("file://").removeprefix("local://")
 
 
-def refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
+def refuse_nesting(name: str, uri: str, read: dict[str, str]) -> None:
     """Output inside input would be read as input on the next run, and the other way round.
 
-    Raises ConfigError.
+    ``read``: by the keys of a config. Raises ConfigError.
     """
-    path, root = (
-        Path(p) if is_remote(p) else Path(plain(p)).expanduser().resolve() for p in (uri, other)
-    )
-    if path == root or root in path.parents or path in root.parents:
-        raise ConfigError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")
-
-
-def refuse_reading_output(output: FolderConfig, read: dict[str, str]) -> None:
-    """The same for all that a config reads, by its keys, and the folder that it writes."""
-    for key, uri in read.items():
-        refuse_nesting("output.uri", output.uri, key, uri)
+    for key, other in read.items():
+        path, root = (
+            Path(p) if is_remote(p) else Path(plain(p)).expanduser().resolve() for p in (uri, other)
+        )
+        if path == root or root in path.parents or path in root.parents:
+            raise ConfigError(f"{name} ({uri}) and {key} ({other}) must not contain each other")

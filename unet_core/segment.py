@@ -138,10 +138,6 @@ class Segmenter:
         """Let every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
-    def with_members(self, shard: Shard) -> Shard:
-        """The shard as the manifest of the run has it."""
-        return with_members(self.output, shard)
-
     @local_space()
     def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
         """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
@@ -153,7 +149,7 @@ class Segmenter:
         exception.
         """
         start = time.perf_counter()
-        found = read_shard(self.replica.spec.source, self.with_members(shard))
+        found = read_shard(self.replica.spec.source, with_members(self.output, shard))
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
             for place, sample in enumerate(found)

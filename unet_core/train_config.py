@@ -15,7 +15,7 @@ from unet_core.config import (
     ShareConfig,
     StorageConfig,
     UriOrNone,
-    refuse_reading_output,
+    refuse_nesting,
 )
 from unet_core.geometry import Sides
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, preset
@@ -273,7 +273,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
             )
-        refuse_reading_output(self.output, self.read_places)
+        refuse_nesting("output.uri", self.output.uri, self.read_places)
         return self
 
     @property

@@ -24,6 +24,7 @@ from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError
 from unet_core.images.codec import one_line
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
+from unet_core.manifest import with_members
 from unet_core.replica import Replica
 from unet_core.segment import Segmenter
 
@@ -48,7 +49,7 @@ def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int,
     Raises ShardError if the child dies or hangs while it reads.
     """
     segmenter.engine.free_memory()
-    shard, spec = segmenter.with_members(shard), segmenter.replica.spec
+    shard, spec = with_members(segmenter.output, shard), segmenter.replica.spec
     trial = Trial(spec, segmenter.compute, segmenter.footer, shard, image_s)
     return trial.guilty(partial(segmenter.step, shard.shard_id))
 

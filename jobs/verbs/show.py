@@ -286,8 +286,3 @@ def line(name: str, text: str) -> None:
 def harmless(text: str) -> str:
     """A line in which names from elsewhere cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def harmless_lines(text: str) -> str:
-    """Several lines of our own."""
-    return "\n".join(map(harmless, text.split("\n")))
