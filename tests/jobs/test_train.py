@@ -110,7 +110,7 @@ def test_ranks_that_die_begin_again_at_the_last_checkpoint(folder, tmp_path, req
     whole = load_file(tmp_path / "whole" / "last.safetensors")
     last = Store(out, config.storage).read("last.safetensors")
     assert difference(whole, load(last)) < 1e-4
-    assert done.step == 12 * 35
+    assert done.position.step == 12 * 35
 
 
 @on_ray
