@@ -16,26 +16,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.answers import Crash, Failure, Refusal, recorded
-from jobs.board import (
-    PREFETCH,
-    PULSE_S,
-    Attempt,
-    Died,
-    Done,
-    Event,
-    Pulse,
-    Ready,
-    Refused,
-)
+from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.errors import ShardError, WorkersError
+from unet_core.errors import WorkersError
 from unet_core.timings import ShardResult
 
 if TYPE_CHECKING:
     from unet_core.replica import Replica
+    from unet_core.segment import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +58,7 @@ class SegmentActor:
         self._spec = spec
         self._run = run
         self._replica: Replica | None = None
+        self._segmenter: Segmenter | None = None
 
     def join(self, level: int) -> Joined:
         """Say where it is and what code it runs; log from ``level`` on."""
@@ -74,56 +66,38 @@ class SegmentActor:
         node = ray.get_runtime_context().get_node_id()
         return Joined(node, code_version())
 
-    def start(self) -> Compute | Failure | Crash:
+    @recorded
+    def start(self) -> Compute:
         """Load the model; returns what it computes with."""
+        from unet_core.replica import Replica  # torch: for the actor, not for the driver
 
-        def load() -> Compute:
-            from unet_core.replica import Replica  # torch: for the actor, not for the driver
+        self._replica = Replica(self._spec)
+        return self._replica.probe()
 
-            self._replica = Replica(self._spec)
-            return self._replica.probe()
-
-        return recorded(load)
-
-    def configure(self, compute: Compute, footer: dict[str, str]) -> Failure | Crash | None:
+    @recorded
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
+        from unet_core.segment import Segmenter
+
         assert self._replica is not None
-        replica = self._replica
-        return recorded(lambda: replica.configure(compute, footer))
+        self._segmenter = Segmenter(self._replica, compute, footer)
 
     def pulse(self) -> dict[str, int]:
         """How far its shards are."""
-        return self._replica.steps() if self._replica is not None else {}
+        return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
-    def segment(self, attempt: Attempt) -> ShardResult | Failure | Crash | Refusal:
+    @recorded
+    def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
-        assert self._replica is not None
-        replica = self._replica
+        from unet_core.trial import find_guilty
+
+        assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
-
-        def work() -> ShardResult | Refusal:
-            guilty = {}
-            try:
-                if attempt.trial_s is not None:
-                    from unet_core.trial import find_guilty  # torch, again
-
-                    guilty = find_guilty(replica, attempt.shard, attempt.trial_s)
-                return replica.segment(attempt.shard, guilty)
-            except ShardError as error:
-                return Refusal(str(error))
-
-        return recorded(work)
-
-
-def _answer(reference: Any) -> Any:
-    """What a call gave, or the error that says what became of its actor."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError:
-        raise  # a bug of ours: its traceback is the message
-    except ray.exceptions.RayError as error:
-        return error
+        guilty = {}
+        if attempt.trial_s is not None:
+            guilty = find_guilty(self._segmenter, attempt.shard, attempt.trial_s)
+        return self._segmenter.segment(attempt.shard, guilty)
 
 
 class RayActors:
@@ -227,7 +201,7 @@ class RayActors:
             log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
-        answers = [(reference, _answer(reference)) for reference in ready]
+        answers = [(reference, session.answer(reference)) for reference in ready]
         answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | Crash))
         for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:

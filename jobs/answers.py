@@ -1,15 +1,17 @@
 """What a process of Ray answers instead of raising: exceptions may lose their cause on the way."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from unet_core import errors
-from unet_core.errors import UnetJobsError
+from unet_core.errors import ShardError, UnetJobsError
 
 log = logging.getLogger(__name__)
 
+Given = ParamSpec("Given")
 ResultT = TypeVar("ResultT")
 
 
@@ -39,12 +41,22 @@ class Refusal:
     reason: str
 
 
-def recorded(call: Callable[[], ResultT]) -> ResultT | Failure | Crash:
-    """What a call gives, or what went wrong with it as a record; bugs are raised."""
-    try:
-        return call()
-    except UnetJobsError as error:
-        return Failure(type(error).__name__, str(error))
-    except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
-        log.exception("the actor cannot go on")
-        return Crash(f"{type(error).__name__}: {error}")
+Problem = Failure | Crash | Refusal
+
+
+def recorded(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
+    """A function that returns what goes wrong as a record; bugs are raised."""
+
+    @functools.wraps(call)
+    def answered(*given: Given.args, **named: Given.kwargs) -> ResultT | Problem:
+        try:
+            return call(*given, **named)
+        except ShardError as error:
+            return Refusal(str(error))
+        except UnetJobsError as error:
+            return Failure(type(error).__name__, str(error))
+        except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
+            log.exception("the actor cannot go on")
+            return Crash(f"{type(error).__name__}: {error}")
+
+    return answered

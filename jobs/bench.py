@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,9 +97,7 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
-            job.source.listing.clear()
-            heads = found.heads
-            shards = [found.with_members(head) if head.has_members else head for head in heads]
+            shards = list(map(found.with_members, found.heads))
         return _measured(job, _sample(job, shards), rounds)
 
 
@@ -114,64 +112,25 @@ def _sample(job: Job, shards: list[Shard]) -> list[Shard]:
     return taken
 
 
-@dataclass(frozen=True)
-class Round:
-    """Seconds of all that is compared, one after the other, and what it was done with."""
-
-    matrix_s: float
-    """For a large matrix on each lane."""
-    read_s: float
-    decode_s: float
-    model_s: float
-    encode_s: float
-    job_s: float
-    spent: Seconds
-    """By the job."""
-    pictures: list[Picture]
-    gflop: float
-    """Of all batches."""
-
-
 def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
     replica = Replica(job.replica(session.local_cpus(job.config.workers)))
     engine, compute = replica.engine, replica.probe()
     turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
-    lanes, images, gflop = engine.lanes, len(turns[0].pictures), turns[0].gflop
-    megapixels = sum(math.prod(picture.pixels.shape) for picture in turns[0].pictures) / 1e6
-    matrix_gflop = 2 * MATRIX_SIDE**3 * lanes / 1e9
-    spent = sum((turn.spent for turn in turns), Seconds())
-
-    def median(of: Callable[[Round], float]) -> float:
-        return statistics.median(map(of, turns))
-
-    def work_s(turn: Round) -> float:
-        """What decoding, the model and encoding would take with no lane ever idle."""
-        return turn.model_s + (turn.decode_s + turn.encode_s) / lanes
-
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Bench(
         device=compute.device,
-        lanes=lanes,
+        lanes=engine.lanes,
         shards=len(shards),
-        images=images,
-        megapixels=megapixels,
-        matrix_gflop_per_s=matrix_gflop / median(lambda turn: turn.matrix_s),
-        gflop_per_megapixel=gflop / megapixels,
-        model=megapixels / median(lambda turn: turn.model_s),
-        model_over_limit=median(lambda turn: gflop / turn.model_s * turn.matrix_s / matrix_gflop),
-        read=megapixels / median(lambda turn: turn.read_s),
-        decode=megapixels / median(lambda turn: turn.decode_s),
-        encode=megapixels / median(lambda turn: turn.encode_s),
-        write=rounds * megapixels / spent.writing,
-        job=megapixels / median(lambda turn: turn.job_s),
-        job_over_model=median(lambda turn: turn.model_s / turn.job_s),
-        job_over_work=median(lambda turn: work_s(turn) / turn.job_s),
-        images_per_s=images / median(lambda turn: turn.job_s),
-        waited=spent.shares,
-        peak_memory_bytes=_peak_bytes(),
+        waited=sum((spent for _, spent in turns), Seconds()).shares,
+        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        **{name: statistics.median(turn[name] for turn, _ in turns) for name in turns[0][0]},
     )
 
 
-def _round(job: Job, shards: list[Shard], engine: Engine, compute: Compute) -> Round:
+def _round(
+    job: Job, shards: list[Shard], engine: Engine, compute: Compute
+) -> tuple[dict[str, Any], Seconds]:
+    """All that is compared, measured one after the other, and where the time of the job went."""
     header, config = job.header, job.config
     decoder = Decoder(header.preprocessing, header.classes, config.input)
     matrix_s = _matrix_s(engine)
@@ -180,7 +139,7 @@ def _round(job: Job, shards: list[Shard], engine: Engine, compute: Compute) -> R
     decode_s, decoded = _timed(lambda: [list(chain.from_iterable(map(decoder.decode, samples)))
                                         for samples in read])  # fmt: skip
     shown = [[image for image in images if isinstance(image, Picture)] for images in decoded]
-    pieces = [group for pictures in shown for group in _pieces(job, engine, compute, pictures)]
+    pieces = [group for pictures in shown for group in _pieces(job, compute, pictures)]
     if not pieces:
         raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
     batches = list(map(stack, pieces))
@@ -188,10 +147,25 @@ def _round(job: Job, shards: list[Shard], engine: Engine, compute: Compute) -> R
         model_s, results = _timed(lambda: list(pool.map(engine.run, batches)))
     encode_s, _ = _timed(lambda: _encode(job, pieces, results))
     job_s, spent = _job_s(job, shards)
-    return Round(
-        matrix_s, read_s, decode_s, model_s, encode_s, job_s, spent, list(chain(*shown)),
-        _gflop(engine, batches),
-    )  # fmt: skip
+    pictures = list(chain(*shown))
+    megapixels = sum(math.prod(picture.pixels.shape) for picture in pictures) / 1e6
+    gflop, matrix_gflop = _gflop(engine, batches), 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
+    return {
+        "images": len(pictures),
+        "megapixels": megapixels,
+        "matrix_gflop_per_s": matrix_gflop / matrix_s,
+        "gflop_per_megapixel": gflop / megapixels,
+        "model": megapixels / model_s,
+        "model_over_limit": gflop / model_s * matrix_s / matrix_gflop,
+        "read": megapixels / read_s,
+        "decode": megapixels / decode_s,
+        "encode": megapixels / encode_s,
+        "write": megapixels / spent.writing,
+        "job": megapixels / job_s,
+        "job_over_model": model_s / job_s,
+        "job_over_work": (model_s + (decode_s + encode_s) / engine.lanes) / job_s,
+        "images_per_s": len(pictures) / job_s,
+    }, spent
 
 
 def _timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
@@ -210,11 +184,10 @@ def _in_memory(sample: Sample) -> Sample:
     return replace(sample, read=lambda: image, read_mask=read_mask, open=None, open_mask=None)
 
 
-def _pieces(
-    job: Job, engine: Engine, compute: Compute, pictures: list[Picture]
-) -> list[list[Piece]]:
+def _pieces(job: Job, compute: Compute, pictures: list[Picture]) -> list[list[Piece]]:
     """The tiles of a shard's images in batches."""
-    look = Look(job.header.network.classes, engine.threshold, engine.probabilities_kept)
+    config = job.config
+    look = Look(job.header.network.classes, config.model.threshold, config.output.probabilities)
     queue = TileQueue(compute)
     canvases = (Canvas(n, picture, job.windows, look) for n, picture in enumerate(pictures))
     return [*chain.from_iterable(map(queue.add, canvases)), *queue.rest()]
@@ -257,11 +230,7 @@ def _gflop(engine: Engine, batches: list[Batch]) -> float:
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
     """The job from its first read to its last commit, the model being loaded; not kept."""
-    seconds: list[Seconds] = []
-
-    def on_done(result: ShardResult, *_: object) -> None:
-        seconds.append(result.seconds)
-
+    results: list[ShardResult] = []
     with contextlib.closing(
         InlineWorkers(job.replica(session.local_cpus(job.config.workers)), lambda: None)
     ) as workers:
@@ -270,11 +239,8 @@ def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
             job.run.publish_manifest(found)
             workers.configure(record.compute, job.footer(record))
             board = Board.of(found.heads, job.config.errors)
-            took_s, _ = _timed(lambda: dispatch(board, workers, on_done))
+            took_s, _ = _timed(
+                lambda: dispatch(board, workers, lambda result, *_: results.append(result))
+            )
     job.run.store.remove_all()
-    return took_s, sum(seconds, Seconds())
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return took_s, sum((result.seconds for result in results), Seconds())

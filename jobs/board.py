@@ -9,7 +9,7 @@ is set aside.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -84,14 +84,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True)
-class Released:
-    """An actor was ended because nothing was left for it."""
-
-    actor: str
-
-
-Event = Ready | Done | Refused | Pulse | Died | Released
+Event = Ready | Done | Refused | Pulse | Died
 
 
 @dataclass
@@ -116,6 +109,18 @@ class Patience:
 
 
 @dataclass
+class Watch:
+    """Over the oldest attempt of an actor."""
+
+    since: float
+    """When it became that."""
+    heard: float
+    """When it made its last step."""
+    steps: int = 0
+    """How far it was then."""
+
+
+@dataclass
 class Board:
     """The shards of a plan on their way from waiting to committed."""
 
@@ -129,18 +134,13 @@ class Board:
     """By actor, the oldest first; an actor that is absent here is not ready."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Shard id → why nobody will try it again in this session."""
-    charged: dict[str, int] = field(default_factory=dict)
-    attempts: dict[str, int] = field(default_factory=dict)
+    charged: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[str] = field(default_factory=Counter)
     is_stopped: bool = False
     failed_starts: int = 0
     """Actors that died before they were ready, one after the other, while none was."""
-    _trials: dict[str, int] = field(default_factory=dict)
-    _since: dict[str, float] = field(default_factory=dict)
-    """By actor, when its oldest attempt became that."""
-    _heard: dict[str, float] = field(default_factory=dict)
-    """By actor, when that attempt made its last step."""
-    _steps: dict[str, int] = field(default_factory=dict)
-    """By shard, how far its attempt was when it was last heard of."""
+    _trials: Counter[str] = field(default_factory=Counter)
+    _watches: dict[str, Watch] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -155,7 +155,7 @@ class Board:
     @property
     def is_done(self) -> bool:
         """Whether nothing waits and nothing is under way."""
-        return not self._left and not any(self.in_flight.values())
+        return not self.open
 
     @property
     def open(self) -> int:
@@ -165,7 +165,7 @@ class Board:
     @property
     def useful(self) -> int:
         """How many actors can have something to do: what an actor holds, no other can begin."""
-        return self._left + sum(bool(held) for held in self.in_flight.values())
+        return self._left + sum(map(bool, self.in_flight.values()))
 
     @property
     def _left(self) -> int:
@@ -196,46 +196,35 @@ class Board:
             return self._begin(actor, self.waiting.popleft(), alone=False)
         return None
 
-    def note(self, event: "Ready | Refused | Pulse | Died | Released") -> None:
+    def note(self, event: Ready | Refused | Pulse | Died) -> None:
         """Something happened to an actor; commits are told to ``done``."""
         match event:
             case Ready(actor):
                 self.in_flight[actor] = []
                 self.failed_starts = 0
-            case Refused():
-                self.refused(event)
-            case Pulse():
-                self.hear(event)
+            case Refused(actor, shard_id, reason):  # only the actor could tell
+                self._take_back(actor, shard_id)
+                self.set_aside[shard_id] = reason
+            case Pulse(actor, steps) if held := self.in_flight.get(actor):
+                watch, now = self._watches[actor], steps.get(held[0].shard.shard_id, 0)
+                if now != watch.steps:
+                    watch.steps, watch.heard = now, self.clock()
             case Died():
                 self.died(event)
 
     def done(self, actor: str, shard_id: str) -> Attempt:
         """A shard was committed; returns the attempt that did it."""
-        since = self._since[actor]
+        since = self._watches[actor].since
         attempt, was_oldest = self._take_back(actor, shard_id)
         if was_oldest and attempt.trial_s is None:
             self.patience.learn(attempt.shard, self.clock() - since)
         return attempt
 
-    def refused(self, event: Refused) -> None:
-        """A shard cannot be done; only its actor could tell."""
-        self._take_back(event.actor, event.shard_id)
-        self.set_aside[event.shard_id] = event.reason
-
-    def hear(self, event: Pulse) -> None:
-        """Note whether the oldest attempt of an actor has made a step."""
-        held = self.in_flight.get(event.actor)
-        if not held:
-            return
-        oldest = held[0].shard.shard_id
-        steps = event.steps.get(oldest, 0)
-        if steps != self._steps.get(oldest, 0):
-            self._steps[oldest], self._heard[event.actor] = steps, self.clock()
-
     def forgive(self, seconds: float) -> None:
         """Nobody was listened to for so long."""
-        for times in (self._since, self._heard):
-            times.update({actor: at + seconds for actor, at in times.items()})
+        for watch in self._watches.values():
+            watch.since += seconds
+            watch.heard += seconds
 
     def overdue(self) -> Iterator[tuple[str, str]]:
         """Actors whose oldest attempt stands still, and what to say of it."""
@@ -244,8 +233,8 @@ class Board:
                 continue
             limit_s = self.patience.limit_s(held[0].shard)
             limit_s *= TRIAL_SLACK if held[0].trial_s is not None else 1.0
-            if self.clock() - self._heard[actor] > limit_s:
-                self._heard[actor] = self.clock()
+            if self.clock() - self._watches[actor].heard > limit_s:
+                self._watches[actor].heard = self.clock()
                 name = held[0].shard.uri or held[0].shard.shard_id
                 yield actor, f"shard {name} has made no step for {limit_s:.0f} s"
 
@@ -255,45 +244,36 @@ class Board:
         held = self.in_flight.pop(event.actor, [])
         if is_failed_start and not self.in_flight:
             self.failed_starts += 1
-        for attempt in held:
-            shard = attempt.shard
-            if self.is_stopped:
-                continue
-            if attempt.trial_s is not None:
-                self._try_again(shard, event)
-            elif event.blameless:
-                self.waiting.appendleft(shard)
-            elif len(held) > 1:
-                self.suspects.append(shard)
-            elif self._charge(shard, event) >= self.max_attempts:
+        for attempt in held if not self.is_stopped else ():
+            self._judge(attempt, event, was_alone=len(held) == 1)
+
+    def _judge(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
+        """A death alone counts, and what hangs alone is no accident; on trial the actor may have
+        died for another reason.
+        """
+        shard, name = attempt.shard, attempt.shard.shard_id
+        if attempt.trial_s is not None:
+            self._trials[name] += not event.blameless
+            if self._trials[name] < MAX_TRIALS:
                 self.on_trial.append(shard)
             else:
-                self.suspects.append(shard)
-
-    def _try_again(self, shard: Shard, event: Died) -> None:
-        """A trial came to no end; the actor may have died for another reason."""
-        tried = self._trials.get(shard.shard_id, 0) + (not event.blameless)
-        self._trials[shard.shard_id] = tried
-        if tried >= MAX_TRIALS:
-            reason = f"its images were tried one by one, and even so: {event.reason}"
-            self.set_aside[shard.shard_id] = reason
+                reason = f"its images were tried one by one, and even so: {event.reason}"
+                self.set_aside[name] = reason
+        elif event.blameless:
+            self.waiting.appendleft(shard)
+        elif was_alone:
+            self.charged[name] += self.max_attempts if event.is_overdue else 1
+            is_due = self.charged[name] >= self.max_attempts
+            (self.on_trial if is_due else self.suspects).append(shard)
         else:
-            self.on_trial.append(shard)
-
-    def _charge(self, shard: Shard, event: Died) -> int:
-        """A death alone counts; what hangs alone is no accident."""
-        deaths = self.max_attempts if event.is_overdue else 1
-        self.charged[shard.shard_id] = self.charged.get(shard.shard_id, 0) + deaths
-        return self.charged[shard.shard_id]
+            self.suspects.append(shard)
 
     def _begin(self, actor: str, shard: Shard, alone: bool, on_trial: bool = False) -> Attempt:
-        number = self.attempts.get(shard.shard_id, 0) + 1
-        self.attempts[shard.shard_id] = number
+        self.attempts[shard.shard_id] += 1
         trial_s = self.patience.limit_s(shard) if on_trial else None
-        attempt = Attempt(shard, number, alone, trial_s)
-        self._steps.pop(shard.shard_id, None)
+        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, trial_s)
         if not self.in_flight[actor]:
-            self._since[actor] = self._heard[actor] = self.clock()
+            self._watches[actor] = Watch(self.clock(), self.clock())
         self.in_flight[actor].append(attempt)
         return attempt
 
@@ -302,5 +282,5 @@ class Board:
         held = self.in_flight[actor]
         place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
         if place == 0:
-            self._since[actor] = self._heard[actor] = self.clock()
+            self._watches[actor] = Watch(self.clock(), self.clock())
         return held.pop(place), place == 0

@@ -13,7 +13,7 @@ import click
 
 from jobs.session import LOG_FORMAT
 from jobs.verbs import models, results, running
-from jobs.verbs.show import harmless_lines
+from jobs.verbs.show import harmless
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
@@ -34,24 +34,20 @@ for room in (running, results, models):
 
 def main() -> None:
     """Run a verb; errors of this project become one message and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     atexit.register(gc.freeze)  # else the last collection goes through all of torch: 0.6 s
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except StoppedError as error:
-        click.echo(harmless_lines(f"{error}; the same command continues there"), err=True)
-        sys.exit(error.exit_code)
     except UnetJobsError as error:
-        click.echo(harmless_lines(f"error: {error}"), err=True)
+        said = f"error: {error}"
+        if isinstance(error, StoppedError):
+            said = f"{error}; the same command continues there"
+        click.echo("\n".join(map(harmless, said.split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped; the same command continues where this one ended", err=True)
         sys.stdout.flush()
         os._exit(StoppedError.exit_code)  # without waiting for threads that may hang for ever
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -7,7 +7,9 @@ import contextlib
 import logging
 import statistics
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from jobs import session
@@ -16,7 +18,7 @@ from jobs.predict import segment
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import list_shards
-from unet_core.inputs.shards import Shard
+from unet_core.inputs.shards import Shard, images_in
 from unet_core.manifest import draft, with_members
 from unet_core.run import Run
 from unet_core.timings import read_timings
@@ -80,16 +82,16 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
     job = prepare(config)
     known = job.run.manifest()
     with draft(list_shards(job.source) if known is None else iter(())) as found:
-        job.source.listing.clear()
         heads = known if known is not None else found.heads
         committed = job.run.committed()
         left = [shard for shard in heads if shard.shard_id not in committed]
-        sample = [
-            head if not head.has_members
-            else with_members(job.run.store, head) if known is not None
-            else found.with_members(head)
-            for head in _spread(left)
-        ]  # fmt: skip
+        read: Callable[[Shard], Shard] = found.with_members
+        if known is not None:
+            read = partial(with_members, job.run.store)
+        by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
+        count = min(SAMPLE, len(left))
+        places = ((2 * n + 1) * len(left) // (2 * count) for n in range(count))  # of all sizes
+        sample = [read(by_size[place]) for place in places]
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(config.workers):
@@ -107,13 +109,6 @@ def _require_several(shards: int, which: str) -> None:
             f"{shards} shards {which}: too few to measure anything by; a smaller "
             "input.shard_images makes more of loose images"
         )
-
-
-def _spread(left: list[Shard]) -> list[Shard]:
-    """A sample of all sizes."""
-    by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
-    count = min(SAMPLE, len(by_size))
-    return [by_size[(2 * n + 1) * len(by_size) // (2 * count)] for n in range(count)]
 
 
 def _scratch(job: Job) -> Job:
@@ -159,8 +154,7 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
     s_per_weight, still = sum(spans) / sum(done), sum(map(weigh, left))
     error = statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else 0.0
     times_sample = still / sum(weights.values())
-    counts = [shard.count for shard in left]
-    is_counted = None not in counts
+    counted = images_in(left)
     written = sum(e.bytes for folder in ("masks", "metrics") for e in store.list(folder))
     gpus = scratch.config.workers.gpus
     return Cost(
@@ -169,8 +163,8 @@ def _scaled(scratch: Job, sample: list[Shard], left: list[Shard], images: int) -
         shards=len(sample),
         images_per_s=max(1, sum(row["images"] for row in rows[1:])) / sum(spans),
         spread=max(LEAST_SPREAD, 2 * error / s_per_weight),
-        images_left=sum(n or 0 for n in counts) if is_counted else round(images * times_sample),
-        is_counted=is_counted,
+        images_left=round(images * times_sample) if counted is None else counted,
+        is_counted=counted is not None,
         hours=s_per_weight * still / 3600,
         gpus=float(gpus) if gpus not in ("auto", 0) else 1.0,
         output_bytes=round(written * times_sample),

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -65,7 +64,11 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     if side is not None and (type(side) is not int or side < 1):
         raise ConfigError(f"side: got {side!r}, allowed: a number of 1 or more")
     if name in PRESETS:
-        spec: NetworkSpec = preset(name, **_typed(options))
+        for field in fields(UNetSpec):
+            given = options.get(field.name)
+            if given is not None and type(given) is not type(field.default):
+                raise ConfigError(f"{field.name}: got {given!r}, allowed: like {field.default!r}")
+        spec: NetworkSpec = preset(name, **options)
         tiling = tiling_of(spec)
         with torch.device("meta"):
             network = build(spec)
@@ -80,15 +83,6 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     layers = _layers(network.eval(), spec.in_channels, side)
     title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
     return Description(title, layers, tiling, (side, side - 2 * tiling.margin))
-
-
-def _typed(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of the type that the preset's field has."""
-    for field in fields(UNetSpec):
-        wanted, given = type(field.default), options.get(field.name)
-        if given is not None and type(given) is not wanted:
-            raise ConfigError(f"{field.name}: got {given!r}, allowed: like {field.default!r}")
-    return options
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from jobs.board import Attempt, Board, Died, Done, Event, Released
+from jobs.board import Attempt, Board, Died, Done, Event
 from unet_core.compute import Compute
 from unet_core.errors import WorkersError
 from unet_core.timings import ShardResult
@@ -18,43 +18,35 @@ class Workers(Protocol):
 
     def probe(self) -> Compute:
         """The ``compute`` section of the first one that is loaded."""
-        ...
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided; only then does any become ready."""
-        ...
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Let a ready actor begin a shard."""
-        ...
 
     def want(self, actors: int, shards: int) -> int:
         """So many shards are open, and at most so many actors can have one; returns how many have
         a process, ready or starting.
         """
-        ...
 
     def release(self, actor: str) -> None:
         """End an actor that nothing is left for; somebody else may need its GPU."""
-        ...
 
     def give_up(self, actor: str, reason: str) -> Died | None:
         """End an actor whose attempt does not; None where that cannot be done."""
-        ...
 
     def events(self) -> Iterator[Event]:
         """Wait a moment and give what happened; an endless loop calls this.
 
         Raises whatever error of this project an actor met: such errors stop a run.
         """
-        ...
 
 
 def dispatch(
     board: Board,
     workers: Workers,
     on_done: Callable[[ShardResult, Attempt, str], None],
-    on_event: Callable[[Event], None] = lambda event: None,
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the board until nothing is left to try; ``on_tick`` is called about once a second.
@@ -64,7 +56,6 @@ def dispatch(
     awake = board.clock()
     while not board.is_done:
         for event in workers.events():
-            on_event(event)
             if isinstance(event, Done):
                 on_done(event.result, board.done(event.actor, event.shard_id), event.actor)
             else:
@@ -76,29 +67,14 @@ def dispatch(
         slept, awake = board.clock() - awake, board.clock()
         if slept > PAUSE_S:
             board.forgive(slept)
-        _give_up(board, workers, on_event)
+        for actor, reason in board.overdue():  # its attempt stands still
+            if (died := workers.give_up(actor, reason)) is not None:
+                board.died(died)
         on_tick()
         actors = workers.want(board.useful, board.open)
-        _hand_out(board, workers, actors, on_event)
-
-
-def _give_up(board: Board, workers: Workers, on_event: Callable[[Event], None]) -> None:
-    """End the actors whose attempts stand still."""
-    for actor, reason in board.overdue():
-        died = workers.give_up(actor, reason)
-        if died is not None:
-            on_event(died)
-            board.died(died)
-
-
-def _hand_out(
-    board: Board, workers: Workers, actors: int, on_event: Callable[[Event], None]
-) -> None:
-    """Let every actor begin what it should, and end those that nothing is left for."""
-    for actor in list(board.in_flight):
-        while (attempt := board.next_for(actor, actors)) is not None:
-            workers.submit(actor, attempt)
-        if not board.has_use_for(actor):
-            del board.in_flight[actor]
-            workers.release(actor)
-            on_event(Released(actor))
+        for actor in list(board.in_flight):
+            while (attempt := board.next_for(actor, actors)) is not None:
+                workers.submit(actor, attempt)
+            if not board.has_use_for(actor):
+                del board.in_flight[actor]
+                workers.release(actor)

@@ -11,6 +11,7 @@ from jobs.spread import spread
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.evaluate import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
+from unet_core.inputs.shards import masks_at
 from unet_core.results import Results
 from unet_core.run import Identity
 from unet_core.storage.store import Store
@@ -19,7 +20,6 @@ from unet_core.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
 
 NAME = re.compile(r"\w[\w.-]*")
 DIGEST_DIGITS = 8
-UNSAID_IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,30 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome
 
     Raises ConfigError if no image has a truth of use, or two have the same.
     """
-    where, classes = config.input.masks, len(results.class_names)
-    if UNSAID_IGNORE_INDEX == config.input.ignore_index < classes:
-        raise ConfigError(
-            f"input.ignore_index is {UNSAID_IGNORE_INDEX} by default, which is a class of this run "
-            f"of {classes}; set it to another value, e.g. 65535"
-        )
-    if "/" in where:
-        where = Store(where, config.storage).uri()
-    settings = config.input.model_copy(update={"masks": where})
-    source = replace(results.source, config=settings)
+    classes = len(results.class_names)
+    config.input.require_free_ignore_index(classes)
+    where = masks_at(config.input, config.storage)
+    source = replace(results.source, config=config.input.model_copy(update={"masks": where}))
     truth = truth_of(source, classes)
-    identity = {
+    about = {
         "truth": where,
         "truth.digest": truth.digest,
         "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
         "input.ignore_index": config.input.ignore_index,
     }
-    evaluation = _prepared(results, truth, config.input.ignore_index, identity, where, name)
-    needed = {"--truth": where} if "/" in where else {"input.uri": source.root.uri()}
-    places = {"RUN": results.run.uri, **needed}
-    tally, set_aside = _done(evaluation, results, config, places)
-    if not set_aside:
-        _require_some(tally, lambda: _without_truth(results, truth, tally))
-    found = scored(tally, results.class_names)
-    return _told(evaluation, results, tally, found | _hint(found, identity), set_aside)
+
+    def found(tally: Tally) -> dict[str, Any]:
+        document = scored(tally, results.class_names)
+        return document | _hint(document, config.input.ignore_index)
+
+    return _evaluated(
+        _prepared(results, truth, config.input.ignore_index, about, where, name),
+        results,
+        config,
+        {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()},
+        found,
+        lambda tally: _without_truth(results, truth, tally),
+    )
 
 
 def compare(results: Results, other: Results, config: PredictConfig, name: str = "") -> Outcome:
@@ -76,19 +75,20 @@ def compare(results: Results, other: Results, config: PredictConfig, name: str =
             f"training names them: 'model.classes={json.dumps(other.class_names)}'"
         )
     truth, only_there = OtherRun.joined(results, other)
-    identity = {
+    about = {
         "against": other.run.store.uri(),
         "against.fingerprint": other.record.fingerprint,
         "against.totals": _digest(repr(other.totals)),
     }
     label = f"against-{other.run.store.uri()}"
-    evaluation = _prepared(results, truth, NOTHING_IGNORED, identity, label, name)
-    places = {"RUN": results.run.uri, "--against": other.run.uri}
-    tally, set_aside = _done(evaluation, results, config, places)
-    if not set_aside:
-        _require_some(tally, lambda: _without_other(results, other, tally, only_there))
-    found = changed(tally, results.class_names, only_there)
-    return _told(evaluation, results, tally, found, set_aside)
+    return _evaluated(
+        _prepared(results, truth, NOTHING_IGNORED, about, label, name),
+        results,
+        config,
+        {"--against": other.run.uri},
+        lambda tally: changed(tally, results.class_names, only_there),
+        lambda tally: _without_other(results, other, tally, only_there),
+    )
 
 
 def _prepared(
@@ -111,24 +111,44 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
 
 
-def _done(
-    evaluation: Evaluation, results: Results, config: PredictConfig, places: dict[str, str]
-) -> tuple[Tally, dict[str, str]]:
-    """Do what is left, and what the run has done again since."""
-    evaluation.begin()
-    set_aside = spread(evaluation, results.shards(), config, places, "evaluating")
-    return evaluation.tally(evaluation.done()), set_aside
-
-
-def _require_some(tally: Tally, without: Callable[[], str]) -> None:
-    """Raises ConfigError where images are there and none could be compared, with the first reason;
-    ``without``: what is said where none has a truth.
+def _evaluated(
+    evaluation: Evaluation,
+    results: Results,
+    config: PredictConfig,
+    places: dict[str, str],
+    found: Callable[[Tally], dict[str, Any]],
+    without: Callable[[Tally], str],
+) -> Outcome:
+    """Do what is left, and what the run has done again since; publish what was ``found``, if
+    nothing is left. ``without``: what is said where no image has a truth.
     """
+    evaluation.begin()
+    shards, places = results.shards(), {"RUN": results.run.uri, **places}
+    set_aside = spread(evaluation, shards, config, places, "evaluating")
+    tally = evaluation.tally(evaluation.done())
+    if not set_aside:
+        _require_some(tally, without)
+    document = {
+        "run": results.run.store.uri(),
+        "evaluation": evaluation.store.uri(),
+        "of": evaluation.identity,
+        "is_finished": results.run.is_finished,
+        "counted": counted(tally.totals),
+        **found(tally),
+    }
+    if not set_aside:
+        data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+        evaluation.store.publish(EVALUATION_JSON, data)
+    return Outcome(document, set_aside)
+
+
+def _require_some(tally: Tally, without: Callable[[Tally], str]) -> None:
+    """Raises ConfigError, with the first reason, where images are there and none was compared."""
     reasons = (*tally.unusable.examples, *tally.only_ok_here.examples)
     if tally.totals.with_truth or not tally.totals.ok:
         return
     if not reasons:
-        raise ConfigError(without())
+        raise ConfigError(without(tally))
     hint = "; are these label images, or the images themselves?" if tally.unusable.count else ""
     raise ConfigError(f"none of {tally.totals.ok} images can be compared: {reasons[0]}{hint}")
 
@@ -152,35 +172,12 @@ def _without_other(results: Results, other: Results, tally: Tally, only_there: I
     )
 
 
-def _hint(found: dict[str, Any], identity: Identity) -> dict[str, str]:
+def _hint(found: dict[str, Any], ignore_index: int) -> dict[str, str]:
     """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
     lacking = [s["class"] for s in found["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
     if not found["ignored_pixels"] or not lacking:
         return {}
-    value = identity["input.ignore_index"]
     return {
-        "warning": f"no pixel of truth is {lacking[0]!r}; if {value} stands for it, give "
-        f"'input.label_map={{{value}=1}}'"
+        "warning": f"no pixel of truth is {lacking[0]!r}; if {ignore_index} stands for it, give "
+        f"'input.label_map={{{ignore_index}=1}}'"
     }
-
-
-def _told(
-    evaluation: Evaluation,
-    results: Results,
-    tally: Tally,
-    found: dict[str, Any],
-    set_aside: dict[str, str],
-) -> Outcome:
-    """Publish the document, if nothing is left."""
-    document = {
-        "run": results.run.store.uri(),
-        "evaluation": evaluation.store.uri(),
-        "of": evaluation.identity,
-        "is_finished": results.run.is_finished,
-        "counted": counted(tally.totals),
-        **found,
-    }
-    if not set_aside:
-        data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
-        evaluation.store.publish(EVALUATION_JSON, data)
-    return Outcome(document, set_aside)

@@ -35,16 +35,12 @@ HEAD_BYTES = 1024
 class Exported:
     """How an export stands."""
 
-    uri: str
-    written: int
-    failed: int
-    """Images that the run has no mask of."""
+    task: Export
+    images: Counter[str]
+    """By status: ``ok`` were written, of ``failed`` ones the run has no mask."""
     problems: list[tuple[str, str]]
     """Images that could not be written, and why."""
     shards_refused: dict[str, str]
-    has_input: bool
-    is_all: bool
-    """Whether the run is finished, so that no shard is still to come."""
 
 
 def export_run(results: Results, config: PredictConfig, options: Options, out: str) -> Exported:
@@ -73,11 +69,8 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
 
 def require_apart(results: Results, option: str, out: str) -> None:
     """Raises ConfigError for a folder in the input, which would read what is there as images."""
-    try:
-        if not results.source.names:  # else the input is but those
-            refuse_nesting(option, out, "the run's input", results.source.root.uri())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if not results.source.names:  # else the input is but those
+        refuse_nesting(option, out, {"the run's input": results.source.root.uri()})
 
 
 def _names(results: Results, shards: list[Shard], options: Options) -> Names:
@@ -102,15 +95,7 @@ def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> E
     for counts, refused in side_by_side(look, done):
         images += counts
         problems += refused
-    return Exported(
-        task.store.uri(),
-        images["ok"],
-        images["failed"],
-        problems,
-        shards_refused,
-        task.has_input,
-        task.results.run.is_finished,
-    )
+    return Exported(task, images, problems, shards_refused)
 
 
 def _write_annotations(task: Export, done: list[str]) -> None:

@@ -10,6 +10,7 @@ from jobs.board import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ShardError
 from unet_core.replica import Replica
+from unet_core.segment import Segmenter
 from unet_core.timings import ShardResult
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class InlineWorkers:
         self._threads_before = torch.get_num_threads()
         self._replica = Replica(spec)
         self._on_image = on_image
+        self._segmenter: Segmenter | None = None
         self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
         self._futures: dict[Future[ShardResult], Attempt] = {}
         self._is_new = True
@@ -37,11 +39,12 @@ class InlineWorkers:
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
-        self._replica.configure(compute, footer, self._on_image)
+        self._segmenter = Segmenter(self._replica, compute, footer, self._on_image)
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Begin a shard on a thread of its own."""
-        self._futures[self._threads.submit(self._replica.segment, attempt.shard)] = attempt
+        assert self._segmenter is not None
+        self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
     def want(self, actors: int, shards: int) -> int:
         """There is only the one."""
@@ -61,7 +64,8 @@ class InlineWorkers:
             self._is_new = False
             yield Ready(NAME)
             return
-        yield Pulse(NAME, self._replica.steps())
+        assert self._segmenter is not None
+        yield Pulse(NAME, dict(self._segmenter.steps))
         done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
         for future in done:
             attempt = self._futures.pop(future)
@@ -72,7 +76,8 @@ class InlineWorkers:
 
     def close(self) -> None:
         """Drop what has not begun and wait a while for what has; the rest is done next time."""
-        self._replica.cancel()
+        if self._segmenter is not None:
+            self._segmenter.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         _, hanging = wait(self._futures, timeout=STOP_S)
         for future in hanging:

@@ -7,6 +7,7 @@ from jobs import session
 from jobs.job import prepare
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import images_in
 from unet_core.manifest import draft
 from unet_core.metrics import Totals
 from unet_core.run import open_existing
@@ -41,14 +42,13 @@ def plan(config: PredictConfig) -> Plan:
         with draft(list_shards(job.source)) as found:
             shards = found.heads
     left = [shard for shard in shards if shard.shard_id not in committed]
-    counts = [shard.count for shard in shards]
     return Plan(
         uri=job.run.uri,
         input=config.input.uri,
         format=job.source.format,
         shards=len(shards),
         shards_left=len(left),
-        images=None if None in counts else sum(count or 0 for count in counts),
+        images=images_in(shards),
         bytes=sum(shard.bytes for shard in shards),
         bytes_left=sum(shard.bytes for shard in left),
         is_finished=job.run.is_finished,

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from unet_core import schema
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
-from unet_core.errors import ConfigError
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
-from unet_core.run import Record, Run, identity
+from unet_core.run import Record, Run, identity, require_same
 from unet_core.windows import Windows, windows_for
 
 
@@ -52,21 +51,11 @@ def prepare(config: PredictConfig) -> Job:
     header = checkpoint.read_header(config.model.checkpoint, config.storage)
     checkpoint.require_factory(config.model.checkpoint, header, config.model.factory)
     windows = windows_for(config.tile, header.tiling)
-    _check_ignore_index(config, header)
+    config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
-    known = ""
-    if run.record is not None and config.input.format == "auto":
-        known = str(run.record.identity["input.format"])
+    mine = run.record.identity if run.record is not None else None
+    known = mine["input.format"] if mine and config.input.format == "auto" else ""
     source = open_source(config.input, config.storage, known)
-    run.require_same(identity(config, source, sha256, header, windows))
+    require_same(run.store, mine, identity(config, source, sha256, header, windows))
     return Job(config, header, sha256, source, run, windows)
-
-
-def _check_ignore_index(config: PredictConfig, header: Header) -> None:
-    given = "ignore_index" in config.input.model_fields_set
-    if config.input.masks and not given and config.input.ignore_index < header.classes:
-        raise ConfigError(
-            f"input.ignore_index is {config.input.ignore_index} by default, which is a class of "
-            f"this network of {header.classes}; set it to another value, e.g. 65535"
-        )

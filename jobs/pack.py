@@ -7,7 +7,6 @@ again writes only what is missing.
 import io
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -18,7 +17,7 @@ from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Sample, Shard, make_shard
-from unet_core.ordered import READ_THREADS
+from unet_core.ordered import side_by_side
 from unet_core.storage.store import Store, parquet_of
 
 ROW_GROUP_ROWS = 64
@@ -62,8 +61,7 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     new = {name: shard for name, shard in plan.items() if name not in there}
     write = _tar if kind == "webdataset" else _parquet
     for name, shard in new.items():
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            packing = list(pool.map(_contents, read_shard(source, shard)))
+        packing = list(side_by_side(_contents, read_shard(source, shard)))
         output.publish(name, write(packing))
     masks = sum(member.mask is not None for member in members)
     return Packed(len(new), len(plan) - len(new), len(members), masks)

@@ -1,9 +1,9 @@
 """What a submitted job takes along: its config, and the few files of this machine that it names."""
 
 import hashlib
-import importlib.machinery
 import logging
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +90,10 @@ def pack(
 
 def _module(factory: str) -> dict[str, Path]:
     """The factory's top module or package, if it lies in this directory."""
-    top = factory.partition(":")[0].partition(".")[0]
-    found = importlib.machinery.PathFinder.find_spec(top, [os.getcwd()]) if top else None
-    if found is None:
-        return {}
-    folders = [Path(folder) for folder in found.submodule_search_locations or []]
-    if not folders and found.origin is not None:
-        return {Path(found.origin).name: Path(found.origin).resolve()}
+    top = re.split("[.:]", factory)[0]
+    found = [Path(f"{top}.py"), *Path(top).rglob("*")] if top else []
     return {
-        f"{top}/{name.as_posix()}": (folder / name).resolve()
-        for folder in folders
-        for name in sorted(path.relative_to(folder) for path in folder.rglob("*"))
-        if (folder / name).is_file() and not SKIPPED & set(name.parts)
+        path.as_posix(): path.resolve()
+        for path in found
+        if path.is_file() and not SKIPPED & set(path.parts)
     }

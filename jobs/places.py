@@ -3,24 +3,14 @@
 from pathlib import Path
 
 from jobs import session
-from unet_core.config import InputConfig, PredictConfig, StorageConfig, is_remote, plain
+from unet_core.config import PredictConfig, StorageConfig, is_remote, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
 
 def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
     """Where a job reads and writes data: URIs by their keys in the config."""
-    found: dict[str, str] = {}
-    parts: dict[str, InputConfig | None]
-    if isinstance(config, PredictConfig):
-        parts = {"input": config.input}
-    else:
-        parts = {"data.train": config.data.train, "data.val": config.data.val}
-    for key, part in parts.items():
-        if part is not None:
-            found[f"{key}.uri"] = part.uri
-            found |= {f"{key}.masks": part.masks} if "/" in part.masks else {}
-    return found | {"output.uri": config.output.uri}
+    return config.read_places | {"output.uri": config.output.uri}
 
 
 def worker_places(config: PredictConfig | TrainConfig) -> dict[str, str]:

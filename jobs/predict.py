@@ -12,16 +12,13 @@ from jobs.job import Job, prepare
 from jobs.places import require_reachable, worker_places
 from jobs.progress import RunProgress
 from unet_core import manifest
-from unet_core.config import ErrorsConfig, PredictConfig, is_remote
+from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.timings import ShardResult, TimingsLog
-
-ENOUGH_IMAGES = 1000
-"""Before so many, the share of failed ones says nothing, except at the end."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,9 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     continues.
     """
     outcome = _predicted(prepare(config), retry_failed, refresh)
-    if not config.output.report:
-        return outcome
     from jobs.report import ending_report  # templates, charts, pictures
 
-    report = ending_report(config.output.uri, config.storage, not outcome.was_finished)
+    report = ending_report(config.output, config.storage, not outcome.was_finished)
     return replace(outcome, report=report)
 
 
@@ -78,9 +73,7 @@ def _predicted(job: Job, retry_failed: bool, refresh: bool) -> Outcome:
         run.reopen()  # somebody has taken commits away
     if known is None:
         with manifest.draft(list_shards(job.source)) as draft:
-            job.source.listing.clear()
             return segment(job, draft.heads, draft)
-    job.source.listing.clear()
     return replace(segment(job, [*known, *new]), done_again=again, added=len(new))
 
 
@@ -91,7 +84,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
     board = Board.of(plan, errors, job.config.storage.deadline_s)
-    if too_many_failed(errors, totals):
+    if errors.are_too_many(totals.failed, totals.images_seen):
         board.stop()
     if not board.is_done or draft is not None:
         timings = TimingsLog(run.store)
@@ -106,14 +99,16 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                 nonlocal totals
                 totals += result.totals
                 timings.add(result, attempt.number, actor)
-                progress.on_done(result)
-                if too_many_failed(errors, totals):
+                progress.on_done(attempt.shard, result.totals)
+                if errors.are_too_many(totals.failed, totals.images_seen):
                     board.stop()
 
             with timings:
-                dispatch(board, workers, on_done, progress.on_event, progress.tick)
+                dispatch(board, workers, on_done, lambda: progress.tick(len(board.in_flight)))
     is_done = totals.shards == len(shards)
-    exceeded = too_many_failed(errors, totals, at_end=True) if is_done else board.is_stopped
+    exceeded = board.is_stopped
+    if is_done:
+        exceeded = errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
     if is_done and not exceeded:
         if not run.has_all(shards):
             raise RunMismatchError(
@@ -140,16 +135,6 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
         return draft.heads
 
 
-def too_many_failed(errors: ErrorsConfig, totals: Totals, at_end: bool = False) -> bool:
-    """Whether more images failed than ``errors.max_failed_images``, a number or a share."""
-    most = errors.max_failed_images
-    if isinstance(most, int):
-        return totals.failed > most
-    return (at_end or totals.images_seen >= ENOUGH_IMAGES) and (
-        totals.failed > most * totals.images_seen
-    )
-
-
 @contextlib.contextmanager
 def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     """Threads of this process, or actors of a Ray cluster."""
@@ -157,9 +142,8 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     if session.is_inline(workers):
         from jobs.inline import InlineWorkers
 
-        with contextlib.closing(
-            InlineWorkers(job.replica(session.local_cpus(workers)), progress.on_image)
-        ) as inline:
+        spec = job.replica(session.local_cpus(workers))
+        with contextlib.closing(InlineWorkers(spec, progress.on_image)) as inline:
             yield inline
         return
     from jobs.actors import RayActors
@@ -169,7 +153,6 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
         require_reachable(needed, is_shared)
         only_here = not is_shared and not all(map(is_remote, needed.values()))
         placement = session.settle(workers, session.offered(workers, only_here))
-        with contextlib.closing(
-            RayActors(job.replica(placement.cpus), placement, shards, only_here)
-        ) as actors:
+        spec = job.replica(placement.cpus)
+        with contextlib.closing(RayActors(spec, placement, shards, only_here)) as actors:
             yield actors

@@ -9,18 +9,10 @@ import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jobs.board import Died, Event, Ready, Released
-from unet_core.inputs.shards import Shard
+from unet_core.inputs.shards import Shard, images_in
 from unet_core.metrics import Totals
-from unet_core.timings import ShardResult
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
@@ -84,19 +76,18 @@ class RunProgress(Display):
 
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
         super().__init__("segmenting")
-        self._bytes = {shard.shard_id: shard.bytes for shard in plan}
-        counts = [shard.count for shard in plan]
-        self._known = None if None in counts else sum(count or 0 for count in counts)
+        self._bytes = sum(shard.bytes for shard in plan)
+        self._known = images_in(plan)
         self._shards, self._done_shards = len(shards), len(shards) - len(plan)
         self._before, self._done = before, Totals()
         self._done_bytes = self._provisional = 0
-        self._actors: set[str] = set()
+        self._actors = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
 
     def __exit__(self, *_: object) -> None:
         if self._done.shards:
-            self.tick(is_last=True)
+            self.tick(self._actors, is_last=True)
         super().__exit__()
 
     def on_image(self) -> None:
@@ -104,25 +95,19 @@ class RunProgress(Display):
         with self._lock:
             self._provisional += 1
 
-    def on_event(self, event: Event) -> None:
-        """Something happened to an actor."""
-        if isinstance(event, Ready):
-            if not self._actors and not self._done.shards:
-                self._started = time.monotonic()  # loading the model is not the rate's business
-            self._actors.add(event.actor)
-        elif isinstance(event, Died | Released):
-            self._actors.discard(event.actor)
-
-    def on_done(self, result: ShardResult) -> None:
+    def on_done(self, shard: Shard, totals: Totals) -> None:
         """A shard was committed."""
         with self._lock:
-            self._provisional = max(0, self._provisional - result.totals.images_seen)
-        self._done += result.totals
-        self._done_bytes += self._bytes[result.shard_id]
+            self._provisional = max(0, self._provisional - totals.images_seen)
+        self._done += totals
+        self._done_bytes += shard.bytes
         self._done_shards += 1
 
-    def tick(self, is_last: bool = False) -> None:
-        """Show how it stands."""
+    def tick(self, actors: int, is_last: bool = False) -> None:
+        """Show how it stands, and how many actors take shards."""
+        if not self._actors and not self._done.shards:
+            self._started = time.monotonic()  # loading the model is not the rate's business
+        self._actors = actors
         done = self._done.images_seen + self._provisional
         total, before = self._total(), self._before.images_seen
         is_over = self._done_shards == self._shards
@@ -133,7 +118,7 @@ class RunProgress(Display):
             f"{before + done:,} of {about}{of} images, {rate} images/s, "
             f"{self._before.failed + self._done.failed} failed, "
             f"{self._done_shards}/{self._shards} shards"
-            f"{'' if is_over else f', {len(self._actors)} actors'}"
+            f"{'' if is_over else f', {actors} actors'}"
         )
         self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
 
@@ -144,7 +129,7 @@ class RunProgress(Display):
         if self._done_shards == self._shards:
             return self._done.images_seen
         if self._done_bytes:
-            return self._done.images_seen * sum(self._bytes.values()) / self._done_bytes
+            return self._done.images_seen * self._bytes / self._done_bytes
         return None
 
 

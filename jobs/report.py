@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from jobs.export import require_apart
 from unet_core.arrays import Array
 from unet_core.compact import batches, compact
-from unet_core.config import StorageConfig
+from unet_core.config import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
 from unet_core.images.picture import Picture
@@ -45,12 +45,16 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     return f"{uri.rstrip('/')}/{NAME}"
 
 
-def ending_report(uri: str, storage: StorageConfig, was_done: bool) -> str:
-    """The report that comes with the end of a run or a training; empty if there is none.
+def ending_report(output: FolderConfig, storage: StorageConfig, was_done: bool) -> str:
+    """The report that comes with the end of a run or a training, if it is wanted; empty if there is
+    none.
 
     Where nothing ``was_done`` and it is there, it is left alone. What keeps it from being written
     is told, and spoils nothing.
     """
+    if not output.report:
+        return ""
+    uri = output.uri
     try:
         if not was_done and Store(uri, storage).exists(NAME):
             return f"{uri.rstrip('/')}/{NAME}"

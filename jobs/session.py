@@ -140,17 +140,14 @@ def settle(workers: WorkersConfig, nodes: Nodes, may_wait: bool = False) -> Plac
     asked = f"{actors} actors of {gpus:g} GPU and {cpus:g} CPU each"
     if workers.accelerator_type:
         asked += f" on {workers.accelerator_type}"
-    if may_wait:
-        log.info("placing up to %s, room for %d now", asked, room)
-    elif not room or actors > room:
+    if not may_wait and (not room or actors > room):
         has = ", ".join(f"{g:g} GPU + {c:g} CPU" for g, c in nodes) or "nothing that fits"
         raise WorkersError(
             f"{asked} do not fit: the cluster has {len(nodes)} nodes with {has}, room for {room}; "
             "lower workers.count, workers.gpus or workers.cpus, or set workers.max if the cluster "
             "will grow"
         )
-    else:
-        log.info("placing %s", asked)
+    log.info("placing %s%s, room for %d now", "up to " if may_wait else "", asked, room)
     return Placement(actors, gpus, cpus)
 
 
@@ -215,6 +212,18 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
         except ray.exceptions.RayError as error:
             found[asked[reference]] = str(error).strip().splitlines()[-1]
     return found
+
+
+def answer(reference: Any) -> Any:
+    """What a call of Ray gave, or the error that says what became of its process."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        raise  # a bug of ours: its traceback is the message
+    except ray.exceptions.RayError as error:
+        return error
 
 
 def node_count() -> int:

@@ -13,11 +13,11 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
-from jobs.answers import Crash, Failure, Refusal, recorded
+from jobs.answers import Crash, Failure, Problem, Refusal, recorded
 from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
-from unet_core.config import PredictConfig, WorkersConfig
+from unet_core.config import PredictConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
 from unet_core.inputs.shards import Shard
 
@@ -28,8 +28,7 @@ AHEAD = 2
 RETRIES = 2
 WAIT_S = 0.5
 
-Answer = int | Failure | Crash | Refusal
-Answers = Generator[tuple[Shard, Answer], None, None]
+Answers = Generator[tuple[Shard, int | Problem], None, None]
 
 
 class Task(Protocol):
@@ -37,7 +36,6 @@ class Task(Protocol):
 
     def done(self) -> set[str]:
         """Ids of the shards that it has been done with."""
-        ...
 
     def do(self, shard: Shard) -> int:
         """Do one shard and publish what comes of it; returns how many images it had.
@@ -45,7 +43,6 @@ class Task(Protocol):
         Raises ShardError if it cannot be done, NotFoundError or ParquetDamagedError if a part of it
         is not what it should be; the others do not mind.
         """
-        ...
 
 
 def spread(
@@ -63,7 +60,9 @@ def spread(
     if not left:
         return {}
     refused: dict[str, str] = {}
-    run = _here if is_here(config.workers) else _on_cluster
+    count = config.workers.count  # auto: a cluster that is named
+    is_here = count == "inline" or (count == "auto" and not session.is_cluster_named())
+    run = _here if is_here else _on_cluster
     with (
         ShardsProgress(what, len(shards), len(shards) - len(left)) as progress,
         contextlib.closing(run(task, left, config, places)) as answers,
@@ -78,18 +77,11 @@ def spread(
     return refused
 
 
-def is_here(workers: WorkersConfig) -> bool:
-    """Whether this process does it: no cluster is named, and no actors were asked for."""
-    if workers.count == "auto":
-        return not session.is_cluster_named()
-    return workers.count == "inline"
-
-
 def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:
     """On threads. Whoever is stopped does not wait for what is under way."""
     pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
     try:
-        futures = {pool.submit(_answer, task, shard): shard for shard in left}
+        futures = {pool.submit(recorded(_done), task, shard): shard for shard in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
@@ -117,30 +109,23 @@ def _on_cluster(
                     return
                 ready, _ = ray.wait(list(calls), timeout=WAIT_S)
                 for reference in ready:
-                    try:
-                        answer = ray.get(reference)
-                    except ray.exceptions.RayTaskError:
-                        raise  # a bug of ours: its traceback is the message
-                    except ray.exceptions.RayError as error:
-                        answer = Crash(" ".join(str(error).split())[:300])
+                    answer = session.answer(reference)
+                    if isinstance(answer, ray.exceptions.RayError):
+                        answer = Crash(" ".join(str(answer).split())[:300])
                     yield calls.pop(reference), answer
         finally:
             for reference in calls:
                 ray.cancel(reference, force=True)
 
 
-def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> Answer:
-    answer = recorded(lambda: driver.require(code_version(), "a node"))
-    return answer if answer is not None else _answer(task, shard)
+@recorded
+def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> int:
+    driver.require(code_version(), "a node")
+    return _done(task, shard)
 
 
-def _answer(task: Task, shard: Shard) -> Answer:
-    def do() -> int | Refusal:
-        try:
-            return task.do(shard)
-        except ShardError as error:
-            return Refusal(str(error))
-        except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
-            return Refusal(f"{error}; unet-jobs verify tells more")
-
-    return recorded(do)
+def _done(task: Task, shard: Shard) -> int:
+    try:
+        return task.do(shard)
+    except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
+        raise ShardError(f"{error}; unet-jobs verify tells more") from error

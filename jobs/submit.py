@@ -107,7 +107,8 @@ class JobServer:
         last, found = max(jobs, default=0), _alive(jobs)
         if found is None:
             job_id = f"{name}-{last + 1}" if last else name
-            if self._start(job_id, package, {"run": config.output.uri, "config": digest}):
+            with contextlib.suppress(TakenError):
+                self._start(job_id, package, {"run": config.output.uri, "config": digest})
                 ended = f"{jobs[last].submission_id} ended as {jobs[last].status}" if last else ""
                 return Submitted(job_id, True, ended and f"{ended}; the same run goes on")
             found = _alive(self._jobs_of(name))  # somebody else did, just now
@@ -149,25 +150,21 @@ class JobServer:
         """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
         self._ask(lambda: self._client.stop_job(job_id))
 
-    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> bool:
-        """Upload and start; False if the id has just been taken."""
+    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> None:
+        """Upload and start; raises TakenError if the id has just been taken."""
         with tempfile.TemporaryDirectory() as folder:
             package.write(Path(folder))
-            try:
-                self._ask(
-                    lambda: self._client.submit_job(
-                        entrypoint=package.entrypoint,
-                        submission_id=job_id,
-                        runtime_env={
-                            "working_dir": folder,
-                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
-                        },
-                        metadata=metadata,
-                    )
+            self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=package.entrypoint,
+                    submission_id=job_id,
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                    },
+                    metadata=metadata,
                 )
-            except TakenError:
-                return False
-        return True
+            )
 
     def _ask(self, call: Callable[[], ResultT], patience_s: float = PATIENCE_S) -> ResultT:
         deadline = time.monotonic() + patience_s
@@ -222,7 +219,9 @@ class Follower:
                     "same command submits the run again, and it continues"
                 )
             if info.status.is_terminal():
-                self._rest()
+                with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
+                    self._take(0, self._server.logs(self._id))
+                self._take(self._seen, "\n" if self._line else "")  # a last line may not end
                 return _exit_code(info), f"{self._id} ended as {info.status}"
             time.sleep(AGAIN_S)
 
@@ -234,13 +233,6 @@ class Follower:
                 chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
                 self._take(position, chunk)
                 position += len(chunk)
-
-    def _rest(self) -> None:
-        with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
-            self._take(0, self._server.logs(self._id))
-        if self._line:
-            self._show(self._line)
-            self._line = ""
 
     def _take(self, position: int, text: str) -> None:
         new = text[max(0, self._seen - position) :]

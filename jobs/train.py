@@ -13,7 +13,7 @@ from jobs.report import ending_report
 from jobs.train_progress import TrainProgress
 from unet_core.fit import Event, fit
 from unet_core.train_config import TrainConfig
-from unet_core.training.run import BEST, open_training
+from unet_core.training.run import BEST, Position, open_training
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,10 @@ class Trained:
 
     best: str
     """Where the best weights are."""
-    step: int
-    best_step: int
-    metric: str
-    value: float | None
-    """Of the best weights."""
-    was_finished: bool = False
+    position: Position
+    was_finished: bool
     """There was nothing to do: an earlier session had finished the training."""
-    report: str = ""
+    report: str
     """Where the page about the training is, if there is one."""
 
 
@@ -41,23 +37,15 @@ def train(config: TrainConfig) -> Trained:
     Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
     checkpoint, when the process is asked to stop.
     """
-    output = config.output
     run = open_training(config)
     was_finished = run.is_finished
     if not was_finished:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    done = run.position()
-    return Trained(
-        best=f"{output.uri.rstrip('/')}/{BEST}",
-        step=done.step,
-        best_step=done.best_step,
-        metric=config.train.best,
-        value=done.best,
-        was_finished=was_finished,
-        report=ending_report(output.uri, config.storage, not was_finished) if output.report else "",
-    )
+    report = ending_report(config.output, config.storage, not was_finished)
+    best = f"{config.output.uri.rstrip('/')}/{BEST}"
+    return Trained(best, run.position(), was_finished, report)
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:

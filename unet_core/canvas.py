@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,27 +36,37 @@ class Look:
     threshold: float = 0.5
     probabilities: str = "none"
 
-    @property
-    def mask_dtype(self) -> Any:
-        """uint8, or uint16 above 256 classes."""
-        return np.uint8 if self.logits <= 256 else np.uint16
-
-    def room_for(self, box: Box) -> Array | None:
-        """Room for the probabilities of a mask window; None if none are kept."""
-        if self.probabilities == "none":
-            return None
-        return np.empty((self.logits, *box.shape), dtype=self.probabilities)
-
 
 @dataclass(frozen=True)
 class Area:
-    """One finished mask window."""
+    """One mask window; its pixels come from one tile each, unless tiles are blended."""
 
     box: Box
     mask_HW: Array
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
     probabilities_KHW: Array | None
+
+    @classmethod
+    def empty(cls, box: Box, look: Look) -> "Area":
+        """Room for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        mask_HW = np.empty(box.shape, np.uint8 if look.logits <= 256 else np.uint16)
+        probabilities_KHW = None
+        if look.probabilities != "none":
+            probabilities_KHW = np.empty((look.logits, *box.shape), look.probabilities)
+        return cls(box, mask_HW, 0, probabilities_KHW)
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        """Take what lies here of the kept part of a tile."""
+        here, there = self.box.shared(*tile.target)
+        assert result.mask_HW is not None
+        self.mask_HW[here] = result.mask_HW[there]
+        if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
+            self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
+
+    def finished(self) -> "Area":
+        """What became of it."""
+        return self
 
 
 class Canvas:
@@ -76,7 +86,7 @@ class Canvas:
         self.spool = Spool() if len(self._boxes) > 1 else None
         """Where the bytes of finished areas wait until the image is known to be good."""
         self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
-        self._open: dict[Box, _ExactArea | _BlendedArea] = {}
+        self._open: dict[Box, Area | _BlendedArea] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -91,7 +101,11 @@ class Canvas:
             self.fail(tile, ImageError("not_finite", reason), rank=1)
         for box in self._under(tile):
             if box not in self._open:
-                self._open[box] = self._opened(box)
+                self._open[box] = (
+                    _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
+                    if self._blends
+                    else Area.empty(box, self._look)
+                )
             self._open[box].paste(tile, result)
             self._missing[box] -= 1
             if not self._missing[box]:
@@ -108,11 +122,6 @@ class Canvas:
         found = min(self._failures, key=lambda failure: failure[:3], default=None)
         return found[3] if found is not None else None
 
-    def _opened(self, box: Box) -> "_ExactArea | _BlendedArea":
-        if self._blends:
-            return _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
-        return _ExactArea(box, self._look)
-
     def _under(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""
         if len(self._boxes) == 1:
@@ -123,25 +132,6 @@ class Canvas:
         )
         across = round_up(self.picture.pixels.shape[1], MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
         return [self._boxes[row * across + column] for row in rows for column in columns]
-
-
-class _ExactArea:
-    """A mask window whose pixels come from one tile each."""
-
-    def __init__(self, box: Box, look: Look) -> None:
-        self._box = box
-        self._mask_HW = np.empty(box.shape, dtype=look.mask_dtype)
-        self._probabilities_KHW = look.room_for(box)
-
-    def paste(self, tile: Tile, result: Segmented) -> None:
-        here, there = self._box.shared(*tile.target)
-        assert result.mask_HW is not None
-        self._mask_HW[here] = result.mask_HW[there]
-        if self._probabilities_KHW is not None and result.probabilities_KHW is not None:
-            self._probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
-
-    def finished(self) -> Area:
-        return Area(self._box, self._mask_HW, 0, self._probabilities_KHW)
 
 
 class _BlendedArea:
@@ -162,16 +152,16 @@ class _BlendedArea:
         self._weight_HW[here] += weight_HW
 
     def finished(self) -> Area:
-        mask_HW, confidence = np.empty(self._box.shape, self._look.mask_dtype), 0
-        kept_KHW = self._look.room_for(self._box)
+        area, confidence = Area.empty(self._box, self._look), 0
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
+            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
             confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
-            if kept_KHW is not None:
-                kept_KHW[:, rows] = quantised(p_KHW, self._look.probabilities)
-        return Area(self._box, mask_HW, confidence, kept_KHW)
+            if area.probabilities_KHW is not None:
+                is_uint8 = self._look.probabilities == "uint8"
+                area.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+        return replace(area, confidence_sum=confidence)
 
 
 def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
@@ -179,13 +169,8 @@ def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
     if look.logits == 1:
         is_foreground = p_KHW[0] > look.threshold
         chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
-        return is_foreground.astype(look.mask_dtype), chosen_HW
-    return p_KHW.argmax(axis=0).astype(look.mask_dtype), p_KHW.max(axis=0)
-
-
-def quantised(p_KHW: Array, kind: str) -> Array:
-    """Probabilities as they are stored: round(p · 255), or half precision."""
-    return np.rint(p_KHW * 255).astype(np.uint8) if kind == "uint8" else p_KHW.astype(np.float16)
+        return is_foreground, chosen_HW
+    return p_KHW.argmax(axis=0), p_KHW.max(axis=0)
 
 
 @functools.lru_cache(maxsize=16)

@@ -28,6 +28,9 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
+IGNORE_INDEX = 255
+ENOUGH_IMAGES = 1000
+"""Before so many, the share of failed ones says nothing, except at the end."""
 AUTHORITY = re.compile(r"(\w+)://([^/]*)")
 PROTOCOLS = ("file", "local", "memory", "s3", "gs", "abfs")
 
@@ -85,7 +88,7 @@ class InputConfig(Section):
     else a stem suffix (``_mask``). Parquet and lists: column. Empty: no truth."""
     label_map: dict[int, int] = {}
     """Mask value → class id, applied to truth; values not named stay as they are."""
-    ignore_index: Annotated[int, Field(ge=0, le=65535)] = 255
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = IGNORE_INDEX
     """Truth pixels of this value (after ``label_map``) count nowhere."""
     image_column: str = "image"
     """Parquet: the column of encoded images, binary or ``struct<bytes, path>``."""
@@ -102,6 +105,24 @@ class InputConfig(Section):
     max_pixels: Count = 2**27
     """Height × width above which an image is not decoded whole: a large TIFF is read by window (up
     to 256 times as many), others become failed rows."""
+
+    @property
+    def mask_folder(self) -> str:
+        """Another folder, if that is where the truth lies."""
+        return self.masks if "/" in self.masks else ""
+
+    def require_free_ignore_index(self, classes: int) -> None:
+        """Raises ConfigError where truth is to be read and the default means a class."""
+        if self.masks and IGNORE_INDEX == self.ignore_index < classes:
+            raise ConfigError(
+                f"input.ignore_index is {IGNORE_INDEX} by default, which is one of {classes} "
+                "classes here; set it to another value, e.g. 65535"
+            )
+
+    def places(self, section: str) -> dict[str, str]:
+        """Where data is read: URIs by their keys in a section of a config."""
+        masks = {f"{section}.masks": self.mask_folder} if self.mask_folder else {}
+        return {f"{section}.uri": self.uri, **masks}
 
 
 class ModelConfig(Section):
@@ -165,6 +186,12 @@ class ErrorsConfig(Section):
     stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     """What stands still for this much longer than its size and the storage let expect is given up:
     of a shard the actor, of an image tried alone the image."""
+
+    def are_too_many(self, failed: int, seen: int, at_end: bool = False) -> bool:
+        """Whether more images failed, of those that were seen, than ``max_failed_images``."""
+        if isinstance(self.max_failed_images, int):
+            return failed > self.max_failed_images
+        return (at_end or seen >= ENOUGH_IMAGES) and failed > self.max_failed_images * seen
 
 
 class ShareConfig(Section):
@@ -242,8 +269,13 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
-        refuse_reading_output(self.output, {"input": self.input})
+        refuse_nesting("output.uri", self.output.uri, self.read_places)
         return self
+
+    @property
+    def read_places(self) -> dict[str, str]:
+        """Where data is read: URIs by their keys."""
+        return self.input.places("input")
 
 
 class ForeignConfig(Section):
@@ -383,18 +415,14 @@ def plain(uri: str) -> str:
     return uri.removeprefix("file://").removeprefix("local://")
 
 
-def refuse_nesting(name: str, uri: str, other_name: str, other: str) -> None:
-    """Output inside input would be read as input on the next run, and the other way round."""
-    path, root = (
-        Path(p) if is_remote(p) else Path(plain(p)).expanduser().resolve() for p in (uri, other)
-    )
-    if path == root or root in path.parents or path in root.parents:
-        raise ValueError(f"{name} ({uri}) and {other_name} ({other}) must not contain each other")
+def refuse_nesting(name: str, uri: str, read: dict[str, str]) -> None:
+    """Output inside input would be read as input on the next run, and the other way round.
 
-
-def refuse_reading_output(output: FolderConfig, inputs: dict[str, InputConfig]) -> None:
-    """The same for what a config reads, by its section, and the folder that it writes."""
-    for section, given in inputs.items():
-        refuse_nesting("output.uri", output.uri, f"{section}.uri", given.uri)
-        if "/" in given.masks:
-            refuse_nesting("output.uri", output.uri, f"{section}.masks", given.masks)
+    ``read``: by the keys of a config. Raises ConfigError.
+    """
+    for key, other in read.items():
+        path, root = (
+            Path(p) if is_remote(p) else Path(plain(p)).expanduser().resolve() for p in (uri, other)
+        )
+        if path == root or root in path.parents or path in root.parents:
+            raise ConfigError(f"{name} ({uri}) and {key} ({other}) must not contain each other")

@@ -146,7 +146,6 @@ class Engine:
         self.device = device
         self.threshold = threshold
         self.tta = tta
-        self.probabilities_kept = probabilities
         self.probabilities = "float32" if blends else probabilities
         self.blends = blends
         self.most_pixels: int | None = None
@@ -158,7 +157,6 @@ class Engine:
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
         self._room = Room(2**62)
-        self.mask_dtype = torch.uint8 if header.classes <= 256 else torch.int32
 
     def share_cores(self, cores: int, tile_size: int) -> None:
         """On a CPU, let lanes of one thread each share the cores; their batches together hold a
@@ -231,9 +229,8 @@ class Engine:
             return [Segmented(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
         ids_NHW, confidence_NHW = self._classify(p_NKHW)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
-        ids = ids_NHW.to(self.mask_dtype).cpu().numpy()
-        if ids.dtype != np.uint8:
-            ids = ids.astype(np.uint16)
+        kind = torch.uint8 if self.header.classes <= 256 else torch.int32  # no uint16 for Apple
+        ids = ids_NHW.to(kind).cpu().numpy()
         return [
             Segmented(ids[at], int(totals[at[0]]), finite_N[at[0]], shown[at[0]]) for at in kept
         ]

@@ -10,8 +10,8 @@ class UnetJobsError(Exception):
     """Of the command that it ends."""
 
 
-class ConfigError(UnetJobsError):
-    """The config is wrong; the message lists every problem, one a line."""
+class ConfigError(UnetJobsError, ValueError):
+    """The config is wrong; the message lists every problem, one a line. Validators may raise it."""
 
     exit_code = 2
 

@@ -2,7 +2,6 @@
 they add up to.
 """
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from unet_core.metrics import confusion, truth_columns
 from unet_core.ordered import side_by_side
 from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
 from unet_core.results import StoredMask, open_masks
-from unet_core.run import Identity, require_equal
+from unet_core.run import Identity, establish, require_equal
 from unet_core.schema import EVALUATION
 from unet_core.storage.store import Store
 from unet_core.tally import Tally
@@ -45,11 +44,9 @@ class Evaluation:
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
-        data = json.dumps(self.identity, indent=1).encode() + b"\n"
-        if not self.store.publish_exclusively(TRUTH_JSON, data):
-            mine = json.loads(self.store.read(TRUTH_JSON))
-            advice = "give another --name, or none"
-            require_equal(self.store.uri(), mine, self.identity, "evaluation", advice)
+        there = establish(self.store, TRUTH_JSON, self.identity)
+        advice = "give another --name, or none"
+        require_equal(self.store.uri(), there, self.identity, "evaluation", advice)
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""

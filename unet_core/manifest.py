@@ -6,7 +6,8 @@ driver, and the members of one shard by the actor that segments it.
 
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice
@@ -43,31 +44,24 @@ class Draft:
     generation: int = 0
 
     def with_members(self, head: Shard) -> Shard:
-        """A shard with its members."""
-        group, index = divmod(head.row, SHARDS_PER_GROUP)
-        return dataclasses.replace(head, members=_group(pq.ParquetFile(self.file), group)[index])
-
-    def __enter__(self) -> "Draft":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+        """A shard with its members; one of none as it is."""
+        return _with_members(head, lambda group: _group(pq.ParquetFile(self.file), group))
 
 
-@local_space()
-def draft(shards: Iterable[Shard], generation: int = 0) -> Draft:
+@contextmanager
+def draft(shards: Iterable[Shard], generation: int = 0) -> Iterator[Draft]:
     """Write shards, as they come, into a temporary file, for a manifest's ``generation``.
 
     Raises ConfigError if two shards are the same, StoreError if there is no room for it.
     """
     file = spooled()
     try:
-        heads = _write(iter(shards), file, generation)
-        file.flush()
-        return Draft(heads, file, generation)
-    except BaseException:
+        with local_space():
+            heads = _write(iter(shards), file, generation)
+            file.flush()
+        yield Draft(heads, file, generation)
+    finally:
         drop(file)
-        raise
 
 
 def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Shard]:
@@ -123,11 +117,15 @@ def read_heads(file: bytes, generation: int = 0) -> list[Shard]:
 
 def with_members(store: Store, shard: Shard) -> Shard:
     """The shard with its members, read from the manifest of a run; one of none as it is."""
+    name = manifest_name(shard.generation)
+    return _with_members(shard, lambda group: _members(store, name, group))
+
+
+def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]]) -> Shard:
     if not shard.has_members:
         return shard
     group, index = divmod(shard.row, SHARDS_PER_GROUP)
-    name = manifest_name(shard.generation)
-    return dataclasses.replace(shard, members=_members(store, name, group)[index])
+    return dataclasses.replace(shard, members=read(group)[index])
 
 
 def names(store: Store, heads: list[Shard]) -> Known:

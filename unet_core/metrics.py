@@ -148,15 +148,15 @@ class Totals:
         """Whether every image that a reader saw has its row."""
         return self.images_seen == self.ok + self.failed
 
-    def only_class(self) -> int | None:
-        """The class that all pixels were given, if that is so of several images."""
-        given = [class_id for class_id, pixels in enumerate(self.class_pixels) if pixels]
-        return given[0] if self.ok > 1 and len(given) == 1 else None
-
     @property
     def scores(self) -> list[Scores]:
         """Micro scores per class, over all images with truth."""
         return [Scores(*counts) for counts in zip(self.tp, self.fp, self.fn, strict=True)]
+
+    def only_class(self, class_names: tuple[str, ...]) -> str | None:
+        """The class of every pixel of all images, if there are several and it is one."""
+        there = [name for name, n in zip(class_names, self.class_pixels, strict=False) if n]
+        return there[0] if self.ok > 1 and len(there) == 1 else None
 
     @classmethod
     def of_rows(cls, rows: pa.Table, images_seen: int) -> "Totals":

@@ -1,27 +1,19 @@
-"""One replica of the model with everything around it: what an actor is, without Ray."""
-
-from collections.abc import Callable, Mapping
+"""One replica of the model, on its device and with the windows that it is shown."""
 
 from torch import nn
 
 from unet_core.compute import Compute, ReplicaSpec
-from unet_core.config import PredictConfig
 from unet_core.engine import Engine, choose_device
-from unet_core.errors import CheckpointError, ImageError
-from unet_core.inputs.shards import Shard
-from unet_core.manifest import with_members
+from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.segment import NOBODY, Segmenter, Settings
-from unet_core.storage.store import Store
-from unet_core.timings import ShardResult
 from unet_core.windows import windows_for
 
 
 class Replica:
-    """Loads the network, says what it computes with, then segments shards."""
+    """Loads the network and says what it computes with."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
@@ -30,11 +22,12 @@ class Replica:
             config.model.checkpoint, spec.model_sha256, config.storage, config.model.factory
         )
         _require_tiling(network, header)
+        wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"  # also inline
         self.windows = windows_for(config.tile, header.tiling)
         self.engine = Engine(
             network,
             header,
-            choose_device(_wanted_device(config)),
+            choose_device("cpu" if wants_cpu else config.model.device),
             config.model.threshold,
             config.tile.tta,
             config.output.probabilities,
@@ -42,52 +35,10 @@ class Replica:
             config.model.precision,
         )
         self.engine.share_cores(spec.threads, self.windows.size)
-        self._segmenter: Segmenter | None = None
 
     def probe(self) -> Compute:
         """This replica's ``compute`` section."""
         return self.engine.probe(self.windows.size, self.spec.config.tile.batch)
-
-    def configure(
-        self, compute: Compute, footer: dict[str, str], on_image: Callable[[], None] = lambda: None
-    ) -> None:
-        """Fix what the run has decided. Raises RunMismatchError if this replica differs."""
-        if not self.spec.config.workers.mixed_devices:
-            compute.require(self.probe())
-        settings = Settings(
-            source=self.spec.source,
-            output=Store(self.spec.config.output.uri, self.spec.config.storage),
-            compute=compute,
-            footer=footer,
-            windows=self.windows,
-            encoding=self.spec.config.output.encoding,
-            threads=max(2, self.spec.threads),
-            on_image=on_image,
-        )
-        self._segmenter = Segmenter(self.engine, settings)
-
-    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
-        """Segment and commit one shard without its ``guilty`` images; two calls may overlap."""
-        return self.segmenter.segment(self.with_members(shard), guilty)
-
-    def with_members(self, shard: Shard) -> Shard:
-        """The shard with its members, if it has any."""
-        return with_members(self.segmenter.settings.output, shard)
-
-    @property
-    def segmenter(self) -> Segmenter:
-        """What segments shards, once it is configured."""
-        assert self._segmenter is not None, "configure first"
-        return self._segmenter
-
-    def steps(self) -> dict[str, int]:
-        """By shard under way, how often something of it came to an end."""
-        return dict(self._segmenter.steps) if self._segmenter is not None else {}
-
-    def cancel(self) -> None:
-        """Give up the shards under way, soon; they raise StoppedError."""
-        if self._segmenter is not None:
-            self._segmenter.cancel()
 
 
 def _require_tiling(network: nn.Module, header: Header) -> None:
@@ -99,9 +50,3 @@ def _require_tiling(network: nn.Module, header: Header) -> None:
             f"model.factory: {header.network.factory} now builds a network whose tiles are not "
             "exact; import its weights again"
         )
-
-
-def _wanted_device(config: PredictConfig) -> str:
-    """``workers.gpus = 0`` means CPU, also inline."""
-    wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"
-    return "cpu" if wants_cpu else config.model.device

@@ -32,8 +32,8 @@ class EncodedArea:
     row: Row
     payload: Callable[[], dict[str, bytes]]
     class_pixels: Array
-    confusion_KK: Array | None
-    truth_failure: ImageError | None
+    confusion_KK: Array | ImageError | None
+    """Or what is wrong with the truth, if there is any."""
     confidence_sum: int
     encode_s: float
 
@@ -61,35 +61,32 @@ class Encoder:
             "image_width": width,
             "encoding": self.encoding,
         }
-        matrix, failure = self._compare(canvas.picture.truth, area)
         return EncodedArea(
             row,
             canvas.spool.keep(payload) if canvas.spool is not None else lambda: payload,
             class_pixels(area.mask_HW, self.classes),
-            matrix,
-            failure,
+            self._compare(canvas.picture.truth, area),
             area.confidence_sum,
             time.perf_counter() - start,
         )
 
-    def _compare(
-        self, truth: Pixels | ImageError | None, area: Area
-    ) -> tuple[Array | None, ImageError | None]:
+    def _compare(self, truth: Pixels | ImageError | None, area: Area) -> Array | ImageError | None:
         if not isinstance(truth, Pixels):
-            return None, truth
+            return truth
         try:
             truth_HW = truth.read(*area.box)[0]
         except ImageError as failure:
-            return None, failure
-        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index), None
+            return failure
+        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index)
 
     def image(self, canvas: Canvas) -> Encoded:
         """The rows of an image whose areas are all encoded or about to be."""
         areas = sorted((f.result() for f in canvas.encoded), key=lambda a: (a.row["y"], a.row["x"]))
         picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
         if canvas.failure is not None:
-            return Encoded(self.rejected(Rejected(picture.sample, canvas.failure)), (), encode_s)
-        failure = next((a.truth_failure for a in areas if a.truth_failure is not None), None)
+            return rejected(Rejected(picture.sample, canvas.failure), encode_s)
+        truths = (area.confusion_KK for area in areas)
+        failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = picture.pixels.shape
         row = _row(picture.sample, "ok", failure) | {
             "height": height,
@@ -102,9 +99,10 @@ class Encoder:
             row |= truth_columns(matrix, height * width)
         return Encoded(row, (area.row | area.payload() for area in areas), encode_s)
 
-    def rejected(self, image: Rejected) -> Row:
-        """The row of an image that failed."""
-        return _row(image.sample, "failed", image.failure)
+
+def rejected(image: Rejected, encode_s: float = 0.0) -> Encoded:
+    """The row of an image that failed."""
+    return Encoded(_row(image.sample, "failed", image.failure), (), encode_s)
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:

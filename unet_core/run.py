@@ -9,21 +9,20 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unet_core import __version__, schema
 from unet_core.compute import Compute
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
-from unet_core.inputs.shards import Shard, Source
+from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.metrics import Totals
 from unet_core.networks.checkpoint import Header
-from unet_core.ordered import READ_THREADS, side_by_side
+from unet_core.ordered import side_by_side
 from unet_core.parts import ids_in, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
 from unet_core.windows import Windows
@@ -45,22 +44,16 @@ def identity(
 
     Whatever changes masks, and nothing else: not workers, not where the output lies.
     """
+    settings = config.input.model_dump(exclude={"uri"}) | {
+        "format": source.format,
+        "masks": masks_at(config.input, config.storage),
+        "label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
+    }
     return {
         "schema_version": schema.SCHEMA_VERSION,
         "input.uri": source.root.uri(),
         "input.names": list(source.names),
-        "input.format": source.format,
-        "input.shard_images": config.input.shard_images,
-        "input.masks": _absolute(config),
-        "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
-        "input.ignore_index": config.input.ignore_index,
-        "input.image_column": config.input.image_column,
-        "input.id_column": config.input.id_column,
-        "input.allow": config.input.allow,
-        "input.channels": config.input.channels,
-        "input.pages": config.input.pages,
-        "input.axes": config.input.axes,
-        "input.max_pixels": config.input.max_pixels,
+        **{f"input.{key}": value for key, value in settings.items()},
         "model.sha256": model_sha256,
         "model.preprocessing": header.preprocessing.model_dump(),
         "model.threshold": config.model.threshold,
@@ -72,11 +65,6 @@ def identity(
         "output.encoding": config.output.encoding,
         "output.probabilities": config.output.probabilities,
     }
-
-
-def _absolute(config: PredictConfig) -> str:
-    masks = config.input.masks
-    return Store(masks, config.storage).uri() if "/" in masks else masks
 
 
 class Record(BaseModel):
@@ -102,19 +90,6 @@ class Record(BaseModel):
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> bytes:
-        """The bytes of ``run.json``."""
-        table = {"fingerprint": self.fingerprint, **self.model_dump()}
-        return json.dumps(table, indent=1).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes, where: str) -> "Record":
-        """Parse ``run.json``; raises StoreError if it is damaged or from another version."""
-        try:
-            return cls.model_validate_json(data)
-        except ValueError as error:
-            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
-
 
 class Run:
     """One output folder."""
@@ -126,23 +101,17 @@ class Run:
         self.record = self._read_record() if self.store.exists(RUN_JSON) else None
 
     def _read_record(self) -> Record:
-        return Record.from_json(self.store.read(RUN_JSON), self.store.uri(RUN_JSON))
+        """Raises StoreError if it is damaged or from another version."""
+        try:
+            return Record.model_validate_json(self.store.read(RUN_JSON))
+        except ValueError as error:
+            where = self.store.uri(RUN_JSON)
+            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
 
     @property
     def is_finished(self) -> bool:
         """Whether all shards were committed and the totals written."""
         return self.store.exists(SUCCESS)
-
-    def require_same(self, wanted: Identity) -> None:
-        """Refuse to mix two runs in one folder.
-
-        Raises RunMismatchError with the keys that differ, ConfigError if the folder holds
-        something else.
-        """
-        if self.record is None:
-            require_empty(self.store)
-        else:
-            require_equal(self.store.uri(), self.record.identity, wanted)
 
     def establish(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
@@ -153,27 +122,25 @@ class Run:
                 "drivers of this run apart; start only one at a time",
                 self.store.uri(),
             )
-        is_first = self.store.publish_exclusively(RUN_JSON, record.to_json())
+        document = {"fingerprint": record.fingerprint, **record.model_dump()}
+        is_first = establish(self.store, RUN_JSON, document) is document
         self.record = record if is_first else self._read_record()
-        self.require_same(record.identity)
+        require_same(self.store, self.record.identity, record.identity)
         return self.record
 
     def manifest(self) -> list[Shard] | None:
         """All shards of the run as they were found when it began and at each refresh, without their
         members; None before that.
         """
-        if not self.store.exists(manifest_name(0)):
-            return None
         names = (f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER))
         files = [name for name in names if name.endswith(".parquet")]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
-        return [
-            head
-            for number, name in enumerate(files)
-            for head in read_heads(self.store.read(name), number)
-        ]
+        heads: list[Shard] = []
+        for number, name in enumerate(files):
+            heads += read_heads(self.store.read(name), number)
+        return heads or None
 
     def publish_manifest(self, draft: Draft) -> None:
         """Publish the manifest, or what a refresh adds to it, unless it is there.
@@ -209,15 +176,13 @@ class Run:
         """
         committed = self.committed()
         heads = [shard for shard in shards if shard.shard_id in committed]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            totals = pool.map(lambda shard: read_totals(self.store, shard.shard_id), heads)
-            failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
-            there = pool.map(is_there, failed)
-            again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
-            if again:
-                self.reopen()
-            for _ in pool.map(lambda name: self.store.remove(metrics_name(name)), again):
-                pass
+        totals = side_by_side(lambda shard: read_totals(self.store, shard.shard_id), heads)
+        failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
+        there = side_by_side(is_there, failed)
+        again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
+        if again:
+            self.reopen()
+        list(side_by_side(lambda name: self.store.remove(metrics_name(name)), again))
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:
@@ -239,9 +204,31 @@ class Run:
 
     def finished_totals(self) -> Totals:
         """The totals in ``_SUCCESS``."""
-        table: dict[str, Any] = json.loads(self.store.read(SUCCESS))
-        as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        return Totals(**cast(Any, as_tuples))
+        return TypeAdapter(Totals).validate_json(self.store.read(SUCCESS))
+
+
+def establish(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Publish a JSON document that says whose folder this is, or read the one that is there.
+
+    Raises StoreError if that is damaged.
+    """
+    if store.publish_exclusively(name, json.dumps(document, indent=1).encode() + b"\n"):
+        return document
+    try:
+        return dict(json.loads(store.read(name)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
+
+
+def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
+    """Refuse to mix two runs in one folder, or one with something else.
+
+    Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
+    """
+    if mine is None:
+        require_empty(store)
+    else:
+        require_equal(store.uri(), mine, wanted)
 
 
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"

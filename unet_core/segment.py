@@ -13,27 +13,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from types import MappingProxyType
 
 import numpy as np
 
 from unet_core.canvas import Canvas, Look
 from unet_core.compute import Compute
-from unet_core.engine import Batch, Engine, Segmented
+from unet_core.engine import Batch, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inputs.formats import read_shard
-from unet_core.inputs.shards import Sample, Shard, Source
+from unet_core.inputs.shards import Sample, Shard
+from unet_core.manifest import with_members
 from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
 from unet_core.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
-from unet_core.rows import Encoded, Encoder, Row
+from unet_core.replica import Replica
+from unet_core.rows import Encoded, Encoder, Row, rejected
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 from unet_core.tiling import Piece, TileQueue, stack
 from unet_core.timings import Seconds, ShardResult
-from unet_core.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +46,10 @@ DECODED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is fixed for a run and the same on every actor."""
-
-    source: Source
-    output: Store
-    compute: Compute
-    footer: dict[str, str]
-    windows: Windows
-    encoding: str
-    threads: int = 2
-    """For decoding and encoding."""
-    on_image: Callable[[], None] = field(default=lambda: None)
-    """Called after each image, for progress."""
-
-
-@dataclass(frozen=True)
 class Decoded:
     """What a decoding thread hands over."""
 
     images: list[Picture | Rejected]
-    drawn_s: float
-    """What it took the reader of the shard to come to it."""
     read_s: float
     """What the thread itself read: loose images."""
     decode_s: float
@@ -84,7 +68,7 @@ class Decoded:
         return self.read_s / total if total else 0.0
 
 
-Images = Prefetch[tuple[Sample, float], Decoded]
+Images = Prefetch[Sample, Decoded]
 
 
 @dataclass
@@ -106,19 +90,34 @@ class _Attempt:
 
 
 class Segmenter:
-    """Segments shards with one engine. Two threads may call ``segment`` at once: while one has
+    """Segments shards with one replica. Two threads may call ``segment`` at once: while one has
     the device, the other already reads and decodes.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        header, config = engine.header, settings.source.config
-        self.engine = engine
-        self.settings = settings
-        self._decoder = Decoder(header.preprocessing, header.classes, config)
-        self._encoder = Encoder(header.classes, settings.encoding, config.ignore_index)
-        self._look = Look(header.network.classes, engine.threshold, engine.probabilities_kept)
-        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="codec")
-        self._lanes = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
+    def __init__(
+        self,
+        replica: Replica,
+        compute: Compute,
+        footer: dict[str, str],
+        on_image: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``compute`` and ``footer`` are what the run has decided. Raises RunMismatchError if the
+        replica differs.
+        """
+        spec, config, header = replica.spec, replica.spec.config, replica.engine.header
+        if not config.workers.mixed_devices:
+            compute.require(replica.probe())
+        self.replica, self.engine, self._on_image = replica, replica.engine, on_image
+        self.compute, self.footer = compute, footer
+        self.output = Store(config.output.uri, config.storage)
+        self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
+        self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
+        self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
+        self._look = Look(
+            header.network.classes, config.model.threshold, config.output.probabilities
+        )
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
+        self._lanes = ThreadPoolExecutor(self.engine.lanes, thread_name_prefix="device")
         self._device = threading.Lock()
         self._running = 0
         """Lanes at work, for whatever shard."""
@@ -130,11 +129,13 @@ class Segmenter:
         """By shard under way: how often something of it came to an end."""
 
     def step(self, shard_id: str) -> None:
-        """Something of a shard came to an end."""
+        """Something of a shard came to an end; raises StoppedError after ``cancel``."""
+        if self._cancelled.is_set():
+            raise StoppedError("stopped")
         self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
 
     def cancel(self) -> None:
-        """Let every shard under way raise StoppedError before its next image."""
+        """Let every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
     @local_space()
@@ -148,13 +149,13 @@ class Segmenter:
         exception.
         """
         start = time.perf_counter()
+        found = read_shard(self.replica.spec.source, with_members(self.output, shard))
         samples = (
             replace(sample, failure=guilty.get(place, sample.failure))
-            for place, sample in enumerate(read_shard(self.settings.source, shard))
+            for place, sample in enumerate(found)
         )
         try:
-            with self._attempt(partial(self.step, shard.shard_id)) as attempt:
-                self._fill(attempt, samples)
+            with self._filled(samples, partial(self.step, shard.shard_id)) as attempt:
                 totals = self._commit(attempt, shard)
             return ShardResult(shard.shard_id, totals, attempt.seconds, time.perf_counter() - start)
         finally:
@@ -162,32 +163,32 @@ class Segmenter:
 
     def rehearse(self, sample: Sample) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._attempt() as attempt:
-            self._fill(attempt, iter([sample]))
+        with self._filled(iter([sample])):
+            pass
 
     @contextlib.contextmanager
-    def _attempt(self, on_step: Callable[[], None] = lambda: None) -> Iterator[_Attempt]:
-        has_probabilities = self._look.probabilities != "none"
-        part = MasksPart(self.settings.encoding, self.settings.footer, has_probabilities)
+    def _filled(
+        self, samples: Iterator[Sample], on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[_Attempt]:
+        """The masks of samples in their part, and the rows of the other one."""
+        part = MasksPart(self._encoding, self.footer, self._look.probabilities != "none")
         with contextlib.closing(part):
-            yield _Attempt(part, TileQueue(self.settings.compute), on_step)
+            attempt = _Attempt(part, TileQueue(self.compute), on_step)
+            with Prefetch(
+                self._pool,
+                self._decode,
+                samples,
+                2 * self._threads + 2,
+                attrgetter("held_bytes"),
+                DECODED_BYTES,
+                attrgetter("encoded_bytes"),
+            ) as images:
+                self._compute(attempt, images)
+                attempt.seconds.reading += images.drawing_s
+                self._append(attempt, attempt.encoded.rest())
+            yield attempt
 
-    def _fill(self, attempt: _Attempt, samples: Iterator[Sample]) -> None:
-        """Put the masks of samples into the part, and collect the rows of the other one."""
-        with Prefetch(
-            self._pool,
-            self._decode,
-            _drawn(samples),
-            2 * self.settings.threads + 2,
-            lambda decoded: decoded.held_bytes,
-            DECODED_BYTES,
-            lambda drawn: drawn[0].encoded_bytes,
-        ) as images:
-            self._compute(attempt, images)
-            self._append(attempt, attempt.encoded.rest())
-
-    def _decode(self, drawn: tuple[Sample, float]) -> Decoded:
-        sample, drawn_s = drawn
+    def _decode(self, sample: Sample) -> Decoded:
         reads: list[float] = []
         read_mask = sample.read_mask and _timed(sample.read_mask, reads)
         start = time.perf_counter()
@@ -195,7 +196,7 @@ class Segmenter:
             replace(sample, read=_timed(sample.read, reads), read_mask=read_mask)
         )
         spent = time.perf_counter() - start
-        return Decoded(images, drawn_s, sum(reads), spent - sum(reads))
+        return Decoded(images, sum(reads), spent - sum(reads))
 
     def _compute(self, attempt: _Attempt, images: Images) -> None:
         """Run every batch. Images are numbered, and so counted, as they come from the reader,
@@ -204,25 +205,19 @@ class Segmenter:
         """
         with self._device_taken(attempt.seconds):
             for decoded in self._waited_for(images, attempt.seconds):
-                self._raise_if_cancelled()
                 attempt.on_step()
-                attempt.seconds.reading += decoded.drawn_s + decoded.read_s
+                attempt.seconds.reading += decoded.read_s
                 attempt.seconds.decoding += decoded.decode_s
                 for found in decoded.images:
-                    image = self._unless_too_large(_unless_seen(found, attempt.ids))
+                    image = self._checked(found, attempt.ids)
                     index = attempt.encoded.number()
                     if isinstance(image, Rejected):
-                        row = self._encoder.rejected(image)
-                        self._add(attempt, index, self._pool.submit(Encoded, row, ()))
+                        self._add(attempt, index, self._pool.submit(rejected, image))
                     else:
-                        canvas = Canvas(index, image, self.settings.windows, self._look)
+                        canvas = Canvas(index, image, self.replica.windows, self._look)
                         self._start(attempt, attempt.queue.add(canvas))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
-
-    def _raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise StoppedError("stopped")
 
     @contextlib.contextmanager
     def _device_taken(self, seconds: Seconds) -> Iterator[None]:
@@ -238,10 +233,8 @@ class Segmenter:
         iterator = iter(images)
         while True:
             idle = self.engine.lanes - self._running
-            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             image = next(iterator, None)
-            items_s = images.waited_for_items_s - items_s
-            work_s = images.waited_for_work_s - work_s
+            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             reading = image.read_share if image is not None else 0.0
             seconds.waiting_for_reading += idle * (items_s + work_s * reading)
             seconds.waiting_for_decoding += idle * work_s * (1 - reading)
@@ -249,8 +242,14 @@ class Segmenter:
                 return
             yield image
 
-    def _unless_too_large(self, image: Picture | Rejected) -> Picture | Rejected:
-        """The image, or its rejection if a row cannot hold the probabilities of a mask window."""
+    def _checked(self, image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
+        """The image, or its rejection if the shard has an earlier one with its id, or if a row
+        cannot hold the probabilities of a mask window.
+        """
+        if image.sample.image_id in ids:
+            failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
+            return Rejected(image.sample, failure)
+        ids.add(image.sample.image_id)
         if isinstance(image, Rejected) or self._look.probabilities == "none":
             return image
         box = mask_windows(*image.pixels.shape)[0]
@@ -262,7 +261,6 @@ class Segmenter:
 
     def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
         for pieces in batches:
-            self._raise_if_cancelled()
             batch = self._pool.submit(stack, pieces)
             attempt.running.append((pieces, self._lanes.submit(self._run, batch)))
             self._paste(attempt, self.engine.lanes + 1)
@@ -305,32 +303,22 @@ class Segmenter:
             attempt.rows.append(image.metrics)
             for row in image.masks:
                 attempt.part.add(row)
-            self.settings.on_image()
+            self._on_image()
 
     def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
         start, seen = time.perf_counter(), attempt.encoded.numbers
         masks, sha256, size = attempt.part.finish()
         footer = {
-            **self.settings.footer,
+            **self.footer,
             "images_seen": str(seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        output, made = self.settings.output, metrics_part(attempt.rows, footer)
-        counts = commit(output, shard.shard_id, masks, made)
-        totals = totals_of(counts, output.uri(metrics_name(shard.shard_id)))
+        counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
+        totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
         attempt.seconds.writing = time.perf_counter() - start
         log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
         return totals
-
-
-def _unless_seen(image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
-    """The image, or its rejection if the shard has an earlier one with its id."""
-    if image.sample.image_id in ids:
-        failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
-        return Rejected(image.sample, failure)
-    ids.add(image.sample.image_id)
-    return image
 
 
 def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], bytes]:
@@ -344,11 +332,3 @@ def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], byte
             spent_s.append(time.perf_counter() - start)
 
     return timed
-
-
-def _drawn(samples: Iterator[Sample]) -> Iterator[tuple[Sample, float]]:
-    """Samples with the seconds that the reader spent on each."""
-    start = time.perf_counter()
-    for sample in samples:
-        yield sample, time.perf_counter() - start
-        start = time.perf_counter()

@@ -3,8 +3,8 @@
 Which tiles share a batch depends on the shard and the run's ``compute`` section alone.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -33,8 +33,7 @@ class TileQueue:
 
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
-        self._groups: dict[Any, list[Piece]] = {}
-        self._pixels = 0
+        self._groups: dict[tuple[tuple[int, int], str], list[Piece]] = {}
 
     def add(self, canvas: Canvas) -> Iterator[list[Piece]]:
         """Queue the tiles of a picture; yield the batches that are due."""
@@ -42,28 +41,26 @@ class TileQueue:
             key = (tile.shape, canvas.picture.pixels.dtype.str)
             group = self._groups.setdefault(key, [])
             group.append((canvas, tile))
-            self._pixels += tile.shape[0] * tile.shape[1]
             if len(group) >= self._compute.batch_of(*tile.shape):
-                yield self._take(key)
+                yield self._groups.pop(key)
             elif self._is_late(canvas):
-                yield self._take(next(iter(self._groups)))
+                yield self._longest_waiting()
 
     def _is_late(self, canvas: Canvas) -> bool:
         """Whether the group that waits longest has waited enough."""
         oldest, _ = next(iter(self._groups.values()))[0]
         waiting = canvas.index - oldest.index
-        too_many = self._pixels > PENDING_BATCHES * self._compute.batch_pixels
+        pixels = sum(len(group) * math.prod(shape) for (shape, _), group in self._groups.items())
+        too_many = pixels > PENDING_BATCHES * self._compute.batch_pixels
         return too_many or waiting > PENDING_IMAGES
 
     def rest(self) -> Iterator[list[Piece]]:
         """What is left when the shard ends."""
         while self._groups:
-            yield self._take(next(iter(self._groups)))
+            yield self._longest_waiting()
 
-    def _take(self, key: Any) -> list[Piece]:
-        group = self._groups.pop(key)
-        self._pixels -= sum(tile.shape[0] * tile.shape[1] for _, tile in group)
-        return group
+    def _longest_waiting(self) -> list[Piece]:
+        return self._groups.pop(next(iter(self._groups)))
 
 
 def stack(pieces: list[Piece]) -> Batch:

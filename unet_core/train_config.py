@@ -15,9 +15,8 @@ from unet_core.config import (
     ShareConfig,
     StorageConfig,
     UriOrNone,
-    refuse_reading_output,
+    refuse_nesting,
 )
-from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
 
@@ -104,10 +103,7 @@ class NetworkConfig(Section):
             )
         if self.arguments and not self.factory:
             raise ValueError("arguments belong to a factory; give model.factory too")
-        try:
-            assert self.spec
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        assert self.spec  # raises ConfigError for what no network can be
         return self
 
 
@@ -277,6 +273,13 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
             )
-        parts = {f"data.{name}": part for name, part in self.data.parts.items()}
-        refuse_reading_output(self.output, {**parts})
+        refuse_nesting("output.uri", self.output.uri, self.read_places)
         return self
+
+    @property
+    def read_places(self) -> dict[str, str]:
+        """Where data is read: URIs by their keys."""
+        found: dict[str, str] = {}
+        for name, part in self.data.parts.items():
+            found |= part.places(f"data.{name}")
+        return found

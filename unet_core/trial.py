@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError, one_line
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
+from unet_core.manifest import with_members
 from unet_core.replica import Replica
+from unet_core.segment import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -32,34 +35,22 @@ PR_SET_PDEATHSIG = 1  # from prctl.h
 CGROUP = Path("/sys/fs/cgroup")
 
 
-@dataclass(frozen=True)
-class Ended:
-    """The child survived the image that it had in hand."""
-
-    failure: ImageError | None = None
-    """Why the image cannot be segmented."""
-    is_broken: bool = False
-    """The child ends: what is broken stays broken, and other images would be blamed for it."""
-
-
-Word = int | Ended | None
-"""What the child says: the place of the image that it has in hand, how that one ended, and at last
-that there is no further one.
+Word = int | ImageError | Literal["survived", "finished"]
+"""What the child says: the place of the image that it has in hand, why that cannot be segmented,
+that the child survived it, and at last that there is no further one.
 """
 
 
-def find_guilty(replica: Replica, shard: Shard, image_s: float) -> dict[int, ImageError]:
+def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int, ImageError]:
     """Failures of a shard's images by their place in it: of those that could not be segmented alone
     within ``image_s`` seconds, or took their process along.
 
     Raises ShardError if the child dies or hangs while it reads.
     """
-    settings = replica.segmenter.settings
-    replica.engine.free_memory()
-    trial = Trial(
-        replica.spec, settings.compute, settings.footer, replica.with_members(shard), image_s
-    )
-    return trial.guilty(partial(replica.segmenter.step, shard.shard_id))
+    segmenter.engine.free_memory()
+    shard, spec = with_members(segmenter.output, shard), segmenter.replica.spec
+    trial = Trial(spec, segmenter.compute, segmenter.footer, shard, image_s)
+    return trial.guilty(partial(segmenter.step, shard.shard_id))
 
 
 @dataclass(frozen=True)
@@ -105,22 +96,22 @@ class Trial:
         patience_s = LOADING_S
         try:
             while True:
-                message = _heard(here, patience_s)
+                if not here.poll(patience_s):
+                    raise TimeoutError
+                message: object = here.recv()
                 on_step()
                 patience_s = self.image_s
                 match message:
-                    case None:
-                        return None
                     case int():
                         place = message
-                    case Ended(failure, is_broken) if place is not None:
-                        if failure is not None:
-                            found[place] = failure
-                        if is_broken:
-                            return place + 1
-                        place = None
+                    case ImageError() if place is not None:
+                        found[place] = message
                     case UnetJobsError():
                         raise message
+                    case "survived":
+                        place = None
+                    case "finished":
+                        return None
         except EOFError:
             child.join()
             failure = ImageError("worker_died", f"tried alone, it {_how(child.exitcode)}")
@@ -132,15 +123,8 @@ class Trial:
             here.close()
         if place is None:
             raise ShardError(f"its images could not be read one by one: {failure}")
-        found[place] = failure
+        found.setdefault(place, failure)
         return place + 1
-
-
-def _heard(here: Connection, patience_s: float) -> object:
-    """The child's next word; raises EOFError if it died, TimeoutError if it is silent."""
-    if not here.poll(patience_s):
-        raise TimeoutError
-    return here.recv()
 
 
 def _live(trial: Trial, first: int, pipe: Connection) -> None:
@@ -148,10 +132,9 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
     _end_with_parent()
     room = None
     try:
-        replica = Replica(trial.spec)
-        replica.configure(trial.compute, trial.footer)
+        segmenter = Segmenter(Replica(trial.spec), trial.compute, trial.footer)
         room = _limit_memory()
-        for message in _tried(replica, trial.shard, first, room):
+        for message in _tried(segmenter, trial.shard, first, room):
             pipe.send(message)
     except UnetJobsError as error:
         pipe.send(error)
@@ -159,24 +142,22 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
         pipe.send(ShardError(f"reading it takes more memory than {_needed(room)}"))
 
 
-def _tried(replica: Replica, shard: Shard, first: int, room: int | None) -> Iterator[Word]:
-    for place, sample in enumerate(read_shard(replica.spec.source, shard)):
+def _tried(segmenter: Segmenter, shard: Shard, first: int, room: int | None) -> Iterator[Word]:
+    for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
         if place < first:
             continue
         yield place
         try:
-            replica.segmenter.rehearse(sample)
-            yield Ended()
+            segmenter.rehearse(sample)
         except MemoryError:
-            reason = f"it takes more memory than {_needed(room)}"
-            yield Ended(ImageError("out_of_memory", reason))
+            yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
         except WorkersError as error:  # the device has no room for one tile
-            yield Ended(ImageError("out_of_memory", f"tried alone: {error}"))
-        except RuntimeError as error:  # torch's device errors: a broken device stays broken
-            reason = f"tried alone: {one_line(error)}"
-            yield Ended(ImageError("worker_died", reason), is_broken=True)
-            return
-    yield None
+            yield ImageError("out_of_memory", f"tried alone: {error}")
+        except RuntimeError as error:  # torch's device errors: a broken device stays broken, and
+            yield ImageError("worker_died", f"tried alone: {one_line(error)}")
+            return  # other images would be blamed for it
+        yield "survived"
+    yield "finished"
 
 
 def _needed(room: int | None) -> str:

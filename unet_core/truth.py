@@ -19,7 +19,7 @@ from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
 from unet_core.inputs import listing
-from unet_core.inputs.folder import File, labels_by_stem, mask_root, stem_of
+from unet_core.inputs.folder import File, labels_by_stem, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.ordered import side_by_side
@@ -49,7 +49,7 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
 
     Raises StoreError where there is nothing, ConfigError for two label images of one name.
     """
-    is_by_name = "/" in source.config.masks or source.format in ("folder", "list")
+    is_by_name = source.config.mask_folder or source.format in ("folder", "list")
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
@@ -103,7 +103,7 @@ class LabelImages:
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """For each row of a shard's metrics: by path below the root, else by bare name."""
-        decoder, root = TruthDecoder(self.classes, self.source.config), mask_root(self.source)
+        decoder, root = TruthDecoder(self.classes, self.source.config), self.source.mask_root
         for row in rows:
             found = self._find(shard, row)
             if found is None:
@@ -141,7 +141,7 @@ class LabelImages:
 
 
 def _is_in_list(source: Source) -> bool:
-    return source.format == "list" and "/" not in source.config.masks
+    return source.format == "list" and not source.config.mask_folder
 
 
 def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
@@ -160,7 +160,7 @@ def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
 
 def _in_folder(source: Source) -> dict[str, tuple[str, str | None]]:
     """Names that are no UTF-8 are those of no image."""
-    entries = (e for e in mask_root(source).list() if readable_name(e.name) == e.name)
+    entries = (e for e in source.mask_root.list() if readable_name(e.name) == e.name)
     by_stem = labels_by_stem(entries, source.config.masks)
     return {stem: (entry.name, entry.etag) for stem, entry in by_stem.items()}
 

@@ -5,7 +5,6 @@ masks with code that shares nothing with the writing side.
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -20,7 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from unet_core.config import StorageConfig
-from unet_core.errors import StoreError
+from unet_core.errors import StoreError, one_line
 from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.inputs.webdataset import MASK_WORDS
@@ -278,8 +277,8 @@ def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
     findings.problems += [f"finished, but shard {s} is not committed" for s in sorted(missing)]
     try:
         claimed = run.finished_totals()
-    except (json.JSONDecodeError, TypeError) as error:
-        findings.problems.append(f"_SUCCESS cannot be read: {error}")
+    except ValueError as error:
+        findings.problems.append(f"_SUCCESS cannot be read: {one_line(error)}")
         return
     if claimed != findings.totals:
         findings.problems.append("the totals in _SUCCESS are not the sums of the metrics parts")

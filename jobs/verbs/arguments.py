@@ -20,20 +20,21 @@ REACH = ("storage.", "workers.")
 
 
 def predict_config(
-    source: str, overrides: Words, model: str | None, out: str | None
+    source: str, overrides: Words, model: str | None, out: str | None, else_out: str = ""
 ) -> PredictConfig:
-    """Of ``predict`` and its kin: a TOML, or a folder of images."""
+    """Of ``predict`` and its kin: a TOML, or a folder of images; ``else_out``: for no run."""
     if source.endswith(".toml"):
         if model or out:
             raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
         return load(PredictConfig, source, list(overrides))
+    out = out or else_out
     if not out and not any(o.startswith("output.uri=") for o in overrides):
         raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
-    table: dict[str, Any] = {"input": {"uri": source}, "output": {}}
-    if model:
-        table["model"] = {"checkpoint": model}
-    if out:
-        table["output"]["uri"] = out
+    table = {
+        "input": {"uri": source},
+        "model": {"checkpoint": model} if model else {},
+        "output": {"uri": out} if out else {},
+    }
     return build(PredictConfig, table, list(overrides), source="command line")
 
 

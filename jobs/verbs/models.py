@@ -19,9 +19,10 @@ def train(source: str, overrides: Words, out: str | None) -> None:
     trained = run_train(config)
     if trained.was_finished:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
-    value = "–" if trained.value is None else f"{trained.value:.4f}"
-    show.lines(steps=f"{trained.step:,}, the best after {trained.best_step:,}")
-    show.lines(best=f"{trained.best} (val {trained.metric} {value})")
+    at = trained.position
+    value = "–" if at.best is None else f"{at.best:.4f}"
+    show.lines(steps=f"{at.step:,}, the best after {at.best_step:,}")
+    show.lines(best=f"{trained.best} (val {config.train.best} {value})")
     if trained.report:
         show.lines(report=trained.report)
     show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +16,6 @@ from jobs.verbs.arguments import (
     stored_run,
 )
 from unet_core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from unet_core.verify import Findings
 
 TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
 """What may be said anew of a run that is done."""
@@ -82,20 +78,16 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
         show.document(findings, uri=run, is_deep=deep)
         show.warn_of_one_class(findings.totals, findings.class_names)
     else:
-        _show_findings(run, findings, deep)
+        show.lines(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
+        show.totals(findings.totals, findings.class_names)
+        told = [f"note: {note}" for note in findings.notes]
+        told += [f"problem: {problem}" for problem in findings.problems]
+        for line in told:
+            click.echo(show.harmless(line))
+        if not findings.problems:
+            click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
     if findings.problems:
         sys.exit(1)
-
-
-def _show_findings(run: str, findings: "Findings", deep: bool) -> None:
-    show.lines(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
-    show.totals(findings.totals, findings.class_names)
-    for note in findings.notes:
-        click.echo(show.harmless(f"note: {note}"))
-    for problem in findings.problems:
-        click.echo(show.harmless(f"problem: {problem}"))
-    if not findings.problems:
-        click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
 
 
 @click.command()
@@ -215,13 +207,14 @@ def export(
 
     options = Options(kind or "", objects or "", polygons)
     exported = export_run(results, config, options, out)
-    if objects and not exported.has_input:
+    if objects and not exported.task.has_input:
         click.echo("note: the run's input is gone, so mean_intensity is null")
-    if not exported.is_all:
+    if not results.run.is_finished:
         click.echo("note: the run is not finished; export again for what is still to come")
-    without = f", {exported.failed:,} have no mask" if exported.failed else ""
-    what = kind or "rows of objects"
-    show.lines(wrote=f"{exported.uri} ({what}, {exported.written:,} images{without})")
+    written, failed = exported.images["ok"], exported.images["failed"]
+    without = f", {failed:,} have no mask" if failed else ""
+    where, what = exported.task.store.uri(), kind or "rows of objects"
+    show.lines(wrote=f"{where} ({what}, {written:,} images{without})")
     show.problems(exported.problems, "not written")
     show.problems(exported.shards_refused.items(), "not done: shard")
     if exported.problems or exported.shards_refused:

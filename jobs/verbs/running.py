@@ -170,8 +170,7 @@ def _follow(server: "JobServer", job_id: str) -> int:
 @show.json_option
 def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> None:
     """Measure what this machine allows, its model and the whole job. Keeps nothing."""
-    out = None if source.endswith(".toml") else "bench"
-    config = predict_config(source, overrides, model, out)
+    config = predict_config(source, overrides, model, None, NOWHERE)
     from jobs.bench import bench as measure
 
     measured = measure(config)
@@ -214,10 +213,7 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 
     With IMAGES, output.uri=RUN checks that a run could be written there.
     """
-    config = None
-    if source:
-        has_output = source.endswith(".toml") or any(o.startswith("output.uri=") for o in overrides)
-        config = predict_config(source, overrides, None, None if has_output else NOWHERE)
+    config = predict_config(source, overrides, None, None, NOWHERE) if source else None
     from jobs.doctor import diagnose
 
     with show.only_document(as_json):
@@ -245,7 +241,5 @@ def demo(folder: Path, data_only: bool) -> None:
     if data_only:
         click.echo(f"wrote {folder}/images and {config}")
         return
-    outcome = run_predict(load(PredictConfig, str(config), []))
-    show.outcome(outcome)
+    show.outcome(run_predict(load(PredictConfig, str(config), [])))
     show.lines(config=str(config))
-    click.echo(show.READING.format(run=outcome.run.uri))

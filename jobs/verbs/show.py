@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from unet_core.metrics import Totals
 
 ACTORS_SHOWN = (1, 8, 64)
-READING = """\
-read it:  import pyarrow.dataset as ds
-          print(ds.dataset("{run}/metrics").to_table().to_pandas())"""
 LOOKING = """\
 all of them:  import pyarrow.dataset as ds
               rows = ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed")
@@ -193,10 +190,10 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Where all masks are the same class everywhere, the model is hardly one for these images."""
-    if (only := totals.only_class()) is not None:
+    if (only := totals.only_class(class_names)) is not None:
         click.echo(
-            f"warning: every pixel of all {totals.ok:,} images is {class_names[only]!r}; is this "
-            "the model for these images? See model.threshold, and what the model was trained on",
+            f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
+            "for these images? See model.threshold, and what the model was trained on",
             err=True,
         )
 
@@ -289,8 +286,3 @@ def line(name: str, text: str) -> None:
 def harmless(text: str) -> str:
     """A line in which names from elsewhere cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def harmless_lines(text: str) -> str:
-    """Several lines of our own."""
-    return "\n".join(map(harmless, text.split("\n")))

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -63,6 +64,7 @@ class Lanes(RayActors):
 
     def __init__(self, lanes: int, hosts: list[Any]) -> None:
         self._hosts = hosts
+        self.ready, self.started, self.cpu = 0, 0.0, 0.0
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
         spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", 1)
@@ -78,6 +80,13 @@ class Lanes(RayActors):
     def _call(self, name: str, what: Any, method: str, *arguments: Any) -> None:
         super()._call(name, what, method, name, *arguments)
 
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            self.ready += isinstance(event, Ready)
+            if not self.started:
+                self.started, self.cpu = time.perf_counter(), time.process_time()
+            yield event
+
     def release(self, actor: str) -> None:
         del self._handles[actor]
 
@@ -89,23 +98,16 @@ def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
     workers = Lanes(lanes, hosts)
     workers.configure(workers.probe(), {})
     timings, totals = TimingsLog(Store("memory://simulated")), Totals()
-    ready, started, cpu = 0, 0.0, 0.0
-
-    def on_event(event: Event) -> None:
-        nonlocal ready, started, cpu
-        ready += isinstance(event, Ready)
-        if not started:
-            started, cpu = time.perf_counter(), time.process_time()
 
     def on_done(result: ShardResult, attempt: Attempt, actor: str) -> None:
         nonlocal totals
         totals += result.totals
         timings.add(result, attempt.number, actor)
 
-    dispatch(board, workers, on_done, on_event)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    dispatch(board, workers, on_done)
+    seconds, cpu = time.perf_counter() - workers.started, time.process_time() - workers.cpu
     assert totals.images_seen == count
-    assert ready == lanes
+    assert workers.ready == lanes
     return count * SHARD_S / lanes / seconds, cpu / count
 
 

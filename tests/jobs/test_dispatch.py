@@ -231,7 +231,7 @@ def test_a_refused_shard_is_set_aside_at_once():
     board = Board.of([shard("a")])
     board.in_flight = {"first": []}
     board.next_for("first")
-    board.refused(Refused("first", "a", "it is gone"))
+    board.note(Refused("first", "a", "it is gone"))
     assert board.is_done
     assert (board.set_aside, board.charged) == ({"a": "it is gone"}, {})
 

@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.predict import predict, too_many_failed
+from jobs.predict import predict
 from tests.data import digests, write_folder, write_tar, write_tars
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.failures import causes
-from unet_core.metrics import Totals
 from unet_core.run import Run
 from unet_core.synthetic import png
 from unet_core.verify import verify
@@ -63,8 +62,7 @@ def spoiled(tmp_path):
 def test_a_budget_is_a_number_or_a_share_judged_when_it_means_something(
     most, failed, seen, at_end, exceeded
 ):
-    errors, totals = ErrorsConfig(max_failed_images=most), Totals(images_seen=seen, failed=failed)
-    assert too_many_failed(errors, totals, at_end) == exceeded
+    assert ErrorsConfig(max_failed_images=most).are_too_many(failed, seen, at_end) == exceeded
 
 
 def test_a_run_over_its_budget_is_not_finished_and_tells_why(run_cli, make_config, spoiled):

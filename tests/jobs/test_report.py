@@ -9,7 +9,7 @@ from jobs.report import NAME, ending_report, write_report
 from jobs.train import train
 from tests.unet_core.training.scenes import config_of
 from unet_core import open_run
-from unet_core.config import StorageConfig
+from unet_core.config import FolderConfig, StorageConfig
 from unet_core.report import facts
 
 
@@ -41,7 +41,8 @@ def test_a_report_that_cannot_be_written_loses_nothing(make_config, tmp_path, ca
 
 def test_damage_that_nobody_thought_of_is_told_too(tmp_path, caplog):
     (tmp_path / "run.json").write_text("[]")
-    assert ending_report(str(tmp_path), StorageConfig(), was_done=True) == ""
+    output = FolderConfig(uri=str(tmp_path))
+    assert ending_report(output, StorageConfig(), was_done=True) == ""
     assert "the report could not be written" in caplog.text
 
 

@@ -64,11 +64,11 @@ def difference(a, b):
 def test_a_training_in_this_process_tells_what_it_left(folder, tmp_path):
     config = config_of(folder, tmp_path / "m", "train.epochs=2")
     done = train(config)
-    assert (done.step, done.was_finished) == (14, False)
+    assert (done.position.step, done.was_finished) == (14, False)
     assert Path(done.best).exists()
     again = train(config)
     assert again.was_finished
-    assert again.value == done.value
+    assert again.position == done.position
 
 
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(folder, tmp_path):
@@ -110,7 +110,7 @@ def test_ranks_that_die_begin_again_at_the_last_checkpoint(folder, tmp_path, req
     whole = load_file(tmp_path / "whole" / "last.safetensors")
     last = Store(out, config.storage).read("last.safetensors")
     assert difference(whole, load(last)) < 1e-4
-    assert done.step == 12 * 35
+    assert done.position.step == 12 * 35
 
 
 @on_ray

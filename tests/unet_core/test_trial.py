@@ -12,13 +12,14 @@ from unet_core.images.picture import Decoder
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.networks import checkpoint
 from unet_core.replica import Replica
+from unet_core.segment import Segmenter
 from unet_core.synthetic import nuclei, png
 from unet_core.trial import Trial
 
 
 @pytest.fixture
-def replica(make_config, tmp_path, monkeypatch):
-    """A replica in this process, which itself stays unharmed, and the shard of a tar."""
+def segmenter(make_config, tmp_path, monkeypatch):
+    """A segmenter in this process, which itself stays unharmed, and the shard of a tar."""
     good = png(nuclei(40, 50, np.random.default_rng(0))[0])
     names = ["a", "b-eats", "c", "d-kills", "e", "bad", "f-hangs", "g"]
     (tmp_path / "in").mkdir()
@@ -32,21 +33,20 @@ def replica(make_config, tmp_path, monkeypatch):
     )
     source = open_source(config.input)
     spec = ReplicaSpec(config, source, checkpoint.digest(model), 1)
-    made = Replica(spec)
-    made.configure(made.probe(), {})
+    replica = Replica(spec)
+    made = Segmenter(replica, replica.probe(), {})
     monkeypatch.setattr(Decoder, "decode", poison.harmless)
     return made, next(iter(list_shards(source))), names
 
 
-def trial(replica, shard, image_s):
-    settings = replica.segmenter.settings
-    return Trial(replica.spec, settings.compute, settings.footer, shard, image_s)
+def trial(segmenter, shard, image_s):
+    return Trial(segmenter.replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
 
 
-def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_not(replica):
-    replica, shard, names = replica
+def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_not(segmenter):
+    segmenter, shard, names = segmenter
     start = time.monotonic()
-    guilty = trial(replica, shard, image_s=4.0).guilty()
+    guilty = trial(segmenter, shard, image_s=4.0).guilty()
     assert {names[place]: failure.code for place, failure in guilty.items()} == {
         "b-eats": "out_of_memory",
         "d-kills": "worker_died",
@@ -55,14 +55,14 @@ def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_
     assert "killed its process (SIGKILL)" in str(guilty[3])
     assert "half of what was free" in str(guilty[1])
     assert time.monotonic() - start < 120
-    totals = replica.segmenter.segment(shard, guilty).totals
+    totals = segmenter.segment(shard, guilty).totals
     assert (totals.ok, totals.failed) == (4, 4)
     assert totals.errors == {"decode": 1, "out_of_memory": 1, "timeout": 1, "worker_died": 1}
 
 
-def test_a_shard_that_changed_is_refused_on_trial_too(replica):
-    replica, shard, _ = replica
-    path = replica.spec.source.root.uri(shard.uri)
+def test_a_shard_that_changed_is_refused_on_trial_too(segmenter):
+    segmenter, shard, _ = segmenter
+    path = segmenter.replica.spec.source.root.uri(shard.uri)
     write_tar(Path(path), {"new.png": b""})
     with pytest.raises(ShardError, match=r"t\.tar was written again since the run began"):
-        trial(replica, shard, image_s=60.0).guilty()
+        trial(segmenter, shard, image_s=60.0).guilty()

@@ -3,7 +3,6 @@ is the commit.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 
 from unet_core import schema
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, ShardError, StoreError
+from unet_core.errors import ImageError, ShardError
 from unet_core.export import coco
 from unet_core.export.images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
@@ -25,7 +24,7 @@ from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
 from unet_core.results import Results, StoredMask, open_masks, pictures
-from unet_core.run import require_empty, require_equal
+from unet_core.run import establish, require_empty, require_equal
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 
@@ -83,15 +82,8 @@ class Export:
         store, name = self.store, self._own("export.json")
         if not store.exists(name):
             require_empty(store, "export", "--out")
-            record = self.results.record
-            told = {"class_names": record.class_names, "palette": record.palette}
-            data = json.dumps({"options": self.identity, **told}, indent=1).encode() + b"\n"
-            if store.publish_exclusively(name, data):
-                return
-        try:
-            there = json.loads(store.read(name))["options"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
+        told = {"class_names": self.results.class_names, "palette": self.results.palette}
+        there = establish(store, name, {"options": self.identity, **told}).get("options", {})
         advice = "give --out a new folder, or the same options"
         require_equal(store.uri(), there, self.identity, "export", advice)
 

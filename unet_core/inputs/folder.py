@@ -31,17 +31,11 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    root, masks = source.root, mask_root(source)
+    root, masks = source.root, source.mask_root
     for member in shard.members:
         image = File(root, member.key, root, member.etag)
         mask = File(masks, member.mask, masks, member.mask_etag) if member.mask else None
         yield sample_of(member, root.uri(member.key), image, mask)
-
-
-def mask_root(source: Source) -> Store:
-    """Below which loose label images lie."""
-    masks = source.config.masks
-    return Store(masks, source.root.storage) if "/" in masks else source.root
 
 
 def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None") -> Sample:
@@ -75,8 +69,8 @@ def _pair(source: Source) -> list[Member]:
     entries = [entry for entry in source.entries() if is_image(entry.name)]
     if not masks:
         return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
-    if "/" in masks:
-        store, root = mask_root(source), f"{source.root.uri()}/"
+    if source.config.mask_folder:
+        store, root = source.mask_root, f"{source.root.uri()}/"
         if store.uri().startswith(root):
             below = f"{store.uri().removeprefix(root)}/"
             entries = [entry for entry in entries if not entry.name.startswith(below)]

@@ -5,11 +5,11 @@ A shard's id is a digest of path, size, etag and members: never of a rank, a pos
 
 import hashlib
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from unet_core.config import InputConfig
+from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError
 from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
@@ -57,6 +57,12 @@ class Shard:
         return not self.uri
 
 
+def images_in(shards: Iterable[Shard]) -> int | None:
+    """How many images; None where only reading tells."""
+    counts = [shard.count for shard in shards]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image as it was found: named, not yet decoded.
@@ -99,6 +105,12 @@ class Source:
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.config, self.format, self.root, self.names)
 
+    @property
+    def mask_root(self) -> Store:
+        """Below which loose label images lie."""
+        folder = self.config.mask_folder
+        return Store(folder, self.root.storage) if folder else self.root
+
     def entries(self) -> list[Entry]:
         """All files of the input, by name; an input is listed once."""
         if self.names:
@@ -106,6 +118,11 @@ class Source:
         listed = self.listing.copy() or self.root.list()
         self.listing.clear()
         return listed
+
+
+def masks_at(config: InputConfig, storage: StorageConfig) -> str:
+    """Where the truth is, absolute if that is another folder."""
+    return Store(config.masks, storage).uri() if config.mask_folder else config.masks
 
 
 Known = Set[str]

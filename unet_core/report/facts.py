@@ -228,8 +228,9 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]
         how = "run predict again to continue"
         if totals.shards == shards:
             how = "run predict again to see what keeps it from ending"
-        most = results.config.errors.max_failed_images
-        if totals.failed > (most if isinstance(most, int) else most * totals.images_seen):
+        errors = results.config.errors
+        if errors.are_too_many(totals.failed, totals.images_seen, at_end=True):
+            most = errors.max_failed_images
             how = f"more images failed than errors.max_failed_images = {most} lets pass"
         yield f"Not finished: {totals.shards:,} of {shards:,} shards are committed; {how}."
     if not totals.is_reconciled:
@@ -242,8 +243,8 @@ def _warnings(results: Results, is_finished: bool, shards: int) -> Iterator[str]
         yield f"{totals.failed:,} images failed ({share:.2%}); see failures below."
     if unusable := totals.errors.get("truth", 0):
         yield f"The truth of {unusable:,} images could not be used; they have no scores."
-    if (only := totals.only_class()) is not None:
+    if (only := totals.only_class(results.class_names)) is not None:
         yield (
-            f"Every pixel of all {totals.ok:,} images is {results.class_names[only]!r}: is this "
-            "the model for these images? See model.threshold, and what the model was trained on."
+            f"Every pixel of all {totals.ok:,} images is {only!r}: is this the model for these "
+            "images? See model.threshold, and what the model was trained on."
         )

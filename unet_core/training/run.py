@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
+from unet_core.inputs.shards import masks_at
 from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
-from unet_core.run import RUN_JSON, SUCCESS, Identity, require_empty, require_equal
+from unet_core.run import RUN_JSON, SUCCESS, Identity, establish, require_same
 from unet_core.schema import HISTORY
 from unet_core.storage.store import Store, is_temporary, parquet_of
 from unet_core.train_config import TrainConfig
@@ -54,8 +55,7 @@ def identity(config: TrainConfig) -> Identity:
     for name, given in config.data.parts.items():
         part = table["data"][name]
         part["uri"] = Store(given.uri, config.storage).uri()
-        if "/" in given.masks:
-            part["masks"] = Store(given.masks, config.storage).uri()
+        part["masks"] = masks_at(given, config.storage)
         del part["shard_images"]
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
     begins_with = config.model.checkpoint
@@ -101,8 +101,7 @@ class TrainingRun:
             "config": config.model_dump(mode="json"),
             "version": __version__,
         }
-        text = json.dumps(record, indent=1).encode() + b"\n"
-        if not self.store.publish_exclusively(RUN_JSON, text):
+        if establish(self.store, RUN_JSON, record) is not record:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
                 "or choose a new folder"
@@ -207,11 +206,8 @@ def open_training(config: TrainConfig) -> TrainingRun:
     Raises RunMismatchError, with the keys that differ, for that of another training, ConfigError
     for one that holds something else.
     """
-    run, wanted = TrainingRun(Store(config.output.uri, config.storage)), identity(config)
-    if run.record:
-        require_equal(run.store.uri(), run.record["identity"], wanted)
-    else:
-        require_empty(run.store)
+    run = TrainingRun(Store(config.output.uri, config.storage))
+    require_same(run.store, run.record.get("identity"), identity(config))
     return run
 
 
