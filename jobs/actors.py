@@ -20,13 +20,13 @@ from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Rea
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.version import CodeVersion, code_version
-from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import WorkersError
-from unet_core.timings import ShardResult
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import ShardResult
 
 if TYPE_CHECKING:
-    from unet_core.replica import Replica
-    from unet_core.segment import Segmenter
+    from unet_core.inference.replica import Replica
+    from unet_core.inference.segment import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class SegmentActor:
     @recorded
     def start(self) -> Compute:
         """Load the model; returns what it computes with."""
-        from unet_core.replica import Replica  # torch: for the actor, not for the driver
+        from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
 
         self._replica = Replica(self._spec)
         return self._replica.probe()
@@ -77,7 +77,7 @@ class SegmentActor:
     @recorded
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
-        from unet_core.segment import Segmenter
+        from unet_core.inference.segment import Segmenter
 
         assert self._replica is not None
         self._segmenter = Segmenter(self._replica, compute, footer)
@@ -89,7 +89,7 @@ class SegmentActor:
     @recorded
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
-        from unet_core.trial import find_guilty
+        from unet_core.inference.trial import find_guilty
 
         assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",

@@ -29,19 +29,19 @@ from jobs.board import Board
 from jobs.dispatch import dispatch
 from jobs.inline import InlineWorkers
 from jobs.job import Job, prepare
-from unet_core.canvas import Canvas, Look
-from unet_core.compute import Compute
 from unet_core.config import PredictConfig
-from unet_core.engine import Batch, Engine, Segmented
 from unet_core.errors import ConfigError
 from unet_core.images.picture import Decoder, Picture
+from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.inference.replica import Replica
+from unet_core.inference.rows import Encoder
+from unet_core.inference.tiling import Piece, TileQueue, stack
 from unet_core.inputs.formats import list_shards, read_shard
 from unet_core.inputs.shards import Sample, Shard
-from unet_core.manifest import draft
-from unet_core.replica import Replica
-from unet_core.rows import Encoder
-from unet_core.tiling import Piece, TileQueue, stack
-from unet_core.timings import Seconds, ShardResult
+from unet_core.runs.compute import Compute
+from unet_core.runs.manifest import draft
+from unet_core.runs.timings import Seconds, ShardResult
 
 ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from unet_core.config import ErrorsConfig
 from unet_core.inputs.shards import Shard
-from unet_core.timings import ShardResult
+from unet_core.runs.timings import ShardResult
 
 PREFETCH = 2
 MAX_TRIALS = 2

@@ -19,9 +19,9 @@ from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard, images_in
-from unet_core.manifest import draft, with_members
-from unet_core.run import Run
-from unet_core.timings import read_timings
+from unet_core.runs.manifest import draft, with_members
+from unet_core.runs.run import Run
+from unet_core.runs.timings import read_timings
 
 log = logging.getLogger(__name__)
 

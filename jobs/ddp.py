@@ -24,8 +24,8 @@ from jobs.session import Placement
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
-from unet_core.fit import Event, Step, fit
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import Event, Step, fit
 from unet_core.training.ranks import Ranks
 
 log = logging.getLogger(__name__)

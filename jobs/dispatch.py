@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from jobs.board import Attempt, Board, Died, Done, Event
-from unet_core.compute import Compute
 from unet_core.errors import WorkersError
-from unet_core.timings import ShardResult
+from unet_core.runs.compute import Compute
+from unet_core.runs.timings import ShardResult
 
 MAX_FAILED_STARTS = 3
 PAUSE_S = 30.0

@@ -125,7 +125,7 @@ def cpu() -> str:
     """Cores, instruction set, memory."""
     import torch
 
-    from unet_core.engine import device_model
+    from unet_core.inference.engine import device_model
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = session.local_cpus(WorkersConfig())
@@ -153,7 +153,7 @@ def gpus() -> str:
 def _computing(device: "torch.device") -> str:
     import torch
 
-    from unet_core.engine import device_model
+    from unet_core.inference.engine import device_model
 
     one = torch.eye(64, device=device)
     if (one @ one).sum().item() != 64:
@@ -257,7 +257,7 @@ def _of_config(config: PredictConfig) -> dict[str, Callable[[], str]]:
 
 
 def _model(config: PredictConfig, storage: StorageConfig) -> str:
-    from unet_core.engine import choose_device
+    from unet_core.inference.engine import choose_device
     from unet_core.networks.checkpoint import read_header
 
     name = config.model.checkpoint

@@ -10,13 +10,13 @@ from typing import Any
 from jobs.spread import spread
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.evaluate import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
 from unet_core.inputs.shards import masks_at
-from unet_core.results import Results
-from unet_core.run import Identity
+from unet_core.runs.results import Results
+from unet_core.runs.run import Identity
+from unet_core.scores.evaluate import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
+from unet_core.scores.tally import Images, Tally, changed, counted, scored
+from unet_core.scores.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
 from unet_core.storage.store import Store
-from unet_core.tally import Images, Tally, changed, counted, scored
-from unet_core.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
 
 NAME = re.compile(r"\w[\w.-]*")
 DIGEST_DIGITS = 8

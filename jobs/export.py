@@ -19,9 +19,9 @@ from unet_core.export.names import Names
 from unet_core.export.task import EXTENSIONS, Export, Options
 from unet_core.inputs.shards import Shard
 from unet_core.ordered import side_by_side
-from unet_core.parts import read_columns
-from unet_core.results import Results
-from unet_core.run import open_existing
+from unet_core.runs.parts import read_columns
+from unet_core.runs.results import Results
+from unet_core.runs.run import open_existing
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 

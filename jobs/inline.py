@@ -7,11 +7,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import torch
 
 from jobs.board import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
-from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ShardError
-from unet_core.replica import Replica
-from unet_core.segment import Segmenter
-from unet_core.timings import ShardResult
+from unet_core.inference.replica import Replica
+from unet_core.inference.segment import Segmenter
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import ShardResult
 
 log = logging.getLogger(__name__)
 

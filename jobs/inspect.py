@@ -8,11 +8,11 @@ from jobs.job import prepare
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import images_in
-from unet_core.manifest import draft
-from unet_core.metrics import Totals
-from unet_core.run import open_existing
+from unet_core.runs.manifest import draft
+from unet_core.runs.run import open_existing
+from unet_core.runs.timings import Seconds, recent_seconds
+from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store
-from unet_core.timings import Seconds, recent_seconds
 from unet_core.training.run import Position, TrainingRun, is_training
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from unet_core import schema
-from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig
+from unet_core.inference.windows import Windows, windows_for
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
-from unet_core.run import Record, Run, identity, require_same
-from unet_core.windows import Windows, windows_for
+from unet_core.runs import schema
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.run import Record, Run, identity, require_same
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from jobs.board import Attempt
-from unet_core.timings import Seconds, ShardResult
+from unet_core.runs.timings import Seconds, ShardResult
 
 BOUNDARIES_S = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0]
 

@@ -11,14 +11,14 @@ from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, prepare
 from jobs.places import require_reachable, worker_places
 from jobs.progress import RunProgress
-from unet_core import manifest
 from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
-from unet_core.metrics import Totals
-from unet_core.run import Run
-from unet_core.timings import ShardResult, TimingsLog
+from unet_core.runs import manifest
+from unet_core.runs.run import Run
+from unet_core.runs.timings import ShardResult, TimingsLog
+from unet_core.scores.metrics import Totals
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import pyarrow.compute as pc
 
 from jobs.export import require_apart
 from unet_core.arrays import Array
-from unet_core.compact import batches, compact
 from unet_core.config import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
@@ -19,7 +18,8 @@ from unet_core.report.measured import RANDOM, measure, pick_ids
 from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
 from unet_core.report.training import training_facts
-from unet_core.results import Results, open_run
+from unet_core.runs.compact import batches, compact
+from unet_core.runs.results import Results, open_run
 from unet_core.storage.store import Store
 from unet_core.training.run import TrainingRun, is_training
 

@@ -11,8 +11,8 @@ from typing import Any
 from jobs import session
 from jobs.report import ending_report
 from jobs.train_progress import TrainProgress
-from unet_core.fit import Event, fit
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import Event, fit
 from unet_core.training.run import BEST, Position, open_training
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from rich.markup import escape
 
 from jobs.progress import Display
-from unet_core.fit import Epoch, Event, Started, Step
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import Epoch, Event, Started, Step
 
 PATIENT_EPOCHS = 2
 """A network may begin with one class."""

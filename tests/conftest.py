@@ -177,4 +177,4 @@ def small_is_large(monkeypatch):
     monkeypatch.setattr("unet_core.inputs.shards.LARGE_FILE_BYTES", 100_000)
     monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_PIXELS", 100_000)
     monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_SIDE", 128)
-    monkeypatch.setattr("unet_core.canvas.MASK_WINDOW_SIDE", 128)
+    monkeypatch.setattr("unet_core.inference.canvas.MASK_WINDOW_SIDE", 128)

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from jobs.cli import main
-from unet_core.engine import Engine
+from unet_core.inference.engine import Engine
 from unet_core.storage.store import Store
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import distributed
 
 from tests.dying_driver import die_at
-from unet_core.fit import Step, fit
 from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import Step, fit
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.rank"])

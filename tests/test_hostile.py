@@ -22,9 +22,9 @@ from tests.s3 import BUCKET
 from tests.unet_core.test_checkpoint import rewritten
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError
-from unet_core.results import open_run
+from unet_core.runs.results import open_run
+from unet_core.runs.verify import verify
 from unet_core.synthetic import nuclei, png
-from unet_core.verify import verify
 
 KIB = 1024
 

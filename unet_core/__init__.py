@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unet_core.networks.checkpoint import load_model as load_model
-    from unet_core.results import open_run as open_run
+    from unet_core.runs.results import open_run as open_run
 
-_DOORS = {"load_model": "networks.checkpoint", "open_run": "results"}
+_DOORS = {"load_model": "networks.checkpoint", "open_run": "runs.results"}
 
 
 def __getattr__(name: str) -> Any:

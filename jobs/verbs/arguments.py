@@ -8,7 +8,7 @@ from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from unet_core.results import Results
+    from unet_core.runs.results import Results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """A recipe's name alone means the shipped one, if there is no such file here."""
@@ -69,7 +69,7 @@ def storage_of(overrides: Words) -> StorageConfig:
 
 def stored_run(run: str, overrides: Words) -> "Results":
     """A run, reached as the ``storage`` overrides among others say."""
-    from unet_core.results import open_run
+    from unet_core.runs.results import open_run
 
     return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
 

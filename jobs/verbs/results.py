@@ -64,9 +64,9 @@ def status(run: str, overrides: Words, as_json: bool) -> None:
 def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
     storage = storage_of(overrides)
+    from unet_core.runs.verify import verify as check
     from unet_core.storage.store import Store
     from unet_core.training.run import is_training
-    from unet_core.verify import verify as check
 
     if is_training(Store(run, storage)):
         raise ConfigError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobs.doctor import Diagnosis
     from jobs.inspect import Plan
     from jobs.predict import Outcome
-    from unet_core.metrics import Totals
+    from unet_core.scores.metrics import Totals
 
 ACTORS_SHOWN = (1, 8, 64)
 LOOKING = """\
@@ -146,7 +146,7 @@ def outcome(outcome: "Outcome") -> None:
 
 def causes(outcome: "Outcome", config: PredictConfig) -> None:
     """Why too many images failed, and what to do."""
-    from unet_core.failures import causes
+    from unet_core.runs.failures import causes
 
     totals, run, most = outcome.totals, outcome.run.uri, config.errors.max_failed_images
     budget = f"{most:,}" if isinstance(most, int) else f"{100 * most:g} %"

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--plot", help="a PNG to write")
     options = parser.parse_args()
-    watch, log = Watch(), logging.getLogger("unet_core.segment")
+    watch, log = Watch(), logging.getLogger("unet_core.inference.segment")
     log.addHandler(watch)
     log.setLevel(logging.INFO)
     log.propagate = False

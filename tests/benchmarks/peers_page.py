@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from unet_core.engine import device_model
+from unet_core.inference.engine import device_model
 
 BEGIN, END = "<!-- peers: make bench -->", "<!-- /peers -->"
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jobs.board import Board
 from unet_core.config import InputConfig
 from unet_core.inputs.formats import list_shards, open_source
-from unet_core.manifest import draft
+from unet_core.runs.manifest import draft
 
 STEP = 500_000
 TARS_PER_FOLDER = 1000

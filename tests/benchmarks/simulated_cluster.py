@@ -22,12 +22,12 @@ from jobs.actors import JOIN, Joined, RayActors
 from jobs.board import Attempt, Board, Event, Ready
 from jobs.dispatch import dispatch
 from jobs.version import code_version
-from unet_core.compute import Compute, ReplicaSpec
 from unet_core.config import PredictConfig, build
 from unet_core.inputs.shards import Shard, Source
-from unet_core.metrics import Totals
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import Seconds, ShardResult, TimingsLog
+from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store
-from unet_core.timings import Seconds, ShardResult, TimingsLog
 
 HOSTS = 8
 SHARD_S = 2.0

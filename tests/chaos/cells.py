@@ -22,7 +22,7 @@ from tests.chaos.processes import ClusterHost, Driver, StoreHost, forked
 from tests.data import write_checkpoint
 from unet_core.config import StorageConfig
 from unet_core.networks.presets import Factory
-from unet_core.verify import verify
+from unet_core.runs.verify import verify
 
 DATA_SETS = 6
 KILLED, STOPPED = -9, -19

@@ -26,8 +26,9 @@ import pandas
 from jobs import cli, inline, predict
 from jobs.board import Board, Died
 from tests.chaos.faults import PLAN, PLANTS, Plan
-from unet_core import replica, verify
 from unet_core.config import PredictConfig, build
+from unet_core.inference import replica
+from unet_core.runs import verify
 
 LOADED = (cli, inline, pandas, predict, replica, verify)
 """What a driver imports when it needs it; Arrow imports pandas."""

@@ -25,9 +25,9 @@ from tests.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
 from unet_core.images.picture import Decoder
+from unet_core.runs.verify import verify
 from unet_core.storage.store import Store
 from unet_core.synthetic import nuclei, png
-from unet_core.verify import verify
 
 pytestmark = [
     pytest.mark.ray,

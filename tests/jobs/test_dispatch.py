@@ -13,8 +13,8 @@ from jobs.session import Placement, settle, wanted
 from unet_core.config import ErrorsConfig, WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.inputs.shards import Shard
-from unet_core.metrics import Totals
-from unet_core.timings import Seconds, ShardResult
+from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.scores.metrics import Totals
 
 
 def shard(name: str, size: int = 1) -> Shard:

@@ -16,12 +16,12 @@ from jobs.verbs.arguments import run_config
 from tests.data import write_tar
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
-from unet_core.parts import read_metrics
 from unet_core.report.facts import evaluations
-from unet_core.results import open_masks
+from unet_core.runs.parts import read_metrics
+from unet_core.runs.results import open_masks
+from unet_core.runs.verify import verify
+from unet_core.scores.truth import truth_of
 from unet_core.synthetic import nuclei, png
-from unet_core.truth import truth_of
-from unet_core.verify import verify
 
 ALLOWED = ("workers.", "input.masks", "input.label_map", "input.ignore_index")
 TRUTH = ("tp", "fp", "fn", "confusion", "ignored_pixels")
@@ -246,7 +246,7 @@ def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch,
     for kind, pixels in (("images", image), ("masks", mask)):
         (tmp_path / kind).mkdir()
         tifffile.imwrite(tmp_path / kind / "slide.tif", pixels, tile=(64, 48))
-    monkeypatch.setattr("unet_core.parts.ROW_GROUP_BYTES", 40_000)
+    monkeypatch.setattr("unet_core.runs.parts.ROW_GROUP_BYTES", 40_000)
     predict(make_config(input={"uri": f"{tmp_path}/images", "masks": f"{tmp_path}/masks"}))
     monkeypatch.setattr("unet_core.images.picture.decode_labels", None)  # would read the whole
     run = str(tmp_path / "run")

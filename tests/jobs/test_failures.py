@@ -13,10 +13,10 @@ from tests.data import digests, write_folder, write_tar, write_tars
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
-from unet_core.failures import causes
-from unet_core.run import Run
+from unet_core.runs.failures import causes
+from unet_core.runs.run import Run
+from unet_core.runs.verify import verify
 from unet_core.synthetic import png
-from unet_core.verify import verify
 
 PUBLISH, HAS_ALL = Run.publish_manifest, Run.has_all
 

@@ -16,8 +16,8 @@ from jobs.predict import predict
 from tests.data import digests
 from tests.jobs.test_predict import write_toml
 from unet_core.errors import StoreError
+from unet_core.runs.verify import verify
 from unet_core.storage import spool
-from unet_core.verify import verify
 
 DISK_BYTES = 2**20
 

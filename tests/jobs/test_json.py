@@ -4,7 +4,7 @@ import json
 
 from jobs.predict import predict
 from jobs.verbs.show import document
-from unet_core.metrics import Totals
+from unet_core.scores.metrics import Totals
 
 TOTALS = {
     "shards", "images_seen", "ok", "failed", "pixels", "with_truth", "ignored_pixels",

@@ -151,6 +151,6 @@ def test_another_version_of_the_factorys_code_is_another_run(
     predict(config)
     (tmp_path / "run" / "_SUCCESS").unlink()
     next((tmp_path / "run" / "metrics").glob("*")).unlink()
-    monkeypatch.setattr("unet_core.engine.origin", lambda _: "another")
+    monkeypatch.setattr("unet_core.inference.engine.origin", lambda _: "another")
     with pytest.raises(RunMismatchError, match=r"compute\.versions: .*model\.factory"):
         predict(config)

@@ -4,7 +4,7 @@ from jobs.pack import pack
 from jobs.predict import predict
 from tests.jobs.test_s3 import masks_by_key
 from unet_core.errors import ConfigError
-from unet_core.run import Run
+from unet_core.runs.run import Run
 
 
 @pytest.mark.parametrize(("kind", "masks"), [("webdataset", "mask.png"), ("parquet", "mask")])

@@ -14,10 +14,10 @@ from jobs.job import prepare
 from jobs.places import worker_places
 from jobs.predict import predict
 from tests.data import digests
-from unet_core.compute import Compute
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
+from unet_core.runs.compute import Compute
+from unet_core.runs.verify import verify
 from unet_core.storage.store import Store
-from unet_core.verify import verify
 
 
 def snapshot(run):

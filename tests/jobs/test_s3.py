@@ -23,10 +23,10 @@ from tests.unet_core.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.parts import masks_name, read_metrics
-from unet_core.run import Run
+from unet_core.runs.parts import masks_name, read_metrics
+from unet_core.runs.run import Run
+from unet_core.runs.verify import verify
 from unet_core.storage.store import Store, table_of
-from unet_core.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
 

@@ -15,10 +15,10 @@ from tests.fault_proxy import FaultProxy, Rule
 from tests.s3 import BUCKET, S3
 from unet_core.config import PredictConfig, StorageConfig, build
 from unet_core.errors import StoreError
-from unet_core.run import Run
+from unet_core.runs.run import Run
+from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
 from unet_core.synthetic import png
-from unet_core.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from unet_core import canvas as module
-from unet_core.canvas import Canvas, Look, importance
-from unet_core.engine import Segmented
 from unet_core.errors import ImageError
 from unet_core.geometry import Sides, Tiling
 from unet_core.images.picture import Picture, Pixels
+from unet_core.inference import canvas as module
+from unet_core.inference.canvas import Canvas, Look, importance
+from unet_core.inference.engine import Segmented
+from unet_core.inference.windows import Windows
 from unet_core.inputs.shards import Sample
-from unet_core.windows import Windows
 
 TILING = Tiling(Sides(16, 16), 16, 0, 16, 33, True, 1)
 

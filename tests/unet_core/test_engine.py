@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from unet_core.engine import CONFIDENCE_UNIT, Batch, Engine, choose_device, memory_format, movable
 from unet_core.errors import ConfigError, RunMismatchError, WorkersError
 from unet_core.geometry import tiles
 from unet_core.images.preprocessing import Preprocessing
+from unet_core.inference.engine import (
+    CONFIDENCE_UNIT,
+    Batch,
+    Engine,
+    choose_device,
+    memory_format,
+    movable,
+)
 from unet_core.networks.checkpoint import Header, palette_of
 from unet_core.networks.presets import preset
 from unet_core.networks.reach import tiling_of

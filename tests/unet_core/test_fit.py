@@ -11,10 +11,10 @@ from jobs.predict import predict
 from tests.unet_core.training.scenes import config_of
 from unet_core.config import build
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
-from unet_core.fit import Epoch, Started, Step, fit
 from unet_core.networks import checkpoint
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import Epoch, Started, Step, fit
 from unet_core.training.learner import Learner, new_network, rate_at
 
 

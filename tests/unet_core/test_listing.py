@@ -10,7 +10,7 @@ from unet_core.errors import ConfigError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.listing import _lines
 from unet_core.inputs.shards import Source
-from unet_core.manifest import draft, with_members
+from unet_core.runs.manifest import draft, with_members
 from unet_core.storage.store import Store
 
 

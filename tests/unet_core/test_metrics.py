@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.foreign import declare_torchvision
-from unet_core.metrics import RATIOS, Scores, Totals, confusion, mean, scores_of
-from unet_core.schema import METRICS
+from unet_core.runs.schema import METRICS
+from unet_core.scores.metrics import RATIOS, Scores, Totals, confusion, mean, scores_of
 
 
 def test_confusion_counts_truth_against_prediction_without_ignored_pixels():

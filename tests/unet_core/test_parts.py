@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_core.errors import CommitConflictError
-from unet_core.parts import ROW_GROUP_BYTES, MasksPart, commit, metrics_part
+from unet_core.runs.parts import ROW_GROUP_BYTES, MasksPart, commit, metrics_part
 from unet_core.storage.store import Store
 
 

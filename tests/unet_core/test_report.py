@@ -15,7 +15,6 @@ import pytest
 from jobs.predict import predict
 from jobs.verbs.arguments import predict_config
 from unet_core import open_run
-from unet_core.compact import COMPACTED
 from unet_core.config import PredictConfig, build
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Sample
@@ -26,7 +25,8 @@ from unet_core.report.facts import Sheet, run_facts
 from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, measure, pick_ids
 from unet_core.report.page import render
 from unet_core.report.pictures import PANEL, panels
-from unet_core.timings import TIMINGS
+from unet_core.runs.compact import COMPACTED
+from unet_core.runs.timings import TIMINGS
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

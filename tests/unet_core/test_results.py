@@ -2,11 +2,12 @@ import pyarrow.compute as pc
 import pytest
 
 from jobs.predict import predict
-from unet_core import compact, open_run
-from unet_core.compact import COMPACTED
+from unet_core import open_run
 from unet_core.errors import ParquetDamagedError
-from unet_core.parts import masks_name
-from unet_core.results import open_masks
+from unet_core.runs import compact
+from unet_core.runs.compact import COMPACTED
+from unet_core.runs.parts import masks_name
+from unet_core.runs.results import open_masks
 
 
 @pytest.fixture

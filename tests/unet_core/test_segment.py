@@ -14,17 +14,17 @@ from PIL import Image
 from jobs.predict import predict
 from tests.data import digests, pictures, write_tar
 from tests.reference.whole_image import logits_of
-from unet_core.canvas import Canvas, Look
-from unet_core.compute import Compute
 from unet_core.config import TileConfig
-from unet_core.engine import Engine, choose_device
 from unet_core.images.picture import Picture, Pixels
 from unet_core.images.preprocessing import offset_and_scale
+from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.engine import Engine, choose_device
+from unet_core.inference.tiling import PENDING_IMAGES, TileQueue, stack
+from unet_core.inference.windows import Windows, windows_for
 from unet_core.inputs.shards import Sample
 from unet_core.networks import checkpoint
+from unet_core.runs.compute import Compute
 from unet_core.synthetic import nuclei, png
-from unet_core.tiling import PENDING_IMAGES, TileQueue, stack
-from unet_core.windows import Windows, windows_for
 
 
 def table(run, kind):

@@ -8,11 +8,11 @@ from jobs.predict import predict
 from tests.data import reading
 from unet_core.config import build
 from unet_core.errors import ImageError
-from unet_core.fit import fit
 from unet_core.images.codec import decode_images
 from unet_core.networks import checkpoint
 from unet_core.synthetic import nuclei, png
 from unet_core.train_config import TrainConfig
+from unet_core.training.fit import fit
 
 RANDOM = np.random.default_rng(0)
 LIMIT = 10_000
@@ -139,7 +139,7 @@ def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     section = {"uri": str(tmp_path / "in"), "masks": "", "pages": "expand"}
     outcome = predict(make_config(input=section))
     from tests.unet_core.test_segment import masks_of
-    from unet_core.verify import verify
+    from unet_core.runs.verify import verify
 
     masks = masks_of(tmp_path / "run")
     assert list(masks) == ["a.tif#0", "a.tif#1", "a.tif#2", "a.tif#1.tif", "b.tif"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from jobs.predict import predict
-from unet_core import segment
 from unet_core.images import picture
+from unet_core.inference import segment
+from unet_core.runs.timings import Seconds, recent_seconds
 from unet_core.storage.store import Store
-from unet_core.timings import Seconds, recent_seconds
 
 SLOW_S = 0.1
 

@@ -6,15 +6,15 @@ import pytest
 
 from tests import poison
 from tests.data import write_checkpoint, write_tar
-from unet_core.compute import ReplicaSpec
 from unet_core.errors import ShardError
 from unet_core.images.picture import Decoder
+from unet_core.inference.replica import Replica
+from unet_core.inference.segment import Segmenter
+from unet_core.inference.trial import Trial
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.networks import checkpoint
-from unet_core.replica import Replica
-from unet_core.segment import Segmenter
+from unet_core.runs.compute import ReplicaSpec
 from unet_core.synthetic import nuclei, png
-from unet_core.trial import Trial
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from jobs.predict import predict
 from tests.data import write_tars
 from unet_core.errors import StoreError
-from unet_core.verify import verify
+from unet_core.runs.verify import verify
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import pytest
 from unet_core.config import TileConfig
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides, Tiling
+from unet_core.inference.windows import windows_for
 from unet_core.networks.presets import PRESETS
 from unet_core.networks.reach import tiling_of
-from unet_core.windows import windows_for
 
 
 @pytest.mark.parametrize(

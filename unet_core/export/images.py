@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from unet_core.arrays import Array
-from unet_core.results import StoredMask
+from unet_core.runs.results import StoredMask
 from unet_core.storage.spool import drop, local_space, spooled
 
 Palette = tuple[tuple[int, int, int], ...]

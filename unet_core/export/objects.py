@@ -19,7 +19,7 @@ from skimage.segmentation import watershed
 from unet_core.arrays import Array
 from unet_core.geometry import Box, Slices
 from unet_core.images.picture import Pixels
-from unet_core.metrics import BAND_PIXELS, class_pixels
+from unet_core.scores.metrics import BAND_PIXELS, class_pixels
 
 SADDLE = 0.9
 """Two summits of the distance to an object's border are two objects if the way from one to the

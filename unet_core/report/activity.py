@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.report.charts import Plot, Series, lines, stack
-from unet_core.timings import DEVICE, Seconds
+from unet_core.runs.timings import DEVICE, Seconds
 
 BINS = 60
 CHUNK = 65536

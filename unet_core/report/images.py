@@ -15,7 +15,7 @@ from unet_core.images.picture import Picture, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.ordered import side_by_side
 from unet_core.report.measured import Pick
-from unet_core.results import Results, open_masks, pictures
+from unet_core.runs.results import Results, open_masks, pictures
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20

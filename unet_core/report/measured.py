@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.compact import COMPACTED
-from unet_core.metrics import lists, means, ratios
+from unet_core.runs.compact import COMPACTED
+from unet_core.scores.metrics import lists, means, ratios
 
 CONFIDENCE = 65535
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "foreground"

@@ -1,1 +1,1 @@
-"""The rooms of ``unet_core.fit``: what is trained on, in which order, by which loss, kept where."""
+"""A training (``fit``): what is trained on, in which order, by which loss, kept where."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unet_core.engine import memory_format, movable
+from unet_core.inference.engine import memory_format, movable
 from unet_core.training.crops import Crop, CropShape
 
 

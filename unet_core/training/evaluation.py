@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from unet_core.arrays import Array
-from unet_core.canvas import Canvas, Look
 from unet_core.config import TileConfig
-from unet_core.engine import Engine
 from unet_core.errors import StoppedError
-from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
+from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.engine import Engine
+from unet_core.inference.tiling import stack
+from unet_core.inference.windows import windows_for
 from unet_core.networks.checkpoint import Header
 from unet_core.ordered import Prefetch
-from unet_core.tiling import stack
+from unet_core.scores.metrics import Scores, confusion, mean, ratio, scores_of
 from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
-from unet_core.windows import windows_for
 
 AHEAD = 8
 AHEAD_BYTES = 2**28

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from unet_core.engine import memory_format
 from unet_core.errors import CheckpointError, ConfigError, one_line
 from unet_core.geometry import Sides
+from unet_core.inference.engine import memory_format
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import build, header_of

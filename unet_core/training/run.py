@@ -16,10 +16,10 @@ import pyarrow as pa
 from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
-from unet_core.manifest import manifest_name
 from unet_core.networks import checkpoint
-from unet_core.run import RUN_JSON, SUCCESS, Identity, establish, require_same
-from unet_core.schema import HISTORY
+from unet_core.runs.manifest import manifest_name
+from unet_core.runs.run import RUN_JSON, SUCCESS, Identity, establish, require_same
+from unet_core.runs.schema import HISTORY
 from unet_core.storage.store import Store, is_temporary, parquet_of
 from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import Splits

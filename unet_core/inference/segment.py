@@ -18,24 +18,24 @@ from types import MappingProxyType
 
 import numpy as np
 
-from unet_core.canvas import Canvas, Look
-from unet_core.compute import Compute
-from unet_core.engine import Batch, Segmented
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
+from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.engine import Batch, Segmented
+from unet_core.inference.replica import Replica
+from unet_core.inference.rows import Encoded, Encoder, Row, rejected
+from unet_core.inference.tiling import Piece, TileQueue, stack
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard
-from unet_core.manifest import with_members
-from unet_core.metrics import Totals
 from unet_core.ordered import InOrder, Prefetch
-from unet_core.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
-from unet_core.replica import Replica
-from unet_core.rows import Encoded, Encoder, Row, rejected
+from unet_core.runs.compute import Compute
+from unet_core.runs.manifest import with_members
+from unet_core.runs.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
+from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.scores.metrics import Totals
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
-from unet_core.tiling import Piece, TileQueue, stack
-from unet_core.timings import Seconds, ShardResult
 
 log = logging.getLogger(__name__)
 

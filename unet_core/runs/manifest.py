@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ParquetDamagedError
 from unet_core.inputs.shards import Known, Member, Shard
-from unet_core.schema import MANIFEST, MEMBER
+from unet_core.runs.schema import MANIFEST, MEMBER
 from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 

@@ -23,10 +23,10 @@ from unet_core.inputs.folder import File, labels_by_stem, stem_of
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Sample, Shard, Source, readable_name
 from unet_core.ordered import side_by_side
-from unet_core.parts import read_columns
-from unet_core.results import Results, StoredMask, open_masks
+from unet_core.runs.parts import read_columns
+from unet_core.runs.results import Results, StoredMask, open_masks
+from unet_core.scores.tally import Images
 from unet_core.storage.store import Store
-from unet_core.tally import Images
 
 Row = dict[str, Any]
 SHOWN = 3

@@ -11,15 +11,15 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError, ShardError
 from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
-from unet_core.metrics import confusion, truth_columns
 from unet_core.ordered import side_by_side
-from unet_core.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
-from unet_core.results import StoredMask, open_masks
-from unet_core.run import Identity, establish, require_equal
-from unet_core.schema import EVALUATION
+from unet_core.runs.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
+from unet_core.runs.results import StoredMask, open_masks
+from unet_core.runs.run import Identity, establish, require_equal
+from unet_core.runs.schema import EVALUATION
+from unet_core.scores.metrics import confusion, truth_columns
+from unet_core.scores.tally import Tally
+from unet_core.scores.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
 from unet_core.storage.store import Store
-from unet_core.tally import Tally
-from unet_core.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
 
 FOLDER = "evaluation"
 TRUTH_JSON = "truth.json"

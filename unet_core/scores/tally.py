@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.metrics import (
+from unet_core.scores.metrics import (
     MAX_CONFUSION_CLASSES,
     RATIOS,
     Totals,

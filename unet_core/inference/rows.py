@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from unet_core.arrays import Array
-from unet_core.canvas import Area, Canvas
 from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
 from unet_core.images.picture import Pixels, Rejected
+from unet_core.inference.canvas import Area, Canvas
 from unet_core.inputs.shards import Sample
-from unet_core.metrics import class_pixels, confusion, truth_columns
+from unet_core.scores.metrics import class_pixels, confusion, truth_columns
 
 Row = dict[str, Any]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from unet_core.engine import choose_device
 from unet_core.errors import DivergedError, StoppedError
+from unet_core.inference.engine import choose_device
 from unet_core.memory import keep_freed, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.train_config import TrainConfig

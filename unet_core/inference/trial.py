@@ -19,13 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
-from unet_core.compute import Compute, ReplicaSpec
 from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError, one_line
+from unet_core.inference.replica import Replica
+from unet_core.inference.segment import Segmenter
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
-from unet_core.manifest import with_members
-from unet_core.replica import Replica
-from unet_core.segment import Segmenter
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.manifest import with_members
 
 log = logging.getLogger(__name__)
 

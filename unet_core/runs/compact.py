@@ -12,10 +12,10 @@ from contextlib import closing
 import pyarrow as pa
 
 from unet_core.ordered import side_by_side
-from unet_core.parts import RowGroups, read_footer, read_metrics
-from unet_core.run import METRICS as FILE
-from unet_core.run import Record
-from unet_core.schema import METRICS
+from unet_core.runs.parts import RowGroups, read_footer, read_metrics
+from unet_core.runs.run import METRICS as FILE
+from unet_core.runs.run import Record
+from unet_core.runs.schema import METRICS
 from unet_core.storage.store import Store
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.engine import CONFIDENCE_UNIT, Segmented
 from unet_core.errors import ImageError
 from unet_core.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.images.picture import Picture
+from unet_core.inference.engine import CONFIDENCE_UNIT, Segmented
+from unet_core.inference.windows import Windows
 from unet_core.storage.spool import Spool
-from unet_core.windows import Windows
 
 BAND_ROWS = 256
 """Blended areas are finished in bands, which keeps what lies beside them small."""

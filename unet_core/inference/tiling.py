@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.canvas import Canvas
-from unet_core.compute import Compute
-from unet_core.engine import Batch
 from unet_core.errors import ImageError
 from unet_core.geometry import Span, Tile
 from unet_core.images.picture import Pixels
+from unet_core.inference.canvas import Canvas
+from unet_core.inference.engine import Batch
+from unet_core.runs.compute import Compute
 
 PENDING_BATCHES = 8
 """Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""

@@ -2,14 +2,14 @@
 
 from torch import nn
 
-from unet_core.compute import Compute, ReplicaSpec
-from unet_core.engine import Engine, choose_device
 from unet_core.errors import CheckpointError
+from unet_core.inference.engine import Engine, choose_device
+from unet_core.inference.windows import windows_for
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.presets import Factory
 from unet_core.networks.reach import is_exact
-from unet_core.windows import windows_for
+from unet_core.runs.compute import Compute, ReplicaSpec
 
 
 class Replica:

@@ -1,0 +1,1 @@
+"""Masks beside truth: counts of pixels, scores, and where truth is found."""
