@@ -20,7 +20,8 @@ from unet_core.runs.timings import ShardResult
 PREFETCH = 2
 MAX_TRIALS = 2
 TRIAL_SLACK = 10.0
-"""On trial a child has to load the model, and every image as much time as an attempt."""
+"""How many times as long as an attempt a trial may stand still: its child has to load the model,
+and every image may take as long as an attempt."""
 PULSE_S = 2.0
 """How often actors are asked how far they are."""
 OVERHEAD_BYTES = 2**20
@@ -72,7 +73,7 @@ class Pulse:
 
     actor: str
     steps: dict[str, int]
-    """By shard under way: how often something of it came to an end."""
+    """By shard under way: images decoded and batches done, so far."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def stored_run(run: str, overrides: Words) -> "Results":
 
 def run_config(results: "Results", overrides: Words, allowed: Words) -> PredictConfig:
     """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
-    ``allowed``. Who made it does not matter any more: ``[workers]`` begins at its defaults.
+    ``allowed``. ``[workers]`` begins at its defaults: the run may have been made elsewhere.
 
     Raises ConfigError for any other key.
     """

@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Export:
-    """A ``Task``: exports the shards of a run."""
+    """Exports the shards of a run: a ``Task`` of ``jobs.spread``."""
 
     results: Results
     store: Store

@@ -29,7 +29,7 @@ SIGMA = 1 / 8
 
 @dataclass(frozen=True)
 class Look:
-    """What masks of a run look like."""
+    """How logits become masks in a run, and what is kept beside them."""
 
     logits: int
     """1 means one sigmoid for two classes."""

@@ -126,7 +126,7 @@ class Segmenter:
         self._counting = threading.Lock()
         self._cancelled = threading.Event()
         self.steps: dict[str, int] = {}
-        """By shard under way: how often something of it came to an end."""
+        """By shard under way: images decoded and batches done; one that stays the same hangs."""
 
     def step(self, shard_id: str) -> None:
         """Something of a shard came to an end; raises StoppedError after ``cancel``."""

@@ -18,7 +18,7 @@ MAX_ROW_GROUP_BYTES = 2**30
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 SHARD_BYTES = 2**28
 BATCH_ROWS = 1
-"""A dictionary may hold one image of 1 GiB that every row repeats."""
+"""Decoded at once: rows of a dictionary may all be the same image of 1 GiB."""
 FOOTER_THREADS = 16
 
 

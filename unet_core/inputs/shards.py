@@ -1,6 +1,7 @@
 """The words of the input: shard, member, sample, and the source that they come from.
 
-A shard's id is a digest of path, size, etag and members: never of a rank, a position or an attempt.
+A shard's id is a digest of its path below the root, size (of Parquet: of the columns read), etag,
+row range and members with their masks: never of a rank, a position or an attempt.
 """
 
 import hashlib

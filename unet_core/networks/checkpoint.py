@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with everything that prediction needs in its metadata.
 
-The only place that loads weights. The header alone (no torch) settles classes, channels and
-legal sizes before any machine is used.
+The only place that loads weights of ours (``weights`` brings those of others). The header alone
+(no torch) settles classes, channels and legal sizes before any machine is used.
 """
 
 import contextlib

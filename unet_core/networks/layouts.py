@@ -140,4 +140,4 @@ LAYOUTS = (
         _jvanvugt_norm, name="jvanvugt-valid", spec=replace(_JVANVUGT_VALID, norm="after_relu")
     ),
 )  # fmt: skip
-"""Where only a norm more or less differs, a name stands twice."""
+"""A name stands twice where its networks come with and without a norm."""

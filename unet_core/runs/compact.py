@@ -1,7 +1,6 @@
 """``metrics.parquet``: the rows of all metrics parts in one file, with the shard of each.
 
-It is made from the parts, and says in its footer of which; where they are others by now, the parts
-count.
+Its footer says of which parts it was made. Where the run has others by now, readers take the parts.
 """
 
 import hashlib

@@ -44,7 +44,8 @@ def identity(
 ) -> Identity:
     """What makes two runs the same run, by the names that people know from the config.
 
-    Whatever changes masks, and nothing else: not workers, not where the output lies.
+    Whatever changes the bytes of a part or which shards there are, and nothing else: not workers,
+    not where the output lies.
     """
     settings = config.input.model_dump(exclude={"uri"}) | {
         "format": source.format,

@@ -75,15 +75,15 @@ class Tally:
     without: Images = Images()
     unusable: Images = Images()
     only_ok_here: Images = Images()
-    """Of another run as truth: images that failed there,"""
+    """Where another run is the truth: images that are ok here and failed there."""
     only_ok_there: Images = Images()
-    """and that failed here."""
+    """Images that failed here and are ok there."""
     confusion: Array | int = 0
     """Of all images, flat; 0 where there is no truth, or too many classes."""
     sums: Array | int = 0
     """Of the images' ratios where they are defined (RATIOS × K),"""
     counts: Array | int = 0
-    """and of how many images that is."""
+    """Over how many images each of the sums goes."""
     worst: Extremes = Extremes()
     """By IoU, the mean over the image's classes."""
     flipped: Extremes = Extremes()

@@ -80,7 +80,10 @@ class Crop:
 
 
 def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
-    """Draw a crop of an image; ``seed``: of the run, the epoch and the round."""
+    """Draw a crop of an image; ``seed``: of the run, the epoch and the round.
+
+    A new draw comes last: one in between would move all that follow.
+    """
     own = int.from_bytes(digest_of(image.image_id)[:8], "big")
     random = np.random.default_rng([*seed, own])
     matrix = _matrix(augment, random)

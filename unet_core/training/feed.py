@@ -27,7 +27,8 @@ from unet_core.training.ranks import Ranks
 AHEAD_STEPS = 4
 AHEAD_BYTES = 2**29
 SHUFFLED = 256
-"""Images that wait to be drawn from, over all lanes; where a shard holds many, they lie near."""
+"""Images, over all lanes, among which the next is drawn; fewer than an epoch, so that those of one
+shard are read soon after each other."""
 
 Entry = tuple[int, Item]
 """A round, and an image."""
