@@ -127,6 +127,10 @@ def test_the_driver_starts_without_torch_and_ray(module):
         assert not {"numpy", "pyarrow", "fsspec"} & set(loaded)
 
 
+def test_every_module_goes_into_the_wheel():
+    assert all((path.parent / "__init__.py").exists() for path in MODULES.values())
+
+
 def test_every_file_that_is_no_module_goes_into_the_wheel():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())
     shipped = table["tool"]["setuptools"]["package-data"]

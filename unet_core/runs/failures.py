@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from unet_core.scores.metrics import Totals
 from unet_core.ordered import side_by_side
 from unet_core.runs.parts import read_columns
 from unet_core.runs.run import Run
+from unet_core.scores.metrics import Totals
 
 MOST_CAUSES = 5
 MOST_EXAMPLES = 3

@@ -8,10 +8,10 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core.runs import schema
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
-from unet_core.scores.metrics import Totals
 from unet_core.ordered import side_by_side
+from unet_core.runs import schema
+from unet_core.scores.metrics import Totals
 from unet_core.storage.spool import drop, spooled
 from unet_core.storage.store import Store, parquet_of, table_of, whole_parquet
 

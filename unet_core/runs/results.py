@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_core.arrays import Array
-from unet_core.runs.compact import COMPACTED, batches
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.geometry import Box
@@ -22,11 +21,12 @@ from unet_core.images.picture import Decoder, Picture, Rejected
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
-from unet_core.runs.manifest import with_members
-from unet_core.scores.metrics import Totals
 from unet_core.ordered import side_by_side
+from unet_core.runs.compact import COMPACTED, batches
+from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import masks_name, read_columns
 from unet_core.runs.run import open_existing
+from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store, whole_parquet
 
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]

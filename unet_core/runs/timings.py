@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.errors import StoreError
-from unet_core.scores.metrics import Totals, added
 from unet_core.ordered import side_by_side
+from unet_core.scores.metrics import Totals, added
 from unet_core.storage.store import Store, parquet_of, table_of
 
 FLUSH_S = 60.0

@@ -24,9 +24,9 @@ from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.inputs.webdataset import MASK_WORDS
 from unet_core.runs.manifest import with_members
-from unet_core.scores.metrics import Totals
 from unet_core.runs.parts import ids_in, read_metrics
 from unet_core.runs.run import Record, Run, open_existing
+from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store, is_temporary, table_of
 
 
