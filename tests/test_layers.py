@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of docs/design.md, held by walking the imports."""
+"""Who may import whom: the doors of docs/design.md, held by walking the imports."""
 
 import ast
 import json

@@ -197,8 +197,10 @@ class Export:
                 regions = coco.classes_of(mask.whole()) if found is None else found.regions()
                 polygons = self.options.polygons
                 return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
-            case _:
+            case "":  # rows of objects alone
                 return {}
+            case other:
+                raise ValueError(other)
         name = self.names.of(mask.image_id, shard_id)
         try:
             self.store.publish(name, file)

@@ -1,5 +1,7 @@
-"""Opening an input and reading its shards, whatever its format. A new format is a module with
-``list_shards`` and ``read``, and a row of ``FORMATS``.
+"""Opening an input and reading its shards, whatever its format. A format is a module with
+``list_shards(source, known)``, which gives the shards that are not known, by name, and
+``read(source, shard)``, which gives their samples, always in the same order: what is wrong with an
+image is a sample with a ``failure``, a file that is not the one listed a ChangedError.
 """
 
 from collections.abc import Iterator

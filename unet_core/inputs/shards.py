@@ -39,11 +39,11 @@ class Shard:
 
     shard_id: str
     uri: str
-    """Path below the input root: a tar, or the empty string for loose images."""
+    """Path below the input root of a tar or Parquet file; empty for loose images."""
     bytes: int
     etag: str | None
     first: int | None
-    """Position of the first loose image among all of them."""
+    """Position of the first loose image among all of them, or the first row."""
     count: int | None
     """Images; None where only reading tells."""
     members: tuple[Member, ...] = ()
