@@ -151,6 +151,8 @@ def _naming(source: str) -> Iterator[None]:
     """Let errors say which file they are about."""
     try:
         yield
+    except ConfigError:
+        raise
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from error
 
