@@ -56,7 +56,9 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     continues.
     """
     outcome = _predicted(prepare(config), retry_failed, refresh)
-    from jobs.report import ending_report  # templates, charts, pictures
+    if not config.output.report:
+        return outcome
+    from jobs.report import ending_report  # templates, charts, pictures: half a second
 
     report = ending_report(config.output, config.storage, not outcome.was_finished)
     return replace(outcome, report=report)

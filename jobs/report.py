@@ -6,7 +6,6 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.export import require_apart
 from unet_core.arrays import Array
 from unet_core.config import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
@@ -46,14 +45,11 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
 
 
 def ending_report(output: FolderConfig, storage: StorageConfig, was_done: bool) -> str:
-    """The report that comes with the end of a run or a training, if it is wanted; empty if there is
-    none.
+    """The report that comes with the end of a run or a training; empty if there is none.
 
     Where nothing ``was_done`` and it is there, it is left alone. What keeps it from being written
     is told, and spoils nothing.
     """
-    if not output.report:
-        return ""
     uri = output.uri
     try:
         if not was_done and Store(uri, storage).exists(NAME):
@@ -76,6 +72,8 @@ def write_previews(
 
     Raises ConfigError for a folder in the input, which would read them as images.
     """
+    from jobs.export import require_apart  # with all that measures objects
+
     results, target = open_run(uri, storage), Store(to, storage)
     require_apart(results, "--previews", to)
     rows = batches(results.run.store)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import session
-from jobs.report import ending_report
 from jobs.train_progress import TrainProgress
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Event, fit
@@ -43,7 +42,11 @@ def train(config: TrainConfig) -> Trained:
         with TrainProgress(config) as progress, _stop_asked() as wants_stop:
             for event in _events(config, wants_stop):
                 progress.on_event(event)
-    report = ending_report(config.output, config.storage, not was_finished)
+    report = ""
+    if config.output.report:
+        from jobs.report import ending_report  # templates, charts
+
+        report = ending_report(config.output, config.storage, not was_finished)
     best = f"{config.output.uri.rstrip('/')}/{BEST}"
     return Trained(best, run.position(), was_finished, report)
 
