@@ -145,10 +145,10 @@ def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
 
 
 def _panel(title: str, image: Image.Image) -> Panel:
-    """As PNG, or if that is too large as the best JPEG that is not."""
-    data, kind = _encoded(image, "png"), "png"
+    """As the best JPEG that is not too large; flat colours as PNG, unless that is."""
+    data, kind = (_encoded(image, "png"), "png") if image.mode == "P" else (b"", "")
     for quality in QUALITIES:
-        if len(data) > MOST_PANEL_BYTES:
+        if not data or len(data) > MOST_PANEL_BYTES:
             kind = "jpeg"
             data = _encoded(image.convert("RGB"), kind, quality=quality, subsampling=0)
     text = base64.b64encode(data).decode()
