@@ -13,6 +13,7 @@ import mmap
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -82,7 +83,7 @@ class Plan:
 
     def passed(self, number: int) -> int:
         """Count one more passage and give the sum."""
-        with open(self.folder / f"{number}.count", "ab") as file:
+        with COUNTING, open(self.folder / f"{number}.count", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(b".")
             file.flush()
@@ -93,7 +94,8 @@ class Plan:
         fault, count = self.faults[number], self.passed(number)
         if not fault.moments or count in fault.moments:
             (self.folder / f"{number}-{count}.fired").write_text(str(os.getpid()))
-            ACTIONS[fault.action](self)
+            with COUNTING if fault.action == "stop" else contextlib.nullcontext():
+                ACTIONS[fault.action](self)
 
 
 def network(**arguments: Any) -> nn.Module:
@@ -105,6 +107,8 @@ def network(**arguments: Any) -> nn.Module:
 
 
 _installed: list[Plan] = []
+COUNTING = threading.Lock()
+"""A process is not stopped while one of its threads has the lock that others wait for."""
 
 
 def install(plan: Plan) -> None:
