@@ -37,6 +37,8 @@ class Noting:
                 raise ShardError(f"{shard.uri} was written again")
             case "store":
                 raise StoreError("the bucket is gone")
+            case "slow":
+                time.sleep(0.5)
             case "dies":
                 os._exit(1)
             case "dies once" if not tries:
@@ -72,8 +74,9 @@ def test_the_same_command_does_what_is_left_and_no_more(tmp_path):
 
 
 def test_an_error_of_storage_stops_before_the_next_shard(tmp_path):
+    trouble = {shard.uri: "slow" for shard in SHARDS} | {"7.tar": "store"}
     with pytest.raises(StoreError, match="the bucket is gone"):
-        do(Noting(tmp_path, {"7.tar": "store"}))  # the largest one is the first
+        do(Noting(tmp_path, trouble))  # the largest one is the first
     assert len(tries(tmp_path)) <= 2
 
 
