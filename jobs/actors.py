@@ -89,13 +89,13 @@ class SegmentActor:
     @recorded
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
-        from unet_core.inference.trial import find_guilty
-
         assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
         guilty = {}
         if attempt.trial_s is not None:
+            from unet_core.inference.trial import find_guilty  # torch, again
+
             guilty = find_guilty(self._segmenter, attempt.shard, attempt.trial_s)
         return self._segmenter.segment(attempt.shard, guilty)
 
