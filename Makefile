@@ -51,8 +51,8 @@ fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECOND
 chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: an hour and a half
 	$(BIN)/python -m tests.chaos --seed 1 --runs 20
 
-bench: install  ## predict beside what people use instead, half an hour: docs/performance.md
-	$(BIN)/python -m tests.benchmarks.peers --page docs/performance.md
+bench: install  ## predict beside what people use instead, twenty minutes: docs/performance.md
+	$(BIN)/python -m tests.benchmarks.peers --rounds 3 --page docs/performance.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ PATIENCE_S = 24 * 3600
 """Ranks wait so long for each other: one may read a large tar alone. Ray notices deaths itself."""
 
 
-class Board:
-    """Where the first rank says what happens, and learns whether it is to stop."""
+class Mailbox:
+    """An actor in which the first rank leaves what happens, and learns whether it is to stop."""
 
     def __init__(self) -> None:
         self._said: list[Event | Failure] = []
@@ -64,12 +64,12 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
         require_reachable(worker_places(config), config.storage.shared)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         ended, outcome = threading.Event(), []
 
         def run() -> None:
             try:
-                _trainer(config, ranks, each, board, rays_own).fit()
+                _trainer(config, ranks, each, mailbox, rays_own).fit()
             except Exception as error:  # told below, on the thread that asked
                 outcome.append(error)
             ended.set()
@@ -82,7 +82,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                 silent_since = time.monotonic()
                 log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
                             ranks, each.gpus, each.cpus)  # fmt: skip
-            for event in ray.get(board.hear.remote(wants_stop())):
+            for event in ray.get(mailbox.hear.remote(wants_stop())):
                 silent_since = 0.0
                 if isinstance(event, Failure):
                     ended.wait()
@@ -94,7 +94,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
 
 
 def _trainer(
-    config: TrainConfig, ranks: int | tuple[int, int], each: Placement, board: Any, folder: str
+    config: TrainConfig, ranks: int | tuple[int, int], each: Placement, mailbox: Any, folder: str
 ) -> Any:
     """``folder``: for what Ray Train keeps of itself; ours lies in the output."""
     from ray import train
@@ -104,7 +104,7 @@ def _trainer(
     resources = {"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {})
     return TorchTrainer(
         _rank,
-        train_loop_config={"config": config, "board": board, "code": code_version()},
+        train_loop_config={"config": config, "mailbox": mailbox, "code": code_version()},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
             num_workers=ranks, use_gpu=is_gpu, resources_per_worker=resources
@@ -122,24 +122,24 @@ def _rank(arguments: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     ranks = Ranks.joined()
-    mouth = Mouth(arguments["board"]) if ranks.is_first else None
-    wants_stop = mouth.wants_stop if mouth is not None else lambda: False
+    reporter = Reporter(arguments["mailbox"]) if ranks.is_first else None
+    wants_stop = reporter.wants_stop if reporter is not None else lambda: False
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
         ranks.together(lambda: arguments["code"].require(code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
-            if mouth is not None:
-                mouth.say(event)
+            if reporter is not None:
+                reporter.say(event)
     except UnetJobsError as error:
-        if mouth is not None:
-            mouth.say(Failure(type(error).__name__, str(error)))
+        if reporter is not None:
+            reporter.say(Failure(type(error).__name__, str(error)))
 
 
-class Mouth:
+class Reporter:
     """What the first rank says to the driver, steps a few times a second and summed up."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
         self._reply: Any = None
         self._step: Step | None = None
         """All since the last message, as one."""
@@ -152,9 +152,9 @@ class Mouth:
             if self._step.seconds < WAIT_S:
                 return
         if self._step is not None:
-            self._reply, self._step = self._board.say.remote(self._step), None
+            self._reply, self._step = self._mailbox.say.remote(self._step), None
         if not isinstance(event, Step):
-            ray.get(self._board.say.remote(event))
+            ray.get(self._mailbox.say.remote(event))
 
     def wants_stop(self) -> bool:
         """What the driver last answered; never waits."""

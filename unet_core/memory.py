@@ -8,14 +8,32 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # from malloc.h
 LARGE_BLOCK_BYTES = 4 * 2**20
 USUAL_MMAP_MAX = 65536
+CGROUP = Path("/sys/fs/cgroup")
+LEAST_BYTES = 2**30
+"""What is counted on even where less seems to be free."""
 
 
 def usable_bytes() -> int:
     """Memory that this process may use: the machine's, or what its container may have of it."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    return min(machine, int(text)) if text.isdigit() else machine
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        return min(machine, int((CGROUP / "memory.max").read_text()))
+    return machine
+
+
+def free_bytes() -> int:
+    """Memory that can be had now, of the machine, or of the container if that has less; Linux
+    only.
+    """
+    memory = Path("/proc/meminfo").read_text()
+    free = int(memory.partition("MemAvailable:")[2].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = (CGROUP / "memory.stat").read_text()
+        cached = int(statistics.partition("inactive_file ")[2].split()[0])
+        free = min(free, limit - used + cached)
+    return max(free, LEAST_BYTES)
 
 
 def keep_freed() -> None:

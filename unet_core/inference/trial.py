@@ -24,6 +24,7 @@ from unet_core.inference.replica import Replica
 from unet_core.inference.segment import Segmenter
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
+from unet_core.memory import free_bytes
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.manifest import with_members
 
@@ -32,8 +33,6 @@ log = logging.getLogger(__name__)
 LOADING_S = 600.0
 """For the child to load the model."""
 PR_SET_PDEATHSIG = 1  # from prctl.h
-CGROUP = Path("/sys/fs/cgroup")
-
 
 Word = int | ImageError | Literal["survived", "finished"]
 """What the child says: the place of the image that it has in hand, why that cannot be segmented,
@@ -192,25 +191,9 @@ def _limit_memory() -> int | None:
         return None
     import resource
 
-    room = _free_bytes() // 2
+    room = free_bytes() // 2
     status = Path("/proc/self/status").read_text()
     used = int(status.partition("VmData:")[2].split()[0]) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + room, hard))
     return room
-
-
-def _free_bytes() -> int:
-    """Of the machine, or of the container if that has less."""
-    memory = Path("/proc/meminfo").read_text()
-    free = int(memory.partition("MemAvailable:")[2].split()[0]) * 1024
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((CGROUP / "memory.current").read_text())
-            statistics = (CGROUP / "memory.stat").read_text()
-            cached = int(statistics.partition("inactive_file ")[2].split()[0])
-            free = min(free, int(limit) - used + cached)
-    except (OSError, ValueError, IndexError):
-        pass  # no cgroup of its own
-    return max(free, 2**30)

@@ -5,7 +5,6 @@ driver, and the members of one shard by the actor that segments it.
 """
 
 import dataclasses
-import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_core.errors import ConfigError, ParquetDamagedError
+from unet_core.errors import ConfigError
 from unet_core.inputs.shards import Known, Member, Shard
 from unet_core.runs.schema import MANIFEST, MEMBER
 from unet_core.storage.spool import drop, local_space, spooled
@@ -100,19 +99,17 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([*arrays, lists], schema=MANIFEST)
 
 
-def read_heads(file: bytes, generation: int = 0) -> list[Shard]:
-    """All shards of a manifest's file, without their members.
+def read_heads(store: Store, generation: int) -> list[Shard]:
+    """The shards that came with a listing, without their members.
 
-    Raises ParquetDamagedError if it is damaged.
+    Raises ParquetDamagedError if the file is damaged.
     """
     heads: list[Shard] = []
-    try:
-        for batch in pq.ParquetFile(io.BytesIO(file)).iter_batches(columns=HEADS):
+    with store.open_parquet(manifest_name(generation)) as file:
+        for batch in file.iter_batches(columns=HEADS):
             for row, head in enumerate(batch.to_pylist(), start=len(heads)):
                 heads.append(Shard(**head, generation=generation, row=row))
-        return heads
-    except (pa.ArrowException, OSError) as error:
-        raise ParquetDamagedError(f"the manifest is damaged: {error}") from error
+    return heads
 
 
 def with_members(store: Store, shard: Shard) -> Shard:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -139,10 +140,8 @@ class Run:
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
-        heads: list[Shard] = []
-        for number, name in enumerate(files):
-            heads += read_heads(self.store.read(name), number)
-        return heads or None
+        heads = (read_heads(self.store, number) for number in range(len(files)))
+        return [*chain.from_iterable(heads)] or None
 
     def publish_manifest(self, draft: Draft) -> None:
         """Publish the manifest, or what a refresh adds to it, unless it is there.
@@ -152,7 +151,7 @@ class Run:
         name = manifest_name(draft.generation)
         if self.store.publish_exclusively(name, draft.file):
             return
-        if read_heads(self.store.read(name), draft.generation) != draft.heads:
+        if read_heads(self.store, draft.generation) != draft.heads:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver made this run of another state of the input; "
                 "run the command again to join it"

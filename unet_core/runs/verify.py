@@ -12,6 +12,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -23,11 +24,15 @@ from unet_core.errors import StoreError, one_line
 from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.inputs.webdataset import MASK_WORDS
+from unet_core.ordered import side_by_side
 from unet_core.runs.manifest import with_members
-from unet_core.runs.parts import ids_in, read_metrics
+from unet_core.runs.parts import ids_in, masks_name, read_metrics
 from unet_core.runs.run import Record, Run, open_existing
 from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store, is_temporary, table_of
+
+PARTS_AT_ONCE = 4
+"""Each is in memory as a whole."""
 
 
 @dataclass
@@ -57,9 +62,12 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     expected = {shard.shard_id for shard in shards}
     _check_orphans(run, expected, committed, findings)
     image_ids: Counter[str] = Counter()
-    for shard in shards:
-        if shard.shard_id in committed:
-            findings.problems += _check_shard(run, record, shard, deep, findings, image_ids)
+    there = (shard for shard in shards if shard.shard_id in committed)
+    check = partial(_check_shard, run, record, deep)
+    for totals, ids, problems in side_by_side(check, there, PARTS_AT_ONCE):
+        findings.totals += totals
+        findings.problems += problems
+        image_ids.update(ids)
     if findings.problems:
         findings.notes.append(
             "a shard whose commit, metrics/<shard>.parquet, is removed is done again by predict"
@@ -107,19 +115,18 @@ def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: 
 
 
 def _check_shard(
-    run: Run, record: Record, shard: Shard, deep: bool, findings: Findings, ids: Counter[str]
-) -> list[str]:
-    """Problems of one committed shard."""
+    run: Run, record: Record, deep: bool, shard: Shard
+) -> tuple[Totals, list[str], list[str]]:
+    """Of one committed shard: what its rows add up to, the ids of its ok images, and problems."""
     name = shard.shard_id
     try:
         rows, footer = read_metrics(run.store, name)
-        masks_bytes = run.store.read(f"masks/{name}.parquet")
+        masks_bytes = run.store.read(masks_name(name))
     except StoreError as error:
-        return [f"shard {name}: {error}"]
+        return Totals(), [], [f"shard {name}: {error}"]
     problems = []
     seen = int(footer.get("images_seen", -1))
     totals = Totals.of_rows(rows, seen)
-    findings.totals += totals
     if footer.get("fingerprint") != record.fingerprint:
         problems.append("metrics part has the fingerprint of another run")
     if not totals.is_reconciled:
@@ -136,8 +143,8 @@ def _check_shard(
             problems += _recount_masks(rows, windows)
     if deep:
         problems += _recount_input(record, with_members(run.store, shard), rows, run.store.storage)
-    ids.update(row["image_id"] for row in _ok(rows))
-    return [f"shard {name}: {problem}" for problem in problems]
+    ids = [row["image_id"] for row in _ok(rows)]
+    return totals, ids, [f"shard {name}: {problem}" for problem in problems]
 
 
 def _ok(rows: pa.Table) -> list[dict[str, Any]]:
