@@ -27,14 +27,18 @@ def network() -> nn.Module:
 harmless = Decoder.decode
 
 
-def harmful(self, sample):
+def harmful(self, sample, on_step=lambda: None):
     if sample.failure is None:
         name = sample.key
         if "kills" in name:
             os.kill(os.getpid(), signal.SIGKILL)
         if "hangs" in name:
             time.sleep(3600)
+        if "creeps" in name:  # slower than a limit, but never still for so long
+            for _ in range(2):
+                time.sleep(2.5)
+                on_step()
         hoard = []
         while "eats" in name:
             hoard.append(np.empty(2**30, np.uint8))
-    return harmless(self, sample)
+    return harmless(self, sample, on_step)

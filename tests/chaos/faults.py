@@ -152,7 +152,7 @@ def _reading(meet: Meet, fault: Fault) -> None:
 
 
 def _decoding(meet: Meet, fault: Fault) -> None:
-    def is_there(_: Decoder, sample: Sample) -> bool:
+    def is_there(_: Decoder, sample: Sample, *__: object) -> bool:
         """What is known to be bad is not decoded."""
         return not fault.image or (sample.image_id == fault.image and sample.failure is None)
 

@@ -8,6 +8,7 @@ import pytest
 from jobs.predict import predict
 from unet_core.images import picture
 from unet_core.inference import segment
+from unet_core.inference.lanes import Lanes
 from unet_core.runs.timings import Seconds, recent_seconds
 from unet_core.storage.store import Store
 
@@ -63,18 +64,18 @@ def test_the_device_says_what_it_waited_for(slow, what, make_config, monkeypatch
 
 
 def test_a_device_without_a_shard_waits_for_one(make_config, monkeypatch, tmp_path):
-    real = segment.Segmenter._device_taken
+    real = Lanes.place
 
-    def device_taken(self, seconds):
+    def place(self):
         if not seen:
-            self._ended -= 5.0  # as if nothing had come for so long
-        seen.append(seconds)
-        return real(self, seconds)
+            time.sleep(1.0)
+        seen.append(self)
+        return real(self)
 
     seen = []
-    monkeypatch.setattr(segment.Segmenter, "_device_taken", device_taken)
+    monkeypatch.setattr(Lanes, "place", place)
     predict(make_config("workers.cpus=1"))
-    assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 5.0
+    assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 1.0
 
 
 def test_seconds_add_up():

@@ -21,7 +21,7 @@ from unet_core.synthetic import nuclei, png
 def segmenter(make_config, tmp_path, monkeypatch):
     """A segmenter in this process, which itself stays unharmed, and the shard of a tar."""
     good = png(nuclei(40, 50, np.random.default_rng(0))[0])
-    names = ["a", "b-eats", "c", "d-kills", "e", "bad", "f-hangs", "g"]
+    names = ["a", "b-eats", "c", "d-kills", "e", "bad", "f-hangs", "g-creeps"]
     (tmp_path / "in").mkdir()
     files = {f"{name}.png": good if name != "bad" else b"bad" for name in names}
     write_tar(tmp_path / "in" / "t.tar", files)

@@ -5,6 +5,7 @@ Large TIFFs are not decoded whole: their pixels and their truth are read by wind
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -129,10 +130,13 @@ class Decoder:
     classes: int
     config: InputConfig
 
-    def decode(self, sample: Sample) -> list[Picture | Rejected]:
+    def decode(
+        self, sample: Sample, on_step: Callable[[], None] = lambda: None
+    ) -> list[Picture | Rejected]:
         """Decode a file and its truth: one image, or one for each page that is expanded.
 
-        A truth that cannot be used does not spoil the image. Raises StoreError if the bytes cannot
+        A truth that cannot be used does not spoil the image. ``on_step`` is called for every few
+        rows of an image that is not decoded whole. Raises StoreError if the bytes cannot
         be read.
         """
         try:
@@ -148,14 +152,18 @@ class Decoder:
         samples = [replace(bare, image_id=bare.image_id + end, key=bare.key + end) for end in ends]
         decoder = TruthDecoder(self.classes, self.config)
         truths = decoder.decode(sample, range(len(images)), not isinstance(found, bytes))
-        return list(map(self._picture, samples, images, truths))
+        return list(map(partial(self._picture, on_step), samples, images, truths))
 
     def _picture(
-        self, sample: Sample, image: Array | LargeTiff, truth: Pixels | ImageError | None
+        self,
+        on_step: Callable[[], None],
+        sample: Sample,
+        image: Array | LargeTiff,
+        truth: Pixels | ImageError | None,
     ) -> Picture | Rejected:
         try:
             if isinstance(image, LargeTiff):
-                pixels, offset, scale = self._by_window(image)
+                pixels, offset, scale = self._by_window(image, on_step)
             else:
                 pixels = Pixels.of(to_color(image, self.wanted.color))
                 offset, scale = offset_and_scale(pixels.whole(), self.wanted)
@@ -163,7 +171,9 @@ class Decoder:
             return Rejected(sample, failure)
         return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))
 
-    def _by_window(self, image: LargeTiff) -> tuple[Pixels, Array, Array]:
+    def _by_window(
+        self, image: LargeTiff, on_step: Callable[[], None]
+    ) -> tuple[Pixels, Array, Array]:
         rows, columns = image.shape
         check_size(columns, rows, MOST_LARGE * self.config.max_pixels)
 
@@ -171,6 +181,7 @@ class Decoder:
             return to_color(image.read(y, x, height, width), self.wanted.color)
 
         def read_rows(start: int, stop: int) -> Array:
+            on_step()
             return read(start, 0, stop - start, columns)
 
         offset, scale = offset_and_scale_by_rows(read_rows, rows, columns, self.wanted)

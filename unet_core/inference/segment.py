@@ -22,7 +22,7 @@ from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
 from unet_core.inference.canvas import Canvas, Look
-from unet_core.inference.engine import Batch, Segmented
+from unet_core.inference.lanes import Lanes, Ran
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoded, Encoder, Row, rejected
 from unet_core.inference.tiling import Piece, TileQueue, stack
@@ -77,12 +77,12 @@ class _Attempt:
 
     part: MasksPart
     queue: TileQueue
+    place: object
+    """In the line for the device."""
     on_step: Callable[[], None]
     seconds: Seconds = field(default_factory=Seconds)
     ids: set[str] = field(default_factory=set)
-    running: deque[tuple[list[Piece], Future[tuple[list[Segmented], float]]]] = field(
-        default_factory=deque
-    )
+    running: deque[tuple[list[Piece], Future[Ran]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
     encoded: InOrder[Encoded] = field(default_factory=InOrder)
     rows: list[Row] = field(default_factory=list)
@@ -117,19 +117,15 @@ class Segmenter:
             header.network.classes, config.model.threshold, config.output.probabilities
         )
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
-        self._lanes = ThreadPoolExecutor(self.engine.lanes, thread_name_prefix="device")
-        self._device = threading.Lock()
-        self._running = 0
-        """Lanes at work, for whatever shard."""
-        self._ended = time.perf_counter()
-        """When the last of them came to an end."""
-        self._counting = threading.Lock()
+        self._lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
         self.steps: dict[str, int] = {}
-        """By shard under way: images decoded and batches done; one that stays the same hangs."""
+        """By shard under way, how often ``step`` was called; one that stays the same hangs."""
 
     def step(self, shard_id: str) -> None:
-        """Something of a shard came to an end; raises StoppedError after ``cancel``."""
+        """Something of a shard came to an end: rows of a large image were read, an image decoded
+        or encoded, a batch done. Raises StoppedError after ``cancel``.
+        """
         if self._cancelled.is_set():
             raise StoppedError("stopped")
         self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
@@ -148,35 +144,36 @@ class Segmenter:
         bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
         exception.
         """
-        start = time.perf_counter()
-        found = read_shard(self.replica.spec.source, with_members(self.output, shard))
-        samples = (
-            replace(sample, failure=guilty.get(place, sample.failure))
-            for place, sample in enumerate(found)
-        )
+        start, name = time.perf_counter(), shard.shard_id
         try:
-            with self._filled(samples, partial(self.step, shard.shard_id)) as attempt:
-                totals = self._commit(attempt, shard)
-            return ShardResult(shard.shard_id, totals, attempt.seconds, time.perf_counter() - start)
+            with self._lanes.place() as place:
+                found = read_shard(self.replica.spec.source, with_members(self.output, shard))
+                samples = (
+                    replace(sample, failure=guilty.get(number, sample.failure))
+                    for number, sample in enumerate(found)
+                )
+                with self._filled(samples, place, partial(self.step, name)) as attempt:
+                    totals = self._commit(attempt, shard)
+            return ShardResult(name, totals, attempt.seconds, time.perf_counter() - start)
         finally:
-            self.steps.pop(shard.shard_id, None)
+            self.steps.pop(name, None)
 
-    def rehearse(self, sample: Sample) -> None:
+    def rehearse(self, sample: Sample, on_step: Callable[[], None]) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._filled(iter([sample])):
+        with self._lanes.place() as place, self._filled(iter([sample]), place, on_step):
             pass
 
     @contextlib.contextmanager
     def _filled(
-        self, samples: Iterator[Sample], on_step: Callable[[], None] = lambda: None
+        self, samples: Iterator[Sample], place: object, on_step: Callable[[], None]
     ) -> Iterator[_Attempt]:
         """The masks of samples in their part, and the rows of the other one."""
         part = MasksPart(self._encoding, self.footer, self._look.probabilities != "none")
         with contextlib.closing(part):
-            attempt = _Attempt(part, TileQueue(self.compute), on_step)
+            attempt = _Attempt(part, TileQueue(self.compute), place, on_step)
             with Prefetch(
                 self._pool,
-                self._decode,
+                partial(self._decode, on_step=on_step),
                 samples,
                 2 * self._threads + 2,
                 attrgetter("held_bytes"),
@@ -188,12 +185,12 @@ class Segmenter:
                 self._append(attempt, attempt.encoded.rest())
             yield attempt
 
-    def _decode(self, sample: Sample) -> Decoded:
+    def _decode(self, sample: Sample, on_step: Callable[[], None]) -> Decoded:
         reads: list[float] = []
         read_mask = sample.read_mask and _timed(sample.read_mask, reads)
         start = time.perf_counter()
         images = self._decoder.decode(
-            replace(sample, read=_timed(sample.read, reads), read_mask=read_mask)
+            replace(sample, read=_timed(sample.read, reads), read_mask=read_mask), on_step
         )
         spent = time.perf_counter() - start
         return Decoded(images, sum(reads), spent - sum(reads))
@@ -203,7 +200,7 @@ class Segmenter:
         before anything can happen to them. The next shard gets the device when the last batch of
         this one is under way.
         """
-        with self._device_taken(attempt.seconds):
+        with self._lanes.taken(attempt.place, attempt.seconds):
             for decoded in self._waited_for(images, attempt.seconds):
                 attempt.on_step()
                 attempt.seconds.reading += decoded.read_s
@@ -219,20 +216,11 @@ class Segmenter:
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
 
-    @contextlib.contextmanager
-    def _device_taken(self, seconds: Seconds) -> Iterator[None]:
-        """The device for one shard; notes how long it was free since the shard before."""
-        with self._device:
-            if not self._running:
-                free_s = time.perf_counter() - self._ended
-                seconds.waiting_for_shard += self.engine.lanes * free_s
-            yield
-
     def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
         """Count the time in which lanes of the device are idle because no image is decoded."""
         iterator = iter(images)
         while True:
-            idle = self.engine.lanes - self._running
+            idle = self._lanes.idle
             image = next(iterator, None)
             items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
             reading = image.read_share if image is not None else 0.0
@@ -262,20 +250,8 @@ class Segmenter:
     def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
         for pieces in batches:
             batch = self._pool.submit(stack, pieces)
-            attempt.running.append((pieces, self._lanes.submit(self._run, batch)))
+            attempt.running.append((pieces, self._lanes.submit(batch)))
             self._paste(attempt, self.engine.lanes + 1)
-
-    def _run(self, batch: Future[Batch]) -> tuple[list[Segmented], float]:
-        ready = batch.result()
-        start = time.perf_counter()
-        with self._counting:
-            self._running += 1
-        try:
-            return self.engine.run(ready), time.perf_counter() - start
-        finally:
-            with self._counting:
-                self._running -= 1
-                self._ended = time.perf_counter()
 
     def _paste(self, attempt: _Attempt, keep: int) -> None:
         """Take what is done off the device; wait until at most ``keep`` batches are under way."""
@@ -299,6 +275,7 @@ class Segmenter:
 
     def _append(self, attempt: _Attempt, images: Iterable[Encoded]) -> None:
         for image in images:
+            attempt.on_step()
             attempt.seconds.encoding += image.encode_s
             attempt.rows.append(image.metrics)
             for row in image.masks:

@@ -34,15 +34,15 @@ LOADING_S = 600.0
 """For the child to load the model."""
 PR_SET_PDEATHSIG = 1  # from prctl.h
 
-Word = int | ImageError | Literal["survived", "finished"]
-"""What the child says: the place of the image that it has in hand, why that cannot be segmented,
-that the child survived it, and at last that there is no further one.
+Word = int | ImageError | Literal["step", "survived", "finished"]
+"""What the child says: the place of the image that it has in hand, that a step of that is done, why
+it cannot be segmented, that the child survived it, and at last that there is no further one.
 """
 
 
 def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int, ImageError]:
-    """Failures of a shard's images by their place in it: of those that could not be segmented alone
-    within ``image_s`` seconds, or took their process along.
+    """Failures of a shard's images by their place in it: of those that, alone, could not be
+    segmented, stood still for ``image_s`` seconds, or took their process along.
 
     Raises ShardError if the child dies or hangs while it reads.
     """
@@ -62,7 +62,7 @@ class Trial:
     shard: Shard
     """With its members."""
     image_s: float
-    """How long one image may take."""
+    """How long one image may stand still."""
 
     def guilty(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
         """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
@@ -129,25 +129,32 @@ class Trial:
 def _live(trial: Trial, first: int, pipe: Connection) -> None:
     """The child: try every image from ``first`` on, and say so before each."""
     _end_with_parent()
-    room = None
+    room, speaking = None, threading.Lock()
+
+    def say(word: Word | UnetJobsError) -> None:
+        with speaking:  # steps come from threads that decode
+            pipe.send(word)
+
     try:
         segmenter = Segmenter(Replica(trial.spec), trial.compute, trial.footer)
         room = _limit_memory()
-        for message in _tried(segmenter, trial.shard, first, room):
-            pipe.send(message)
+        for word in _tried(segmenter, trial.shard, first, room, partial(say, "step")):
+            say(word)
     except UnetJobsError as error:
-        pipe.send(error)
+        say(error)
     except MemoryError:
-        pipe.send(ShardError(f"reading it takes more memory than {_needed(room)}"))
+        say(ShardError(f"reading it takes more memory than {_needed(room)}"))
 
 
-def _tried(segmenter: Segmenter, shard: Shard, first: int, room: int | None) -> Iterator[Word]:
+def _tried(
+    segmenter: Segmenter, shard: Shard, first: int, room: int | None, on_step: Callable[[], None]
+) -> Iterator[Word]:
     for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
         if place < first:
             continue
         yield place
         try:
-            segmenter.rehearse(sample)
+            segmenter.rehearse(sample, on_step)
         except MemoryError:
             yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
         except WorkersError as error:  # the device has no room for one tile
