@@ -17,14 +17,17 @@ def side_by_side(
     read: Callable[[ItemT], ResultT], items: Iterable[ItemT], threads: int = READ_THREADS
 ) -> Iterator[ResultT]:
     """What is read of each item, in their order, a few ahead: whoever has enough may stop."""
-    with ThreadPoolExecutor(threads) as pool:
-        line: deque[Future[ResultT]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    line: deque[Future[ResultT]] = deque()
+    try:
         for item in items:
             line.append(pool.submit(read, item))
             if len(line) > 2 * threads:
                 yield line.popleft().result()
         while line:
             yield line.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the rest
 
 
 class Prefetch(Generic[ItemT, ResultT]):

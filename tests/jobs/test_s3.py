@@ -26,6 +26,8 @@ from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.runs.parts import masks_name, read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
+from unet_core.storage import object_stores
+from unet_core.storage.spool import spooled
 from unet_core.storage.store import Store, table_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
@@ -230,3 +232,21 @@ def test_the_options_of_storage_reach_the_store(s3, prefix):
     assert store.publish_exclusively("once", b"1")
     assert not store.publish_exclusively("once", b"2")
     assert store.read("once") == b"1"
+
+
+@pytest.mark.parametrize("size", [2**20, 101 * 2**20])
+def test_a_large_file_is_written_from_disk_and_once(s3, prefix, monkeypatch, size):
+    storage = StorageConfig(endpoint_url=s3.url, region="us-east-1")
+    store = Store(f"s3://{BUCKET}/{prefix}", storage)
+    monkeypatch.setattr(object_stores, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(type(store.fs), "_pipe_file", None)
+    first, second = (bytes([n]) * size for n in (1, 2))
+    with spooled() as file:
+        file.write(first)
+        assert store.publish_exclusively("part", file)
+    with spooled() as file:
+        file.write(second)
+        assert not store.publish_exclusively("part", file)
+        assert store.read("part") == first
+        store.publish("part", file)
+    assert store.read("part") == second

@@ -61,6 +61,14 @@ def test_a_source_that_breaks_publishes_nothing(tmp_path):
     assert store.list() == []
 
 
+def test_a_file_where_a_folder_should_be_is_told(tmp_path):
+    (tmp_path / "out.tar").write_bytes(b"")
+    store = Store(str(tmp_path / "out.tar"))
+    for publish in (store.publish, store.publish_exclusively):
+        with pytest.raises(StoreError, match=r"cannot write .*part: .*out\.tar is a file"):
+            publish("part", b"data")
+
+
 def test_what_is_missing_is_told_by_path(store):
     assert store.list("nothing") == []
     with pytest.raises(

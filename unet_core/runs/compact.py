@@ -15,6 +15,7 @@ from unet_core.runs.parts import RowGroups, read_footer, read_metrics
 from unet_core.runs.run import METRICS as FILE
 from unet_core.runs.run import Record
 from unet_core.runs.schema import METRICS
+from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
@@ -24,6 +25,7 @@ PARTS = "parts"
 BATCH_ROWS = 8192
 
 
+@local_space()
 def compact(store: Store, record: Record) -> None:
     """Write ``metrics.parquet`` unless it is there and tells of all parts of a run.
 

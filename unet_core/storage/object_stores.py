@@ -5,11 +5,12 @@ Credentials are found by the store's own library; nothing here reads, keeps or p
 
 import contextlib
 import errno
+import io
 import os
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import fsspec.asyn
@@ -21,6 +22,7 @@ from unet_core.storage.spool import FULL
 ResultT = TypeVar("ResultT")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+LARGE_BYTES = 64 * 2**20
 SLOWEST_BYTES_PER_S = 2**16
 """A write that takes longer than this would need is one that gets nowhere."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
@@ -83,20 +85,26 @@ def _said(**options: str) -> dict[str, str]:
     return {name: value for name, value in options.items() if value}
 
 
-def write(fs: Any, path: str, data: bytes, deadline_s: float, **how: Any) -> None:
+def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -> None:
     """Put an object whole; ``mode="create"``: raises FileExistsError if there is one.
 
-    Raises TimeoutError if that gets nowhere: time limits of the libraries begin when all is sent,
-    so a store that takes nothing would hold them for ever.
+    A large file on disk goes to S3 piece by piece; anything else is in memory meanwhile. Raises
+    TimeoutError if that gets nowhere: time limits of the libraries begin when all is sent, so a
+    store that takes nothing would hold them for ever.
     """
-    limit_s = _cut_off_s(deadline_s, 60) + len(data) / SLOWEST_BYTES_PER_S
+    size = source.seek(0, os.SEEK_END)
+    source.seek(0)
+    limit_s = _cut_off_s(deadline_s, 60) + size / SLOWEST_BYTES_PER_S
     try:
-        if getattr(fs, "async_impl", False):
-            fsspec.asyn.sync(fs.loop, fs._pipe_file, path, data, timeout=limit_s, **how)
+        if "s3" in fs.protocol and size > LARGE_BYTES and not isinstance(source, io.BytesIO):
+            name = f"/dev/fd/{source.fileno()}"  # temporary files have no other
+            fsspec.asyn.sync(fs.loop, fs._put_file, name, path, timeout=limit_s, **how)
+        elif getattr(fs, "async_impl", False):
+            fsspec.asyn.sync(fs.loop, fs._pipe_file, path, source.read(), timeout=limit_s, **how)
         else:
-            fs.pipe_file(path, data, **how)
+            fs.pipe_file(path, source.read(), **how)
     except fsspec.FSTimeoutError as error:
-        raise TimeoutError(f"{len(data)} bytes were not taken in {limit_s:.0f} s") from error
+        raise TimeoutError(f"{size} bytes were not taken in {limit_s:.0f} s") from error
     except OSError as error:
         # some stores refuse to create with a bare 412 that s3fs calls EINVAL
         if how and error.errno == errno.EINVAL and fs.exists(path):

@@ -6,6 +6,7 @@ then published whole, here and nowhere else.
 """
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -175,9 +176,8 @@ class Store:
         if self.is_local:
             self._try("write", name, lambda: self._locally(name, stream, settle))
             return
-        stream.seek(0)
-        data, where = stream.read(), self._path(name)
-        write = partial(object_stores.write, self.fs, where, data, self.storage.deadline_s, **how)
+        where, deadline_s = self._path(name), self.storage.deadline_s
+        write = partial(object_stores.write, self.fs, where, stream, deadline_s, **how)
         self._try("write", name, write)
 
     def require_writable(self) -> None:
@@ -273,8 +273,9 @@ class Store:
 
     def _find(self, path: str) -> Iterator[Entry]:
         """List an object store, the prefixes of each level side by side."""
-        with ThreadPoolExecutor(LIST_THREADS) as pool:
-            pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
+        pool = ThreadPoolExecutor(LIST_THREADS)
+        pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
+        try:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for level in done:
@@ -286,6 +287,8 @@ class Store:
                             pending.add(pool.submit(self._level, info["name"], path))
                         elif not name.endswith("/"):
                             yield Entry(name, int(info["size"]), _etag_of(info))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
         """What lies right below a prefix; nothing where it is gone, unless all of the root is."""
@@ -392,7 +395,10 @@ def _local_entry(name: str, stat: os.stat_result) -> Entry:
 def _settle(path: str, source: BinaryIO, settle: Callable[[str, str], None]) -> None:
     """Put a complete, synced file in place; until then it begins with ``_``: readers skip it."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:  # which would mean that there is a winner already
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file") from error
     twin = os.path.join(folder, f"_{name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(twin, "xb") as file:
