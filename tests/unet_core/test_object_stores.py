@@ -1,4 +1,5 @@
 import pytest
+import requests
 from botocore.exceptions import (
     ClientError,
     ConnectTimeoutError,
@@ -34,6 +35,12 @@ def failing(errors):
     return call
 
 
+def answer(kind, **told):
+    error = kind("no")
+    vars(error).update(told)
+    return error
+
+
 BUSY = OSError(16, "Please reduce your request rate.")
 AWAY = EndpointConnectionError(endpoint_url="http://store")
 
@@ -56,6 +63,13 @@ AWAY = EndpointConnectionError(endpoint_url="http://store")
         (OSError(22, "Bad Request"), False),
         (NoCredentialsError(), False),
         (ValueError("a bug"), False),
+        (answer(Exception, code=503), True),  # as gcsfs tells it
+        (answer(Exception, code="429"), True),
+        (answer(OSError, code=403), False),
+        (answer(Exception, status_code=500), True),  # as Azure tells it
+        (answer(Exception, status_code=409), False),
+        (requests.ConnectionError("cut off"), True),
+        (requests.exceptions.SSLError("self-signed certificate"), False),
     ],
 )
 def test_what_may_pass_is_told_from_what_will_not(error, transient):

@@ -26,6 +26,8 @@ LARGE_BYTES = 64 * 2**20
 SLOWEST_BYTES_PER_S = 2**16
 """A write that takes longer than this would need is one that gets nowhere."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
+LIBRARIES = ("aiohttp", "azure", "botocore", "requests", "urllib3")
+BUSY_ANSWERS = {"408", "429", "500", "502", "503", "504"}
 REWRITTEN = "was written again since the run began"
 ABOUT_CREDENTIALS = {
     "400",  # an answer to HEAD has no body, so expired credentials are no more than this
@@ -175,11 +177,12 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, TimeoutError | ConnectionError):
         return True
-    if type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "urllib3"):
-        from botocore.exceptions import SSLError
-
+    answers = (getattr(error, name, None) for name in ("status_code", "status", "code"))
+    if answer := next(filter(None, answers), None):  # of Azure, aiohttp, Google
+        return str(answer) in BUSY_ANSWERS
+    if type(error).__module__.partition(".")[0] in LIBRARIES:
         # some of these are OSErrors without a number
-        return not isinstance(error, SSLError) and not _is_about_credentials(error)
+        return "SSLError" not in type(error).__name__ and not _is_about_credentials(error)
     if isinstance(error, OSError):
         return error.errno in BUSY or isinstance(error.__cause__, ConnectionError)
     return False
