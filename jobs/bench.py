@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -97,11 +97,11 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
-            shards = list(map(found.with_members, found.heads))
-        return _measured(job, _sample(job, shards), rounds)
+            sample = _sample(job, map(found.with_members, found.heads))
+        return _measured(job, sample, rounds)
 
 
-def _sample(job: Job, shards: list[Shard]) -> list[Shard]:
+def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
     taken, images = [], 0
     for shard in shards:
         if images >= ENOUGH_IMAGES:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
 from jobs.answers import Failure
-from jobs.places import require_reachable, worker_places
+from jobs.places import from_here, require_reachable, worker_places
 from jobs.session import Placement
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
@@ -62,6 +62,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
         require_reachable(worker_places(config), config.storage.shared)
+        config = from_here(config)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()

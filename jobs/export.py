@@ -18,7 +18,7 @@ from unet_core.export import coco
 from unet_core.export.names import Names
 from unet_core.export.task import EXTENSIONS, Export, Options
 from unet_core.inputs.shards import Shard
-from unet_core.ordered import side_by_side
+from unet_core.ordered import READ_THREADS, side_by_side
 from unet_core.runs.parts import read_columns
 from unet_core.runs.results import Results
 from unet_core.runs.run import open_existing
@@ -27,6 +27,8 @@ from unet_core.storage.store import Store, split
 
 ANNOTATIONS = "annotations.json"
 OBJECTS = "objects"
+ANNOTATED_AT_ONCE = 4
+"""Shards with all their annotations."""
 HEAD_BYTES = 1024
 """Of a document; it begins with what it is of."""
 
@@ -110,11 +112,11 @@ def _write_annotations(task: Export, done: list[str]) -> None:
         return
     images = (
         {"id": number, "file_name": row.pop("image_id"), **row}
-        for number, row in _exported(task, done, ["image_id", "height", "width"])
+        for number, row in _exported(task, done, ["image_id", "height", "width"], READ_THREADS)
     )
     annotations = (
         {**annotation, "image": number}
-        for number, row in _exported(task, done, ["annotations"])
+        for number, row in _exported(task, done, ["annotations"], ANNOTATED_AT_ONCE)
         for annotation in row["annotations"]
     )
     file = coco.document(names, digest, images, annotations)
@@ -125,10 +127,14 @@ def _write_annotations(task: Export, done: list[str]) -> None:
 
 
 def _exported(
-    task: Export, done: list[str], columns: list[str]
+    task: Export, done: list[str], columns: list[str], threads: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What was written of each image, and its number."""
-    rows = chain.from_iterable(task.exported(shard_id, ["status", *columns]) for shard_id in done)
+    """What was written of each image, and its number; a shard for each thread is in memory."""
+
+    def read(shard_id: str) -> list[dict[str, Any]]:
+        return [*task.exported(shard_id, ["status", *columns])]
+
+    rows = chain.from_iterable(side_by_side(read, done, threads))
     return enumerate((row for row in rows if row.pop("status") == "ok"), start=1)
 
 

@@ -9,7 +9,7 @@ from jobs import session
 from jobs.board import Attempt, Board
 from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, prepare
-from jobs.places import require_reachable, worker_places
+from jobs.places import from_here, require_reachable, worker_places
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
@@ -155,6 +155,6 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
         require_reachable(needed, is_shared)
         only_here = not is_shared and not all(map(is_remote, needed.values()))
         placement = session.settle(workers, session.offered(workers, only_here))
-        spec = job.replica(placement.cpus)
+        spec = replace(job.replica(placement.cpus), config=from_here(job.config))
         with contextlib.closing(RayActors(spec, placement, shards, only_here)) as actors:
             yield actors

@@ -4,6 +4,7 @@ Imports pydantic and nothing heavier, so that a mistake costs less than a second
 """
 
 import copy
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -118,6 +119,12 @@ class InputConfig(Section):
                 f"input.ignore_index is {IGNORE_INDEX} by default, which is one of {classes} "
                 "classes here; set it to another value, e.g. 65535"
             )
+
+    def from_here(self) -> "InputConfig":
+        """The same, with plain paths that mean elsewhere what they mean in this process."""
+        masks = absolute(self.masks) if self.mask_folder else self.masks
+        allow = [absolute(prefix) for prefix in self.allow]
+        return self.model_copy(update={"uri": absolute(self.uri), "masks": masks, "allow": allow})
 
     def places(self, section: str) -> dict[str, str]:
         """Where data is read: URIs by their keys in a section of a config."""
@@ -413,6 +420,11 @@ def is_remote(uri: str) -> bool:
 def plain(uri: str) -> str:
     """A local URI as a path; any other as it is."""
     return uri.removeprefix("file://").removeprefix("local://")
+
+
+def absolute(uri: str) -> str:
+    """A local URI as a path from the root; any other as it is."""
+    return uri if is_remote(uri) else os.path.abspath(os.path.expanduser(plain(uri)))
 
 
 def refuse_nesting(name: str, uri: str, read: dict[str, str]) -> None:

@@ -92,6 +92,20 @@ def test_any_number_of_actors_writes_the_same_bytes(make_config, tmp_path):
     assert verify(str(tmp_path / "run4"), deep=True).problems == []
 
 
+def test_relative_paths_mean_to_actors_what_they_mean_here(
+    make_config, tmp_path, monkeypatch, folder, tiny_model
+):
+    monkeypatch.chdir(folder)  # actors began elsewhere
+    relative = {
+        "input": {"uri": "images", "masks": "masks/"},
+        "model": {"checkpoint": os.path.relpath(tiny_model)},
+    }
+    predict(make_config(out="inline", **relative))
+    output = {"uri": os.path.relpath(tmp_path / "run")}
+    predict(make_config("workers.count=1", output=output, storage=SHARED, **relative))
+    assert digests(tmp_path / "run") == digests(tmp_path / "inline")
+
+
 def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_repeated(make_config, tmp_path):
     tars = write_many_tars(tmp_path)
     shared = {"input": {"uri": str(tars)}}

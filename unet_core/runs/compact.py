@@ -42,16 +42,16 @@ def compact(store: Store, record: Record) -> None:
         store.publish(FILE, file.complete())
 
 
-def batches(store: Store) -> Iterator[pa.Table]:
+def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.Table]:
     """The rows of all committed shards, by shard id and then in the order of the shard, a few at a
-    time; columns as ``COMPACTED``.
+    time; ``columns`` of ``COMPACTED``.
     """
     ids, digest = _parts(store)
     if not _is_current(store, digest):
-        yield from _tables(store, ids)
+        yield from (table.select(columns) for table in _tables(store, ids))
         return
     with store.open_parquet(FILE) as file:
-        for batch in file.iter_batches(BATCH_ROWS):
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch]).replace_schema_metadata()
 
 

@@ -139,8 +139,15 @@ def names(store: Store, heads: list[Shard]) -> Known:
 @lru_cache(maxsize=4)
 def _members(store: Store, name: str, group: int) -> list[tuple[Member, ...]]:
     """The members of every shard in one row group."""
-    with store.open_parquet(name) as file:
+    with store.open_parquet(name, metadata=_metadata(store, name)) as file:
         return _group(file, group)
+
+
+@lru_cache(maxsize=4)
+def _metadata(store: Store, name: str) -> pq.FileMetaData:
+    """The footer of a manifest's file, which has a kilobyte for every row group."""
+    with store.open_parquet(name) as file:
+        return file.metadata
 
 
 def _group(file: pq.ParquetFile, group: int) -> list[tuple[Member, ...]]:

@@ -21,10 +21,9 @@ from unet_core.images.picture import Decoder, Picture, Rejected
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
-from unet_core.ordered import side_by_side
 from unet_core.runs.compact import COMPACTED, batches
 from unet_core.runs.manifest import with_members
-from unet_core.runs.parts import masks_name, read_columns
+from unet_core.runs.parts import masks_name
 from unet_core.runs.run import open_existing
 from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store, whole_parquet
@@ -156,7 +155,8 @@ class Results:
     def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
         """Class ids HW of one image, or of a window (y, x, height, width) of it.
 
-        Only the mask windows that are asked for are decoded. Raises NotFoundError if the run has no
+        Only the mask windows that are asked for are decoded; the first call looks where all images
+        are. Raises NotFoundError if the run has no
         mask of that image, with the reason, and ValueError for a window that leaves the image.
         """
         with open_masks(self.run.store, self._shard_of(image_id)) as masks:
@@ -165,24 +165,24 @@ class Results:
                 raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
             return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
 
+    @cached_property
+    def _places(self) -> pa.Table:
+        """The shard of each image, and what became of it there."""
+        columns = ["shard_id", "image_id", "status", "error_message"]
+        none = COMPACTED.empty_table().select(columns)
+        return pa.concat_tables([none, *batches(self.run.store, columns)])
+
     def _shard_of(self, image_id: str) -> str:
-        """The committed shard with an image; tars and Parquet files are known by its name."""
-        run, shards = self.run, self.shards()
-        shards.sort(key=lambda shard: not (shard.uri and image_id.startswith(shard.uri)))
-
-        def look(shard: Shard) -> list[dict[str, Any]]:
-            rows = read_columns(run.store, shard.shard_id, "image_id", "status", "error_message")
-            return [*rows.filter(pc.field("image_id") == image_id).to_pylist()]
-
-        for shard, rows in zip(shards, side_by_side(look, shards), strict=True):
-            if any(row["status"] == "ok" for row in rows):
-                return shard.shard_id
-            if rows:
-                reason = f"it failed: {rows[0]['error_message']}"
-                raise NotFoundError(f"{run.uri} has no mask of {image_id}: {reason}")
-        raise NotFoundError(
-            f"{run.uri} has no image {image_id} among {len(shards)} committed shards"
-        )
+        """The committed shard with an image."""
+        rows = self._places.filter(pc.field("image_id") == image_id).to_pylist()
+        for row in rows:
+            if row["status"] == "ok":
+                return str(row["shard_id"])
+        if rows:
+            reason = f"it failed: {rows[0]['error_message']}"
+            raise NotFoundError(f"{self.run.uri} has no mask of {image_id}: {reason}")
+        among = f"among the {self._places.num_rows:,} of its committed shards"
+        raise NotFoundError(f"{self.run.uri} has no image {image_id} {among}")
 
 
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:

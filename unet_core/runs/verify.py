@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from unet_core.config import StorageConfig
@@ -61,19 +62,20 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     findings = Findings(len(shards), len(committed), class_names=record.class_names)
     expected = {shard.shard_id for shard in shards}
     _check_orphans(run, expected, committed, findings)
-    image_ids: Counter[str] = Counter()
+    images = []
     there = (shard for shard in shards if shard.shard_id in committed)
     check = partial(_check_shard, run, record, deep)
     for totals, ids, problems in side_by_side(check, there, PARTS_AT_ONCE):
         findings.totals += totals
         findings.problems += problems
-        image_ids.update(ids)
+        images.append(ids)
     if findings.problems:
         findings.notes.append(
             "a shard whose commit, metrics/<shard>.parquet, is removed is done again by predict"
         )
-    twice = [image_id for image_id, count in image_ids.items() if count > 1]
-    findings.problems += [f"image {image_id} has ok rows in two shards" for image_id in twice]
+    counts = pa.table({"id": pa.chunked_array(images, pa.string())}).group_by("id")
+    twice = counts.aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    findings.problems += [f"image {i} has ok rows in two shards" for i in twice["id"].to_pylist()]
     if deep:
         _check_input_unchanged(record, shards, run, findings)
     _check_success(run, expected - committed, findings)
@@ -116,14 +118,14 @@ def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: 
 
 def _check_shard(
     run: Run, record: Record, deep: bool, shard: Shard
-) -> tuple[Totals, list[str], list[str]]:
+) -> tuple[Totals, pa.Array, list[str]]:
     """Of one committed shard: what its rows add up to, the ids of its ok images, and problems."""
     name = shard.shard_id
     try:
         rows, footer = read_metrics(run.store, name)
         masks_bytes = run.store.read(masks_name(name))
     except StoreError as error:
-        return Totals(), [], [f"shard {name}: {error}"]
+        return Totals(), pa.array([], pa.string()), [f"shard {name}: {error}"]
     problems = []
     seen = int(footer.get("images_seen", -1))
     totals = Totals.of_rows(rows, seen)
@@ -143,7 +145,7 @@ def _check_shard(
             problems += _recount_masks(rows, windows)
     if deep:
         problems += _recount_input(record, with_members(run.store, shard), rows, run.store.storage)
-    ids = [row["image_id"] for row in _ok(rows)]
+    ids = rows.filter(pc.field("status") == "ok")["image_id"].combine_chunks()
     return totals, ids, [f"shard {name}: {problem}" for problem in problems]
 
 

@@ -58,7 +58,7 @@ class Store:
         self.is_local, self._is_s3 = "file" in self.fs.protocol, "s3" in self.fs.protocol
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self._given, self.storage)
+        return Store, (self.root if self.is_local else self._given, self.storage)
 
     def uri(self, name: str = "") -> str:
         """Where an object is, as people and other programs write it."""
@@ -122,9 +122,14 @@ class Store:
 
     @contextlib.contextmanager
     def open_parquet(
-        self, name: str, size: int | None = None, etag: str | None = None
+        self,
+        name: str,
+        size: int | None = None,
+        etag: str | None = None,
+        metadata: pq.FileMetaData | None = None,
     ) -> Iterator[pq.ParquetFile]:
-        """A Parquet file, its column chunks read in few requests.
+        """A Parquet file, its column chunks read in few requests; its footer is not read where it
+        is known (``metadata``).
 
         Raises ParquetDamagedError where it is none, or no longer; NotFoundError and ChangedError as
         ``read``.
@@ -132,7 +137,7 @@ class Store:
         with (
             self.open_raw(name, size, etag) as raw,
             whole_parquet(self.uri(name)),
-            pq.ParquetFile(pa.PythonFile(raw, "r"), pre_buffer=True) as file,
+            pq.ParquetFile(pa.PythonFile(raw, "r"), metadata=metadata, pre_buffer=True) as file,
         ):
             yield file
 
