@@ -18,7 +18,8 @@ from unet_core.images.codec import is_image
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Sample, Shard, make_shard
 from unet_core.ordered import side_by_side
-from unet_core.storage.store import Store, parquet_of
+from unet_core.storage.parquet import parquet_of
+from unet_core.storage.store import Store
 
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28

@@ -27,8 +27,9 @@ from unet_core.runs.parts import masks_name, read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
+from unet_core.storage.parquet import table_of
 from unet_core.storage.spool import spooled
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
 

@@ -22,9 +22,10 @@ from unet_core.export.objects import Objects, find_objects, measured
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
-from unet_core.runs.parts import RowGroups, current_ids, ids_in, masks_sha256, read_metrics
+from unet_core.runs.parts import current_ids, ids_in, masks_sha256, read_metrics
 from unet_core.runs.results import Results, StoredMask, open_masks, pictures
 from unet_core.runs.run import establish, require_empty, require_equal
+from unet_core.storage.parquet import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 

@@ -6,20 +6,24 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.ordered import side_by_side
 from unet_core.runs import schema
 from unet_core.scores.metrics import Totals
-from unet_core.storage.spool import drop, spooled
-from unet_core.storage.store import Store, parquet_of, table_of, whole_parquet
+from unet_core.storage.parquet import (
+    COMPRESSION,
+    RowGroups,
+    parquet_of,
+    table_of,
+    whole_parquet,
+)
+from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
 CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"}
 """Codes of failures that one attempt may meet and another not."""
 SETTLED = ("image_id", "status", "error_code", "height", "width")
-COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index": False}
 
 
 def masks_name(shard_id: str) -> str:
@@ -30,51 +34,6 @@ def masks_name(shard_id: str) -> str:
 def metrics_name(shard_id: str) -> str:
     """Name of a shard's metrics part in the run folder."""
     return f"metrics/{shard_id}.parquet"
-
-
-class RowGroups:
-    """A Parquet file while it is being built, spooled to local disk once it is large.
-    Row groups are cut by bytes, so the file depends on its rows alone.
-    """
-
-    def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
-        self.columns = columns
-        self._file = spooled()
-        self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
-        self._group_bytes = group_bytes
-        self._held: list[Any] = []
-        self._held_bytes = 0
-
-    def append(self, rows: pa.Table) -> None:
-        """Add rows of these columns."""
-        self._hold(rows, rows.nbytes)
-
-    def complete(self) -> BinaryIO:
-        """The whole file, which is gone once this is closed."""
-        self._flush()
-        self._writer.close()
-        return self._file
-
-    def close(self) -> None:
-        """Drop the spooled file."""
-        with contextlib.suppress(OSError):  # no room for a footer that nobody reads
-            self._writer.close()
-        drop(self._file)
-        self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
-
-    def _hold(self, rows: Any, size: int) -> None:
-        self._held.append(rows)
-        self._held_bytes += size
-        if self._held_bytes >= self._group_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._held:
-            self._writer.write_table(self._joined(self._held))
-            self._held, self._held_bytes = [], 0
-
-    def _joined(self, held: list[Any]) -> pa.Table:
-        return pa.concat_tables(held)
 
 
 class MasksPart(RowGroups):

@@ -26,7 +26,8 @@ from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import masks_name
 from unet_core.runs.run import open_existing
 from unet_core.scores.metrics import Totals
-from unet_core.storage.store import Store, whole_parquet
+from unet_core.storage.parquet import whole_parquet
+from unet_core.storage.store import Store
 
 PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
 

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from unet_core.errors import StoreError
 from unet_core.ordered import side_by_side
 from unet_core.scores.metrics import Totals, added
-from unet_core.storage.store import Store, parquet_of, table_of
+from unet_core.storage.parquet import parquet_of, table_of
+from unet_core.storage.store import Store
 
 FLUSH_S = 60.0
 RECENT = 60

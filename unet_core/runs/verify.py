@@ -30,7 +30,8 @@ from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import ids_in, masks_name, read_metrics
 from unet_core.runs.run import Record, Run, open_existing
 from unet_core.scores.metrics import Totals
-from unet_core.storage.store import Store, is_temporary, table_of
+from unet_core.storage.parquet import table_of
+from unet_core.storage.store import Store, is_temporary
 
 PARTS_AT_ONCE = 4
 """Each is in memory as a whole."""

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.config import StorageConfig
-from unet_core.errors import ChangedError, NotFoundError, ParquetDamagedError, StoreError, one_line
+from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage import object_stores
+from unet_core.storage.parquet import whole_parquet
 from unet_core.storage.ranges import Ranged, Ranges
 
 ResultT = TypeVar("ResultT")
@@ -340,33 +341,6 @@ class Store:
                     elif item.is_file() or item.is_symlink():
                         with contextlib.suppress(FileNotFoundError):  # it was temporary
                             yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
-
-
-@contextlib.contextmanager
-def whole_parquet(uri: str) -> Iterator[None]:
-    """Around whatever reads a Parquet file; raises ParquetDamagedError where it is not whole."""
-    try:
-        yield
-    except MemoryError:  # also Arrow's: it says nothing of the file
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow calls bad pages I/O errors, and names need not be UTF-8
-        reason = one_line(error)
-        raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
-
-
-def table_of(data: bytes) -> pa.Table:
-    """The rows of a Parquet file. ``pq.read_table`` has threads that may still hold Python objects
-    when it returns, and abort a process that ends just then.
-    """
-    return pq.ParquetFile(io.BytesIO(data)).read()
-
-
-def parquet_of(table: pa.Table, **how: Any) -> bytes:
-    """The bytes of a Parquet file with these rows; zstd, unless it is said how."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, **{"compression": "zstd", **how})
-    return sink.getvalue()
 
 
 def is_temporary(name: str) -> bool:

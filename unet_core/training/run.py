@@ -20,7 +20,8 @@ from unet_core.networks import checkpoint
 from unet_core.runs.manifest import manifest_name
 from unet_core.runs.run import RUN_JSON, SUCCESS, Identity, establish, require_same
 from unet_core.runs.schema import HISTORY
-from unet_core.storage.store import Store, is_temporary, parquet_of
+from unet_core.storage.parquet import parquet_of
+from unet_core.storage.store import Store, is_temporary
 from unet_core.train_config import TrainConfig
 from unet_core.training.dataset import Splits
 

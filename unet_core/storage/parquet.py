@@ -1,0 +1,86 @@
+"""Parquet files as bytes and row groups: how they are written, and what is said of damaged ones."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_core.errors import ParquetDamagedError, one_line
+from unet_core.storage.spool import drop, spooled
+
+COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index": False}
+
+
+@contextlib.contextmanager
+def whole_parquet(uri: str) -> Iterator[None]:
+    """Around whatever reads a Parquet file; raises ParquetDamagedError where it is not whole."""
+    try:
+        yield
+    except MemoryError:  # also Arrow's: it says nothing of the file
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow calls bad pages I/O errors, and names need not be UTF-8
+        reason = one_line(error)
+        raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
+
+
+def table_of(data: bytes) -> pa.Table:
+    """The rows of a Parquet file. ``pq.read_table`` has threads that may still hold Python objects
+    when it returns, and abort a process that ends just then.
+    """
+    return pq.ParquetFile(io.BytesIO(data)).read()
+
+
+def parquet_of(table: pa.Table, **how: Any) -> bytes:
+    """The bytes of a Parquet file with these rows; zstd, unless it is said how."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **{"compression": "zstd", **how})
+    return sink.getvalue()
+
+
+class RowGroups:
+    """A Parquet file while it is being built, spooled to local disk once it is large.
+    Row groups are cut by bytes, so the file depends on its rows alone.
+    """
+
+    def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
+        self.columns = columns
+        self._file = spooled()
+        self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
+        self._group_bytes = group_bytes
+        self._held: list[Any] = []
+        self._held_bytes = 0
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows of these columns."""
+        self._hold(rows, rows.nbytes)
+
+    def complete(self) -> BinaryIO:
+        """The whole file, which is gone once this is closed."""
+        self._flush()
+        self._writer.close()
+        return self._file
+
+    def close(self) -> None:
+        """Drop the spooled file."""
+        with contextlib.suppress(OSError):  # no room for a footer that nobody reads
+            self._writer.close()
+        drop(self._file)
+        self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
+
+    def _hold(self, rows: Any, size: int) -> None:
+        self._held.append(rows)
+        self._held_bytes += size
+        if self._held_bytes >= self._group_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            self._writer.write_table(self._joined(self._held))
+            self._held, self._held_bytes = [], 0
+
+    def _joined(self, held: list[Any]) -> pa.Table:
+        return pa.concat_tables(held)
