@@ -11,8 +11,8 @@ from jobs.spread import spread
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs.shards import masks_at
+from unet_core.runs.claim import Identity
 from unet_core.runs.results import Results
-from unet_core.runs.run import Identity
 from unet_core.scores.evaluate import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
 from unet_core.scores.tally import Images, Tally, changed, counted, scored
 from unet_core.scores.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of

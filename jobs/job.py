@@ -9,8 +9,9 @@ from unet_core.inputs.shards import Source
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
 from unet_core.runs import schema
+from unet_core.runs.claim import require_same
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.runs.run import Record, Run, identity, require_same
+from unet_core.runs.run import Record, Run, identity
 
 
 @dataclass(frozen=True)

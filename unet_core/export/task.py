@@ -22,9 +22,9 @@ from unet_core.export.objects import Objects, find_objects, measured
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
+from unet_core.runs.claim import claim, require_empty, require_equal
 from unet_core.runs.parts import current_ids, ids_in, masks_sha256, read_metrics
 from unet_core.runs.results import Results, StoredMask, open_masks, pictures
-from unet_core.runs.run import establish, require_empty, require_equal
 from unet_core.storage.parquet import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
@@ -84,7 +84,7 @@ class Export:
         if not store.exists(name):
             require_empty(store, "export", "--out")
         told = {"class_names": self.results.class_names, "palette": self.results.palette}
-        there = establish(store, name, {"options": self.identity, **told}).get("options", {})
+        there = claim(store, name, {"options": self.identity, **told}).get("options", {})
         advice = "give --out a new folder, or the same options"
         require_equal(store.uri(), there, self.identity, "export", advice)
 

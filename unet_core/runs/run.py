@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unet_core import __version__
 from unet_core.config import PredictConfig, StorageConfig
-from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inference.windows import Windows
 from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.networks.checkpoint import Header
 from unet_core.ordered import side_by_side
 from unet_core.runs import schema
+from unet_core.runs.claim import Identity, claim, require_same
 from unet_core.runs.compute import Compute
 from unet_core.runs.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.runs.parts import ids_in, metrics_name, read_totals
@@ -35,8 +36,6 @@ RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
 METRICS = "metrics.parquet"
 """All rows in one file, made from the parts (``compact``)."""
-
-Identity = dict[str, Any]
 
 
 def identity(
@@ -126,7 +125,7 @@ class Run:
                 self.store.uri(),
             )
         document = {"fingerprint": record.fingerprint, **record.model_dump()}
-        is_first = establish(self.store, RUN_JSON, document) is document
+        is_first = claim(self.store, RUN_JSON, document) is document
         self.record = record if is_first else self._read_record()
         require_same(self.store, self.record.identity, record.identity)
         return self.record
@@ -208,68 +207,9 @@ class Run:
         return TypeAdapter(Totals).validate_json(self.store.read(SUCCESS))
 
 
-def establish(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
-    """Publish a JSON document that says whose folder this is, or read the one that is there.
-
-    Raises StoreError if that is damaged.
-    """
-    if store.publish_exclusively(name, json.dumps(document, indent=1).encode() + b"\n"):
-        return document
-    try:
-        return dict(json.loads(store.read(name)))
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
-
-
-def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
-    """Refuse to mix two runs in one folder, or one with something else.
-
-    Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
-    """
-    if mine is None:
-        require_empty(store)
-    else:
-        require_equal(store.uri(), mine, wanted)
-
-
-ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
-
-
-def require_equal(
-    where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
-) -> None:
-    """Refuse another identity; raises RunMismatchError with the keys that differ."""
-    differing = [
-        f"  {key}: the {what} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
-        for key in sorted({*mine, *wanted})
-        if mine.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise RunMismatchError(
-            f"{where} holds another {what}:\n" + "\n".join(differing) + f"\n{advice}"
-        )
-
-
-def require_empty(store: Store, kind: str = "run", key_of_place: str = "output.uri") -> None:
-    """Refuse a folder that holds something else; raises ConfigError."""
-    if not store.exists():
-        return
-    there = [e.name for e in store.list() if not e.name.rpartition("/")[2].startswith("_")]
-    if there:
-        raise ConfigError(
-            f"{key_of_place}: {store.uri()} holds other files ({there[0]}) and no {kind}; "
-            "choose a new folder"
-        )
-
-
 def open_existing(uri: str, storage: StorageConfig | None = None) -> tuple[Run, Record]:
     """A run folder that must already be one; raises StoreError if it is not."""
     run = Run(uri, storage)
     if run.record is None:
         raise StoreError(f"{uri} is not a run folder: it has no {RUN_JSON}")
     return run, run.record
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

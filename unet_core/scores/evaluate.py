@@ -12,9 +12,9 @@ from unet_core.errors import ImageError, ShardError
 from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.ordered import side_by_side
+from unet_core.runs.claim import Identity, claim, require_equal
 from unet_core.runs.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
 from unet_core.runs.results import StoredMask, open_masks
-from unet_core.runs.run import Identity, establish, require_equal
 from unet_core.runs.schema import EVALUATION
 from unet_core.scores.metrics import confusion, truth_columns
 from unet_core.scores.tally import Tally
@@ -44,7 +44,7 @@ class Evaluation:
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
-        there = establish(self.store, TRUTH_JSON, self.identity)
+        there = claim(self.store, TRUTH_JSON, self.identity)
         advice = "give another --name, or none"
         require_equal(self.store.uri(), there, self.identity, "evaluation", advice)
 

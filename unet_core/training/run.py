@@ -17,8 +17,9 @@ from unet_core import __version__
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.networks import checkpoint
+from unet_core.runs.claim import Identity, claim, require_same
 from unet_core.runs.manifest import manifest_name
-from unet_core.runs.run import RUN_JSON, SUCCESS, Identity, establish, require_same
+from unet_core.runs.run import RUN_JSON, SUCCESS
 from unet_core.runs.schema import HISTORY
 from unet_core.storage.parquet import parquet_of
 from unet_core.storage.store import Store, is_temporary
@@ -102,7 +103,7 @@ class TrainingRun:
             "config": config.model_dump(mode="json"),
             "version": __version__,
         }
-        if establish(self.store, RUN_JSON, record) is not record:
+        if claim(self.store, RUN_JSON, record) is not record:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
                 "or choose a new folder"

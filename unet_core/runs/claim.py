@@ -1,0 +1,70 @@
+"""Whose folder it is: the document that is published first and once, and what it is held against.
+
+Runs, trainings, evaluations and exports each claim their folder with an identity.
+"""
+
+import json
+from typing import Any
+
+from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.storage.store import Store
+
+Identity = dict[str, Any]
+"""What makes two of a kind the same, by names that people know from the config."""
+ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
+
+
+def claim(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Publish a JSON document that says whose folder this is, or read the one that is there.
+
+    Raises StoreError if that is damaged.
+    """
+    if store.publish_exclusively(name, json.dumps(document, indent=1).encode() + b"\n"):
+        return document
+    try:
+        return dict(json.loads(store.read(name)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
+
+
+def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
+    """Refuse to mix two runs in one folder, or one with something else.
+
+    Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
+    """
+    if mine is None:
+        require_empty(store)
+    else:
+        require_equal(store.uri(), mine, wanted)
+
+
+def require_equal(
+    where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
+) -> None:
+    """Refuse another identity; raises RunMismatchError with the keys that differ."""
+    differing = [
+        f"  {key}: the {what} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
+        for key in sorted({*mine, *wanted})
+        if mine.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise RunMismatchError(
+            f"{where} holds another {what}:\n" + "\n".join(differing) + f"\n{advice}"
+        )
+
+
+def require_empty(store: Store, kind: str = "run", key_of_place: str = "output.uri") -> None:
+    """Refuse a folder that holds something else; raises ConfigError."""
+    if not store.exists():
+        return
+    there = [e.name for e in store.list() if not e.name.rpartition("/")[2].startswith("_")]
+    if there:
+        raise ConfigError(
+            f"{key_of_place}: {store.uri()} holds other files ({there[0]}) and no {kind}; "
+            "choose a new folder"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
