@@ -19,6 +19,7 @@ from jobs.answers import Crash, Failure, Refusal, recorded
 from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
+from jobs.placement import Placement, wanted
 from jobs.version import CodeVersion, code_version
 from unet_core.errors import WorkersError
 from unet_core.runs.compute import Compute, ReplicaSpec
@@ -108,7 +109,7 @@ class RayActors:
     """
 
     def __init__(
-        self, spec: ReplicaSpec, placement: session.Placement, shards: int, only_here: bool = False
+        self, spec: ReplicaSpec, placement: Placement, shards: int, only_here: bool = False
     ) -> None:
         self._spec, self._placement = spec, placement
         self._workers, self._only_here = spec.config.workers, only_here
@@ -217,7 +218,7 @@ class RayActors:
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             nodes = session.offered(self._workers, self._only_here)
-            self._room = session.wanted(self._workers, self._placement.room(nodes))
+            self._room = wanted(self._workers, self._placement.room(nodes))
         while len(self._handles) < min(self._room, self._useful):
             self._placed += 1
             name = f"actor-{self._placed}"

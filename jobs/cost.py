@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from jobs import session
 from jobs.job import Job, prepare
+from jobs.placement import settle
 from jobs.predict import segment
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError, StoreError
@@ -119,7 +120,7 @@ def _scratch(job: Job) -> Job:
     output = config.output.model_copy(update={"uri": f"{uri}-cost-{uuid.uuid4().hex[:8]}"})
     workers = config.workers
     if not session.is_inline(workers):
-        each = session.settle(workers, session.offered(workers))
+        each = settle(workers, session.offered(workers))
         one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
         workers = workers.model_copy(update=one)
     errors = config.errors.model_copy(update={"max_failed_images": 1.0})  # a sample says nothing

@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
 from jobs.answers import Failure
+from jobs.placement import Placement, settle
 from jobs.places import from_here, require_reachable, worker_places
-from jobs.session import Placement
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -187,7 +187,7 @@ def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
     if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
         raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
     wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
-    placement = session.settle(wanted, session.offered(wanted), may_wait=most is not None)
+    placement = settle(wanted, session.offered(wanted), may_wait=most is not None)
     if batch < placement.actors:
         raise ConfigError(
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "

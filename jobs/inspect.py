@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jobs import session
 from jobs.job import prepare
+from jobs.placement import settle
 from unet_core.config import PredictConfig, StorageConfig
 from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import images_in
@@ -62,7 +63,7 @@ def _describe_workers(config: PredictConfig) -> str:
     if not session.is_cluster_named():
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
-        placement = session.settle(config.workers, session.offered(config.workers))
+        placement = settle(config.workers, session.offered(config.workers))
     count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
     each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
     return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"

@@ -21,6 +21,7 @@ from jobs import session
 from jobs.actors import JOIN, Joined, RayActors
 from jobs.board import Attempt, Board, Event, Ready
 from jobs.dispatch import dispatch
+from jobs.placement import Placement
 from jobs.version import code_version
 from unet_core.config import PredictConfig, build
 from unet_core.inputs.shards import Shard, Source
@@ -68,7 +69,7 @@ class Lanes(RayActors):
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
         spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", 1)
-        super().__init__(spec, session.Placement(lanes, 0, 0), lanes)
+        super().__init__(spec, Placement(lanes, 0, 0), lanes)
 
     def _grow(self) -> None:
         while self._placed < self._placement.actors:

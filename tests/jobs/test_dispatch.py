@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jobs.board import PREFETCH, Board, Died, Done, Patience, Pulse, Ready, Refused
 from jobs.dispatch import dispatch
-from jobs.session import Placement, settle, wanted
+from jobs.placement import Placement, settle, wanted
 from unet_core.config import ErrorsConfig, WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.inputs.shards import Shard
