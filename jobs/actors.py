@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.answers import Crash, Failure, Refusal, recorded
-from jobs.board import PREFETCH, PULSE_S, Attempt, Died, Done, Event, Pulse, Ready, Refused
+from jobs.board import HEARTBEAT_S, PREFETCH, Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.placement import Placement, wanted
@@ -37,8 +37,8 @@ LOOK_S = 5.0
 PLACING_WARNING_S = 30.0
 DOUBT_S = 60.0
 """How long an actor may be out of reach before it is given up."""
-JOIN, START, CONFIGURE, ASK, PULSE = "join", "start", "configure", "ask", "pulse"
-MOST_PULSES = 50
+JOIN, START, CONFIGURE, ASK, HEARTBEAT = "join", "start", "configure", "ask", "heartbeat"
+MOST_HEARTBEATS = 50
 """A second, of all actors together."""
 NODE_DIED = "its node has died"
 """What Ray says of an actor that had not yet told where it is."""
@@ -83,7 +83,7 @@ class SegmentActor:
         assert self._replica is not None
         self._segmenter = Segmenter(self._replica, compute, footer)
 
-    def pulse(self) -> dict[str, int]:
+    def heartbeat(self) -> dict[str, int]:
         """How far its shards are."""
         return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
@@ -109,7 +109,7 @@ class RayActors:
     """
 
     def __init__(
-        self, spec: ReplicaSpec, placement: Placement, shards: int, only_here: bool = False
+        self, spec: ReplicaSpec, placement: Placement, shards: int, only_here: bool
     ) -> None:
         self._spec, self._placement = spec, placement
         self._workers, self._only_here = spec.config.workers, only_here
@@ -137,7 +137,7 @@ class RayActors:
         self._doubted: dict[str, float] = {}
         """Actors out of reach, since when."""
         self._decided: tuple[Compute, dict[str, str]] | None = None
-        self._heard = self._looked = self._felt = time.monotonic()
+        self._heard = self._looked = self._asked = time.monotonic()
         self._room = placement.actors
         self._useful = max(1, shards)
         self._grow()
@@ -192,7 +192,7 @@ class RayActors:
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
         self._grow()
-        self._take_pulses()
+        self._ask_for_heartbeats()
         calls = list(self._calls)
         ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
         if ready:
@@ -226,25 +226,25 @@ class RayActors:
             self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
             self._call(name, JOIN, "join", log.getEffectiveLevel())
 
-    def _take_pulses(self) -> None:
+    def _ask_for_heartbeats(self) -> None:
         """Now and then ask actors that are at work how far they are."""
-        every_s = max(PULSE_S, len(self._handles) / MOST_PULSES)
-        if time.monotonic() - self._felt < every_s:
+        every_s = max(HEARTBEAT_S, len(self._handles) / MOST_HEARTBEATS)
+        if time.monotonic() - self._asked < every_s:
             return
-        self._felt = time.monotonic()
-        asked = {name for name, what in self._calls.values() if what == PULSE}
+        self._asked = time.monotonic()
+        asked = {name for name, what in self._calls.values() if what == HEARTBEAT}
         busy = {name for name, what in self._calls.values() if isinstance(what, Attempt)}
         for name in busy - asked:
-            self._call(name, PULSE, "pulse")
+            self._call(name, HEARTBEAT, "heartbeat")
 
     def _call(self, name: str, what: str | Attempt, method: str, *arguments: Any) -> None:
         reference = getattr(self._handles[name], method).remote(*arguments)
         self._calls[reference] = (name, what)
 
     def _receive(self, name: str, what: str | Attempt, answer: Any) -> Iterator[Event]:
-        if what == PULSE:
+        if what == HEARTBEAT:
             if isinstance(answer, dict):  # else what it works on tells what became of it
-                yield Pulse(name, answer)
+                yield Heartbeat(name, answer)
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._doubt(name, str(answer))
         elif isinstance(answer, ray.exceptions.RayError):

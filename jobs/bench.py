@@ -238,7 +238,7 @@ def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
         with draft(iter(shards)) as found:
             job.run.publish_manifest(found)
             workers.configure(record.compute, job.footer(record))
-            board = Board.of(found.heads, job.config.errors)
+            board = Board.of(found.heads, job.config.errors, job.config.storage)
             took_s, _ = _timed(
                 lambda: dispatch(board, workers, lambda result, *_: results.append(result))
             )

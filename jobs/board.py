@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from unet_core.config import ErrorsConfig
+from unet_core.config import ErrorsConfig, StorageConfig
 from unet_core.inputs.shards import Shard
 from unet_core.runs.timings import ShardResult
 
@@ -22,7 +22,7 @@ MAX_TRIALS = 2
 TRIAL_SLACK = 10.0
 """How many times as long as an attempt a trial may stand still: its child has to load the model,
 and every image may take as long as an attempt."""
-PULSE_S = 2.0
+HEARTBEAT_S = 2.0
 """How often actors are asked how far they are."""
 OVERHEAD_BYTES = 2**20
 """What a shard costs besides its bytes."""
@@ -68,7 +68,7 @@ class Died:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """How far the shards of an actor are."""
 
     actor: str
@@ -85,7 +85,7 @@ class Refused:
     reason: str
 
 
-Event = Ready | Done | Refused | Pulse | Died
+Event = Ready | Done | Refused | Heartbeat | Died
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Patience:
     beyond that, and the time that a whole shard of its size takes at the rate of this run.
     """
 
-    least_s: float = 420.0
+    least_s: float
     seconds: float = 0.0
     bytes: int = 0
 
@@ -126,8 +126,8 @@ class Board:
     """The shards of a plan on their way from waiting to committed."""
 
     waiting: deque[Shard]
-    max_attempts: int = ErrorsConfig().max_attempts
-    patience: Patience = field(default_factory=Patience)
+    max_attempts: int
+    patience: Patience
     clock: Callable[[], float] = time.monotonic
     suspects: deque[Shard] = field(default_factory=deque)
     on_trial: deque[Shard] = field(default_factory=deque)
@@ -144,13 +144,10 @@ class Board:
     _watches: dict[str, Watch] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, plan: list[Shard], errors: ErrorsConfig | None = None, storage_s: float = 300.0
-    ) -> "Board":
+    def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Board":
         """All shards of a plan waiting, the largest first."""
-        errors = errors or ErrorsConfig()
         waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
-        least_s = max(storage_s + errors.stall_s, 3 * PULSE_S)
+        least_s = max(storage.deadline_s + errors.stall_s, 3 * HEARTBEAT_S)
         return cls(waiting, errors.max_attempts, Patience(least_s))
 
     @property
@@ -197,7 +194,7 @@ class Board:
             return self._begin(actor, self.waiting.popleft(), alone=False)
         return None
 
-    def note(self, event: Ready | Refused | Pulse | Died) -> None:
+    def note(self, event: Ready | Refused | Heartbeat | Died) -> None:
         """Something happened to an actor; commits are told to ``done``."""
         match event:
             case Ready(actor):
@@ -206,7 +203,7 @@ class Board:
             case Refused(actor, shard_id, reason):  # only the actor could tell
                 self._take_back(actor, shard_id)
                 self.set_aside[shard_id] = reason
-            case Pulse(actor, steps) if held := self.in_flight.get(actor):
+            case Heartbeat(actor, steps) if held := self.in_flight.get(actor):
                 watch, now = self._watches[actor], steps.get(held[0].shard.shard_id, 0)
                 if now != watch.steps:
                     watch.steps, watch.heard = now, self.clock()

@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.board import PREFETCH, Attempt, Done, Event, Pulse, Ready, Refused
+from jobs.board import PREFETCH, Attempt, Done, Event, Heartbeat, Ready, Refused
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
 from unet_core.inference.segment import Segmenter
@@ -65,7 +65,7 @@ class InlineWorkers:
             yield Ready(NAME)
             return
         assert self._segmenter is not None
-        yield Pulse(NAME, dict(self._segmenter.steps))
+        yield Heartbeat(NAME, dict(self._segmenter.steps))
         done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
         for future in done:
             attempt = self._futures.pop(future)

@@ -86,7 +86,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
-    board = Board.of(plan, errors, job.config.storage.deadline_s)
+    board = Board.of(plan, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         board.stop()
     if not board.is_done or draft is not None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.board import Board
-from unet_core.config import InputConfig
+from unet_core.config import ErrorsConfig, InputConfig, StorageConfig
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.runs.manifest import draft
 
@@ -66,7 +66,7 @@ def main() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         with draft(list_shards(open_source(config))) as made:
-            shards = len(Board.of(made.heads).waiting)
+            shards = len(Board.of(made.heads, ErrorsConfig(), StorageConfig()).waiting)
             seconds = time.perf_counter() - start
             made.file.seek(0, os.SEEK_END)
             size = made.file.tell()

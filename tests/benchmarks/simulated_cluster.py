@@ -23,7 +23,7 @@ from jobs.board import Attempt, Board, Event, Ready
 from jobs.dispatch import dispatch
 from jobs.placement import Placement
 from jobs.version import code_version
-from unet_core.config import PredictConfig, build
+from unet_core.config import ErrorsConfig, PredictConfig, StorageConfig, build
 from unet_core.inputs.shards import Shard, Source
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import Seconds, ShardResult, TimingsLog
@@ -51,7 +51,7 @@ class Host:
     async def configure(self, lane: str, compute: Compute, footer: dict[str, str]) -> None:
         return None
 
-    async def pulse(self, lane: str) -> dict[str, int]:
+    async def heartbeat(self, lane: str) -> dict[str, int]:
         return {}
 
     async def segment(self, lane: str, attempt: Attempt) -> ShardResult:
@@ -69,7 +69,7 @@ class Lanes(RayActors):
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
         spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", 1)
-        super().__init__(spec, Placement(lanes, 0, 0), lanes)
+        super().__init__(spec, Placement(lanes, 0, 0), lanes, only_here=False)
 
     def _grow(self) -> None:
         while self._placed < self._placement.actors:
@@ -95,7 +95,8 @@ class Lanes(RayActors):
 def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
     """Efficiency, and the driver's CPU seconds for each shard."""
     count = lanes * SHARDS_PER_LANE
-    board = Board.of([Shard(f"shard-{n:06d}", f"{n}.tar", 1, "", None, None) for n in range(count)])
+    shards = [Shard(f"shard-{n:06d}", f"{n}.tar", 1, "", None, None) for n in range(count)]
+    board = Board.of(shards, ErrorsConfig(), StorageConfig())
     workers = Lanes(lanes, hosts)
     workers.configure(workers.probe(), {})
     timings, totals = TimingsLog(Store("memory://simulated")), Totals()

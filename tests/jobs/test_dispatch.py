@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.board import PREFETCH, Board, Died, Done, Patience, Pulse, Ready, Refused
+from jobs.board import PREFETCH, Board, Died, Done, Heartbeat, Patience, Ready, Refused
 from jobs.dispatch import dispatch
 from jobs.placement import Placement, settle, wanted
-from unet_core.config import ErrorsConfig, WorkersConfig
+from unet_core.config import ErrorsConfig, StorageConfig, WorkersConfig
 from unet_core.errors import WorkersError
 from unet_core.inputs.shards import Shard
 from unet_core.runs.timings import Seconds, ShardResult
@@ -109,9 +109,13 @@ class ScriptedWorkers:
             yield Done(actor, name, ShardResult(name, Totals(), Seconds()))
 
 
+def board_of(plan, errors=None, deadline_s=300):
+    return Board.of(plan, errors or ErrorsConfig(), StorageConfig(deadline_s=deadline_s))
+
+
 def run(names, actors=2, killers=None, **script):
     workers = ScriptedWorkers(actors, killers or {}, **script)
-    board = Board.of([shard(name) for name in names], ErrorsConfig(stall_s=50), storage_s=50)
+    board = board_of([shard(name) for name in names], ErrorsConfig(stall_s=50), deadline_s=50)
     board.clock = lambda: workers.now
     done: list[str] = []
     dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
@@ -119,7 +123,7 @@ def run(names, actors=2, killers=None, **script):
 
 
 def test_every_shard_is_done_once_the_largest_first():
-    board = Board.of([shard("small", 1), shard("large", 9), shard("middle", 5)])
+    board = board_of([shard("small", 1), shard("large", 9), shard("middle", 5)])
     assert [s.shard_id for s in board.waiting] == ["large", "middle", "small"]
     _, workers, done = run("abcdefgh", actors=3)
     assert sorted(done) == list("abcdefgh")
@@ -167,9 +171,9 @@ def test_patience_follows_the_size_of_a_shard_and_the_rate_of_the_run():
     assert patience.limit_s(large) == pytest.approx(100 + 6 * 100, rel=0.15)
 
 
-def board_of_one(errors=None):
+def board_of_one():
     now = [0.0]
-    board = Board.of([shard("a"), shard("b")], errors, storage_s=0)
+    board = board_of([shard("a"), shard("b")], deadline_s=1e-6)
     board.clock = lambda: now[0]
     board.note(Ready("first"))
     board.next_for("first"), board.next_for("first")
@@ -180,10 +184,10 @@ def test_slow_work_that_makes_steps_is_never_given_up():
     board, now = board_of_one()
     for step in range(50):
         now[0] += 100
-        board.note(Pulse("first", {"a": step + 1, "b": 7}))
+        board.note(Heartbeat("first", {"a": step + 1, "b": 7}))
         assert list(board.overdue()) == []
     now[0] += 121
-    board.note(Pulse("first", {"a": 50, "b": 8}))  # the next one is read, this one stands still
+    board.note(Heartbeat("first", {"a": 50, "b": 8}))  # the next one is read, this one stands still
     ((actor, reason),) = board.overdue()
     assert (actor, reason) == ("first", "shard a has made no step for 120 s")
 
@@ -204,7 +208,7 @@ def test_a_driver_that_was_stopped_blames_nobody_for_it():
 
 
 def test_a_trial_that_comes_to_no_end_is_held_once_more_and_a_lost_node_does_not_count():
-    board = Board.of([shard("a")], ErrorsConfig(max_attempts=1))
+    board = board_of([shard("a")], ErrorsConfig(max_attempts=1))
     deaths = [False, True, True, False, False]  # alone; nodes lost on trial; deaths on trial
     for number, blameless in enumerate(deaths):
         board.note(Ready(f"actor-{number}"))
@@ -216,7 +220,7 @@ def test_a_trial_that_comes_to_no_end_is_held_once_more_and_a_lost_node_does_not
 
 
 def test_a_stopped_board_begins_nothing_and_keeps_what_is_under_way():
-    board = Board.of([shard(name) for name in "abcd"])
+    board = board_of([shard(name) for name in "abcd"])
     board.in_flight = {"first": []}
     assert board.next_for("first") is not None
     board.stop()
@@ -228,7 +232,7 @@ def test_a_stopped_board_begins_nothing_and_keeps_what_is_under_way():
 
 
 def test_a_refused_shard_is_set_aside_at_once():
-    board = Board.of([shard("a")])
+    board = board_of([shard("a")])
     board.in_flight = {"first": []}
     board.next_for("first")
     board.note(Refused("first", "a", "it is gone"))
@@ -237,7 +241,7 @@ def test_a_refused_shard_is_set_aside_at_once():
 
 
 def test_a_lost_node_charges_nobody():
-    board = Board.of([shard("a")])
+    board = board_of([shard("a")])
     for actor in ("first", "second", "third"):
         board.in_flight[actor] = []
         assert board.next_for(actor) is not None
@@ -254,7 +258,7 @@ def test_actors_that_never_become_ready_stop_the_run():
 
 
 def test_actors_lost_with_their_node_while_starting_stop_nothing():
-    board, workers = Board.of([shard("a")]), ScriptedWorkers(1, {})
+    board, workers = board_of([shard("a")]), ScriptedWorkers(1, {})
     deaths = [Died(f"lost-{n}", "node lost", blameless=True) for n in range(5)]
     events = workers.events
     workers.events = lambda: iter([deaths.pop()]) if deaths else events()
@@ -295,7 +299,7 @@ def test_as_many_actors_are_wanted_as_nodes_can_hold_or_the_config_asks_for(keys
 
 
 def test_the_last_shards_are_shared_out_rather_than_held_by_one():
-    board = Board.of([shard(name) for name in "abcd"])
+    board = board_of([shard(name) for name in "abcd"])
     board.in_flight = {"first": [], "second": []}
     for actor in ("first", "second"):
         while board.next_for(actor) is not None:
@@ -305,7 +309,7 @@ def test_the_last_shards_are_shared_out_rather_than_held_by_one():
 
 
 def test_an_actor_holds_no_shard_that_one_still_starting_could_begin():
-    board = Board.of([shard(name) for name in "ab"])
+    board = board_of([shard(name) for name in "ab"])
     board.in_flight = {"first": []}
     assert board.next_for("first", actors=2) is not None
     assert board.next_for("first", actors=2) is None
@@ -313,7 +317,7 @@ def test_an_actor_holds_no_shard_that_one_still_starting_could_begin():
 
 
 def test_what_an_actor_holds_makes_no_other_useful():
-    board = Board.of([shard(name) for name in "abc"])
+    board = board_of([shard(name) for name in "abc"])
     board.in_flight = {"first": []}
     while board.next_for("first") is not None:
         pass
