@@ -24,6 +24,7 @@ from jobs.places import data_places
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig, StorageConfig, WorkersConfig
 from unet_core.errors import ConfigError, StoreError, UnetJobsError, WorkersError
+from unet_core.memory import usable_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -127,10 +128,9 @@ def cpu() -> str:
 
     from unet_core.inference.engine import device_model
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = session.local_cpus(WorkersConfig())
     kind = device_model(torch.device("cpu")).removeprefix("cpu ")
-    return f"{cores:g} cores, {kind}, {memory / 1e9:.1f} GB of memory"
+    return f"{cores:g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of memory"
 
 
 def gpus() -> str:

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from jobs.cli import cli
 from jobs.predict import predict
 from unet_core import open_run
 from unet_core.config import PredictConfig, build, load
+from unet_core.errors import ErrorCode
 from unet_core.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +143,12 @@ def test_every_recipe_loads(path):
 def test_every_link_leads_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_every_error_code_of_a_row_is_told():
+    table = FORMATS.partition("| `error_code` | |")[2].partition("\n\n")[0]
+    told = {code for row in table.splitlines() for code in re.findall(r"`(\w+)`", row[:60])}
+    assert told == {*get_args(ErrorCode)} - {"labels"}
 
 
 def test_make_prints_every_target_that_the_readme_names():

@@ -1,6 +1,16 @@
 """What goes wrong. Decisions go by class, never by the words of a message."""
 
 import re
+from typing import Literal
+
+Circumstance = Literal["worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"]
+"""Codes of failures that one attempt may meet and another not."""
+ErrorCode = Literal[
+    Circumstance,
+    "empty", "decode", "too_large", "frames", "mode", "channels", "axes", "not_finite", "labels",
+    "duplicate_id", "not_a_file", "tar", "parquet",
+]  # fmt: skip
+"""Why an image failed; ``labels``, of a mask, becomes ``truth`` in the row of its image."""
 
 
 class UnetJobsError(Exception):
@@ -71,11 +81,11 @@ class StoppedError(UnetJobsError):
 class ImageError(UnetJobsError):
     """One image cannot be segmented: a failed row with this ``error_code``, never a run's end."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code: ErrorCode = code
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[ErrorCode, str]]:
         return type(self), (self.code, str(self))
 
 

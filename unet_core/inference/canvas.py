@@ -17,8 +17,9 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.images.picture import Picture
-from unet_core.inference.engine import CONFIDENCE_UNIT, Segmented
+from unet_core.inference.engine import Segmented
 from unet_core.inference.windows import Windows
+from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.storage.spool import Spool
 
 BAND_ROWS = 256

@@ -24,10 +24,10 @@ from unet_core.networks.construction import origin
 from unet_core.networks.presets import Factory
 from unet_core.networks.unet import fold_batchnorm
 from unet_core.runs.compute import Compute
+from unet_core.runs.schema import CONFIDENCE_UNIT
 
 log = logging.getLogger(__name__)
 
-CONFIDENCE_UNIT = 65535
 CPU_BATCH_BYTES = 16 * 2**20  # what stays in cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
 GPU_BATCH_BYTES = 4 * 2**30

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.runs.compact import COMPACTED
+from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.scores.metrics import lists, means, ratios
 
-CONFIDENCE = 65535
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "foreground"
 ORDERS = {RANDOM: 1, LOWEST_IOU: 1, LOWEST_CONFIDENCE: 1, LARGEST: -1}
 """By which values images are picked; -1: the largest first."""
@@ -105,7 +105,7 @@ def _scored(ok: pa.Table) -> pa.Table:
     found = {
         "iou": np.full(len(pixels), np.nan),
         "dice": np.full(len(pixels), np.nan),
-        "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE),
+        "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE_UNIT),
         "foreground": 1 - background / pixels,
     }
     has_truth = pc.is_valid(ok["tp"]).to_numpy()

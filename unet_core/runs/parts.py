@@ -3,11 +3,11 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, get_args
 
 import pyarrow as pa
 
-from unet_core.errors import CommitConflictError, NotFoundError, ParquetDamagedError
+from unet_core.errors import Circumstance, CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.ordered import side_by_side
 from unet_core.runs import schema
 from unet_core.scores.metrics import Totals
@@ -21,8 +21,7 @@ from unet_core.storage.parquet import (
 from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
-CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"}
-"""Codes of failures that one attempt may meet and another not."""
+CIRCUMSTANTIAL = frozenset(get_args(Circumstance))
 SETTLED = ("image_id", "status", "error_code", "height", "width")
 
 

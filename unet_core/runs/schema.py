@@ -11,6 +11,8 @@ import pyarrow as pa
 from unet_core.networks.checkpoint import Header
 
 SCHEMA_VERSION = "1"
+CONFIDENCE_UNIT = 65535
+"""What a probability of 1 counts in ``confidence_sum``."""
 
 MEMBER = pa.struct(
     [
