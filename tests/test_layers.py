@@ -2,9 +2,12 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -113,6 +116,28 @@ def test_there_is_no_circle_of_imports():
         free = {name for name, needs in graph.items() if not needs & graph.keys()}
         assert free, f"these import each other: {sorted(graph)}"
         graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+def rows_of_the_table() -> Iterator[tuple[int, str]]:
+    """Every module with its row in docs/design.md."""
+    table = (ROOT / "docs" / "design.md").read_text().partition("| | modules |")[2]
+    for row, cell in re.findall(r"^\| (\d) \| (.*) \|$", table, re.M):
+        for group in cell.split(";"):
+            room, colon, names = group.partition("`:")
+            before = f"unet_core.{room.strip(' `')}." if colon else "unet_core."
+            for name in re.findall(r"`([\w.*]+)`", names if colon else group):
+                pattern = name if name.startswith("jobs") else before + name
+                yield from ((int(row), m) for m in MODULES if fnmatch(m, pattern))
+
+
+def test_modules_import_from_their_own_row_of_the_table_and_those_above():
+    rows = [(row, name) for row, name in rows_of_the_table() if not name.endswith("__init__")]
+    row_of = {name: row for row, name in rows}
+    assert len(rows) == len(row_of), "a module stands twice"
+    assert row_of.keys() == {name for name in MODULES if not name.endswith("__init__")}
+    for name, row in row_of.items():
+        found = imports(MODULES[name], everywhere=False)
+        assert not {n for n in found if row_of.get(n, 0) > row}, name
 
 
 @pytest.mark.parametrize(
