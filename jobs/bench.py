@@ -32,8 +32,9 @@ from jobs.job import Job, prepare
 from unet_core.config import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.picture import Decoder, Picture
-from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.canvas import Canvas
 from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
 from unet_core.inference.tiling import Piece, TileQueue, stack
@@ -139,7 +140,7 @@ def _round(
     decode_s, decoded = _timed(lambda: [list(chain.from_iterable(map(decoder.decode, samples)))
                                         for samples in read])  # fmt: skip
     shown = [[image for image in images if isinstance(image, Picture)] for images in decoded]
-    pieces = [group for pictures in shown for group in _pieces(job, compute, pictures)]
+    pieces = [group for pictures in shown for group in _pieces(job, engine.how, compute, pictures)]
     if not pieces:
         raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
     batches = list(map(stack, pieces))
@@ -184,12 +185,12 @@ def _in_memory(sample: Sample) -> Sample:
     return replace(sample, read=lambda: image, read_mask=read_mask, open=None, open_mask=None)
 
 
-def _pieces(job: Job, compute: Compute, pictures: list[Picture]) -> list[list[Piece]]:
+def _pieces(
+    job: Job, how: Postprocessing, compute: Compute, pictures: list[Picture]
+) -> list[list[Piece]]:
     """The tiles of a shard's images in batches."""
-    config = job.config
-    look = Look(job.header.network.classes, config.model.threshold, config.output.probabilities)
     queue = TileQueue(compute)
-    canvases = (Canvas(n, picture, job.windows, look) for n, picture in enumerate(pictures))
+    canvases = (Canvas(n, picture, job.windows, how) for n, picture in enumerate(pictures))
     return [*chain.from_iterable(map(queue.add, canvases)), *queue.rest()]
 
 

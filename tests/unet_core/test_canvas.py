@@ -7,8 +7,9 @@ from unet_core.errors import ImageError
 from unet_core.geometry import Sides, Tiling
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inference import canvas as module
-from unet_core.inference.canvas import Canvas, Look, importance
+from unet_core.inference.canvas import Canvas, importance
 from unet_core.inference.engine import Segmented
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.windows import Windows
 from unet_core.inputs.shards import Sample
 
@@ -43,7 +44,9 @@ def fill(canvas, results):
 
 def test_areas_hold_what_their_tiles_gave(small_mask_windows):
     wanted_HW = np.random.default_rng(1).integers(0, 5, (150, 203), dtype=np.uint8)
-    canvas = make_canvas(wanted_HW.shape, Windows(80, TILING), Look(5, probabilities="uint8"))
+    canvas = make_canvas(
+        wanted_HW.shape, Windows(80, TILING), Postprocessing(5, probabilities="uint8")
+    )
 
     def results(tile):
         mask_HW = wanted_HW[tile.target]
@@ -62,7 +65,7 @@ def test_areas_hold_what_their_tiles_gave(small_mask_windows):
 @pytest.mark.parametrize("logits", [1, 3])
 def test_blended_areas_are_weighted_means(small_mask_windows, logits):
     random = np.random.default_rng(2)
-    canvas = make_canvas((150, 203), Windows(80, TILING, blends=True), Look(logits, 0.4))
+    canvas = make_canvas((150, 203), Windows(80, TILING, blends=True), Postprocessing(logits, 0.4))
     p_of = {tile: random.random((logits, *tile.shape), np.float32) for tile in canvas.tiles}
     total_KHW, weight_HW = np.zeros((logits, 160, 208)), np.zeros((160, 208))
     for tile, p_KHW in p_of.items():
@@ -89,20 +92,22 @@ def test_blended_areas_are_weighted_means(small_mask_windows, logits):
 
 def test_a_single_blended_tile_is_not_weighted():
     p_KHW = np.random.default_rng(0).random((1, 32, 48), np.float32)
-    canvas = make_canvas((32, 48), Windows(80, TILING, blends=True), Look(1, probabilities="uint8"))
+    canvas = make_canvas(
+        (32, 48), Windows(80, TILING, blends=True), Postprocessing(1, probabilities="uint8")
+    )
     (area,) = fill(canvas, lambda tile: Segmented(None, 0, True, p_KHW))
     assert (area.mask_HW == (p_KHW[0] > 0.5)).all()
     assert (area.probabilities_KHW == np.rint(p_KHW * 255)).all()
 
 
 def test_a_tile_that_is_not_finite_fails_its_image():
-    canvas = make_canvas((32, 48), Windows(80, TILING), Look(1))
+    canvas = make_canvas((32, 48), Windows(80, TILING), Postprocessing(1))
     fill(canvas, lambda tile: Segmented(np.zeros((32, 48), np.uint8), 0, False))
     assert canvas.failure.code == "not_finite"
 
 
 def test_a_blended_image_that_is_not_finite_fails_alone():
-    canvas = make_canvas((32, 48), Windows(80, TILING, blends=True), Look(1))
+    canvas = make_canvas((32, 48), Windows(80, TILING, blends=True), Postprocessing(1))
     p_KHW = np.full((1, 32, 48), np.nan, np.float32)
     (area,) = fill(canvas, lambda tile: Segmented(None, 0, False, p_KHW))
     assert area.confidence_sum == 32 * 48 * 65535
@@ -110,7 +115,7 @@ def test_a_blended_image_that_is_not_finite_fails_alone():
 
 
 def test_the_reason_of_a_failure_does_not_depend_on_who_comes_first():
-    canvas = make_canvas((150, 203), Windows(80, TILING), Look(1))
+    canvas = make_canvas((150, 203), Windows(80, TILING), Postprocessing(1))
     first, *_, last = canvas.tiles
     canvas.fail(last, ImageError("decode", "at the end"))
     canvas.fail(first, ImageError("not_finite", "here"), rank=1)
@@ -120,7 +125,7 @@ def test_the_reason_of_a_failure_does_not_depend_on_who_comes_first():
 
 def test_blended_weights_are_largest_in_the_middle_of_what_a_valid_network_gives():
     valid = Tiling(Sides(28, 16), 16, 8, 0, 17, False, 1)
-    canvas = make_canvas((100, 28), Windows(60, valid, blends=True), Look(1))
+    canvas = make_canvas((100, 28), Windows(60, valid, blends=True), Postprocessing(1))
     upper, lower, *_ = canvas.tiles
 
     def results(tile):

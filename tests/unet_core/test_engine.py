@@ -9,26 +9,29 @@ from unet_core.errors import ConfigError, RunMismatchError, WorkersError
 from unet_core.geometry import tiles
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inference.engine import (
-    CONFIDENCE_UNIT,
     Batch,
     Engine,
     choose_device,
     memory_format,
     movable,
 )
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.networks.checkpoint import Header, palette_of
 from unet_core.networks.presets import preset
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
+from unet_core.runs.schema import CONFIDENCE_UNIT
 
 
-def make_engine(classes=1, threshold=0.5, width=8, **options):
+def make_engine(classes=1, width=8, precision="float32", **how):
     torch.manual_seed(classes)
     spec = preset("padded", in_channels=1, classes=classes, width=width)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
     wanted = Preprocessing(color="gray", normalisation="range")
     header = Header(spec, tiling_of(spec), names, wanted, palette_of(len(names)))
-    return Engine(UNet(spec), header, torch.device("cpu"), threshold, **options)
+    return Engine(
+        UNet(spec), header, torch.device("cpu"), Postprocessing(classes, **how), precision=precision
+    )
 
 
 def make_batch(count=2, height=96, width=144):

@@ -17,8 +17,9 @@ from tests.reference.whole_image import logits_of
 from unet_core.config import TileConfig
 from unet_core.images.picture import Picture, Pixels
 from unet_core.images.preprocessing import offset_and_scale
-from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.canvas import Canvas
 from unet_core.inference.engine import Engine, choose_device
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.tiling import PENDING_IMAGES, TileQueue, stack
 from unet_core.inference.windows import Windows, windows_for
 from unet_core.inputs.shards import Sample
@@ -74,14 +75,14 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
     network, header = checkpoint.load(tiny_model)
     image = nuclei(height, width, np.random.default_rng(height * 1000 + width))[0]
     expected = logits_of(network, header, png(image))[0]
-    engine = Engine(network, header, choose_device("cpu"), 0.5)
+    engine = Engine(network, header, choose_device("cpu"), Postprocessing(1))
     compute = Compute(
         device="", precision="", backend="", batch_pixels=batch * size**2, versions={}
     )
     offset, scale = offset_and_scale(image[None], header.preprocessing)
     picture = Picture(Sample("", "", "", bytes), Pixels.of(image[None]), offset, scale)
     windows = windows_for(TileConfig(size=size), header.tiling)
-    canvas, queue = Canvas(0, picture, windows, Look(1)), TileQueue(compute)
+    canvas, queue = Canvas(0, picture, windows, Postprocessing(1)), TileQueue(compute)
     areas = []
     for pieces in [*queue.add(canvas), *queue.rest()]:
         for (_, tile), result in zip(pieces, engine.run(stack(pieces)), strict=True):
@@ -170,8 +171,10 @@ def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
         pixels = np.zeros((1, side, side), np.uint8)
         picture = Picture(Sample("", "", "", bytes), Pixels.of(pixels), np.zeros(1), np.ones(1))
         waiting.add(index)
-        for pieces in queue.add(Canvas(index, picture, Windows(240, header.tiling), Look(1))):
-            waiting -= {canvas.index for canvas, _ in pieces}
+        for pieces in queue.add(
+            Canvas(index, picture, Windows(240, header.tiling), Postprocessing(1))
+        ):
+            waiting -= {done.index for done, _ in pieces}
         most = max(most, index - min(waiting, default=index))
     assert most <= PENDING_IMAGES + 1
 

@@ -18,6 +18,7 @@ from unet_core.errors import ImageError
 from unet_core.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.images.picture import Picture
 from unet_core.inference.engine import Segmented
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.windows import Windows
 from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.storage.spool import Spool
@@ -26,16 +27,6 @@ BAND_ROWS = 256
 """Blended areas are finished in bands, which keeps what lies beside them small."""
 SIGMA = 1 / 8
 """Of the Gaussian importance of a blended tile, as a share of its side."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How logits become masks in a run, and what is kept beside them."""
-
-    logits: int
-    """1 means one sigmoid for two classes."""
-    threshold: float = 0.5
-    probabilities: str = "none"
 
 
 @dataclass(frozen=True)
@@ -49,12 +40,12 @@ class Area:
     probabilities_KHW: Array | None
 
     @classmethod
-    def empty(cls, box: Box, look: Look) -> "Area":
+    def empty(cls, box: Box, how: Postprocessing) -> "Area":
         """Room for what tiles give: class ids as uint8, or uint16 above 256 classes."""
-        mask_HW = np.empty(box.shape, np.uint8 if look.logits <= 256 else np.uint16)
+        mask_HW = np.empty(box.shape, np.uint8 if how.logits <= 256 else np.uint16)
         probabilities_KHW = None
-        if look.probabilities != "none":
-            probabilities_KHW = np.empty((look.logits, *box.shape), look.probabilities)
+        if how.probabilities != "none":
+            probabilities_KHW = np.empty((how.logits, *box.shape), how.probabilities)
         return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: Segmented) -> None:
@@ -73,7 +64,7 @@ class Area:
 class Canvas:
     """One image on its way from tiles to mask windows."""
 
-    def __init__(self, index: int, picture: Picture, windows: Windows, look: Look) -> None:
+    def __init__(self, index: int, picture: Picture, windows: Windows, how: Postprocessing) -> None:
         self.index = index
         self.picture = picture
         self.tiles = windows.over(*picture.pixels.shape)
@@ -82,7 +73,7 @@ class Canvas:
         self.encoded: list[Future[Any]] = []
         """The rows to come of every area that is finished."""
         self._blends, self._margin = windows.blends, windows.tiling.margin
-        self._look = look
+        self._how = how
         self._boxes = mask_windows(*picture.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
         """Where the bytes of finished areas wait until the image is known to be good."""
@@ -103,9 +94,9 @@ class Canvas:
         for box in self._under(tile):
             if box not in self._open:
                 self._open[box] = (
-                    _BlendedArea(box, self._look, self._margin, is_alone=len(self.tiles) == 1)
+                    _BlendedArea(box, self._how, self._margin, is_alone=len(self.tiles) == 1)
                     if self._blends
-                    else Area.empty(box, self._look)
+                    else Area.empty(box, self._how)
                 )
             self._open[box].paste(tile, result)
             self._missing[box] -= 1
@@ -138,10 +129,10 @@ class Canvas:
 class _BlendedArea:
     """A mask window whose pixels are weighted means over tiles."""
 
-    def __init__(self, box: Box, look: Look, margin: int, is_alone: bool) -> None:
-        self._box, self._look = box, look
+    def __init__(self, box: Box, how: Postprocessing, margin: int, is_alone: bool) -> None:
+        self._box, self._how = box, how
         self._margin, self._is_alone = margin, is_alone
-        self._sum_KHW = np.zeros((look.logits, *box.shape), dtype=np.float32)
+        self._sum_KHW = np.zeros((how.logits, *box.shape), dtype=np.float32)
         self._weight_HW = np.zeros(box.shape, dtype=np.float32)
 
     def paste(self, tile: Tile, result: Segmented) -> None:
@@ -153,22 +144,22 @@ class _BlendedArea:
         self._weight_HW[here] += weight_HW
 
     def finished(self) -> Area:
-        area, confidence = Area.empty(self._box, self._look), 0
+        area, confidence = Area.empty(self._box, self._how), 0
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._look)
+            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._how)
             confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
             if area.probabilities_KHW is not None:
-                is_uint8 = self._look.probabilities == "uint8"
+                is_uint8 = self._how.probabilities == "uint8"
                 area.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
         return replace(area, confidence_sum=confidence)
 
 
-def _classes(p_KHW: Array, look: Look) -> tuple[Array, Array]:
+def _classes(p_KHW: Array, how: Postprocessing) -> tuple[Array, Array]:
     """Class ids, and the probability of each chosen class."""
-    if look.logits == 1:
-        is_foreground = p_KHW[0] > look.threshold
+    if how.logits == 1:
+        is_foreground = p_KHW[0] > how.threshold
         chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
         return is_foreground, chosen_HW
     return p_KHW.argmax(axis=0), p_KHW.max(axis=0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.geometry import Tile
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
 from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import origin
@@ -132,22 +133,20 @@ class Engine:
         network: nn.Module,
         header: Header,
         device: torch.device,
-        threshold: float = 0.5,
-        tta: str = "none",
-        probabilities: str = "none",
+        how: Postprocessing,
         blends: bool = False,
         precision: str = "float32",
     ) -> None:
+        """``blends``: tiles overlap and are averaged, so their probabilities are what they give."""
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.allow_tf32 = False
         self.header = header
         self.device = device
-        self.threshold = threshold
-        self.tta = tta
-        self.probabilities = "float32" if blends else probabilities
-        self.blends = blends
+        self.how = how
+        self._probabilities_as = "float32" if blends else how.probabilities
+        self._blends = blends
         self.most_pixels: int | None = None
         """What a batch may hold since one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
@@ -223,9 +222,9 @@ class Engine:
         p_NKHW, finite_N = self._probabilities(self._normalised(batch))
         kept = [(index, *tile.kept(self.header.tiling.margin)) for index, tile in
                 enumerate(batch.keep)]  # fmt: skip
-        wanted = self._wanted(p_NKHW) if self.probabilities != "none" else None
+        wanted = self._wanted(p_NKHW) if self._probabilities_as != "none" else None
         shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
-        if self.blends:
+        if self._blends:
             return [Segmented(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
         ids_NHW, confidence_NHW = self._classify(p_NKHW)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
@@ -244,7 +243,7 @@ class Engine:
     def _probabilities(self, x_NCHW: Tensor) -> tuple[Tensor, list[bool]]:
         """Mean over the symmetries, and which tiles gave numbers only."""
         means, is_finite_N = None, torch.ones(len(x_NCHW), dtype=torch.bool, device=self.device)
-        for axes, turned in SYMMETRIES[self.tta]:
+        for axes, turned in SYMMETRIES[self.how.tta]:
             seen = x_NCHW.flip(axes)
             seen = (seen.mT if turned else seen).contiguous(memory_format=self._format)
             logits_NKHW = self.network(seen.to(self.dtype)).float()
@@ -254,12 +253,12 @@ class Engine:
             p_NKHW = (p_NKHW.mT if turned else p_NKHW).flip(axes)
             means = p_NKHW if means is None else means + p_NKHW
         assert means is not None
-        return means / len(SYMMETRIES[self.tta]), is_finite_N.tolist()
+        return means / len(SYMMETRIES[self.how.tta]), is_finite_N.tolist()
 
     def _wanted(self, p_NKHW: Tensor) -> Array:
-        if self.probabilities == "uint8":
+        if self._probabilities_as == "uint8":
             p_NKHW = (p_NKHW * 255).round().to(torch.uint8)
-        elif self.probabilities == "float16":
+        elif self._probabilities_as == "float16":
             p_NKHW = p_NKHW.half()
         return p_NKHW.cpu().numpy()
 
@@ -267,7 +266,7 @@ class Engine:
         """Class ids NHW, and the chosen class's probability in 1/65535 as integers."""
         if p_NKHW.shape[1] == 1:
             p_NHW = p_NKHW[:, 0]
-            ids_NHW = p_NHW > self.threshold
+            ids_NHW = p_NHW > self.how.threshold
             chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
         else:
             chosen_NHW, ids_NHW = p_NKHW.max(dim=1)

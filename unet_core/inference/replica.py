@@ -4,6 +4,7 @@ from torch import nn
 
 from unet_core.errors import CheckpointError
 from unet_core.inference.engine import Engine, choose_device
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.windows import windows_for
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header
@@ -24,16 +25,15 @@ class Replica:
         _require_tiling(network, header)
         wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"  # also inline
         self.windows = windows_for(config.tile, header.tiling)
-        self.engine = Engine(
-            network,
-            header,
-            choose_device("cpu" if wants_cpu else config.model.device),
+        device = choose_device("cpu" if wants_cpu else config.model.device)
+        how = Postprocessing(
+            header.network.classes,
             config.model.threshold,
             config.tile.tta,
             config.output.probabilities,
-            self.windows.blends,
-            config.model.precision,
         )
+        blends, precision = self.windows.blends, config.model.precision
+        self.engine = Engine(network, header, device, how, blends, precision)
         self.engine.share_cores(spec.threads, self.windows.size)
 
     def probe(self) -> Compute:

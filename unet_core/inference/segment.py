@@ -21,7 +21,7 @@ import numpy as np
 from unet_core.errors import ImageError, StoppedError
 from unet_core.geometry import mask_windows
 from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
-from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.canvas import Canvas
 from unet_core.inference.lanes import Lanes, Ran
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoded, Encoder, Row, rejected
@@ -113,9 +113,7 @@ class Segmenter:
         self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
         self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
         self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
-        self._look = Look(
-            header.network.classes, config.model.threshold, config.output.probabilities
-        )
+        self._how = self.engine.how
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
         self._lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
@@ -168,7 +166,7 @@ class Segmenter:
         self, samples: Iterator[Sample], place: object, on_step: Callable[[], None]
     ) -> Iterator[_Attempt]:
         """The masks of samples in their part, and the rows of the other one."""
-        part = MasksPart(self._encoding, self.footer, self._look.probabilities != "none")
+        part = MasksPart(self._encoding, self.footer, self._how.probabilities != "none")
         with contextlib.closing(part):
             attempt = _Attempt(part, TileQueue(self.compute), place, on_step)
             with Prefetch(
@@ -211,7 +209,7 @@ class Segmenter:
                     if isinstance(image, Rejected):
                         self._add(attempt, index, self._pool.submit(rejected, image))
                     else:
-                        canvas = Canvas(index, image, self.replica.windows, self._look)
+                        canvas = Canvas(index, image, self.replica.windows, self._how)
                         self._start(attempt, attempt.queue.add(canvas))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
@@ -238,11 +236,11 @@ class Segmenter:
             failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
             return Rejected(image.sample, failure)
         ids.add(image.sample.image_id)
-        if isinstance(image, Rejected) or self._look.probabilities == "none":
+        if isinstance(image, Rejected) or self._how.probabilities == "none":
             return image
         box = mask_windows(*image.pixels.shape)[0]
-        values = self._look.logits * box.height * box.width
-        if values * np.dtype(self._look.probabilities).itemsize < MOST_ROW_BYTES:
+        values = self._how.logits * box.height * box.width
+        if values * np.dtype(self._how.probabilities).itemsize < MOST_ROW_BYTES:
             return image
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))

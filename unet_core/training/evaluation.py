@@ -14,8 +14,9 @@ from torch import nn
 from unet_core.arrays import Array
 from unet_core.config import TileConfig
 from unet_core.errors import StoppedError
-from unet_core.inference.canvas import Canvas, Look
+from unet_core.inference.canvas import Canvas
 from unet_core.inference.engine import Engine
+from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.tiling import stack
 from unet_core.inference.windows import windows_for
 from unet_core.networks.checkpoint import Header
@@ -64,17 +65,18 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Segment a split, each rank its share; counts, and a StoppedError, are those of all."""
     windows = windows_for(TileConfig(), header.tiling)
+    how = Postprocessing(header.network.classes)
     classes, ignore_index = header.classes, split.input.config.ignore_index
 
     def count() -> Array:
-        engine = Engine(copy.deepcopy(network), header, device, blends=windows.blends)
+        engine = Engine(copy.deepcopy(network), header, device, how, windows.blends)
         matrix = np.zeros((classes, classes), dtype=np.int64)
         mine = _mine(split, ranks)
         with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
             for index, image in enumerate(images):
                 if wants_stop():
                     raise StoppedError("stopped while evaluating")
-                canvas = Canvas(index, image.picture, windows, Look(header.network.classes))
+                canvas = Canvas(index, image.picture, windows, how)
                 for tile in canvas.tiles:
                     for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
                         y, x, height, width = area.box
