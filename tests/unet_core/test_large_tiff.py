@@ -124,6 +124,8 @@ FILES = {
     "tiles, jpegxl": tiff(RGB8, photometric="rgb", compression="jpegxl", **TILED),
     "alpha": tiff(RGBA8, photometric="rgb", extrasamples=["unassalpha"], **TILED),
     "no alpha": tiff(RGBA8, photometric="rgb", extrasamples=["unspecified"], **TILED),
+    "alpha before another": tiff(RGBA8, photometric="minisblack", planarconfig="contig",
+                                 extrasamples=["unassalpha", "unspecified", "assocalpha"], **TILED),
     "gray alpha": tiff(RGBA8[..., :2], photometric="minisblack", planarconfig="contig",
                        extrasamples=["assocalpha"], compression="deflate", **STRIPED),
     "palette": tiff(GRAY8, photometric="palette", colormap=COLORMAP, **TILED),
@@ -368,6 +370,17 @@ def test_a_damaged_segment_spoils_only_the_windows_that_touch_it():
         with pytest.raises(ImageError, match="row 32, column 48") as caught:
             image.read(0, 0, HEIGHT, WIDTH)
         assert caught.value.code == "decode"
+
+
+def test_a_value_without_a_colour_spoils_only_the_windows_that_hold_it():
+    pixels = GRAY8 // 16
+    pixels[70, 60] = 200
+    data = tiff(pixels, photometric="palette", colormap=COLORMAP, **TILED)
+    image = opened(with_tag(data, 320, lambda colors: colors[:, :16].ravel()))
+    assert image.read(71, 0, 40, 117).shape == (40, 117, 3)
+    with pytest.raises(ImageError, match="row 60, column 50: index 200 is out of bounds") as caught:
+        image.read(60, 50, 20, 20)
+    assert caught.value.code == "decode"
 
 
 @pytest.mark.parametrize("name", ["tiles", "tiles, deflate", "strips", "rows"])

@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, one_line
-from unet_core.images.tiff import check_size, decode_tiff
+from unet_core.errors import ImageError
+from unet_core.images.tiff import check_size, decode_tiff, decoding
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -96,6 +96,7 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         raise ImageError(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
+    labels = labels.astype(np.uint16, copy=False)  # NumPy 2.0 counts no uint64
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     mapped = {value: config.label_map.get(value, value) for value in present}
     ignored = config.ignore_index
@@ -135,16 +136,13 @@ def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
-    try:
+    with decoding():
         if data.startswith(TIFF_MAGICS):
             return decode_tiff(data, config, as_labels)
-        pixels = _decode_single(data, config, as_labels)
-    except (ImageError, MemoryError):
-        raise  # memory is a matter of this moment, not of the image: another attempt may have more
-    except UnidentifiedImageError as error:
-        raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
-    except Exception as error:  # decoders share no base class, and a bad file is only a failed row
-        raise ImageError("decode", one_line(error)) from error
+        try:
+            pixels = _decode_single(data, config, as_labels)
+        except UnidentifiedImageError as error:
+            raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     return [pixels[..., :-1] if has_alpha and not config.channels else pixels]
 

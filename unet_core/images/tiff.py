@@ -6,6 +6,8 @@ Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others
 import io
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError
+from unet_core.errors import ImageError, UnetJobsError, one_line
 
 VALUES_PER_PIXEL = 8
 """A file's pages and channels together hold at most this many times ``max_pixels`` values."""
@@ -27,6 +29,20 @@ NUMBERS = (
 )  # fmt: skip
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
+
+
+@contextmanager
+def decoding(what: str = "") -> Iterator[None]:
+    """Around decoders: what they raise becomes an ImageError (``decode``), for they share no base
+    class, and a bad file is only a failed row. Memory is a matter of this moment, not of the image:
+    another attempt may have more.
+    """
+    try:
+        yield
+    except (UnetJobsError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError("decode", what + one_line(error)) from error
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -185,8 +201,8 @@ def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: b
     height, width = pixels.shape[len(others) : len(others) + 2]
     depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, height, width, depth)
-    if _alpha_of(series.keyframe) and "C" not in axes and not config.channels:
-        pages_NHWC = pages_NHWC[..., :-1]
+    if "S" in axes and "C" not in axes:
+        pages_NHWC = _without_alpha(series.keyframe, pages_NHWC, config)
     return list(from_bits(pages_NHWC, as_labels))
 
 
@@ -211,9 +227,11 @@ def is_plain(page: Any) -> bool:
     return _name(page.photometric) in ("MINISBLACK", "RGB", "0")
 
 
-def _alpha_of(page: Any) -> int:
-    """How many of a page's last samples are declared as alpha."""
-    return sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
+def _without_alpha(page: Any, pixels: Any, config: InputConfig) -> Any:
+    """Pixels without the samples that the page declares as alpha, unless channels are chosen."""
+    extras = enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
+    alpha = [at for at, kind in extras if at > 0 and _name(kind) in ("ASSOCALPHA", "UNASSALPHA")]
+    return pixels if config.channels or not alpha else np.delete(pixels, alpha, axis=-1)
 
 
 def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
@@ -228,9 +246,7 @@ def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
 
 def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) -> Any:
     """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
-    alpha = _alpha_of(page)
-    if alpha and not config.channels:
-        pixels = pixels[..., :-alpha]
+    pixels = _without_alpha(page, pixels, config)
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
     return pixels if as_labels else _tiff_colors(page, pixels)
 
@@ -249,8 +265,9 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
         case "MINISWHITE" if pixels.dtype.kind == "u":
             pixels = (2**bits - 1 if bits > 1 else 255) - pixels
         case "PALETTE":
-            return (np.moveaxis(page.colormap, 0, -1)[pixels] >> 8).astype(np.uint8)
-        case "YCBCR" if _name(page.compression) == "JPEG":
+            indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
+            return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
+        case "YCBCR" if _is_whole_jpeg(page):
             pass  # the JPEG decoder has already made RGB of it
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
@@ -259,6 +276,12 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     if bits in (2, 4):
         pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
     return pixels
+
+
+def _is_whole_jpeg(page: Any) -> bool:
+    """Whether each segment is a JPEG of three colours, which says by itself that they are YCbCr."""
+    is_alone = page.planarconfig == 1 and not page.extrasamples
+    return is_alone and _name(page.compression) == "JPEG"
 
 
 def _name(tag: Any) -> str:

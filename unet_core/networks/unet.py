@@ -6,13 +6,15 @@ Shapes: N images, C channels, H×W pixels, K logits.
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unet_core.networks.presets import UNetSpec, preset
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 DROPOUT = 0.5
 
@@ -195,7 +197,7 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     return network
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_plain(layer: nn.Module, kind: type[LayerT]) -> TypeGuard[LayerT]:
     """Whether a layer does what its class does and nothing else, with statistics if it has any."""
     is_hooked = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is kind and not is_hooked and getattr(layer, "running_mean", 0) is not None
