@@ -163,7 +163,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_labels_are_ids_and_never_scaled(data, expected):
-    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)
+    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)[0]
     np.testing.assert_array_equal(labels, expected.astype(np.uint16))
 
 
@@ -174,7 +174,7 @@ def test_labels_of_two_and_four_bits_are_not_stretched():
         shifts = np.arange(8 // bits)[::-1] * bits
         rows = np.left_shift(packed, shifts).sum(-1).astype(np.uint8)
         data = _png_of_rows(rows, 32, 24, bits)
-        labels = decode_labels(data, RULES, 16)
+        labels = decode_labels(data, RULES, 16)[0]
         np.testing.assert_array_equal(labels, values)
         stretched = values * (255 // (2**bits - 1))
         np.testing.assert_array_equal(decode_images(data, RULES)[0][..., 0], stretched)
@@ -197,7 +197,8 @@ def _png_of_rows(rows, width, height, bits):
 
 def test_label_values_are_mapped_and_strangers_are_named():
     mask = np.array([[0, 255], [7, 255]], np.uint8)
-    labels = decode_labels(saved(mask), reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9), 2)
+    rules = reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9)
+    (labels,) = decode_labels(saved(mask), rules, 2)
     assert labels.tolist() == [[0, 1], [9, 1]]
     with pytest.raises(ImageError, match="holds 7, 255, but classes are 0 to 1"):
         decode_labels(saved(mask), reading(LIMIT, ignore_index=9), 2)

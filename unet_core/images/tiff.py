@@ -6,9 +6,9 @@ Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tifffile
@@ -16,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
+
+PageT = TypeVar("PageT")
+ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
 """A file's pages and channels together hold at most this many times ``max_pixels`` values."""
@@ -45,6 +48,24 @@ def decoding(what: str = "") -> Iterator[None]:
         raise ImageError("decode", what + one_line(error)) from error
 
 
+def of_each(
+    pages: Iterable[PageT | ImageError], finish: Callable[[PageT], ResultT]
+) -> list[ResultT | ImageError]:
+    """What becomes of each page, or why nothing does; raises the ImageError of an only page."""
+    found: list[ResultT | ImageError] = []
+    for page in pages:
+        try:
+            if isinstance(page, ImageError):
+                raise page
+            with decoding():
+                found.append(finish(page))
+        except ImageError as failure:
+            found.append(failure)
+    if len(found) == 1 and isinstance(found[0], ImageError):
+        raise found[0]
+    return found
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise ImageError for images without pixels, or with too many."""
     if width * height > max_pixels:
@@ -57,7 +78,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC, one for each page; raises ImageError for what is refused or unknown."""
+    """Arrays HW or HWC or an ImageError, one for each page; raises ImageError for what is refused
+    or unknown.
+    """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -73,7 +96,7 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
             require_allowed(sum(map(len, stacks)), config)
             return [page for stack in stacks for page in stack]
         require_allowed(len(pages), config)
-        return [_page(page, config, as_labels) for page in pages]
+        return of_each(pages, lambda page: _page(page, config, as_labels))
 
 
 class _Chain(list[int]):
