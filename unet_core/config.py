@@ -29,8 +29,8 @@ FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
 SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
-"""By ``normalisation``: the least ``low``, what it and ``high`` are at most unless given, and the
-largest ``high``; pixels are float32.
+"""By ``normalisation``: the least ``low``; ``low`` and ``high`` where they are not given (of
+``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
 """
 IGNORE_INDEX = 255
 ENOUGH_IMAGES = 1000

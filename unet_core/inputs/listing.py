@@ -213,8 +213,8 @@ def _rows(store: Store, name: str) -> Iterator[list[str]]:
             yield line
 
     with store.open(name) as stream:
-        plain: Any = gzip.GzipFile(fileobj=stream) if name.lower().endswith(".gz") else stream
-        with io.TextIOWrapper(plain, encoding="utf-8-sig", newline="") as text:
+        unpacked: Any = gzip.GzipFile(fileobj=stream) if name.lower().endswith(".gz") else stream
+        with io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="") as text:
             for row in csv.reader(lines(text)):
                 left = MAX_ROW_CHARACTERS
                 yield row
