@@ -82,8 +82,11 @@ def _require_distinct_keys(members: list[Member]) -> None:
 
 
 def _key(name: str) -> str:
-    """A name without its ending, dots turned to dashes: a tar's key ends at its first dot."""
-    return (name.rpartition(".")[0] if is_image(name) else name).replace(".", "-")
+    """A name without its ending, dots turned to dashes: a tar's key ends at its first dot. Of a
+    URI the path, bucket and all, from no root.
+    """
+    stem = name.rpartition(".")[0] if is_image(name) else name
+    return stem.replace("://", "/").lstrip("/").replace(".", "-")
 
 
 def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:

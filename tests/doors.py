@@ -25,14 +25,15 @@ SIDE = 64
 SHOWN = 20
 
 
-def image(data: bytes, **rules: Any) -> list[tuple[int, ...]]:
-    """Shapes of the images of a file."""
-    return [r.shape for r in decode_images(data, reading(PIXELS, **rules))][:SHOWN]
+def image(data: bytes, **rules: Any) -> list[tuple[Any, ...]]:
+    """Shapes of the images of a file, or what is wrong with some of its pages."""
+    pages = decode_images(data, reading(PIXELS, **rules))
+    return [getattr(page, "shape", (str(page),)) for page in pages][:SHOWN]
 
 
 def labels(data: bytes) -> tuple[int, ...]:
     """The shape of a mask."""
-    return decode_labels(data, reading(PIXELS, ignore_index=65535), 65536).shape
+    return decode_labels(data, reading(PIXELS, ignore_index=65535), 65536)[0].shape
 
 
 def windows(data: bytes) -> tuple[int, ...] | None:

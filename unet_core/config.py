@@ -29,6 +29,10 @@ Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
+SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
+"""By ``normalisation``: the least ``low``; ``low`` and ``high`` where they are not given (of
+``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
+"""
 IGNORE_INDEX = 255
 ENOUGH_IMAGES = 1000
 """Before so many, the share of failed ones says nothing, except at the end."""
@@ -71,6 +75,27 @@ class Section(BaseModel):
     """A TOML table: unknown keys are refused, values do not change after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def require_span(section: ConfigT) -> ConfigT:
+    """The validator of a section with ``normalisation``, ``low`` and ``high``, between which
+    there must be something.
+    """
+    kind, low, high = (getattr(section, name) for name in ("normalisation", "low", "high"))
+    if kind not in SPANS:
+        if (low, high) != (None, None):
+            raise ValueError(f"low and high belong to {' and '.join(SPANS)}, not to {kind}")
+        return section
+    least, usual_low, usual_high, most = SPANS[kind]
+    low, high = usual_low if low is None else low, usual_high if high is None else high
+    if not least <= low < high <= most:
+        raise ValueError(
+            f"low is {low:g} and high {high:g}, but {kind} needs {least} <= low < high <= {most}"
+        )
+    return section
 
 
 class InputConfig(Section):
@@ -309,6 +334,8 @@ class ForeignConfig(Section):
     classes: Annotated[list[str], Field(max_length=65536)] = []
     """Class names by id; empty: background and foreground, or numbers."""
 
+    _span = model_validator(mode="after")(require_span)
+
     @model_validator(mode="after")
     def _factory_goes_alone(self) -> "ForeignConfig":
         if self.factory and self.layout:
@@ -339,9 +366,6 @@ class ImportConfig(Section):
         if not uri.endswith(".safetensors"):
             raise ValueError(f"got {uri!r}, but checkpoints end with .safetensors")
         return uri
-
-
-ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def load(kind: type[ConfigT], path: str, overrides: list[str]) -> ConfigT:

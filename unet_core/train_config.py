@@ -16,6 +16,7 @@ from unet_core.config import (
     StorageConfig,
     UriOrNone,
     refuse_nesting,
+    require_span,
 )
 from unet_core.geometry import Sides
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
@@ -93,6 +94,8 @@ class NetworkConfig(Section):
             return Factory(self.factory, self.arguments, channels, logits)
         depth = {} if self.depth == "auto" else {"depth": self.depth}
         return preset(self.preset, in_channels=channels, classes=logits, width=self.width, **depth)
+
+    _span = model_validator(mode="after")(require_span)
 
     @model_validator(mode="after")
     def _network_exists(self) -> "NetworkConfig":

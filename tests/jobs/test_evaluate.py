@@ -16,6 +16,7 @@ from jobs.verbs.arguments import run_config
 from tests.data import write_tar
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
+from unet_core.images import picture
 from unet_core.report.facts import evaluations
 from unet_core.runs.parts import read_metrics
 from unet_core.runs.results import open_masks
@@ -335,13 +336,16 @@ def test_a_damaged_tar_and_a_tar_written_again_are_told(make_config, tmp_path):
     assert not (Path(outcome.document["evaluation"]) / "evaluation.json").exists()
 
 
-def test_tifffile_pages_have_their_own_truth(make_config, tmp_path):
+def test_tifffile_pages_have_their_own_truth(make_config, tmp_path, monkeypatch):
     for kind, top in (("images", 255), ("masks", 2)):
         (tmp_path / kind).mkdir()
         pages = np.random.default_rng(1).integers(0, top, (3, 40, 48)).astype(np.uint8)
         tifffile.imwrite(tmp_path / kind / "z.tif", pages, photometric="minisblack")
     source = {"uri": f"{tmp_path}/images", "pages": "expand"}
+    decoded, real = [], picture.decode_labels
+    monkeypatch.setattr(picture, "decode_labels", lambda *args: decoded.append(1) or real(*args))
     predict(make_config(input=source | {"masks": f"{tmp_path}/masks"}, out="with"))
     predict(make_config(input=source | {"masks": ""}))
     document = evaluated(str(tmp_path / "run"), f"{tmp_path}/masks/")
+    assert len(decoded) == 2  # each time one file for three images
     assert truths_of(document["evaluation"]) == truths_of(tmp_path / "with")

@@ -62,7 +62,7 @@ def digests(folder):
 
 
 def ids_in(path):
-    return decode_labels(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)
+    return decode_labels(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)[0]
 
 
 def annotated(out):

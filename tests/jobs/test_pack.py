@@ -1,3 +1,5 @@
+import tarfile
+
 import pytest
 
 from jobs.pack import pack
@@ -22,6 +24,18 @@ def test_packed_images_give_the_masks_of_loose_ones(make_config, folder, tmp_pat
     predict(make_config(out="loose", input=loose))
     predict(make_config(out="run", input={"uri": str(tmp_path / "packed"), "masks": masks}))
     assert masks_by_key(Run(str(tmp_path / "run"))) == masks_by_key(Run(str(tmp_path / "loose")))
+
+
+def test_a_list_of_several_places_is_packed_by_whole_paths(make_config, folder, tmp_path):
+    uris = [f"{folder}/{kind}/cell00.png" for kind in ("images", "masks")]
+    (tmp_path / "list.csv").write_text("\n".join(["uri", *uris]))
+    allow = [f"{folder}/images", f"{folder}/masks"]
+    source = {"uri": f"{tmp_path}/list.csv", "format": "list", "masks": "", "allow": allow}
+    pack(make_config(out="packed", input=source), "webdataset", 10**9)
+    (shard,) = (tmp_path / "packed").iterdir()
+    with tarfile.open(shard) as tar:
+        assert [name.rpartition("/cell00")[2] for name in tar.getnames()] == [".png", ".png"]
+        assert not any(name.startswith("/") for name in tar.getnames())
 
 
 def test_a_destination_with_other_shards_is_refused(make_config, folder, tmp_path):

@@ -1,4 +1,5 @@
 import io
+import struct
 
 import imagecodecs
 import numpy as np
@@ -36,12 +37,18 @@ def tiff(pixels, **options):
     return buffer.getvalue()
 
 
-def palette_png():
+def palette(kind="PNG", mode="P"):
     image = Image.fromarray(INDICES, mode="P")
     image.putpalette(COLORS.ravel().tolist())
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.convert(mode).save(buffer, format=kind)
     return buffer.getvalue()
+
+
+def stray_alpha(pixels, **options):
+    """A TIFF that calls one of its colours alpha, as a tag that was left behind does."""
+    data = tiff(pixels, extratags=[(65000, 3, 1, 2, True)], **options)
+    return data.replace(struct.pack("<HHI", 65000, 3, 1), struct.pack("<HHI", 338, 3, 1))
 
 
 def alpha(pixels):
@@ -59,13 +66,15 @@ def alpha(pixels):
         (saved(GRAY16), GRAY16),
         (imagecodecs.png_encode(RGB16), RGB16),
         (imagecodecs.png_encode(alpha(RGB16)), RGB16),
-        (palette_png(), COLORS[INDICES]),
+        (palette(), COLORS[INDICES]),
+        (palette("TIFF", "PA"), COLORS[INDICES]),
         (saved(BITS), BITS * np.uint8(255)),
         (saved(GRAY8, "BMP"), GRAY8),
         (saved(RGB8, "WEBP", lossless=True), RGB8),
         (saved(GRAY8, "GIF"), GRAY8[..., None].repeat(3, 2)),
         (tiff(GRAY8), GRAY8),
         (tiff(GRAY16, byteorder=">"), GRAY16),
+        (stray_alpha(GRAY8), GRAY8),
         (tiff(RGB16, photometric="rgb"), RGB16),
         (tiff(np.moveaxis(RGB8, 2, 0), photometric="rgb", planarconfig="separate"), RGB8),
         (tiff(RGB8, photometric="rgb", compression="lzw"), RGB8),
@@ -120,6 +129,9 @@ def test_exif_orientation_is_left_alone():
         (tiff(np.zeros((24, 31), np.complex64)), "mode"),
         (saved(RGB8, "TIFF", mode="LAB"), "mode"),
         (tiff(FLOAT, photometric="miniswhite"), "mode"),
+        (tiff(np.moveaxis(RGB8, 2, 0), photometric="ycbcr", compression="jpeg",
+              planarconfig="separate"), "mode"),
+        (stray_alpha(RGB8, photometric="ycbcr", compression="jpeg"), "mode"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(data, code):
@@ -137,11 +149,13 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
     ("data", "expected"),
     [
         (saved(INDICES), INDICES),
-        (palette_png(), INDICES),
+        (palette(), INDICES),
+        (palette("TIFF", "PA"), INDICES),
         (saved(BITS), BITS),
         (saved(GRAY16), GRAY16),
         (saved(np.repeat(INDICES[..., None], 3, axis=2)), INDICES),
         (tiff(GRAY16), GRAY16),
+        (tiff(GRAY16.astype(np.uint64)), GRAY16),
         (imagecodecs.png_encode(INDICES), INDICES),
         (imagecodecs.png_encode(GRAY16[..., None].repeat(3, 2)), GRAY16),
         (saved(alpha(INDICES[..., None])), INDICES),
@@ -149,7 +163,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_labels_are_ids_and_never_scaled(data, expected):
-    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)
+    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)[0]
     np.testing.assert_array_equal(labels, expected.astype(np.uint16))
 
 
@@ -160,7 +174,7 @@ def test_labels_of_two_and_four_bits_are_not_stretched():
         shifts = np.arange(8 // bits)[::-1] * bits
         rows = np.left_shift(packed, shifts).sum(-1).astype(np.uint8)
         data = _png_of_rows(rows, 32, 24, bits)
-        labels = decode_labels(data, RULES, 16)
+        labels = decode_labels(data, RULES, 16)[0]
         np.testing.assert_array_equal(labels, values)
         stretched = values * (255 // (2**bits - 1))
         np.testing.assert_array_equal(decode_images(data, RULES)[0][..., 0], stretched)
@@ -183,7 +197,8 @@ def _png_of_rows(rows, width, height, bits):
 
 def test_label_values_are_mapped_and_strangers_are_named():
     mask = np.array([[0, 255], [7, 255]], np.uint8)
-    labels = decode_labels(saved(mask), reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9), 2)
+    rules = reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9)
+    (labels,) = decode_labels(saved(mask), rules, 2)
     assert labels.tolist() == [[0, 1], [9, 1]]
     with pytest.raises(ImageError, match="holds 7, 255, but classes are 0 to 1"):
         decode_labels(saved(mask), reading(LIMIT, ignore_index=9), 2)
@@ -205,3 +220,9 @@ def test_the_image_of_a_tiff_is_not_its_thumbnail():
 def test_declared_alpha_of_a_tiff_is_dropped():
     data = tiff(alpha(RGB8), photometric="rgb", extrasamples=["unassalpha"])
     np.testing.assert_array_equal(decode_images(data, RULES)[0], RGB8)
+    five, extras = np.dstack([alpha(RGB8), GRAY8]), ["unassalpha", "unspecified"]
+    stack = tiff(five[None].repeat(2, 0), photometric="rgb", extrasamples=extras, ome=True,
+                 metadata={"axes": "ZYXS"})  # fmt: skip
+    for data in (tiff(five, photometric="rgb", extrasamples=extras), stack):
+        for pixels in decode_images(data, reading(LIMIT, pages="expand")):
+            np.testing.assert_array_equal(pixels, np.dstack([RGB8, GRAY8]))

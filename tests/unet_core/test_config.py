@@ -1,8 +1,11 @@
+import math
+
 import pytest
 
-from unet_core.config import PredictConfig, build, load
+from unet_core.config import ForeignConfig, PredictConfig, build, load
 from unet_core.errors import ConfigError
-from unet_core.train_config import TrainConfig
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.train_config import NetworkConfig, TrainConfig
 
 GOOD = {"input": {"uri": "in"}, "output": {"uri": "out"}}
 
@@ -124,6 +127,28 @@ TRAINING = {
 def test_mistakes_in_a_training_are_told_with_what_is_allowed(override, reason):
     (line,) = problems(TRAINING, override, kind=TrainConfig)
     assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"low": 50, "high": 20}, "low is 50 and high 20, but percentile needs 0 <= low < high"),
+        ({"high": 150}, "low is 1 and high 150, but percentile needs 0 <= low < high <= 100"),
+        ({"low": 99.9}, "low is 99.9 and high 99.8, but"),
+        ({"low": math.nan}, "low is nan"),
+        ({"normalisation": "range", "high": 0}, "low is 0 and high 0, but range needs"),
+        ({"normalisation": "range", "high": math.inf}, "high inf"),
+        ({"normalisation": "range", "low": 3, "high": 3}, "low is 3 and high 3"),
+        ({"normalisation": "zscore", "low": 1}, "low and high belong to percentile and range, not"),
+    ],
+)
+@pytest.mark.parametrize("kind", [ForeignConfig, NetworkConfig, Preprocessing])
+def test_low_and_high_have_something_between_them(keys, reason, kind):
+    table = {"color": "gray", "normalisation": "percentile"}
+    (line,) = problems(table | keys, kind=kind)
+    assert reason in line
+    kind(**table | {"normalisation": "range", "low": 1000})
+    kind(**table | {"low": 0, "high": 100})
 
 
 def test_a_training_needs_one_length_one_loss_and_one_kind_of_object():

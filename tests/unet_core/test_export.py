@@ -89,7 +89,8 @@ def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
     with contextlib.closing(file):
         file.seek(0)
         data = file.read()
-    assert (decode_labels(data, reading(2**20, ignore_index=65535), classes) == mask_HW).all()
+    (labels_HW,) = decode_labels(data, reading(2**20, ignore_index=65535), classes)
+    assert (labels_HW == mask_HW).all()
     shown = Image.open(io.BytesIO(data))
     assert shown.mode == ("P" if classes == 2 else "I;16")
     if classes == 2:

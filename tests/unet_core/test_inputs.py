@@ -1,9 +1,12 @@
 import gzip
 import io
 import logging
+import shutil
 import tarfile
 from typing import get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data import write_tar
@@ -84,6 +87,9 @@ def test_what_the_input_is_must_be_clear(tmp_path):
     write(tmp_path, "readme.txt")
     with pytest.raises(StoreError, match=r"no images, tars or Parquet files"):
         read_all(uri=tmp_path)
+    write(tmp_path, "list.csv")
+    with pytest.raises(StoreError, match=r"to read a list .*, set input\.format = 'list'"):
+        read_all(uri=tmp_path / "list.csv")
     write(tmp_path, "a.png")
     write_tar(tmp_path / "a.tar", {"b.png": IMAGE})
     with pytest.raises(ConfigError, match=r"1 for .webdataset. .*1 for .folder.*say which"):
@@ -185,11 +191,23 @@ def test_a_hostile_header_is_a_failure_of_its_tar(tmp_path, headers):
 def test_resource_forks_are_no_images_and_part_no_mask_from_its_image(tmp_path):
     write_tar(
         tmp_path / "t.tar",
-        {"._a.png": b"fork", "a.png": IMAGE, "._a.mask.png": b"fork", "a.mask.png": MASK},
-    )
-    _, ((sample,),) = read_all(uri=tmp_path, masks="mask.png")
+        {"._a.png": b"fork", "a.png": IMAGE, "._a.mask.png": b"fork", "a.mask.png": MASK,
+         ".ipynb_checkpoints/b.png": b"copy", "./c/.d/e.png": b"copy", "./c/../f.png": IMAGE},
+    )  # fmt: skip
+    _, ((sample, above),) = read_all(uri=tmp_path, masks="mask.png")
     assert sample.key == "a"
     assert sample.read_mask() == MASK
+    assert above.image_id == "t.tar/c/../f"
+
+
+@pytest.mark.parametrize(("first", "second"), [("a.tar", "B.TAR"), ("a.parquet", "B.Parquet")])
+def test_the_case_of_an_ending_does_not_matter(tmp_path, first, second):
+    write_tar(tmp_path / "a.tar", {"a.png": IMAGE})
+    pq.write_table(pa.table({"image": [IMAGE]}), tmp_path / "a.parquet")
+    for name in (first, second):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / first, tmp_path / "in" / name)
+    assert [shard.uri for shard in read_all(uri=tmp_path / "in")[0]] == [second, first]
 
 
 def test_names_of_any_kind_become_text(tmp_path):

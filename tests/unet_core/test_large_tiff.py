@@ -124,6 +124,8 @@ FILES = {
     "tiles, jpegxl": tiff(RGB8, photometric="rgb", compression="jpegxl", **TILED),
     "alpha": tiff(RGBA8, photometric="rgb", extrasamples=["unassalpha"], **TILED),
     "no alpha": tiff(RGBA8, photometric="rgb", extrasamples=["unspecified"], **TILED),
+    "alpha before another": tiff(RGBA8, photometric="minisblack", planarconfig="contig",
+                                 extrasamples=["unassalpha", "unspecified", "assocalpha"], **TILED),
     "gray alpha": tiff(RGBA8[..., :2], photometric="minisblack", planarconfig="contig",
                        extrasamples=["assocalpha"], compression="deflate", **STRIPED),
     "palette": tiff(GRAY8, photometric="palette", colormap=COLORMAP, **TILED),
@@ -370,6 +372,17 @@ def test_a_damaged_segment_spoils_only_the_windows_that_touch_it():
         assert caught.value.code == "decode"
 
 
+def test_a_value_without_a_colour_spoils_only_the_windows_that_hold_it():
+    pixels = GRAY8 // 16
+    pixels[70, 60] = 200
+    data = tiff(pixels, photometric="palette", colormap=COLORMAP, **TILED)
+    image = opened(with_tag(data, 320, lambda colors: colors[:, :16].ravel()))
+    assert image.read(71, 0, 40, 117).shape == (40, 117, 3)
+    with pytest.raises(ImageError, match="row 60, column 50: index 200 is out of bounds") as caught:
+        image.read(60, 50, 20, 20)
+    assert caught.value.code == "decode"
+
+
 @pytest.mark.parametrize("name", ["tiles", "tiles, deflate", "strips", "rows"])
 def test_a_truncated_file_is_refused(name):
     data = FILES[name]
@@ -486,9 +499,10 @@ def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, mo
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60),
-    st.floats(0, 100), st.floats(0, 100),
+    st.lists(st.floats(0, 100), min_size=2, max_size=2, unique=True).map(sorted),
 )  # fmt: skip
-def test_percentiles_of_floats_are_exact(values, low, high):
+def test_percentiles_of_floats_are_exact(values, between):
+    low, high = between
     pixels_CHW = np.array(values, np.float32)[None, :, None]
     wanted = Preprocessing(color=1, normalisation="percentile", low=low, high=high)
     with np.errstate(over="ignore"):

@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from unet_core.errors import ConfigError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.listing import _lines
 from unet_core.inputs.shards import Source
-from unet_core.runs.manifest import draft, with_members
+from unet_core.runs.manifest import draft, names, with_members
 from unet_core.storage.store import Store
 
 
@@ -63,6 +64,49 @@ def test_nothing_outside_the_allowed_prefixes_is_opened(images, uri):
         read_all(images / "list.csv", allow=[f"{images}/a", "s3://bucket/prefix"])
 
 
+@pytest.mark.parametrize("prefix", ["a", "../{name}/a", "~/a", "local://{root}/a/"])
+def test_an_allowed_prefix_may_be_written_as_any_other_path(images, prefix, monkeypatch):
+    monkeypatch.chdir(images)
+    monkeypatch.setenv("HOME", str(images))
+    (images / "list.CSV").write_text(f"uri\na/1.png\n{images}/a/2.png\nlocal://{images}/a/3.png\n")
+    allow = prefix.format(name=images.name, root=images)
+    _, samples = read_all(images / "list.CSV", allow=[allow])
+    assert [sample.image_id for sample in samples] == ["1.png", "2.png", "3.png"]
+
+
+def test_paths_alike_below_several_prefixes_are_images_of_their_own(images):
+    (images / "b" / "1.png").write_bytes(b"b/1.png")
+    uris = [f"{images}/{name}" for name in ("a/1.png", "a/2.png", "b/1.png")]
+    allow = [f"{images}/a", f"{images}/b/", f"{images}/a/"]
+    (images / "list.csv").write_text("\n".join(["uri", *uris]))
+    _, samples = read_all(images / "list.csv", allow=allow)
+    assert [sample.image_id for sample in samples] == uris
+    _, samples = read_all(images / "list.csv", allow=[str(images)])
+    assert [sample.image_id for sample in samples] == ["a/1.png", "a/2.png", "b/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("had", "listed", "new"),
+    [
+        ("uri\n{a}/1.png\n", "uri\n{a}/1.png\n{b}/1.png\n", ["{b}/1.png"]),
+        ("uri,id\n{a}/1.png,1.png\n", "uri\n{a}/1.png\n{b}/1.png\n", ["{b}/1.png"]),
+        ("uri,id\n{a}/1.png,x\n", "uri,id\n{a}/1.png,x\n{b}/1.png,x\n{a}/1.png,y\n", ["x", "y"]),
+    ],
+)
+def test_what_a_run_has_is_known_by_where_it_lies_and_its_own_id(images, had, listed, new):
+    places = {"a": f"{images}/a", "b": f"{images}/b"}
+    config = InputConfig(uri=f"{images}/list.csv", format="list", allow=list(places.values()))
+    (images / "list.csv").write_text(had.format(**places))
+    source, store = open_source(config), Store(f"{images}/run")
+    with draft(list_shards(source)) as made:
+        store.publish("manifest/00000.parquet", made.file)
+        known = names(store, made.heads)
+    assert list(list_shards(source, known)) == []
+    (images / "list.csv").write_text(listed.format(**places))
+    members = [member for shard in list_shards(source, known) for member in shard.members]
+    assert [member.key for member in members] == [key.format(**places) for key in new]
+
+
 def test_a_list_without_uris_or_masks_is_refused_with_its_columns(images):
     (images / "list.csv").write_text("path,mask\na/1.png,b\n")
     with pytest.raises(ConfigError, match="needs a column 'uri'; it has: path, mask"):
@@ -88,6 +132,9 @@ def test_an_inventory_names_its_files_and_their_columns(images):
                     ("manifest.json",))  # fmt: skip
     found = [(line.uri, line.bytes, line.etag) for line in _lines(source)]
     assert found == [("s3://pictures/a/x y 1.png", 10, "e1"), ("s3://pictures/b/2.png", 5, "e3")]
+    with_masks = replace(source, config=source.config.model_copy(update={"masks": "truth"}))
+    with pytest.raises(ConfigError, match=r"input\.masks: got 'truth', but the S3 Inventory"):
+        list(_lines(with_masks))
     (images / "manifest.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"not the manifest\.json of an S3 Inventory"):
         list(_lines(source))

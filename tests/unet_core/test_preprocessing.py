@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
+from tests.data import reading
+from unet_core.images.picture import Decoder, Rejected
 from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.inputs.shards import Sample
+from unet_core.synthetic import png
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -49,3 +53,13 @@ def test_zscore_has_mean_zero_and_deviation_one(dtype):
 @pytest.mark.parametrize("method", ["percentile", "zscore"])
 def test_a_constant_image_becomes_zeros(method):
     assert not normalised(np.full((1, 5, 5), 7, np.uint8), method).any()
+
+
+def test_what_cannot_be_normalised_is_an_image_that_failed():
+    wanted = Preprocessing.model_construct(
+        color="gray", normalisation="percentile", low=0, high=400.0
+    )
+    sample = Sample("a", "a", "a.png", lambda: png(RGB[..., 0]))
+    (found,) = Decoder(wanted, 2, reading(10_000)).decode(sample)
+    assert isinstance(found, Rejected)
+    assert found.failure.code == "decode"

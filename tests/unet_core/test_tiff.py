@@ -10,6 +10,8 @@ from unet_core.config import build
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images
 from unet_core.networks import checkpoint
+from unet_core.runs.results import open_run
+from unet_core.runs.verify import verify
 from unet_core.synthetic import nuclei, png
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import fit
@@ -131,6 +133,27 @@ def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_confi
     assert wrong.errors == {"channels": 6}
 
 
+def test_a_bad_page_is_lost_alone(make_config, tmp_path):
+    pages = PAGES_QYX.astype(np.float32)
+    pages[1, 3, 4] = np.nan
+    data = tiff(pages, photometric="minisblack", compression="deflate")
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        start = file.pages[2].dataoffsets[0]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "z.tif").write_bytes(data[:start] + bytes(16) + data[start + 16 :])
+    masks = tiff(PAGES_QYX % 2 + np.array([0, 0, 2])[:, None, None], photometric="minisblack")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "z.tif").write_bytes(masks)
+    section = {"uri": f"{tmp_path}/in", "masks": f"{tmp_path}/masks", "pages": "expand"}
+    run = predict(make_config(input=section, errors={"max_failed_images": 3})).run
+    rows = open_run(run.store.uri()).metrics.to_pylist()
+    assert [(row["image_id"], row["error_code"]) for row in rows] == [
+        ("z.tif#0", None), ("z.tif#1", "not_finite"), ("z.tif#2", "decode")
+    ]  # fmt: skip
+    assert rows[0]["tp"] is not None
+    assert verify(run.store.uri(), deep=True).problems == []
+
+
 def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     (tmp_path / "in").mkdir()
     tifffile.imwrite(tmp_path / "in" / "a.tif", PAGES_QYX, photometric="minisblack")
@@ -139,7 +162,6 @@ def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     section = {"uri": str(tmp_path / "in"), "masks": "", "pages": "expand"}
     outcome = predict(make_config(input=section))
     from tests.unet_core.test_segment import masks_of
-    from unet_core.runs.verify import verify
 
     masks = masks_of(tmp_path / "run")
     assert list(masks) == ["a.tif#0", "a.tif#1", "a.tif#2", "a.tif#1.tif", "b.tif"]

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from unet_core.errors import ConfigError
 from unet_core.networks.presets import PRESETS, preset
@@ -92,6 +93,42 @@ def test_folding_keeps_the_logits(name):
         before = network(x)
         after = fold_batchnorm(copy.deepcopy(network))(x)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    def forward(self, x_NCHW):
+        return super().forward(x_NCHW).relu()
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x_NCHW):
+        return 2 * super().forward(x_NCHW)
+
+
+def doubled_by_a_hook(conv):
+    conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return conv
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("conv", "norm"),
+    [
+        (nn.Conv2d(1, 4, 3), ActivatedNorm(4)),
+        (DoubledConv(1, 4, 3), nn.BatchNorm2d(4)),
+        (doubled_by_a_hook(nn.Conv2d(1, 4, 3)), nn.BatchNorm2d(4)),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.BatchNorm2d(4)),
+        (nn.utils.spectral_norm(nn.Conv2d(1, 4, 3)), nn.BatchNorm2d(4)),
+        (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+)
+def test_folding_leaves_layers_alone_that_do_more_than_their_class(conv, norm):
+    nn.init.ones_(norm.bias)
+    network = nn.Sequential(conv, norm).eval()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.inference_mode():
+        before = network(x)
+        torch.testing.assert_close(fold_batchnorm(network)(x), before)
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -1,14 +1,16 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests.data import write_tars
+from tests.data import write_tar, write_tars
 from unet_core.errors import StoreError
 from unet_core.runs.verify import verify
+from unet_core.synthetic import nuclei, png
 
 
 @pytest.fixture
@@ -35,6 +37,16 @@ def test_a_finished_run_is_verified_even_deeply(run):
     assert findings.problems == []
     assert findings.notes == []
     assert findings.totals.images_seen == 12
+
+
+def test_what_is_hidden_in_a_tar_is_not_missed(make_config, tmp_path):
+    image = png(nuclei(64, 64, np.random.default_rng(0))[0])
+    names = ("a.png", "./b/../c.png", ".d.png", "e/.ipynb_checkpoints/f.png", ".../g.png")
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "t.tar", dict.fromkeys(names, image))
+    totals = predict(make_config(input={"uri": f"{tmp_path}/in", "masks": ""})).totals
+    assert totals.images_seen == 2
+    assert verify(str(tmp_path / "run"), deep=True).problems == []
 
 
 def drop_row(run):

@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, one_line
-from unet_core.images.tiff import check_size, decode_tiff
+from unet_core.errors import ImageError
+from unet_core.images.tiff import check_size, decode_tiff, decoding, of_each
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -35,16 +35,16 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def decode_images(data: bytes, config: InputConfig) -> list[Array]:
+def decode_images(data: bytes, config: InputConfig) -> list[Array | ImageError]:
     """Decode one encoded file by its content, whatever its name says; one image unless it has
-    pages that are expanded.
+    pages that are expanded, of which each may fail alone.
 
     HWC; uint8, uint16 or float32 in native byte order; gray, RGB or more channels, alpha dropped.
 
     Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``axes``,
     ``mode``, ``channels`` or ``not_finite``.
     """
-    return [image_of(pixels, config) for pixels in _decode(data, config, as_labels=False)]
+    return of_each(_decode(data, config, as_labels=False), lambda page: image_of(page, config))
 
 
 def image_of(pixels: Any, config: InputConfig) -> Array:
@@ -70,15 +70,14 @@ def image_of(pixels: Any, config: InputConfig) -> Array:
     return pixels
 
 
-def decode_labels(data: bytes, config: InputConfig, classes: int, page: int = 0) -> Array:
-    """Decode a label mask into class ids HW; palette masks are indices, ids are never scaled.
+def decode_labels(data: bytes, config: InputConfig, classes: int) -> list[Array | ImageError]:
+    """Decode a label mask into class ids HW, or each of its pages; palette masks are indices, ids
+    are never scaled.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
     pages = _decode(data, config, as_labels=True)
-    if page >= len(pages):
-        raise ImageError("labels", f"it has {len(pages)} pages, the image more")
-    return class_ids(pages[page], config, classes)
+    return of_each(pages, lambda page: class_ids(page, config, classes))
 
 
 def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
@@ -96,6 +95,7 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         raise ImageError(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
+    labels = labels.astype(np.uint16, copy=False)  # NumPy 2.0 counts no uint64
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     mapped = {value: config.label_map.get(value, value) for value in present}
     ignored = config.ignore_index
@@ -130,21 +130,20 @@ def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array
 
 
 def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC, one for each page; alpha is gone unless channels are chosen."""
+    """Arrays HW or HWC or an ImageError, one for each page; alpha is gone unless channels are
+    chosen.
+    """
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
-    try:
+    with decoding():
         if data.startswith(TIFF_MAGICS):
             return decode_tiff(data, config, as_labels)
-        pixels = _decode_single(data, config, as_labels)
-    except (ImageError, MemoryError):
-        raise  # memory is a matter of this moment, not of the image: another attempt may have more
-    except UnidentifiedImageError as error:
-        raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
-    except Exception as error:  # decoders share no base class, and a bad file is only a failed row
-        raise ImageError("decode", one_line(error)) from error
+        try:
+            pixels = _decode_single(data, config, as_labels)
+        except UnidentifiedImageError as error:
+            raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     return [pixels[..., :-1] if has_alpha and not config.channels else pixels]
 

@@ -16,7 +16,7 @@ import tifffile
 
 from unet_core.arrays import Array
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError, UnetJobsError, one_line
+from unet_core.errors import ImageError
 from unet_core.geometry import MASK_WINDOW_PIXELS, Box
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
@@ -61,15 +61,16 @@ class LargeTiff:
     def read(self, y: int, x: int, height: int, width: int) -> Array:
         """A window inside the image: HWC as decoded images have it, or stored labels HW or HWC.
 
-        Raises ImageError with code ``decode`` for segments that are damaged or missing, and
-        ``not_finite`` for NaN and infinity in this window.
+        Raises ImageError with code ``decode`` for segments that are damaged or missing and values
+        that have no colour, and ``not_finite`` for NaN and infinity in this window.
         """
         if not (0 <= y < y + height <= self.shape[0] and 0 <= x < x + width <= self.shape[1]):
             raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
         stored_PHWS = self._blank(height, width)
         for plane in self._wanted:
             self._fill(stored_PHWS[plane], plane, Box(y, x, height, width))
-        return self._finished(stored_PHWS)
+        with tiff.decoding(f"the window at row {y}, column {x}: "):
+            return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
         """Zeros; planes that nobody wants stay untouched and take no memory."""
@@ -113,20 +114,15 @@ def open_large(
         if not header.read(4).startswith(TIFF_MAGICS):
             return None
         header.seek(0)
-        try:
-            with tifffile.TiffFile(header) as opened:
-                tiff.refuse_circles(opened)
-                pages, is_stacked = _pages_of(opened, config)
-                if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
-                    return None
-                segments = segments_of(pages, file, cache_bytes)
-                if segments is None:
-                    return None
-                return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
-        except (UnetJobsError, MemoryError):
-            raise
-        except Exception as error:  # tifffile's errors share no base class
-            raise ImageError("decode", f"the TIFF's header: {one_line(error)}") from error
+        with tiff.decoding("the TIFF's header: "), tifffile.TiffFile(header) as opened:
+            tiff.refuse_circles(opened)
+            pages, is_stacked = _pages_of(opened, config)
+            if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
+                return None
+            segments = segments_of(pages, file, cache_bytes)
+            if segments is None:
+                return None
+            return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
 
 
 def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:

@@ -21,7 +21,7 @@ from unet_core.images.preprocessing import (
     offset_and_scale_by_rows,
     to_color,
 )
-from unet_core.images.tiff import check_size
+from unet_core.images.tiff import check_size, decoding
 from unet_core.inputs import shards
 from unet_core.inputs.shards import Sample
 from unet_core.storage.ranges import Ranged
@@ -88,7 +88,7 @@ class TruthDecoder:
     config: InputConfig
 
     def decode(
-        self, sample: Sample, pages: range, is_large: bool
+        self, sample: Sample, pages: Sequence[int], is_large: bool
     ) -> list[Pixels | ImageError | None]:
         """One for each page of its image; why not, where it cannot be used. ``is_large``: the image
         is, so a file of its own is not read whole.
@@ -98,24 +98,25 @@ class TruthDecoder:
         try:
             ranged = sample.open_mask if is_large else None
             found = _opened(sample.read_mask, ranged, self.config, as_labels=True)
+            there = self._whole(found) if isinstance(found, bytes) else [self._by_window(found)]
         except ImageError as failure:
             return [unusable(failure)] * len(pages)
-        if isinstance(found, bytes):
-            return [self._whole(found, page) for page in pages]
-        others = unusable("it has one page, the image more")
-        return [others if page else self._by_window(found) for page in pages]
+        others = unusable(f"it has {len(there)} pages, the image more")
+        return [there[page] if page < len(there) else others for page in pages]
 
-    def _whole(self, data: bytes, page: int) -> Pixels | ImageError:
-        try:
-            return Pixels.of(decode_labels(data, self.config, self.classes, page)[None])
-        except ImageError as failure:
-            return unusable(failure)
+    def _whole(self, data: bytes) -> list[Pixels | ImageError]:
+        pages = decode_labels(data, self.config, self.classes)
+        return [
+            unusable(page) if isinstance(page, ImageError) else Pixels.of(page[None])
+            for page in pages
+        ]
 
     def _by_window(self, large: LargeTiff) -> Pixels:
         def read(y: int, x: int, height: int, width: int) -> Array:
             try:
                 stored = large.read(y, x, height, width)
-                return class_ids(stored, self.config, self.classes)[None]
+                with decoding():
+                    return class_ids(stored, self.config, self.classes)[None]
             except ImageError as failure:
                 raise unusable(failure) from failure
 
@@ -143,7 +144,7 @@ class Decoder:
             if sample.failure is not None:
                 raise sample.failure
             found = _opened(sample.read, sample.open, self.config, as_labels=False)
-            images: Sequence[Array | LargeTiff]
+            images: Sequence[Array | ImageError | LargeTiff]
             images = decode_images(found, self.config) if isinstance(found, bytes) else [found]
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
@@ -158,15 +159,18 @@ class Decoder:
         self,
         on_step: Callable[[], None],
         sample: Sample,
-        image: Array | LargeTiff,
+        image: Array | ImageError | LargeTiff,
         truth: Pixels | ImageError | None,
     ) -> Picture | Rejected:
         try:
-            if isinstance(image, LargeTiff):
-                pixels, offset, scale = self._by_window(image, on_step)
-            else:
-                pixels = Pixels.of(to_color(image, self.wanted.color))
-                offset, scale = offset_and_scale(pixels.whole(), self.wanted)
+            if isinstance(image, ImageError):
+                raise image
+            with decoding():
+                if isinstance(image, LargeTiff):
+                    pixels, offset, scale = self._by_window(image, on_step)
+                else:
+                    pixels = Pixels.of(to_color(image, self.wanted.color))
+                    offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
         return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unet_core.arrays import Array
-from unet_core.config import Section
+from unet_core.config import Section, require_span
 from unet_core.errors import ImageError
 from unet_core.networks.presets import channels_of
 
@@ -35,6 +35,8 @@ class Preprocessing(Section):
     """What becomes 0: a percentile (1), or a pixel value (0)."""
     high: float | None = None
     """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+
+    _span = model_validator(mode="after")(require_span)
 
     @property
     def channels(self) -> int:

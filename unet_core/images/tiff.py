@@ -6,14 +6,19 @@ Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others
 import io
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.config import InputConfig
-from unet_core.errors import ImageError
+from unet_core.errors import ImageError, UnetJobsError, one_line
+
+PageT = TypeVar("PageT")
+ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
 """A file's pages and channels together hold at most this many times ``max_pixels`` values."""
@@ -29,6 +34,38 @@ SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
 
 
+@contextmanager
+def decoding(what: str = "") -> Iterator[None]:
+    """Around decoders: what they raise becomes an ImageError (``decode``), for they share no base
+    class, and a bad file is only a failed row. Memory is a matter of this moment, not of the image:
+    another attempt may have more.
+    """
+    try:
+        yield
+    except (UnetJobsError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError("decode", what + one_line(error)) from error
+
+
+def of_each(
+    pages: Iterable[PageT | ImageError], finish: Callable[[PageT], ResultT]
+) -> list[ResultT | ImageError]:
+    """What becomes of each page, or why nothing does; raises the ImageError of an only page."""
+    found: list[ResultT | ImageError] = []
+    for page in pages:
+        try:
+            if isinstance(page, ImageError):
+                raise page
+            with decoding():
+                found.append(finish(page))
+        except ImageError as failure:
+            found.append(failure)
+    if len(found) == 1 and isinstance(found[0], ImageError):
+        raise found[0]
+    return found
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise ImageError for images without pixels, or with too many."""
     if width * height > max_pixels:
@@ -41,7 +78,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC, one for each page; raises ImageError for what is refused or unknown."""
+    """Arrays HW or HWC or an ImageError, one for each page; raises ImageError for what is refused
+    or unknown.
+    """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -57,7 +96,7 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
             require_allowed(sum(map(len, stacks)), config)
             return [page for stack in stacks for page in stack]
         require_allowed(len(pages), config)
-        return [_page(page, config, as_labels) for page in pages]
+        return of_each(pages, lambda page: _page(page, config, as_labels))
 
 
 class _Chain(list[int]):
@@ -185,8 +224,8 @@ def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: b
     height, width = pixels.shape[len(others) : len(others) + 2]
     depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, height, width, depth)
-    if _alpha_of(series.keyframe) and "C" not in axes and not config.channels:
-        pages_NHWC = pages_NHWC[..., :-1]
+    if "S" in axes and "C" not in axes:
+        pages_NHWC = _without_alpha(series.keyframe, pages_NHWC, config)
     return list(from_bits(pages_NHWC, as_labels))
 
 
@@ -211,9 +250,11 @@ def is_plain(page: Any) -> bool:
     return _name(page.photometric) in ("MINISBLACK", "RGB", "0")
 
 
-def _alpha_of(page: Any) -> int:
-    """How many of a page's last samples are declared as alpha."""
-    return sum(_name(kind) in ("ASSOCALPHA", "UNASSALPHA") for kind in page.extrasamples)
+def _without_alpha(page: Any, pixels: Any, config: InputConfig) -> Any:
+    """Pixels without the samples that the page declares as alpha, unless channels are chosen."""
+    extras = enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
+    alpha = [at for at, kind in extras if at > 0 and _name(kind) in ("ASSOCALPHA", "UNASSALPHA")]
+    return pixels if config.channels or not alpha else np.delete(pixels, alpha, axis=-1)
 
 
 def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
@@ -228,9 +269,7 @@ def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
 
 def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) -> Any:
     """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
-    alpha = _alpha_of(page)
-    if alpha and not config.channels:
-        pixels = pixels[..., :-alpha]
+    pixels = _without_alpha(page, pixels, config)
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
     return pixels if as_labels else _tiff_colors(page, pixels)
 
@@ -249,8 +288,9 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
         case "MINISWHITE" if pixels.dtype.kind == "u":
             pixels = (2**bits - 1 if bits > 1 else 255) - pixels
         case "PALETTE":
-            return (np.moveaxis(page.colormap, 0, -1)[pixels] >> 8).astype(np.uint8)
-        case "YCBCR" if _name(page.compression) == "JPEG":
+            indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
+            return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
+        case "YCBCR" if _is_whole_jpeg(page):
             pass  # the JPEG decoder has already made RGB of it
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
@@ -259,6 +299,12 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     if bits in (2, 4):
         pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
     return pixels
+
+
+def _is_whole_jpeg(page: Any) -> bool:
+    """Whether each segment is a JPEG of three colours, which says by itself that they are YCbCr."""
+    is_alone = page.planarconfig == 1 and not page.extrasamples
+    return is_alone and _name(page.compression) == "JPEG"
 
 
 def _name(tag: Any) -> str:

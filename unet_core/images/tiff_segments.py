@@ -15,8 +15,8 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.errors import ImageError, UnetJobsError, one_line
-from unet_core.images.tiff import check_sniffed, require_numbers, side_of
+from unet_core.errors import ImageError
+from unet_core.images.tiff import check_sniffed, decoding, require_numbers, side_of
 from unet_core.storage.ranges import Ranged
 
 Key = tuple[int, int, int]
@@ -124,16 +124,12 @@ class Encoded(Segments):
         if count > SEGMENT_BYTES:
             raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
         data = self._read(start, start + count)
-        try:
+        where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
+        with decoding(f"the segment at {where}: "):
             if self._is_sniffed:
                 check_sniffed(data, self.side)
             segment_DHWS, *_ = self._decode(data, index, jpegtables=self._pages[page].jpegtables)
             return segment_DHWS[0]
-        except (UnetJobsError, MemoryError):
-            raise
-        except Exception as error:  # codecs share no base class
-            where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
-            raise ImageError("decode", f"the segment at {where}: {one_line(error)}") from error
 
 
 def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:

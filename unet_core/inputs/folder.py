@@ -10,7 +10,7 @@ from typing import TypeVar
 from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.images.codec import is_image
 from unet_core.inputs import shards
-from unet_core.inputs.shards import Known, Member, Sample, Shard, Source, make_shard
+from unet_core.inputs.shards import Known, Member, Sample, Shard, Source, is_known, make_shard
 from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
@@ -56,7 +56,7 @@ def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None
 
 def grouped(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
     """Shards of ``input.shard_images`` loose images, without those that are known."""
-    new = (member for member in members if member.key not in known)
+    new = (member for member in members if not is_known(member, known))
     first = 0
     while some := tuple(islice(new, source.config.shard_images)):
         yield make_shard("", sum(member.bytes for member in some), None, first, len(some), some)

@@ -86,9 +86,9 @@ def is_there(source: Source, shard: Shard) -> bool:
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
     """The format whose files are there, if it is only one."""
     found = {
-        "webdataset": [name for name in names if name.endswith(webdataset.EXTENSIONS)],
+        "webdataset": [name for name in names if name.lower().endswith(webdataset.EXTENSIONS)],
         "folder": [name for name in names if is_image(name)],
-        "parquet": [name for name in names if name.endswith(parquet.EXTENSIONS)],
+        "parquet": [name for name in names if name.lower().endswith(parquet.EXTENSIONS)],
     }
     there = {kind: matching for kind, matching in found.items() if matching}
     if len(there) > 1:
@@ -96,5 +96,9 @@ def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
         raise ConfigError(f"input.format: {config.uri} holds files {shown}; say which to read")
     if not there:
         endings = ", ".join((*EXTENSIONS, *webdataset.EXTENSIONS, *parquet.EXTENSIONS))
-        raise StoreError(f"input.uri: no images, tars or Parquet files ({endings}) at {config.uri}")
+        is_list = any(name.lower().endswith((*listing.CSV, "manifest.json")) for name in names)
+        hint = "; to read a list or S3 Inventory, set input.format = 'list'" if is_list else ""
+        raise StoreError(
+            f"input.uri: no images, tars or Parquet files ({endings}) at {config.uri}{hint}"
+        )
     return next(iter(there))

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import urllib.parse
 import zlib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from unet_core.config import AUTHORITY, has_credentials
+from unet_core.config import AUTHORITY, has_credentials, is_remote, plain
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.folder import File, grouped, sample_of
@@ -27,6 +28,7 @@ from unet_core.storage.store import Store, split
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
                      "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
 """As its Parquet files call them → as its manifest does."""
+CSV = (".csv", ".csv.gz")
 BATCH_ROWS = 65_536
 SHOWN = 1000
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
@@ -93,13 +95,20 @@ class Allowed:
     def of(cls, source: Source) -> "Allowed":
         """``input.allow``, or the folder of the list."""
         folder = source.root.uri()
-        given = source.config.allow or [folder]
-        return cls(folder, tuple(p.removeprefix("file://").rstrip("/") + "/" for p in given))
+        if not source.config.allow:
+            return cls(folder, (folder.rstrip("/") + "/",))
+        prefixes = (_whole(uri).rstrip("/") + "/" for uri in source.config.allow)
+        return cls(_whole(folder), tuple(dict.fromkeys(prefixes)))
 
     def member(self, line: Line) -> Member:
-        """The loose image that a line names; raises ConfigError if it may not be opened."""
+        """The loose image that a line names; raises ConfigError if it may not be opened.
+
+        Its id is its path below the prefix; of several prefixes, below which paths may be alike,
+        all of its URI.
+        """
         uri = self._absolute(line.uri)
-        image_id = line.id or uri[len(self.prefix_of(uri)) :]
+        prefix = self.prefix_of(uri)
+        image_id = line.id or (uri if len(self.prefixes) > 1 else uri[len(prefix) :])
         mask = self._absolute(line.mask) if line.mask else None
         if mask is not None:
             self.prefix_of(mask)
@@ -120,8 +129,13 @@ class Allowed:
     def _absolute(self, uri: str) -> str:
         """A URI as it stands, or below the folder of the list if it is relative."""
         if "://" in uri or uri.startswith("/"):
-            return uri.removeprefix("file://")
+            return plain(uri)
         return f"{self.folder}/{uri}"
+
+
+def _whole(uri: str) -> str:
+    """A local path from its beginning; any other URI as it is."""
+    return uri if is_remote(uri) else os.path.abspath(os.path.expanduser(plain(uri)))
 
 
 def _is_plain(path: str) -> bool:
@@ -136,9 +150,9 @@ def _is_plain(path: str) -> bool:
 
 def _lines(source: Source) -> Iterator[Line]:
     for entry in source.entries():
-        if entry.name.endswith(EXTENSIONS):
+        if entry.name.lower().endswith(EXTENSIONS):
             yield from _parquet_lines(source, entry.name, entry.bytes)
-        elif entry.name.endswith((".csv", ".csv.gz")):
+        elif entry.name.lower().endswith(CSV):
             yield from _csv_lines(source, entry.name)
         elif entry.name.endswith("manifest.json"):
             yield from _inventory_lines(source, entry.name)
@@ -199,8 +213,8 @@ def _rows(store: Store, name: str) -> Iterator[list[str]]:
             yield line
 
     with store.open(name) as stream:
-        plain: Any = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
-        with io.TextIOWrapper(plain, encoding="utf-8-sig", newline="") as text:
+        unpacked: Any = gzip.GzipFile(fileobj=stream) if name.lower().endswith(".gz") else stream
+        with io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="") as text:
             for row in csv.reader(lines(text)):
                 left = MAX_ROW_CHARACTERS
                 yield row
@@ -225,6 +239,11 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
     Its files lie in the bucket of the inventory, by their whole keys; only images are taken.
     """
     where = source.root.uri(name)
+    if source.config.masks:
+        raise ConfigError(
+            f"input.masks: got {source.config.masks!r}, but the S3 Inventory {where} names no "
+            "masks; make a list of URIs with a column of masks of it"
+        )
     try:
         manifest = json.loads(source.root.read(name))
         bucket = str(manifest["sourceBucket"])
@@ -257,7 +276,7 @@ def _is_current(row: dict[str, Any]) -> bool:
 
 
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
-    if file.endswith(".parquet"):
+    if file.lower().endswith(EXTENSIONS):
         with home.open_parquet(file) as opened:
             there = [column for column in INVENTORY_COLUMNS if column in opened.schema_arrow.names]
             for batch in opened.iter_batches(BATCH_ROWS, columns=there):

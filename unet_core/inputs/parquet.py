@@ -31,7 +31,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     files = [
         entry
         for entry in source.entries()
-        if entry.name.endswith(EXTENSIONS) and entry.name not in known
+        if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known
     ]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):

@@ -126,8 +126,17 @@ def masks_at(config: InputConfig, storage: StorageConfig) -> str:
     return Store(config.masks, storage).uri() if config.mask_folder else config.masks
 
 
-Known = Set[str]
-"""Names that a run has already: tars, Parquet files, keys of loose images."""
+Known = Set[str | tuple[str, str]]
+"""What a run has already: tars, Parquet files and loose images by their names, images of lists by
+their URIs, and by their ids with their URIs.
+"""
+
+
+def is_known(member: Member, known: Known) -> bool:
+    """Whether a run has a loose image; in a list, one URI may have several ids of its own."""
+    if member.uri is None or member.uri == member.key:
+        return member.key in known
+    return (member.key, member.uri) in known
 
 
 def readable_name(name: str) -> str:

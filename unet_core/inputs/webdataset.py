@@ -26,7 +26,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """A shard for every tar, by name, unopened; raises ConfigError for odd ``input.masks``."""
     _mask_suffix(source)
     for entry in source.entries():
-        if entry.name.endswith(EXTENSIONS) and entry.name not in known:
+        if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known:
             yield make_shard(entry.name, entry.bytes, entry.etag)
 
 
@@ -151,8 +151,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
         ) as tar:
             for info in tar:
                 name = readable_name(info.name.removeprefix("./"))
-                hidden = name.rpartition("/")[2].startswith(".")
-                if not info.isdir() and is_image(name) and not hidden:
+                if not info.isdir() and is_image(name) and not _is_hidden(name):
                     yield name, _content(tar, info)
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
@@ -166,6 +165,11 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
             raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
         reason = f"the tar is cut short or damaged: {one_line(error)}"
         raise ImageError("tar", reason) from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a member or a folder above it begins with a dot, as in folders."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:

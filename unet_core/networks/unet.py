@@ -6,13 +6,15 @@ Shapes: N images, C channels, H×W pixels, K logits.
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unet_core.networks.presets import UNetSpec, preset
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
 DROPOUT = 0.5
 
@@ -181,14 +183,21 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     """Merge every BatchNorm that directly follows a convolution into it, in place.
 
     For inference: w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β. The network must be in eval mode.
-    Only plain ``nn.Sequential`` is looked into: what else a module does is its own matter.
+    Only plain ``nn.Sequential`` is looked into, and only plain layers are merged: what else a
+    module does, as a subclass, by hooks or with its weights made anew, is its own matter.
     """
     for module in network.modules():
         if type(module) is not nn.Sequential:
             continue
         for index in range(len(module) - 1):
             conv, norm = module[index], module[index + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if _is_plain(conv, nn.Conv2d) and _is_plain(norm, nn.BatchNorm2d):
                 module[index] = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
                 module[index + 1] = nn.Identity()
     return network
+
+
+def _is_plain(layer: nn.Module, kind: type[LayerT]) -> TypeGuard[LayerT]:
+    """Whether a layer does what its class does and nothing else, with statistics if it has any."""
+    is_hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is kind and not is_hooked and getattr(layer, "running_mean", 0) is not None

@@ -127,12 +127,14 @@ def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]])
 
 def names(store: Store, heads: list[Shard]) -> Known:
     """What the shards of a run are made of: every tar, Parquet file and loose image."""
-    found = {shard.uri for shard in heads if shard.uri}
+    found: set[str | tuple[str, str]] = {shard.uri for shard in heads if shard.uri}
     for generation in sorted({shard.generation for shard in heads if shard.has_members}):
         with store.open_parquet(manifest_name(generation)) as file:
             for batch in file.iter_batches(SHARDS_PER_GROUP, columns=["members"]):
-                keys = pc.list_flatten(batch["members"]).field("key")
-                found.update(keys.to_pylist())
+                members = pc.list_flatten(batch["members"])
+                pairs = zip(*(members.field(n).to_pylist() for n in ("key", "uri")), strict=True)
+                for key, uri in pairs:
+                    found.update([key] if uri is None else [uri, (key, uri)])
     return found
 
 

@@ -221,7 +221,7 @@ def _names_in_tar(root: Store, shard: Shard, masks: str) -> Iterator[str]:
         return  # gone: all its rows will be told
     for name in names:
         stem, _ = os.path.splitext(name)
-        is_hidden = os.path.basename(name).startswith(".")
+        is_hidden = re.search(r"(^|/)\.(?!\.?(/|$))", name)  # not of "." and ".." themselves
         is_mask = bool(suffix) and name.endswith(f".{suffix}")
         is_mask |= os.path.splitext(stem)[1].lstrip(".") in MASK_WORDS
         if is_image(name) and not is_hidden and not is_mask:

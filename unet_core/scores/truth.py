@@ -8,6 +8,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -104,19 +106,17 @@ class LabelImages:
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """For each row of a shard's metrics: by path below the root, else by bare name."""
         decoder, root = TruthDecoder(self.classes, self.source.config), self.source.mask_root
-        for row in rows:
-            found = self._find(shard, row)
-            if found is None:
-                yield Found()
+        found = ((*self._find(shard, row), row) for row in rows)
+        for label, group in groupby(found, itemgetter(0)):
+            if label is None:
+                yield from (Found() for _ in group)
                 continue
-            name, etag, page = found
+            name, etag = label
             file = File(root, name, root, etag)
             if _is_in_list(self.source):
                 file = replace(listing.file_of(self.source, name, None), etag=etag)
-            sample = Sample(
-                row["image_id"], "", "", bytes, read_mask=file.read, open_mask=file.open
-            )
-            yield _decoded(decoder, sample, row, name, page)
+            sample = Sample(name, "", "", bytes, read_mask=file.read, open_mask=file.open)
+            yield from _decoded(decoder, sample, name, [(row, page) for _, page, row in group])
 
     def owners(self, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
@@ -128,16 +128,16 @@ class LabelImages:
             owners.append({"truth": row["truth"], "image": image})
         return pa.Table.from_pylist(owners, schema=OWNERS)
 
-    def _find(self, shard: Shard, row: Row) -> tuple[str, str | None, int] | None:
-        """Name, etag and page of an image's truth."""
+    def _find(self, shard: Shard, row: Row) -> tuple[tuple[str, str | None] | None, int]:
+        """Name and etag of an image's truth, if there is one, and the page there."""
         stems = self.labels["stem"]
         for image_id, key, page in _pages(self.source, row):
             for name in _names(image_id, key, shard):
                 at = bisect_left(stems, name, key=str)
                 if at < len(stems) and str(stems[at]) == name:
                     _, found, etag = (column[at].as_py() for column in self.labels.columns)
-                    return found, etag, page
-        return None
+                    return (found, etag), page
+        return None, 0
 
 
 def _is_in_list(source: Source) -> bool:
@@ -183,12 +183,15 @@ def _names(image_id: str, key: str, shard: Shard) -> Iterator[str]:
     yield key
 
 
-def _decoded(decoder: TruthDecoder, sample: Sample, row: Row, name: str, page: int) -> Found:
-    if row["status"] != "ok":
-        return Found(name)
-    is_large = len(mask_windows(row["height"], row["width"])) > 1
-    (labels,) = decoder.decode(sample, range(page, page + 1), is_large)
-    return Found(name, labels)
+def _decoded(
+    decoder: TruthDecoder, sample: Sample, name: str, rows: list[tuple[Row, int]]
+) -> Iterator[Found]:
+    """For rows whose truth is in one file, with its pages: it is decoded once."""
+    ok = [(row, page) for row, page in rows if row["status"] == "ok"]
+    is_large = any(len(mask_windows(row["height"], row["width"])) > 1 for row, _ in ok)
+    labels = iter(decoder.decode(sample, [page for _, page in ok], is_large) if ok else [])
+    for row, _ in rows:
+        yield Found(name, next(labels) if row["status"] == "ok" else None)
 
 
 # --- beside the images ----------------------------------------------------------------------
@@ -206,6 +209,14 @@ class BesideImages:
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """Read the shard again, beside its rows, which have the same order."""
         decoder, masks = TruthDecoder(self.classes, self.source.config), self.source.config.masks
+        for sample, group in groupby(self._pairs(shard, rows), itemgetter(0)):
+            if sample is None:
+                yield from (Found() for _ in group)
+            else:
+                yield from _decoded(decoder, sample, masks, [(row, page) for _, page, row in group])
+
+    def _pairs(self, shard: Shard, rows: list[Row]) -> Iterator[tuple[Sample | None, int, Row]]:
+        """What holds the truth of each row, the page there, and the row."""
         pages = [{name: page for name, _, page in _pages(self.source, row)} for row in rows]
         last = {name: number for number, names in enumerate(pages) for name in names}
         samples = read_shard(self.source, shard)
@@ -214,9 +225,9 @@ class BesideImages:
             while sample is not None and last.get(sample.image_id, -1) < number:
                 sample = next(samples, None)
             if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
-                yield Found()
+                yield None, 0, row
             else:
-                yield _decoded(decoder, sample, row, masks, pages[number][sample.image_id])
+                yield sample, pages[number][sample.image_id], row
         for _ in samples:  # to the end, where the shard is held to its etag
             pass
 
