@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import urllib.parse
 import zlib
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from unet_core.config import AUTHORITY, has_credentials, is_remote, plain
+from unet_core.config import AUTHORITY, absolute, has_credentials, plain
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.inputs.folder import File, grouped, sample_of
@@ -97,8 +96,8 @@ class Allowed:
         folder = source.root.uri()
         if not source.config.allow:
             return cls(folder, (folder.rstrip("/") + "/",))
-        prefixes = (_whole(uri).rstrip("/") + "/" for uri in source.config.allow)
-        return cls(_whole(folder), tuple(dict.fromkeys(prefixes)))
+        prefixes = (absolute(uri).rstrip("/") + "/" for uri in source.config.allow)
+        return cls(absolute(folder), tuple(dict.fromkeys(prefixes)))
 
     def member(self, line: Line) -> Member:
         """The loose image that a line names; raises ConfigError if it may not be opened.
@@ -131,11 +130,6 @@ class Allowed:
         if "://" in uri or uri.startswith("/"):
             return plain(uri)
         return f"{self.folder}/{uri}"
-
-
-def _whole(uri: str) -> str:
-    """A local path from its beginning; any other URI as it is."""
-    return uri if is_remote(uri) else os.path.abspath(os.path.expanduser(plain(uri)))
 
 
 def _is_plain(path: str) -> bool:
