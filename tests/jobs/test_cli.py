@@ -52,11 +52,18 @@ def test_plain_paths_work_from_images_to_verified_masks(run_cli, folder, tiny_mo
     assert "1 of 1 committed" in text
     code, text, _ = run_cli("verify", out, "--deep")
     assert code == 0
-    assert "nothing is off" in text
+    assert "nothing is off; every mask was counted again" in text
     next((out / "masks").glob("*")).unlink()
     code, text, _ = run_cli("verify", out)
     assert code == 1
     assert "problem: shard" in text
+
+
+def test_a_long_name_is_apart_from_its_text(run_cli, folder, tmp_path):
+    packed = tmp_path / "packed"
+    code, text, _ = run_cli("pack", folder / "images", packed, "--format", "webdataset")
+    assert code == 0
+    assert f"packed into: {packed}" in text
 
 
 def test_mistakes_cost_one_message_and_an_exit_code(run_cli, tmp_path):
