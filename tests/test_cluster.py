@@ -609,7 +609,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_manifests():
     deadlines = {job["spec"]["activeDeadlineSeconds"] for job in of_kind("RayJob").values()}
     assert deadlines == {3 * 86400, 7 * 86400}
     assert "a prediction after three days and a training after a week" in README
-    assert "not there after half an hour has failed" in README
+    assert "that is not there after half an hour has failed" in README
     (monthly,) = of_kind("CronJob").values()
     assert monthly["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 14 * 86400
     assert "gone ten minutes after the end" in README
