@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Literal
 
 import torch
 from rich.table import Table
@@ -138,7 +139,8 @@ def presets_table() -> Table:
     """A row per preset, as it is without options."""
     table = Table(title="presets")
     for name in ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo"):
-        table.add_column(name, justify="right" if name == "parameters" else "left")
+        justify: Literal["left", "right"] = "right" if name == "parameters" else "left"
+        table.add_column(name, justify=justify, no_wrap=name in ("preset", "parameters"))
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides

@@ -605,6 +605,13 @@ def test_the_numbers_in_the_readme_are_those_of_the_manifests():
     assert "idle for five minutes, two in a job's own cluster" in README
     for job in of_kind("RayJob").values():
         assert (job["spec"]["ttlSecondsAfterFinished"], job["spec"]["backoffLimit"]) == (600, 3)
+        assert job["spec"]["preRunningDeadlineSeconds"] == 1800
+    deadlines = {job["spec"]["activeDeadlineSeconds"] for job in of_kind("RayJob").values()}
+    assert deadlines == {3 * 86400, 7 * 86400}
+    assert "a prediction after three days and a training after a week" in README
+    assert "that is not there after half an hour has failed" in README
+    (monthly,) = of_kind("CronJob").values()
+    assert monthly["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 14 * 86400
     assert "gone ten minutes after the end" in README
     assert "makes a new cluster, up to three times" in README
     (worker,) = [n for n in AWS["available_node_types"].values() if "GPU" in n["resources"]]

@@ -49,6 +49,7 @@ def processes(script):
     return found
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_nodes_join_and_leave_on_loopback_and_nothing_is_left(local, tmp_path):
     local("down")  # nothing is there to end

@@ -216,8 +216,8 @@ class ErrorsConfig(Section):
     max_attempts: Count = 2
     """Deaths of actors that a shard may cause alone before its images are tried one by one."""
     stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
-    """What stands still for this much longer than its size and the storage let expect is given up:
-    of a shard the actor, of an image tried alone the image."""
+    """Seconds without a step, beyond what ``storage.deadline_s`` and size explain; then a shard's
+    actor is given up, or an image that is tried alone."""
 
     def are_too_many(self, failed: int, seen: int, at_end: bool = False) -> bool:
         """Whether more images failed, of those that were seen, than ``max_failed_images``."""

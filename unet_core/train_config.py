@@ -226,7 +226,8 @@ class TrainWorkersConfig(ShareConfig):
 
     count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"
     """Ranks, or the fewest and the most: as many as the cluster has room for. ``inline``: this
-    process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one."""
+    process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one GPU
+    and no cluster."""
 
     @field_validator("count")
     @classmethod

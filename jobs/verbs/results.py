@@ -59,7 +59,7 @@ def status(run: str, overrides: Words, as_json: bool) -> None:
 @click.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar=STORAGE)
-@click.option("--deep", is_flag=True, help="Also recount the input and every mask.")
+@click.option("--deep", is_flag=True, help="Also count every mask and the images of tars again.")
 @show.json_option
 def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
@@ -85,7 +85,8 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
         for line in told:
             click.echo(show.harmless(line))
         if not findings.problems:
-            click.echo("verified: nothing is off" + (", recounted from the input" if deep else ""))
+            again = "; every mask was counted again" if deep else ""
+            click.echo(f"verified: nothing is off{again}")
     if findings.problems:
         sys.exit(1)
 

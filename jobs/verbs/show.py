@@ -280,7 +280,7 @@ def lines(**texts: str) -> None:
 
 def line(name: str, text: str) -> None:
     """A line in two columns."""
-    click.echo(f"{name:<10}{harmless(text)}")
+    click.echo(f"{name:<9} {harmless(text)}")
 
 
 def harmless(text: str) -> str:

@@ -52,11 +52,18 @@ def test_plain_paths_work_from_images_to_verified_masks(run_cli, folder, tiny_mo
     assert "1 of 1 committed" in text
     code, text, _ = run_cli("verify", out, "--deep")
     assert code == 0
-    assert "nothing is off" in text
+    assert "nothing is off; every mask was counted again" in text
     next((out / "masks").glob("*")).unlink()
     code, text, _ = run_cli("verify", out)
     assert code == 1
     assert "problem: shard" in text
+
+
+def test_a_long_name_is_apart_from_its_text(run_cli, folder, tmp_path):
+    packed = tmp_path / "packed"
+    code, text, _ = run_cli("pack", folder / "images", packed, "--format", "webdataset")
+    assert code == 0
+    assert f"packed into: {packed}" in text
 
 
 def test_mistakes_cost_one_message_and_an_exit_code(run_cli, tmp_path):
@@ -123,11 +130,13 @@ def test_a_shipped_recipe_is_found_by_its_name(run_cli, folder, tmp_path, monkey
 
 
 def test_networks_are_shown_whole_and_layer_by_layer(run_cli, tiny_model, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     code, text, _ = run_cli("model")
     assert code == 0
-    assert re.search(r"paper .* 31,030,658 .*188, 204, … .* 204 .* 0 ", text)
-    assert re.search(r"dilated .* 31,031,810 .*233 or more .* blended ", text)
+    assert re.search(r"paper .* 31,030,658 .* 188,.* 204 .* 0 ", text)
+    assert re.search(r"dilated .* 31,031,810 .* 233 .* blended ", text)
+    assert re.search(r"concat-same .* 31,044,106 ", text)
+    monkeypatch.setenv("COLUMNS", "120")
     code, text, _ = run_cli("model", "paper", "side=572")
     assert re.search(r"bottom.conv2 .* 1024 × 28 × 28 .* 9,438,208 .* 14.80", text)
     assert "300.9" in text  # GFLOP, as published
