@@ -71,7 +71,7 @@ class Learner:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
-        parts = [self._backward(piece, counts, piece is pieces[-1]) for piece in pieces]
+        parts = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
         longest = self._config.clip_norm or math.inf
         if not nn.utils.clip_grad_norm_(self.network.parameters(), longest).isfinite():
             return math.nan
