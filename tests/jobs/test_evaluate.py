@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -333,6 +334,15 @@ def test_a_damaged_tar_and_a_tar_written_again_are_told(make_config, tmp_path):
     assert list(outcome.set_aside) == ["b.tar"]
     assert outcome.document["images"]["compared"] == 1
     assert not (Path(outcome.document["evaluation"]) / "evaluation.json").exists()
+
+
+def test_an_id_that_comes_twice_leaves_the_truth_of_the_others_alone(make_config, tmp_path):
+    image, mask = nuclei(32, 32, np.random.default_rng(1))
+    columns = {"image": [png(image)] * 5, "mask": [png(mask)] * 5, "id": [*"abcad"]}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    source = {"uri": f"{tmp_path}/in.parquet", "id_column": "id", "masks": ""}
+    predict(make_config(input=source, errors={"max_failed_images": 1}))
+    assert evaluated(str(tmp_path / "run"), "mask")["images"]["compared"] == 4
 
 
 def test_tifffile_pages_have_their_own_truth(make_config, tmp_path):

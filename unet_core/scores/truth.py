@@ -206,17 +206,17 @@ class BesideImages:
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """Read the shard again, beside its rows, which have the same order."""
         decoder, masks = TruthDecoder(self.classes, self.source.config), self.source.config.masks
-        pages = [{name: page for name, _, page in _pages(self.source, row)} for row in rows]
-        last = {name: number for number, names in enumerate(pages) for name in names}
         samples = read_shard(self.source, shard)
-        sample = next(samples, None)
-        for number, row in enumerate(rows):
-            while sample is not None and last.get(sample.image_id, -1) < number:
-                sample = next(samples, None)
-            if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
+        sample, given = next(samples, None), -1
+        for row in rows:
+            pages = {name: page for name, _, page in _pages(self.source, row)}
+            while sample is not None and pages.get(sample.image_id, -1) <= given:
+                sample, given = next(samples, None), -1  # another may have the same id
+            if sample is None or sample.read_mask is None:
                 yield Found()
             else:
-                yield _decoded(decoder, sample, row, masks, pages[number][sample.image_id])
+                given = pages[sample.image_id]
+                yield _decoded(decoder, sample, row, masks, given)
         for _ in samples:  # to the end, where the shard is held to its etag
             pass
 

@@ -24,13 +24,15 @@ from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
 from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed, Order
-from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.learner import Learner, Taken, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
 
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
+SHOWN = 8
+NOTHING = Taken([], is_finite=True), list[list[str]]()
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ class Fitting:
         self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
         self.val = splits[1]
         self._saved = time.monotonic()
-        self._unchecked: tuple[float, list[str]] = 0.0, []
-        """This rank's part of the last step's loss, and whose it is."""
+        self._unchecked: tuple[Taken, list[list[str]]] = NOTHING
+        """What this rank saw of the last step, and of which images, by piece."""
 
     @property
     def is_done(self) -> bool:
@@ -202,7 +204,7 @@ class Fitting:
 
         Raises what went wrong on any rank, on all of them.
         """
-        loss, image_ids = self._unchecked
+        taken, _ = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
@@ -210,7 +212,7 @@ class Fitting:
             [
                 *map(math.fsum, zip(*counts, strict=True)),
                 float(mine.error is not None),
-                loss,
+                math.fsum(taken.losses) if taken.is_finite else math.nan,
                 float(self.wants_stop()),
                 float(is_late and self.ranks.is_first),
             ]
@@ -218,20 +220,27 @@ class Fitting:
         if errors:
             raise next(e for e in self.ranks.gather(mine.error) if e is not None)
         if not math.isfinite(whole_loss):
-            guilty = self.ranks.gather([] if math.isfinite(loss) else image_ids)
-            raise self._diverged([image_id for ids in guilty for image_id in ids])
+            raise self._diverged()
         self.position.loss_sum += whole_loss
-        self._unchecked = 0.0, []
+        self._unchecked = NOTHING
         if stops or late:
             self._save()
         if stops:
             raise StoppedError(f"stopped after step {self.position.step}")
         return BatchCounts(pixels, crops, images), whole_loss
 
-    def _diverged(self, image_ids: list[str]) -> DivergedError:
+    def _diverged(self) -> DivergedError:
+        """Names the images of the pieces whose loss is no number; of all, if it is the gradient."""
+        taken, ids = self._unchecked
+        is_bad = [not math.isfinite(loss) for loss in taken.losses]
+        mine = [(i, bad) for piece, bad in zip(ids, is_bad, strict=True) for i in piece]
+        images = [image for part in self.ranks.gather(mine) for image in part]
+        guilty = [i for i, bad in images if bad] or [i for i, _ in images]
+        named = list(dict.fromkeys(guilty))
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         return DivergedError(
             f"the loss or its gradient is no number at step {self.position.step}; images: "
-            f"{', '.join(image_ids[:8])}; the last good checkpoint is kept in "
+            f"{', '.join(named[:SHOWN])}{more}; the last good checkpoint is kept in "
             f"{self.run.store.uri()}: look at these images, or train into a new folder with a "
             "lower train.learning_rate"
         )
@@ -240,8 +249,8 @@ class Fitting:
         train, position = self.config.train, self.position
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = rate_at(position.step, self.steps, train)
-        loss = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
-        self._unchecked = loss, [i for piece in mine.pieces for i in piece.image_ids]
+        taken = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
+        self._unchecked = taken, [piece.image_ids for piece in mine.pieces]
         position.step += 1
         position.step_in_epoch += 1
 

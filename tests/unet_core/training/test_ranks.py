@@ -60,7 +60,7 @@ def losses(out):
 
 def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path):
     """1 rank × 8, 2 × 4, 4 × 2, an uneven 3, and accumulation: 20 steps."""
-    # 7 images, 5 steps an epoch; in the last one, the first of three ranks has no crop, the last two
+    # 7 images, 5 steps an epoch; in the last, the first of three ranks has no crop, the last two
     options = (*NO_NORM, "train.crops_per_image=5", "train.epochs=4")
     train("one", 1, *options)
     assert len(losses(tmp_path / "one")) == 4
