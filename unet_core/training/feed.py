@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
@@ -63,8 +64,8 @@ class Order:
             if step >= skip:
                 yield drawn
 
-    @property
-    def _total(self) -> int:
+    @cached_property
+    def _total(self) -> int:  # of millions of shards, for every place of every step
         return self.split.images * self.config.crops_per_image
 
     def _start(self, lane: int) -> int:

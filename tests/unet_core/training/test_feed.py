@@ -83,6 +83,20 @@ def test_epochs_differ_and_repeat(split):
     assert steps_of(split, 2, 1, epoch=1) == steps_of(split, 2, 1, epoch=1)
 
 
+def test_shards_are_added_up_once_an_epoch(split):
+    sums = []
+
+    class Counts(list):
+        def __iter__(self):
+            sums.append(self)
+            return super().__iter__()
+
+    split.counts = Counts(split.counts)
+    order = Order(FitConfig(batch=2), split, 0)
+    assert sum(order.present(range(2), step) for step in range(order.steps)) == split.images
+    assert len(sums) == 2  # the second is that of this test
+
+
 def test_splits_share_no_image_and_lose_none(folder, tmp_path):
     (train, val), _ = opened(config_of(folder, tmp_path / "out"))
     ids = [{entry[1] for step in steps_of(split, 1, 1) for entry in step} for split in (train, val)]
