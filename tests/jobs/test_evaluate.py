@@ -170,6 +170,28 @@ def test_a_label_image_of_two_images_is_refused_by_name(make_config, tmp_path):
         evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")
 
 
+def test_a_label_image_is_that_of_the_image_at_its_path_before_others_of_the_name(
+    make_config, tmp_path
+):
+    image, mask = nuclei(32, 32, np.random.default_rng(1))
+    for name, pixels in (("in/x", image), ("in/sub/x", image), ("truth/x", mask)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(png(pixels))
+    source = {"uri": f"{tmp_path}/in", "masks": "", "shard_images": 1}
+    predict(make_config(input=source))
+    for masks in (f"{tmp_path}/truth/", f"{tmp_path}/truth/"):
+        document = evaluated(str(tmp_path / "run"), masks)
+        assert document["images"]["compared"] == 1
+        assert document["without_truth"] == ["sub/x.png"]
+    rows = pq.read_table(Path(document["evaluation"]) / "metrics").to_pylist()
+    assert {row["image_id"]: row["truth"] for row in rows} == {"x.png": "x.png", "sub/x.png": None}
+    (tmp_path / "in/x_t.png").write_bytes(png(mask))
+    (tmp_path / "list.csv").write_text("uri,id,truth\nin/x.png,x,in/x_t.png\nin/x.png,b/x,\n")
+    listed = {"uri": f"{tmp_path}/list.csv", "format": "list", "masks": ""}
+    predict(make_config(input=listed, out="listed"))
+    assert evaluated(str(tmp_path / "listed"), "truth")["without_truth"] == ["b/x"]
+
+
 def test_parts_that_are_missing_or_stale_are_made_again_and_no_others(make_run, folder):
     run = make_run()
     document = evaluated(run, f"{folder}/masks/")

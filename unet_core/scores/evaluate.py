@@ -18,7 +18,16 @@ from unet_core.runs.run import Identity, establish, require_equal
 from unet_core.runs.schema import EVALUATION
 from unet_core.scores.metrics import confusion, truth_columns
 from unet_core.scores.tally import Tally
-from unet_core.scores.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
+from unet_core.scores.truth import (
+    OWNERS,
+    Found,
+    LabelImages,
+    OtherRun,
+    Row,
+    Truth,
+    borrowed,
+    require_own,
+)
 from unet_core.storage.store import Store
 
 FOLDER = "evaluation"
@@ -29,6 +38,7 @@ EVALUATION_JSON = "evaluation.json"
 NOTHING_IGNORED = 2**16
 """An ``ignore_index`` that no mask holds."""
 WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
+NO_ERROR: Row = {"error_code": None, "error_message": None}
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,13 @@ class Evaluation:
         """What a row says of its truth; a failed image keeps its reason."""
         if mask is None:
             return {}
-        nothing: Row = {"error_code": None, "error_message": None}
         labels = fitting(found.labels, (mask.height, mask.width))
         if labels is None:
-            return nothing
+            return NO_ERROR
         try:
             if isinstance(labels, ImageError):
                 raise labels
-            return nothing | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
+            return NO_ERROR | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
         except ImageError as failure:
             return {"error_code": failure.code, "error_message": str(failure)}
 
@@ -95,17 +104,37 @@ class Evaluation:
 
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
+        total, owners = self._added(shard_ids)
+        if (loans := borrowed(owners)).num_rows:
+            names = {*loans["truth"].to_pylist()}
+            for shard_id in {*loans["shard_id"].to_pylist()}:
+                self._give_back(shard_id, names)
+            total, owners = self._added(shard_ids)
+        require_own(owners)
+        return total
+
+    def _added(self, shard_ids: set[str]) -> tuple[Tally, pa.Table]:
+        """What parts add up to, and which label image is whose."""
         of_runs = isinstance(self.truth, OtherRun)
         by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
         def read(shard_id: str) -> tuple[Tally, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
             tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
-            return tally, by_name.owners(rows) if by_name else OWNERS.empty_table()
+            return tally, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
 
         total, owned = Tally(), [OWNERS.empty_table()]
         for tally, owners in side_by_side(read, sorted(shard_ids)):
             total += tally
             owned.append(owners)
-        require_own(pa.concat_tables(owned))
-        return total
+        return total, pa.concat_tables(owned)
+
+    def _give_back(self, shard_id: str, names: set[str]) -> None:
+        """Publish a part again, without the truth that is another image's by its path."""
+        assert isinstance(self.truth, LabelImages)
+        table, footer = read_metrics(self.store, shard_id)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["truth"] in names and not self.truth.is_exact(row):
+                row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
+        self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))

@@ -31,7 +31,8 @@ from unet_core.storage.store import Store
 Row = dict[str, Any]
 SHOWN = 3
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
-OWNERS = pa.schema([("truth", pa.string()), ("image", pa.string())])
+OWNERS = pa.schema([(name, pa.string()) for name in ("truth", "image", "shard_id")])
+OWNERS = OWNERS.append(pa.field("is_exact", pa.bool_()))
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     """
     is_by_name = source.config.mask_folder or source.format in ("folder", "list")
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
+
+
+def borrowed(owners: pa.Table) -> pa.Table:
+    """Of the images that have a label image by their bare name, those whose label image is that of
+    the image at its very path.
+    """
+    by_name = owners.group_by("truth").aggregate([("is_exact", "any")])
+    owned = by_name.filter(pc.field("is_exact_any"))
+    return owners.filter(~pc.field("is_exact")).join(owned, "truth", join_type="left semi")
 
 
 def require_own(owners: pa.Table) -> None:
@@ -118,21 +128,27 @@ class LabelImages:
             )
             yield _decoded(decoder, sample, row, name, page)
 
-    def owners(self, rows: pa.Table) -> pa.Table:
+    def owners(self, shard_id: str, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
-        owners = []
-        for row in [] if _is_in_list(self.source) else pairs.to_pylist():
-            *_, (image_id, _, _) = _pages(self.source, row)
-            image = stem_of(image_id) if is_image(image_id) else image_id
-            owners.append({"truth": row["truth"], "image": image})
+        owners = [
+            {"truth": row["truth"], "image": _paths(self.source, row)[-1], "shard_id": shard_id,
+             "is_exact": self.is_exact(row)}
+            for row in ([] if _is_in_list(self.source) else pairs.to_pylist())
+        ]  # fmt: skip
         return pa.Table.from_pylist(owners, schema=OWNERS)
+
+    def is_exact(self, row: Row) -> bool:
+        """Whether the label image of a row has the path of its image, and not only its name."""
+        masks = self.source.config.masks
+        suffix = "" if self.source.config.mask_folder else masks
+        return stem_of(row["truth"]).removesuffix(suffix) in _paths(self.source, row)
 
     def _find(self, shard: Shard, row: Row) -> tuple[str, str | None, int] | None:
         """Name, etag and page of an image's truth."""
-        stems = self.labels["stem"]
+        stems, in_list = self.labels["stem"], _is_in_list(self.source)
         for image_id, key, page in _pages(self.source, row):
-            for name in _names(image_id, key, shard):
+            for name in [image_id] if in_list else _names(image_id, key, shard):
                 at = bisect_left(stems, name, key=str)
                 if at < len(stems) and str(stems[at]) == name:
                     _, found, etag = (column[at].as_py() for column in self.labels.columns)
@@ -171,6 +187,12 @@ def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:
     image_id, hash_, page = row["image_id"].rpartition("#")
     if source.config.pages == "expand" and hash_ and page.isdecimal():
         yield image_id, row["key"].removesuffix(f"#{page}"), int(page)
+
+
+def _paths(source: Source, row: Row) -> tuple[str, str]:
+    """The path of the file of a row, with and without its extension."""
+    *_, (image_id, _, _) = _pages(source, row)
+    return image_id, stem_of(image_id) if is_image(image_id) else image_id
 
 
 def _names(image_id: str, key: str, shard: Shard) -> Iterator[str]:
