@@ -13,10 +13,12 @@ from tests.unet_core.training.scenes import config_of
 from unet_core.config import build
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
 from unet_core.networks import checkpoint
+from unet_core.report.training import training_facts
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Epoch, Started, Step, fit
 from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.run import identity, open_training
 
 
 def epochs(config):
@@ -297,6 +299,34 @@ def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
         build(TrainConfig, table, [f"model.checkpoint={tiny_model}", "model.width=8"])
     with pytest.raises(RunMismatchError, match=r"model\.checkpoint"):
         epochs(build(TrainConfig, table, ["model.checkpoint=builtin:nuclei"]))
+
+
+def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its_command(
+    folder, tmp_path, tiny_model
+):
+    model = [f"model.checkpoint={tiny_model}", "model.classes=['background', 'foreground']"]
+    ignored = "data.train.ignore_index=255"
+    base = {
+        "data": {"train": {"uri": str(folder / "images"), "masks": str(folder / "masks")}},
+        "output": {"uri": str(tmp_path / "m")},
+    }
+    for before, written, key in (
+        ([], ignored, None),
+        ([], model[1], None),
+        ([model[0]], "model.classes=['background', 'nucleus']", "model.classes"),
+        (["data.train.instances=true"], ignored, "data.train.ignore_index.given"),
+        ([model[0]], model[1], "model.classes.given"),
+    ):
+        config = build(TrainConfig, base, [*before, written])
+        usual = identity(build(TrainConfig, base, before))
+        differing = [k for k, value in identity(config).items() if value != usual.get(k)]
+        assert differing == ([key] if key else [])
+        run = open_training(config)
+        data = {"train": 1, "val": 1, "class_pixels": [1, 1], "val_below": 0.1, "steps": 1}
+        run.establish(config, data)
+        shown = training_facts(run).command
+        assert (written.split("=")[0] in shown) == bool(key)
+        shutil.rmtree(tmp_path / "m")
 
 
 def test_the_learning_rate_warms_up_and_falls(folder, tmp_path):
