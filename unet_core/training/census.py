@@ -15,7 +15,7 @@ from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
 from unet_core.train_config import TrainConfig
 from unet_core.training import dataset
-from unet_core.training.dataset import TRAIN, VAL, Item, Split, Splits
+from unet_core.training.dataset import TRAIN, VAL, Item, LeftOut, Split, Splits
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
@@ -81,11 +81,11 @@ def _look(
 ) -> Census:
     source, found = splits[0].input, Census()
     by_name = {split.name: split for split in splits}
-    without_mask: list[str] = []
+    left_out = LeftOut()
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
-            yield from dataset.read_items(splits, shard, without_mask)
+            yield from dataset.read_items(splits, shard, left_out)
 
     def look(item: Item) -> Census:
         try:
@@ -104,7 +104,8 @@ def _look(
                 raise StoppedError("stopped while looking at the images")
             found += seen
     if source.config.on_missing_mask == "refuse":
-        found.without_mask = [f"{source.name}: {image_id}" for image_id in without_mask]
+        found.without_mask = [f"{source.name}: {image_id}" for image_id in left_out.without_mask]
+    found.unusable += left_out.unusable
     return found
 
 
