@@ -313,6 +313,14 @@ def test_two_runs_are_compared_image_by_image(make_config, make_run, folder, tmp
     assert compared(run, run)["changed"] == 0
 
 
+def test_a_masks_part_of_the_other_run_that_lacks_a_mask_is_told(make_run):
+    run, other = make_run(), make_run("other")
+    part = sorted((Path(other) / "masks").iterdir())[0]
+    pq.write_table(pq.read_table(part).slice(1), part)
+    outcome = compare(open_run(run), open_run(other), open_run(run).config)
+    assert "other lacks the mask of cell" in outcome.set_aside[part.stem]
+
+
 def test_other_classes_are_not_compared(make_run):
     mine, other = open_run(make_run()), open_run(make_run())
     mine.class_names, other.class_names = ("a",), ("b",)

@@ -11,7 +11,7 @@ from contextlib import closing
 import pyarrow as pa
 
 from unet_core.ordered import side_by_side
-from unet_core.runs.parts import RowGroups, read_footer, read_metrics
+from unet_core.runs.parts import RowGroups, read_columns, read_footer, read_metrics
 from unet_core.runs.run import METRICS as FILE
 from unet_core.runs.run import Record
 from unet_core.runs.schema import METRICS
@@ -40,16 +40,16 @@ def compact(store: Store, record: Record) -> None:
         store.publish(FILE, file.complete())
 
 
-def batches(store: Store) -> Iterator[pa.Table]:
+def batches(store: Store, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The rows of all committed shards, by shard id and then in the order of the shard, a few at a
-    time; columns as ``COMPACTED``.
+    time; columns as ``COMPACTED``, or some of ``METRICS``.
     """
     ids, digest = _parts(store)
     if not _is_current(store, digest):
-        yield from _tables(store, ids)
+        yield from _tables(store, ids) if columns is None else _some(store, ids, columns)
         return
     with store.open_parquet(FILE) as file:
-        for batch in file.iter_batches(BATCH_ROWS):
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch]).replace_schema_metadata()
 
 
@@ -60,6 +60,10 @@ def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
         return pa.table([names, *table.select(METRICS.names).columns], schema=COMPACTED)
 
     return side_by_side(rows, ids)
+
+
+def _some(store: Store, ids: list[str], columns: list[str]) -> Iterator[pa.Table]:
+    return side_by_side(lambda shard_id: read_columns(store, shard_id, *columns), ids)
 
 
 def _parts(store: Store) -> tuple[list[str], str]:

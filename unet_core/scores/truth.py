@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.errors import ConfigError, ImageError, NotFoundError, StoreError
+from unet_core.errors import ConfigError, ImageError, NotFoundError, ShardError, StoreError
 from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
@@ -279,7 +279,11 @@ class OtherRun:
                         masks = stack.enter_context(open_masks(self.store, shard_id))
                         opened = shard_id
                     mask = masks.mask(row["image_id"])
-                    assert mask is not None  # its row says that there is one
+                    if mask is None:
+                        raise ShardError(
+                            f"{self.store.uri()} lacks the mask of {row['image_id']}; unet-jobs "
+                            "verify tells more"
+                        )
                     yield Found("ok", _pixels(mask))
 
     @classmethod
