@@ -130,7 +130,7 @@ def _rank(arguments: dict[str, Any]) -> None:
     wants_stop = reporter.wants_stop if reporter is not None else lambda: False
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
-        ranks.together(lambda: arguments["code"].require(code_version(), node))
+        ranks.on_all(lambda: arguments["code"].require(code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
             if reporter is not None:
                 reporter.say(event)

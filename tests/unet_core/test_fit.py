@@ -26,7 +26,7 @@ def epochs(config):
 
 
 def nucleus(epoch):
-    return epoch.evaluation.scores[1].iou
+    return epoch.validation.scores[1].iou
 
 
 def files(folder):
@@ -107,7 +107,7 @@ def test_more_classes_train_with_a_logit_each(folder, tmp_path):
         (tmp_path / "images" / f"{number}.png").write_bytes(png(labels * 80 + 20))
     config = config_of(tmp_path, tmp_path / "m", "model.classes=['sky', 'sea', 'land']",
                        "train.crop=32", "train.epochs=12", "augment.gamma=1")  # fmt: skip
-    assert min(score.iou for score in epochs(config)[-1].evaluation.scores) > 0.9
+    assert min(score.iou for score in epochs(config)[-1].validation.scores) > 0.9
 
 
 def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(folder, tmp_path):
@@ -255,8 +255,8 @@ def test_who_stops_before_the_first_step_has_no_best_weights(folder, tmp_path):
 def test_a_network_that_predicts_one_class_is_told(folder, tmp_path):
     lazy = ("train.epochs=1", "train.learning_rate=1e-6", "train.freeze_norm=true")
     (epoch,) = epochs(config_of(folder, tmp_path / "m", *lazy))
-    assert epoch.evaluation.only_class in (0, 1)
-    assert epochs(config_of(folder, tmp_path / "n"))[-1].evaluation.only_class is None
+    assert epoch.validation.only_class in (0, 1)
+    assert epochs(config_of(folder, tmp_path / "n"))[-1].validation.only_class is None
 
 
 def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
     for number, option in enumerate(weights):  # the classes are those of the checkpoint
         out = f"output.uri={tmp_path}/further-{number}"
         (epoch,) = epochs(build(TrainConfig, table, [f"model.checkpoint={best}", out, option]))
-        assert len(epoch.evaluation.scores) == 3
+        assert len(epoch.validation.scores) == 3
     with pytest.raises(ConfigError, match="holds 2 numbers, but the classes are a, b, c"):
         new_network(
             build(TrainConfig, table, [f"model.checkpoint={best}", "loss.class_weights=[1, 2]"])

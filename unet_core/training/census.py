@@ -64,11 +64,11 @@ def take(
     def mine() -> Census:
         return _sum(_look(group, ranks, pool, wants_stop) for group in groups)
 
-    found = _sum(ranks.gather(ranks.together(mine)))
+    found = _sum(ranks.gather(ranks.on_all(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
         dataset.divide_at(splits, just_above)
-        found = _sum(ranks.gather(ranks.together(mine)))
+        found = _sum(ranks.gather(ranks.on_all(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
@@ -158,12 +158,12 @@ def counted(
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    was_counted = ranks.first(run.has_manifest)
+    was_counted = ranks.on_first(run.has_manifest)
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
             dataset.divide_at(splits, data["val_below"])
-        ranks.together(lambda: run.recall_counts(splits))
+        ranks.on_all(lambda: run.recall_counts(splits))
         return data
     found = take(splits, ranks, pool, wants_stop)
     train, val = splits
@@ -188,4 +188,4 @@ def counted(
         run.publish_manifest(splits)
         return data
 
-    return ranks.first(publish)
+    return ranks.on_first(publish)

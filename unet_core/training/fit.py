@@ -22,12 +22,12 @@ from unet_core.train_config import TrainConfig
 from unet_core.training.census import counted
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
-from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed, Order
 from unet_core.training.learner import Learner, Taken, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
+from unet_core.training.validation import Validation, validate
 
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
@@ -73,7 +73,7 @@ class Epoch:
     step: int
     loss: float
     """Mean over its steps."""
-    evaluation: Evaluation
+    validation: Validation
     is_best: bool
     seconds: float
 
@@ -100,9 +100,9 @@ def fit(
         torch.backends.cudnn.benchmark = True  # all crops have one shape
     if device.type == "cpu":
         keep_freed()
-    run = ranks.together(lambda: open_training(config))
-    run.record = ranks.first(lambda: run.record)
-    if ranks.first(lambda: run.is_finished):
+    run = ranks.on_all(lambda: open_training(config))
+    run.record = ranks.on_first(lambda: run.record)
+    if ranks.on_first(lambda: run.is_finished):
         return
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         fitting = Fitting(config, run, ranks, device, pool, wants_stop)
@@ -122,9 +122,9 @@ class Fitting:
         self.config, self.run, self.ranks = config, run, ranks
         self.pool, self.wants_stop = pool, wants_stop
         self.position = Position()
-        network, self.header = ranks.together(lambda: new_network(config))
+        network, self.header = ranks.on_all(lambda: new_network(config))
         header, memory = self.header, Memory(usable_bytes() // MEMORY_SHARE // ranks.count)
-        splits = ranks.together(lambda: open_splits(config, header, memory))
+        splits = ranks.on_all(lambda: open_splits(config, header, memory))
         data = counted(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimiser steps of the whole training."""
@@ -140,17 +140,17 @@ class Fitting:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps were taken, and the last of them evaluated."""
+        """Whether all steps were taken, and the last of them validated."""
         return self.position.step >= self.steps and not self.position.step_in_epoch
 
     def restore(self) -> Started:
         """Load the newest checkpoint; publish the best weights if their writer died before that."""
-        newest = self.ranks.first(self.run.newest)
+        newest = self.ranks.on_first(self.run.newest)
         if newest is not None:
-            self.position, tensors = self.ranks.together(lambda: self.run.load(newest))
-            self.ranks.together(lambda: self.learner.restore(tensors))
+            self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
+            self.ranks.on_all(lambda: self.learner.restore(tensors))
             if self.position.best is not None and self.position.best_step == self.position.step:
-                self.ranks.first(lambda: self._publish(BEST))
+                self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
             class_names=self.header.class_names,
             train_images=self.feed.split.images,
@@ -161,7 +161,7 @@ class Fitting:
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
-        """Take the steps left of an epoch and evaluate it; saves a checkpoint when it is time."""
+        """Take the steps left of an epoch and validate; saves a checkpoint when it is time."""
         began, position = time.perf_counter(), self.position
         order = Order(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
@@ -180,12 +180,12 @@ class Fitting:
 
     def finish(self) -> None:
         """Publish the last weights, then ``_SUCCESS``."""
-        self.ranks.first(lambda: self._publish(LAST))
-        self.ranks.first(lambda: self.run.finish(self.position))
+        self.ranks.on_first(lambda: self._publish(LAST))
+        self.ranks.on_first(lambda: self.run.finish(self.position))
 
     def _end_epoch(self, began: float) -> Epoch:
-        """Evaluate, write the history, a checkpoint, and the weights if they are the best yet."""
-        found, position = self._evaluate(), self.position
+        """Validate, write the history, a checkpoint, and the weights if they are the best yet."""
+        found, position = self._validate(), self.position
         number, loss = position.epoch, position.loss_sum / position.step_in_epoch
         value = found.of(self.config.train.best)
         is_best = position.best is None or value > position.best
@@ -195,7 +195,7 @@ class Fitting:
         position.epoch, position.step_in_epoch, position.loss_sum = number + 1, 0, 0.0
         self._save()
         if is_best:
-            self.ranks.first(lambda: self._publish(BEST))
+            self.ranks.on_first(lambda: self._publish(BEST))
         return Epoch(number, position.step, loss, found, is_best, time.perf_counter() - began)
 
     def _agree(self, mine: Fed) -> tuple[BatchCounts, float]:
@@ -208,7 +208,7 @@ class Fitting:
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
-        pixels, crops, images, errors, whole_loss, stops, late = self.ranks.total(
+        pixels, crops, images, errors, whole_loss, stops, late = self.ranks.summed(
             [
                 *map(math.fsum, zip(*counts, strict=True)),
                 float(mine.error is not None),
@@ -254,12 +254,12 @@ class Fitting:
         position.step += 1
         position.step_in_epoch += 1
 
-    def _evaluate(self) -> Evaluation:
+    def _validate(self) -> Validation:
         """On the weights that will be kept: statistics of BatchNorm are the first rank's."""
         network, device = self.learner.kept, self.learner.device
-        self.ranks.share(network.buffers())
+        self.ranks.broadcast(network.buffers())
         try:
-            return evaluate(
+            return validate(
                 network, self.header, device, self.val, self.ranks, self.pool, self.wants_stop
             )
         except StoppedError:
@@ -268,7 +268,7 @@ class Fitting:
 
     def _save(self) -> None:
         self._saved = time.monotonic()
-        self.ranks.first(lambda: self.run.save(self.position, self.learner.tensors()))
+        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.tensors()))
 
     def _publish(self, name: str) -> None:
         """A checkpoint to predict with."""
@@ -282,7 +282,7 @@ class Fitting:
         header = replace(self.header, training=about)
         self.run.store.publish(name, checkpoint.serialise(self.learner.kept, header))
 
-    def _record(self, loss: float, found: Evaluation) -> None:
+    def _record(self, loss: float, found: Validation) -> None:
         """Rows for the history; times are not in it, so that two runs of a config agree."""
         position = self.position
         rate = rate_at(position.step - 1, self.steps, self.config.train)

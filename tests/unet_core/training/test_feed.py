@@ -43,19 +43,19 @@ def split(request, folder, tars, stack, tmp_path):
     return train
 
 
-def steps_of(split, lanes, ranks, epoch=0, rounds=1, skip=0):
-    """Image ids by step, in the order of the lanes, as so many ranks draw them together."""
-    order = Order(FitConfig(seed=7, batch=lanes, crops_per_image=rounds), split, epoch)
-    drawn = [list(order.streams(Ranks(rank, ranks).lanes(lanes), skip)) for rank in range(ranks)]
+def steps_of(split, slots, ranks, epoch=0, rounds=1, skip=0):
+    """Image ids by step, in the order of the slots, as so many ranks draw them together."""
+    order = Order(FitConfig(seed=7, batch=slots, crops_per_image=rounds), split, epoch)
+    drawn = [list(order.streams(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
     return [
         [entry and (entry[0], entry[1].found.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
     ]
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 8, 20])
-def test_an_epoch_has_every_image_once(split, lanes):
-    steps = steps_of(split, lanes, 1)
+@pytest.mark.parametrize("slots", [1, 3, 8, 20])
+def test_an_epoch_has_every_image_once(split, slots):
+    steps = steps_of(split, slots, 1)
     drawn = Counter(entry[1] for step in steps for entry in step if entry)
     assert len(drawn) == split.images
     assert set(drawn.values()) == {1}
