@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
 SHOWN = 8
 NOTHING = Taken([], is_finite=True), list[list[str]]()
+NO_STEP = Fed([], waiting_s=0.0)
+"""Behind the last step of an epoch: agreed on is only what came of that."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,27 @@ class Epoch:
 
 
 Event = Started | Step | Epoch
+
+
+class Agreed(NamedTuple):
+    """What ranks tell each other before a step, and what it adds up to."""
+
+    pixels: float
+    crops: float
+    images: float
+    errors: float
+    """Ranks that lack an image."""
+    loss: float
+    """Of the step before; no number if its gradient was none."""
+    stops: float
+    """Ranks that are to stop."""
+    saves: float
+    """Whether it is time for a checkpoint."""
+
+    @property
+    def counts(self) -> BatchCounts:
+        """Of the whole batch."""
+        return BatchCounts(self.pixels, self.crops, self.images)
 
 
 def fit(
@@ -170,12 +194,11 @@ class Fitting:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 mine = next(fed)
-                counts, loss = self._agree(mine)
-                self._take_step(mine, counts)
-                seconds = time.perf_counter() - started
-                images = round(counts.images)
-                yield Step(position.step, order.epoch, images, loss, seconds, mine.waiting_s)
-        self._agree(Fed([], 0.0))
+                agreed = self._agree(mine)
+                self._take_step(mine, agreed.counts)
+                seconds, images = time.perf_counter() - started, round(agreed.images)
+                yield Step(position.step, order.epoch, images, agreed.loss, seconds, mine.waiting_s)
+        self._agree(NO_STEP)
         yield self._end_epoch(began)
 
     def finish(self) -> None:
@@ -198,36 +221,40 @@ class Fitting:
             self.ranks.on_first(lambda: self._publish(BEST))
         return Epoch(number, position.step, loss, found, is_best, time.perf_counter() - began)
 
-    def _agree(self, mine: Fed) -> tuple[BatchCounts, float]:
-        """Add up over all ranks what the step needs to know; the loss is that of the step before.
-        Saves a checkpoint if it is time for one.
+    def _agree(self, mine: Fed) -> Agreed:
+        """Add up over all ranks what a step needs to know, and save a checkpoint if it is time.
 
         Raises what went wrong on any rank, on all of them.
         """
+        agreed = Agreed(*self.ranks.summed([*self._told(mine)]))
+        if agreed.errors:
+            raise next(e for e in self.ranks.gather(mine.error) if e is not None)
+        if not math.isfinite(agreed.loss):
+            raise self._diverged()
+        self.position.loss_sum += agreed.loss
+        self._unchecked = NOTHING
+        if agreed.stops or agreed.saves:
+            self._save()
+        if agreed.stops:
+            raise StoppedError(f"stopped after step {self.position.step}")
+        return agreed
+
+    def _told(self, mine: Fed) -> Agreed:
+        """This rank's part."""
         taken, _ = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
+        pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
-        pixels, crops, images, errors, whole_loss, stops, late = self.ranks.summed(
-            [
-                *map(math.fsum, zip(*counts, strict=True)),
-                float(mine.error is not None),
-                math.fsum(taken.losses) if taken.is_finite else math.nan,
-                float(self.wants_stop()),
-                float(is_late and self.ranks.is_first),
-            ]
+        return Agreed(
+            pixels,
+            crops,
+            images,
+            errors=float(mine.error is not None),
+            loss=math.fsum(taken.losses) if taken.is_finite else math.nan,
+            stops=float(self.wants_stop()),
+            saves=float(is_late and self.ranks.is_first),
         )
-        if errors:
-            raise next(e for e in self.ranks.gather(mine.error) if e is not None)
-        if not math.isfinite(whole_loss):
-            raise self._diverged()
-        self.position.loss_sum += whole_loss
-        self._unchecked = NOTHING
-        if stops or late:
-            self._save()
-        if stops:
-            raise StoppedError(f"stopped after step {self.position.step}")
-        return BatchCounts(pixels, crops, images), whole_loss
 
     def _diverged(self) -> DivergedError:
         """Names the images of the pieces whose loss is no number; of all, if it is the gradient."""
