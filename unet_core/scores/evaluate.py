@@ -18,16 +18,7 @@ from unet_core.runs.run import Identity, establish, require_equal
 from unet_core.runs.schema import EVALUATION
 from unet_core.scores.metrics import confusion, truth_columns
 from unet_core.scores.tally import Tally
-from unet_core.scores.truth import (
-    OWNERS,
-    Found,
-    LabelImages,
-    OtherRun,
-    Row,
-    Truth,
-    borrowed,
-    require_own,
-)
+from unet_core.scores.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
 from unet_core.storage.store import Store
 
 FOLDER = "evaluation"
@@ -105,10 +96,9 @@ class Evaluation:
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         total, owners = self._added(shard_ids)
-        if (loans := borrowed(owners)).num_rows:
-            names = {*loans["truth"].to_pylist()}
-            for shard_id in {*loans["shard_id"].to_pylist()}:
-                self._give_back(shard_id, names)
+        if isinstance(self.truth, LabelImages) and (loans := self.truth.borrowed(owners)):
+            for shard_id, pairs in loans.items():
+                self._give_back(self.truth, shard_id, pairs)
             total, owners = self._added(shard_ids)
         require_own(owners)
         return total
@@ -129,12 +119,11 @@ class Evaluation:
             owned.append(owners)
         return total, pa.concat_tables(owned)
 
-    def _give_back(self, shard_id: str, names: set[str]) -> None:
-        """Publish a part again, without the truth that is another image's by its path."""
-        assert isinstance(self.truth, LabelImages)
+    def _give_back(self, truth: LabelImages, shard_id: str, pairs: set[tuple[str, str]]) -> None:
+        """Publish a part again, without the truth that lies at the path of another image."""
         table, footer = read_metrics(self.store, shard_id)
         rows = table.to_pylist()
         for row in rows:
-            if row["truth"] in names and not self.truth.is_exact(row):
+            if (row["truth"], truth.path_of(row)) in pairs:
                 row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
         self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))

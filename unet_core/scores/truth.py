@@ -5,6 +5,7 @@ by name, what lies beside the images in tars and Parquet files, or the masks of 
 import hashlib
 import json
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ Row = dict[str, Any]
 SHOWN = 3
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
 OWNERS = pa.schema([(name, pa.string()) for name in ("truth", "image", "shard_id")])
-OWNERS = OWNERS.append(pa.field("is_exact", pa.bool_()))
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,20 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
-def borrowed(owners: pa.Table) -> pa.Table:
-    """Of the images that have a label image by their bare name, those whose label image is that of
-    the image at its very path.
-    """
-    by_name = owners.group_by("truth").aggregate([("is_exact", "any")])
-    owned = by_name.filter(pc.field("is_exact_any"))
-    return owners.filter(~pc.field("is_exact")).join(owned, "truth", join_type="left semi")
+def shared(owners: pa.Table) -> pa.Table:
+    """Of images with their label images, those whose label image another one has too."""
+    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
+    twice = by_name.filter(pc.field("image_min") != pc.field("image_max"))
+    return owners.join(twice.select(["truth"]), "truth", join_type="left semi")
 
 
 def require_own(owners: pa.Table) -> None:
     """Raises ConfigError if a label image is the truth of two images."""
-    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
-    shared = by_name.filter(pc.field("image_min") != pc.field("image_max"))
-    for row in shared.sort_by("truth").slice(0, 1).to_pylist():
+    for row in shared(owners).sort_by("truth").slice(0, 1).to_pylist():
+        images = pc.min_max(owners.filter(pc.field("truth") == row["truth"])["image"])
         raise ConfigError(
-            f"{row['truth']} could be the truth of {row['image_min']} and of {row['image_max']}; "
-            "give the label images the paths of their images"
+            f"{row['truth']} could be the truth of {images['min']} and of {images['max']}; give "
+            "the label images the paths of their images"
         )
 
 
@@ -132,17 +129,30 @@ class LabelImages:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
         owners = [
-            {"truth": row["truth"], "image": _paths(self.source, row)[-1], "shard_id": shard_id,
-             "is_exact": self.is_exact(row)}
+            {"truth": row["truth"], "image": self.path_of(row), "shard_id": shard_id}
             for row in ([] if _is_in_list(self.source) else pairs.to_pylist())
-        ]  # fmt: skip
+        ]
         return pa.Table.from_pylist(owners, schema=OWNERS)
 
-    def is_exact(self, row: Row) -> bool:
-        """Whether the label image of a row has the path of its image, and not only its name."""
-        masks = self.source.config.masks
-        suffix = "" if self.source.config.mask_folder else masks
-        return stem_of(row["truth"]).removesuffix(suffix) in _paths(self.source, row)
+    def path_of(self, row: Row) -> str:
+        """Of the file of an image, without its extension."""
+        *_, (image_id, _, _) = _pages(self.source, row)
+        return stem_of(image_id) if is_image(image_id) else image_id
+
+    def borrowed(self, owners: pa.Table) -> dict[str, set[tuple[str, str]]]:
+        """Images whose label image, found by their bare name, lies at the path of another one: it
+        and their path, by shard.
+        """
+        suffix = "" if self.source.config.mask_folder else self.source.config.masks
+        rows, owned = shared(owners).to_pylist(), {}
+        for row in rows:
+            if stem_of(row["truth"]).removesuffix(suffix) == row["image"]:
+                owned[row["truth"]] = row["image"]
+        found = defaultdict[str, set[tuple[str, str]]](set)
+        for row in rows:
+            if owned.get(row["truth"], row["image"]) != row["image"]:
+                found[row["shard_id"]].add((row["truth"], row["image"]))
+        return found
 
     def _find(self, shard: Shard, row: Row) -> tuple[str, str | None, int] | None:
         """Name, etag and page of an image's truth."""
@@ -187,12 +197,6 @@ def _pages(source: Source, row: Row) -> Iterator[tuple[str, str, int]]:
     image_id, hash_, page = row["image_id"].rpartition("#")
     if source.config.pages == "expand" and hash_ and page.isdecimal():
         yield image_id, row["key"].removesuffix(f"#{page}"), int(page)
-
-
-def _paths(source: Source, row: Row) -> tuple[str, str]:
-    """The path of the file of a row, with and without its extension."""
-    *_, (image_id, _, _) = _pages(source, row)
-    return image_id, stem_of(image_id) if is_image(image_id) else image_id
 
 
 def _names(image_id: str, key: str, shard: Shard) -> Iterator[str]:
