@@ -47,6 +47,10 @@ class Mailbox:
         self._said.append(event)
         return self._stops
 
+    def stops(self) -> bool:
+        """Whether to stop."""
+        return self._stops
+
     def hear(self, stops: bool) -> list[Event | Failure]:
         """Take all messages; ask the ranks to stop."""
         self._stops = stops
@@ -127,7 +131,7 @@ def _rank(arguments: dict[str, Any]) -> None:
     wants_stop = reporter.wants_stop if reporter is not None else lambda: False
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
-        ranks.together(lambda: arguments["code"].require(code_version(), node))
+        ranks.on_all(lambda: arguments["code"].require(code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
             if reporter is not None:
                 reporter.say(event)
@@ -142,6 +146,7 @@ class Reporter:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
         self._reply: Any = None
+        self._asked = time.monotonic()
         self._step: Step | None = None
         """All since the last message, as one."""
         self._stops = False
@@ -153,15 +158,23 @@ class Reporter:
             if self._step.seconds < WAIT_S:
                 return
         if self._step is not None:
-            self._reply, self._step = self._mailbox.say.remote(self._step), None
+            self._ask(self._mailbox.say.remote(self._step))
+            self._step = None
         if not isinstance(event, Step):
-            ray.get(self._mailbox.say.remote(event))
+            self._stops = ray.get(self._mailbox.say.remote(event))
 
     def wants_stop(self) -> bool:
-        """What the driver last answered; never waits."""
+        """What the driver last answered; never waits. Asks where nothing has been said for long: no
+        step is taken while images are looked at, or validate.
+        """
+        if self._reply is None and time.monotonic() - self._asked > WAIT_S:
+            self._ask(self._mailbox.stops.remote())
         if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
             self._stops, self._reply = ray.get(self._reply), None
         return self._stops
+
+    def _ask(self, reply: Any) -> None:
+        self._reply, self._asked = reply, time.monotonic()
 
 
 def _both(before: Step | None, step: Step) -> Step:

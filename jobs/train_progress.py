@@ -51,18 +51,18 @@ class TrainProgress(Display):
         )
 
     def _on_epoch(self, epoch: Epoch) -> None:
-        evaluation = epoch.evaluation
+        validation = epoch.validation
         scores = ", ".join(
             f"{escape(name)} {'–' if score.iou is None else f'{score.iou:.3f}'}"
-            for name, score in zip(self._names, evaluation.scores, strict=True)
+            for name, score in zip(self._names, validation.scores, strict=True)
         )
-        self._value = f", val {self._best} {evaluation.of(self._best):.3f}"
+        self._value = f", val {self._best} {validation.of(self._best):.3f}"
         self.console.print(
             f"epoch {epoch.number + 1}/{self._epochs}  loss {epoch.loss:.4f}  val IoU: {scores}  "
             f"{self._rate()}  {epoch.seconds:.1f} s{'  best' if epoch.is_best else ''}"
         )
         self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
-        only = evaluation.only_class
+        only = validation.only_class
         if only is not None and epoch.number >= PATIENT_EPOCHS and not self._has_warned:
             self._has_warned = True
             self.console.print(

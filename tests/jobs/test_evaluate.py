@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -170,6 +171,28 @@ def test_a_label_image_of_two_images_is_refused_by_name(make_config, tmp_path):
         evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")
 
 
+def test_a_label_image_is_that_of_the_image_at_its_path_before_others_of_the_name(
+    make_config, tmp_path
+):
+    image, mask = nuclei(32, 32, np.random.default_rng(1))
+    for name, pixels in (("in/x", image), ("in/sub/x", image), ("truth/x", mask)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(png(pixels))
+    source = {"uri": f"{tmp_path}/in", "masks": "", "shard_images": 1}
+    predict(make_config(input=source))
+    for masks in (f"{tmp_path}/truth/", f"{tmp_path}/truth/"):
+        document = evaluated(str(tmp_path / "run"), masks)
+        assert document["images"]["compared"] == 1
+        assert document["without_truth"] == ["sub/x.png"]
+    rows = pq.read_table(Path(document["evaluation"]) / "metrics").to_pylist()
+    assert {row["image_id"]: row["truth"] for row in rows} == {"x.png": "x.png", "sub/x.png": None}
+    (tmp_path / "in/x_t.png").write_bytes(png(mask))
+    (tmp_path / "list.csv").write_text("uri,id,truth\nin/x.png,x,in/x_t.png\nin/x.png,b/x,\n")
+    listed = {"uri": f"{tmp_path}/list.csv", "format": "list", "masks": ""}
+    predict(make_config(input=listed, out="listed"))
+    assert evaluated(str(tmp_path / "listed"), "truth")["without_truth"] == ["b/x"]
+
+
 def test_parts_that_are_missing_or_stale_are_made_again_and_no_others(make_run, folder):
     run = make_run()
     document = evaluated(run, f"{folder}/masks/")
@@ -291,6 +314,14 @@ def test_two_runs_are_compared_image_by_image(make_config, make_run, folder, tmp
     assert compared(run, run)["changed"] == 0
 
 
+def test_a_masks_part_of_the_other_run_that_lacks_a_mask_is_told(make_run):
+    run, other = make_run(), make_run("other")
+    part = sorted((Path(other) / "masks").iterdir())[0]
+    pq.write_table(pq.read_table(part).slice(1), part)
+    outcome = compare(open_run(run), open_run(other), open_run(run).config)
+    assert "other lacks the mask of cell" in outcome.set_aside[part.stem]
+
+
 def test_other_classes_are_not_compared(make_run):
     mine, other = open_run(make_run()), open_run(make_run())
     mine.class_names, other.class_names = ("a",), ("b",)
@@ -334,6 +365,15 @@ def test_a_damaged_tar_and_a_tar_written_again_are_told(make_config, tmp_path):
     assert list(outcome.set_aside) == ["b.tar"]
     assert outcome.document["images"]["compared"] == 1
     assert not (Path(outcome.document["evaluation"]) / "evaluation.json").exists()
+
+
+def test_an_id_that_comes_twice_leaves_the_truth_of_the_others_alone(make_config, tmp_path):
+    image, mask = nuclei(32, 32, np.random.default_rng(1))
+    columns = {"image": [png(image)] * 5, "mask": [png(mask)] * 5, "id": [*"abcad"]}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    source = {"uri": f"{tmp_path}/in.parquet", "id_column": "id", "masks": ""}
+    predict(make_config(input=source, errors={"max_failed_images": 1}))
+    assert evaluated(str(tmp_path / "run"), "mask")["images"]["compared"] == 4
 
 
 def test_tifffile_pages_have_their_own_truth(make_config, tmp_path, monkeypatch):

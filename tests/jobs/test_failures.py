@@ -13,8 +13,9 @@ from tests.data import digests, write_folder, write_tar, write_tars
 from tests.jobs.test_predict import snapshot, write_toml
 from unet_core.config import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
+from unet_core.runs.compact import compact
 from unet_core.runs.failures import causes
-from unet_core.runs.run import Run
+from unet_core.runs.run import METRICS, Run
 from unet_core.runs.verify import verify
 from unet_core.synthetic import png
 
@@ -101,13 +102,18 @@ def test_a_number_of_failures_stops_at_once_and_the_rest_is_done_later(make_conf
     assert rest.totals.shards == 8
 
 
-def test_failed_shards_are_done_again_when_asked(make_config, spoiled):
+def test_failed_shards_are_done_again_when_asked(make_config, spoiled, monkeypatch):
     config = make_config(input={"uri": str(spoiled)}, errors={"max_failed_images": 1.0})
     first = predict(config)
     run = Path(config.output.uri)
     before, parts = snapshot(run), digests(run)
     found = causes(first.run, first.totals)
     assert [(cause.code, cause.images) for cause in found] == [("decode", 2), ("empty", 1)]
+    compact(first.run.store, first.run.record)
+    with monkeypatch.context() as patch:  # one file tells as much as all parts
+        patch.setattr("unet_core.runs.compact.read_columns", None)
+        assert causes(first.run, first.totals) == found
+    (run / METRICS).unlink()
     assert predict(config).was_finished
     again = predict(config, retry_failed=True)
     after = snapshot(run)

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from safetensors.numpy import load, load_file
 
+from jobs.ddp import Mailbox, Reporter
 from jobs.train import train
 from tests.jobs.test_actors import is_ours
 from tests.s3 import BUCKET
 from tests.unet_core.training.scenes import config_of
 from unet_core.errors import ConfigError, StoppedError, WorkersError
 from unet_core.storage.store import Store
+from unet_core.training.fit import Started
 
 NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimiser=sgd", "train.learning_rate=0.01")
 TWO_RANKS = ("workers.count=2", "workers.gpus=0", "workers.cpus=1", "storage.shared=true")
@@ -137,3 +140,19 @@ def test_what_stops_ranks_is_told_as_in_one_process(folder, tmp_path, kind):
             train(config)
         thread.join()
         assert store.list("checkpoints")
+
+
+@on_ray
+def test_a_rank_hears_that_it_is_to_stop_before_it_has_taken_a_step():
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    reporter = Reporter(mailbox)
+    ray.get(mailbox.hear.remote(False))
+    assert not reporter.wants_stop()
+    ray.get(mailbox.hear.remote(True))
+    deadline = time.monotonic() + 10
+    while not reporter.wants_stop():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    other = Reporter(mailbox)
+    other.say(Started(("a", "b"), 1, 1, 1, 1, 0))
+    assert other.wants_stop()

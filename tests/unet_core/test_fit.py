@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,10 +13,12 @@ from tests.unet_core.training.scenes import config_of
 from unet_core.config import build
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
 from unet_core.networks import checkpoint
+from unet_core.report.training import training_facts
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Epoch, Started, Step, fit
 from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.run import identity, open_training
 
 
 def epochs(config):
@@ -23,7 +26,7 @@ def epochs(config):
 
 
 def nucleus(epoch):
-    return epoch.evaluation.scores[1].iou
+    return epoch.validation.scores[1].iou
 
 
 def files(folder):
@@ -104,7 +107,7 @@ def test_more_classes_train_with_a_logit_each(folder, tmp_path):
         (tmp_path / "images" / f"{number}.png").write_bytes(png(labels * 80 + 20))
     config = config_of(tmp_path, tmp_path / "m", "model.classes=['sky', 'sea', 'land']",
                        "train.crop=32", "train.epochs=12", "augment.gamma=1")  # fmt: skip
-    assert min(score.iou for score in epochs(config)[-1].evaluation.scores) > 0.9
+    assert min(score.iou for score in epochs(config)[-1].validation.scores) > 0.9
 
 
 def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(folder, tmp_path):
@@ -187,16 +190,19 @@ def test_a_loss_that_is_no_number_names_its_images_and_keeps_the_last_good_weigh
     taken = []
 
     def poisoned(self, pieces, *arguments):
-        taken.append([i for piece in pieces for i in piece.image_ids])
+        taken.append([piece.image_ids for piece in pieces])
         if len(taken) == 9:
             pieces[0].images_NCHW.fill_(float("nan"))
         return step(self, pieces, *arguments)
 
     monkeypatch.setattr(Learner, "step", poisoned)
+    halves = ("train.accumulate=2", "train.batch=8", "train.crops_per_image=8")
     with pytest.raises(DivergedError) as caught:
-        epochs(config_of(folder, out))
-    assert "the loss or its gradient is no number at step 9" in str(caught.value)
-    assert all(image_id in str(caught.value) for image_id in taken[8])
+        epochs(config_of(folder, out, *halves))
+    named = re.search(r"no number at step 9; images: (.*); the last", str(caught.value))[1]
+    guilty, others = map(set, taken[8])
+    assert others - guilty
+    assert set(named.split(", ")) == guilty
     tensors = load_file(out / "checkpoints" / "000000007" / "state.safetensors")
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
     checkpoint.load(str(out / "best.safetensors"))
@@ -249,8 +255,8 @@ def test_who_stops_before_the_first_step_has_no_best_weights(folder, tmp_path):
 def test_a_network_that_predicts_one_class_is_told(folder, tmp_path):
     lazy = ("train.epochs=1", "train.learning_rate=1e-6", "train.freeze_norm=true")
     (epoch,) = epochs(config_of(folder, tmp_path / "m", *lazy))
-    assert epoch.evaluation.only_class in (0, 1)
-    assert epochs(config_of(folder, tmp_path / "n"))[-1].evaluation.only_class is None
+    assert epoch.validation.only_class in (0, 1)
+    assert epochs(config_of(folder, tmp_path / "n"))[-1].validation.only_class is None
 
 
 def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
@@ -284,7 +290,7 @@ def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
     for number, option in enumerate(weights):  # the classes are those of the checkpoint
         out = f"output.uri={tmp_path}/further-{number}"
         (epoch,) = epochs(build(TrainConfig, table, [f"model.checkpoint={best}", out, option]))
-        assert len(epoch.evaluation.scores) == 3
+        assert len(epoch.validation.scores) == 3
     with pytest.raises(ConfigError, match="holds 2 numbers, but the classes are a, b, c"):
         new_network(
             build(TrainConfig, table, [f"model.checkpoint={best}", "loss.class_weights=[1, 2]"])
@@ -293,6 +299,34 @@ def test_a_checkpoint_is_trained_further_with_its_own_network_and_new_classes(
         build(TrainConfig, table, [f"model.checkpoint={tiny_model}", "model.width=8"])
     with pytest.raises(RunMismatchError, match=r"model\.checkpoint"):
         epochs(build(TrainConfig, table, ["model.checkpoint=builtin:nuclei"]))
+
+
+def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its_command(
+    folder, tmp_path, tiny_model
+):
+    model = [f"model.checkpoint={tiny_model}", "model.classes=['background', 'foreground']"]
+    ignored = "data.train.ignore_index=255"
+    base = {
+        "data": {"train": {"uri": str(folder / "images"), "masks": str(folder / "masks")}},
+        "output": {"uri": str(tmp_path / "m")},
+    }
+    for before, written, key in (
+        ([], ignored, None),
+        ([], model[1], None),
+        ([model[0]], "model.classes=['background', 'nucleus']", "model.classes"),
+        (["data.train.instances=true"], ignored, "data.train.ignore_index.given"),
+        ([model[0]], model[1], "model.classes.given"),
+    ):
+        config = build(TrainConfig, base, [*before, written])
+        usual = identity(build(TrainConfig, base, before))
+        differing = [k for k, value in identity(config).items() if value != usual.get(k)]
+        assert differing == ([key] if key else [])
+        run = open_training(config)
+        data = {"train": 1, "val": 1, "class_pixels": [1, 1], "val_below": 0.1, "steps": 1}
+        run.establish(config, data)
+        shown = training_facts(run).command
+        assert (written.split("=")[0] in shown) == bool(key)
+        shutil.rmtree(tmp_path / "m")
 
 
 def test_the_learning_rate_warms_up_and_falls(folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from unet_core.config import PredictConfig, build, override_values
@@ -20,15 +21,18 @@ def toml(config: Table) -> str:
     return "\n\n".join("\n".join([f"[{name}]", *lines]) for name, lines in sections.items())
 
 
-def command(verb: list[str], config: Table, defaults: Table, leave_out: set[str]) -> str:
-    """A verb with plain arguments, and an override for each key that has another value than
-    ``defaults``; those that its arguments say are left out.
+def command(
+    verb: list[str], config: Table, defaults: Table, leave_out: set[str], keep: Collection[str] = ()
+) -> str:
+    """A verb with plain arguments, and an override for each key that is to be kept or has another
+    value than ``defaults``; those that its arguments say are left out.
     """
     usual = _flat(defaults)
     changed = [
         f"{key}={_override(key, value)}"
         for key, value in _flat(config).items()
-        if key not in leave_out and value != usual.get(key) and value is not None
+        if key not in leave_out and value is not None
+        if key in keep or value != usual.get(key)
     ]
     return " ".join(shlex.quote(word) for word in ["unet-jobs", *verb, *changed])
 

@@ -9,7 +9,7 @@ from unet_core.config import InputConfig, build
 from unet_core.report.charts import Plot, Series, lines
 from unet_core.report.command import command, predict_command, toml
 from unet_core.train_config import TrainConfig
-from unet_core.training.run import BEST, Position, TrainingRun
+from unet_core.training.run import BEST, GIVEN, Position, TrainingRun
 
 MOST_LINES = TONES = 8
 SCORES = {"iou": "IoU", "dice": "Dice"}
@@ -77,7 +77,7 @@ def training_facts(run: TrainingRun) -> TrainingFacts:
         is_best_last=run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0],
         best=best,
         look=_look(config["data"]["val"] or config["data"]["train"], best),
-        command=_command(config, uri),
+        command=_command(run.record, uri),
         config=toml(config),
     )
 
@@ -138,7 +138,8 @@ def _warnings(
         yield f"No training pixel is of class {', '.join(absent)}: it cannot be learnt."
 
 
-def _command(config: dict[str, Any], uri: str) -> str:
+def _command(record: dict[str, Any], uri: str) -> str:
+    config = record["config"]
     train = config["data"]["train"]
     verb = ["train", train["uri"], train["masks"], "--out", uri]
     told = {"data.train.uri", "output.uri"} | (
@@ -151,7 +152,8 @@ def _command(config: dict[str, Any], uri: str) -> str:
         defaults["data"]["train"]["masks"] = ""  # a plain word would be a folder
     if config["data"]["val"] is not None:
         defaults["data"]["val"] = defaults["data"]["train"] | {"uri": "", "masks": ""}
-    return command(verb, config, defaults, told)
+    given = {key.removesuffix(GIVEN) for key in record["identity"] if key.endswith(GIVEN)}
+    return command(verb, config, defaults, told, given)
 
 
 def _look(data: dict[str, Any], best: str) -> str:

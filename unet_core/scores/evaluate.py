@@ -29,6 +29,7 @@ EVALUATION_JSON = "evaluation.json"
 NOTHING_IGNORED = 2**16
 """An ``ignore_index`` that no mask holds."""
 WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
+NO_ERROR: Row = {"error_code": None, "error_message": None}
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,13 @@ class Evaluation:
         """What a row says of its truth; a failed image keeps its reason."""
         if mask is None:
             return {}
-        nothing: Row = {"error_code": None, "error_message": None}
         labels = fitting(found.labels, (mask.height, mask.width))
         if labels is None:
-            return nothing
+            return NO_ERROR
         try:
             if isinstance(labels, ImageError):
                 raise labels
-            return nothing | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
+            return NO_ERROR | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
         except ImageError as failure:
             return {"error_code": failure.code, "error_message": str(failure)}
 
@@ -95,17 +95,35 @@ class Evaluation:
 
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
+        total, owners = self._added(shard_ids)
+        if isinstance(self.truth, LabelImages) and (loans := self.truth.borrowed(owners)):
+            for shard_id, pairs in loans.items():
+                self._give_back(self.truth, shard_id, pairs)
+            total, owners = self._added(shard_ids)
+        require_own(owners)
+        return total
+
+    def _added(self, shard_ids: set[str]) -> tuple[Tally, pa.Table]:
+        """What parts add up to, and which label image is whose."""
         of_runs = isinstance(self.truth, OtherRun)
         by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
         def read(shard_id: str) -> tuple[Tally, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
             tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
-            return tally, by_name.owners(rows) if by_name else OWNERS.empty_table()
+            return tally, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
 
         total, owned = Tally(), [OWNERS.empty_table()]
         for tally, owners in side_by_side(read, sorted(shard_ids)):
             total += tally
             owned.append(owners)
-        require_own(pa.concat_tables(owned))
-        return total
+        return total, pa.concat_tables(owned)
+
+    def _give_back(self, truth: LabelImages, shard_id: str, pairs: set[tuple[str, str]]) -> None:
+        """Publish a part again, without the truth that lies at the path of another image."""
+        table, footer = read_metrics(self.store, shard_id)
+        rows = table.to_pylist()
+        for row in rows:
+            if (row["truth"], truth.path_of(row)) in pairs:
+                row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
+        self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))

@@ -5,6 +5,7 @@ by name, what lies beside the images in tars and Parquet files, or the masks of 
 import hashlib
 import json
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.errors import ConfigError, ImageError, NotFoundError, StoreError
+from unet_core.errors import ConfigError, ImageError, NotFoundError, ShardError, StoreError
 from unet_core.geometry import Box, mask_windows
 from unet_core.images.codec import is_image
 from unet_core.images.picture import Pixels, TruthDecoder
@@ -33,7 +34,7 @@ from unet_core.storage.store import Store
 Row = dict[str, Any]
 SHOWN = 3
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
-OWNERS = pa.schema([("truth", pa.string()), ("image", pa.string())])
+OWNERS = pa.schema([(name, pa.string()) for name in ("truth", "image", "shard_id")])
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,20 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
+def shared(owners: pa.Table) -> pa.Table:
+    """Of images with their label images, those whose label image another one has too."""
+    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
+    twice = by_name.filter(pc.field("image_min") != pc.field("image_max"))
+    return owners.join(twice.select(["truth"]), "truth", join_type="left semi")
+
+
 def require_own(owners: pa.Table) -> None:
     """Raises ConfigError if a label image is the truth of two images."""
-    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
-    shared = by_name.filter(pc.field("image_min") != pc.field("image_max"))
-    for row in shared.sort_by("truth").slice(0, 1).to_pylist():
+    for row in shared(owners).sort_by("truth").slice(0, 1).to_pylist():
+        images = pc.min_max(owners.filter(pc.field("truth") == row["truth"])["image"])
         raise ConfigError(
-            f"{row['truth']} could be the truth of {row['image_min']} and of {row['image_max']}; "
-            "give the label images the paths of their images"
+            f"{row['truth']} could be the truth of {images['min']} and of {images['max']}; give "
+            "the label images the paths of their images"
         )
 
 
@@ -118,21 +125,40 @@ class LabelImages:
             sample = Sample(name, "", "", bytes, read_mask=file.read, open_mask=file.open)
             yield from _decoded(decoder, sample, name, [(row, page) for _, page, row in group])
 
-    def owners(self, rows: pa.Table) -> pa.Table:
+    def owners(self, shard_id: str, rows: pa.Table) -> pa.Table:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
-        owners = []
-        for row in [] if _is_in_list(self.source) else pairs.to_pylist():
-            *_, (image_id, _, _) = _pages(self.source, row)
-            image = stem_of(image_id) if is_image(image_id) else image_id
-            owners.append({"truth": row["truth"], "image": image})
+        owners = [
+            {"truth": row["truth"], "image": self.path_of(row), "shard_id": shard_id}
+            for row in ([] if _is_in_list(self.source) else pairs.to_pylist())
+        ]
         return pa.Table.from_pylist(owners, schema=OWNERS)
+
+    def path_of(self, row: Row) -> str:
+        """Of the file of an image, without its extension."""
+        *_, (image_id, _, _) = _pages(self.source, row)
+        return stem_of(image_id) if is_image(image_id) else image_id
+
+    def borrowed(self, owners: pa.Table) -> dict[str, set[tuple[str, str]]]:
+        """Images whose label image, found by their bare name, lies at the path of another one: it
+        and their path, by shard.
+        """
+        suffix = "" if self.source.config.mask_folder else self.source.config.masks
+        rows, owned = shared(owners).to_pylist(), {}
+        for row in rows:
+            if stem_of(row["truth"]).removesuffix(suffix) == row["image"]:
+                owned[row["truth"]] = row["image"]
+        found = defaultdict[str, set[tuple[str, str]]](set)
+        for row in rows:
+            if owned.get(row["truth"], row["image"]) != row["image"]:
+                found[row["shard_id"]].add((row["truth"], row["image"]))
+        return found
 
     def _find(self, shard: Shard, row: Row) -> tuple[tuple[str, str | None] | None, int]:
         """Name and etag of an image's truth, if there is one, and the page there."""
-        stems = self.labels["stem"]
+        stems, in_list = self.labels["stem"], _is_in_list(self.source)
         for image_id, key, page in _pages(self.source, row):
-            for name in _names(image_id, key, shard):
+            for name in [image_id] if in_list else _names(image_id, key, shard):
                 at = bisect_left(stems, name, key=str)
                 if at < len(stems) and str(stems[at]) == name:
                     _, found, etag = (column[at].as_py() for column in self.labels.columns)
@@ -217,17 +243,17 @@ class BesideImages:
 
     def _pairs(self, shard: Shard, rows: list[Row]) -> Iterator[tuple[Sample | None, int, Row]]:
         """What holds the truth of each row, the page there, and the row."""
-        pages = [{name: page for name, _, page in _pages(self.source, row)} for row in rows]
-        last = {name: number for number, names in enumerate(pages) for name in names}
         samples = read_shard(self.source, shard)
-        sample = next(samples, None)
-        for number, row in enumerate(rows):
-            while sample is not None and last.get(sample.image_id, -1) < number:
-                sample = next(samples, None)
-            if sample is None or sample.read_mask is None or sample.image_id not in pages[number]:
+        sample, given = next(samples, None), -1
+        for row in rows:
+            pages = {name: page for name, _, page in _pages(self.source, row)}
+            while sample is not None and pages.get(sample.image_id, -1) <= given:
+                sample, given = next(samples, None), -1  # another may have the same id
+            if sample is None or sample.read_mask is None:
                 yield None, 0, row
             else:
-                yield sample, pages[number][sample.image_id], row
+                given = pages[sample.image_id]
+                yield sample, given, row
         for _ in samples:  # to the end, where the shard is held to its etag
             pass
 
@@ -268,7 +294,11 @@ class OtherRun:
                         masks = stack.enter_context(open_masks(self.store, shard_id))
                         opened = shard_id
                     mask = masks.mask(row["image_id"])
-                    assert mask is not None  # its row says that there is one
+                    if mask is None:
+                        raise ShardError(
+                            f"{self.store.uri()} lacks the mask of {row['image_id']}; unet-jobs "
+                            "verify tells more"
+                        )
                     yield Found("ok", _pixels(mask))
 
     @classmethod

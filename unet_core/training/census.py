@@ -15,7 +15,7 @@ from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
 from unet_core.train_config import TrainConfig
 from unet_core.training import dataset
-from unet_core.training.dataset import TRAIN, VAL, Item, Split, Splits
+from unet_core.training.dataset import TRAIN, VAL, Item, LeftOut, Split, Splits
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
@@ -64,11 +64,11 @@ def take(
     def mine() -> Census:
         return _sum(_look(group, ranks, pool, wants_stop) for group in groups)
 
-    found = _sum(ranks.gather(ranks.together(mine)))
+    found = _sum(ranks.gather(ranks.on_all(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
         dataset.divide_at(splits, just_above)
-        found = _sum(ranks.gather(ranks.together(mine)))
+        found = _sum(ranks.gather(ranks.on_all(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
@@ -81,11 +81,11 @@ def _look(
 ) -> Census:
     source, found = splits[0].input, Census()
     by_name = {split.name: split for split in splits}
-    without_mask: list[str] = []
+    left_out = LeftOut()
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
-            yield from dataset.read_items(splits, shard, without_mask)
+            yield from dataset.read_items(splits, shard, left_out)
 
     def look(item: Item) -> Census:
         try:
@@ -104,7 +104,8 @@ def _look(
                 raise StoppedError("stopped while looking at the images")
             found += seen
     if source.config.on_missing_mask == "refuse":
-        found.without_mask = [f"{source.name}: {image_id}" for image_id in without_mask]
+        found.without_mask = [f"{source.name}: {image_id}" for image_id in left_out.without_mask]
+    found.unusable += left_out.unusable
     return found
 
 
@@ -157,12 +158,12 @@ def counted(
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    was_counted = ranks.first(run.has_manifest)
+    was_counted = ranks.on_first(run.has_manifest)
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
             dataset.divide_at(splits, data["val_below"])
-        ranks.together(lambda: run.recall_counts(splits))
+        ranks.on_all(lambda: run.recall_counts(splits))
         return data
     found = take(splits, ranks, pool, wants_stop)
     train, val = splits
@@ -187,4 +188,4 @@ def counted(
         run.publish_manifest(splits)
         return data
 
-    return ranks.first(publish)
+    return ranks.on_first(publish)

@@ -60,6 +60,8 @@ class LabelledInput:
         try:
             self.source = open_source(alone, whole.storage)
             self.shards = list(list_shards(self.source))
+            if not config.instances:
+                config.require_free_ignore_index(len(header.class_names))
         except (ConfigError, StoreError) as error:
             raise type(error)(str(error).replace("input.", f"{self.name}.")) from error
         classes = 2**16 if config.instances else len(header.class_names)
@@ -197,6 +199,14 @@ Splits = tuple[Split, Split]
 """For training and for validation."""
 
 
+@dataclass
+class LeftOut:
+    """What is wrong with the samples of a shard, while all are looked at."""
+
+    without_mask: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+
 def share_of(image_id: str) -> float:
     """A number in [0, 1) that an id has for ever."""
     return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
@@ -214,11 +224,10 @@ def divide_at(splits: Splits, at: float) -> None:
     train.memory.clear()
 
 
-def read_items(
-    splits: list[Split], shard: int, without_mask: list[str] | None = None
-) -> Iterator[Item]:
-    """The images of a shard, each for the one of the splits (of one input) that holds it; those
-    that are left out for want of a mask are noted in ``without_mask``.
+def read_items(splits: list[Split], shard: int, left_out: LeftOut | None = None) -> Iterator[Item]:
+    """The images of a shard, each for the one of the splits (of one input) that holds it.
+
+    Raises ConfigError for a file of pages that cannot be used, unless it is noted in ``left_out``.
     """
     source = splits[0].input
     expands = source.config.pages == "expand"
@@ -226,10 +235,17 @@ def read_items(
     for sample in read_shard(source.source, source.shards[shard]):
         has_none = sample.read_mask is None and sample.failure is None
         if has_none and source.config.on_missing_mask != "background":
-            if without_mask is not None:
-                without_mask.append(sample.image_id)
+            if left_out is not None:
+                left_out.without_mask.append(sample.image_id)
             continue
-        for found in source.decode(sample) if expands else [sample]:
+        try:
+            images = source.decode(sample) if expands else [sample]
+        except ConfigError as error:
+            if left_out is None:
+                raise
+            left_out.unusable.append(str(error))
+            continue
+        for found in images:
             share = share_of(found.image_id)
             for split in splits:
                 if split.low <= share < split.high:

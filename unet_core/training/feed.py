@@ -1,7 +1,7 @@
 """Which images come when in an epoch, and their crops ahead of the device.
 
-An epoch has as many lanes as a global batch has places, each a stream of images. A lane depends on
-the seed, the epoch and its number alone. A step takes one image from each lane; ranks own lanes. So
+An epoch has as many slots as a global batch has places, each a stream of images. A slot depends on
+the seed, the epoch and its number alone. A step takes one image from each slot; ranks own slots. So
 any number of ranks sees the same images in the same steps.
 """
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
@@ -27,7 +28,7 @@ from unet_core.training.ranks import Ranks
 AHEAD_STEPS = 4
 AHEAD_BYTES = 2**29
 SHUFFLED = 256
-"""Images, over all lanes, among which the next is drawn; fewer than an epoch, so that those of one
+"""Images, over all slots, among which the next is drawn; fewer than an epoch, so that those of one
 shard are read soon after each other."""
 
 Entry = tuple[int, Item]
@@ -37,7 +38,7 @@ Entry = tuple[int, Item]
 @dataclass(frozen=True)
 class Order:
     """An epoch: all shards of a split in a random order, ``crops_per_image`` times, cut into equal
-    lanes, one for each place of a batch.
+    slots, one for each place of a batch.
     """
 
     config: FitConfig
@@ -46,29 +47,29 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """The length of the longest lane; the others are at most one image shorter."""
+        """The length of the longest slot; the others are at most one image shorter."""
         return -(-self._total // self.config.batch)
 
-    def present(self, lanes: range, step: int) -> int:
-        """How many of some lanes have an image for a step."""
-        return sum(self._start(lane + 1) - self._start(lane) > step for lane in lanes)
+    def present(self, slots: range, step: int) -> int:
+        """How many of some slots have an image for a step."""
+        return sum(self._start(slot + 1) - self._start(slot) > step for slot in slots)
 
-    def streams(self, lanes: range, skip: int) -> Iterator[list[Entry | None]]:
-        """Step by step, after ``skip`` of them, what lanes have; None for one that has ended."""
+    def streams(self, slots: range, skip: int) -> Iterator[list[Entry | None]]:
+        """Step by step, after ``skip`` of them, what slots have; None for one that has ended."""
         shards = self._shards()
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
-        streams = [self._lane(lane, shards, ends) for lane in lanes]
+        streams = [self._slot(slot, shards, ends) for slot in slots]
         for step in range(self.steps):
             drawn = [next(stream, None) for stream in streams]
             if step >= skip:
                 yield drawn
 
-    @property
-    def _total(self) -> int:
+    @cached_property
+    def _total(self) -> int:  # of millions of shards, for every place of every step
         return self.split.images * self.config.crops_per_image
 
-    def _start(self, lane: int) -> int:
-        return self._total * lane // self.config.batch
+    def _start(self, slot: int) -> int:
+        return self._total * slot // self.config.batch
 
     def _random(self, *of: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.epoch, *of])
@@ -82,21 +83,21 @@ class Order:
             for shard in self._random(round_).permutation(there)
         ]
 
-    def _lane(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One lane's images, shuffled among those that are near."""
-        random = self._random(lane, self.config.crops_per_image)
+    def _slot(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One slot's images, shuffled among those that are near."""
+        random = self._random(slot, self.config.crops_per_image)
         room = max(1, SHUFFLED // self.config.batch)
         waiting: list[Entry] = []
-        for entry in self._cut(lane, shards, ends):
+        for entry in self._cut(slot, shards, ends):
             waiting.append(entry)
             if len(waiting) == room:
                 yield _drawn(waiting, random)
         while waiting:
             yield _drawn(waiting, random)
 
-    def _cut(self, lane: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One lane's part of all images by shard; of a shard that lanes share, some at random."""
-        start, stop = self._start(lane), self._start(lane + 1)
+    def _cut(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
+        """One slot's part of all images by shard; of a shard that slots share, some at random."""
+        start, stop = self._start(slot), self._start(slot + 1)
         for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
             round_, shard = shards[at]
             count = self.split.counts[shard]
@@ -139,9 +140,9 @@ class Feed:
     pool: ThreadPoolExecutor
 
     def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
-        """What a rank's lanes give, step by step, after the first ``skip`` steps; close it."""
-        lanes = ranks.lanes(order.config.batch)
-        streams = order.streams(lanes, skip)
+        """What a rank's slots give, step by step, after the first ``skip`` steps; close it."""
+        slots = ranks.slots(order.config.batch)
+        streams = order.streams(slots, skip)
         entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
         def crop(entry: Entry) -> Crop:
@@ -149,12 +150,12 @@ class Feed:
             seed = (order.config.seed, order.epoch, round_)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
-        ahead, weigh = AHEAD_STEPS * len(lanes), attrgetter("nbytes")
+        ahead, weigh = AHEAD_STEPS * len(slots), attrgetter("nbytes")
         with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, order.steps):
                 pieces = self._count(order, ranks, step)
-                yield self._fed(itertools.islice(crops, order.present(lanes, step)), pieces)
+                yield self._fed(itertools.islice(crops, order.present(slots, step)), pieces)
 
     def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
         started = time.perf_counter()
@@ -173,7 +174,7 @@ class Feed:
     def _count(self, order: Order, ranks: Ranks, step: int) -> int:
         """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
         most = max(
-            order.present(replace(ranks, rank=rank).lanes(order.config.batch), step)
+            order.present(replace(ranks, rank=rank).slots(order.config.batch), step)
             for rank in range(ranks.count)
         )
         return min(self.config.train.accumulate, most)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +23,19 @@ from unet_core.train_config import TrainConfig
 from unet_core.training.census import counted
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
-from unet_core.training.evaluation import Evaluation, evaluate
 from unet_core.training.feed import Fed, Feed, Order
-from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.learner import Learner, Taken, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
+from unet_core.training.validation import Validation, validate
 
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
+SHOWN = 8
+NOTHING = Taken([], is_finite=True), list[list[str]]()
+NO_STEP = Fed([], waiting_s=0.0)
+"""Behind the last step of an epoch: agreed on is only what came of that."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,33 @@ class Epoch:
     step: int
     loss: float
     """Mean over its steps."""
-    evaluation: Evaluation
+    validation: Validation
     is_best: bool
     seconds: float
 
 
 Event = Started | Step | Epoch
+
+
+class Agreed(NamedTuple):
+    """What ranks tell each other before a step, and what it adds up to."""
+
+    pixels: float
+    crops: float
+    images: float
+    errors: float
+    """Ranks that lack an image."""
+    loss: float
+    """Of the step before; no number if its gradient was none."""
+    stops: float
+    """Ranks that are to stop."""
+    saves: float
+    """Whether it is time for a checkpoint."""
+
+    @property
+    def counts(self) -> BatchCounts:
+        """Of the whole batch."""
+        return BatchCounts(self.pixels, self.crops, self.images)
 
 
 def fit(
@@ -98,9 +124,9 @@ def fit(
         torch.backends.cudnn.benchmark = True  # all crops have one shape
     if device.type == "cpu":
         keep_freed()
-    run = ranks.together(lambda: open_training(config))
-    run.record = ranks.first(lambda: run.record)
-    if ranks.first(lambda: run.is_finished):
+    run = ranks.on_all(lambda: open_training(config))
+    run.record = ranks.on_first(lambda: run.record)
+    if ranks.on_first(lambda: run.is_finished):
         return
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         fitting = Fitting(config, run, ranks, device, pool, wants_stop)
@@ -120,9 +146,9 @@ class Fitting:
         self.config, self.run, self.ranks = config, run, ranks
         self.pool, self.wants_stop = pool, wants_stop
         self.position = Position()
-        network, self.header = ranks.together(lambda: new_network(config))
+        network, self.header = ranks.on_all(lambda: new_network(config))
         header, memory = self.header, Memory(usable_bytes() // MEMORY_SHARE // ranks.count)
-        splits = ranks.together(lambda: open_splits(config, header, memory))
+        splits = ranks.on_all(lambda: open_splits(config, header, memory))
         data = counted(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimiser steps of the whole training."""
@@ -133,22 +159,22 @@ class Fitting:
         self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
         self.val = splits[1]
         self._saved = time.monotonic()
-        self._unchecked: tuple[float, list[str]] = 0.0, []
-        """This rank's part of the last step's loss, and whose it is."""
+        self._unchecked: tuple[Taken, list[list[str]]] = NOTHING
+        """What this rank saw of the last step, and of which images, by piece."""
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps were taken, and the last of them evaluated."""
+        """Whether all steps were taken, and the last of them validated."""
         return self.position.step >= self.steps and not self.position.step_in_epoch
 
     def restore(self) -> Started:
         """Load the newest checkpoint; publish the best weights if their writer died before that."""
-        newest = self.ranks.first(self.run.newest)
+        newest = self.ranks.on_first(self.run.newest)
         if newest is not None:
-            self.position, tensors = self.ranks.together(lambda: self.run.load(newest))
-            self.ranks.together(lambda: self.learner.restore(tensors))
+            self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
+            self.ranks.on_all(lambda: self.learner.restore(tensors))
             if self.position.best is not None and self.position.best_step == self.position.step:
-                self.ranks.first(lambda: self._publish(BEST))
+                self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
             class_names=self.header.class_names,
             train_images=self.feed.split.images,
@@ -159,7 +185,7 @@ class Fitting:
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
-        """Take the steps left of an epoch and evaluate it; saves a checkpoint when it is time."""
+        """Take the steps left of an epoch and validate; saves a checkpoint when it is time."""
         began, position = time.perf_counter(), self.position
         order = Order(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
@@ -168,22 +194,21 @@ class Fitting:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 mine = next(fed)
-                counts, loss = self._agree(mine)
-                self._take_step(mine, counts)
-                seconds = time.perf_counter() - started
-                images = round(counts.images)
-                yield Step(position.step, order.epoch, images, loss, seconds, mine.waiting_s)
-        self._agree(Fed([], 0.0))
+                agreed = self._agree(mine)
+                self._take_step(mine, agreed.counts)
+                seconds, images = time.perf_counter() - started, round(agreed.images)
+                yield Step(position.step, order.epoch, images, agreed.loss, seconds, mine.waiting_s)
+        self._agree(NO_STEP)
         yield self._end_epoch(began)
 
     def finish(self) -> None:
         """Publish the last weights, then ``_SUCCESS``."""
-        self.ranks.first(lambda: self._publish(LAST))
-        self.ranks.first(lambda: self.run.finish(self.position))
+        self.ranks.on_first(lambda: self._publish(LAST))
+        self.ranks.on_first(lambda: self.run.finish(self.position))
 
     def _end_epoch(self, began: float) -> Epoch:
-        """Evaluate, write the history, a checkpoint, and the weights if they are the best yet."""
-        found, position = self._evaluate(), self.position
+        """Validate, write the history, a checkpoint, and the weights if they are the best yet."""
+        found, position = self._validate(), self.position
         number, loss = position.epoch, position.loss_sum / position.step_in_epoch
         value = found.of(self.config.train.best)
         is_best = position.best is None or value > position.best
@@ -193,45 +218,56 @@ class Fitting:
         position.epoch, position.step_in_epoch, position.loss_sum = number + 1, 0, 0.0
         self._save()
         if is_best:
-            self.ranks.first(lambda: self._publish(BEST))
+            self.ranks.on_first(lambda: self._publish(BEST))
         return Epoch(number, position.step, loss, found, is_best, time.perf_counter() - began)
 
-    def _agree(self, mine: Fed) -> tuple[BatchCounts, float]:
-        """Add up over all ranks what the step needs to know; the loss is that of the step before.
-        Saves a checkpoint if it is time for one.
+    def _agree(self, mine: Fed) -> Agreed:
+        """Add up over all ranks what a step needs to know, and save a checkpoint if it is time.
 
         Raises what went wrong on any rank, on all of them.
         """
-        loss, image_ids = self._unchecked
+        agreed = Agreed(*self.ranks.summed([*self._told(mine)]))
+        if agreed.errors:
+            raise next(e for e in self.ranks.gather(mine.error) if e is not None)
+        if not math.isfinite(agreed.loss):
+            raise self._diverged()
+        self.position.loss_sum += agreed.loss
+        self._unchecked = NOTHING
+        if agreed.stops or agreed.saves:
+            self._save()
+        if agreed.stops:
+            raise StoppedError(f"stopped after step {self.position.step}")
+        return agreed
+
+    def _told(self, mine: Fed) -> Agreed:
+        """This rank's part."""
+        taken, _ = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
+        pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
-        pixels, crops, images, errors, whole_loss, stops, late = self.ranks.total(
-            [
-                *map(math.fsum, zip(*counts, strict=True)),
-                float(mine.error is not None),
-                loss,
-                float(self.wants_stop()),
-                float(is_late and self.ranks.is_first),
-            ]
+        return Agreed(
+            pixels,
+            crops,
+            images,
+            errors=float(mine.error is not None),
+            loss=math.fsum(taken.losses) if taken.is_finite else math.nan,
+            stops=float(self.wants_stop()),
+            saves=float(is_late and self.ranks.is_first),
         )
-        if errors:
-            raise next(e for e in self.ranks.gather(mine.error) if e is not None)
-        if not math.isfinite(whole_loss):
-            guilty = self.ranks.gather([] if math.isfinite(loss) else image_ids)
-            raise self._diverged([image_id for ids in guilty for image_id in ids])
-        self.position.loss_sum += whole_loss
-        self._unchecked = 0.0, []
-        if stops or late:
-            self._save()
-        if stops:
-            raise StoppedError(f"stopped after step {self.position.step}")
-        return BatchCounts(pixels, crops, images), whole_loss
 
-    def _diverged(self, image_ids: list[str]) -> DivergedError:
+    def _diverged(self) -> DivergedError:
+        """Names the images of the pieces whose loss is no number; of all, if it is the gradient."""
+        taken, ids = self._unchecked
+        is_bad = [not math.isfinite(loss) for loss in taken.losses]
+        mine = [(i, bad) for piece, bad in zip(ids, is_bad, strict=True) for i in piece]
+        images = [image for part in self.ranks.gather(mine) for image in part]
+        guilty = [i for i, bad in images if bad] or [i for i, _ in images]
+        named = list(dict.fromkeys(guilty))
+        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
         return DivergedError(
             f"the loss or its gradient is no number at step {self.position.step}; images: "
-            f"{', '.join(image_ids[:8])}; the last good checkpoint is kept in "
+            f"{', '.join(named[:SHOWN])}{more}; the last good checkpoint is kept in "
             f"{self.run.store.uri()}: look at these images, or train into a new folder with a "
             "lower train.learning_rate"
         )
@@ -240,17 +276,17 @@ class Fitting:
         train, position = self.config.train, self.position
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = rate_at(position.step, self.steps, train)
-        loss = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
-        self._unchecked = loss, [i for piece in mine.pieces for i in piece.image_ids]
+        taken = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
+        self._unchecked = taken, [piece.image_ids for piece in mine.pieces]
         position.step += 1
         position.step_in_epoch += 1
 
-    def _evaluate(self) -> Evaluation:
+    def _validate(self) -> Validation:
         """On the weights that will be kept: statistics of BatchNorm are the first rank's."""
         network, device = self.learner.kept, self.learner.device
-        self.ranks.share(network.buffers())
+        self.ranks.broadcast(network.buffers())
         try:
-            return evaluate(
+            return validate(
                 network, self.header, device, self.val, self.ranks, self.pool, self.wants_stop
             )
         except StoppedError:
@@ -259,7 +295,7 @@ class Fitting:
 
     def _save(self) -> None:
         self._saved = time.monotonic()
-        self.ranks.first(lambda: self.run.save(self.position, self.learner.tensors()))
+        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.tensors()))
 
     def _publish(self, name: str) -> None:
         """A checkpoint to predict with."""
@@ -273,7 +309,7 @@ class Fitting:
         header = replace(self.header, training=about)
         self.run.store.publish(name, checkpoint.serialise(self.learner.kept, header))
 
-    def _record(self, loss: float, found: Evaluation) -> None:
+    def _record(self, loss: float, found: Validation) -> None:
         """Rows for the history; times are not in it, so that two runs of a config agree."""
         position = self.position
         rate = rate_at(position.step - 1, self.steps, self.config.train)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples
 from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
+
+
+class Taken(NamedTuple):
+    """What one rank saw of an optimiser step."""
+
+    losses: list[float]
+    """Its part of the loss, by piece."""
+    is_finite: bool
+    """Whether the gradient is, on every rank alike; if not, the weights stay as they are."""
 
 
 class Learner:
@@ -58,9 +67,8 @@ class Learner:
 
     def step(
         self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
-    ) -> float:
-        """Take one optimiser step; returns this rank's part of the loss, NaN where the gradient is
-        not finite: then the weights stay as they are.
+    ) -> Taken:
+        """Take one optimiser step, unless the gradient is not finite.
 
         ``seed``: of dropout; of the run, the step and the rank, so that nothing need be kept.
         """
@@ -71,14 +79,15 @@ class Learner:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
-        parts = [self._backward(piece, counts, piece is pieces[-1]) for piece in pieces]
+        parts = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
         longest = self._config.clip_norm or math.inf
-        if not nn.utils.clip_grad_norm_(self.network.parameters(), longest).isfinite():
-            return math.nan
-        self._optimiser.step()
-        if self._mean is not None:
-            self._mean.update_parameters(self.network)
-        return math.fsum(part.item() for part in parts)
+        length = nn.utils.clip_grad_norm_(self.network.parameters(), longest)
+        is_finite = bool(length.isfinite())
+        if is_finite:
+            self._optimiser.step()
+            if self._mean is not None:
+                self._mean.update_parameters(self.network)
+        return Taken([part.item() for part in parts], is_finite)
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""

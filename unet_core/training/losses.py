@@ -36,7 +36,9 @@ def bce(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
 def focal(logits_NKHW: Tensor, labels_NHW: Tensor, gamma: float) -> Tensor:
     """(1 − p)^γ · (−log p) of the true class, NHW (Lin et al. 2017, arXiv 1708.02002, eq. 4)."""
     entropy_NHW = cross_entropy(logits_NKHW, labels_NHW)
-    return (1 - torch.exp(-entropy_NHW)).clamp(min=0) ** gamma * entropy_NHW
+    wrong_NHW = -torch.expm1(-entropy_NHW)  # 1 − p
+    positive_NHW = wrong_NHW.clamp(min=torch.finfo(wrong_NHW.dtype).tiny)  # 0^(γ − 1) is infinite
+    return positive_NHW**gamma * entropy_NHW
 
 
 def tversky(

@@ -31,11 +31,11 @@ class Ranks:
         """Whether this rank writes and speaks for all."""
         return self.rank == 0
 
-    def lanes(self, batch: int) -> range:
+    def slots(self, batch: int) -> range:
         """The places of a global batch that this rank fills."""
         return range(self.rank * batch // self.count, (self.rank + 1) * batch // self.count)
 
-    def total(self, values: list[float]) -> list[float]:
+    def summed(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in double precision."""
         if self.count == 1:
             return values
@@ -53,7 +53,7 @@ class Ranks:
         distributed.all_gather_object(found, value)
         return found
 
-    def first(self, call: Callable[[], ResultT]) -> ResultT:
+    def on_first(self, call: Callable[[], ResultT]) -> ResultT:
         """What the first rank finds, so that all go by the same; its error is raised on all."""
         box: list[Any] = [_tried(call) if self.is_first else None]
         if self.count > 1:
@@ -63,13 +63,13 @@ class Ranks:
             raise raised
         return result
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first rank."""
         if self.count > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
-    def together(self, call: Callable[[], ResultT]) -> ResultT:
+    def on_all(self, call: Callable[[], ResultT]) -> ResultT:
         """Do what each rank does alone; an error of ours on one is raised on all: nobody waits."""
         result, error = _tried(call)
         errors = [found for found in self.gather(error) if found is not None]

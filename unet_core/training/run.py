@@ -8,12 +8,14 @@ published before it.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from unet_core import __version__
+from unet_core.config import Section
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.networks import checkpoint
@@ -29,6 +31,8 @@ from unet_core.training.dataset import Splits
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
 """By the step."""
+GIVEN = ".given"
+"""Of a key in the identity: that it was written counts, whatever its value."""
 
 Row = dict[str, Any]
 
@@ -63,7 +67,24 @@ def identity(config: TrainConfig) -> Identity:
     begins_with = config.model.checkpoint
     if begins_with:
         table["model"]["checkpoint"] = checkpoint.digest(begins_with, config.storage)
-    return _flat(table)
+    return _flat(table) | dict.fromkeys((key + GIVEN for key in _given(config)), True)
+
+
+def _given(config: TrainConfig) -> Iterator[str]:
+    """Keys that have their default, and mean something else than if they had not been written."""
+    for name, part in config.data.parts.items():
+        if part.instances and _is_written_default(part, "ignore_index"):
+            yield f"data.{name}.ignore_index"
+    model = config.model
+    if model.checkpoint and _is_written_default(model, "classes"):
+        header = checkpoint.read_header(model.checkpoint, config.storage)
+        if header.class_names != tuple(model.classes):
+            yield "model.classes"
+
+
+def _is_written_default(section: Section, key: str) -> bool:
+    default = type(section).model_fields[key].default
+    return key in section.model_fields_set and getattr(section, key) == default
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Identity:

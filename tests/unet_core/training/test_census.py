@@ -23,11 +23,12 @@ def refusal(root, *overrides):
     return str(caught.value)
 
 
-def test_everything_that_is_wrong_is_told_at_once_by_name(images):
+@pytest.mark.parametrize("pages", ["refuse", "expand"])
+def test_everything_that_is_wrong_is_told_at_once_by_name(images, pages):
     (images / "images" / "cell03.png").write_bytes(b"no image")
     (images / "masks" / "cell05.png").write_bytes(png(np.full((40, 40), 9, np.uint8)))
     (images / "masks" / "cell07.png").unlink()
-    text = refusal(images)
+    text = refusal(images, f"data.train.pages={pages}")
     assert "data.train: cell03.png" in text
     assert "data.train: cell05.png: the mask cannot be used: the mask holds 9" in text
     assert "1 images have no mask: data.train: cell07.png" in text
@@ -75,6 +76,11 @@ def test_masks_whose_objects_would_all_be_ignored_are_refused(images):
     assert "have the value 255, which is ignored" in text
     assert "data.train.label_map = {255 = 1}" in text
     opened(config_of(images, images / "out", "data.train.label_map={255=1}"))
+
+
+def test_a_class_that_would_be_ignored_by_default_is_refused(images):
+    names = f"model.classes={[str(number) for number in range(256)]}"
+    assert refusal(images, names).startswith("data.train.ignore_index is 255 by default, which is")
 
 
 def test_few_images_leave_one_to_validate_with(images):

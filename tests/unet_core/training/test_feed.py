@@ -43,19 +43,19 @@ def split(request, folder, tars, stack, tmp_path):
     return train
 
 
-def steps_of(split, lanes, ranks, epoch=0, rounds=1, skip=0):
-    """Image ids by step, in the order of the lanes, as so many ranks draw them together."""
-    order = Order(FitConfig(seed=7, batch=lanes, crops_per_image=rounds), split, epoch)
-    drawn = [list(order.streams(Ranks(rank, ranks).lanes(lanes), skip)) for rank in range(ranks)]
+def steps_of(split, slots, ranks, epoch=0, rounds=1, skip=0):
+    """Image ids by step, in the order of the slots, as so many ranks draw them together."""
+    order = Order(FitConfig(seed=7, batch=slots, crops_per_image=rounds), split, epoch)
+    drawn = [list(order.streams(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
     return [
         [entry and (entry[0], entry[1].found.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
     ]
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 8, 20])
-def test_an_epoch_has_every_image_once(split, lanes):
-    steps = steps_of(split, lanes, 1)
+@pytest.mark.parametrize("slots", [1, 3, 8, 20])
+def test_an_epoch_has_every_image_once(split, slots):
+    steps = steps_of(split, slots, 1)
     drawn = Counter(entry[1] for step in steps for entry in step if entry)
     assert len(drawn) == split.images
     assert set(drawn.values()) == {1}
@@ -81,6 +81,20 @@ def test_epochs_differ_and_repeat(split):
     if split.images > 2:
         assert steps_of(split, 2, 1, epoch=1) != steps_of(split, 2, 1)
     assert steps_of(split, 2, 1, epoch=1) == steps_of(split, 2, 1, epoch=1)
+
+
+def test_shards_are_added_up_once_an_epoch(split):
+    sums = []
+
+    class Counts(list):
+        def __iter__(self):
+            sums.append(self)
+            return super().__iter__()
+
+    split.counts = Counts(split.counts)
+    order = Order(FitConfig(batch=2), split, 0)
+    assert sum(order.present(range(2), step) for step in range(order.steps)) == split.images
+    assert len(sums) == 2  # the second is that of this test
 
 
 def test_splits_share_no_image_and_lose_none(folder, tmp_path):

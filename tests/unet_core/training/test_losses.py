@@ -63,6 +63,19 @@ def test_losses_are_those_of_their_definitions(logits):
     assert both.item() == pytest.approx(0.5 * expected["dice"] + 2 * entropy.mean().item())
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("logits", [1, 3])
+def test_pixels_that_are_certain_have_a_gradient(logits, gamma):
+    x = torch.zeros(1, logits, 1, 5)
+    x[:, -1] = torch.tensor([0.0, 10.0, 20.0, 50.0, 200.0])
+    x.requires_grad_()
+    labels = torch.full((1, 1, 5), max(1, logits - 1))
+    value(x, labels, focal=1, focal_gamma=gamma).backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad[0, -1, 0, :2] < 0).all()
+    assert not x.grad[0, -1, 0, 4]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("logits", [1, 3])
 def test_a_batch_without_truth_weighs_nothing(name, logits):

@@ -30,7 +30,7 @@ AHEAD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Validation:
     """What came of it, from summed counts."""
 
     confusion_KK: Array
@@ -59,10 +59,10 @@ class Evaluation:
         return mean(getattr(score, metric) for score in self.scores[1:]) or 0.0
 
 
-def evaluate(
+def validate(
     network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
     pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
-) -> Evaluation:  # fmt: skip
+) -> Validation:  # fmt: skip
     """Segment a split, each rank its share; counts, and a StoppedError, are those of all."""
     windows = windows_for(TileConfig(), header.tiling)
     how = Postprocessing(header.network.classes)
@@ -75,7 +75,7 @@ def evaluate(
         with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
             for index, image in enumerate(images):
                 if wants_stop():
-                    raise StoppedError("stopped while evaluating")
+                    raise StoppedError("stopped while validating")
                 canvas = Canvas(index, image.picture, windows, how)
                 for tile in canvas.tiles:
                     for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
@@ -86,7 +86,7 @@ def evaluate(
 
     # the engine wants repeatable kernels; training does not
     with torch.backends.cudnn.flags(enabled=True):
-        return Evaluation(sum(ranks.gather(ranks.together(count))))
+        return Validation(sum(ranks.gather(ranks.on_all(count))))
 
 
 def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
