@@ -1,6 +1,6 @@
-"""A driver that dies on cue: ``python -m tests.dying_driver STAGE N CONFIG.toml``.
+"""A driver that dies on cue: ``python -m tests.dying_driver STAGE SIGNAL CONFIG.toml``.
 
-STAGE is where the process kills itself with SIGKILL the N-th time that it gets there.
+STAGE is where the process sends itself the signal of that number.
 """
 
 import os
@@ -12,7 +12,7 @@ from unet_core.inference.engine import Engine
 from unet_core.storage.store import Store
 
 
-def die_at(owner, name, is_there, n):
+def die_at(n, owner, name, is_there=lambda *_: True, number=signal.SIGKILL):
     """Wrap ``owner.name``: on the n-th call for which ``is_there`` holds, die before it."""
     original = getattr(owner, name)
     count = 0
@@ -21,24 +21,25 @@ def die_at(owner, name, is_there, n):
         nonlocal count
         count += is_there(*args)
         if count == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     setattr(owner, name, wrapper)
 
 
+def before(folder):
+    """That a file of this folder is about to be published."""
+    return lambda _, name, *__: name.startswith(folder)
+
+
 STAGES = {
-    "device": lambda n: die_at(Engine, "run", lambda *_: True, n),
-    "between masks and metrics": lambda n: die_at(
-        Store, "publish_exclusively", lambda _, name, *__: name.startswith("metrics"), n
-    ),
-    "inside a publication": lambda n: die_at(os, "link", lambda *_: True, n + 2),
-    "before the manifest": lambda n: die_at(
-        Store, "publish_exclusively", lambda _, name, *__: name.startswith("manifest"), 1
-    ),
+    "device": (3, Engine, "run"),
+    "between masks and metrics": (3, Store, "publish_exclusively", before("metrics")),
+    "inside a publication": (5, os, "link"),
+    "before the manifest": (1, Store, "publish_exclusively", before("manifest")),
 }
 
 if __name__ == "__main__":
-    stage, count, *sys.argv[1:] = sys.argv[1], int(sys.argv[2]), "predict", *sys.argv[3:]
-    STAGES[stage](count)
+    stage, number, *sys.argv[1:] = sys.argv[1], int(sys.argv[2]), "predict", *sys.argv[3:]
+    die_at(*STAGES[stage], number=number)
     main()

@@ -42,9 +42,9 @@ def main(environment, rank, ranks, meeting, config, errors, when):
     torch.set_num_threads(1)
     stage, _, number = when.partition(":")
     if stage == "inside":  # a publication: its temporary file is left behind
-        die_at(os, "replace", lambda *_: True, int(number))
+        die_at(int(number), os, "replace")
     elif number:
-        die_at(Store, "publish", lambda _, name, *__: STAGES[stage](name), int(number))
+        die_at(int(number), Store, "publish", lambda _, name, *__: STAGES[stage](name))
     if ranks > 1:
         distributed.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks

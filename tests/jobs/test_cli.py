@@ -12,22 +12,7 @@ from tests.foreign import small
 from unet_core.synthetic import nuclei, png
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "",
-        "predict",
-        "plan",
-        "status",
-        "verify",
-        "report",
-        "train",
-        "demo",
-        "model",
-        "import-weights",
-        "export",
-    ],
-)
+@pytest.mark.parametrize("verb", ["", *cli.cli.commands])
 def test_help_tells_every_verb(verb):
     result = CliRunner().invoke(cli.cli, [*verb.split(), "--help"])
     assert result.exit_code == 0
@@ -92,7 +77,6 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     code, text, errors = run_cli("train", *pair, "--out", model, *options)
     assert code == 0, errors
     assert "epoch 8/8" in errors
-    assert "predicts a single class" in errors or "best" in errors
     assert f"best:     {model}/best.safetensors (val iou 0." in text
     code, text, _ = run_cli("train", *pair, "--out", model, *options)
     assert code == 0

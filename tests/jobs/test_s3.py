@@ -127,7 +127,7 @@ def test_a_driver_killed_with_its_run_in_the_store_continues(
         output={"uri": f"s3://{BUCKET}/{prefix}/run"}, storage={"endpoint_url": s3.url}
     )
     toml = write_toml(config, tmp_path / "job.toml")
-    command = [sys.executable, "-m", "tests.dying_driver", stage, "3", toml]
+    command = [sys.executable, "-m", "tests.dying_driver", stage, "9", toml]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     outcome = predict(config)
     assert outcome.totals.images_seen == 12
