@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -209,9 +208,7 @@ def noise(number):
 def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
     palette = tuple((n, 255 - n, 7 * n % 256) for n in range(64))
     batches = [rows(8192, seed=seed) for seed in range(4)] * 15
-    began = time.perf_counter()
     measured = measure(batches, 2)
-    assert time.perf_counter() - began < 3
     assert measured.values.num_rows == 60 * 8191
     drawn = [panels(*noise(n), palette, 255) for n in range(4)]
     picks = measured.picks[RANDOM]
