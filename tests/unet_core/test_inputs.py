@@ -4,6 +4,7 @@ import logging
 import tarfile
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from tests.data import write_tar
@@ -121,7 +122,7 @@ def test_tar_masks_are_never_images_and_order_within_a_key_is_free(tmp_path):
 
 @pytest.mark.parametrize("keep", [600, 512 * 5, -1024 * 9])
 def test_a_tar_cut_short_adds_a_failure_and_keeps_what_came_before(tmp_path, keep):
-    image = png(nuclei(40, 40, __import__("numpy").random.default_rng(0))[0])
+    image = png(nuclei(40, 40, np.random.default_rng(0))[0])
     write_tar(tmp_path / "t.tar", {"a.png": image, "b.png": image, "c.png": image})
     whole = (tmp_path / "t.tar").read_bytes()
     (tmp_path / "t.tar").write_bytes(whole[:keep])

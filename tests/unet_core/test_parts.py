@@ -20,7 +20,8 @@ def test_row_groups_are_cut_by_bytes():
     for number in range(5):
         part.add(row(number, bytes(ROW_GROUP_BYTES // 2)))
     file, _, size = part.finish()
-    data = file.read() if file.seek(0) == 0 else b""
+    file.seek(0)
+    data = file.read()
     assert size == len(data) < ROW_GROUP_BYTES
     footer = pq.ParquetFile(io.BytesIO(data)).metadata
     assert [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] == [2, 2, 1]

@@ -95,7 +95,7 @@ def test_every_image_has_its_row_whatever_is_wrong_with_it(make_config, tmp_path
     image, truth = nuclei(40, 50, np.random.default_rng(0))
     good = png(image)
     write_tar(
-        tmp_path / "odd" / "t.tar" if (tmp_path / "odd").mkdir() is None else tmp_path,
+        tmp_path / "odd" / "t.tar",
         {
             "fine.png": good,
             "fine.mask.png": png(truth),
