@@ -25,10 +25,10 @@ import pytest
 
 from jobs import cli
 from jobs.predict import predict
-from tests import rgw
-from tests.data import write_checkpoint, write_folder, write_tars
-from tests.s3 import S3
-from tests.s3 import start as start_s3
+from tests.support import rgw
+from tests.support.data import write_checkpoint, write_folder, write_tars
+from tests.support.s3 import S3
+from tests.support.s3 import start as start_s3
 from unet_core.config import PredictConfig, build
 from unet_core.networks.presets import preset
 

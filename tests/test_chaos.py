@@ -8,7 +8,7 @@ import pytest
 
 from jobs.predict import predict
 from tests.chaos.oracle import KINDS, examine
-from tests.data import pictures
+from tests.support.data import pictures
 from tests.support.harm import HARM
 
 CELLS = "driver/inside,driver/before-masks,late/inside-metrics,late/before-success,two/inside"

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests import doors
-from tests.confined import MIB, confined
-from tests.s3 import BUCKET
-from tests.unet_core.test_checkpoint import rewritten
+from tests.support import doors
+from tests.support.confined import MIB, confined
+from tests.support.s3 import BUCKET
+from tests.unet_core.networks.test_checkpoint import rewritten
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError
 from unet_core.runs.results import open_run

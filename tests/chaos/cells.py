@@ -19,7 +19,7 @@ from tests.chaos import oracle
 from tests.chaos.data import FACTORY, Data, Image, make, write_toml
 from tests.chaos.faults import PLAN, Fault, Plan
 from tests.chaos.processes import ClusterHost, Driver, StoreHost, forked
-from tests.data import write_checkpoint
+from tests.support.data import write_checkpoint
 from unet_core.config import StorageConfig
 from unet_core.networks.presets import Factory
 from unet_core.runs.verify import verify
@@ -437,8 +437,8 @@ def _store(case: Case) -> Result:
 
 
 def _has_proxy() -> str:
-    found = importlib.util.find_spec("tests.fault_proxy")
-    return "" if found else "there is no tests/fault_proxy.py yet"
+    found = importlib.util.find_spec("tests.support.fault_proxy")
+    return "" if found else "there is no tests/support/fault_proxy.py yet"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.predict import predict
 from jobs.version import CodeVersion
-from tests import poison
-from tests.data import digests, write_checkpoint, write_tar, write_tars
 from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET
+from tests.support import poison
+from tests.support.data import digests, write_checkpoint, write_tar, write_tars
+from tests.support.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
 from unet_core.images.picture import Decoder
@@ -148,7 +148,7 @@ def test_images_that_kill_or_hang_their_actors_become_failed_rows(make_config, t
     Decoder.decode = decode  # the driver stays unharmed
     config = make_config(
         input={"uri": str(tmp_path / "in"), "masks": ""},
-        model={"checkpoint": model, "factory": "tests.poison:network"},
+        model={"checkpoint": model, "factory": "tests.support.poison:network"},
         workers={"count": 2, "gpus": 1, "cpus": 1},
         storage={**SHARED, "deadline_s": 2},
         errors={"max_failed_images": 2, "stall_s": 4},

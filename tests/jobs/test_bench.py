@@ -1,7 +1,7 @@
 import pytest
 
 from jobs.bench import bench
-from tests.data import pictures
+from tests.support.data import pictures
 from unet_core.errors import ConfigError
 
 

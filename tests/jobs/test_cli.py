@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from jobs import cli
 from jobs.predict import predict
-from tests.foreign import small
+from tests.support.foreign import small
 from unet_core.synthetic import nuclei, png
 
 
@@ -131,15 +131,16 @@ def test_weights_from_elsewhere_become_a_checkpoint_that_predicts(run_cli, tmp_p
     torch.manual_seed(0)
     torch.save({"state_dict": small(1, 2).state_dict()}, tmp_path / "theirs.pth")
     made = tmp_path / "made.safetensors"
-    imported = ("import-weights", tmp_path / "theirs.pth", made, "--factory", "tests.foreign:small")
+    factory = "tests.support.foreign:small"
+    imported = ("import-weights", tmp_path / "theirs.pth", made, "--factory", factory)
     code, text, _ = run_cli(*imported, "model.color=gray", "model.arguments.classes=2")
     assert code == 0
     assert "exact tiles, halo 2, sides multiples of 2" in text
     out = ("predict", folder / "images", "--model", made, "--out", tmp_path / "run")
     code, _, error = run_cli(*out, "workers.count=inline")
     assert code == 2
-    assert "model.factory = 'tests.foreign:small'" in error
-    code, text, _ = run_cli(*out, "workers.count=inline", "model.factory=tests.foreign:small")
+    assert f"model.factory = '{factory}'" in error
+    code, text, _ = run_cli(*out, "workers.count=inline", f"model.factory={factory}")
     assert code == 0
     assert "12 seen = 12 ok" in text
     code, _, error = run_cli("import-weights", tmp_path / "no.pth", tmp_path / "x.safetensors")

@@ -13,7 +13,7 @@ from jobs.evaluate import compare, evaluate
 from jobs.pack import pack
 from jobs.predict import predict
 from jobs.verbs.arguments import run_config
-from tests.data import write_tar
+from tests.support.data import write_tar
 from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.report.facts import evaluations

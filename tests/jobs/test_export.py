@@ -15,8 +15,8 @@ from pycocotools import mask as pycoco
 from scipy import ndimage
 
 from jobs.predict import predict
-from tests.data import pictures, reading
-from tests.unet_core.test_large_images import write_slides
+from tests.support.data import pictures, reading
+from tests.unet_core.inference.test_large_images import write_slides
 from unet_core import open_run
 from unet_core.config import InputConfig, PredictConfig, build
 from unet_core.export.names import Names

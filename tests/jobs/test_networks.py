@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from jobs.predict import predict
-from tests.data import digests, pictures, write_checkpoint
 from tests.reference.whole_image import logits_of
-from tests.unet_core.test_segment import masks_of, table
+from tests.support.data import digests, pictures, write_checkpoint
+from tests.unet_core.inference.test_segment import masks_of, table
 from unet_core import open_run
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint
@@ -26,7 +26,7 @@ FOREIGN = {
          "features": [4, 4, 8, 8, 16, 4]},
         1, 2,
     ),
-    "small": Factory("tests.foreign:small", {"in_channels": 1, "classes": 2}, 1, 2),
+    "small": Factory("tests.support.foreign:small", {"in_channels": 1, "classes": 2}, 1, 2),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from jobs.inspect import plan, status
 from jobs.job import prepare
 from jobs.places import worker_places
 from jobs.predict import predict
-from tests.data import digests
+from tests.support.data import digests
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
 from unet_core.runs.compute import Compute
 from unet_core.runs.verify import verify
@@ -152,7 +152,7 @@ def test_a_driver_that_is_killed_loses_and_repeats_nothing(make_config, tmp_path
     predict(make_config(out="undisturbed"))
     config = make_config(out="run")
     toml = write_toml(config, tmp_path / "job.toml")
-    command = [sys.executable, "-m", "tests.dying_driver", stage, "9", toml]
+    command = [sys.executable, "-m", "tests.support.dying_driver", stage, "9", toml]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     committed = snapshot(tmp_path / "run")
     committed = {p: t for p, t in committed.items() if p.parent.name == "metrics"}
@@ -172,7 +172,7 @@ def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
     config = make_config()
     toml = write_toml(config, tmp_path / "job.toml")
     stage = ("between masks and metrics", str(int(number)), toml)
-    command = [sys.executable, "-m", "tests.dying_driver", *stage]
+    command = [sys.executable, "-m", "tests.support.dying_driver", *stage]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (done.returncode, "the same command continues" in done.stderr) == (130, True)
     assert not (tmp_path / "run" / "_SUCCESS").exists()

@@ -16,10 +16,10 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.predict import predict
-from tests.data import digests, pictures
 from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET, POLICY
-from tests.unet_core.test_parquet import write_parquet
+from tests.support.data import digests, pictures
+from tests.support.s3 import BUCKET, POLICY
+from tests.unet_core.inputs.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
@@ -127,7 +127,7 @@ def test_a_driver_killed_with_its_run_in_the_store_continues(
         output={"uri": f"s3://{BUCKET}/{prefix}/run"}, storage={"endpoint_url": s3.url}
     )
     toml = write_toml(config, tmp_path / "job.toml")
-    command = [sys.executable, "-m", "tests.dying_driver", stage, "9", toml]
+    command = [sys.executable, "-m", "tests.support.dying_driver", stage, "9", toml]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     outcome = predict(config)
     assert outcome.totals.images_seen == 12

@@ -10,9 +10,9 @@ import pytest
 from botocore.exceptions import ClientError
 
 from jobs.predict import predict
-from tests.data import digests, pictures, write_tar
-from tests.fault_proxy import FaultProxy, Rule
-from tests.s3 import BUCKET, S3
+from tests.support.data import digests, pictures, write_tar
+from tests.support.fault_proxy import FaultProxy, Rule
+from tests.support.s3 import BUCKET, S3
 from unet_core.config import PredictConfig, StorageConfig, build
 from unet_core.errors import StoreError
 from unet_core.runs.run import Run

@@ -14,7 +14,7 @@ from typing import Any
 MIB = 2**20
 MEMORY = 512 * MIB
 SECONDS = 20.0
-PRELOADED = ["tests.doors", "tests.data"]
+PRELOADED = ["tests.support.doors", "tests.support.data"]
 
 
 @dataclass(frozen=True)

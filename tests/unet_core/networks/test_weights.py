@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tests.foreign import small
 from tests.reference.published_unets import (
     DeepResearch,
     Dilated,
@@ -23,6 +22,7 @@ from tests.reference.published_unets import (
     milesial,
     randomised,
 )  # fmt: skip
+from tests.support.foreign import small
 from unet_core.config import ImportConfig, build
 from unet_core.errors import CheckpointError, ConfigError, NotFoundError
 from unet_core.networks import checkpoint
@@ -394,7 +394,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
         read_tensors(str(tmp_path / "theirs.pth"))
 
 
-FACTORY = {"factory": "tests.foreign:small", "color": "gray"}
+FACTORY = {"factory": "tests.support.foreign:small", "color": "gray"}
 
 
 @pytest.mark.parametrize("stride", ["auto", 2])
@@ -420,7 +420,7 @@ def test_weights_that_are_not_those_of_the_factory_are_refused(bring):
     with pytest.raises(CheckpointError, match=r"2\.weight has the shape \[4, 1, 2, 2\].*\[4, 5,"):
         bring(weights, **FACTORY, arguments={"classes": 5})
     with pytest.raises(CheckpointError, match=r"model\.factory: tests\.foreign:not_a_network gave"):
-        bring(weights, factory="tests.foreign:not_a_network", color="gray")
+        bring(weights, factory="tests.support.foreign:not_a_network", color="gray")
 
 
 def test_the_spec_of_milesial_is_the_one_that_was_verified():

@@ -15,7 +15,7 @@ from pycocotools import mask as pycoco
 from scipy import ndimage
 from skimage.measure import regionprops
 
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.export import coco, images
 from unet_core.export.names import Names
 from unet_core.export.objects import find_objects, measured

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data import write_checkpoint
+from tests.support.data import write_checkpoint
 from unet_core import load_model
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.foreign import small
 from tests.reference.gradient_reach import reaches
+from tests.support.foreign import small
 from unet_core.errors import CheckpointError
 from unet_core.geometry import Sides
 from unet_core.networks import reach

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images, decode_labels
 

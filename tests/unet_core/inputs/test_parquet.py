@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests.data import pictures
+from tests.support.data import pictures
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
@@ -109,7 +109,7 @@ def test_a_file_written_again_loses_nothing_even_where_no_etag_tells(tmp_path, c
 
 
 def test_parquet_gives_the_masks_that_tars_give(make_config, tmp_path):
-    from tests.unet_core.test_segment import masks_of, table
+    from tests.unet_core.inference.test_segment import masks_of, table
 
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in" / "a.parquet")

@@ -10,7 +10,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode, decode_images

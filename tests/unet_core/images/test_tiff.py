@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from jobs.predict import predict
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.config import build
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images
@@ -138,7 +138,7 @@ def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     tifffile.imwrite(tmp_path / "in" / "a.tif#1.tif", PAGES_QYX[0])
     section = {"uri": str(tmp_path / "in"), "masks": "", "pages": "expand"}
     outcome = predict(make_config(input=section))
-    from tests.unet_core.test_segment import masks_of
+    from tests.unet_core.inference.test_segment import masks_of
     from unet_core.runs.verify import verify
 
     masks = masks_of(tmp_path / "run")

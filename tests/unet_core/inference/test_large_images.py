@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from jobs.predict import predict
-from tests.unet_core.test_segment import masks_of, table
+from tests.unet_core.inference.test_segment import masks_of, table
 from unet_core import open_run
 from unet_core.synthetic import nuclei
 

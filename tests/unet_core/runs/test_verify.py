@@ -1,7 +1,7 @@
 import pytest
 
 from jobs.predict import predict
-from tests.data import write_tars
+from tests.support.data import write_tars
 from tests.support.harm import HARM
 from unet_core.errors import StoreError
 from unet_core.runs.verify import verify

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs.predict import predict
-from tests.unet_core.training.scenes import config_of
+from tests.support.scenes import config_of
 from unet_core.config import build
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
 from unet_core.networks import checkpoint
@@ -67,7 +67,7 @@ def test_training_learns_and_keeps_the_best_and_the_last(folder, tmp_path):
     "overrides",
     [("model.preset=paper", "train.crop=36", "model.width=4", "model.depth=2"),
      ("model.preset=dilated", "train.crop=140", "model.width=4", "model.depth=3"),
-     ("model.factory=tests.foreign:small", "model.arguments.classes=2"),
+     ("model.factory=tests.support.foreign:small", "model.arguments.classes=2"),
      ("model.factory=monai.networks.nets:BasicUNet", "model.arguments.spatial_dims=2",
       "model.arguments.in_channels=1", "model.arguments.out_channels=2",
       "model.arguments.features=[8,8,8,8,8,8]")],
@@ -115,7 +115,7 @@ def test_a_crop_that_the_network_cannot_give_is_refused_with_its_neighbours(fold
         config_of(folder, tmp_path / "m", "model.preset=paper", "model.depth=4")
     with pytest.raises(ConfigError, match=r"train\.crop is 70, but padded .* 68 and 72 are"):
         config_of(folder, tmp_path / "m", "train.crop=70")
-    overrides = ("model.factory=tests.foreign:small", "model.arguments.classes=5")
+    overrides = ("model.factory=tests.support.foreign:small", "model.arguments.classes=5")
     with pytest.raises(ConfigError, match=r"model\.classes: got 2 names, but the network has 5"):
         epochs(config_of(folder, tmp_path / "m", *overrides))
 

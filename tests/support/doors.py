@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff

@@ -1,4 +1,4 @@
-"""The pictures of ``docs/training.md``: ``python -m tests.pictures`` draws them again."""
+"""The pictures of ``docs/training.md``: ``python -m tests.tools.pictures`` draws them again."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tests.unet_core.training.scenes import labelled
+from tests.support.scenes import labelled
 from unet_core.synthetic import nuclei
 from unet_core.train_config import AugmentConfig
 from unet_core.training.augment import augmented
 from unet_core.training.boundary import boundary_term, objects_of
 from unet_core.training.crops import CropShape, draw
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SIDE = 160
 NOTHING = AugmentConfig(
     flips=False, quarter_turns=False, rotation=0, scale=1, elastic=0, contrast=0, brightness=0,

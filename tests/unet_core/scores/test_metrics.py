@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.foreign import declare_torchvision
+from tests.support.foreign import declare_torchvision
 from unet_core.runs.schema import METRICS
 from unet_core.scores.metrics import RATIOS, Scores, Totals, confusion, mean, scores_of
 

@@ -1,4 +1,4 @@
-"""Fuzzing of everything that reads foreign bytes: ``python -m tests.fuzz --seconds 600``.
+"""Fuzzing of everything that reads foreign bytes: ``python -m tests.tools.fuzz --seconds 600``.
 
 Valid files are damaged and read in child processes with little memory and time. What comes of it
 must be a result or an error of ours; anything else is a finding, whose file is kept.
@@ -32,9 +32,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from tests import doors
-from tests.confined import MIB, fork_server, limit_memory, status
-from tests.data import write_checkpoint
+from tests.support import doors
+from tests.support.confined import MIB, fork_server, limit_memory, status
+from tests.support.data import write_checkpoint
 from unet_core.errors import CheckpointError, ConfigError, ImageError, StoreError
 from unet_core.networks.presets import preset
 
@@ -335,7 +335,7 @@ def fuzz(door: str, seconds: float, seed: int, keep: Path) -> tuple[Counter[str]
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600, help="in all")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--door", choices=DOORS, action="append")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs.predict import predict
-from tests.data import digests, pictures, write_tar
 from tests.reference.whole_image import logits_of
+from tests.support.data import digests, pictures, write_tar
 from unet_core.config import TileConfig
 from unet_core.images.picture import Picture, Pixels
 from unet_core.images.preprocessing import offset_and_scale

@@ -22,8 +22,8 @@ from urllib.parse import unquote
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.fault_proxy import FaultProxy
-from tests.s3 import BUCKET, S3
+from tests.support.fault_proxy import FaultProxy
+from tests.support.s3 import BUCKET, S3
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin", "ceph", "ceph-authtool")
 COMMAND_S, READY_S, END_S = 60, 120, 20
@@ -97,7 +97,7 @@ class Rgw:
     def __init__(self) -> None:
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
         if missing:
-            raise RuntimeError(f"not installed: {', '.join(missing)}; see tests/rgw.py")
+            raise RuntimeError(f"not installed: {', '.join(missing)}; see tests/support/rgw.py")
         # a short path, because sockets in it may have 107 characters
         self.root = Path(tempfile.mkdtemp(prefix="rgw-", dir="/tmp"))
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -15,7 +15,7 @@ from unet_core.images.picture import Decoder
 from unet_core.networks.presets import Factory, preset
 from unet_core.networks.unet import UNet
 
-SPEC = Factory("tests.poison:network", {}, 1, 1)
+SPEC = Factory("tests.support.poison:network", {}, 1, 1)
 
 
 def network() -> nn.Module:

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import poison
-from tests.data import write_checkpoint, write_tar
+from tests.support import poison
+from tests.support.data import write_checkpoint, write_tar
 from unet_core.errors import ShardError
 from unet_core.images.picture import Decoder
 from unet_core.inference.replica import Replica
@@ -29,7 +29,7 @@ def segmenter(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Decoder, "decode", poison.harmless)
     config = make_config(
         input={"uri": str(tmp_path / "in"), "masks": ""},
-        model={"checkpoint": model, "factory": "tests.poison:network"},
+        model={"checkpoint": model, "factory": "tests.support.poison:network"},
     )
     source = open_source(config.input)
     spec = ReplicaSpec(config, source, checkpoint.digest(model), 1)

@@ -1,4 +1,4 @@
-"""A driver that dies on cue: ``python -m tests.dying_driver STAGE SIGNAL CONFIG.toml``.
+"""A driver that dies on cue: ``python -m tests.support.dying_driver STAGE SIGNAL CONFIG.toml``.
 
 STAGE is where the process sends itself the signal of that number.
 """

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from tests.data import write_tar
+from tests.support.data import write_tar
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import FORMATS, list_shards, open_source, read_shard

@@ -11,13 +11,13 @@ import sys
 import torch
 from torch import distributed
 
-from tests.dying_driver import die_at
+from tests.support.dying_driver import die_at
 from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Step, fit
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.rank"])
+PROCESSES.set_forkserver_preload(["tests.support.rank"])
 STAGES = {
     "history": lambda name: name.startswith("history"),
     "checkpoint": lambda name: name.startswith("checkpoints"),
