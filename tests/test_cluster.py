@@ -20,12 +20,11 @@ from packaging.specifiers import SpecifierSet
 from ray.scripts.scripts import cli as ray_cli
 
 from jobs.cli import cli
-from tests.test_readme import blocks
+from tests.support.documents import ROOT, blocks
 from unet_core import __version__
 from unet_core.config import PredictConfig, build
 from unet_core.train_config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 KUBERAY = ("cluster.yaml", "monthly.yaml", "predict.yaml", "train.yaml")
 TESTED_HERE = {

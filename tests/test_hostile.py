@@ -18,8 +18,8 @@ import pytest
 from jobs.predict import predict
 from tests.support import doors
 from tests.support.confined import MIB, confined
+from tests.support.data import rewritten
 from tests.support.s3 import BUCKET
-from tests.unet_core.networks.test_checkpoint import rewritten
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError
 from unet_core.runs.results import open_run

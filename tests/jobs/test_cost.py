@@ -4,7 +4,7 @@ import pytest
 
 from jobs.cost import Cost, estimate
 from jobs.predict import predict
-from tests.jobs.test_actors import write_many_tars
+from tests.support.data import write_many_tars
 from unet_core.errors import ConfigError
 
 

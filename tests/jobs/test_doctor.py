@@ -7,7 +7,7 @@ from s3fs import S3FileSystem
 from jobs import doctor
 from jobs.doctor import diagnose
 from jobs.version import CodeVersion
-from tests.jobs.test_predict import write_toml
+from tests.support.runs import write_toml
 from tests.support.s3 import BUCKET
 
 

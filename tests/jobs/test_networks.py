@@ -6,7 +6,7 @@ import pytest
 from jobs.predict import predict
 from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_checkpoint
-from tests.unet_core.inference.test_segment import masks_of, table
+from tests.support.runs import masks_of, table
 from unet_core import open_run
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint

@@ -12,23 +12,11 @@ from jobs.job import prepare
 from jobs.places import worker_places
 from jobs.predict import predict
 from tests.support.data import digests
+from tests.support.runs import snapshot, write_toml
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
 from unet_core.runs.compute import Compute
 from unet_core.runs.verify import verify
 from unet_core.storage.store import Store
-
-
-def snapshot(run):
-    return {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.is_file()}
-
-
-def write_toml(config, path):
-    lines = []
-    for section, keys in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        lines += [f"{k} = {json.dumps(v)}" for k, v in keys.items() if k != "label_map"]
-    path.write_text("\n".join(lines))
-    return str(path)
 
 
 def test_a_run_accounts_for_every_image(make_config, tmp_path):

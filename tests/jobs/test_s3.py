@@ -16,17 +16,16 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.predict import predict
-from tests.jobs.test_predict import write_toml
-from tests.support.data import digests, pictures
+from tests.support.data import digests, pictures, write_parquet
+from tests.support.rgw import moto_only
+from tests.support.runs import masks_by_key, write_toml
 from tests.support.s3 import BUCKET, POLICY
-from tests.unet_core.inputs.test_parquet import write_parquet
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.runs.parts import masks_name, read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
-from unet_core.storage.store import Store, table_of
+from unet_core.storage.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
 
@@ -35,15 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients th
 def prefix():
     """A place of its own in the bucket."""
     return f"test-{uuid.uuid4().hex[:8]}"
-
-
-def masks_by_key(run):
-    found = {}
-    for shard_id in run.committed():
-        keys = {r["image_id"]: r["key"] for r in read_metrics(run.store, shard_id)[0].to_pylist()}
-        for window in table_of(run.store.read(masks_name(shard_id))).to_pylist():
-            found[keys[window["image_id"]]] = window["mask"]
-    return found
 
 
 def part_digests(s3, prefix):
@@ -159,6 +149,7 @@ def test_wrong_credentials_and_missing_places_stop_with_one_sentence(
     S3FileSystem.clear_instance_cache()
 
 
+@moto_only("a role of RGW needs an administrator and a policy of its own")
 def test_a_role_is_assumed_with_the_credentials_at_hand(s3, prefix):
     iam = boto3.client("iam", endpoint_url=s3.url)
     iam.create_role(RoleName="segmenter", AssumeRolePolicyDocument=POLICY)
@@ -221,6 +212,7 @@ def test_objects_that_change_under_a_run_are_never_read(s3, prefix, folder, tars
         list(read_shard(source, second))
 
 
+@moto_only("RGW has SSE-S3 (AES256) since Ceph 17")
 def test_the_options_of_storage_reach_the_store(s3, prefix):
     storage = StorageConfig(endpoint_url=s3.url, region="us-east-1", encryption="AES256")
     store = Store(f"s3://{BUCKET}/{prefix}", storage)

@@ -12,8 +12,9 @@ from botocore.exceptions import ClientError
 from jobs.predict import predict
 from tests.support.data import digests, pictures, write_tar
 from tests.support.fault_proxy import FaultProxy, Rule
+from tests.support.runs import config_of
 from tests.support.s3 import BUCKET, S3
-from unet_core.config import PredictConfig, StorageConfig, build
+from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
@@ -76,15 +77,9 @@ class World:
     def config(self, out="", kind="tars", bucket=BUCKET, **storage):
         """``out`` is a local folder, or a new place in the bucket."""
         inside = f"s3://{bucket}/{self.prefix}/{uuid.uuid4().hex[:8]}/run"
-        table = {
-            "input": {"uri": f"s3://{bucket}/{self.prefix}/input-{kind}", "shard_images": 3},
-            "model": {"checkpoint": self.model},
-            "tile": {"size": 256},
-            "output": {"uri": str(out or inside), "report": False},
-            "workers": {"count": "inline"},
-            "storage": {"endpoint_url": self.proxy.url, **storage},
-        }
-        return build(PredictConfig, table, [])
+        uri = f"s3://{bucket}/{self.prefix}/input-{kind}"
+        storage = {"endpoint_url": self.proxy.url, **storage}
+        return config_of(uri, self.model, out or inside, "input.shard_images=3", storage=storage)
 
     def parts(self, config):
         """Digests of a run in the store."""

@@ -17,9 +17,8 @@ from jobs.places import require_reachable, worker_places
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submit import Follower, JobServer, run_name
-from tests.jobs.test_actors import write_many_tars
-from tests.jobs.test_predict import write_toml
-from tests.support.data import digests
+from tests.support.data import digests, write_many_tars
+from tests.support.runs import write_toml
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.train_config import TrainConfig

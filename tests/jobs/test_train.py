@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from jobs.train import train
-from tests.jobs.test_actors import is_ours
+from tests.support.processes import is_ours
 from tests.support.s3 import BUCKET
 from tests.support.scenes import config_of
 from unet_core.errors import ConfigError, StoppedError, WorkersError

@@ -1,11 +1,16 @@
-"""What tests read: small synthetic images, as loose files and as tars."""
+"""What tests read: small synthetic images in files of every kind, and checkpoints."""
 
 import hashlib
 import io
+import json
+import struct
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tifffile
 import torch
 from torch import nn
 
@@ -96,3 +101,53 @@ def digests(run: str | Path) -> dict[str, str]:
         for kind in ("masks", "metrics")
         for path in sorted((Path(run) / kind).glob("*"))
     }
+
+
+def write_many_tars(root):
+    """Enough work that a kill comes in the middle: 24 tars, 48 images."""
+    tars = write_tars(root / "tars")
+    for number in range(6, 24):
+        copy = tars / f"shard-{number:02d}.tar"
+        copy.write_bytes((tars / f"shard-{number % 6}.tar").read_bytes())
+    return tars
+
+
+def write_slides(root, **options):
+    """Two large images among a small one, with truth."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for number, shape in enumerate(((700, 530), (60, 70), (400, 650))):
+        image, mask = nuclei(*shape, np.random.default_rng(number))
+        rgb = np.stack([image, image // 2, 255 - image], -1)
+        tifffile.imwrite(root / "images" / f"{number}.tif", rgb, photometric="rgb", **options)
+        tifffile.imwrite(root / "masks" / f"{number}.tif", mask, **options)
+    return {"uri": str(root / "images"), "masks": str(root / "masks")}
+
+
+def write_parquet(path, rows=None, row_group_size=2, **columns):
+    """The pictures as datasets libraries write them."""
+    table = {
+        "image": [{"bytes": png(i), "path": f"{n}.png"} for n, i, _ in pictures()],
+        "truth": [png(t) for _, _, t in pictures()],
+        "name": [n for n, _, _ in pictures()],
+        **columns,
+    }
+    pq.write_table(pa.table(table).slice(0, rows), path, row_group_size=row_group_size)
+
+
+def tiff(pixels, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def rewritten(path, tmp_path, change):
+    """The checkpoint with its JSON header changed."""
+    data = Path(path).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    return str(bad)

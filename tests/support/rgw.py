@@ -10,6 +10,7 @@ variables that the target sets.
 """
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -20,10 +21,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3 import BUCKET, S3
+
+IS_ASKED_FOR = os.environ.get("UNET_JOBS_TEST_STORE") == "rgw"
+"""``make test-rgw``."""
+
+
+def moto_only(reason: str) -> pytest.MarkDecorator:
+    """A test of what a real store does not have."""
+    return pytest.mark.skipif(IS_ASKED_FOR, reason=reason)
+
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph-mgr", "radosgw", "radosgw-admin", "ceph", "ceph-authtool")
 COMMAND_S, READY_S, END_S = 60, 120, 20

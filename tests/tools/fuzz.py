@@ -28,13 +28,12 @@ import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tifffile
 import torch
 from PIL import Image
 
 from tests.support import doors
 from tests.support.confined import MIB, fork_server, limit_memory, status
-from tests.support.data import write_checkpoint
+from tests.support.data import tiff, write_checkpoint
 from unet_core.errors import CheckpointError, ConfigError, ImageError, StoreError
 from unet_core.networks.presets import preset
 
@@ -76,27 +75,21 @@ def tiffs() -> list[bytes]:
     stack = RANDOM.integers(0, 65536, (3, 40, 48), dtype=np.uint16)
     tiles = {"tile": (16, 16)}
     return [
-        _tiff(GRAY),
-        _tiff(GRAY, compression="deflate", predictor=2, rowsperstrip=9),
-        _tiff(RGB, compression="lzw", **tiles),
-        _tiff(RGB, compression="jpeg", **tiles),
-        _tiff(GRAY, compression="jpeg2000", **tiles),
-        _tiff(GRAY, compression="zstd", bigtiff=True, **tiles),
-        _tiff(GRAY, compression="packbits"),
-        _tiff(GRAY.astype(np.float32), compression="deflate", predictor=3),
-        _tiff(GRAY > 99, photometric="miniswhite"),
-        _tiff(np.moveaxis(RGB, 2, 0), photometric="rgb", planarconfig="separate", **tiles),
-        _tiff(GRAY, photometric="palette", colormap=np.zeros((3, 256), np.uint16)),
-        _tiff(stack, photometric="minisblack", byteorder=">"),
-        _tiff(stack, ome=True, metadata={"axes": "CYX"}),
-        _tiff(stack, imagej=True, metadata={"axes": "ZYX"}, truncate=True),
+        tiff(GRAY),
+        tiff(GRAY, compression="deflate", predictor=2, rowsperstrip=9),
+        tiff(RGB, compression="lzw", **tiles),
+        tiff(RGB, compression="jpeg", **tiles),
+        tiff(GRAY, compression="jpeg2000", **tiles),
+        tiff(GRAY, compression="zstd", bigtiff=True, **tiles),
+        tiff(GRAY, compression="packbits"),
+        tiff(GRAY.astype(np.float32), compression="deflate", predictor=3),
+        tiff(GRAY > 99, photometric="miniswhite"),
+        tiff(np.moveaxis(RGB, 2, 0), photometric="rgb", planarconfig="separate", **tiles),
+        tiff(GRAY, photometric="palette", colormap=np.zeros((3, 256), np.uint16)),
+        tiff(stack, photometric="minisblack", byteorder=">"),
+        tiff(stack, ome=True, metadata={"axes": "CYX"}),
+        tiff(stack, imagej=True, metadata={"axes": "ZYX"}, truncate=True),
     ]
-
-
-def _tiff(pixels: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, pixels, **options)
-    return buffer.getvalue()
 
 
 def tars() -> list[bytes]:

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from tests.support.data import reading
+from tests.support.data import reading, tiff
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images, decode_labels
 
@@ -27,12 +27,6 @@ def saved(pixels, kind="PNG", mode=None, **options):
     buffer = io.BytesIO()
     image = Image.fromarray(pixels) if mode is None else Image.fromarray(pixels).convert(mode)
     image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def tiff(pixels, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, pixels, **options)
     return buffer.getvalue()
 
 

@@ -10,7 +10,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data import reading
+from tests.support.data import reading, tiff
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode, decode_images
@@ -40,12 +40,6 @@ CORNERS = [(0, 0, HEIGHT, WIDTH), (0, 0, 1, 1), (HEIGHT - 1, WIDTH - 1, 1, 1), (
 def _small_images_are_large(monkeypatch):
     monkeypatch.setattr(large_tiff, "SMALL_PIXELS", 10_000)
     monkeypatch.setattr(tiff_segments, "BLOCK_BYTES", 2000)
-
-
-def tiff(pixels, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, pixels, **options)
-    return buffer.getvalue()
 
 
 def opened(data, rules=RULES, **options):

@@ -5,7 +5,8 @@ import pytest
 import tifffile
 
 from jobs.predict import predict
-from tests.support.data import reading
+from tests.support.data import reading, tiff
+from tests.support.runs import masks_of
 from unet_core.config import build
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images
@@ -19,12 +20,6 @@ LIMIT = 10_000
 FIVE_CYX = RANDOM.integers(0, 65536, (5, 24, 31), dtype=np.uint16)
 PAGES_QYX = RANDOM.integers(0, 256, (3, 24, 31), dtype=np.uint8)
 FIVE_YXC = np.moveaxis(FIVE_CYX, 0, -1)
-
-
-def tiff(pixels, **options):
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, pixels, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +133,6 @@ def test_expanded_pages_are_images_of_their_own(make_config, tmp_path):
     tifffile.imwrite(tmp_path / "in" / "a.tif#1.tif", PAGES_QYX[0])
     section = {"uri": str(tmp_path / "in"), "masks": "", "pages": "expand"}
     outcome = predict(make_config(input=section))
-    from tests.unet_core.inference.test_segment import masks_of
     from unet_core.runs.verify import verify
 
     masks = masks_of(tmp_path / "run")

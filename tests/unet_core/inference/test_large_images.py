@@ -1,27 +1,14 @@
 """Images that are never in memory as a whole: the same rows as if they had been."""
 
-import numpy as np
 import pytest
 import tifffile
 
 from jobs.predict import predict
-from tests.unet_core.inference.test_segment import masks_of, table
+from tests.support.data import write_slides
+from tests.support.runs import masks_of, table
 from unet_core import open_run
-from unet_core.synthetic import nuclei
 
 SHAPE = (700, 530)
-
-
-def write_slides(root, **options):
-    """Two large images among a small one, with truth."""
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    for number, shape in enumerate((SHAPE, (60, 70), (400, 650))):
-        image, mask = nuclei(*shape, np.random.default_rng(number))
-        rgb = np.stack([image, image // 2, 255 - image], -1)
-        tifffile.imwrite(root / "images" / f"{number}.tif", rgb, photometric="rgb", **options)
-        tifffile.imwrite(root / "masks" / f"{number}.tif", mask, **options)
-    return {"uri": str(root / "images"), "masks": str(root / "masks")}
 
 
 def rows_of(run):

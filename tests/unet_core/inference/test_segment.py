@@ -1,6 +1,5 @@
 """Whole shards against the obvious twin, and everything a shard can meet."""
 
-import io
 import shutil
 
 import numpy as np
@@ -9,11 +8,11 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from jobs.predict import predict
 from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_tar
+from tests.support.runs import masks_by_key, masks_of, table
 from unet_core.config import TileConfig
 from unet_core.images.picture import Picture, Pixels
 from unet_core.images.preprocessing import offset_and_scale
@@ -24,23 +23,8 @@ from unet_core.inference.windows import Windows, windows_for
 from unet_core.inputs.shards import Sample
 from unet_core.networks import checkpoint
 from unet_core.runs.compute import Compute
+from unet_core.runs.run import Run
 from unet_core.synthetic import nuclei, png
-
-
-def table(run, kind):
-    files = sorted((run / kind).glob("*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-
-def masks_of(run):
-    found = {}
-    for row in table(run, "masks"):
-        shape = (row["height"], row["width"])
-        if row["encoding"] == "png":
-            found[row["image_id"]] = np.asarray(Image.open(io.BytesIO(row["mask"]["bytes"])))
-        else:
-            found[row["image_id"]] = np.frombuffer(row["mask"], np.uint8).reshape(shape)
-    return found
 
 
 def test_masks_and_counts_are_those_of_one_pass_over_the_whole_image(make_config, tmp_path):
@@ -196,12 +180,9 @@ def test_tars_and_loose_images_give_the_same_masks_by_key(make_config, folder, t
     predict(make_config(out="tars"))
     loose = {"uri": str(folder / "images"), "masks": str(folder / "masks"), "shard_images": 5}
     predict(make_config(out="loose", input=loose))
-    by_key = []
-    for name in ("tars", "loose"):
-        keys = {row["image_id"]: row["key"] for row in table(tmp_path / name, "metrics")}
-        by_key.append({keys[i]: m.tobytes() for i, m in masks_of(tmp_path / name).items()})
-    assert by_key[0] == by_key[1]
-    assert len(by_key[0]) == 12
+    tars, loose = (masks_by_key(Run(str(tmp_path / name))) for name in ("tars", "loose"))
+    assert tars == loose
+    assert len(tars) == 12
 
 
 def test_threads_and_prefetch_change_no_byte(make_config, tmp_path):

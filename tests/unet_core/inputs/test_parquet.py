@@ -1,26 +1,16 @@
 from dataclasses import replace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests.support.data import pictures
+from tests.support.data import pictures, write_parquet
+from tests.support.runs import masks_by_key
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.runs.run import Run
 from unet_core.synthetic import png
-
-
-def write_parquet(path, rows=None, row_group_size=2, **columns):
-    """The pictures as datasets libraries write them."""
-    table = {
-        "image": [{"bytes": png(i), "path": f"{n}.png"} for n, i, _ in pictures()],
-        "truth": [png(t) for _, _, t in pictures()],
-        "name": [n for n, _, _ in pictures()],
-        **columns,
-    }
-    pq.write_table(pa.table(table).slice(0, rows), path, row_group_size=row_group_size)
 
 
 def read_all(path, **keys):
@@ -109,14 +99,9 @@ def test_a_file_written_again_loses_nothing_even_where_no_etag_tells(tmp_path, c
 
 
 def test_parquet_gives_the_masks_that_tars_give(make_config, tmp_path):
-    from tests.unet_core.inference.test_segment import masks_of, table
-
     (tmp_path / "in").mkdir()
     write_parquet(tmp_path / "in" / "a.parquet")
     predict(make_config(out="tars"))
     predict(make_config(out="parquet", input={"uri": str(tmp_path / "in"), "masks": "truth"}))
-    by_key = []
-    for name in ("tars", "parquet"):
-        keys = {row["image_id"]: row["key"] for row in table(tmp_path / name, "metrics")}
-        by_key.append({keys[i]: m.tobytes() for i, m in masks_of(tmp_path / name).items()})
-    assert by_key[0] == by_key[1]
+    tars, parquet = (masks_by_key(Run(str(tmp_path / name))) for name in ("tars", "parquet"))
+    assert tars == parquet

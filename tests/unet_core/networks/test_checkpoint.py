@@ -1,24 +1,12 @@
-import json
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.data import rewritten
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
-
-
-def rewritten(path, tmp_path, change):
-    """The checkpoint with its JSON header changed."""
-    data = Path(path).read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    return str(bad)
 
 
 def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):

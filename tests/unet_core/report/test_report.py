@@ -13,8 +13,8 @@ import pytest
 
 from jobs.predict import predict
 from jobs.verbs.arguments import predict_config
+from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.config import PredictConfig, build
 from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Sample
 from unet_core.report import facts as facts_of
@@ -33,16 +33,11 @@ COUNTER = """<script>onload = () => { document.title = [...document.images].filt
 i => i.naturalWidth > 0).length + " " + document.documentElement.scrollWidth }</script>"""
 
 
-def config_of(folder, out, model, *overrides):
-    table = {
-        "input": {"uri": str(folder / "images"), "masks": str(folder / "masks")},
-        "model": {"checkpoint": model},
-        "tile": {"size": 256},
-        "output": {"uri": str(out), "report": False},
-        "workers": {"count": "inline"},
-        "errors": {"max_failed_images": 0},
-    }
-    return build(PredictConfig, table, ["input.shard_images=5", *overrides])
+def finish(folder, model):
+    """A run over the images of ``folder``, in it; none of them may fail."""
+    source = {"masks": f"{folder}/masks", "shard_images": 5}
+    errors = {"max_failed_images": 0}
+    predict(config_of(folder / "images", model, folder / "run", input=source, errors=errors))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,7 @@ def run(folder, tiny_model, tmp_path_factory):
     shutil.copytree(folder, root, dirs_exist_ok=True)
     shutil.copy(folder / "images" / "cell01.png", root / "images" / HOSTILE)
     (root / "images" / "<script>.png").write_bytes(b"no image")
-    predict(config_of(root, root / "run", tiny_model))
+    finish(root, tiny_model)
     return open_run(str(root / "run"))
 
 
@@ -234,7 +229,7 @@ def test_what_cannot_be_shown_says_so_in_its_place(folder, tiny_model, tmp_path)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for number in range(6, 12):
         (tmp_path / "images" / f"cell{number:02d}.png").unlink()
-    predict(config_of(tmp_path, tmp_path / "run", tiny_model))
+    finish(tmp_path, tiny_model)
     (tmp_path / "images" / "cell02.png").unlink()
     (tmp_path / "images" / "cell03.png").write_bytes(b"rewritten")
     found = run_facts(open_run(str(tmp_path / "run")))
@@ -249,7 +244,7 @@ def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
     (tmp_path / "images").mkdir()
     shutil.copytree(folder / "masks", tmp_path / "masks")
     (tmp_path / "images" / "cell01.png").write_bytes(b"no image")
-    predict(config_of(tmp_path, tmp_path / "run", tiny_model))
+    finish(tmp_path, tiny_model)
     found = run_facts(open_run(str(tmp_path / "run")))
     assert (found.sheets, found.plots, found.confusion, len(found.causes)) == ([], [], [], 1)
     assert b"0 ok + 1 failed" in render(found)
