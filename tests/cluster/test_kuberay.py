@@ -1,41 +1,27 @@
-"""What cluster/ describes is what the project is: versions, commands, configs, sizes, secrets."""
+"""The manifests for KubeRay: known fields, confined pods, secrets by reference, room for actors."""
 
-import importlib.util
-import json
 import re
-import shlex
-import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import botocore.session
-import jsonschema
 import pytest
-import yaml
-from botocore.validate import ParamValidator
-from packaging.specifiers import SpecifierSet
-from ray.scripts.scripts import cli as ray_cli
 
-from jobs.cli import cli
-from tests.support.documents import ROOT, blocks
-from unet_core import __version__
-from unet_core.config import PredictConfig, build
+from tests.support.manifests import (
+    CLUSTER,
+    KUBERAY,
+    OBJECT_STORE_BYTES,
+    PODS,
+    SECRET,
+    clusters,
+    config_at,
+    documents,
+    job_config,
+    of_kind,
+    parsed,
+    pinned,
+)
+from unet_core.config import PredictConfig
 from unet_core.train_config import TrainConfig
-
-CLUSTER = ROOT / "cluster"
-KUBERAY = ("cluster.yaml", "monthly.yaml", "predict.yaml", "train.yaml")
-TESTED_HERE = {
-    "Dockerfile",
-    "Dockerfile.dockerignore",
-    "README.md",
-    "aws.yaml",
-    "prometheus.yml",
-    *(f"kuberay/{name}" for name in KUBERAY),
-}
-TESTED_ELSEWHERE = {"local.py"}
 
 # The API reference of KubeRay 1.7.0, ray.io/v1.
 FIELDS = {
@@ -68,54 +54,12 @@ POD = """automountServiceAccountToken containers nodeSelector restartPolicy secu
     serviceAccountName tolerations volumes"""
 CONTAINER = """args command env envFrom image name ports readinessProbe resources securityContext
     volumeMounts"""
-SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD")
-OBJECT_STORE_BYTES = 200 * 2**20
-
-
-class Pod(NamedTuple):
-    """A pod and where it is described."""
-
-    where: str
-    spec: dict[str, Any]
-
-
-def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((CLUSTER / "kuberay" / name).read_text()))
-
-
-def of_kind(kind: str) -> dict[str, dict[str, Any]]:
-    """Documents of one kind by their file."""
-    return {n: d for n in KUBERAY for d in documents(n) if d["kind"] == kind}
-
-
-def clusters() -> dict[str, dict[str, Any]]:
-    """What makes a Ray cluster, by its file."""
-    jobs = {name: job["spec"]["rayClusterSpec"] for name, job in of_kind("RayJob").items()}
-    return jobs | {name: cluster["spec"] for name, cluster in of_kind("RayCluster").items()}
 
 
 def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
-def templates(value: Any) -> Iterator[dict[str, Any]]:
-    """Every pod template, wherever it hangs."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in ("template", "submitterPodTemplate"):
-                yield inner
-            yield from templates(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from templates(inner)
-
-
-PODS = [
-    Pod(f"{name} {document['kind']} {number}", template["spec"])
-    for name in KUBERAY
-    for document in documents(name)
-    for number, template in enumerate(templates(document))
-]
 CONTAINERS = [
     (f"{pod.where} {container['name']}", container)
     for pod in PODS
@@ -130,12 +74,6 @@ each_container = pytest.mark.parametrize(
 )
 each_cluster = pytest.mark.parametrize("name", sorted(clusters()))
 each_job = pytest.mark.parametrize("name", sorted(of_kind("RayJob")))
-
-
-def pinned(package: str) -> str:
-    text = (ROOT / "constraints.txt").read_text()
-    (version,) = re.findall(rf"^{package}==(\S+)$", text, flags=re.MULTILINE)
-    return version
 
 
 def require_fields(given: dict[str, Any], known: str) -> None:
@@ -154,34 +92,6 @@ def walk(value: Any) -> Iterator[dict[str, Any]]:
             yield from walk(inner)
 
 
-def parsed(command: str) -> tuple[str, dict[str, Any]]:
-    """The verb of ``unet-jobs`` and its arguments; raises what click raises."""
-    program, verb, *arguments = shlex.split(command)
-    assert program == "unet-jobs"
-    return verb, cli.commands[verb].make_context(verb, arguments).params
-
-
-def config_at(
-    name: str, pod: dict[str, Any], verb: str, path: str, overrides: tuple[str, ...] = ()
-) -> Any:
-    """The config that a container of a pod finds at a path, checked."""
-    folder, _, file = path.rpartition("/")
-    (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["mountPath"] == folder]
-    (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
-    held = {d["metadata"]["name"]: d["data"] for d in documents(name) if d["kind"] == "ConfigMap"}
-    table = tomllib.loads(held[volume["configMap"]["name"]][file])
-    kind = {"predict": PredictConfig, "train": TrainConfig}[verb]
-    return build(kind, table, list(overrides))
-
-
-def job_config(name: str) -> Any:
-    spec = of_kind("RayJob")[name]["spec"]
-    verb, arguments = parsed(spec["entrypoint"])
-    assert not arguments["overrides"]
-    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    return config_at(name, head, verb, arguments["source"])
-
-
 def require_room(config: Any, spec: dict[str, Any], most: int) -> None:
     """An actor or rank must fit a pod, and the pods of all must be allowed."""
     (group,) = spec["workerGroupSpecs"]
@@ -189,15 +99,6 @@ def require_room(config: Any, spec: dict[str, Any], most: int) -> None:
     assert config.workers.gpus == limits["nvidia.com/gpu"]
     assert config.workers.cpus == float(limits["cpu"])
     assert most == group["maxReplicas"]
-
-
-def test_every_file_here_is_tested():
-    there = {
-        path.relative_to(CLUSTER).as_posix()
-        for path in CLUSTER.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert there - TESTED_ELSEWHERE == TESTED_HERE
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -326,15 +227,6 @@ def test_secrets_come_by_reference_and_the_readme_makes_them(name):
                 assert f"create serviceaccount {mapping['serviceAccountName']}\n" in readme
 
 
-@pytest.mark.parametrize("path", sorted(TESTED_HERE))
-def test_every_image_has_the_version_of_the_project(path):
-    text = (CLUSTER / path).read_text()
-    for image in re.findall(r"registry\.example\.com/\S+", text):
-        assert re.fullmatch(
-            rf"registry\.example\.com/unet-jobs:{re.escape(__version__)}-(cuda|cpu)", image
-        ), image
-
-
 @each_container
 def test_every_container_names_an_image(container):
     if container["name"] == "autoscaler":
@@ -407,176 +299,3 @@ def test_the_shared_cluster_keeps_its_state_in_the_redis_beside_it():
 
 def test_jobs_with_a_cluster_of_their_own_need_no_redis():
     assert {n for n, s in clusters().items() if "gcsFaultToleranceOptions" in s} == {"cluster.yaml"}
-
-
-AWS = yaml.safe_load((CLUSTER / "aws.yaml").read_text())
-DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
-BUILD, _, FINAL = DOCKERFILE.rpartition("\nFROM ")
-
-
-def test_aws_is_what_ray_up_accepts():
-    ray = Path(str(importlib.util.find_spec("ray").origin)).parent
-    schema = json.loads((ray / "autoscaler" / "ray-schema.json").read_text())
-    jsonschema.validate(AWS, schema)
-    assert AWS["head_node_type"] in AWS["available_node_types"]
-    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
-        assert AWS[commands] == []  # where they are absent, `ray up` installs another Ray
-
-
-@pytest.mark.parametrize("node", sorted(AWS["available_node_types"]))
-def test_aws_nodes_are_what_ec2_accepts(node):
-    ec2 = botocore.session.get_session().get_service_model("ec2")
-    config = AWS["available_node_types"][node]["node_config"]
-    shape = ec2.operation_model("RunInstances").input_shape
-    assert not set(config) - set(shape.members)
-    wanted = {**config, "MinCount": 1, "MaxCount": 1}
-    assert not ParamValidator().validate(wanted, shape).generate_report()
-    assert config["InstanceType"] in ec2.shape_for("InstanceType").enum
-    assert set(config["IamInstanceProfile"]) == {"Name"}
-    for disk in config["BlockDeviceMappings"]:
-        assert set(disk["Ebs"]) <= set(ec2.shape_for("EbsBlockDevice").members)
-        assert disk["Ebs"]["VolumeSize"] >= 100  # the machine's image and ours
-        assert disk["Ebs"]["VolumeType"] in ec2.shape_for("VolumeType").enum
-
-
-def test_aws_grows_by_spot_gpus_and_its_head_takes_no_work():
-    nodes = dict(AWS["available_node_types"])
-    head = nodes.pop(AWS["head_node_type"])
-    assert head["resources"] == {"CPU": 0}
-    assert "InstanceMarketOptions" not in head["node_config"]
-    for node in nodes.values():
-        assert node["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-        assert node["resources"]["GPU"] >= 1
-        assert (node["min_workers"], node["max_workers"]) == (0, AWS["max_workers"])
-
-
-@pytest.mark.parametrize("who", ["head", "worker"])
-def test_aws_starts_ray_with_options_that_exist(who):
-    _, start = AWS[f"{who}_start_ray_commands"]
-    arguments = ray_arguments(start.replace("$RAY_HEAD_IP", "HEAD"))
-    assert arguments["object_store_memory"] <= OBJECT_STORE_BYTES
-    assert arguments["metrics_export_port"] == 8080
-    assert arguments["head"] == (who == "head")
-    assert arguments["num_cpus"] == (0 if who == "head" else None)
-
-
-def test_aws_gives_every_node_the_token():
-    (home,) = re.findall(r"HOME=(\S+)", FINAL)
-    assert AWS["file_mounts"] == {f"{home}/.ray/auth_token": "~/.ray/auth_token"}
-    options = [word for option in AWS["docker"]["run_options"] for word in option.split()]
-    assert options[options.index("--env") + 1] == "RAY_AUTH_MODE=token"
-    assert not [o for o in options if "=" in o and SECRET.search(o.partition("=")[0].upper())]
-
-
-def test_prometheus_reads_the_list_that_ray_writes():
-    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
-
-    config = yaml.safe_load((CLUSTER / "prometheus.yml").read_text())
-    assert set(config) == {"global", "scrape_configs"}
-    (scrape,) = config["scrape_configs"]
-    assert set(scrape) == {"job_name", "file_sd_configs"}
-    assert scrape["file_sd_configs"] == [
-        {"files": [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]}
-    ]
-
-
-def test_hadolint_finds_nothing_in_the_dockerfile():
-    hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run(
-        [hadolint, "--no-color", CLUSTER / "Dockerfile"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
-    assert "hadolint ignore" not in DOCKERFILE
-
-
-def test_the_image_has_a_python_that_the_project_supports():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    stages = re.findall(r"^FROM (\S+)", DOCKERFILE, flags=re.MULTILINE)
-    assert len(set(stages)) == 1  # the venv is built for the Python that runs it
-    (version,) = re.findall(r"^python:(\d+\.\d+)-slim-\w+$", stages[0])
-    assert version in SpecifierSet(project["requires-python"])
-
-
-def test_the_image_installs_pinned_packages_only():
-    for command in re.findall(r"pip install .*", BUILD):
-        assert "--constraint constraints.txt" in command or "--no-deps" in command, command
-    assert pinned("boto3")
-
-
-def test_the_image_can_train():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert any(re.match(r"pandas\b|ray\[.*\btrain\b", name) for name in project["dependencies"]), (
-        "importing ray.train needs pandas"
-    )
-
-
-def test_the_image_runs_as_nobody_special():
-    (user,) = re.findall(r"^USER (.*)$", FINAL, flags=re.MULTILINE)
-    redis = 999
-    assert {pod.spec["securityContext"]["runAsUser"] for pod in PODS} == {int(user), redis}
-
-
-def test_the_build_sees_what_it_copies_and_nothing_more():
-    _, everything, *rules = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
-    assert everything == "*"
-    let_in = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
-    copied = {
-        source
-        for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, flags=re.MULTILINE)
-        for source in line.split()[:-1]
-    }
-    assert copied == let_in
-    assert all((ROOT / source).exists() for source in copied)
-
-
-README = (CLUSTER / "README.md").read_text()
-LINES = [
-    line.partition(" # ")[0].rstrip(" &")
-    for block in blocks("sh", README)
-    for line in block.replace("\\\n", " ").splitlines()
-]
-
-
-def ray_arguments(command: str) -> dict[str, Any]:
-    """What Ray's own command line makes of a command."""
-    program, *words = shlex.split(command)
-    assert program == "ray"
-    group: Any = ray_cli
-    while hasattr(group, "commands"):
-        name, *words = words
-        group = group.commands[name]
-    return group.make_context(name, words).params
-
-
-@pytest.mark.parametrize("command", [line for line in LINES if line.startswith("ray ")])
-def test_every_command_of_ray_in_the_readme_is_one_that_parses(command):
-    assert ray_arguments(command) is not None
-
-
-def test_every_file_that_the_readme_names_is_there():
-    named = {path.rstrip(".,") for path in re.findall(r"\bcluster/[\w./-]*\w", README)}
-    assert all((ROOT / path).exists() for path in named), named
-    linked = {f"cluster/{target}" for target in re.findall(r"\]\(([\w./-]+)\)", README)}
-    described = {f"cluster/{path}" for path in TESTED_HERE} - {"cluster/README.md"}
-    assert described - {"cluster/Dockerfile.dockerignore"} <= named | linked
-
-
-def test_the_readme_names_objects_that_the_manifests_make():
-    (cluster,) = of_kind("RayCluster").values()
-    assert f"service/{cluster['metadata']['name']}-head-svc" in README
-    jobs = {job["metadata"]["name"] for job in of_kind("RayJob").values()}
-    assert set(re.findall(r"(?:job/|get rayjob )([\w-]+)", README)) <= jobs | {"unet-jobs-monthly"}
-    (monthly,) = of_kind("CronJob").values()
-    assert f"--from=cronjob/{monthly['metadata']['name']} " in README
-
-
-def test_the_numbers_in_the_readme_are_those_of_the_manifests():
-    (worker,) = [n for n in AWS["available_node_types"].values() if "GPU" in n["resources"]]
-    cpus, kind = worker["resources"]["CPU"], worker["node_config"]["InstanceType"]
-    assert f"GPU nodes are {kind} with" in README
-    assert f"`max = {AWS['max_workers']}`, `gpus = 1`, `cpus = {cpus}`" in README
-    pod = job_config("predict.yaml").workers
-    assert f"`max = {pod.max}` actors of `gpus = 1` and `cpus = {pod.cpus:g}`" in README

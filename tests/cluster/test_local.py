@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "cluster" / "local.py"
+SCRIPT = Path(__file__).parents[2] / "cluster" / "local.py"
 
 
 def free_port():
