@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from unet_core.config import PredictConfig, build
+from unet_core.inputs.shards import Shard
 from unet_core.runs.parts import masks_name, read_metrics
 from unet_core.storage.store import table_of
 
@@ -23,6 +24,10 @@ def config_of(uri, model, out, /, *overrides, **tables):
     }
     merged = {name: {**base.get(name, {}), **tables.get(name, {})} for name in base | tables}
     return build(PredictConfig, merged, list(overrides))
+
+
+def shard(name: str, size: int = 1) -> Shard:
+    return Shard(name, name, size, None, None, None)
 
 
 def write_toml(config, path):

@@ -7,8 +7,6 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.support.data import reading, tiff
 from unet_core.errors import ImageError
@@ -226,14 +224,6 @@ def test_only_chosen_channels_are_read():
     assert len(ranges.reads) == 2
 
 
-def test_the_cache_forgets_what_was_used_least(monkeypatch):
-    loaded = []
-    cache = tiff_segments.Cache(lambda key: loaded.append(key) or np.zeros(1000, np.uint8), 4000)
-    for column in (0, 1, 0, 2, 0, 1):
-        cache.get((0, 0, column))
-    assert [column for _, _, column in loaded] == [0, 1, 2, 1]
-
-
 def test_threads_share_segments_and_failures():
     data = FILES["tiles, zstd"]
     ranges = Ranges(data)
@@ -250,31 +240,6 @@ def test_threads_share_segments_and_failures():
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(64)))
     assert len(ranges.reads) == len(set(ranges.reads)) <= 15
-
-
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_one_load_serves_all_that_wait_for_it(is_damaged):
-    started, go = threading.Event(), threading.Event()
-    loads = []
-
-    def load(key):
-        loads.append(key)
-        started.set()
-        go.wait(10)
-        if is_damaged:
-            raise ImageError("decode", "damaged")
-
-    cache = tiff_segments.Cache(load, 1000)
-    with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(cache.get, (0, 0, 0))
-        started.wait(10)
-        others = [pool.submit(cache.get, (0, 0, 0)) for _ in range(3)]
-        while not all(other.running() for other in others):
-            pass
-        go.set()
-        ends = [one.exception() for one in (first, *others)]
-    assert [type(end) is ImageError for end in ends] == [is_damaged] * 4
-    assert len(loads) == 1 or is_damaged  # who comes after a failure tries again
 
 
 def test_small_images_and_other_formats_are_left_to_the_decoder():
@@ -443,52 +408,6 @@ def test_any_damage_to_a_header_is_an_image_error_or_other_pixels():
                 image.read(0, 0, *image.shape)
         except ImageError:
             pass
-
-
-def by_rows(pixels_CHW, wanted):
-    _, height, width = pixels_CHW.shape
-    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
-
-
-METHODS = [
-    {"normalisation": "percentile"},
-    {"normalisation": "percentile", "low": 0, "high": 100},
-    {"normalisation": "percentile", "low": 50, "high": 50.5},
-    {"normalisation": "zscore"},
-    {"normalisation": "range"},
-]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-@pytest.mark.parametrize("band_bytes", [1, 3000, 2**25])
-def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, monkeypatch):
-    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", band_bytes)
-    monkeypatch.setattr("unet_core.images.preprocessing.PIECE", 100)
-    top = 255 if dtype == np.uint8 else 65535
-    pixels_CHW = np.random.default_rng(3).normal(0.5, 0.2, (2, 61, 47)).clip(0, 1) * top
-    pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))
-    wanted = Preprocessing(color=2, **method)
-    for found, whole in zip(
-        by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted), strict=True
-    ):
-        if dtype == np.float32 and wanted.normalisation == "zscore":
-            np.testing.assert_allclose(found, whole, rtol=1e-6)
-        else:
-            np.testing.assert_array_equal(found, whole)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60),
-    st.floats(0, 100), st.floats(0, 100),
-)  # fmt: skip
-def test_percentiles_of_floats_are_exact(values, low, high):
-    pixels_CHW = np.array(values, np.float32)[None, :, None]
-    wanted = Preprocessing(color=1, normalisation="percentile", low=low, high=high)
-    with np.errstate(over="ignore"):
-        found, whole = by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted)
-    np.testing.assert_array_equal(found, whole)
 
 
 def test_statistics_of_a_large_tiff_are_those_of_its_pixels():

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.images.preprocessing import (
+    Preprocessing,
+    offset_and_scale,
+    offset_and_scale_by_rows,
+    to_color,
+)
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
@@ -49,3 +56,49 @@ def test_zscore_has_mean_zero_and_deviation_one(dtype):
 @pytest.mark.parametrize("method", ["percentile", "zscore"])
 def test_a_constant_image_becomes_zeros(method):
     assert not normalised(np.full((1, 5, 5), 7, np.uint8), method).any()
+
+
+def by_rows(pixels_CHW, wanted):
+    _, height, width = pixels_CHW.shape
+    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
+
+
+METHODS = [
+    {"normalisation": "percentile"},
+    {"normalisation": "percentile", "low": 0, "high": 100},
+    {"normalisation": "percentile", "low": 50, "high": 50.5},
+    {"normalisation": "zscore"},
+    {"normalisation": "range"},
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("band_bytes", [1, 3000, 2**25])
+def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, monkeypatch):
+    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", band_bytes)
+    monkeypatch.setattr("unet_core.images.preprocessing.PIECE", 100)
+    top = 255 if dtype == np.uint8 else 65535
+    pixels_CHW = np.random.default_rng(3).normal(0.5, 0.2, (2, 61, 47)).clip(0, 1) * top
+    pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))
+    wanted = Preprocessing(color=2, **method)
+    for found, whole in zip(
+        by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted), strict=True
+    ):
+        if dtype == np.float32 and wanted.normalisation == "zscore":
+            np.testing.assert_allclose(found, whole, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(found, whole)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60),
+    st.floats(0, 100), st.floats(0, 100),
+)  # fmt: skip
+def test_percentiles_of_floats_are_exact(values, low, high):
+    pixels_CHW = np.array(values, np.float32)[None, :, None]
+    wanted = Preprocessing(color=1, normalisation="percentile", low=low, high=high)
+    with np.errstate(over="ignore"):
+        found, whole = by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted)
+    np.testing.assert_array_equal(found, whole)
