@@ -16,6 +16,8 @@ from torch import nn
 
 from unet_core.config import InputConfig
 from unet_core.images.preprocessing import Preprocessing
+from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.shards import Sample, Shard
 from unet_core.networks import checkpoint
 from unet_core.networks.checkpoint import Header, palette_of
 from unet_core.networks.construction import build, measured
@@ -83,6 +85,13 @@ def write_tars(root: Path) -> Path:
             members |= {f"{name}.png": png(image), f"{name}.mask.png": png(mask)}
         write_tar(root / f"shard-{number}.tar", members)
     return root
+
+
+def read_all(uri: str | Path, **keys: object) -> tuple[list[Shard], list[list[Sample]]]:
+    """The shards of an input, and the samples of each."""
+    source = open_source(InputConfig.model_validate({"uri": str(uri), **keys}))
+    shards = list(list_shards(source))
+    return shards, [list(read_shard(source, shard)) for shard in shards]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -1,5 +1,6 @@
 """An S3 server on loopback that really checks signatures, and a log of what it was asked."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,14 @@ class S3:
         return {
             key[len(prefix) + 1 :]: client.get_object(Bucket=bucket, Key=key)["Body"].read()
             for key in keys
+        }
+
+    def digests(self, prefix: str, bucket: str = BUCKET) -> dict[str, str]:
+        """SHA-256 of every part of a run, by name."""
+        return {
+            name: hashlib.sha256(data).hexdigest()
+            for name, data in self.objects(prefix, bucket).items()
+            if name.startswith(("masks/", "metrics/"))
         }
 
 

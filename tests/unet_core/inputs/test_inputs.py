@@ -7,19 +7,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from tests.support.data import write_tar
+from tests.support.data import read_all, write_tar
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs.formats import FORMATS, list_shards, open_source, read_shard
+from unet_core.inputs.formats import FORMATS
 from unet_core.synthetic import nuclei, png
 
 IMAGE, MASK = b"image", b"mask"
-
-
-def read_all(**keys):
-    source = open_source(InputConfig(**{k: str(v) if k == "uri" else v for k, v in keys.items()}))
-    shards = list(list_shards(source))
-    return shards, [list(read_shard(source, shard)) for shard in shards]
 
 
 def write(root, *names, data=IMAGE):

@@ -4,19 +4,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests.support.data import pictures, write_parquet
+from tests.support.data import pictures, read_all, write_parquet
 from tests.support.runs import masks_by_key
 from unet_core.config import InputConfig
 from unet_core.errors import ConfigError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.runs.run import Run
 from unet_core.synthetic import png
-
-
-def read_all(path, **keys):
-    source = open_source(InputConfig(uri=str(path), **keys))
-    shards = list(list_shards(source))
-    return shards, [list(read_shard(source, shard)) for shard in shards]
 
 
 def test_shards_are_runs_of_whole_row_groups(tmp_path):
