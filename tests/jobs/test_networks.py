@@ -82,7 +82,7 @@ def test_every_network_gives_the_same_parts_on_ray(make_config, checkpoints, tmp
 
 def test_a_checkpoint_runs_no_function_that_the_user_did_not_name(make_config, checkpoints):
     path, _ = checkpoints["small"]
-    with pytest.raises(CheckpointError, match=r"model\.factory = 'tests\.foreign:small'"):
+    with pytest.raises(CheckpointError, match=r"model\.factory = 'tests\.support\.foreign:small'"):
         predict(make_config(model={"checkpoint": path}))
     with pytest.raises(CheckpointError, match=r"now it is 'os:system'"):
         predict(make_config(model={"checkpoint": path, "factory": "os:system"}))

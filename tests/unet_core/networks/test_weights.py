@@ -419,7 +419,7 @@ def test_weights_that_are_not_those_of_the_factory_are_refused(bring):
         bring(other, **FACTORY)
     with pytest.raises(CheckpointError, match=r"2\.weight has the shape \[4, 1, 2, 2\].*\[4, 5,"):
         bring(weights, **FACTORY, arguments={"classes": 5})
-    with pytest.raises(CheckpointError, match=r"model\.factory: tests\.foreign:not_a_network gave"):
+    with pytest.raises(CheckpointError, match=r"tests\.support\.foreign:not_a_network gave"):
         bring(weights, factory="tests.support.foreign:not_a_network", color="gray")
 
 
