@@ -41,12 +41,12 @@ down:  ## End it
 test: lint types  ## Lint, types, tests
 	$(BIN)/python -m pytest
 
-test-rgw: install  ## The tests of object storage against a real Ceph (see tests/rgw.py)
+test-rgw: install  ## The tests of object storage against a real Ceph (see tests/support/rgw.py)
 	UNET_JOBS_TEST_STORE=rgw AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required \
-	$(BIN)/python -m pytest -rs tests/jobs/test_s3.py tests/unet_core/test_object_stores.py tests/jobs/test_store_faults.py
+	$(BIN)/python -m pytest -rs tests/jobs/test_s3.py tests/unet_core/storage/test_object_stores.py tests/jobs/test_store_faults.py
 
 fuzz: install  ## Damaged files of every kind, for ten minutes: make fuzz SECONDS=600
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.fuzz --seconds $(SECONDS)
 
 chaos: install  ## Kill, stop and poison runs at every stage, 20 times each: an hour and a half
 	$(BIN)/python -m tests.chaos --seed 1 --runs 20

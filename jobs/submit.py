@@ -79,21 +79,26 @@ class Submitted:
 class JobServer:
     """A cluster's job server. Methods raise WorkersError if it refuses or stays out of reach."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, client: Any = None, patience_s: float = PATIENCE_S) -> None:
+        self.address, self._patience_s = address, patience_s
         given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
         if given or (Path.home() / TOKEN).exists():  # only ray.init shows it by itself
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.exceptions import AuthenticationError  # reads the environment when it comes
+
+        self._refusal = AuthenticationError
+        self._client = client or self._connected()
+
+    def _connected(self) -> Any:
+        """Ray's client; it prefers addresses of the environment to the one that it is given."""
         from ray.job_submission import JobSubmissionClient
 
         if not logging.getLogger().isEnabledFor(logging.INFO):
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
-        self._refusal = AuthenticationError
         hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-        try:  # Ray prefers them to what is asked for
-            self._client: Any = self._ask(lambda: JobSubmissionClient(address), patience_s=0)
+        try:
+            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
         finally:
             os.environ.update(hidden)
 
@@ -166,8 +171,8 @@ class JobServer:
                 )
             )
 
-    def _ask(self, call: Callable[[], ResultT], patience_s: float = PATIENCE_S) -> ResultT:
-        deadline = time.monotonic() + patience_s
+    def _ask(self, call: Callable[[], ResultT], patience_s: float | None = None) -> ResultT:
+        deadline = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         while True:
             try:
                 return call()

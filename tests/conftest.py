@@ -25,29 +25,15 @@ import pytest
 
 from jobs import cli
 from jobs.predict import predict
-from tests import rgw
-from tests.data import write_checkpoint, write_folder, write_tars
-from tests.s3 import S3
-from tests.s3 import start as start_s3
-from unet_core.config import PredictConfig, build
+from tests.support import rgw
+from tests.support.data import write_checkpoint, write_folder, write_tars
+from tests.support.runs import config_of
+from tests.support.s3 import S3
+from tests.support.s3 import start as start_s3
+from unet_core.config import PredictConfig
 from unet_core.networks.presets import preset
 
 ConfigMaker = Callable[..., PredictConfig]
-
-IS_RGW = os.environ.get("UNET_JOBS_TEST_STORE") == "rgw"
-"""``make test-rgw``."""
-NOT_ON_RGW = {
-    "test_a_role_is_assumed_with_the_credentials_at_hand": "moto plays IAM and STS; a role of RGW "
-    "needs an administrator and a policy of its own",
-    "test_the_options_of_storage_reach_the_store": "RGW has SSE-S3 (AES256) since Ceph 17",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip on RGW, by name, what only moto has."""
-    for item in items:
-        if IS_RGW and item.name in NOT_ON_RGW:
-            item.add_marker(pytest.mark.skip(reason=NOT_ON_RGW[item.name]))
 
 
 @pytest.fixture(scope="session")
@@ -74,16 +60,8 @@ def make_config(tiny_model: str, tars: Path, tmp_path: Path) -> ConfigMaker:
     """A config for the tars, inline, with overrides."""
 
     def make(*overrides: str, out: str = "run", **table: Any) -> PredictConfig:
-        base: dict[str, Any] = {
-            "input": {"uri": str(tars), "masks": "mask.png"},
-            "model": {"checkpoint": tiny_model},
-            "tile": {"size": 256},
-            "output": {"uri": str(tmp_path / out), "report": False},
-            "workers": {"count": "inline"},
-        }
-        for section, keys in table.items():
-            base[section] = {**base.get(section, {}), **keys}
-        return build(PredictConfig, base, list(overrides))
+        table["input"] = {"masks": "mask.png", **table.get("input", {})}
+        return config_of(tars, tiny_model, tmp_path / out, *overrides, **table)
 
     return make
 
@@ -126,7 +104,7 @@ def run_cli(
 def s3_server() -> Iterator[S3]:
     """An object store that checks signatures, for the whole suite: moto, or a real Ceph."""
     with contextlib.ExitStack() as stack:
-        if IS_RGW:
+        if rgw.IS_ASKED_FOR:
             s3 = stack.enter_context(rgw.running())
         else:
             s3, server = start_s3()

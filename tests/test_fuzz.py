@@ -1,5 +1,5 @@
-from tests.confined import confined
-from tests.fuzz import DOORS, fuzz
+from tests.support.confined import confined
+from tests.tools.fuzz import DOORS, fuzz
 
 
 def test_damaged_files_of_every_kind_end_in_a_result_or_an_error_of_ours(tmp_path):

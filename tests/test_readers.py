@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jobs.predict import predict
+from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.config import PredictConfig, build
 
 
 @pytest.fixture(scope="module", params=["raw", "png"])
@@ -22,14 +22,10 @@ def results(request, folder, tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     shutil.copytree(folder / "images", root / "images")
     (root / "images" / "zz.png").write_bytes(b"no image")
-    table = {
-        "input": {"uri": f"{root}/images", "masks": f"{folder}/masks/", "shard_images": 4},
-        "model": {"checkpoint": tiny_model},
-        "output": {"uri": f"{root}/run", "encoding": request.param},
-        "workers": {"count": "inline"},
-        "errors": {"max_failed_images": 1},
-    }
-    outcome = predict(build(PredictConfig, table, []))
+    source = {"masks": f"{folder}/masks/", "shard_images": 4}
+    options = (f"output.encoding={request.param}", "errors.max_failed_images=1")
+    images, out = root / "images", root / "run"
+    outcome = predict(config_of(images, tiny_model, out, *options, input=source))
     assert (outcome.totals.ok, outcome.totals.failed, outcome.totals.shards) == (12, 1, 4)
     return open_run(f"{root}/run")
 

@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import tomllib
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -13,23 +12,19 @@ from PIL import Image
 
 from jobs.cli import cli
 from jobs.predict import predict
+from tests.support.documents import README, ROOT, blocks
+from tests.support.runs import config_of
 from unet_core import open_run
 from unet_core.config import PredictConfig, build, load
 from unet_core.errors import ErrorCode
 from unet_core.train_config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 FORMATS = (ROOT / "docs" / "formats.md").read_text()
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "cluster" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-
-
-def blocks(language, text=README):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 COMMANDS = [
@@ -91,15 +86,10 @@ def read_runs(folder, tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("reading")
     shutil.copytree(folder / "images", root / "photos")
     (root / "photos" / "zz.png").write_bytes(b"no image")
+    both = (f"input.masks={folder}/masks/", "errors.max_failed_images=1")
     for name, encoding in (("first", "raw"), ("png", "png")):
-        table = {
-            "input": {"uri": f"{root}/photos", "masks": f"{folder}/masks/"},
-            "model": {"checkpoint": tiny_model},
-            "output": {"uri": f"{root}/runs/{name}", "encoding": encoding},
-            "workers": {"count": "inline"},
-            "errors": {"max_failed_images": 1},
-        }
-        predict(build(PredictConfig, table, []))
+        options = (*both, f"output.encoding={encoding}")
+        predict(config_of(root / "photos", tiny_model, root / "runs" / name, *options))
     return root
 
 

@@ -8,8 +8,8 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.package import pack
-from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET
+from tests.support.runs import write_toml
+from tests.support.s3 import BUCKET
 from unet_core.config import PredictConfig
 from unet_core.config import load as load_config
 

@@ -28,14 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.contenders import HERE, ON_RAY, Case, Contender, Work, monai
 from tests.benchmarks.peers_page import Found, rewrite
-from tests.data import write_checkpoint
-from tests.foreign import declare_torchvision
+from tests.support.data import write_checkpoint
+from tests.support.foreign import declare_torchvision
 from unet_core import open_run
 from unet_core.arrays import Array
 from unet_core.networks.presets import Factory, UNetSpec
 from unet_core.synthetic import nuclei, png
 
-SMP = Factory("tests.foreign:smp_unet", {"encoder_name": "resnet18", "in_channels": 1}, 1)
+SMP = Factory("tests.support.foreign:smp_unet", {"encoder_name": "resnet18", "in_channels": 1}, 1)
 RAY = "on Ray"
 SETTLE_S = 2.0
 """Actors of the one before take so long to end."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fnmatch
-import importlib.util
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from tests.chaos import oracle
 from tests.chaos.data import FACTORY, Data, Image, make, write_toml
 from tests.chaos.faults import PLAN, Fault, Plan
 from tests.chaos.processes import ClusterHost, Driver, StoreHost, forked
-from tests.data import write_checkpoint
+from tests.support.data import write_checkpoint
 from unet_core.config import StorageConfig
 from unet_core.networks.presets import Factory
 from unet_core.runs.verify import verify
@@ -436,11 +435,6 @@ def _store(case: Case) -> Result:
     return case.judged(seconds, base.seconds)
 
 
-def _has_proxy() -> str:
-    found = importlib.util.find_spec("tests.fault_proxy")
-    return "" if found else "there is no tests/fault_proxy.py yet"
-
-
 @dataclass(frozen=True)
 class Cell:
     """A fault at a stage."""
@@ -449,8 +443,6 @@ class Cell:
     stage: str
     perform: Callable[[Case], Result]
     action: str = "kill"
-    needs: Callable[[], str] = lambda: ""
-    """Why it cannot be run here, if it cannot."""
     is_loose: bool | None = None
     """Whether it wants loose images, or tars; None if it does not mind."""
 
@@ -480,7 +472,7 @@ CELLS = (
         for action in ("rewritten", "deleted", "added")
         for is_loose in (False, True)
     ),
-    *(Cell("store", "requests", _store, action, _has_proxy, False) for action in STORE_FAULTS),
+    *(Cell("store", "requests", _store, action, False) for action in STORE_FAULTS),
     *(Cell("actor", stage, _actor) for stage in OF_ACTORS),
     *(Cell("crash", "device", _actor, action) for action in ("memory error", "runtime error")),
     Cell("node", "device", _node, "wait"),

@@ -24,7 +24,7 @@ from torch import nn
 
 import unet_core.inference.segment
 from jobs.board import Board
-from tests.foreign import small
+from tests.support.foreign import small
 from unet_core.images.picture import Decoder
 from unet_core.inference.engine import Engine
 from unet_core.inputs.shards import Sample

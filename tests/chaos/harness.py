@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.list:
         for cell in chosen(arguments.cells):
-            print(cell.name, *([f"({cell.needs()})"] if cell.needs() else []))
+            print(cell.name)
         return
     if arguments.plant == "all":
         missed = [bug for bug in PLANTS if not _is_found(bug, arguments)]
@@ -85,7 +85,6 @@ def run(arguments: argparse.Namespace, work: Path) -> bool:
     if not cells:
         print(f"no cell fits {arguments.cells}")
         return False
-    waiting = {cell.name: cell.needs() for cell in cells if cell.needs()}
     plants = (arguments.plant,) if arguments.plant else ()
     command = f"python -m tests.chaos --seed {arguments.seed}"
     command += "".join(f" --plant {bug}" for bug in plants)
@@ -98,9 +97,6 @@ def run(arguments: argparse.Namespace, work: Path) -> bool:
     start = time.monotonic()
     try:
         for cell in cells:
-            if cell.name in waiting:
-                print(f"{cell.name:<{width}} waits: {waiting[cell.name]}", flush=True)
-                continue
             for number in numbers:
                 result = results[cell.name][number] = perform(bench, cell, number)
                 if plants and not result.is_clean:
@@ -114,7 +110,7 @@ def run(arguments: argparse.Namespace, work: Path) -> bool:
     runs = [*itertools.chain.from_iterable(r.values() for r in done.values())]
     dirty = sum(not result.is_clean for result in runs)
     print(f"{len(runs)} runs of {len(done)} cells in {time.monotonic() - start:.0f} s, "
-          f"{dirty} with findings, {len(waiting)} cells wait")  # fmt: skip
+          f"{dirty} with findings")  # fmt: skip
     return all(map(_clean, done.values()))
 
 

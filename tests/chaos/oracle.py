@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "changed", "missing"}
+"""Error codes that an undisturbed run does not have."""
 LAST_BITS = 64
 """Of a sum of round(p · 65535) over an image."""
-"""Error codes that an undisturbed run does not have."""
 KINDS = ("lost", "duplicated", "differing", "unaccounted", "orphaned", "uncovered")
 
 MANIFEST = "manifest/00000.parquet"

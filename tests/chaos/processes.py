@@ -262,8 +262,8 @@ class StoreHost:
 
 def _serve(pipe: Any, other_end: Any) -> None:
     other_end.close()
-    from tests.fault_proxy import FaultProxy, Rule
-    from tests.s3 import BUCKET, start
+    from tests.support.fault_proxy import FaultProxy, Rule
+    from tests.support.s3 import BUCKET, start
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     s3, server = start()

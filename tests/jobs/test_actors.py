@@ -18,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.predict import predict
 from jobs.version import CodeVersion
-from tests import poison
-from tests.data import digests, write_checkpoint, write_tar, write_tars
-from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET
+from tests.support import poison
+from tests.support.data import digests, write_checkpoint, write_many_tars, write_tar
+from tests.support.processes import is_ours
+from tests.support.runs import write_toml
+from tests.support.s3 import BUCKET
 from unet_core.config import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, WorkersError
 from unet_core.images.picture import Decoder
@@ -39,16 +40,6 @@ pytestmark = [
 SHARED = {"shared": True}
 
 
-def is_ours(pid):
-    """Whether a process descends from this one: nobody else's actors are ever touched."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        pid = int(stat.rpartition(")")[2].split()[1])
-    return False
-
-
 def actor_pids():
     """Processes of the segmenting actors of this suite."""
     found = []
@@ -60,16 +51,6 @@ def actor_pids():
         except OSError:
             continue
     return found
-
-
-def write_many_tars(root):
-    """Enough work that a kill comes in the middle: 24 tars, 48 images."""
-    (root / "tars").mkdir()
-    tars = write_tars(root / "tars")
-    for number in range(6, 24):
-        copy = tars / f"shard-{number:02d}.tar"
-        copy.write_bytes((tars / f"shard-{number % 6}.tar").read_bytes())
-    return tars
 
 
 def kill_one_actor_after(commits, run, killed):
@@ -162,7 +143,7 @@ def test_images_that_kill_or_hang_their_actors_become_failed_rows(make_config, t
     Decoder.decode = decode  # the driver stays unharmed
     config = make_config(
         input={"uri": str(tmp_path / "in"), "masks": ""},
-        model={"checkpoint": model, "factory": "tests.poison:network"},
+        model={"checkpoint": model, "factory": "tests.support.poison:network"},
         workers={"count": 2, "gpus": 1, "cpus": 1},
         storage={**SHARED, "deadline_s": 2},
         errors={"max_failed_images": 2, "stall_s": 4},

@@ -8,26 +8,11 @@ from click.testing import CliRunner
 
 from jobs import cli
 from jobs.predict import predict
-from tests.foreign import small
+from tests.support.foreign import small
 from unet_core.synthetic import nuclei, png
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "",
-        "predict",
-        "plan",
-        "status",
-        "verify",
-        "report",
-        "train",
-        "demo",
-        "model",
-        "import-weights",
-        "export",
-    ],
-)
+@pytest.mark.parametrize("verb", ["", *cli.cli.commands])
 def test_help_tells_every_verb(verb):
     result = CliRunner().invoke(cli.cli, [*verb.split(), "--help"])
     assert result.exit_code == 0
@@ -99,7 +84,6 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     code, text, errors = run_cli("train", *pair, "--out", model, *options)
     assert code == 0, errors
     assert "epoch 8/8" in errors
-    assert "predicts a single class" in errors or "best" in errors
     assert f"best:     {model}/best.safetensors (val iou 0." in text
     code, text, _ = run_cli("train", *pair, "--out", model, *options)
     assert code == 0
@@ -156,15 +140,16 @@ def test_weights_from_elsewhere_become_a_checkpoint_that_predicts(run_cli, tmp_p
     torch.manual_seed(0)
     torch.save({"state_dict": small(1, 2).state_dict()}, tmp_path / "theirs.pth")
     made = tmp_path / "made.safetensors"
-    imported = ("import-weights", tmp_path / "theirs.pth", made, "--factory", "tests.foreign:small")
+    factory = "tests.support.foreign:small"
+    imported = ("import-weights", tmp_path / "theirs.pth", made, "--factory", factory)
     code, text, _ = run_cli(*imported, "model.color=gray", "model.arguments.classes=2")
     assert code == 0
     assert "exact tiles, halo 2, sides multiples of 2" in text
     out = ("predict", folder / "images", "--model", made, "--out", tmp_path / "run")
     code, _, error = run_cli(*out, "workers.count=inline")
     assert code == 2
-    assert "model.factory = 'tests.foreign:small'" in error
-    code, text, _ = run_cli(*out, "workers.count=inline", "model.factory=tests.foreign:small")
+    assert f"model.factory = '{factory}'" in error
+    code, text, _ = run_cli(*out, "workers.count=inline", f"model.factory={factory}")
     assert code == 0
     assert "12 seen = 12 ok" in text
     code, _, error = run_cli("import-weights", tmp_path / "no.pth", tmp_path / "x.safetensors")

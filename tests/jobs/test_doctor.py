@@ -7,8 +7,8 @@ from s3fs import S3FileSystem
 from jobs import doctor
 from jobs.doctor import diagnose
 from jobs.version import CodeVersion
-from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET
+from tests.support.runs import write_toml
+from tests.support.s3 import BUCKET
 
 
 def test_nothing_is_wrong_here_and_nothing_is_left(run_cli, make_config, tmp_path):

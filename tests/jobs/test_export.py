@@ -15,10 +15,10 @@ from pycocotools import mask as pycoco
 from scipy import ndimage
 
 from jobs.predict import predict
-from tests.data import pictures, reading
-from tests.unet_core.test_large_images import write_slides
+from tests.support.data import pictures, reading, write_slides
+from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.config import InputConfig, PredictConfig, build
+from unet_core.config import InputConfig
 from unet_core.export.names import Names
 from unet_core.export.objects import find_objects, measured
 from unet_core.export.task import Export, Options
@@ -35,14 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  
 def run(folder, tiny_model, tmp_path_factory):
     """The 12 loose images in 3 shards."""
     out = tmp_path_factory.mktemp("exported") / "run"
-    table = {
-        "input": {"uri": str(folder / "images"), "shard_images": 4},
-        "model": {"checkpoint": tiny_model},
-        "tile": {"size": 256},
-        "output": {"uri": str(out)},
-        "workers": {"count": "inline"},
-    }
-    predict(build(PredictConfig, table, []))
+    predict(config_of(folder / "images", tiny_model, out, "input.shard_images=4"))
     return out
 
 

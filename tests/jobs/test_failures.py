@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.predict import predict
-from tests.data import digests, write_folder, write_tar, write_tars
-from tests.jobs.test_predict import snapshot, write_toml
+from tests.support.data import digests, write_folder, write_tar, write_tars
+from tests.support.runs import snapshot, write_toml
 from unet_core.config import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.runs.compact import compact

@@ -13,8 +13,8 @@ import pytest
 
 from jobs import cli
 from jobs.predict import predict
-from tests.data import digests
-from tests.jobs.test_predict import write_toml
+from tests.support.data import digests
+from tests.support.runs import write_toml
 from unet_core.errors import StoreError
 from unet_core.runs.verify import verify
 from unet_core.storage import spool

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from jobs.predict import predict
-from tests.data import digests, pictures, write_checkpoint
 from tests.reference.whole_image import logits_of
-from tests.unet_core.test_segment import masks_of, table
+from tests.support.data import digests, pictures, write_checkpoint
+from tests.support.runs import masks_of, table
 from unet_core import open_run
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint
@@ -26,7 +26,7 @@ FOREIGN = {
          "features": [4, 4, 8, 8, 16, 4]},
         1, 2,
     ),
-    "small": Factory("tests.foreign:small", {"in_channels": 1, "classes": 2}, 1, 2),
+    "small": Factory("tests.support.foreign:small", {"in_channels": 1, "classes": 2}, 1, 2),
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_every_network_gives_the_same_parts_on_ray(make_config, checkpoints, tmp
 
 def test_a_checkpoint_runs_no_function_that_the_user_did_not_name(make_config, checkpoints):
     path, _ = checkpoints["small"]
-    with pytest.raises(CheckpointError, match=r"model\.factory = 'tests\.foreign:small'"):
+    with pytest.raises(CheckpointError, match=r"model\.factory = 'tests\.support\.foreign:small'"):
         predict(make_config(model={"checkpoint": path}))
     with pytest.raises(CheckpointError, match=r"now it is 'os:system'"):
         predict(make_config(model={"checkpoint": path, "factory": "os:system"}))

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.pack import pack
 from jobs.predict import predict
-from tests.jobs.test_s3 import masks_by_key
+from tests.support.runs import masks_by_key
 from unet_core.errors import ConfigError
 from unet_core.runs.run import Run
 

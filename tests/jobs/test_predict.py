@@ -1,9 +1,7 @@
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,24 +11,12 @@ from jobs.inspect import plan, status
 from jobs.job import prepare
 from jobs.places import worker_places
 from jobs.predict import predict
-from tests.data import digests
+from tests.support.data import digests
+from tests.support.runs import snapshot, write_toml
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError
 from unet_core.runs.compute import Compute
 from unet_core.runs.verify import verify
 from unet_core.storage.store import Store
-
-
-def snapshot(run):
-    return {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.is_file()}
-
-
-def write_toml(config, path):
-    lines = []
-    for section, keys in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        lines += [f"{k} = {json.dumps(v)}" for k, v in keys.items() if k != "label_map"]
-    path.write_text("\n".join(lines))
-    return str(path)
 
 
 def test_a_run_accounts_for_every_image(make_config, tmp_path):
@@ -154,7 +140,7 @@ def test_a_driver_that_is_killed_loses_and_repeats_nothing(make_config, tmp_path
     predict(make_config(out="undisturbed"))
     config = make_config(out="run")
     toml = write_toml(config, tmp_path / "job.toml")
-    command = [sys.executable, "-m", "tests.dying_driver", stage, "3", toml]
+    command = [sys.executable, "-m", "tests.support.dying_driver", stage, "9", toml]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     committed = snapshot(tmp_path / "run")
     committed = {p: t for p, t in committed.items() if p.parent.name == "metrics"}
@@ -171,22 +157,13 @@ def test_a_driver_that_is_killed_loses_and_repeats_nothing(make_config, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
-    config = make_config("tile.size=240")
+    config = make_config()
     toml = write_toml(config, tmp_path / "job.toml")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "predict", toml],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "run" / "metrics").glob("[!_]*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    finished_first = (tmp_path / "run" / "_SUCCESS").exists()
-    assert process.returncode == (0 if finished_first else 130)
-    assert finished_first or "the same command continues" in errors
+    stage = ("between masks and metrics", str(int(number)), toml)
+    command = [sys.executable, "-m", "tests.support.dying_driver", *stage]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, "the same command continues" in done.stderr) == (130, True)
+    assert not (tmp_path / "run" / "_SUCCESS").exists()
     assert predict(config).totals.images_seen == 12
 
 

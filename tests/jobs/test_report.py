@@ -7,7 +7,7 @@ from PIL import Image
 from jobs.predict import predict
 from jobs.report import NAME, ending_report, write_report
 from jobs.train import train
-from tests.unet_core.training.scenes import config_of
+from tests.support.scenes import config_of
 from unet_core import open_run
 from unet_core.config import FolderConfig, StorageConfig
 from unet_core.report import facts

@@ -1,6 +1,5 @@
 """The same job with its input and its run folder in an object store that checks signatures."""
 
-import hashlib
 import pickle
 import re
 import signal
@@ -16,18 +15,16 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.predict import predict
-from tests.data import digests, pictures
-from tests.jobs.test_predict import write_toml
-from tests.s3 import BUCKET, POLICY
-from tests.unet_core.test_parquet import write_parquet
+from tests.support.data import digests, pictures, write_parquet
+from tests.support.rgw import moto_only
+from tests.support.runs import masks_by_key, write_toml
+from tests.support.s3 import BUCKET, POLICY
 from unet_core.config import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.runs.parts import masks_name, read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
-from unet_core.storage.parquet import table_of
 from unet_core.storage.spool import spooled
 from unet_core.storage.store import Store
 
@@ -38,23 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients th
 def prefix():
     """A place of its own in the bucket."""
     return f"test-{uuid.uuid4().hex[:8]}"
-
-
-def masks_by_key(run):
-    found = {}
-    for shard_id in run.committed():
-        keys = {r["image_id"]: r["key"] for r in read_metrics(run.store, shard_id)[0].to_pylist()}
-        for window in table_of(run.store.read(masks_name(shard_id))).to_pylist():
-            found[keys[window["image_id"]]] = window["mask"]
-    return found
-
-
-def part_digests(s3, prefix):
-    return {
-        name: hashlib.sha256(data).hexdigest()
-        for name, data in s3.objects(prefix).items()
-        if name.startswith(("masks/", "metrics/"))
-    }
 
 
 @pytest.fixture
@@ -130,11 +110,11 @@ def test_a_driver_killed_with_its_run_in_the_store_continues(
         output={"uri": f"s3://{BUCKET}/{prefix}/run"}, storage={"endpoint_url": s3.url}
     )
     toml = write_toml(config, tmp_path / "job.toml")
-    command = [sys.executable, "-m", "tests.dying_driver", stage, "3", toml]
+    command = [sys.executable, "-m", "tests.support.dying_driver", stage, "9", toml]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     outcome = predict(config)
     assert outcome.totals.images_seen == 12
-    assert part_digests(s3, f"{prefix}/run") == digests(tmp_path / "undisturbed")
+    assert s3.digests(f"{prefix}/run") == digests(tmp_path / "undisturbed")
 
 
 def test_wrong_credentials_and_missing_places_stop_with_one_sentence(
@@ -162,6 +142,7 @@ def test_wrong_credentials_and_missing_places_stop_with_one_sentence(
     S3FileSystem.clear_instance_cache()
 
 
+@moto_only("a role of RGW needs an administrator and a policy of its own")
 def test_a_role_is_assumed_with_the_credentials_at_hand(s3, prefix):
     iam = boto3.client("iam", endpoint_url=s3.url)
     iam.create_role(RoleName="segmenter", AssumeRolePolicyDocument=POLICY)
@@ -224,6 +205,7 @@ def test_objects_that_change_under_a_run_are_never_read(s3, prefix, folder, tars
         list(read_shard(source, second))
 
 
+@moto_only("RGW has SSE-S3 (AES256) since Ceph 17")
 def test_the_options_of_storage_reach_the_store(s3, prefix):
     storage = StorageConfig(endpoint_url=s3.url, region="us-east-1", encryption="AES256")
     store = Store(f"s3://{BUCKET}/{prefix}", storage)

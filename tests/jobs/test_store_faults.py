@@ -1,7 +1,6 @@
 """What an object store and the way to it can do to a run, done to it by a proxy."""
 
 import contextlib
-import hashlib
 import re
 import uuid
 from dataclasses import dataclass, field
@@ -10,10 +9,11 @@ import pytest
 from botocore.exceptions import ClientError
 
 from jobs.predict import predict
-from tests.data import digests, pictures, write_tar
-from tests.fault_proxy import FaultProxy, Rule
-from tests.s3 import BUCKET, S3
-from unet_core.config import PredictConfig, StorageConfig, build
+from tests.support.data import digests, pictures, write_tar
+from tests.support.fault_proxy import FaultProxy, Rule
+from tests.support.runs import config_of
+from tests.support.s3 import BUCKET, S3
+from unet_core.config import StorageConfig
 from unet_core.errors import StoreError
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
@@ -76,24 +76,14 @@ class World:
     def config(self, out="", kind="tars", bucket=BUCKET, **storage):
         """``out`` is a local folder, or a new place in the bucket."""
         inside = f"s3://{bucket}/{self.prefix}/{uuid.uuid4().hex[:8]}/run"
-        table = {
-            "input": {"uri": f"s3://{bucket}/{self.prefix}/input-{kind}", "shard_images": 3},
-            "model": {"checkpoint": self.model},
-            "tile": {"size": 256},
-            "output": {"uri": str(out or inside), "report": False},
-            "workers": {"count": "inline"},
-            "storage": {"endpoint_url": self.proxy.url, **storage},
-        }
-        return build(PredictConfig, table, [])
+        uri = f"s3://{bucket}/{self.prefix}/input-{kind}"
+        storage = {"endpoint_url": self.proxy.url, **storage}
+        return config_of(uri, self.model, out or inside, "input.shard_images=3", storage=storage)
 
     def parts(self, config):
         """Digests of a run in the store."""
         bucket, _, prefix = config.output.uri.removeprefix("s3://").partition("/")
-        return {
-            name: hashlib.sha256(data).hexdigest()
-            for name, data in self.s3.objects(prefix, bucket).items()
-            if name.startswith(("masks/", "metrics/"))
-        }
+        return self.s3.digests(prefix, bucket)
 
 
 def rules(fault, *places, **how):

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import aiohttp
@@ -16,9 +17,8 @@ from jobs.places import require_reachable, worker_places
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submit import Follower, JobServer, run_name
-from tests.data import digests
-from tests.jobs.test_actors import write_many_tars
-from tests.jobs.test_predict import write_toml
+from tests.support.data import digests, write_many_tars
+from tests.support.runs import write_toml
 from unet_core.config import PredictConfig, build
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.train_config import TrainConfig
@@ -188,12 +188,7 @@ def job(status, code=None, config=None):
 def server(monkeypatch):
     monkeypatch.setattr(submit, "AGAIN_S", 0.01)
 
-    def make(client):
-        made = object.__new__(JobServer)
-        made.address, made._client, made._refusal = "http://head:8265", client, PermissionError
-        return made
-
-    return make
+    return partial(JobServer, "http://head:8265", patience_s=5)
 
 
 def test_a_run_at_work_is_attached_to_and_one_that_ended_is_continued(server, tmp_path):
@@ -302,16 +297,13 @@ def test_the_exit_code_is_the_job_s_and_stopped_is_no_success(server, ended, cod
     assert follower.follow()[0] == code
 
 
-def test_a_cluster_that_forgot_the_job_or_is_away_says_so(server, monkeypatch):
+def test_a_cluster_that_forgot_the_job_or_is_away_says_so(server):
     with pytest.raises(WorkersError, match="knows no job j: its head was restarted; the same"):
         Follower(server(FakeClient()), "j", print).follow()
-    monkeypatch.setattr(submit, "PATIENCE_S", 0.05)
     away = FakeClient()
     away.get_job_info = lambda _: (_ for _ in ()).throw(ConnectionError("refused"))
-    made = server(away)
-    monkeypatch.setattr(JobServer._ask, "__defaults__", (0.05,))
     with pytest.raises(WorkersError, match=r"no Ray job server at http://head:8265: refused"):
-        made.info("j")
+        server(away, patience_s=0.05).info("j")
 
 
 def test_progress_lines_of_a_job_move_a_bar_on_a_terminal(monkeypatch):

@@ -14,9 +14,9 @@ from safetensors.numpy import load, load_file
 
 from jobs.ddp import Mailbox, Reporter
 from jobs.train import train
-from tests.jobs.test_actors import is_ours
-from tests.s3 import BUCKET
-from tests.unet_core.training.scenes import config_of
+from tests.support.processes import is_ours
+from tests.support.s3 import BUCKET
+from tests.support.scenes import config_of
 from unet_core.errors import ConfigError, StoppedError, WorkersError
 from unet_core.storage.store import Store
 from unet_core.training.fit import Started

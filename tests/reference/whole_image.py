@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.data import reading
+from tests.support.data import reading
 from unet_core.geometry import Tiling
 from unet_core.images.codec import decode_images
 from unet_core.images.preprocessing import offset_and_scale, to_color

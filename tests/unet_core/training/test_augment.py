@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unet_core.training.scenes import labelled
+from tests.support.scenes import labelled
 from unet_core.train_config import AugmentConfig
 from unet_core.training.augment import augmented
 from unet_core.training.crops import CropShape, draw

@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.data import write_tar
-from tests.unet_core.training.scenes import config_of, opened
+from tests.support.data import write_tar
+from tests.support.scenes import config_of, opened
 from unet_core.errors import ConfigError
 from unet_core.synthetic import nuclei, png
 

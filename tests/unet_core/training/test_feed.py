@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from tests.data import IMAGES, write_tar
-from tests.unet_core.training.scenes import config_of, opened
+from tests.support.data import IMAGES, write_tar
+from tests.support.scenes import config_of, opened
 from unet_core.train_config import FitConfig
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load, load_file
 
-from tests.rank import start
-from tests.s3 import BUCKET
-from tests.unet_core.training.scenes import config_of
+from tests.support.rank import start
+from tests.support.s3 import BUCKET
+from tests.support.scenes import config_of
 
 NO_NORM = ("model.preset=plain", "train.batch=8", "train.learning_rate=1e-3", "loss.boundary=5",
            "loss.class_weights=balanced", "augment.elastic=3")  # fmt: skip

@@ -1,0 +1,81 @@
+"""Code that is not trusted with memory, time or this process: one call in a child of its own.
+
+The children come from a fork server that has imported everything once, so a call costs some
+milliseconds and begins with the same memory.
+"""
+
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MIB = 2**20
+MEMORY = 512 * MIB
+SECONDS = 20.0
+PRELOADED = ["tests.support.doors", "tests.support.data"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended; ``error`` and ``text`` are those of what it raised."""
+
+    value: Any = None
+    error: str = ""
+    text: str = ""
+    memory: int = 0
+    """Bytes by which the child grew at most."""
+
+
+def confined(
+    call: Callable[..., Any], *args: Any, memory: int = MEMORY, seconds: float = SECONDS
+) -> Outcome:
+    """Call; ``memory`` bytes on top of what the child begins with."""
+    context = fork_server()
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, memory, call, args))
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return Outcome(error="timeout", text=f"no end after {seconds:g} s")
+        return ours.recv()
+    except EOFError:
+        child.join()
+        return Outcome(error="died", text=f"exit code {child.exitcode}")
+    finally:
+        child.kill()
+        child.join()
+
+
+def fork_server() -> Any:
+    """Where children come from."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # others take 1 GiB beforehand
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def limit_memory(room: int) -> int:
+    """Let this process have so many bytes more; returns its resident bytes."""
+    data = status("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A figure of this process in bytes."""
+    with open("/proc/self/status") as lines:
+        (found,) = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found) * 1024
+
+
+def _child(connection: Any, memory: int, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    begun = limit_memory(memory)
+    try:
+        found = Outcome(call(*args))
+    except BaseException as error:
+        found = Outcome(error=type(error).__name__, text=str(error))
+    grown = status("VmHWM") - begun
+    connection.send(Outcome(found.value, found.error, found.text, grown))

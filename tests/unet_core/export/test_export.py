@@ -1,0 +1,169 @@
+"""What an export makes of one mask, against the libraries that read it."""
+
+import contextlib
+import io
+import itertools
+import json
+import unicodedata
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tifffile
+from PIL import Image
+from pycocotools import mask as pycoco
+from scipy import ndimage
+from skimage.measure import regionprops
+
+from tests.support.data import reading
+from unet_core.export import coco, images
+from unet_core.export.names import Names
+from unet_core.export.objects import find_objects, measured
+from unet_core.images.codec import decode_labels
+from unet_core.images.picture import Pixels
+from unet_core.networks.checkpoint import palette_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools' own
+
+PARTS = [
+    "",
+    ".",
+    "..",
+    "a",
+    "a.png",
+    "a.jpg",
+    "A.PNG",
+    ".a",
+    "a\n",
+    "a.png\n",
+    "a\\b",
+    "%2F",
+    "%",
+    "%0A",
+    "é",
+    "e\N{COMBINING ACUTE ACCENT}",
+    "%0a",
+]
+LONG = ["x" * 300, "x" * 301, "/".join(["y" * 100] * 9), "export.json/a", "index/a.parquet/a"]
+
+
+def names_among(extension, *shards):
+    return Names.among(extension, [pa.array(ids, pa.string()) for ids in shards])
+
+
+def test_every_id_has_a_name_of_its_own_that_stays_below_the_folder():
+    ids = ["/".join(parts) for n in (1, 2, 3) for parts in itertools.product(PARTS, repeat=n)]
+    ids = [*dict.fromkeys(ids), *LONG]
+    names = names_among(".png", ids)
+    found = [names.of(image_id, "5ha2d") for image_id in ids]
+    folded = {unicodedata.normalize("NFC", name).casefold() for name in found}
+    assert len(folded) == len(ids)  # also where neither case nor form is minded
+    folders = {name.rpartition("/")[0] for name in found}
+    assert not folders & set(found)
+    for name in found:
+        parts = name.split("/")
+        assert name.isprintable()
+        assert all(part and not part.startswith(".") for part in parts)
+        assert max(len(part.encode()) for part in parts) < 210
+
+
+def test_names_are_those_of_the_images_where_no_two_would_be_the_same():
+    ids = ["a/b.tif", "a/c.png", "a/c.jpg", "t.tar/k", "f.parquet#3", "s.tif#1", "a/c.png.bmp"]
+    names = names_among(".png", ids, ["50% of.jpeg", "twice.png"], ["twice.png"])
+    assert [names.of(image_id, "s") for image_id in [*ids, "50% of.jpeg", "twice.png"]] == [
+        "a/b.png", "a/c.png.png", "a/c.jpg.png", "t.tar/k.png", "f.parquet#3.png", "s.tif#1.png",
+        "a/c.png.bmp.png", "50% of.png", "twice.png%+s.png",
+    ]  # fmt: skip
+    assert names.digest != names_among(".png", ids).digest
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
+    random, palette = np.random.default_rng(1), palette_of(classes)
+    mask_HW = random.integers(0, classes, (300, 270)).astype(np.uint8 if classes < 257 else "<u2")
+    if kind == "png":
+        file = images.encode_png(mask_HW, palette)
+    else:
+        file = images.encode_tiff(mask_HW.shape, [mask_HW[:256], mask_HW[256:]], palette)
+    with contextlib.closing(file):
+        file.seek(0)
+        data = file.read()
+    (labels_HW,) = decode_labels(data, reading(2**20, ignore_index=65535), classes)
+    assert (labels_HW == mask_HW).all()
+    shown = Image.open(io.BytesIO(data))
+    assert shown.mode == ("P" if classes == 2 else "I;16")
+    if classes == 2:
+        colors_HWC = np.array(palette, np.uint8)[mask_HW]
+        assert (np.asarray(shown.convert("RGB")) == colors_HWC).all()
+    if kind == "tiff":
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            assert tiff.pages[0].is_tiled
+
+
+def blobs(number):
+    random = np.random.default_rng(number)
+    noise_HW = random.random(random.integers(1, 30, 2))
+    smooth_HW = ndimage.gaussian_filter(noise_HW, number % 3)
+    return smooth_HW > np.quantile(smooth_HW, random.random() * 0.8)
+
+
+@pytest.mark.parametrize("as_polygons", [False, True])
+def test_pycocotools_gives_back_every_pixel_holes_and_corners_too(as_polygons):
+    for number in range(80):
+        region_HW = blobs(number)
+        if not region_HW.any():
+            continue
+        y, x, (height, width) = number % 4, number % 3, region_HW.shape
+        full_HW = np.pad(region_HW, ((y, number % 2), (x, number % 5)))
+        box = slice(y, y + height), slice(x, x + width)
+        row = coco.annotation(1, box, region_HW, full_HW.shape, as_polygons)
+        segmentation = json.loads(row["segmentation"])
+        encoded = pycoco.encode(np.asfortranarray(full_HW.astype(np.uint8)))
+        if as_polygons:
+            segmentation = pycoco.merge(pycoco.frPyObjects(segmentation, *full_HW.shape))
+        else:
+            assert segmentation["counts"].encode() == encoded["counts"]
+        assert (pycoco.decode(segmentation) == full_HW).all()
+        assert row["area"] == pycoco.area(encoded)
+
+
+def test_objects_measure_what_regionprops_measures():
+    random = np.random.default_rng(0)
+    mask_HW = (ndimage.gaussian_filter(random.random((90, 80)), 3) * 40).astype(int) % 3
+    pixels_CHW = random.integers(0, 2**16, (2, 90, 80)).astype(np.uint16)
+    found = find_objects(mask_HW, splits=True)
+    rows = measured(found, Pixels.of(pixels_CHW))
+    regions = regionprops(found.labels_HW, np.moveaxis(pixels_CHW, 0, -1))
+    assert len(regions) == len(rows["label"]) > 10
+    for number, region in enumerate(regions):
+        row = {name: values[number] for name, values in rows.items()}
+        y, x, below, right = region.bbox
+        assert row["label"] == region.label
+        assert (row["area"], row["y"], row["x"]) == (region.area, y, x)
+        assert (row["height"], row["width"]) == (below - y, right - x)
+        assert (row["centroid_y"], row["centroid_x"]) == pytest.approx(region.centroid)
+        assert row["mean_intensity"] == pytest.approx(list(region.intensity_mean))
+        assert set(np.unique(mask_HW[found.labels_HW == region.label])) == {row["class"]}
+    assert ((found.labels_HW > 0) == (mask_HW > 0)).all()
+
+
+def test_components_are_those_of_four_neighbours_in_each_class():
+    mask_HW = np.array([[1, 0, 2], [0, 1, 2], [0, 2, 1]])
+    assert find_objects(mask_HW, splits=False).labels_HW.tolist() == [
+        [1, 0, 4],
+        [0, 2, 4],
+        [0, 5, 3],
+    ]
+
+
+@pytest.mark.parametrize("radius", [4, 12, 90])
+def test_watershed_cuts_what_touches_and_nothing_else_at_any_scale(radius):
+    y, x = np.ogrid[: 6 * radius, : 8 * radius]
+    touching = np.zeros((6 * radius, 8 * radius), bool)
+    for column in (2, 3.5):  # of radii
+        touching |= (y - 2 * radius) ** 2 + (x - column * radius) ** 2 <= radius**2
+    oval = ((y - 4.5 * radius) / 1.4) ** 2 + (x - 6 * radius) ** 2 <= radius**2
+    mask_HW = (touching | oval).astype(np.uint8)
+    assert len(find_objects(mask_HW, splits=False).classes) == 2
+    assert len(find_objects(mask_HW, splits=True).classes) == 3

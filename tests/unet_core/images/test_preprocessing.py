@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.data import reading
+from unet_core.images.picture import Decoder, Rejected
+from unet_core.images.preprocessing import (
+    Preprocessing,
+    offset_and_scale,
+    offset_and_scale_by_rows,
+    to_color,
+)
+from unet_core.inputs.shards import Sample
+from unet_core.synthetic import png
+
+RANDOM = np.random.default_rng(0)
+RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+
+
+def normalised(pixels_CHW, method, **options):
+    wanted = Preprocessing(color="gray", normalisation=method, **options)
+    offset, scale = offset_and_scale(pixels_CHW, wanted)
+    return (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
+
+
+def test_gray_of_gray_colours_is_that_gray_at_any_depth():
+    for dtype, top in ((np.uint8, 255), (np.uint16, 65535)):
+        gray = RANDOM.integers(0, top + 1, (40, 30, 1)).astype(dtype)
+        np.testing.assert_array_equal(to_color(gray.repeat(3, 2), "gray")[0], gray[..., 0])
+        np.testing.assert_array_equal(to_color(gray, "rgb"), gray[..., 0][None].repeat(3, 0))
+
+
+def test_luma_is_that_of_the_standard():
+    exact = RGB @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(to_color(RGB, "gray")[0] - exact).max() <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_percentiles_become_zero_and_one(dtype):
+    plane = RANDOM.integers(10, 200, (1, 50, 50)).astype(dtype)
+    low, high = np.percentile(plane, (1, 99.8), method="inverted_cdf")
+    expected = (plane - np.float32(low)) / np.float32(high - low)
+    np.testing.assert_allclose(normalised(plane, "percentile"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_range_is_the_full_scale_of_the_type():
+    np.testing.assert_allclose(normalised(np.uint8([[[0, 255]]]), "range"), [[[0, 1]]])
+    np.testing.assert_allclose(normalised(np.uint16([[[0, 65535]]]), "range"), [[[0, 1]]])
+    np.testing.assert_allclose(normalised(np.float32([[[0.25, 1]]]), "range"), [[[0.25, 1]]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_zscore_has_mean_zero_and_deviation_one(dtype):
+    scored = normalised(RANDOM.integers(0, 60000, (3, 64, 64)).astype(dtype), "zscore")
+    np.testing.assert_allclose(scored.mean(axis=(1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(scored.std(axis=(1, 2)), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["percentile", "zscore"])
+def test_a_constant_image_becomes_zeros(method):
+    assert not normalised(np.full((1, 5, 5), 7, np.uint8), method).any()
+
+
+def test_what_cannot_be_normalised_is_an_image_that_failed():
+    wanted = Preprocessing.model_construct(
+        color="gray", normalisation="percentile", low=0, high=400.0
+    )
+    sample = Sample("a", "a", "a.png", lambda: png(RGB[..., 0]))
+    (found,) = Decoder(wanted, 2, reading(10_000)).decode(sample)
+    assert isinstance(found, Rejected)
+    assert found.failure.code == "decode"
+
+
+def by_rows(pixels_CHW, wanted):
+    _, height, width = pixels_CHW.shape
+    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
+
+
+METHODS = [
+    {"normalisation": "percentile"},
+    {"normalisation": "percentile", "low": 0, "high": 100},
+    {"normalisation": "percentile", "low": 50, "high": 50.5},
+    {"normalisation": "zscore"},
+    {"normalisation": "range"},
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("band_bytes", [1, 3000, 2**25])
+def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, monkeypatch):
+    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", band_bytes)
+    monkeypatch.setattr("unet_core.images.preprocessing.PIECE", 100)
+    top = 255 if dtype == np.uint8 else 65535
+    pixels_CHW = np.random.default_rng(3).normal(0.5, 0.2, (2, 61, 47)).clip(0, 1) * top
+    pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))
+    wanted = Preprocessing(color=2, **method)
+    for found, whole in zip(
+        by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted), strict=True
+    ):
+        if dtype == np.float32 and wanted.normalisation == "zscore":
+            np.testing.assert_allclose(found, whole, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(found, whole)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60),
+    st.lists(st.floats(0, 100), min_size=2, max_size=2, unique=True).map(sorted),
+)  # fmt: skip
+def test_percentiles_of_floats_are_exact(values, between):
+    low, high = between
+    pixels_CHW = np.array(values, np.float32)[None, :, None]
+    wanted = Preprocessing(color=1, normalisation="percentile", low=low, high=high)
+    with np.errstate(over="ignore"):
+        found, whole = by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted)
+    np.testing.assert_array_equal(found, whole)
