@@ -15,7 +15,8 @@ def test_a_sample_says_what_the_rest_takes_and_nothing_stays(make_config, tmp_pa
     assert not cost.is_counted
     assert cost.images_left == pytest.approx(48, rel=0.2)
     assert cost.images_per_s > 1
-    assert cost.hours == pytest.approx(cost.images_left / cost.images_per_s / 3600, rel=0.5)
+    by_images = cost.images_left / cost.images_per_s / 3600
+    assert by_images / 3 < cost.hours < by_images * 3  # by bytes, and tars differ
     assert cost.output_bytes > 1000
     assert cost.device.startswith("cpu")
     assert {path.name for path in tmp_path.iterdir()} == {"tars"}

@@ -111,7 +111,7 @@ def test_failed_shards_are_done_again_when_asked(make_config, spoiled, monkeypat
     assert [(cause.code, cause.images) for cause in found] == [("decode", 2), ("empty", 1)]
     compact(first.run.store, first.run.record)
     with monkeypatch.context() as patch:  # one file tells as much as all parts
-        patch.setattr("unet_core.runs.compact.read_columns", None)
+        patch.setattr("unet_core.runs.compact.read_metrics", None)
         assert causes(first.run, first.totals) == found
     (run / METRICS).unlink()
     assert predict(config).was_finished
