@@ -6,13 +6,13 @@ Shapes: N images, C channels, H×W pixels, K logits.
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unet_core.networks.presets import UNetSpec, preset
+from unet_core.networks.presets import UNetSpec
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
@@ -79,11 +79,6 @@ class UNet(nn.Module):
         )
         self.head = _head(spec)
         _initialise(self, spec.init)
-
-    @classmethod
-    def from_preset(cls, name: str, **options: Any) -> "UNet":
-        """Build a named network; options are fields of ``UNetSpec``."""
-        return cls(preset(name, **options))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits NKHW of images NCHW."""
