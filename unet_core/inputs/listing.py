@@ -73,7 +73,7 @@ def file_of(source: Source, uri: str, etag: str | None) -> File:
     prefix = Allowed.of(source).prefix_of(uri)
     store = _store_of(prefix, source.root)
     # what lists call an etag is that of object stores: on local disk it says nothing
-    return File(store, uri[len(prefix) :], store, None if store.is_local else etag)
+    return File(store, uri[len(prefix) :], None if store.is_local else etag)
 
 
 @lru_cache(maxsize=64)
