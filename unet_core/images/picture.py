@@ -212,14 +212,13 @@ def _opened(
     as_labels: bool,
 ) -> LargeTiff | bytes:  # fmt: skip
     """A file that is read by window, or else all its bytes."""
-    ranged = open_ranged() if open_ranged is not None else None
-    if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged, config, as_labels)
-        if large is not None:
+    if open_ranged is not None:
+        ranged = open_ranged()
+        is_large = ranged.size > shards.LARGE_FILE_BYTES
+        if is_large and (large := open_large(ranged, config, as_labels)):
             return large
     data = read()
     in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
-    if (large := open_large(in_memory, config, as_labels)) is None:
-        return data
-    large.held_bytes += len(data)
-    return large
+    if large := open_large(in_memory, config, as_labels):
+        large.held_bytes += len(data)
+    return large or data

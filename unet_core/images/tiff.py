@@ -163,14 +163,10 @@ def check_sniffed(data: bytes, side: tuple[int, int]) -> None:
 
 
 def full_series(tiff: Any) -> list[Any]:
-    """The series of a file, without those that repeat another one at a smaller size."""
-    if tiff.is_ome:
-        _check_planes(tiff.ome_metadata or "")
-    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
-
-
-def _check_planes(ome_xml: str) -> None:
-    """Raise ImageError for metadata that claims more planes than memory has room to list."""
+    """The series of a file, without those that repeat another one at a smaller size. Raises
+    ImageError for metadata that claims more planes than memory has room to list.
+    """
+    ome_xml = (tiff.is_ome and tiff.ome_metadata) or ""
     sizes = [
         math.prod(int(size) for size in re.findall(r"Size[CZT]\s*=\s*[\"'](\d+)", pixels))
         for pixels in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", ome_xml)
@@ -179,6 +175,7 @@ def _check_planes(ome_xml: str) -> None:
     most = max([*sizes, *counts], default=0)
     if most > MAX_PLANES:
         raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
+    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
 
 
 def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputConfig) -> bool:
@@ -281,7 +278,7 @@ def from_bits(pixels: Any, as_labels: bool) -> Any:
 
 def _tiff_colors(page: Any, pixels: Any) -> Any:
     """Gray or RGB, with or without alpha, from the colours that the TIFF declares."""
-    bits = page.bitspersample
+    bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
     match _name(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
@@ -290,8 +287,8 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
         case "PALETTE":
             indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
             return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
-        case "YCBCR" if _is_whole_jpeg(page):
-            pass  # the JPEG decoder has already made RGB of it
+        case "YCBCR" if is_whole and _name(page.compression) == "JPEG":
+            pass  # each segment says by itself that it is YCbCr, so its decoder has made RGB of it
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
@@ -299,12 +296,6 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     if bits in (2, 4):
         pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
     return pixels
-
-
-def _is_whole_jpeg(page: Any) -> bool:
-    """Whether each segment is a JPEG of three colours, which says by itself that they are YCbCr."""
-    is_alone = page.planarconfig == 1 and not page.extrasamples
-    return is_alone and _name(page.compression) == "JPEG"
 
 
 def _name(tag: Any) -> str:
