@@ -129,25 +129,20 @@ def _cut_off_s(deadline_s: float, most_s: float) -> float:
 
 def _role_session(storage: StorageConfig) -> Any:
     """A session whose credentials are those of a role, renewed before they expire."""
-    from aiobotocore.credentials import AioDeferredRefreshableCredentials
+    from aiobotocore import credentials
     from aiobotocore.session import AioSession
 
     own = AioSession(profile=storage.profile or None)
     options = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
 
-    async def assume() -> dict[str, str]:
-        async with own.create_client("sts", **options) as client:
-            answer = await client.assume_role(RoleArn=storage.role, RoleSessionName="unet-jobs")
-        found = answer["Credentials"]
-        return {
-            "access_key": found["AccessKeyId"],
-            "secret_key": found["SecretAccessKey"],
-            "token": found["SessionToken"],
-            "expiry_time": found["Expiration"].isoformat(),
-        }
+    role = {"RoleArn": storage.role, "RoleSessionName": "unet-jobs"}
+
+    async def assume() -> Any:
+        client = own.create_client("sts", **options)  # can be entered once
+        return await credentials.create_assume_role_refresher(client, role)()
 
     session = AioSession()
-    session._credentials = AioDeferredRefreshableCredentials(assume, method="assume-role")
+    session._credentials = credentials.AioDeferredRefreshableCredentials(assume, "assume-role")
     return session
 
 
