@@ -21,7 +21,7 @@ from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.storage.store import read_file
+from unet_core.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -297,7 +297,7 @@ def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
 
 def _read(checkpoint: str, storage: StorageConfig | None, *piece: int) -> bytes:
     try:
-        return read_file(locate(checkpoint), storage, *piece)
+        return Store(locate(checkpoint), storage).read("", *piece)
     except StoreError as error:
         is_file = checkpoint.endswith(".safetensors")
         hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"

@@ -355,13 +355,6 @@ def split(uri: str) -> tuple[str, str]:
     return (folder or ("/" if uri.startswith("/") else "."), name)
 
 
-def read_file(
-    uri: str, storage: StorageConfig | None, start: int | None = None, stop: int | None = None
-) -> bytes:
-    """All bytes of one file given by path or URI, or those in [start, stop)."""
-    return Store(uri, storage).read("", start, stop)
-
-
 def _etag_of(info: dict[str, Any]) -> str:
     etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
     return str(etag).strip('"')
