@@ -14,6 +14,7 @@ from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")
+TEXTS = (pa.string(), pa.large_string())
 MAX_ROW_GROUP_BYTES = 2**30
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 SHARD_BYTES = 2**28
@@ -110,26 +111,22 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind in (pa.binary(), pa.large_binary())
 
 
 def _is_id(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_id(kind.value_type)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return bool(is_number or pa.types.is_decimal(kind) or _is_text(kind) or _holds_bytes(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return is_number or pa.types.is_decimal(kind) or kind in TEXTS or _holds_bytes(kind)
 
 
 def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, _bytes_for_text(field.type)) for field in kind])
-    if pa.types.is_dictionary(kind) and _is_text(kind.value_type):
+    if pa.types.is_dictionary(kind) and kind.value_type in TEXTS:
         return pa.dictionary(kind.index_type, pa.binary())
-    return pa.large_binary() if _is_text(kind) else kind
+    return pa.large_binary() if kind in TEXTS else kind
 
 
 def _size_of(group: Any, source: Source) -> int:
