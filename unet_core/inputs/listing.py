@@ -253,7 +253,9 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
     for file in files:
         try:
             for row in _inventory_rows(home, file, columns):
-                if is_image(row["Key"]) and _is_current(row):
+                is_old = str(row.get("IsLatest")).lower() == "false"
+                is_deleted = str(row.get("IsDeleteMarker")).lower() == "true"
+                if is_image(row["Key"]) and not is_old and not is_deleted:
                     yield Line(
                         f"s3://{bucket}/{row['Key']}",
                         bytes=int(row.get("Size") or 0),
@@ -261,12 +263,6 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
                     )
         except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{home.uri(file)}: not a file of an inventory: {error}") from error
-
-
-def _is_current(row: dict[str, Any]) -> bool:
-    """Not an older version, not a deletion."""
-    latest, deleted = row.get("IsLatest"), row.get("IsDeleteMarker")
-    return str(latest).lower() != "false" and str(deleted).lower() != "true"
 
 
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:
