@@ -16,8 +16,6 @@ from unet_core.networks.presets import UNetSpec
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
-DROPOUT = 0.5
-
 
 def _resize(x_NCHW: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x_NCHW, like.shape[-2:], mode="bilinear", align_corners=True)
@@ -125,7 +123,7 @@ def _block(
         order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
         layers.update(order[spec.norm])
     if dropout and spec.dropout != "none":
-        layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(DROPOUT)
+        layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(0.5)
     return nn.Sequential(layers)
 
 
