@@ -35,10 +35,10 @@ def _sentence(kind: type[BaseModel], key: tuple[int | str, ...], found: list[Any
 
 
 _LIMITS = {
-    "greater_than_equal": ("ge", "a number of {} or more"),
-    "greater_than": ("gt", "a number above {}"),
-    "less_than_equal": ("le", "a number of {} or less"),
-    "less_than": ("lt", "a number below {}"),
+    "greater_than_equal": "a number of {} or more",
+    "greater_than": "a number above {}",
+    "less_than_equal": "a number of {} or less",
+    "less_than": "a number below {}",
 }
 _KINDS = {
     "int": "a whole number",
@@ -58,8 +58,7 @@ def _allowed(finding: Any) -> str:
     if kind == "literal_error":
         return str(finding["ctx"]["expected"]).replace("'", '"')
     if kind in _LIMITS:
-        name, text = _LIMITS[kind]
-        return text.format(finding["ctx"][name])
+        return _LIMITS[kind].format(*finding["ctx"].values())
     return _KINDS.get(kind.partition("_")[0], str(finding["msg"]))
 
 
