@@ -156,15 +156,14 @@ def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
     Raises CheckpointError otherwise: a file from elsewhere must not decide what is imported.
     """
     network = header.network
-    named = network.factory if isinstance(network, Factory) else ""
-    if named == allowed:
-        return
-    if not isinstance(network, Factory):
+    if isinstance(network, UNetSpec) and allowed:
         raise CheckpointError(f"model.factory is {allowed}, but {checkpoint} is a U-Net of presets")
-    raise CheckpointError(
-        f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
-        f"called with {network.arguments}, say model.factory = {named!r} (now it is {allowed!r})"
-    )
+    if isinstance(network, Factory) and (named := network.factory) != allowed:
+        raise CheckpointError(
+            f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
+            f"called with {network.arguments}, say model.factory = {named!r} (now it is "
+            f"{allowed!r})"
+        )
 
 
 def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
@@ -295,9 +294,14 @@ def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
         raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
-def _read(checkpoint: str, storage: StorageConfig | None, *piece: int) -> bytes:
+def _read(
+    checkpoint: str,
+    storage: StorageConfig | None,
+    start: int | None = None,
+    stop: int | None = None,
+) -> bytes:
     try:
-        return Store(locate(checkpoint), storage).read("", *piece)
+        return Store(locate(checkpoint), storage).read("", start, stop)
     except StoreError as error:
         is_file = checkpoint.endswith(".safetensors")
         hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
