@@ -25,7 +25,6 @@ EXTENSIONS = (
 )  # fmt: skip
 """What is an image by its name; those that are not decoded become failed rows, not gaps."""
 MAX_ENCODED_BYTES = 2**31 - 1
-MAX_LABEL = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit
 
@@ -93,7 +92,7 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         labels = labels[..., 0]
     if labels.dtype.kind not in "bui":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
-    if labels.min() < 0 or labels.max() > MAX_LABEL:
+    if labels.min() < 0 or labels.max() >= 2**16:
         raise ImageError(
             "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
         )
@@ -132,9 +131,7 @@ def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array
 
 
 def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, one for each page; alpha is gone unless channels are
-    chosen.
-    """
+    """Arrays HW or HWC or an ImageError, for each page; no alpha unless channels are chosen."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
