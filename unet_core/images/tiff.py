@@ -78,9 +78,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, one for each page; raises ImageError for what is refused
-    or unknown.
-    """
+    """Arrays HW or HWC or an ImageError, for each page; raises ImageError for what is refused."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         refuse_circles(tiff)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -90,7 +88,11 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
             _check_segments(page, data, config)
         series = full_series(tiff)
-        _check_values(pages, series, config)
+        by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
+        values = max(by_pages, sum(math.prod(s.shape) for s in series))
+        if values > (allowed := VALUES_PER_PIXEL * config.max_pixels):
+            text = f"{values} values in all pages and channels, allowed: {allowed}"
+            raise ImageError("too_large", text)
         if is_stack(tiff, len(pages), series, config):
             stacks = [_stack(one, len(series), config, as_labels) for one in series]
             require_allowed(sum(map(len, stacks)), config)
@@ -183,16 +185,6 @@ def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputCo
     is_declared = bool(config.axes or tiff.is_ome or tiff.is_imagej)
     is_many = number_of_pages > 1 and is_declared
     return is_many or sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
-
-
-def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> None:
-    """All pages and channels together, before any is decoded."""
-    by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
-    values = max(by_pages, sum(math.prod(s.shape) for s in series))
-    allowed = VALUES_PER_PIXEL * config.max_pixels
-    if values > allowed:
-        text = f"{values} values in all pages and channels, allowed: {allowed}"
-        raise ImageError("too_large", text)
 
 
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
