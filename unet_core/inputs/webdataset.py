@@ -145,7 +145,8 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
         ) as tar:
             for info in tar:
                 name = readable_name(info.name.removeprefix("./"))
-                if not info.isdir() and is_image(name) and not _is_hidden(name):
+                hidden = (p for p in name.split("/") if p.startswith(".") and p not in (".", ".."))
+                if not info.isdir() and is_image(name) and not any(hidden):  # as in folders
                     yield name, _content(tar, info)
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
@@ -159,11 +160,6 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
             raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
         reason = f"the tar is cut short or damaged: {one_line(error)}"
         raise ImageError("tar", reason) from error
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a member or a folder above it begins with a dot, as in folders."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Content:
