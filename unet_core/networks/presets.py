@@ -8,9 +8,6 @@ from pydantic import ConfigDict
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 
-LONGEST_SIDE = 2**15
-"""Sides up to this are looked at to find those that a network takes."""
-
 
 @dataclass(frozen=True)
 class UNetSpec:
@@ -110,7 +107,7 @@ class UNetSpec:
     @property
     def sides(self) -> Sides:
         """The image sides that the network takes."""
-        legal = (n for n in range(1, LONGEST_SIDE) if self.output_side(n) is not None)
+        legal = (n for n in range(1, 2**15) if self.output_side(n) is not None)
         smallest, following = next(legal, None), next(legal, None)
         if smallest is None or following is None:
             raise ConfigError("model: these options fit together at no image size")

@@ -21,8 +21,6 @@ from unet_core.networks.unet import UNet
 LONGEST = 4096
 """Sides of the strips on which reaches are looked for, in pixels; whoever sees farther sees all."""
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
-MANY_LAYERS = 60
-"""From there on, paths weigh too little for single precision."""
 TOLERANCE = 1e-9
 
 Reaches = list[tuple[int, int]]
@@ -167,7 +165,8 @@ def _positive(network: nn.Module) -> nn.Module:
     """A copy whose weights are positive, and neither fade nor explode over many layers."""
     network = copy.deepcopy(network).cpu().eval()
     convolutions = sum(parameter.ndim >= 2 for parameter in network.parameters())
-    network = network.double() if convolutions > MANY_LAYERS else network.float()
+    # through so many, paths weigh too little for single precision
+    network = network.double() if convolutions > 60 else network.float()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim >= 2:
