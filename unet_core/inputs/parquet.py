@@ -69,18 +69,9 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def _footer(source: Source, entry: Entry) -> pq.FileMetaData:
-    where = source.root.uri(entry.name)
     with source.root.open_parquet(entry.name, entry.bytes) as file:
-        _check_columns(source, file.schema_arrow, where)
-        metadata = file.metadata
-    for number in range(metadata.num_row_groups):
-        size = _size_of(metadata.row_group(number), source)
-        if size > MAX_ROW_GROUP_BYTES:
-            raise StoreError(
-                f"{where}: row group {number} holds {size / 2**30:.1f} GiB of images, allowed: "
-                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
-            )
-    return metadata
+        _check_columns(source, file.schema_arrow, source.root.uri(entry.name))
+        return file.metadata
 
 
 def _columns(source: Source) -> dict[str, str]:
@@ -129,25 +120,24 @@ def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
     return pa.large_binary() if kind in TEXTS else kind
 
 
-def _size_of(group: Any, source: Source) -> int:
-    """Uncompressed bytes of the columns that are read."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    wanted = _columns(source)
-    return sum(
-        c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted
-    )
-
-
 def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator[Shard]:
-    """Join row groups until there are enough rows or bytes."""
+    """Join row groups until there are enough rows or bytes of the columns that are read."""
     first = rows = size = 0
+    wanted = _columns(source)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         if rows and (rows >= source.config.shard_images or size >= SHARD_BYTES):
             yield make_shard(entry.name, size, entry.etag, first, rows)
             first, rows, size = first + rows, 0, 0
-        rows += group.num_rows
-        size += _size_of(group, source)
+        columns = map(group.column, range(group.num_columns))
+        read = [c for c in columns if c.path_in_schema.partition(".")[0] in wanted]
+        if (more := sum(column.total_uncompressed_size for column in read)) > MAX_ROW_GROUP_BYTES:
+            where = f"{source.root.uri(entry.name)}: row group {number}"
+            raise StoreError(
+                f"{where} holds {more / 2**30:.1f} GiB of images, allowed: "
+                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
+            )
+        rows, size = rows + group.num_rows, size + more
     if rows:
         yield make_shard(entry.name, size, entry.etag, first, rows)
 
