@@ -260,16 +260,8 @@ def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) ->
     """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
     pixels = _without_alpha(page, pixels, config)
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
-    return pixels if as_labels else _tiff_colors(page, pixels)
-
-
-def from_bits(pixels: Any, as_labels: bool) -> Any:
-    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
-    return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
-
-
-def _tiff_colors(page: Any, pixels: Any) -> Any:
-    """Gray or RGB, with or without alpha, from the colours that the TIFF declares."""
+    if as_labels:
+        return pixels
     bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
     match _name(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
@@ -288,6 +280,11 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     if bits in (2, 4):
         pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
     return pixels
+
+
+def from_bits(pixels: Any, as_labels: bool) -> Any:
+    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
+    return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
 
 
 def _name(tag: Any) -> str:
