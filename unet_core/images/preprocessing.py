@@ -193,7 +193,8 @@ def _percentiles_by_bits(
     for tops, counts_of_tops in zip(found, _total(map(lower_of, bands())), strict=True):
         chosen = zip(tops, counts_of_tops, strict=True)
         keys = [(top << 16) + _at_rank(counts, rank)[0] for (top, rank), counts in chosen]
-        low, high = map(float, _values_of(np.array(keys, dtype=np.uint32)))
+        bits = [key ^ 0x80000000 if key >> 31 else key ^ 0xFFFFFFFF for key in keys]
+        low, high = map(float, np.array(bits, dtype=np.uint32).view(np.float32))
         pairs.append((low, high - low))
     return pairs
 
@@ -212,11 +213,6 @@ def _keys(values: Array) -> Array:
     """Unsigned integers in the order of float32 values; both zeros are one."""
     bits = (values + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | 0x80000000)
-
-
-def _values_of(keys: Array) -> Array:
-    """Float32 values of their keys."""
-    return np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
 
 
 def _row_moments(band_CHW: Array) -> Array:
