@@ -35,9 +35,7 @@ ABOUT_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-PRECONDITION = {"412", "PreconditionFailed"}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
 
 def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
@@ -50,7 +48,7 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
         options = _s3_options(storage) if protocol == "s3" else {}
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri), **options)
     except ImportError as error:
-        extra = EXTRAS.get(protocol, protocol)
+        extra = {"gs": "gcs", "abfs": "azure"}.get(protocol, protocol)
         raise StoreError(
             f"{protocol}:// needs a library: pip install 'unet-jobs[{extra}]'"
         ) from error
@@ -114,14 +112,6 @@ def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -
         raise
 
 
-def where_credentials_are(storage: StorageConfig) -> str:
-    """How S3 credentials were found (``env``, ``iam-role`` ...); empty if there are none."""
-    from botocore.session import Session
-
-    found = Session(profile=storage.profile or None).get_credentials()
-    return "" if found is None else str(found.method)
-
-
 def _cut_off_s(deadline_s: float, most_s: float) -> float:
     """When silence ends a request, in seconds: early enough to ask again before the deadline."""
     return min(most_s, max(1.0, deadline_s / 4))
@@ -161,7 +151,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
     try:
         return cast(bytes, fsspec.asyn.sync(fs.loop, read))
     except OSError as error:
-        if _code(error) in PRECONDITION:
+        if _code(error) in ("412", "PreconditionFailed"):
             raise ChangedError(f"{fs.unstrip_protocol(path)} {REWRITTEN}") from error
         raise
 
