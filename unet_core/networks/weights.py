@@ -20,7 +20,7 @@ from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
 from unet_core.networks import checkpoint, construction
 from unet_core.networks.checkpoint import Header, difference, few, fitting, is_counter
-from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
+from unet_core.networks.layouts import LAYOUTS, Layout
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of
 from unet_core.networks.unet import UNet
 from unet_core.storage.store import Store
@@ -87,7 +87,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     readings = [
         (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
         for known in LAYOUTS
-        for depth, bias in itertools.product(DEPTHS, (True, False))
+        for depth, bias in itertools.product(range(1, 9), (True, False))
         if layout in ("", known.name)
     ]
     fitting = [reading for reading in readings if set(reading[2].values()) == keys]
