@@ -10,7 +10,7 @@ def sentences(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """What pydantic found in our own words, one sentence for each key."""
     by_key: dict[tuple[int | str, ...], list[Any]] = {}
     for finding in error.errors(include_url=False):
-        key = tuple(part for part in finding["loc"] if not _is_branch(part))
+        key = tuple(p for p in finding["loc"] if "[" not in str(p) and p not in _BRANCHES)
         by_key.setdefault(key, []).append(finding)
     return [_sentence(kind, key, found) for key, found in by_key.items()]
 
@@ -34,6 +34,8 @@ def _sentence(kind: type[BaseModel], key: tuple[int | str, ...], found: list[Any
     return f"{where}: got {shown}, allowed: {allowed}"
 
 
+_BRANCHES = {"int", "float", "constrained-int", "constrained-float"}
+"""Arms of a union, like those with brackets: no keys, though pydantic locates by them."""
 _LIMITS = {
     "greater_than_equal": "a number of {} or more",
     "greater_than": "a number above {}",
@@ -60,12 +62,6 @@ def _allowed(finding: Any) -> str:
     if kind in _LIMITS:
         return _LIMITS[kind].format(*finding["ctx"].values())
     return _KINDS.get(kind.partition("_")[0], str(finding["msg"]))
-
-
-def _is_branch(part: int | str) -> bool:
-    """Whether a location part names an arm of a union rather than a key."""
-    text = str(part)
-    return "[" in text or text in {"int", "float", "constrained-int", "constrained-float"}
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
