@@ -26,9 +26,6 @@ from unet_core.inputs import shards
 from unet_core.inputs.shards import Sample
 from unet_core.storage.ranges import Ranged
 
-MOST_LARGE = 256
-"""An image that is read by window has at most this many times ``max_pixels`` pixels."""
-
 
 @dataclass(frozen=True)
 class Pixels:
@@ -179,7 +176,7 @@ class Decoder:
         self, image: LargeTiff, on_step: Callable[[], None]
     ) -> tuple[Pixels, Array, Array]:
         rows, columns = image.shape
-        check_size(columns, rows, MOST_LARGE * self.config.max_pixels)
+        check_size(columns, rows, 256 * self.config.max_pixels)
 
         def read(y: int, x: int, height: int, width: int) -> Array:
             return to_color(image.read(y, x, height, width), self.wanted.color)

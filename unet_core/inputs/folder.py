@@ -22,10 +22,7 @@ SHOWN = 3
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """Groups of ``input.shard_images`` images, by name.
-
-    Raises ConfigError if masks are asked for and none fits any image.
-    """
+    """Groups of ``input.shard_images`` images, by name; raises ConfigError if no mask fits any."""
     yield from grouped(source, _pair(source), known)
 
 

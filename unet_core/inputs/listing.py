@@ -29,7 +29,6 @@ INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest":
 """As its Parquet files call them → as its manifest does."""
 CSV = (".csv", ".csv.gz")
 BATCH_ROWS = 65_536
-SHOWN = 1000
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
 MAX_ROW_CHARACTERS = 2**20
 """A row of a list names an image; a packed list of a few kB can hold one of many GB."""
@@ -119,7 +118,7 @@ class Allowed:
         for prefix in self.prefixes:
             if uri.startswith(prefix) and _is_plain(uri[len(prefix) :]):
                 return prefix
-        named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:SHOWN])
+        named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:1000])
         raise ConfigError(
             f"input.allow: the list names {named}; allowed is what lies below "
             f"{', '.join(self.prefixes)}"

@@ -18,9 +18,6 @@ TEXTS = (pa.string(), pa.large_string())
 MAX_ROW_GROUP_BYTES = 2**30
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 SHARD_BYTES = 2**28
-BATCH_ROWS = 1
-"""Decoded at once: rows of a dictionary may all be the same image of 1 GiB."""
-FOOTER_THREADS = 16
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
@@ -34,7 +31,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
         for entry in source.entries()
         if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known
     ]
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+    with ThreadPoolExecutor(16) as pool:
         for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):
             yield from _ranges(source, entry, footer)
 
@@ -53,7 +50,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             _check_columns(source, file.schema_arrow, source.root.uri(shard.uri))
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+            # one by one: rows of a dictionary may all be the same image of 1 GiB
+            for batch in file.iter_batches(1, row_groups=groups, columns=columns):
                 # nothing in a file makes sure that its text is UTF-8
                 schema = pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema])
                 for values in batch.cast(schema).to_pylist():

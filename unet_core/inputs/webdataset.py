@@ -17,7 +17,6 @@ from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, re
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
-CHUNK_BYTES = 2**20
 Content = bytes | ImageError
 """Of a member, or why it has none."""
 MAX_HEADER_BYTES = 2**20
@@ -170,7 +169,7 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Content:
     file = tar.extractfile(info)
     assert file is not None
     content = io.BytesIO()  # grows in place; reading at once would take twice the memory
-    shutil.copyfileobj(file, content, CHUNK_BYTES)
+    shutil.copyfileobj(file, content, 2**20)
     return content.getvalue()
 
 

@@ -35,7 +35,6 @@ ABOUT_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
@@ -230,7 +229,7 @@ def _advice(verb: str, where: str, error: BaseException) -> str:
         )
     if number in FULL:
         return "; make room there, then the same command continues"
-    if number in NOT_WRITABLE and verb == "write":
+    if verb == "write" and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "; let this user write there, then the same command continues"
     if _is_about_credentials(error):
         return (

@@ -30,7 +30,6 @@ from unet_core.storage.ranges import Ranged, Ranges
 ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
-LIST_THREADS = 16
 TEMPORARY = ".tmp"
 """How names of files that are not yet published end; they begin with ``_``."""
 
@@ -284,7 +283,7 @@ class Store:
 
     def _find(self, path: str) -> Iterator[Entry]:
         """List an object store, the prefixes of each level side by side."""
-        pool = ThreadPoolExecutor(LIST_THREADS)
+        pool = ThreadPoolExecutor(16)
         pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
         try:
             while pending:
