@@ -92,10 +92,9 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         labels = labels[..., 0]
     if labels.dtype.kind not in "bui":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
-    if labels.min() < 0 or labels.max() >= 2**16:
-        raise ImageError(
-            "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
-        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= 2**16:
+        raise ImageError("labels", f"the mask holds {low} to {high}, not class ids")
     labels = labels.astype(np.uint16, copy=False)  # NumPy 2.0 counts no uint64
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     mapped = {value: config.label_map.get(value, value) for value in present}

@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
 
-PageT = TypeVar("PageT")
 ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
@@ -48,9 +47,7 @@ def decoding(what: str = "") -> Iterator[None]:
         raise ImageError("decode", what + one_line(error)) from error
 
 
-def of_each(
-    pages: Iterable[PageT | ImageError], finish: Callable[[PageT], ResultT]
-) -> list[ResultT | ImageError]:
+def of_each(pages: Iterable[Any], finish: Callable[[Any], ResultT]) -> list[ResultT | ImageError]:
     """What becomes of each page, or why nothing does; raises the ImageError of an only page."""
     found: list[ResultT | ImageError] = []
     for page in pages:

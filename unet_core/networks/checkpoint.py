@@ -249,9 +249,7 @@ def is_counter(key: str) -> bool:
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
-    """The network of a checkpoint, ready for inference: NCHW float32, already normalised, to
-    logits NKHW. ``builtin:NAME``, a path or a URI.
-    """
+    """The network of ``builtin:NAME``, a path or a URI: normalised NCHW float32 to logits NKHW."""
     return load(checkpoint, factory=factory)[0]
 
 
