@@ -115,7 +115,7 @@ def open_large(
             return None
         header.seek(0)
         with tiff.decoding("the TIFF's header: "), tifffile.TiffFile(header) as opened:
-            tiff.refuse_circles(opened)
+            opened.pages._offsets = tiff.Chain(opened.pages._offsets)
             pages, is_stacked = _pages_of(opened, config)
             if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                 return None

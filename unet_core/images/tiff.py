@@ -77,7 +77,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     """Arrays HW or HWC or an ImageError, for each page; raises ImageError for what is refused."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        refuse_circles(tiff)
+        tiff.pages._offsets = Chain(tiff.pages._offsets)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
         pages = pages or [tiff.pages.first]
         for page in pages:
@@ -98,8 +98,8 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         return of_each(pages, lambda page: _page(page, config, as_labels))
 
 
-class _Chain(list[int]):
-    """Where the pages of a file lie; grows as tifffile follows them."""
+class Chain(list[int]):
+    """Where the pages of a file lie; grows as tifffile follows them, which never ends by itself."""
 
     def __init__(self, offsets: list[int]) -> None:
         super().__init__(offsets)
@@ -113,11 +113,6 @@ class _Chain(list[int]):
             raise ImageError("too_large", f"more than {MAX_PAGES} pages")
         self._seen.add(offset)
         super().append(offset)
-
-
-def refuse_circles(tiff: Any) -> None:
-    """Let pages that follow each other without an end raise ImageError; tifffile never ends."""
-    tiff.pages._offsets = _Chain(tiff.pages._offsets)
 
 
 def require_numbers(page: Any) -> None:
