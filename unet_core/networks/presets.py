@@ -86,16 +86,15 @@ class UNetSpec:
     def output_side(self, side: int) -> int | None:
         """Logits along an axis of ``side`` pixels; None where the network cannot run."""
         lost = 4 if self.padding == "valid" else 0
-        skips: list[tuple[int, int]] = []
+        skips, pooled = list[int](), side
         for _ in range(self.depth):
-            side_in = side if not skips else skips[-1][1]
-            encoded = side_in - lost * self.dilation
+            encoded = pooled - lost * self.dilation
             pooled = -(-encoded // 2) if self.ceil_pool else encoded // 2
             if pooled < 1 or (self.join.startswith("crop") and encoded % 2):
                 return None
-            skips.append((encoded, pooled))
-        at = skips[-1][1] - lost
-        for encoded, _ in reversed(skips):
+            skips.append(encoded)
+        at = pooled - lost
+        for encoded in reversed(skips):
             at *= 2
             if at < 1 or (self.join == "equal" and at != encoded):
                 return None
