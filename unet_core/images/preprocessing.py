@@ -106,7 +106,10 @@ def offset_and_scale_by_rows(
             yield read_CHW(start, min(start + rows, height))
 
     if wanted.normalisation == "range":
-        pairs = [_range(first_CHW.dtype, wanted)] * len(first_CHW)
+        largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
+        low = 0.0 if wanted.low is None else wanted.low
+        high = largest if wanted.high is None else wanted.high
+        pairs = [(low, high - low)] * len(first_CHW)
     elif first_CHW.dtype.kind == "u":
         counts = _total([_counts(plane) for plane in band] for band in bands())
         pairs = [_of_counts(of_channel, wanted) for of_channel in counts]
@@ -116,13 +119,6 @@ def offset_and_scale_by_rows(
         moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
         pairs = [_of_rows(of_channel, width) for of_channel in moments]
     return _as_arrays(pairs)
-
-
-def _range(dtype: np.dtype[Any], wanted: Preprocessing) -> tuple[float, float]:
-    full = float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
-    low = 0.0 if wanted.low is None else wanted.low
-    high = full if wanted.high is None else wanted.high
-    return low, high - low
 
 
 def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
