@@ -133,12 +133,9 @@ def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
     if spec.up.startswith("bilinear"):
         layers["resize"] = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
     match spec.up:
-        case "transpose":
-            layers["conv"] = nn.ConvTranspose2d(channels, out, 2, stride=2)
-        case "transpose3":
-            layers["conv"] = nn.ConvTranspose2d(
-                channels, out, 3, stride=2, padding=1, output_padding=1
-            )
+        case "transpose" | "transpose3":
+            pad = int(spec.up == "transpose3")  # a pixel on each side, so that 3×3 doubles too
+            layers["conv"] = nn.ConvTranspose2d(channels, out, 2 + pad, 2, pad, pad)
         case "bilinear_conv":
             layers["conv"] = nn.Conv2d(channels, out, 1)
     if spec.up_relu:
