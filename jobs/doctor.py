@@ -282,11 +282,11 @@ def _credentials(uri: str, storage: StorageConfig) -> str:
 
 def _readable(uri: str, storage: StorageConfig) -> str:
     """It can be listed, and something in it read."""
-    from unet_core.storage.store import Store, read_file
+    from unet_core.storage.store import Store
 
     store = Store(uri, storage)
     if store.size is not None:
-        read_file(uri, storage, 0, 1)
+        store.read("", 0, 1)
         return f"{uri} can be read, {store.size:,} bytes"
     first = store.first()
     if first is None:

@@ -10,7 +10,7 @@ def sentences(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """What pydantic found in our own words, one sentence for each key."""
     by_key: dict[tuple[int | str, ...], list[Any]] = {}
     for finding in error.errors(include_url=False):
-        key = tuple(part for part in finding["loc"] if not _is_branch(part))
+        key = tuple(p for p in finding["loc"] if "[" not in str(p) and p not in _BRANCHES)
         by_key.setdefault(key, []).append(finding)
     return [_sentence(kind, key, found) for key, found in by_key.items()]
 
@@ -34,11 +34,13 @@ def _sentence(kind: type[BaseModel], key: tuple[int | str, ...], found: list[Any
     return f"{where}: got {shown}, allowed: {allowed}"
 
 
+_BRANCHES = {"int", "float", "constrained-int", "constrained-float"}
+"""Arms of a union, like those with brackets: no keys, though pydantic locates by them."""
 _LIMITS = {
-    "greater_than_equal": ("ge", "a number of {} or more"),
-    "greater_than": ("gt", "a number above {}"),
-    "less_than_equal": ("le", "a number of {} or less"),
-    "less_than": ("lt", "a number below {}"),
+    "greater_than_equal": "a number of {} or more",
+    "greater_than": "a number above {}",
+    "less_than_equal": "a number of {} or less",
+    "less_than": "a number below {}",
 }
 _KINDS = {
     "int": "a whole number",
@@ -58,15 +60,8 @@ def _allowed(finding: Any) -> str:
     if kind == "literal_error":
         return str(finding["ctx"]["expected"]).replace("'", '"')
     if kind in _LIMITS:
-        name, text = _LIMITS[kind]
-        return text.format(finding["ctx"][name])
+        return _LIMITS[kind].format(*finding["ctx"].values())
     return _KINDS.get(kind.partition("_")[0], str(finding["msg"]))
-
-
-def _is_branch(part: int | str) -> bool:
-    """Whether a location part names an arm of a union rather than a key."""
-    text = str(part)
-    return "[" in text or text in {"int", "float", "constrained-int", "constrained-float"}
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -161,8 +161,7 @@ def overlapping_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
     """Cut an axis into windows of ``size`` that overlap by half and keep all that they give."""
     margin = tiling.margin
     total = tiling.sides.at_least(length + 2 * margin)
-    if total <= size:
-        return [Span(-margin, total - margin, 0, length)]
+    size = min(size, total)
     out = size - 2 * margin
     starts = [*range(0, total - size, max(1, out // 2)), total - size]
     return [

@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,31 +58,24 @@ def _uneven_light(height: int, width: int, random: Random) -> Array:
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
     slope = random.uniform(-0.6, 0.6) * (y - 0.5) + random.uniform(-0.6, 0.6) * (x - 0.5)
     spot = np.exp(-((y - random.uniform()) ** 2 + (x - random.uniform()) ** 2) / 0.3)
-    light: Array = np.clip(0.8 + slope + 0.6 * spot, 0.35, 1.6).astype(np.float32)
-    return light
-
-
-def samples(images: int) -> Iterator[tuple[str, Array, Array]]:
-    """Named images with masks, of several sizes; always the same ones."""
-    for number in range(images):
-        random = np.random.default_rng([0, number])
-        height, width = SIZES[number % len(SIZES)]
-        yield f"nuclei{number:05d}", *nuclei(height, width, random)
+    return np.clip(0.8 + slope + 0.6 * spot, 0.35, 1.6).astype(np.float32)
 
 
 def write_webdataset(folder: Path, images: int, shards: int) -> None:
-    """Tars with ``KEY.png`` and ``KEY.mask.png``; tars that exist already are left alone."""
+    """Tars with ``KEY.png`` and ``KEY.mask.png`` of several sizes, always the same ones; tars that
+    exist already are left alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made = list(samples(images))
     for shard in range(shards):
         path = folder / f"nuclei-{shard:03d}.tar"
         if path.exists():
             continue
         partial = path.with_suffix(".partial")
         with tarfile.open(partial, "w") as tar:
-            for name, image_HW, mask_HW in made[shard::shards]:
-                for suffix, pixels_HW in ((".png", image_HW), (".mask.png", mask_HW)):
-                    data, info = png(pixels_HW), tarfile.TarInfo(name + suffix)
+            for number in range(shard, images, shards):
+                made = nuclei(*SIZES[number % len(SIZES)], np.random.default_rng([0, number]))
+                for suffix, pixels_HW in zip((".png", ".mask.png"), made, strict=True):
+                    data, info = png(pixels_HW), tarfile.TarInfo(f"nuclei{number:05d}{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         partial.rename(path)

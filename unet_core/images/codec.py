@@ -25,7 +25,6 @@ EXTENSIONS = (
 )  # fmt: skip
 """What is an image by its name; those that are not decoded become failed rows, not gaps."""
 MAX_ENCODED_BYTES = 2**31 - 1
-MAX_LABEL = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit
 
@@ -48,7 +47,8 @@ def decode_images(data: bytes, config: InputConfig) -> list[Array | ImageError]:
 
 
 def image_of(pixels: Any, config: InputConfig) -> Array:
-    """Decoded pixels HW or HWC with the channels that count, in a type that networks take.
+    """Decoded pixels HW or HWC with the channels that count, in native byte order; types wider than
+    uint16 become float32.
 
     Raises ImageError with code ``channels``, ``mode`` or ``not_finite``.
     """
@@ -63,9 +63,12 @@ def image_of(pixels: Any, config: InputConfig) -> Array:
                 "count from 0)",
             )
         pixels = pixels[..., config.channels]
-    pixels = _native(pixels)
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        bad = int(np.size(pixels) - np.isfinite(pixels).sum())
+    if pixels.dtype.kind not in "uif":
+        raise ImageError("mode", f"pixels of type {pixels.dtype} are not supported")
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
+    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
+    if bad := pixels.size - np.count_nonzero(np.isfinite(pixels)):
         raise ImageError("not_finite", f"{bad} pixel values are NaN or infinite")
     return pixels
 
@@ -87,14 +90,11 @@ def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:
         if not (colors[..., :1] == colors).all():
             raise ImageError("labels", "the mask is coloured; a mask holds one class id per pixel")
         labels = labels[..., 0]
-    if labels.dtype == bool:
-        labels = labels.astype(np.uint8)
-    if labels.dtype.kind not in "ui":
+    if labels.dtype.kind not in "bui":
         raise ImageError("labels", f"the mask holds {labels.dtype} values, not class ids")
-    if labels.min() < 0 or labels.max() > MAX_LABEL:
-        raise ImageError(
-            "labels", f"the mask holds {labels.min()} to {labels.max()}, not class ids"
-        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= 2**16:
+        raise ImageError("labels", f"the mask holds {low} to {high}, not class ids")
     labels = labels.astype(np.uint16, copy=False)  # NumPy 2.0 counts no uint64
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     mapped = {value: config.label_map.get(value, value) for value in present}
@@ -130,9 +130,7 @@ def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array
 
 
 def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, one for each page; alpha is gone unless channels are
-    chosen.
-    """
+    """Arrays HW or HWC or an ImageError, for each page; no alpha unless channels are chosen."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
@@ -155,16 +153,10 @@ def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
             raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
-        if _is_plain_colour_png(image, data):
-            return imagecodecs.png_decode(data)
+        is_colour_png = image.format == "PNG" and image.mode in ("RGB", "RGBA")
+        if is_colour_png and (data[24] == 16 or not data[28]):  # Pillow keeps 8 of 16 bits
+            return imagecodecs.png_decode(data)  # faster too, but not for what is interlaced
         return _labels_of(image, data) if as_labels else _pixels_of(image)
-
-
-def _is_plain_colour_png(image: Image.Image, data: bytes) -> bool:
-    """RGB or RGBA, not interlaced 8-bit: what imagecodecs decodes faster, or alone faithfully."""
-    depth, interlaced = data[24], data[28]
-    is_colour = image.format == "PNG" and image.mode in ("RGB", "RGBA")
-    return is_colour and (depth == 16 or not interlaced)
 
 
 def _pixels_of(image: Image.Image) -> Any:
@@ -190,12 +182,3 @@ def _labels_of(image: Image.Image, data: bytes) -> Any:
     if image.mode == "L" and depth in (2, 4):
         return labels // (85 if depth == 2 else 17)
     return labels
-
-
-def _native(pixels: Any) -> Array:
-    """uint8, uint16 or float32 in native byte order; wider types become float32."""
-    if pixels.dtype.kind not in "uif":
-        raise ImageError("mode", f"pixels of type {pixels.dtype} are not supported")
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
-    return np.ascontiguousarray(pixels, dtype=np.float32)

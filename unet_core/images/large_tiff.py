@@ -115,12 +115,11 @@ def open_large(
             return None
         header.seek(0)
         with tiff.decoding("the TIFF's header: "), tifffile.TiffFile(header) as opened:
-            tiff.refuse_circles(opened)
+            opened.pages._offsets = tiff.Chain(opened.pages._offsets)
             pages, is_stacked = _pages_of(opened, config)
             if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
                 return None
-            segments = segments_of(pages, file, cache_bytes)
-            if segments is None:
+            if (segments := segments_of(pages, file, cache_bytes)) is None:
                 return None
             return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
 

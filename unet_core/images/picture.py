@@ -26,9 +26,6 @@ from unet_core.inputs import shards
 from unet_core.inputs.shards import Sample
 from unet_core.storage.ranges import Ranged
 
-MOST_LARGE = 256
-"""An image that is read by window has at most this many times ``max_pixels`` pixels."""
-
 
 @dataclass(frozen=True)
 class Pixels:
@@ -179,7 +176,7 @@ class Decoder:
         self, image: LargeTiff, on_step: Callable[[], None]
     ) -> tuple[Pixels, Array, Array]:
         rows, columns = image.shape
-        check_size(columns, rows, MOST_LARGE * self.config.max_pixels)
+        check_size(columns, rows, 256 * self.config.max_pixels)
 
         def read(y: int, x: int, height: int, width: int) -> Array:
             return to_color(image.read(y, x, height, width), self.wanted.color)
@@ -212,14 +209,13 @@ def _opened(
     as_labels: bool,
 ) -> LargeTiff | bytes:  # fmt: skip
     """A file that is read by window, or else all its bytes."""
-    ranged = open_ranged() if open_ranged is not None else None
-    if ranged is not None and ranged.size > shards.LARGE_FILE_BYTES:
-        large = open_large(ranged, config, as_labels)
-        if large is not None:
+    if open_ranged is not None:
+        ranged = open_ranged()
+        is_large = ranged.size > shards.LARGE_FILE_BYTES
+        if is_large and (large := open_large(ranged, config, as_labels)):
             return large
     data = read()
     in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
-    if (large := open_large(in_memory, config, as_labels)) is None:
-        return data
-    large.held_bytes += len(data)
-    return large
+    if large := open_large(in_memory, config, as_labels):
+        large.held_bytes += len(data)
+    return large or data

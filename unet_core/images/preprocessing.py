@@ -78,16 +78,13 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
 
     From integer counts, so the same on every machine. A constant channel becomes all zeros.
     """
-    if wanted.normalisation == "range":
-        pairs = [_range(pixels_CHW.dtype, wanted)] * len(pixels_CHW)
-    elif pixels_CHW.dtype.kind == "u":
-        pairs = [_of_counts(_counts(plane), wanted) for plane in pixels_CHW]
-    elif wanted.normalisation == "percentile":
-        pairs = [_percentiles(plane, wanted) for plane in pixels_CHW]
-    else:
+    if wanted.normalisation == "zscore" and pixels_CHW.dtype.kind == "f":
         wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
-        pairs = [(float(values.mean()), float(values.std())) for values in wide]
-    return _as_arrays(pairs)
+        return _as_arrays([(float(values.mean()), float(values.std())) for values in wide])
+    height, width = pixels_CHW.shape[1:]
+    return offset_and_scale_by_rows(
+        lambda start, stop: pixels_CHW[:, start:stop], height, width, wanted
+    )
 
 
 def offset_and_scale_by_rows(
@@ -100,8 +97,6 @@ def offset_and_scale_by_rows(
     are rounded otherwise, though always alike.
     """
     first_CHW = read_CHW(0, 1)
-    if wanted.normalisation == "range":
-        return offset_and_scale(first_CHW, wanted)
     row_bytes = width * max(3, len(first_CHW)) * first_CHW.itemsize
     rows = max(1, min(BAND_ROWS, BAND_BYTES // row_bytes))
     rows = 2 ** (rows.bit_length() - 1)  # as the sides of tiles
@@ -110,7 +105,12 @@ def offset_and_scale_by_rows(
         for start in range(0, height, rows):
             yield read_CHW(start, min(start + rows, height))
 
-    if first_CHW.dtype.kind == "u":
+    if wanted.normalisation == "range":
+        largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
+        low = 0.0 if wanted.low is None else wanted.low
+        high = largest if wanted.high is None else wanted.high
+        pairs = [(low, high - low)] * len(first_CHW)
+    elif first_CHW.dtype.kind == "u":
         counts = _total([_counts(plane) for plane in band] for band in bands())
         pairs = [_of_counts(of_channel, wanted) for of_channel in counts]
     elif wanted.normalisation == "percentile":
@@ -119,13 +119,6 @@ def offset_and_scale_by_rows(
         moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
         pairs = [_of_rows(of_channel, width) for of_channel in moments]
     return _as_arrays(pairs)
-
-
-def _range(dtype: np.dtype[Any], wanted: Preprocessing) -> tuple[float, float]:
-    full = float(np.iinfo(dtype).max) if dtype.kind == "u" else 1.0
-    low = 0.0 if wanted.low is None else wanted.low
-    high = full if wanted.high is None else wanted.high
-    return low, high - low
 
 
 def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
@@ -178,18 +171,12 @@ def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
     return value, rank - int(cumulative[value] - counts[value])
 
 
-def _percentiles(plane_HW: Array, wanted: Preprocessing) -> tuple[float, float]:
-    """The value at the low percentile, and the distance from there to the high one."""
-    places = [rank - 1 for rank in _ranks(plane_HW.size, wanted)]
-    bottom, top = map(float, np.partition(plane_HW.ravel(), places)[places])
-    return bottom, top - bottom
-
-
 def _percentiles_by_bits(
     bands: Callable[[], Iterator[Array]], ranks: list[int]
 ) -> list[tuple[float, float]]:
-    """The same by counting: first the upper 16 bits of all values, then the lower ones of those
-    that share their upper bits with the value at a rank.
+    """The value at the low rank and the distance to the high one, of each channel, by counting:
+    first the upper 16 bits of all values, then the lower ones of those that share their upper bits
+    with the value at a rank.
     """
     upper = _total([_key_counts(plane) for plane in band] for band in bands())
     found = [[_at_rank(counts, rank) for rank in ranks] for counts in upper]
@@ -202,7 +189,8 @@ def _percentiles_by_bits(
     for tops, counts_of_tops in zip(found, _total(map(lower_of, bands())), strict=True):
         chosen = zip(tops, counts_of_tops, strict=True)
         keys = [(top << 16) + _at_rank(counts, rank)[0] for (top, rank), counts in chosen]
-        low, high = map(float, _values_of(np.array(keys, dtype=np.uint32)))
+        bits = [key ^ 0x80000000 if key >> 31 else key ^ 0xFFFFFFFF for key in keys]
+        low, high = map(float, np.array(bits, dtype=np.uint32).view(np.float32))
         pairs.append((low, high - low))
     return pairs
 
@@ -221,11 +209,6 @@ def _keys(values: Array) -> Array:
     """Unsigned integers in the order of float32 values; both zeros are one."""
     bits = (values + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | 0x80000000)
-
-
-def _values_of(keys: Array) -> Array:
-    """Float32 values of their keys."""
-    return np.where(keys >> 31, keys ^ 0x80000000, ~keys).astype(np.uint32).view(np.float32)
 
 
 def _row_moments(band_CHW: Array) -> Array:

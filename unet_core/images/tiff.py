@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from unet_core.config import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
 
-PageT = TypeVar("PageT")
 ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
@@ -48,9 +47,7 @@ def decoding(what: str = "") -> Iterator[None]:
         raise ImageError("decode", what + one_line(error)) from error
 
 
-def of_each(
-    pages: Iterable[PageT | ImageError], finish: Callable[[PageT], ResultT]
-) -> list[ResultT | ImageError]:
+def of_each(pages: Iterable[Any], finish: Callable[[Any], ResultT]) -> list[ResultT | ImageError]:
     """What becomes of each page, or why nothing does; raises the ImageError of an only page."""
     found: list[ResultT | ImageError] = []
     for page in pages:
@@ -78,11 +75,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, one for each page; raises ImageError for what is refused
-    or unknown.
-    """
+    """Arrays HW or HWC or an ImageError, for each page; raises ImageError for what is refused."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        refuse_circles(tiff)
+        tiff.pages._offsets = Chain(tiff.pages._offsets)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
         pages = pages or [tiff.pages.first]
         for page in pages:
@@ -90,7 +85,11 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
             _check_segments(page, data, config)
         series = full_series(tiff)
-        _check_values(pages, series, config)
+        by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
+        values = max(by_pages, sum(math.prod(s.shape) for s in series))
+        if values > (allowed := VALUES_PER_PIXEL * config.max_pixels):
+            text = f"{values} values in all pages and channels, allowed: {allowed}"
+            raise ImageError("too_large", text)
         if is_stack(tiff, len(pages), series, config):
             stacks = [_stack(one, len(series), config, as_labels) for one in series]
             require_allowed(sum(map(len, stacks)), config)
@@ -99,8 +98,8 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         return of_each(pages, lambda page: _page(page, config, as_labels))
 
 
-class _Chain(list[int]):
-    """Where the pages of a file lie; grows as tifffile follows them."""
+class Chain(list[int]):
+    """Where the pages of a file lie; grows as tifffile follows them, which never ends by itself."""
 
     def __init__(self, offsets: list[int]) -> None:
         super().__init__(offsets)
@@ -114,11 +113,6 @@ class _Chain(list[int]):
             raise ImageError("too_large", f"more than {MAX_PAGES} pages")
         self._seen.add(offset)
         super().append(offset)
-
-
-def refuse_circles(tiff: Any) -> None:
-    """Let pages that follow each other without an end raise ImageError; tifffile never ends."""
-    tiff.pages._offsets = _Chain(tiff.pages._offsets)
 
 
 def require_numbers(page: Any) -> None:
@@ -163,14 +157,10 @@ def check_sniffed(data: bytes, side: tuple[int, int]) -> None:
 
 
 def full_series(tiff: Any) -> list[Any]:
-    """The series of a file, without those that repeat another one at a smaller size."""
-    if tiff.is_ome:
-        _check_planes(tiff.ome_metadata or "")
-    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
-
-
-def _check_planes(ome_xml: str) -> None:
-    """Raise ImageError for metadata that claims more planes than memory has room to list."""
+    """The series of a file, without those that repeat another one at a smaller size. Raises
+    ImageError for metadata that claims more planes than memory has room to list.
+    """
+    ome_xml = (tiff.is_ome and tiff.ome_metadata) or ""
     sizes = [
         math.prod(int(size) for size in re.findall(r"Size[CZT]\s*=\s*[\"'](\d+)", pixels))
         for pixels in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", ome_xml)
@@ -179,6 +169,7 @@ def _check_planes(ome_xml: str) -> None:
     most = max([*sizes, *counts], default=0)
     if most > MAX_PLANES:
         raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
+    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
 
 
 def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputConfig) -> bool:
@@ -186,16 +177,6 @@ def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputCo
     is_declared = bool(config.axes or tiff.is_ome or tiff.is_imagej)
     is_many = number_of_pages > 1 and is_declared
     return is_many or sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
-
-
-def _check_values(pages: list[Any], series: list[Any], config: InputConfig) -> None:
-    """All pages and channels together, before any is decoded."""
-    by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
-    values = max(by_pages, sum(math.prod(s.shape) for s in series))
-    allowed = VALUES_PER_PIXEL * config.max_pixels
-    if values > allowed:
-        text = f"{values} values in all pages and channels, allowed: {allowed}"
-        raise ImageError("too_large", text)
 
 
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
@@ -271,17 +252,9 @@ def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) ->
     """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
     pixels = _without_alpha(page, pixels, config)
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
-    return pixels if as_labels else _tiff_colors(page, pixels)
-
-
-def from_bits(pixels: Any, as_labels: bool) -> Any:
-    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
-    return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
-
-
-def _tiff_colors(page: Any, pixels: Any) -> Any:
-    """Gray or RGB, with or without alpha, from the colours that the TIFF declares."""
-    bits = page.bitspersample
+    if as_labels:
+        return pixels
+    bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
     match _name(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
@@ -290,8 +263,8 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
         case "PALETTE":
             indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
             return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
-        case "YCBCR" if _is_whole_jpeg(page):
-            pass  # the JPEG decoder has already made RGB of it
+        case "YCBCR" if is_whole and _name(page.compression) == "JPEG":
+            pass  # each segment says by itself that it is YCbCr, so its decoder has made RGB of it
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
@@ -301,10 +274,9 @@ def _tiff_colors(page: Any, pixels: Any) -> Any:
     return pixels
 
 
-def _is_whole_jpeg(page: Any) -> bool:
-    """Whether each segment is a JPEG of three colours, which says by itself that they are YCbCr."""
-    is_alone = page.planarconfig == 1 and not page.extrasamples
-    return is_alone and _name(page.compression) == "JPEG"
+def from_bits(pixels: Any, as_labels: bool) -> Any:
+    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
+    return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
 
 
 def _name(tag: Any) -> str:

@@ -22,10 +22,7 @@ SHOWN = 3
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """Groups of ``input.shard_images`` images, by name.
-
-    Raises ConfigError if masks are asked for and none fits any image.
-    """
+    """Groups of ``input.shard_images`` images, by name; raises ConfigError if no mask fits any."""
     yield from grouped(source, _pair(source), known)
 
 
@@ -33,8 +30,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
     root, masks = source.root, source.mask_root
     for member in shard.members:
-        image = File(root, member.key, root, member.etag)
-        mask = File(masks, member.mask, masks, member.mask_etag) if member.mask else None
+        image = File(root, member.key, member.etag)
+        mask = File(masks, member.mask, member.mask_etag) if member.mask else None
         yield sample_of(member, root.uri(member.key), image, mask)
 
 
@@ -132,8 +129,6 @@ class File:
 
     store: Store
     name: str
-    root: Store
-    """Where the input lies; if that is gone, it is not the object that is missing."""
     etag: str | None = None
 
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
@@ -151,7 +146,7 @@ class File:
         except ChangedError as error:
             raise ImageError("changed", str(error)) from error
         except NotFoundError as error:
-            require_there(self.root)
+            require_there(self.store)
             raise ImageError("missing", f"{error}; it was there when the run began") from error
 
 

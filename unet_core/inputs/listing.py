@@ -29,7 +29,6 @@ INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest":
 """As its Parquet files call them → as its manifest does."""
 CSV = (".csv", ".csv.gz")
 BATCH_ROWS = 65_536
-SHOWN = 1000
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
 MAX_ROW_CHARACTERS = 2**20
 """A row of a list names an image; a packed list of a few kB can hold one of many GB."""
@@ -73,7 +72,7 @@ def file_of(source: Source, uri: str, etag: str | None) -> File:
     prefix = Allowed.of(source).prefix_of(uri)
     store = _store_of(prefix, source.root)
     # what lists call an etag is that of object stores: on local disk it says nothing
-    return File(store, uri[len(prefix) :], store, None if store.is_local else etag)
+    return File(store, uri[len(prefix) :], None if store.is_local else etag)
 
 
 @lru_cache(maxsize=64)
@@ -119,7 +118,7 @@ class Allowed:
         for prefix in self.prefixes:
             if uri.startswith(prefix) and _is_plain(uri[len(prefix) :]):
                 return prefix
-        named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:SHOWN])
+        named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:1000])
         raise ConfigError(
             f"input.allow: the list names {named}; allowed is what lies below "
             f"{', '.join(self.prefixes)}"
@@ -253,7 +252,9 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
     for file in files:
         try:
             for row in _inventory_rows(home, file, columns):
-                if is_image(row["Key"]) and _is_current(row):
+                is_old = str(row.get("IsLatest")).lower() == "false"
+                is_deleted = str(row.get("IsDeleteMarker")).lower() == "true"
+                if is_image(row["Key"]) and not is_old and not is_deleted:
                     yield Line(
                         f"s3://{bucket}/{row['Key']}",
                         bytes=int(row.get("Size") or 0),
@@ -261,12 +262,6 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
                     )
         except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{home.uri(file)}: not a file of an inventory: {error}") from error
-
-
-def _is_current(row: dict[str, Any]) -> bool:
-    """Not an older version, not a deletion."""
-    latest, deleted = row.get("IsLatest"), row.get("IsDeleteMarker")
-    return str(latest).lower() != "false" and str(deleted).lower() != "true"
 
 
 def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict[str, str]]:

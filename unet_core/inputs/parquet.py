@@ -14,12 +14,10 @@ from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")
+TEXTS = (pa.string(), pa.large_string())
 MAX_ROW_GROUP_BYTES = 2**30
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 SHARD_BYTES = 2**28
-BATCH_ROWS = 1
-"""Decoded at once: rows of a dictionary may all be the same image of 1 GiB."""
-FOOTER_THREADS = 16
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
@@ -33,7 +31,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
         for entry in source.entries()
         if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known
     ]
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+    with ThreadPoolExecutor(16) as pool:
         for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):
             yield from _ranges(source, entry, footer)
 
@@ -52,7 +50,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
             _check_columns(source, file.schema_arrow, source.root.uri(shard.uri))
             groups = _groups_of(file.metadata, shard.first, shard.count)
             columns = list(_columns(source))
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+            # one by one: rows of a dictionary may all be the same image of 1 GiB
+            for batch in file.iter_batches(1, row_groups=groups, columns=columns):
                 # nothing in a file makes sure that its text is UTF-8
                 schema = pa.schema([(f.name, _bytes_for_text(f.type)) for f in batch.schema])
                 for values in batch.cast(schema).to_pylist():
@@ -68,18 +67,9 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 
 
 def _footer(source: Source, entry: Entry) -> pq.FileMetaData:
-    where = source.root.uri(entry.name)
     with source.root.open_parquet(entry.name, entry.bytes) as file:
-        _check_columns(source, file.schema_arrow, where)
-        metadata = file.metadata
-    for number in range(metadata.num_row_groups):
-        size = _size_of(metadata.row_group(number), source)
-        if size > MAX_ROW_GROUP_BYTES:
-            raise StoreError(
-                f"{where}: row group {number} holds {size / 2**30:.1f} GiB of images, allowed: "
-                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
-            )
-    return metadata
+        _check_columns(source, file.schema_arrow, source.root.uri(entry.name))
+        return file.metadata
 
 
 def _columns(source: Source) -> dict[str, str]:
@@ -110,47 +100,42 @@ def _check_columns(source: Source, schema: pa.Schema, where: str) -> None:
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind in (pa.binary(), pa.large_binary())
 
 
 def _is_id(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_id(kind.value_type)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return bool(is_number or pa.types.is_decimal(kind) or _is_text(kind) or _holds_bytes(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return is_number or pa.types.is_decimal(kind) or kind in TEXTS or _holds_bytes(kind)
 
 
 def _bytes_for_text(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, _bytes_for_text(field.type)) for field in kind])
-    if pa.types.is_dictionary(kind) and _is_text(kind.value_type):
+    if pa.types.is_dictionary(kind) and kind.value_type in TEXTS:
         return pa.dictionary(kind.index_type, pa.binary())
-    return pa.large_binary() if _is_text(kind) else kind
-
-
-def _size_of(group: Any, source: Source) -> int:
-    """Uncompressed bytes of the columns that are read."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    wanted = _columns(source)
-    return sum(
-        c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted
-    )
+    return pa.large_binary() if kind in TEXTS else kind
 
 
 def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator[Shard]:
-    """Join row groups until there are enough rows or bytes."""
+    """Join row groups until there are enough rows or bytes of the columns that are read."""
     first = rows = size = 0
+    wanted = _columns(source)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         if rows and (rows >= source.config.shard_images or size >= SHARD_BYTES):
             yield make_shard(entry.name, size, entry.etag, first, rows)
             first, rows, size = first + rows, 0, 0
-        rows += group.num_rows
-        size += _size_of(group, source)
+        columns = map(group.column, range(group.num_columns))
+        read = [c for c in columns if c.path_in_schema.partition(".")[0] in wanted]
+        if (more := sum(column.total_uncompressed_size for column in read)) > MAX_ROW_GROUP_BYTES:
+            where = f"{source.root.uri(entry.name)}: row group {number}"
+            raise StoreError(
+                f"{where} holds {more / 2**30:.1f} GiB of images, allowed: "
+                f"{MAX_ROW_GROUP_BYTES / 2**30:.0f}; write it again with smaller row groups"
+            )
+        rows, size = rows + group.num_rows, size + more
     if rows:
         yield make_shard(entry.name, size, entry.etag, first, rows)
 

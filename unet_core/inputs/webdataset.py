@@ -4,9 +4,9 @@ import gzip
 import io
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -17,7 +17,8 @@ from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, re
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
-CHUNK_BYTES = 2**20
+Content = bytes | ImageError
+"""Of a member, or why it has none."""
 MAX_HEADER_BYTES = 2**20
 """All that describes one member, and what describes all of them together."""
 
@@ -95,22 +96,23 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """
     uri = source.root.uri(shard.uri)
     mask_suffix = _mask_suffix(source)
-    group: list[_Found] = []
-    held = 0
+    key, held, images, masks = "", 0, list[Content](), list[Content]()
     failure: ImageError | None = None
     with source.root.open(shard.uri, shard.bytes, shard.etag) as stream:
         try:
             for name, data in _members(stream, uri):
-                key, suffix = _split_member(name, mask_suffix)
-                if group and group[0].key != key:
-                    yield from _samples_of(shard, uri, group, mask_suffix)
-                    group, held = [], 0
+                named, suffix = _split_member(name, mask_suffix)
+                if named != key:
+                    yield from _samples_of(f"{shard.uri}/{key}", uri, images, masks)
+                    key, held, images, masks = named, 0, [], []
                 held += _size_of(data)  # a tar may hold the same name any number of times
                 refusal = ImageError("too_large", f"its names hold {held} bytes together")
-                group.append(_Found(key, suffix, data if held <= MAX_ENCODED_BYTES else refusal))
+                if suffix in ("", mask_suffix):
+                    content = data if held <= MAX_ENCODED_BYTES else refusal
+                    (masks if suffix else images).append(content)
         except ImageError as error:
             failure = error
-    yield from _samples_of(shard, uri, group, mask_suffix)
+    yield from _samples_of(f"{shard.uri}/{key}", uri, images, masks)
     if failure is not None:
         yield Sample(shard.uri, "", uri, bytes, failure=failure)
 
@@ -127,16 +129,7 @@ def _mask_suffix(source: Source) -> str:
     return suffix
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A member that may be an image (no suffix) or a mask."""
-
-    key: str
-    suffix: str
-    data: bytes | ImageError
-
-
-def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageError]]:
+def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
     """Names and contents of the image members. Raises ImageError where the tar is damaged."""
     try:
         is_packed = cast(io.BufferedReader, stream).peek(2)[:2] == b"\x1f\x8b"
@@ -151,7 +144,8 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
         ) as tar:
             for info in tar:
                 name = readable_name(info.name.removeprefix("./"))
-                if not info.isdir() and is_image(name) and not _is_hidden(name):
+                hidden = (p for p in name.split("/") if p.startswith(".") and p not in (".", ".."))
+                if not info.isdir() and is_image(name) and not any(hidden):  # as in folders
                     yield name, _content(tar, info)
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
@@ -167,12 +161,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, bytes | ImageErr
         raise ImageError("tar", reason) from error
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a member or a folder above it begins with a dot, as in folders."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Content:
     if not info.isreg():
         return ImageError("not_a_file", "the tar member is a link or a device, not a file")
     if info.size > MAX_ENCODED_BYTES:
@@ -180,7 +169,7 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | ImageError:
     file = tar.extractfile(info)
     assert file is not None
     content = io.BytesIO()  # grows in place; reading at once would take twice the memory
-    shutil.copyfileobj(file, content, CHUNK_BYTES)
+    shutil.copyfileobj(file, content, 2**20)
     return content.getvalue()
 
 
@@ -196,31 +185,27 @@ def _split_member(name: str, mask_suffix: str) -> tuple[str, str]:
     return folder + slash + stem, ""
 
 
-def _samples_of(shard: Shard, uri: str, group: list[_Found], mask_suffix: str) -> Iterator[Sample]:
-    """The images among the members of one key; the mask asked for is theirs."""
-    mask = next((f.data for f in group if f.suffix and f.suffix == mask_suffix), None)
-    for found in group:
-        if found.suffix:
-            continue
+def _samples_of(
+    image_id: str, uri: str, images: list[Content], masks: list[Content]
+) -> Iterator[Sample]:
+    """The images of one key; the first mask is theirs."""
+    for image in images:
         yield Sample(
-            image_id=f"{shard.uri}/{found.key}",
-            key=PurePosixPath(found.key).name,
+            image_id=image_id,
+            key=PurePosixPath(image_id).name,
             source_uri=uri,
-            read=_giver(found.data),
-            read_mask=_giver(mask) if mask is not None else None,
-            failure=found.data if isinstance(found.data, ImageError) else None,
-            encoded_bytes=_size_of(found.data) + _size_of(mask),
+            read=partial(_given, image),
+            read_mask=partial(_given, masks[0]) if masks else None,
+            failure=image if isinstance(image, ImageError) else None,
+            encoded_bytes=sum(map(_size_of, (image, *masks[:1]))),
         )
 
 
-def _size_of(data: bytes | ImageError | None) -> int:
+def _size_of(data: Content) -> int:
     return len(data) if isinstance(data, bytes) else 0
 
 
-def _giver(data: bytes | ImageError) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if isinstance(data, ImageError):
-            raise data
-        return data
-
-    return read
+def _given(data: Content) -> bytes:
+    if isinstance(data, ImageError):
+        raise data
+    return data

@@ -21,7 +21,7 @@ from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
 from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.storage.store import read_file
+from unet_core.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -156,15 +156,14 @@ def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
     Raises CheckpointError otherwise: a file from elsewhere must not decide what is imported.
     """
     network = header.network
-    named = network.factory if isinstance(network, Factory) else ""
-    if named == allowed:
-        return
-    if not isinstance(network, Factory):
+    if isinstance(network, UNetSpec) and allowed:
         raise CheckpointError(f"model.factory is {allowed}, but {checkpoint} is a U-Net of presets")
-    raise CheckpointError(
-        f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
-        f"called with {network.arguments}, say model.factory = {named!r} (now it is {allowed!r})"
-    )
+    if isinstance(network, Factory) and (named := network.factory) != allowed:
+        raise CheckpointError(
+            f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
+            f"called with {network.arguments}, say model.factory = {named!r} (now it is "
+            f"{allowed!r})"
+        )
 
 
 def digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
@@ -250,9 +249,7 @@ def is_counter(key: str) -> bool:
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
-    """The network of a checkpoint, ready for inference: NCHW float32, already normalised, to
-    logits NKHW. ``builtin:NAME``, a path or a URI.
-    """
+    """The network of ``builtin:NAME``, a path or a URI: normalised NCHW float32 to logits NKHW."""
     return load(checkpoint, factory=factory)[0]
 
 
@@ -295,9 +292,14 @@ def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
         raise CheckpointError(f"{where}: a damaged safetensors file: {error}") from error
 
 
-def _read(checkpoint: str, storage: StorageConfig | None, *piece: int) -> bytes:
+def _read(
+    checkpoint: str,
+    storage: StorageConfig | None,
+    start: int | None = None,
+    stop: int | None = None,
+) -> bytes:
     try:
-        return read_file(locate(checkpoint), storage, *piece)
+        return Store(locate(checkpoint), storage).read("", start, stop)
     except StoreError as error:
         is_file = checkpoint.endswith(".safetensors")
         hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"

@@ -28,7 +28,22 @@ distributions = functools.cache(importlib.metadata.packages_distributions)
 
 def build(spec: NetworkSpec) -> nn.Module:
     """The network, with initial weights. Raises CheckpointError for a factory that gives none."""
-    return UNet(spec) if isinstance(spec, UNetSpec) else _made_by(spec)
+    if isinstance(spec, UNetSpec):
+        return UNet(spec)
+    module, _, function = spec.factory.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not see the user's own modules
+    arguments = {key: None if v == "null" else v for key, v in spec.arguments.items()}
+    try:
+        made = getattr(importlib.import_module(module), function)(**arguments)
+    except Exception as error:  # the function is the user's, and so are its errors
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
+    if not isinstance(made, nn.Module):
+        raise CheckpointError(
+            f"model.factory: {spec.factory} gave {type(made).__name__}, not a torch.nn.Module"
+        )
+    return made
 
 
 def measured(
@@ -80,20 +95,3 @@ def origin(spec: Factory) -> str:
     names = distributions().get(package, [])
     versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
     return " ".join([*versions, hashlib.sha256(source).hexdigest()[:16]])
-
-
-def _made_by(spec: Factory) -> nn.Module:
-    module, _, function = spec.factory.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not see the user's own modules
-    arguments = {key: None if v == "null" else v for key, v in spec.arguments.items()}
-    try:
-        made = getattr(importlib.import_module(module), function)(**arguments)
-    except Exception as error:  # the function is the user's, and so are its errors
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
-    if not isinstance(made, nn.Module):
-        raise CheckpointError(
-            f"model.factory: {spec.factory} gave {type(made).__name__}, not a torch.nn.Module"
-        )
-    return made

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 
 from unet_core.networks.presets import PRESETS, UNetSpec
 
-DEPTHS = range(1, 9)
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -8,9 +8,6 @@ from pydantic import ConfigDict
 from unet_core.errors import ConfigError
 from unet_core.geometry import Sides
 
-LONGEST_SIDE = 2**15
-"""Sides up to this are looked at to find those that a network takes."""
-
 
 @dataclass(frozen=True)
 class UNetSpec:
@@ -89,16 +86,15 @@ class UNetSpec:
     def output_side(self, side: int) -> int | None:
         """Logits along an axis of ``side`` pixels; None where the network cannot run."""
         lost = 4 if self.padding == "valid" else 0
-        skips: list[tuple[int, int]] = []
+        skips, pooled = list[int](), side
         for _ in range(self.depth):
-            side_in = side if not skips else skips[-1][1]
-            encoded = side_in - lost * self.dilation
+            encoded = pooled - lost * self.dilation
             pooled = -(-encoded // 2) if self.ceil_pool else encoded // 2
             if pooled < 1 or (self.join.startswith("crop") and encoded % 2):
                 return None
-            skips.append((encoded, pooled))
-        at = skips[-1][1] - lost
-        for encoded, _ in reversed(skips):
+            skips.append(encoded)
+        at = pooled - lost
+        for encoded in reversed(skips):
             at *= 2
             if at < 1 or (self.join == "equal" and at != encoded):
                 return None
@@ -110,7 +106,7 @@ class UNetSpec:
     @property
     def sides(self) -> Sides:
         """The image sides that the network takes."""
-        legal = (n for n in range(1, LONGEST_SIDE) if self.output_side(n) is not None)
+        legal = (n for n in range(1, 2**15) if self.output_side(n) is not None)
         smallest, following = next(legal, None), next(legal, None)
         if smallest is None or following is None:
             raise ConfigError("model: these options fit together at no image size")

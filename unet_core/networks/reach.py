@@ -21,8 +21,6 @@ from unet_core.networks.unet import UNet
 LONGEST = 4096
 """Sides of the strips on which reaches are looked for, in pixels; whoever sees farther sees all."""
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
-MANY_LAYERS = 60
-"""From there on, paths weigh too little for single precision."""
 TOLERANCE = 1e-9
 
 Reaches = list[tuple[int, int]]
@@ -34,8 +32,7 @@ def tiling_of(spec: UNetSpec) -> Tiling:
     """The tiling of a U-Net; it does not depend on widths and channels, which are measured as 1."""
     with torch.random.fork_rng(devices=()):  # whoever seeded something does not notice
         thin = UNet(replace(spec, in_channels=1, classes=1, width=1))
-    reaches = _reaches(thin, 1, spec.sides, spec.stride, spec.margin)
-    tiling = _tiling(reaches, spec.sides, spec.stride, spec.margin)
+    tiling = _tiling(thin, 1, spec.sides, spec.stride, spec.margin)
     with torch.device("meta"):
         widest = _widest(UNet(replace(spec, init="torch")).eval(), spec.in_channels, spec.sides)
     return replace(tiling, is_exact=tiling.is_exact and spec.moves_with_input, channels=widest)
@@ -52,8 +49,7 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
         sides = _sides_of(network, in_channels, candidate)
         if sides is None:
             continue
-        reaches = _reaches(network, in_channels, sides, candidate, margin=0)
-        tiling = _tiling(reaches, sides, candidate, margin=0)
+        tiling = _tiling(network, in_channels, sides, candidate, margin=0)
         if tiling.is_exact and is_exact(network, in_channels, tiling):
             found = tiling
             break
@@ -98,9 +94,9 @@ def is_exact(network: nn.Module, in_channels: int, tiling: Tiling, at_edges: boo
     return True
 
 
-def _tiling(reaches: Reaches | None, sides: Sides, stride: int, margin: int) -> Tiling:
+def _tiling(network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int) -> Tiling:
     tiling = Tiling(sides, stride, margin, 0, 0, is_exact=False, channels=1)
-    if reaches is None:
+    if (reaches := _reaches(network, in_channels, sides, stride, margin)) is None:
         return tiling
     end, halo = tiling.window_sides.smallest, 0
     for at in range(LONGEST):  # from a window's first logit on, and from its last one back
@@ -169,7 +165,8 @@ def _positive(network: nn.Module) -> nn.Module:
     """A copy whose weights are positive, and neither fade nor explode over many layers."""
     network = copy.deepcopy(network).cpu().eval()
     convolutions = sum(parameter.ndim >= 2 for parameter in network.parameters())
-    network = network.double() if convolutions > MANY_LAYERS else network.float()
+    # through so many, paths weigh too little for single precision
+    network = network.double() if convolutions > 60 else network.float()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim >= 2:

@@ -6,17 +6,15 @@ Shapes: N images, C channels, H×W pixels, K logits.
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unet_core.networks.presets import UNetSpec, preset
+from unet_core.networks.presets import UNetSpec
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
-
-DROPOUT = 0.5
 
 
 def _resize(x_NCHW: Tensor, like: Tensor) -> Tensor:
@@ -80,11 +78,6 @@ class UNet(nn.Module):
         self.head = _head(spec)
         _initialise(self, spec.init)
 
-    @classmethod
-    def from_preset(cls, name: str, **options: Any) -> "UNet":
-        """Build a named network; options are fields of ``UNetSpec``."""
-        return cls(preset(name, **options))
-
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Logits NKHW of images NCHW."""
         spec, x, skips = self.spec, x_NCHW, []
@@ -130,7 +123,7 @@ def _block(
         order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
         layers.update(order[spec.norm])
     if dropout and spec.dropout != "none":
-        layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(DROPOUT)
+        layers["dropout"] = (nn.Dropout2d if spec.dropout == "channels" else nn.Dropout)(0.5)
     return nn.Sequential(layers)
 
 
@@ -140,12 +133,9 @@ def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
     if spec.up.startswith("bilinear"):
         layers["resize"] = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
     match spec.up:
-        case "transpose":
-            layers["conv"] = nn.ConvTranspose2d(channels, out, 2, stride=2)
-        case "transpose3":
-            layers["conv"] = nn.ConvTranspose2d(
-                channels, out, 3, stride=2, padding=1, output_padding=1
-            )
+        case "transpose" | "transpose3":
+            pad = int(spec.up == "transpose3")  # a pixel on each side, so that 3×3 doubles too
+            layers["conv"] = nn.ConvTranspose2d(channels, out, 2 + pad, 2, pad, pad)
         case "bilinear_conv":
             layers["conv"] = nn.Conv2d(channels, out, 1)
     if spec.up_relu:

@@ -20,13 +20,14 @@ from unet_core.config import ForeignConfig, ImportConfig, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError
 from unet_core.networks import checkpoint, construction
 from unet_core.networks.checkpoint import Header, difference, few, fitting, is_counter
-from unet_core.networks.layouts import DEPTHS, LAYOUTS, Layout
+from unet_core.networks.layouts import LAYOUTS, Layout
 from unet_core.networks.presets import Factory, NetworkSpec, UNetSpec, channels_of
 from unet_core.networks.unet import UNet
-from unet_core.storage.store import Store, read_file
+from unet_core.storage.store import Store
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before all names."""
 PICKLES = (b"PK\x03\x04", b"\x80")
 """What files of ``torch.save`` begin with, since 1.6 and before."""
 
@@ -58,7 +59,7 @@ def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str,
 
     Raises CheckpointError for a file that is neither, or holds something else.
     """
-    data = read_file(source, storage)
+    data = Store(source, storage).read("")
     is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
     tensors = checkpoint.unpack(data, source) if is_safetensors else None
     with _naming(source):
@@ -68,7 +69,9 @@ def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str,
                 raise CheckpointError(f"{name} {reason}")
         if not found:
             raise CheckpointError("holds no tensors")
-    return _without_prefixes(found)
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in found)), ""):
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
 
 
 def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, UNetSpec]:
@@ -84,7 +87,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     readings = [
         (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
         for known in LAYOUTS
-        for depth, bias in itertools.product(DEPTHS, (True, False))
+        for depth, bias in itertools.product(range(1, 9), (True, False))
         if layout in ("", known.name)
     ]
     fitting = [reading for reading in readings if set(reading[2].values()) == keys]
@@ -161,8 +164,11 @@ def _unpickled(data: bytes) -> Any:
     if not data.startswith(PICKLES):
         raise CheckpointError("neither safetensors nor a file that torch.save wrote")
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
-            _require_stored(zipfile.ZipFile(io.BytesIO(data)), len(data))
+        if zipfile.is_zipfile(io.BytesIO(data)):  # torch.save does not compress
+            members = zipfile.ZipFile(io.BytesIO(data)).infolist()
+            if (size := sum(member.file_size for member in members)) > len(data):
+                text = f"{len(data)} bytes that claim to hold {size}; save it again"
+                raise CheckpointError(text)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -175,13 +181,6 @@ def _unpickled(data: bytes) -> Any:
         first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         reason = f"damaged, or no state_dict that torch.save wrote: {first}"
         raise CheckpointError(reason) from error
-
-
-def _require_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:
-    """Refuse what would be larger unpacked; ``torch.save`` does not compress."""
-    unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > file_bytes:
-        raise CheckpointError(f"{file_bytes} bytes that claim to hold {unpacked}; save it again")
 
 
 def _objects(data: bytes) -> str:
@@ -213,10 +212,3 @@ def _why_not(key: object, value: object, file_bytes: int) -> str:
     if value.numel() * value.element_size() > file_bytes:
         return f"claims the shape {list(value.shape)}, more than the file holds"
     return ""
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DataParallel and torch.compile put before all of them."""
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors

@@ -119,7 +119,7 @@ class LabelImages:
                 yield from (Found() for _ in group)
                 continue
             name, etag = label
-            file = File(root, name, root, etag)
+            file = File(root, name, etag)
             if _is_in_list(self.source):
                 file = replace(listing.file_of(self.source, name, None), etag=etag)
             sample = Sample(name, "", "", bytes, read_mask=file.read, open_mask=file.open)

@@ -35,9 +35,6 @@ ABOUT_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-PRECONDITION = {"412", "PreconditionFailed"}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-EXTRAS = {"gs": "gcs", "abfs": "azure"}
 
 
 def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
@@ -50,7 +47,7 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
         options = _s3_options(storage) if protocol == "s3" else {}
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(uri), **options)
     except ImportError as error:
-        extra = EXTRAS.get(protocol, protocol)
+        extra = {"gs": "gcs", "abfs": "azure"}.get(protocol, protocol)
         raise StoreError(
             f"{protocol}:// needs a library: pip install 'unet-jobs[{extra}]'"
         ) from error
@@ -114,14 +111,6 @@ def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -
         raise
 
 
-def where_credentials_are(storage: StorageConfig) -> str:
-    """How S3 credentials were found (``env``, ``iam-role`` ...); empty if there are none."""
-    from botocore.session import Session
-
-    found = Session(profile=storage.profile or None).get_credentials()
-    return "" if found is None else str(found.method)
-
-
 def _cut_off_s(deadline_s: float, most_s: float) -> float:
     """When silence ends a request, in seconds: early enough to ask again before the deadline."""
     return min(most_s, max(1.0, deadline_s / 4))
@@ -129,25 +118,20 @@ def _cut_off_s(deadline_s: float, most_s: float) -> float:
 
 def _role_session(storage: StorageConfig) -> Any:
     """A session whose credentials are those of a role, renewed before they expire."""
-    from aiobotocore.credentials import AioDeferredRefreshableCredentials
+    from aiobotocore import credentials
     from aiobotocore.session import AioSession
 
     own = AioSession(profile=storage.profile or None)
     options = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
 
-    async def assume() -> dict[str, str]:
-        async with own.create_client("sts", **options) as client:
-            answer = await client.assume_role(RoleArn=storage.role, RoleSessionName="unet-jobs")
-        found = answer["Credentials"]
-        return {
-            "access_key": found["AccessKeyId"],
-            "secret_key": found["SecretAccessKey"],
-            "token": found["SessionToken"],
-            "expiry_time": found["Expiration"].isoformat(),
-        }
+    role = {"RoleArn": storage.role, "RoleSessionName": "unet-jobs"}
+
+    async def assume() -> Any:
+        client = own.create_client("sts", **options)  # can be entered once
+        return await credentials.create_assume_role_refresher(client, role)()
 
     session = AioSession()
-    session._credentials = AioDeferredRefreshableCredentials(assume, method="assume-role")
+    session._credentials = credentials.AioDeferredRefreshableCredentials(assume, "assume-role")
     return session
 
 
@@ -166,7 +150,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
     try:
         return cast(bytes, fsspec.asyn.sync(fs.loop, read))
     except OSError as error:
-        if _code(error) in PRECONDITION:
+        if _code(error) in ("412", "PreconditionFailed"):
             raise ChangedError(f"{fs.unstrip_protocol(path)} {REWRITTEN}") from error
         raise
 
@@ -245,7 +229,7 @@ def _advice(verb: str, where: str, error: BaseException) -> str:
         )
     if number in FULL:
         return "; make room there, then the same command continues"
-    if number in NOT_WRITABLE and verb == "write":
+    if verb == "write" and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "; let this user write there, then the same command continues"
     if _is_about_credentials(error):
         return (

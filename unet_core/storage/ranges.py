@@ -32,10 +32,6 @@ class Ranges(io.RawIOBase):
         """Always."""
         return True
 
-    def tell(self) -> int:
-        """Where the next read begins, in bytes."""
-        return self._at
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move without a request."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ranged.size}[whence]

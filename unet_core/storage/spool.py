@@ -33,8 +33,7 @@ def local_space() -> Iterator[None]:
 
 def spooled() -> BinaryIO:
     """A temporary file, in memory while it is small."""
-    file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)  # noqa: SIM115  # whoever asked for it drops it
-    return cast(BinaryIO, file)
+    return cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES))
 
 
 def drop(file: IO[Any]) -> None:

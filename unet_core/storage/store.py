@@ -30,7 +30,6 @@ from unet_core.storage.ranges import Ranged, Ranges
 ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
-LIST_THREADS = 16
 TEMPORARY = ".tmp"
 """How names of files that are not yet published end; they begin with ``_``."""
 
@@ -204,7 +203,12 @@ class Store:
 
     def credentials(self) -> str:
         """Where an S3 store's credentials come from, in botocore's words; empty if from nowhere."""
-        return object_stores.where_credentials_are(self.storage) if self._is_s3 else ""
+        if not self._is_s3:
+            return ""
+        from botocore.session import Session
+
+        found = Session(profile=self.storage.profile or None).get_credentials()
+        return "" if found is None else str(found.method)
 
     def has_one_winner(self) -> bool:
         """Whether this store keeps ``publish_exclusively``: some accept the second object too.
@@ -279,7 +283,7 @@ class Store:
 
     def _find(self, path: str) -> Iterator[Entry]:
         """List an object store, the prefixes of each level side by side."""
-        pool = ThreadPoolExecutor(LIST_THREADS)
+        pool = ThreadPoolExecutor(16)
         pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
         try:
             while pending:
@@ -353,13 +357,6 @@ def split(uri: str) -> tuple[str, str]:
     """A file's URI as its folder and its name."""
     folder, _, name = uri.rstrip("/").rpartition("/")
     return (folder or ("/" if uri.startswith("/") else "."), name)
-
-
-def read_file(
-    uri: str, storage: StorageConfig | None, start: int | None = None, stop: int | None = None
-) -> bytes:
-    """All bytes of one file given by path or URI, or those in [start, stop)."""
-    return Store(uri, storage).read("", start, stop)
 
 
 def _etag_of(info: dict[str, Any]) -> str:

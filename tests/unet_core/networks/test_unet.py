@@ -69,7 +69,7 @@ def test_a_centre_crop_rounds_as_its_original():
 
 def test_the_papers_weights_begin_with_he_and_the_tutorials_with_xavier():
     torch.manual_seed(0)
-    paper, tutorial = UNet.from_preset("paper", width=16), UNet.from_preset("bilinear", width=16)
+    paper, tutorial = UNet(preset("paper", width=16)), UNet(preset("bilinear", width=16))
     conv = paper.encoder[1].conv2
     assert conv.weight.detach().std() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.05)
     assert not conv.bias.any()
@@ -80,7 +80,7 @@ def test_the_papers_weights_begin_with_he_and_the_tutorials_with_xavier():
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_folding_keeps_the_logits(name):
     torch.manual_seed(0)
-    network = UNet.from_preset(name, in_channels=1, classes=3, width=8)
+    network = UNet(preset(name, in_channels=1, classes=3, width=8))
     sides = network.spec.sides
     for buffer_name, buffer in network.named_buffers():
         if buffer_name.endswith("running_mean"):
@@ -133,9 +133,9 @@ def test_folding_leaves_layers_alone_that_do_more_than_their_class(conv, norm):
 
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ConfigError, match="allowed: padded, bilinear, "):
-        UNet.from_preset("unet")
+        preset("unet")
     with pytest.raises(ConfigError, match="widht is no option; allowed: in_channels, classes"):
-        UNet.from_preset("paper", widht=3)
+        preset("paper", widht=3)
 
 
 @pytest.mark.parametrize("options", [{"norm": "batch"}, {"up": "nearest"}, {"padding": "valid"}])
