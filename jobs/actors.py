@@ -1,7 +1,7 @@
 """The workers of a Ray cluster: one replica in each actor, placed at once, replaced when it dies.
 
-An actor raises only bugs: what stops a run, or makes the actor useless, travels back as a record,
-since exceptions that do not pickle lose their cause.
+An actor raises only bugs: what stops a run, or makes the actor useless, it returns (``answers``),
+since what Ray raises again may lose its class.
 """
 
 import logging
@@ -15,13 +15,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.answers import Crash, Failure, Refusal, recorded
+from jobs.answers import CrashError, recorded
 from jobs.board import HEARTBEAT_S, PREFETCH, Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.placement import Placement, wanted
 from jobs.version import CodeVersion, code_version
-from unet_core.errors import WorkersError
+from unet_core.errors import ShardError, UnetJobsError, WorkersError
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import ShardResult
 
@@ -203,7 +203,7 @@ class RayActors:
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
         answers = [(reference, session.answer(reference)) for reference in ready]
-        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | Crash))
+        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | CrashError))
         for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
@@ -249,14 +249,13 @@ class RayActors:
             yield from self._doubt(name, str(answer))
         elif isinstance(answer, ray.exceptions.RayError):
             yield self._bury(name, str(answer), getattr(answer, "preempted", False))
-        elif isinstance(answer, Failure):
-            answer.raise_again()
-        elif isinstance(answer, Crash):
-            yield self._bury(name, answer.reason)
-        elif isinstance(answer, Refusal):
-            assert isinstance(what, Attempt)
+        elif isinstance(answer, CrashError):
+            yield self._bury(name, str(answer))
+        elif isinstance(answer, ShardError) and isinstance(what, Attempt):
             self._measures.lost(1)
-            yield Refused(name, what.shard.shard_id, answer.reason)
+            yield Refused(name, what.shard.shard_id, str(answer))
+        elif isinstance(answer, UnetJobsError):
+            raise answer
         elif isinstance(what, Attempt):
             self._measures.done(name, what, answer)
             yield Done(name, what.shard.shard_id, answer)

@@ -1,7 +1,7 @@
 """The ranks of a training on a Ray cluster, placed and restarted by Ray Train.
 
 Ranks raise only what Ray Train is to answer by a restart: an error of this project ends all of
-them in peace and travels to the driver as a record.
+them in peace and is sent to the driver.
 """
 
 import logging
@@ -18,7 +18,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
-from jobs.answers import Failure
 from jobs.placement import Placement, settle
 from jobs.places import from_here, require_reachable, worker_places
 from jobs.version import code_version
@@ -39,10 +38,10 @@ class Mailbox:
     """An actor in which the first rank leaves what happens, and learns whether it is to stop."""
 
     def __init__(self) -> None:
-        self._said: list[Event | Failure] = []
+        self._said: list[Event | UnetJobsError] = []
         self._stops = False
 
-    def say(self, event: Event | Failure) -> bool:
+    def say(self, event: Event | UnetJobsError) -> bool:
         """Leave a message; whether to stop."""
         self._said.append(event)
         return self._stops
@@ -51,7 +50,7 @@ class Mailbox:
         """Whether to stop."""
         return self._stops
 
-    def hear(self, stops: bool) -> list[Event | Failure]:
+    def hear(self, stops: bool) -> list[Event | UnetJobsError]:
         """Take all messages; ask the ranks to stop."""
         self._stops = stops
         said, self._said = self._said, []
@@ -89,9 +88,9 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                             ranks, each.gpus, each.cpus)  # fmt: skip
             for event in ray.get(mailbox.hear.remote(wants_stop())):
                 silent_since = 0.0
-                if isinstance(event, Failure):
+                if isinstance(event, UnetJobsError):
                     ended.wait()
-                    event.raise_again()
+                    raise event
                 yield event
         if outcome:
             reason = " ".join(str(outcome[0]).split())[-600:]
@@ -137,7 +136,7 @@ def _rank(arguments: dict[str, Any]) -> None:
                 reporter.say(event)
     except UnetJobsError as error:
         if reporter is not None:
-            reporter.say(Failure(type(error).__name__, str(error)))
+            reporter.say(error)
 
 
 class Reporter:
@@ -151,7 +150,7 @@ class Reporter:
         """All since the last message, as one."""
         self._stops = False
 
-    def say(self, event: Event | Failure) -> None:
+    def say(self, event: Event | UnetJobsError) -> None:
         """Tell it now, or with the steps that follow."""
         if isinstance(event, Step):
             self._step = _both(self._step, event)

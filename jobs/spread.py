@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
-from jobs.answers import Crash, Failure, Problem, Refusal, recorded
+from jobs.answers import CrashError, Problem, recorded
 from jobs.places import require_reachable
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
@@ -68,12 +68,12 @@ def spread(
         contextlib.closing(run(task, left, config, places)) as answers,
     ):
         for shard, answer in answers:
-            if isinstance(answer, Failure):
-                answer.raise_again()
-            elif isinstance(answer, Crash | Refusal):
-                refused[shard.uri or shard.shard_id] = answer.reason
-            else:
+            if isinstance(answer, int):
                 progress.on_done(answer)
+            elif isinstance(answer, CrashError | ShardError):
+                refused[shard.uri or shard.shard_id] = str(answer)
+            else:
+                raise answer
     return refused
 
 
@@ -111,7 +111,7 @@ def _on_cluster(
                 for reference in ready:
                     answer = session.answer(reference)
                     if isinstance(answer, ray.exceptions.RayError):
-                        answer = Crash(" ".join(str(answer).split())[:300])
+                        answer = CrashError(" ".join(str(answer).split())[:300])
                     yield calls.pop(reference), answer
         finally:
             for reference in calls:
