@@ -231,15 +231,11 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default="demo")
-@click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
-def demo(folder: Path, data_only: bool) -> None:
+def demo(folder: Path) -> None:
     """Try it: sample images, a run on two local Ray actors, a report."""
     from jobs.demo import write_data
     from jobs.predict import predict as run_predict
 
     config = write_data(folder)
-    if data_only:
-        click.echo(f"wrote {folder}/images and {config}")
-        return
     show.outcome(run_predict(load(PredictConfig, str(config), [])))
     show.lines(config=str(config))
