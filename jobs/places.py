@@ -1,7 +1,7 @@
 """Where a job reads and writes, by the keys of its config, and who can see it there."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jobs import session
 from unet_core.config import PredictConfig, Section, StorageConfig, absolute, is_remote, plain
@@ -9,7 +9,6 @@ from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
@@ -32,19 +31,17 @@ def from_here(config: ConfigT) -> ConfigT:
     """A config whose plain paths mean in every process of the connected cluster what they mean in
     this one, wherever that process began; a checkpoint among a job's files is found by all.
     """
-    changed: dict[str, Section] = {"output": _with(config.output, uri=absolute(config.output.uri))}
+    output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
+    changed: dict[str, Section] = {"output": output}
     if "model.checkpoint" in worker_places(config):
-        changed["model"] = _with(config.model, checkpoint=absolute(config.model.checkpoint))
+        found = absolute(config.model.checkpoint)
+        changed["model"] = config.model.model_copy(update={"checkpoint": found})
     if isinstance(config, PredictConfig):
         changed["input"] = config.input.from_here()
     else:
         parts = {name: part.from_here() for name, part in config.data.parts.items()}
-        changed["data"] = _with(config.data, **parts)
-    return _with(config, **changed)
-
-
-def _with(section: SectionT, **values: Any) -> SectionT:
-    return section.model_copy(update=values)
+        changed["data"] = config.data.model_copy(update=parts)
+    return config.model_copy(update=changed)
 
 
 def require_reachable(found: dict[str, str], is_shared: bool) -> None:
