@@ -41,13 +41,9 @@ class Mailbox:
         self._said: list[Event | UnetJobsError] = []
         self._stops = False
 
-    def say(self, event: Event | UnetJobsError) -> bool:
-        """Leave a message; whether to stop."""
-        self._said.append(event)
-        return self._stops
-
-    def stops(self) -> bool:
-        """Whether to stop."""
+    def say(self, *events: Event | UnetJobsError) -> bool:
+        """Leave messages, if any; whether to stop."""
+        self._said.extend(events)
         return self._stops
 
     def hear(self, stops: bool) -> list[Event | UnetJobsError]:
@@ -167,7 +163,7 @@ class Reporter:
         step is taken while images are looked at, or validate.
         """
         if self._reply is None and time.monotonic() - self._asked > WAIT_S:
-            self._ask(self._mailbox.stops.remote())
+            self._ask(self._mailbox.say.remote())
         if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
             self._stops, self._reply = ray.get(self._reply), None
         return self._stops
