@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
 from jobs.placement import Placement, settle
-from jobs.places import from_here, require_reachable, worker_places
+from jobs.places import from_here, require_seen, worker_places
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -60,7 +60,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        require_reachable(worker_places(config), config.storage.shared)
+        require_seen(worker_places(config), config.storage, session.node_count())
         config = from_here(config)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

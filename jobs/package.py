@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.places import data_places, is_everywhere, require_everywhere
+from jobs.places import data_places, is_everywhere, require_seen
 from unet_core.config import PredictConfig, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
@@ -64,7 +64,7 @@ def pack(
 
     Raises ConfigError for places that the cluster cannot see and for files that are too large.
     """
-    require_everywhere(data_places(config), config.storage)
+    require_seen(data_places(config), config.storage)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
     is_builtin = not checkpoint or checkpoint.startswith("builtin:")

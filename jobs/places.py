@@ -44,45 +44,29 @@ def from_here(config: ConfigT) -> ConfigT:
     return config.model_copy(update=changed)
 
 
-def require_reachable(found: dict[str, str], is_shared: bool) -> None:
-    """Refuse places, by their keys, that the workers of a connected cluster cannot see.
-
-    Raises ConfigError that names the first one.
-    """
-    nodes = session.node_count()
-    for key, uri in found.items():
-        if uri.startswith("memory://"):
-            raise ConfigError(
-                f"{key}: memory:// lives in one process; set workers.count = 'inline'"
-            )
-        if not is_remote(uri) and nodes > 1 and not is_shared:
-            raise ConfigError(
-                f"{key}: {uri} is a plain path, and the cluster has {nodes} nodes; if all of them "
-                "see it there, set storage.shared = true, else use an object store"
-            )
-
-
 def is_everywhere(uri: str, storage: StorageConfig) -> bool:
     """Whether every node of any cluster sees a file where this machine does."""
     return is_remote(uri) or (storage.shared and Path(plain(uri)).is_absolute())
 
 
-def require_everywhere(found: dict[str, str], storage: StorageConfig) -> None:
-    """Refuse places, by their keys, that a cluster elsewhere cannot see.
+def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
+    """Refuse places, by their keys, that workers cannot see: those of the connected cluster, which
+    has so many nodes, or else of any.
 
     Raises ConfigError that names the first one.
     """
     for key, uri in found.items():
         if uri.startswith("memory://"):
-            raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
-        if is_everywhere(uri, storage):
+            raise ConfigError(f"{key}: {uri} lives in one process; set workers.count = 'inline'")
+        if is_everywhere(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
             continue
-        if not Path(plain(uri)).is_absolute():
+        if nodes is None and not Path(plain(uri)).is_absolute():
             raise ConfigError(
                 f"{key}: {uri} is relative to a directory of this machine; write where the nodes "
                 "of the cluster find it: an object store, or an absolute path that they share"
             )
+        other = "" if nodes is None else f", and the cluster has {nodes} nodes"
         raise ConfigError(
-            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
-            "= true if all nodes of the cluster see it there"
+            f"{key}: {uri} is a path of this machine{other}; use an object store, or set "
+            "storage.shared = true if all nodes of the cluster see it there"
         )

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
-from jobs.places import require_reachable
+from jobs.places import require_seen
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig
@@ -94,7 +94,7 @@ def _on_cluster(
     import ray
 
     with session.connected():
-        require_reachable(places, config.storage.shared)
+        require_seen(places, config.storage, session.node_count())
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_done)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}

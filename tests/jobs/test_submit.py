@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs import cli, package, session, submit
 from jobs.package import pack
-from jobs.places import require_reachable, worker_places
+from jobs.places import require_seen, worker_places
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submit import Follower, JobServer, run_name
@@ -105,12 +105,11 @@ def test_what_the_cluster_cannot_see_is_refused_before_anything_is_sent(
 
 def test_a_checkpoint_that_came_along_is_there_for_every_rank(monkeypatch):
     config = config_of(TrainConfig, model__checkpoint="mine.safetensors")
-    monkeypatch.setattr(session, "node_count", lambda: 2)
     monkeypatch.setattr(session, "has_working_dir", lambda: True)
-    require_reachable(worker_places(config), is_shared=False)
+    require_seen(worker_places(config), config.storage, nodes=2)
     monkeypatch.setattr(session, "has_working_dir", lambda: False)
-    with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a plain path"):
-        require_reachable(worker_places(config), is_shared=False)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a path of this"):
+        require_seen(worker_places(config), config.storage, nodes=2)
 
 
 def test_absolute_paths_go_with_a_file_system_that_is_shared(tmp_path):
