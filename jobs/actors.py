@@ -305,7 +305,6 @@ class RayActors:
         return self._nodes.pop(name, None)
 
     def _drop_calls(self, name: str) -> None:
-        """Wait no longer for what an actor was asked."""
         lost = [what for actor, what in self._calls.values() if actor == name]
         self._measures.lost(sum(isinstance(what, Attempt) for what in lost))
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}

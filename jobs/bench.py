@@ -191,7 +191,6 @@ def _pieces(
 
 
 def _encode(job: Job, pieces: list[list[Piece]], results: list[list[Segmented]]) -> None:
-    """Put masks together and encode them."""
     config = job.config
     encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
     for (canvas, tile), result in zip(chain(*pieces), chain(*results), strict=True):

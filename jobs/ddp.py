@@ -173,7 +173,6 @@ class Reporter:
 
 
 def _both(before: Step | None, step: Step) -> Step:
-    """Two steps as one."""
     if before is None:
         return step
     return replace(

@@ -121,7 +121,6 @@ def _spread(
 
 
 def _published(evaluation: Evaluation, outcome: Outcome) -> Outcome:
-    """The document is published if nothing is left."""
     if not outcome.set_aside:
         data = json.dumps(outcome.document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)

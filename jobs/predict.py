@@ -140,7 +140,6 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
 
 @contextlib.contextmanager
 def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
-    """Threads of this process, or actors of a Ray cluster."""
     workers = job.config.workers
     if session.is_inline(workers):
         from jobs.inline import InlineWorkers

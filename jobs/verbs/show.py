@@ -221,7 +221,6 @@ def scored(document: dict[str, Any]) -> None:
 
 
 def _show_scores(document: dict[str, Any]) -> None:
-    """A table with a row for each class and one for their mean."""
     rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
     rows.append(("mean", document["mean"], ""))
     width = max(len(name) for name, _, _ in rows)
@@ -265,7 +264,6 @@ def _show_state(document: dict[str, Any]) -> None:
 
 
 def _show_images(count: int, what: str, examples: list[str]) -> None:
-    """How many images something happened to, if any, and a few of them."""
     if count:
         line("", f"{count:,} {what}")
     for example in examples:
