@@ -47,7 +47,6 @@ from unet_core.runs.timings import Seconds, ShardResult
 ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""
 MATRIX_SIDE = 2048
-ROUNDS = 5
 ResultT = TypeVar("ResultT")
 
 
@@ -89,7 +88,7 @@ class Bench:
         return self.matrix_gflop_per_s / self.gflop_per_megapixel
 
 
-def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
+def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     """Measure with the first shards of an input; nothing of it is kept.
 
     Raises what ``predict`` raises, and ConfigError if no image of them can be segmented.

@@ -18,7 +18,6 @@ from unet_core.scores.truth import BesideImages, LabelImages, OtherRun, Truth, t
 from unet_core.storage.store import Store
 
 NAME = re.compile(r"\w[\w.-]*")
-DIGEST_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _prepared(
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _spread(

@@ -105,22 +105,13 @@ def plan(
 @click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
 @click.option("--retry-failed", is_flag=True, help="As of predict.")
 @click.option("--refresh", is_flag=True, help="As of predict.")
-def submit(
-    verb: str,
-    path: str,
-    overrides: Words,
-    address: str,
-    follow: bool,
-    retry_failed: bool,
-    refresh: bool,
-) -> None:
+def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, **how: bool) -> None:
     """Run predict or train as a job on a Ray cluster.
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
     config: PredictConfig | TrainConfig
-    given = {"--retry-failed": retry_failed, "--refresh": refresh}
-    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(how) if how[name])
     if flags and verb != "predict":
         raise ConfigError(f"{flags[0]} goes with predict")
     if verb == "predict":
