@@ -7,7 +7,7 @@ N ?= 2
 GPUS ?= 1
 SECONDS ?= 600
 
-.PHONY: help install demo data predict train up down test test-rgw fuzz chaos bench lint types clean
+.PHONY: help install demo predict train up down test test-rgw fuzz chaos bench lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +22,6 @@ install: .venv/installed  ## Make .venv from the pinned constraints
 
 demo: install  ## Segment sample images on two local Ray actors and write a report
 	$(BIN)/unet-jobs demo $(FOLDER)
-
-data: install  ## Only write the sample images and their config to FOLDER=demo
-	$(BIN)/unet-jobs demo --data-only $(FOLDER)
 
 predict: install  ## Segment: make predict CONFIG=predict.toml
 	$(BIN)/unet-jobs predict $(CONFIG)

@@ -1,27 +1,25 @@
 """The workers of a Ray cluster: one replica in each actor, placed at once, replaced when it dies.
 
-An actor raises only bugs: what stops a run, or makes the actor useless, travels back as a record,
-since exceptions that do not pickle lose their cause.
+An actor raises only bugs: what stops a run, or makes the actor useless, it returns.
 """
 
 import logging
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
-from jobs.answers import Crash, Failure, Refusal, recorded
 from jobs.board import HEARTBEAT_S, PREFETCH, Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from jobs.dispatch import MAX_FAILED_STARTS
 from jobs.measures import Measures
 from jobs.placement import Placement, wanted
 from jobs.version import CodeVersion, code_version
-from unet_core.errors import WorkersError
+from unet_core.errors import ShardError, UnetJobsError, WorkersError
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import ShardResult
 
@@ -44,14 +42,6 @@ NODE_DIED = "its node has died"
 """What Ray says of an actor that had not yet told where it is."""
 
 
-@dataclass(frozen=True)
-class Joined:
-    """What an actor says when it has a process, before it loads anything."""
-
-    node_id: str
-    code: CodeVersion
-
-
 class SegmentActor:
     """A replica behind Ray's calls."""
 
@@ -61,13 +51,14 @@ class SegmentActor:
         self._replica: Replica | None = None
         self._segmenter: Segmenter | None = None
 
-    def join(self, level: int) -> Joined:
-        """Say where it is and what code it runs; log from ``level`` on."""
+    def join(self, level: int) -> tuple[str, CodeVersion]:
+        """Say on which node it is and what code it runs, before it loads anything; log from
+        ``level`` on.
+        """
         logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
-        node = ray.get_runtime_context().get_node_id()
-        return Joined(node, code_version())
+        return ray.get_runtime_context().get_node_id(), code_version()
 
-    @recorded
+    @session.answering
     def start(self) -> Compute:
         """Load the model; returns what it computes with."""
         from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
@@ -75,7 +66,7 @@ class SegmentActor:
         self._replica = Replica(self._spec)
         return self._replica.probe()
 
-    @recorded
+    @session.answering
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
         from unet_core.inference.segment import Segmenter
@@ -87,7 +78,7 @@ class SegmentActor:
         """How far its shards are."""
         return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
-    @recorded
+    @session.answering
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
         assert self._segmenter is not None
@@ -203,7 +194,8 @@ class RayActors:
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._heard = time.monotonic()
         answers = [(reference, session.answer(reference)) for reference in ready]
-        answers.sort(key=lambda found: isinstance(found[1], ray.exceptions.RayError | Crash))
+        died = ray.exceptions.RayError | session.CrashError
+        answers.sort(key=lambda found: isinstance(found[1], died))
         for reference, answer in answers:  # what was done counts before what died
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
@@ -249,14 +241,13 @@ class RayActors:
             yield from self._doubt(name, str(answer))
         elif isinstance(answer, ray.exceptions.RayError):
             yield self._bury(name, str(answer), getattr(answer, "preempted", False))
-        elif isinstance(answer, Failure):
-            answer.raise_again()
-        elif isinstance(answer, Crash):
-            yield self._bury(name, answer.reason)
-        elif isinstance(answer, Refusal):
-            assert isinstance(what, Attempt)
+        elif isinstance(answer, session.CrashError):
+            yield self._bury(name, str(answer))
+        elif isinstance(answer, ShardError) and isinstance(what, Attempt):
             self._measures.lost(1)
-            yield Refused(name, what.shard.shard_id, answer.reason)
+            yield Refused(name, what.shard.shard_id, str(answer))
+        elif isinstance(answer, UnetJobsError):
+            raise answer
         elif isinstance(what, Attempt):
             self._measures.done(name, what, answer)
             yield Done(name, what.shard.shard_id, answer)
@@ -268,8 +259,8 @@ class RayActors:
     def _started(self, name: str, step: str, answer: Any) -> Iterator[Ready]:
         """An actor has come one step further on its way to be ready."""
         if step == JOIN:
-            code_version().require(answer.code, f"node {answer.node_id[:12]}")
-            self._nodes[name] = answer.node_id
+            self._nodes[name], code = answer
+            code_version().require(code, f"node {self._nodes[name][:12]}")
             self._call(name, START, "start")
         elif step == START:
             self._computes[name] = answer
@@ -314,7 +305,6 @@ class RayActors:
         return self._nodes.pop(name, None)
 
     def _drop_calls(self, name: str) -> None:
-        """Wait no longer for what an actor was asked."""
         lost = [what for actor, what in self._calls.values() if actor == name]
         self._measures.lost(sum(isinstance(what, Attempt) for what in lost))
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}

@@ -47,7 +47,6 @@ from unet_core.runs.timings import Seconds, ShardResult
 ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""
 MATRIX_SIDE = 2048
-ROUNDS = 5
 ResultT = TypeVar("ResultT")
 
 
@@ -89,7 +88,7 @@ class Bench:
         return self.matrix_gflop_per_s / self.gflop_per_megapixel
 
 
-def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
+def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     """Measure with the first shards of an input; nothing of it is kept.
 
     Raises what ``predict`` raises, and ConfigError if no image of them can be segmented.
@@ -98,8 +97,19 @@ def bench(config: PredictConfig, rounds: int = ROUNDS) -> Bench:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
         with draft(list_shards(job.source)) as found:
-            sample = _sample(job, map(found.with_members, found.heads))
-        return _measured(job, sample, rounds)
+            shards = _sample(job, map(found.with_members, found.heads))
+        replica = Replica(job.replica(session.local_cpus(job.config.workers)))
+        engine, compute = replica.engine, replica.probe()
+        turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Bench(
+        device=compute.device,
+        lanes=engine.lanes,
+        shards=len(shards),
+        waited=sum((spent for _, spent in turns), Seconds()).shares,
+        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        **{name: statistics.median(turn[name] for turn, _ in turns) for name in turns[0][0]},
+    )
 
 
 def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
@@ -111,21 +121,6 @@ def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
         count = shard.count
         images += sum(1 for _ in read_shard(job.source, shard)) if count is None else count
     return taken
-
-
-def _measured(job: Job, shards: list[Shard], rounds: int) -> Bench:
-    replica = Replica(job.replica(session.local_cpus(job.config.workers)))
-    engine, compute = replica.engine, replica.probe()
-    turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Bench(
-        device=compute.device,
-        lanes=engine.lanes,
-        shards=len(shards),
-        waited=sum((spent for _, spent in turns), Seconds()).shares,
-        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
-        **{name: statistics.median(turn[name] for turn, _ in turns) for name in turns[0][0]},
-    )
 
 
 def _round(
@@ -195,7 +190,6 @@ def _pieces(
 
 
 def _encode(job: Job, pieces: list[list[Piece]], results: list[list[Segmented]]) -> None:
-    """Put masks together and encode them."""
     config = job.config
     encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
     for (canvas, tile), result in zip(chain(*pieces), chain(*results), strict=True):
@@ -210,14 +204,12 @@ def _matrix_s(engine: Engine) -> float:
     def multiply(_: int) -> None:
         with torch.inference_mode():
             square @ square
-
-    def once() -> None:
-        list(pool.map(multiply, range(engine.lanes)))
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
 
     with ThreadPoolExecutor(engine.lanes) as pool:
-        return statistics.median(_timed(once)[0] for _ in range(5))
+        spans = [_timed(lambda: list(pool.map(multiply, range(engine.lanes)))) for _ in range(5)]
+    return statistics.median(seconds for seconds, _ in spans)
 
 
 def _gflop(engine: Engine, batches: list[Batch]) -> float:

@@ -1,7 +1,7 @@
 """The ranks of a training on a Ray cluster, placed and restarted by Ray Train.
 
 Ranks raise only what Ray Train is to answer by a restart: an error of this project ends all of
-them in peace and travels to the driver as a record.
+them in peace and is sent to the driver.
 """
 
 import logging
@@ -18,9 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs import session
 from jobs.actors import PLACING_WARNING_S
-from jobs.answers import Failure
 from jobs.placement import Placement, settle
-from jobs.places import from_here, require_reachable, worker_places
+from jobs.places import from_here, require_seen, worker_places
 from jobs.version import code_version
 from unet_core.config import WorkersConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -39,19 +38,15 @@ class Mailbox:
     """An actor in which the first rank leaves what happens, and learns whether it is to stop."""
 
     def __init__(self) -> None:
-        self._said: list[Event | Failure] = []
+        self._said: list[Event | UnetJobsError] = []
         self._stops = False
 
-    def say(self, event: Event | Failure) -> bool:
-        """Leave a message; whether to stop."""
-        self._said.append(event)
+    def say(self, *events: Event | UnetJobsError) -> bool:
+        """Leave messages, if any; whether to stop."""
+        self._said.extend(events)
         return self._stops
 
-    def stops(self) -> bool:
-        """Whether to stop."""
-        return self._stops
-
-    def hear(self, stops: bool) -> list[Event | Failure]:
+    def hear(self, stops: bool) -> list[Event | UnetJobsError]:
         """Take all messages; ask the ranks to stop."""
         self._stops = stops
         said, self._said = self._said, []
@@ -65,7 +60,7 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        require_reachable(worker_places(config), config.storage.shared)
+        require_seen(worker_places(config), config.storage, session.node_count())
         config = from_here(config)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -89,9 +84,9 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                             ranks, each.gpus, each.cpus)  # fmt: skip
             for event in ray.get(mailbox.hear.remote(wants_stop())):
                 silent_since = 0.0
-                if isinstance(event, Failure):
+                if isinstance(event, UnetJobsError):
                     ended.wait()
-                    event.raise_again()
+                    raise event
                 yield event
         if outcome:
             reason = " ".join(str(outcome[0]).split())[-600:]
@@ -137,7 +132,7 @@ def _rank(arguments: dict[str, Any]) -> None:
                 reporter.say(event)
     except UnetJobsError as error:
         if reporter is not None:
-            reporter.say(Failure(type(error).__name__, str(error)))
+            reporter.say(error)
 
 
 class Reporter:
@@ -151,7 +146,7 @@ class Reporter:
         """All since the last message, as one."""
         self._stops = False
 
-    def say(self, event: Event | Failure) -> None:
+    def say(self, event: Event | UnetJobsError) -> None:
         """Tell it now, or with the steps that follow."""
         if isinstance(event, Step):
             self._step = _both(self._step, event)
@@ -168,7 +163,7 @@ class Reporter:
         step is taken while images are looked at, or validate.
         """
         if self._reply is None and time.monotonic() - self._asked > WAIT_S:
-            self._ask(self._mailbox.stops.remote())
+            self._ask(self._mailbox.say.remote())
         if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
             self._stops, self._reply = ray.get(self._reply), None
         return self._stops
@@ -178,7 +173,6 @@ class Reporter:
 
 
 def _both(before: Step | None, step: Step) -> Step:
-    """Two steps as one."""
     if before is None:
         return step
     return replace(

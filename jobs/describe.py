@@ -49,11 +49,6 @@ class Description:
         """Trained values."""
         return sum(layer.parameters for layer in self.layers)
 
-    @property
-    def gflop(self) -> float:
-        """For one square image of ``sides[0]`` pixels."""
-        return sum(layer.flop for layer in self.layers) / 1e9
-
 
 def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     """A preset with options, or a checkpoint; ``side=PIXELS`` chooses the image.
@@ -114,11 +109,12 @@ def layers_table(described: Description) -> Table:
     table.add_column("kind")
     table.add_column("C × H × W")
     table.add_column("parameters", f"{described.parameters:,}", justify="right")
-    table.add_column("GFLOP", f"{described.gflop:,.1f}", justify="right")
+    gflop = sum(layer.flop for layer in described.layers) / 1e9
+    table.add_column("GFLOP", f"{gflop:,.1f}", justify="right")
     for layer in described.layers:
-        gflop = f"{layer.flop / 1e9:,.2f}" if layer.flop else ""
+        cost = f"{layer.flop / 1e9:,.2f}" if layer.flop else ""
         count = f"{layer.parameters:,}" if layer.parameters else ""
-        table.add_row(layer.name, layer.kind, " × ".join(map(str, layer.shape)), count, gflop)
+        table.add_row(layer.name, layer.kind, " × ".join(map(str, layer.shape)), count, cost)
     return table
 
 

@@ -242,7 +242,6 @@ MACHINE: dict[str, Callable[[], str]] = {
 
 
 def _of_config(config: PredictConfig) -> dict[str, Callable[[], str]]:
-    """What a config needs of the world."""
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
     checks: dict[str, Callable[[], str]] = {"model": partial(_model, config, storage)}

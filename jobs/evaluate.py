@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from unet_core.scores.truth import BesideImages, LabelImages, OtherRun, Truth, t
 from unet_core.storage.store import Store
 
 NAME = re.compile(r"\w[\w.-]*")
-DIGEST_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,13 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome
         "input.ignore_index": config.input.ignore_index,
     }
 
-    def found(tally: Tally) -> dict[str, Any]:
-        document = scored(tally, results.class_names)
-        return document | _hint(document, config.input.ignore_index)
-
-    return _evaluated(
-        _prepared(results, truth, config.input.ignore_index, about, where, name),
-        results,
-        config,
-        {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()},
-        found,
-        lambda tally: _without_truth(results, truth, tally),
-    )
+    evaluation = _prepared(results, truth, config.input.ignore_index, about, where, name)
+    places = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
+    outcome, tally = _spread(evaluation, results, config, places)
+    _require_some(outcome, tally, _without_truth(results, truth, tally))
+    found = scored(tally, results.class_names)
+    outcome.document.update(found | _hint(found, config.input.ignore_index))
+    return _published(evaluation, outcome)
 
 
 def compare(results: Results, other: Results, config: PredictConfig, name: str = "") -> Outcome:
@@ -81,14 +74,11 @@ def compare(results: Results, other: Results, config: PredictConfig, name: str =
         "against.totals": _digest(repr(other.totals)),
     }
     label = f"against-{other.run.store.uri()}"
-    return _evaluated(
-        _prepared(results, truth, NOTHING_IGNORED, about, label, name),
-        results,
-        config,
-        {"--against": other.run.uri},
-        lambda tally: changed(tally, results.class_names, only_there),
-        lambda tally: _without_other(results, other, tally, only_there),
-    )
+    evaluation = _prepared(results, truth, NOTHING_IGNORED, about, label, name)
+    outcome, tally = _spread(evaluation, results, config, {"--against": other.run.uri})
+    _require_some(outcome, tally, _without_other(results, other, tally, only_there))
+    outcome.document.update(changed(tally, results.class_names, only_there))
+    return _published(evaluation, outcome)
 
 
 def _prepared(
@@ -108,47 +98,43 @@ def _prepared(
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _evaluated(
-    evaluation: Evaluation,
-    results: Results,
-    config: PredictConfig,
-    places: dict[str, str],
-    found: Callable[[Tally], dict[str, Any]],
-    without: Callable[[Tally], str],
-) -> Outcome:
-    """Do what is left, and what the run has done again since; publish what was ``found``, if
-    nothing is left. ``without``: what is said where no image has a truth.
-    """
+def _spread(
+    evaluation: Evaluation, results: Results, config: PredictConfig, places: dict[str, str]
+) -> tuple[Outcome, Tally]:
+    """Do what is left, and what the run has done again since; what the document begins with."""
     evaluation.begin()
-    shards, places = results.shards(), {"RUN": results.run.uri, **places}
-    set_aside = spread(evaluation, shards, config, places, "evaluating")
+    places = {"RUN": results.run.uri, **places}
+    set_aside = spread(evaluation, results.shards(), config, places, "evaluating")
     tally = evaluation.tally(evaluation.done())
-    if not set_aside:
-        _require_some(tally, without)
     document = {
         "run": results.run.store.uri(),
         "evaluation": evaluation.store.uri(),
         "of": evaluation.identity,
         "is_finished": results.run.is_finished,
         "counted": counted(tally.totals),
-        **found(tally),
     }
-    if not set_aside:
-        data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+    return Outcome(document, set_aside), tally
+
+
+def _published(evaluation: Evaluation, outcome: Outcome) -> Outcome:
+    if not outcome.set_aside:
+        data = json.dumps(outcome.document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)
-    return Outcome(document, set_aside)
+    return outcome
 
 
-def _require_some(tally: Tally, without: Callable[[Tally], str]) -> None:
-    """Raises ConfigError, with the first reason, where images are there and none was compared."""
+def _require_some(outcome: Outcome, tally: Tally, without: str) -> None:
+    """Raises ConfigError where all is done, images are there and none was compared: with the first
+    reason, or as is said where all images are ``without`` a truth.
+    """
     reasons = (*tally.unusable.examples, *tally.only_ok_here.examples)
-    if tally.totals.with_truth or not tally.totals.ok:
+    if outcome.set_aside or tally.totals.with_truth or not tally.totals.ok:
         return
     if not reasons:
-        raise ConfigError(without(tally))
+        raise ConfigError(without)
     hint = "; are these label images, or the images themselves?" if tally.unusable.count else ""
     raise ConfigError(f"none of {tally.totals.ok} images can be compared: {reasons[0]}{hint}")
 

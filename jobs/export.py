@@ -26,7 +26,6 @@ from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 
 ANNOTATIONS = "annotations.json"
-OBJECTS = "objects"
 ANNOTATED_AT_ONCE = 4
 """Shards with all their annotations."""
 HEAD_BYTES = 1024
@@ -50,7 +49,7 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
 
     ``out``: a folder; empty: the run's own ``objects``.
     """
-    store = Store(out or f"{results.run.uri.rstrip('/')}/{OBJECTS}", config.storage)
+    store = Store(out or f"{results.run.uri.rstrip('/')}/objects", config.storage)
     if out:
         require_apart(results, "--out", out)
     if options.format == "coco":

@@ -17,18 +17,15 @@ class Measures:
     """Counters, gauges and histograms of one run."""
 
     def __init__(self, run: str) -> None:
-        def tags(*more: str) -> dict[str, tuple[str, ...]]:
-            return {"tag_keys": ("run", *more)}
-
-        self._images = Counter("unet_jobs_images", "Images accounted for", **tags("status"))
-        self._bytes = Counter("unet_jobs_bytes", "Bytes of committed shards", **tags())
-        self._attempts = Counter("unet_jobs_attempts", "Attempts that ended", **tags("outcome"))
-        self._open = Gauge("unet_jobs_open_shards", "Shards that are not committed", **tags())
-        self._ready = Gauge("unet_jobs_ready_actors", "Actors that take shards", **tags())
-        self._busy = Gauge("unet_jobs_device_busy", "Share of its time", **tags("actor"))
-        self._stages = Counter("unet_jobs_stage_seconds", "Time, over threads", **tags("stage"))
+        self._images = Counter("unet_jobs_images", "Images accounted for", ("run", "status"))
+        self._bytes = Counter("unet_jobs_bytes", "Bytes of committed shards", ("run",))
+        self._attempts = Counter("unet_jobs_attempts", "Attempts that ended", ("run", "outcome"))
+        self._open = Gauge("unet_jobs_open_shards", "Shards that are not committed", ("run",))
+        self._ready = Gauge("unet_jobs_ready_actors", "Actors that take shards", ("run",))
+        self._busy = Gauge("unet_jobs_device_busy", "Share of its time", ("run", "actor"))
+        self._stages = Counter("unet_jobs_stage_seconds", "Time, over threads", ("run", "stage"))
         self._shards = Histogram(
-            "unet_jobs_shard_seconds", "A shard's time at the device", BOUNDARIES_S, **tags()
+            "unet_jobs_shard_seconds", "A shard's time at the device", BOUNDARIES_S, ("run",)
         )
         for metric in vars(self).values():
             metric.set_default_tags({"run": run})

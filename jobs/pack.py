@@ -93,21 +93,16 @@ def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
     """Neighbours in equal shares: as many shards as the bytes need, alike in bytes."""
     total = sum(member.bytes or UNKNOWN_BYTES for member in members)
     count = max(1, min(len(members), -(-total // shard_bytes)))
-    group: list[Member] = []
-    done = filled = 0
+    groups: list[list[Member]] = [[]]
+    done = 0
     for member in members:
-        group.append(member)
+        groups[-1].append(member)
         done += member.bytes or UNKNOWN_BYTES
-        if done * count >= total * (filled + 1) and filled < count - 1:
-            yield _shard(group)
-            group, filled = [], filled + 1
-    if group:
-        yield _shard(group)
-
-
-def _shard(members: list[Member]) -> Shard:
-    size = sum(member.bytes for member in members)
-    return make_shard("", size, None, 0, len(members), tuple(members))
+        if done * count >= total * len(groups) and len(groups) < count:
+            groups.append([])
+    for group in filter(None, groups):
+        size = sum(member.bytes for member in group)
+        yield make_shard("", size, None, 0, len(group), tuple(group))
 
 
 Packing = list[tuple[Sample, bytes, bytes | None]]
@@ -124,33 +119,26 @@ def _tar(packing: Packing) -> bytes:
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample, image, mask in packing:
             key, ending = _key(sample.image_id), PurePosixPath(sample.source_uri).suffix.lower()
-            _add(tar, f"{key}{ending}", image)
-            if mask is not None:
-                _add(tar, f"{key}.mask.png", mask)
+            for name, data in ((f"{key}{ending}", image), (f"{key}.mask.png", mask)):
+                if data is not None:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     return sink.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def _parquet(packing: Packing) -> bytes:
     """Columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("id", pa.string()), ("image", cell), ("mask", pa.binary())])
-    rows = [
-        {
-            "id": sample.image_id,
-            "image": {"bytes": image, "path": PurePosixPath(sample.image_id).name},
-            "mask": mask,
-        }
-        for sample, image, mask in packing
-    ]
+    columns = {
+        "id": [sample.image_id for sample, _, _ in packing],
+        "image": [{"bytes": i, "path": PurePosixPath(s.image_id).name} for s, i, _ in packing],
+        "mask": [mask for _, _, mask in packing],
+    }
     largest = max(len(image) + len(mask or b"") for _, image, mask in packing)
     return parquet_of(
-        pa.Table.from_pylist(rows, schema=schema),
+        pa.table(columns, schema=schema),
         compression="none",  # images are compressed already
         row_group_size=max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, largest))),
     )

@@ -8,15 +8,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.places import data_places, is_everywhere, require_everywhere
+from jobs.places import data_places, is_everywhere, require_seen
 from unet_core.config import PredictConfig, plain
 from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
 MOST_BYTES = 100 * 10**6
-SHOWN = 5
 CONFIG = "job.toml"
-SKIPPED = {"__pycache__", ".git", ".venv"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def pack(
 
     Raises ConfigError for places that the cluster cannot see and for files that are too large.
     """
-    require_everywhere(data_places(config), config.storage)
+    require_seen(data_places(config), config.storage)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
     is_builtin = not checkpoint or checkpoint.startswith("builtin:")
@@ -78,7 +76,7 @@ def pack(
     sizes = {name: path.stat().st_size for name, path in files.items()}
     total = sum(sizes.values())
     if total > MOST_BYTES:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN]
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         raise ConfigError(
             f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
             "allowed; the largest files:\n"
@@ -95,5 +93,5 @@ def _module(factory: str) -> dict[str, Path]:
     return {
         path.as_posix(): path.resolve()
         for path in found
-        if path.is_file() and not SKIPPED & set(path.parts)
+        if path.is_file() and not {"__pycache__", ".git", ".venv"} & set(path.parts)
     }

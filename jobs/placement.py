@@ -73,7 +73,6 @@ def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
 
 
 def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
-    """How many actors one node can hold."""
     rooms = [_times(node[1], cpus)] if cpus else []
     if gpus:
         rooms.append(_times(node[0], gpus) if gpus >= 1 else int(node[0] * _times(1, gpus)))

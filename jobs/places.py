@@ -1,7 +1,7 @@
 """Where a job reads and writes, by the keys of its config, and who can see it there."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jobs import session
 from unet_core.config import PredictConfig, Section, StorageConfig, absolute, is_remote, plain
@@ -9,7 +9,6 @@ from unet_core.errors import ConfigError
 from unet_core.train_config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
@@ -32,37 +31,17 @@ def from_here(config: ConfigT) -> ConfigT:
     """A config whose plain paths mean in every process of the connected cluster what they mean in
     this one, wherever that process began; a checkpoint among a job's files is found by all.
     """
-    changed: dict[str, Section] = {"output": _with(config.output, uri=absolute(config.output.uri))}
+    output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
+    changed: dict[str, Section] = {"output": output}
     if "model.checkpoint" in worker_places(config):
-        changed["model"] = _with(config.model, checkpoint=absolute(config.model.checkpoint))
+        found = absolute(config.model.checkpoint)
+        changed["model"] = config.model.model_copy(update={"checkpoint": found})
     if isinstance(config, PredictConfig):
         changed["input"] = config.input.from_here()
     else:
         parts = {name: part.from_here() for name, part in config.data.parts.items()}
-        changed["data"] = _with(config.data, **parts)
-    return _with(config, **changed)
-
-
-def _with(section: SectionT, **values: Any) -> SectionT:
-    return section.model_copy(update=values)
-
-
-def require_reachable(found: dict[str, str], is_shared: bool) -> None:
-    """Refuse places, by their keys, that the workers of a connected cluster cannot see.
-
-    Raises ConfigError that names the first one.
-    """
-    nodes = session.node_count()
-    for key, uri in found.items():
-        if uri.startswith("memory://"):
-            raise ConfigError(
-                f"{key}: memory:// lives in one process; set workers.count = 'inline'"
-            )
-        if not is_remote(uri) and nodes > 1 and not is_shared:
-            raise ConfigError(
-                f"{key}: {uri} is a plain path, and the cluster has {nodes} nodes; if all of them "
-                "see it there, set storage.shared = true, else use an object store"
-            )
+        changed["data"] = config.data.model_copy(update=parts)
+    return config.model_copy(update=changed)
 
 
 def is_everywhere(uri: str, storage: StorageConfig) -> bool:
@@ -70,22 +49,24 @@ def is_everywhere(uri: str, storage: StorageConfig) -> bool:
     return is_remote(uri) or (storage.shared and Path(plain(uri)).is_absolute())
 
 
-def require_everywhere(found: dict[str, str], storage: StorageConfig) -> None:
-    """Refuse places, by their keys, that a cluster elsewhere cannot see.
+def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
+    """Refuse places, by their keys, that workers cannot see: those of the connected cluster, which
+    has so many nodes, or else of any.
 
     Raises ConfigError that names the first one.
     """
     for key, uri in found.items():
         if uri.startswith("memory://"):
-            raise ConfigError(f"{key}: {uri} lives in one process, which the job is not")
-        if is_everywhere(uri, storage):
+            raise ConfigError(f"{key}: {uri} lives in one process; set workers.count = 'inline'")
+        if is_everywhere(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
             continue
-        if not Path(plain(uri)).is_absolute():
+        if nodes is None and not Path(plain(uri)).is_absolute():
             raise ConfigError(
                 f"{key}: {uri} is relative to a directory of this machine; write where the nodes "
                 "of the cluster find it: an object store, or an absolute path that they share"
             )
+        other = "" if nodes is None else f", and the cluster has {nodes} nodes"
         raise ConfigError(
-            f"{key}: {uri} is a path of this machine; use an object store, or set storage.shared "
-            "= true if all nodes of the cluster see it there"
+            f"{key}: {uri} is a path of this machine{other}; use an object store, or set "
+            "storage.shared = true if all nodes of the cluster see it there"
         )

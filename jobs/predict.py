@@ -10,7 +10,7 @@ from jobs.board import Attempt, Board
 from jobs.dispatch import Workers, dispatch
 from jobs.job import Job, prepare
 from jobs.placement import settle
-from jobs.places import from_here, require_reachable, worker_places
+from jobs.places import from_here, require_seen, worker_places
 from jobs.progress import RunProgress
 from unet_core.config import PredictConfig, is_remote
 from unet_core.errors import RunMismatchError
@@ -140,7 +140,6 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
 
 @contextlib.contextmanager
 def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
-    """Threads of this process, or actors of a Ray cluster."""
     workers = job.config.workers
     if session.is_inline(workers):
         from jobs.inline import InlineWorkers
@@ -152,9 +151,9 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     from jobs.actors import RayActors
 
     with session.connected():
-        is_shared, needed = job.config.storage.shared, worker_places(job.config)
-        require_reachable(needed, is_shared)
-        only_here = not is_shared and not all(map(is_remote, needed.values()))
+        storage, needed = job.config.storage, worker_places(job.config)
+        require_seen(needed, storage, session.node_count())
+        only_here = not storage.shared and not all(map(is_remote, needed.values()))
         placement = settle(workers, session.offered(workers, only_here))
         spec = replace(job.replica(placement.cpus), config=from_here(job.config))
         with contextlib.closing(RayActors(spec, placement, shards, only_here)) as actors:

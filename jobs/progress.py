@@ -126,8 +126,6 @@ class RunProgress(Display):
         """Images of this session, as far as anybody can know."""
         if self._known is not None:
             return self._known
-        if self._done_shards == self._shards:
-            return self._done.images_seen
         if self._done_bytes:
             return self._done.images_seen * self._bytes / self._done_bytes
         return None

@@ -24,8 +24,6 @@ from unet_core.training.run import TrainingRun, is_training
 
 log = logging.getLogger(__name__)
 
-PREVIEWS = 20
-
 
 def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """Write ``report.html`` into the folder of a run or a training, and ``metrics.parquet`` into
@@ -80,7 +78,7 @@ def write_previews(
     if image_ids:
         picks = pick_ids(rows, image_ids)
     else:
-        measured = measure(rows, len(results.class_names), worst or PREVIEWS)
+        measured = measure(rows, len(results.class_names), worst or 20)
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 

@@ -1,21 +1,23 @@
 """The only place that calls ``ray.init``: join the cluster that is named, or start one here."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from jobs.placement import Nodes
 from unet_core.config import WorkersConfig
-from unet_core.errors import WorkersError
+from unet_core.errors import UnetJobsError, WorkersError
 from unet_core.train_config import TrainWorkersConfig
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 100 * 2**20
+Given = ParamSpec("Given")
 ResultT = TypeVar("ResultT")
 LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
 """Of drivers and actors alike."""
@@ -137,6 +139,31 @@ def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[st
         except ray.exceptions.RayError as error:
             found[asked[reference]] = str(error).strip().splitlines()[-1]
     return found
+
+
+class CrashError(Exception):
+    """Something went wrong with the process rather than with the run: memory, or the device."""
+
+
+Problem = UnetJobsError | CrashError
+
+
+def answering(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
+    """A function that returns what goes wrong, since what Ray raises again may lose its class; bugs
+    are raised.
+    """
+
+    @functools.wraps(call)
+    def answered(*given: Given.args, **named: Given.kwargs) -> ResultT | Problem:
+        try:
+            return call(*given, **named)
+        except UnetJobsError as error:
+            return error
+        except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
+            log.exception("the actor cannot go on")
+            return CrashError(f"{type(error).__name__}: {error}")
+
+    return answered
 
 
 def answer(reference: Any) -> Any:

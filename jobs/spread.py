@@ -13,8 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs import session
-from jobs.answers import Crash, Failure, Problem, Refusal, recorded
-from jobs.places import require_reachable
+from jobs.places import require_seen
 from jobs.progress import ShardsProgress
 from jobs.version import CodeVersion, code_version
 from unet_core.config import PredictConfig
@@ -28,7 +27,7 @@ AHEAD = 2
 RETRIES = 2
 WAIT_S = 0.5
 
-Answers = Generator[tuple[Shard, int | Problem], None, None]
+Answers = Generator[tuple[Shard, int | session.Problem], None, None]
 
 
 class Task(Protocol):
@@ -68,12 +67,12 @@ def spread(
         contextlib.closing(run(task, left, config, places)) as answers,
     ):
         for shard, answer in answers:
-            if isinstance(answer, Failure):
-                answer.raise_again()
-            elif isinstance(answer, Crash | Refusal):
-                refused[shard.uri or shard.shard_id] = answer.reason
-            else:
+            if isinstance(answer, int):
                 progress.on_done(answer)
+            elif isinstance(answer, session.CrashError | ShardError):
+                refused[shard.uri or shard.shard_id] = str(answer)
+            else:
+                raise answer
     return refused
 
 
@@ -81,7 +80,7 @@ def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str
     """On threads. Whoever is stopped does not wait for what is under way."""
     pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
     try:
-        futures = {pool.submit(recorded(_done), task, shard): shard for shard in left}
+        futures = {pool.submit(_done, code_version(), task, shard): shard for shard in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:
@@ -95,8 +94,8 @@ def _on_cluster(
     import ray
 
     with session.connected():
-        require_reachable(places, config.storage.shared)
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_remotely)
+        require_seen(places, config.storage, session.node_count())
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_done)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}
         waiting = iter(left)
@@ -111,20 +110,16 @@ def _on_cluster(
                 for reference in ready:
                     answer = session.answer(reference)
                     if isinstance(answer, ray.exceptions.RayError):
-                        answer = Crash(" ".join(str(answer).split())[:300])
+                        answer = session.CrashError(" ".join(str(answer).split())[:300])
                     yield calls.pop(reference), answer
         finally:
             for reference in calls:
                 ray.cancel(reference, force=True)
 
 
-@recorded
-def _remotely(driver: CodeVersion, task: Task, shard: Shard) -> int:
+@session.answering
+def _done(driver: CodeVersion, task: Task, shard: Shard) -> int:
     driver.require(code_version(), "a node")
-    return _done(task, shard)
-
-
-def _done(task: Task, shard: Shard) -> int:
     try:
         return task.do(shard)
     except (NotFoundError, ParquetDamagedError) as error:  # a part of the run

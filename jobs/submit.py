@@ -136,12 +136,15 @@ class JobServer:
                 found[int(match[1] or 1)] = job
         return found
 
-    def info(self, job_id: str) -> "JobInfo | None":
-        """How a job stands; None if the cluster does not know it."""
+    def info(self, job_id: str) -> "JobInfo":
+        """How a job stands."""
         try:
             return self._ask(lambda: self._client.get_job_info(job_id))
-        except UnknownError:
-            return None
+        except UnknownError as error:
+            raise WorkersError(
+                f"{self.address} knows no job {job_id}: its head was restarted; the same command "
+                "submits the run again, and it continues"
+            ) from error
 
     def logs(self, job_id: str) -> str:
         """All that a job has written; raises what breaks."""
@@ -218,11 +221,6 @@ class Follower:
             with contextlib.suppress(*BROKEN, RuntimeError):  # asked below what became of it
                 asyncio.run(self._tail())
             info = self._server.info(self._id)
-            if info is None:
-                raise WorkersError(
-                    f"{self._server.address} knows no job {self._id}: its head was restarted; the "
-                    "same command submits the run again, and it continues"
-                )
             if info.status.is_terminal():
                 with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
                     self._take(0, self._server.logs(self._id))
@@ -256,12 +254,8 @@ def _alive(jobs: dict[int, Any]) -> Any | None:
 
 def _exit_code(info: "JobInfo") -> int:
     """A job that was stopped is no success; one killed by a signal has no code of its own."""
-    if info.status == "SUCCEEDED":
-        return 0
-    if info.status == "STOPPED":
-        return StoppedError.exit_code
-    code = info.driver_exit_code
-    return code if code is not None and code > 0 else 1
+    codes = {"SUCCEEDED": 0, "STOPPED": StoppedError.exit_code}
+    return codes.get(info.status, max(1, info.driver_exit_code or 1))
 
 
 def _short(error: BaseException) -> str:

@@ -31,10 +31,8 @@ def train(source: str, overrides: Words, out: str | None) -> None:
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("name", metavar="[PRESET|CHECKPOINT]", default="")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--factory", default="", help="The function that a checkpoint names, if you trust it."
-)
-def model(name: str, options: Words, factory: str) -> None:
+@click.option("--factory", help="The function that a checkpoint names, if you trust it.")
+def model(name: str, options: Words, factory: str | None) -> None:
     """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
 
     Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
@@ -46,7 +44,7 @@ def model(name: str, options: Words, factory: str) -> None:
     if not name:
         Console().print(presets_table())
         return
-    described = describe(name, list(options), factory)
+    described = describe(name, list(options), factory or "")
     Console().print(layers_table(described))
     show.lines(**sentences(described.tiling))
 

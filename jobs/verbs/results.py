@@ -170,11 +170,7 @@ def report(run: str, overrides: Words, previews: str | None, ids: Words, worst: 
     help="Objects instead of classes; watershed cuts those apart that touch.",
 )
 @click.option("--polygons", is_flag=True, help="With coco: outlines instead of run lengths.")
-@click.option(
-    "--factory",
-    default="",
-    help="With onnx: the function that a checkpoint names, if you trust it.",
-)
+@click.option("--factory", help="With onnx: the function that a checkpoint names, if you trust it.")
 def export(
     source: str,
     overrides: Words,
@@ -182,7 +178,7 @@ def export(
     out: str,
     objects: str | None,
     polygons: bool,
-    factory: str,
+    factory: str | None,
 ) -> None:
     """Write a run's masks as images or COCO, its objects as rows, its network as ONNX.
 
@@ -199,7 +195,7 @@ def export(
         if value and option not in fitting.get(kind or "", ["--objects"]):
             raise ConfigError(f"{option} does not go with --format {kind}")
     if kind == "onnx":
-        _onnx(source, out, overrides, factory)
+        _onnx(source, out, overrides, factory or "")
         return
     results = stored_run(source, overrides)
     config = run_config(results, overrides, REACH)

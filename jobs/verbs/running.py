@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from jobs.submit import JobServer
 
 NOWHERE = "memory://nowhere"
+DEMO = """\
+[input]
+uri = "{folder}/images"
+masks = "mask.png"            # each KEY.png has its truth in KEY.mask.png
+
+[model]
+checkpoint = "builtin:nuclei"
+
+[output]
+uri = "{folder}/run"
+
+[workers]
+count = 2
+cpus = 1
+"""
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -26,19 +41,12 @@ NOWHERE = "memory://nowhere"
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--retry-failed", is_flag=True, help="Do shards with failed images again.")
 @click.option("--refresh", is_flag=True, help="Add images that are new in the input.")
-def predict(
-    source: str,
-    overrides: Words,
-    model: str | None,
-    out: str | None,
-    retry_failed: bool,
-    refresh: bool,
-) -> None:
+def predict(source: str, overrides: Words, model: str | None, out: str | None, **how: bool) -> None:
     """Segment everything that is not committed yet. Run it again to continue."""
     config = predict_config(source, overrides, model, out)
     from jobs.predict import predict as run_predict
 
-    outcome = run_predict(config, retry_failed, refresh)
+    outcome = run_predict(config, **how)
     show.outcome(outcome)
     if outcome.too_many_failed:
         show.causes(outcome, config)
@@ -97,22 +105,13 @@ def plan(
 @click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
 @click.option("--retry-failed", is_flag=True, help="As of predict.")
 @click.option("--refresh", is_flag=True, help="As of predict.")
-def submit(
-    verb: str,
-    path: str,
-    overrides: Words,
-    address: str,
-    follow: bool,
-    retry_failed: bool,
-    refresh: bool,
-) -> None:
+def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, **how: bool) -> None:
     """Run predict or train as a job on a Ray cluster.
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
     config: PredictConfig | TrainConfig
-    given = {"--retry-failed": retry_failed, "--refresh": refresh}
-    flags = tuple(flag for flag, is_given in given.items() if is_given)
+    flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(how) if how[name])
     if flags and verb != "predict":
         raise ConfigError(f"{flags[0]} goes with predict")
     if verb == "predict":
@@ -231,15 +230,13 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default="demo")
-@click.option("--data-only", is_flag=True, help="Write the sample data and its config, no more.")
-def demo(folder: Path, data_only: bool) -> None:
+def demo(folder: Path) -> None:
     """Try it: sample images, a run on two local Ray actors, a report."""
-    from jobs.demo import write_data
     from jobs.predict import predict as run_predict
+    from unet_core.synthetic import write_webdataset
 
-    config = write_data(folder)
-    if data_only:
-        click.echo(f"wrote {folder}/images and {config}")
-        return
+    write_webdataset(folder / "images", images=64, shards=8)
+    config = folder / "predict.toml"
+    config.write_text(DEMO.format(folder=folder.as_posix()), encoding="utf-8")
     show.outcome(run_predict(load(PredictConfig, str(config), [])))
     show.lines(config=str(config))

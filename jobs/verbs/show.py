@@ -31,8 +31,6 @@ go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or 
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
-EXTREMES_SHOWN = 5
-PROBLEMS_SHOWN = 10
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -163,9 +161,7 @@ def causes(outcome: "Outcome", config: PredictConfig) -> None:
     click.echo(LOOKING.format(run=run, enough=enough), err=True)
 
 
-def problems(
-    problems: Collection[tuple[str, str]], what: str, most: int | None = PROBLEMS_SHOWN
-) -> None:
+def problems(problems: Collection[tuple[str, str]], what: str, most: int | None = 10) -> None:
     """The first of those that something could not be done with, and how many more there are."""
     for name, reason in islice(problems, most):
         click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
@@ -215,13 +211,12 @@ def scored(document: dict[str, Any]) -> None:
         lines(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
     if "warning" in document:
         click.echo(harmless(f"warning: {document['warning']}"), err=True)
-    for number, image in enumerate(document["worst"][:EXTREMES_SHOWN]):
+    for number, image in enumerate(document["worst"][:5]):
         line("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
 
 
 def _show_scores(document: dict[str, Any]) -> None:
-    """A table with a row for each class and one for their mean."""
     rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
     rows.append(("mean", document["mean"], ""))
     width = max(len(name) for name, _, _ in rows)
@@ -265,7 +260,6 @@ def _show_state(document: dict[str, Any]) -> None:
 
 
 def _show_images(count: int, what: str, examples: list[str]) -> None:
-    """How many images something happened to, if any, and a few of them."""
     if count:
         line("", f"{count:,} {what}")
     for example in examples:

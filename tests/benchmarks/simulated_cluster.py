@@ -18,11 +18,11 @@ from typing import Any
 import ray
 
 from jobs import session
-from jobs.actors import JOIN, Joined, RayActors
+from jobs.actors import JOIN, RayActors
 from jobs.board import Attempt, Board, Event, Ready
 from jobs.dispatch import dispatch
 from jobs.placement import Placement
-from jobs.version import code_version
+from jobs.version import CodeVersion, code_version
 from unet_core.config import ErrorsConfig, PredictConfig, StorageConfig, build
 from unet_core.inputs.shards import Shard, Source
 from unet_core.runs.compute import Compute, ReplicaSpec
@@ -42,8 +42,8 @@ class Host:
     def __init__(self) -> None:
         self._lanes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def join(self, lane: str, level: int) -> Joined:
-        return Joined(ray.get_runtime_context().get_node_id(), code_version())
+    async def join(self, lane: str, level: int) -> tuple[str, CodeVersion]:
+        return ray.get_runtime_context().get_node_id(), code_version()
 
     async def start(self, lane: str) -> Compute:
         return COMPUTE

@@ -230,14 +230,14 @@ def test_an_actor_with_other_versions_is_refused_unless_allowed(make_config, tmp
 
 
 def test_a_plain_path_on_several_nodes_must_be_declared_shared(make_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"input\.uri: .* is a plain path, .* has 2 nodes"):
+    with pytest.raises(ConfigError, match=r"input\.uri: .* is a path of this .* has 2 nodes"):
         predict(make_config(workers={"count": 2, "gpus": 1}))
     assert not (tmp_path / "run").exists()
 
 
 def test_memory_belongs_to_one_process(make_config):
     config = make_config(output={"uri": "memory://run"}, workers={"count": 1}, storage=SHARED)
-    with pytest.raises(ConfigError, match=r"output\.uri: memory:// lives in one process"):
+    with pytest.raises(ConfigError, match=r"output\.uri: memory://run lives in one process"):
         predict(config)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs import cli, package, session, submit
 from jobs.package import pack
-from jobs.places import require_reachable, worker_places
+from jobs.places import require_seen, worker_places
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submit import Follower, JobServer, run_name
@@ -105,12 +105,11 @@ def test_what_the_cluster_cannot_see_is_refused_before_anything_is_sent(
 
 def test_a_checkpoint_that_came_along_is_there_for_every_rank(monkeypatch):
     config = config_of(TrainConfig, model__checkpoint="mine.safetensors")
-    monkeypatch.setattr(session, "node_count", lambda: 2)
     monkeypatch.setattr(session, "has_working_dir", lambda: True)
-    require_reachable(worker_places(config), is_shared=False)
+    require_seen(worker_places(config), config.storage, nodes=2)
     monkeypatch.setattr(session, "has_working_dir", lambda: False)
-    with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a plain path"):
-        require_reachable(worker_places(config), is_shared=False)
+    with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a path of this"):
+        require_seen(worker_places(config), config.storage, nodes=2)
 
 
 def test_absolute_paths_go_with_a_file_system_that_is_shared(tmp_path):
@@ -237,7 +236,7 @@ def test_other_weights_are_another_job(tmp_path):
     ("answers", "expected"),
     [
         (["status code 503: busy", "status code 502: busy", None], "job"),
-        (["status code 404: no such job"], None),
+        (["status code 404: no such job"], WorkersError),
         (["status code 400: no"], WorkersError),
         (["Version check returned 404."], WorkersError),
         (["status code 500: run fix-404", None], "job"),
@@ -253,7 +252,7 @@ def test_what_the_server_answers_is_understood(server, answers, expected):
     client = FakeClient()
     client.get_job_info = get_job_info
     if expected is WorkersError:
-        with pytest.raises(WorkersError, match="http://head:8265: "):
+        with pytest.raises(WorkersError, match=r"http://head:8265(: | knows no job j)"):
             server(client).info("j")
     else:
         assert server(client).info("j") == expected
@@ -385,5 +384,6 @@ def test_a_job_is_followed_killed_and_continued_from_another_directory(
     assert f"{name} ended as STOPPED; the same run goes on as {name}-2" in again.output
     assert "48 seen = 48 ok + 0 failed" in capfd.readouterr().out + again.output
     assert server.info(name).status == "STOPPED"
-    assert server.info(f"{name}-3") is None
+    with pytest.raises(WorkersError, match="knows no job"):
+        server.info(f"{name}-3")
     assert digests(tmp_path / "run") == digests(tmp_path / "undisturbed")
