@@ -57,7 +57,10 @@ def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | Non
     """
     for key, uri in found.items():
         if uri.startswith("memory://"):
-            raise ConfigError(f"{key}: {uri} lives in one process; set workers.count = 'inline'")
+            raise ConfigError(
+                f"{key}: {uri} lives in one process; use an object store, or on one machine "
+                "workers.count = 'inline'"
+            )
         if is_everywhere(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
             continue
         if nodes is None and not Path(plain(uri)).is_absolute():
