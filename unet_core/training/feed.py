@@ -86,14 +86,13 @@ class Order:
     def _slot(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
         """One slot's images, shuffled among those that are near."""
         random = self._random(slot, self.config.crops_per_image)
-        room = max(1, SHUFFLED // self.config.batch)
-        waiting: list[Entry] = []
-        for entry in self._cut(slot, shards, ends):
-            waiting.append(entry)
-            if len(waiting) == room:
-                yield _drawn(waiting, random)
+        entries = self._cut(slot, shards, ends)
+        waiting = list(itertools.islice(entries, max(1, SHUFFLED // self.config.batch)))
         while waiting:
-            yield _drawn(waiting, random)
+            at = int(random.integers(len(waiting)))
+            waiting[at], waiting[-1] = waiting[-1], waiting[at]
+            yield waiting.pop()
+            waiting += itertools.islice(entries, 1)
 
     def _cut(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
         """One slot's part of all images by shard; of a shard that slots share, some at random."""
@@ -108,13 +107,6 @@ class Order:
             drawn = self._random(round_, shard).permutation(count)[here]
             for item in self.split.items(shard, drawn):
                 yield round_, item
-
-
-def _drawn(waiting: list[Entry], random: np.random.Generator) -> Entry:
-    """Take one at random; the last one fills its place."""
-    at = int(random.integers(len(waiting)))
-    waiting[at], waiting[-1] = waiting[-1], waiting[at]
-    return waiting.pop()
 
 
 @dataclass(frozen=True)
