@@ -11,12 +11,12 @@ from unet_core.config import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
 from unet_core.images.picture import Picture
-from unet_core.report.facts import run_facts
+from unet_core.report.facts import RunFacts
 from unet_core.report.images import fetch
 from unet_core.report.measured import RANDOM, measure, pick_ids
 from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
-from unet_core.report.training import training_facts
+from unet_core.report.training import TrainingFacts
 from unet_core.runs.compact import batches, compact
 from unet_core.runs.results import Results, open_run
 from unet_core.storage.store import Store
@@ -35,11 +35,11 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """
     store = Store(uri, storage)
     if is_training(store):
-        page = render(training_facts(TrainingRun(store)))
+        page = render(TrainingFacts(TrainingRun(store)))
     else:
         results = open_run(uri, storage)
         compact(store, results.record)
-        page = render(run_facts(results))
+        page = render(RunFacts(results))
     store.publish(NAME, page)
     return f"{uri.rstrip('/')}/{NAME}"
 
