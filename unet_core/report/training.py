@@ -119,18 +119,15 @@ def _command(record: dict[str, Any], uri: str) -> str:
     config = record["config"]
     train = config["data"]["train"]
     verb = ["train", train["uri"], train["masks"], "--out", uri]
-    told = {"data.train.uri", "output.uri"} | (
-        {"data.train.masks"} if "/" in train["masks"] else set()
-    )
-    places = {"data": {"train": {"uri": train["uri"], "masks": train["masks"]}},
-              "output": {"uri": uri}}  # fmt: skip
+    told = {name: train[name] for name in ("uri", "masks")}
+    places = {"data": {"train": told}, "output": {"uri": uri}}
     defaults = build(TrainConfig, places, []).model_dump(mode="json")
     if "/" not in train["masks"]:
         defaults["data"]["train"]["masks"] = ""  # a plain word would be a folder
     if config["data"]["val"] is not None:
         defaults["data"]["val"] = defaults["data"]["train"] | {"uri": "", "masks": ""}
     given = {key.removesuffix(GIVEN) for key in record["identity"] if key.endswith(GIVEN)}
-    return command(verb, config, defaults, told, given)
+    return command(verb, config, defaults, {"output.uri"}, given)
 
 
 def _look(data: dict[str, Any], best: str) -> str:
