@@ -33,7 +33,7 @@ from unet_core.training.validation import Validation, validate
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
 SHOWN = 8
-NOTHING = Taken([], is_finite=True), list[list[str]]()
+NOTHING = Taken([], [], is_finite=True)
 NO_STEP = Fed([], waiting_s=0.0)
 """Behind the last step of an epoch: agreed on is only what came of that."""
 
@@ -159,8 +159,8 @@ class Fitting:
         self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
         self.val = splits[1]
         self._saved = time.monotonic()
-        self._unchecked: tuple[Taken, list[list[str]]] = NOTHING
-        """What this rank saw of the last step, and of which images, by piece."""
+        self._unchecked = NOTHING
+        """What this rank saw of the last step."""
 
     @property
     def is_done(self) -> bool:
@@ -240,8 +240,7 @@ class Fitting:
         return agreed
 
     def _told(self, mine: Fed) -> Agreed:
-        """This rank's part."""
-        taken, _ = self._unchecked
+        taken = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
@@ -258,9 +257,9 @@ class Fitting:
 
     def _diverged(self) -> DivergedError:
         """Names the images of the pieces whose loss is no number; of all, if it is the gradient."""
-        taken, ids = self._unchecked
-        is_bad = [not math.isfinite(loss) for loss in taken.losses]
-        mine = [(i, bad) for piece, bad in zip(ids, is_bad, strict=True) for i in piece]
+        taken = self._unchecked
+        pieces = zip(taken.image_ids, taken.losses, strict=True)
+        mine = [(i, not math.isfinite(loss)) for piece, loss in pieces for i in piece]
         images = [image for part in self.ranks.gather(mine) for image in part]
         guilty = [i for i, bad in images if bad] or [i for i, _ in images]
         named = list(dict.fromkeys(guilty))
@@ -276,8 +275,8 @@ class Fitting:
         train, position = self.config.train, self.position
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = rate_at(position.step, self.steps, train)
-        taken = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
-        self._unchecked = taken, [piece.image_ids for piece in mine.pieces]
+        dropout = int(seed.generate_state(1)[0])
+        self._unchecked = self.learner.step(mine.pieces, counts, rate, dropout)
         position.step += 1
         position.step_in_epoch += 1
 

@@ -29,8 +29,9 @@ from unet_core.training.ranks import Ranks
 class Taken(NamedTuple):
     """What one rank saw of an optimiser step."""
 
+    image_ids: list[list[str]]
     losses: list[float]
-    """Its part of the loss, by piece."""
+    """Its part of the loss; both by piece."""
     is_finite: bool
     """Whether the gradient is, on every rank alike; if not, the weights stay as they are."""
 
@@ -87,7 +88,8 @@ class Learner:
             self._optimiser.step()
             if self._mean is not None:
                 self._mean.update_parameters(self.network)
-        return Taken([part.item() for part in parts], is_finite)
+        ids = [piece.image_ids for piece in pieces]
+        return Taken(ids, [part.item() for part in parts], is_finite)
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
