@@ -40,15 +40,16 @@ class Objects:
     classes: list[int]
     """Of each object."""
 
-    @property
-    def boxes(self) -> list[Slices]:
-        """Rows and columns that each object lies in."""
-        return [box for box in ndimage.find_objects(self.labels_HW) if box is not None]
+    @classmethod
+    def of_classes(cls, mask_HW: Array) -> "Objects":
+        """Each class but background as one; a class that does not occur has no region."""
+        return cls(mask_HW, list(range(1, int(mask_HW.max()) + 1)))
 
     def regions(self) -> Iterator[tuple[int, Slices, Array]]:
         """Class, box, and which of its pixels are of the object (HW), of each."""
-        for label, box in enumerate(self.boxes, start=1):
-            yield self.classes[label - 1], box, self.labels_HW[box] == label
+        for label, box in enumerate(ndimage.find_objects(self.labels_HW), start=1):
+            if box is not None:
+                yield self.classes[label - 1], box, self.labels_HW[box] == label
 
 
 def find_objects(mask_HW: Array, splits: bool) -> Objects:
@@ -113,7 +114,7 @@ def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
 
     Image and objects are walked in bands of rows; sums of integers are exact.
     """
-    places, count = [*map(place, objects.boxes)], len(objects.classes)
+    places, count = [*map(place, ndimage.find_objects(objects.labels_HW))], len(objects.classes)
     sums = _sums(objects.labels_HW, count, pixels)
     area = sums[0].astype(np.int64)
     centroids, means = sums[1:3] / area, (sums[3:] / area).T.tolist()

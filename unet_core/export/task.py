@@ -169,8 +169,13 @@ class Export:
         if mask is None:
             return {"status": "refused", "problem": "the run has no mask of it"}, None
         try:
-            if self.options.format != "tiff" or self.options.objects:
-                _require_small(mask)
+            is_limited = self.options.format != "tiff" or self.options.objects
+            if is_limited and mask.height * mask.width > MOST_PIXELS:
+                raise ImageError(
+                    "too_large",
+                    f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all; only "
+                    "--format tiff without --objects has no limit",
+                )
             if not self.options.objects:
                 return self._written(shard_id, mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
@@ -195,7 +200,7 @@ class Export:
                 bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
                 file = encode_tiff(size, bands, palette)
             case "coco":
-                regions = coco.classes_of(mask.whole()) if found is None else found.regions()
+                regions = (found or Objects.of_classes(mask.whole())).regions()
                 polygons = self.options.polygons
                 return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
             case "":  # rows of objects alone
@@ -223,14 +228,6 @@ def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels |
                 yield image.pixels
                 at = place + 1
     yield from repeat(None, len(ids) - at)
-
-
-def _require_small(mask: StoredMask) -> None:
-    if mask.height * mask.width > MOST_PIXELS:
-        reason = f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all"
-        raise ImageError(
-            "too_large", f"{reason}; only --format tiff without --objects has no limit"
-        )
 
 
 def _labels(found: Objects) -> Array:
