@@ -12,6 +12,7 @@ import numpy as np
 
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
+from unet_core.runs.manifest import manifest_name
 from unet_core.train_config import TrainConfig
 from unet_core.training import dataset
 from unet_core.training.dataset import TRAIN, VAL, Census, Item, Split, Splits
@@ -128,7 +129,7 @@ def counted(
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    was_counted = ranks.on_first(run.has_manifest)
+    was_counted = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:

@@ -56,7 +56,12 @@ class Order:
 
     def streams(self, slots: range, skip: int) -> Iterator[list[Entry | None]]:
         """Step by step, after ``skip`` of them, what slots have; None for one that has ended."""
-        shards = self._shards()
+        there = np.flatnonzero(self.split.counts)
+        shards = [
+            (round_, int(shard))
+            for round_ in range(self.config.crops_per_image)
+            for shard in self._random(round_).permutation(there)
+        ]
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
         streams = [self._slot(slot, shards, ends) for slot in slots]
         for step in range(self.steps):
@@ -73,15 +78,6 @@ class Order:
 
     def _random(self, *of: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.epoch, *of])
-
-    def _shards(self) -> list[tuple[int, int]]:
-        """Round and shard, in the order of this epoch."""
-        there = np.flatnonzero(self.split.counts)
-        return [
-            (round_, int(shard))
-            for round_ in range(self.config.crops_per_image)
-            for shard in self._random(round_).permutation(there)
-        ]
 
     def _slot(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
         """One slot's images, shuffled among those that are near."""
