@@ -130,12 +130,9 @@ class Learner:
             reason = f"the checkpoint does not fit this network: {one_line(error)}"
             raise CheckpointError(reason) from error
         for weight, kept in self._optimiser.state.items():
-            kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
-
-
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """As it lay in memory before it was saved: a fused step takes that for granted."""
-    return torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+            for name, tensor in kept.items():
+                if tensor.shape == weight.shape:  # laid out as before: a fused step relies on it
+                    kept[name] = torch.empty_like(weight).copy_(tensor)
 
 
 def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
