@@ -56,7 +56,8 @@ def find_objects(mask_HW: Array, splits: bool) -> Objects:
     """The objects of class ids HW; ``splits`` cuts those apart that touch."""
     labels_HW = np.zeros(mask_HW.shape, np.int32)
     classes: list[int] = []
-    for class_id in foreground(mask_HW):
+    counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
+    for class_id in (1 + np.flatnonzero(counts[1:])).tolist():
         found_HW = np.empty(mask_HW.shape, np.int32)
         ndimage.label(mask_HW == class_id, output=found_HW)
         for number, box in enumerate(ndimage.find_objects(found_HW), start=1):
@@ -65,12 +66,6 @@ def find_objects(mask_HW: Array, splits: bool) -> Objects:
             labels_HW[box][is_object] = parts_HW[is_object] + len(classes)
             classes += [class_id] * int(parts_HW.max())
     return Objects(labels_HW, classes)
-
-
-def foreground(mask_HW: Array) -> list[int]:
-    """The classes that occur, but background."""
-    counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
-    return [int(class_id) for class_id in np.flatnonzero(counts) if class_id]
 
 
 def split(is_object: Array) -> Array:
