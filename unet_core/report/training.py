@@ -37,7 +37,11 @@ class TrainingFacts:
 
     def __init__(self, run: TrainingRun) -> None:
         data, config = run.record["data"], run.record["config"]
-        points = _points(run.rows())
+        points: Points = defaultdict(list)
+        for row in run.rows():
+            found = points[row["name"], row["class"]]
+            if row["value"] is not None:
+                found.append((row["step"], row["value"]))
         losses = points["loss", None]
         # by class id; a checkpoint to begin with may have brought its own
         names = [n for kind, n in points if kind == "iou" and n] or config["model"]["classes"]
@@ -57,15 +61,6 @@ class TrainingFacts:
         """The command that shows them on the images of the training."""
         self.command = _command(run.record, self.uri)
         self.config = toml(config)
-
-
-def _points(rows: list[dict[str, Any]]) -> Points:
-    found: Points = defaultdict(list)
-    for row in rows:
-        points = found[row["name"], row["class"]]
-        if row["value"] is not None:
-            points.append((row["step"], row["value"]))
-    return found
 
 
 def _last(points: list[Point]) -> float | None:

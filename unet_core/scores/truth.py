@@ -318,8 +318,6 @@ Truth = LabelImages | BesideImages | OtherRun
 
 
 def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
-    """Image ids of shards, with their shards."""
-
     def read(shard_id: str) -> pa.Table:
         ids = read_columns(store, shard_id, "image_id")
         return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
@@ -328,6 +326,5 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
 
 
 def _pixels(mask: StoredMask) -> Pixels:
-    """A stored mask as truth."""
     size, kind = (mask.height, mask.width), np.dtype(np.uint16)
     return Pixels(1, size, kind, lambda *window: mask.cut(Box(*window))[None])
