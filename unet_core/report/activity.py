@@ -6,7 +6,7 @@ there was none is cut out.
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +23,6 @@ PAUSE_S = 120.0
 """Time without an attempt is told if it is longer."""
 SPENT = [f"{stage}_s" for stage in DEVICE.values()]
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-
-
-@dataclass(frozen=True)
-class Actor:
-    """What one actor did."""
-
-    name: str
-    shards: int
-    images: int
-    shares: tuple[float, ...]
-    """By ``DEVICE``."""
 
 
 class Activity:
@@ -106,9 +95,11 @@ def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
     return total
 
 
-def _actors(table: pa.Table) -> Iterator[Actor]:
+def _actors(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """What each did; ``shares`` by ``DEVICE``."""
     sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
     for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
         spent = [row[f"{column}_sum"] for column in SPENT]
-        shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
-        yield Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares)
+        shares = [seconds / (sum(spent) or 1.0) for seconds in spent]
+        shards, images = row["shard_id_count"], row["images_sum"]
+        yield {"name": row["actor"], "shards": shards, "images": images, "shares": shares}

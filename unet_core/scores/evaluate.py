@@ -13,7 +13,7 @@ from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.ordered import side_by_side
 from unet_core.runs.claim import Identity, claim, require_equal
-from unet_core.runs.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
+from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
 from unet_core.runs.results import StoredMask, open_masks
 from unet_core.runs.schema import EVALUATION
 from unet_core.scores.metrics import confusion, truth_columns
@@ -51,8 +51,7 @@ class Evaluation:
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""
-        names = {shard_id: metrics_name(shard_id) for shard_id in ids_in(self.store, "metrics")}
-        return current_ids(self.run, self.store, names)
+        return current_ids(self.run, self.store, "metrics")
 
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""

@@ -284,7 +284,10 @@ def test_time_in_which_nobody_worked_is_cut_out():
     assert (found.pauses, found.images_per_s) == (1, pytest.approx(20))
     assert found.rate.rules[0].at == pytest.approx(50)
     assert found.shares["busy"] == pytest.approx(0.8)
-    assert [(actor.name, actor.images) for actor in found.actors] == [("a", 1000), ("b", 1000)]
+    assert [(actor["name"], actor["images"]) for actor in found.actors] == [
+        ("a", 1000),
+        ("b", 1000),
+    ]
     assert found.began == began
 
 
