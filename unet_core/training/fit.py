@@ -34,8 +34,6 @@ MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
 SHOWN = 8
 NOTHING = Taken([], [], is_finite=True)
-NO_STEP = Fed([], waiting_s=0.0)
-"""Behind the last step of an epoch: agreed on is only what came of that."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,6 @@ class Agreed(NamedTuple):
     saves: float
     """Whether it is time for a checkpoint."""
 
-    @property
-    def counts(self) -> BatchCounts:
-        """Of the whole batch."""
-        return BatchCounts(self.pixels, self.crops, self.images)
-
 
 def fit(
     config: TrainConfig,
@@ -131,7 +124,7 @@ def fit(
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         fitting = Fitting(config, run, ranks, device, pool, wants_stop)
         yield fitting.restore()
-        while not fitting.is_done:
+        while fitting.position.step < fitting.steps or fitting.position.step_in_epoch:
             yield from fitting.train_epoch()
         fitting.finish()
 
@@ -162,11 +155,6 @@ class Fitting:
         self._unchecked = NOTHING
         """What this rank saw of the last step."""
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all steps were taken, and the last of them validated."""
-        return self.position.step >= self.steps and not self.position.step_in_epoch
-
     def restore(self) -> Started:
         """Load the newest checkpoint; publish the best weights if their writer died before that."""
         newest = self.ranks.on_first(self.run.newest)
@@ -195,10 +183,11 @@ class Fitting:
                 started = time.perf_counter()
                 mine = next(fed)
                 agreed = self._agree(mine)
-                self._take_step(mine, agreed.counts)
+                counts = BatchCounts(agreed.pixels, agreed.crops, agreed.images)
+                self._take_step(mine, counts)
                 seconds, images = time.perf_counter() - started, round(agreed.images)
                 yield Step(position.step, order.epoch, images, agreed.loss, seconds, mine.waiting_s)
-        self._agree(NO_STEP)
+        self._agree(Fed([], waiting_s=0.0))  # on what came of the last step
         yield self._end_epoch(began)
 
     def finish(self) -> None:
