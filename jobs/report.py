@@ -13,7 +13,7 @@ from unet_core.export.names import Names
 from unet_core.images.picture import Picture
 from unet_core.report.facts import RunFacts
 from unet_core.report.images import fetch
-from unet_core.report.measured import RANDOM, measure, pick_ids
+from unet_core.report.measured import RANDOM, Measured, pick_ids
 from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
 from unet_core.report.training import TrainingFacts
@@ -80,7 +80,7 @@ def write_previews(
     if image_ids:
         picks = pick_ids(rows, image_ids)
     else:
-        measured = measure(rows, len(results.class_names), worst or PREVIEWS)
+        measured = Measured(rows, len(results.class_names), worst or PREVIEWS)
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 

@@ -13,7 +13,7 @@ from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import predict_command, toml
 from unet_core.report.images import fetch
-from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
+from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick
 from unet_core.report.pictures import Panel, panels
 from unet_core.runs.compact import batches
 from unet_core.runs.failures import causes
@@ -79,7 +79,7 @@ class RunFacts:
 
     def __init__(self, results: Results) -> None:
         run, record, totals = results.run, results.record, results.totals
-        measured = measure(batches(run.store), len(results.class_names), SHOWN)
+        measured = Measured(batches(run.store), len(results.class_names), SHOWN)
         self.uri, self.is_finished, self.totals = run.uri, run.is_finished, totals
         self.shards = len(run.manifest() or [])
         self.classes = classes_of(results, totals)
