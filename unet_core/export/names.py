@@ -87,7 +87,6 @@ def _repeated(values: pa.ChunkedArray) -> pa.Array:
 
 
 def _safe(part: str) -> str:
-    """One part of a path."""
     safe = UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", part) or "%2F"
     data = safe.encode()
     if len(data) <= MOST_BYTES:

@@ -101,11 +101,10 @@ class LabelledInput:
         if self._sigma is not None:
             from unet_core.training.boundary import boundary_term, objects_of  # SciPy: 0.3 s
 
-            objects_HW = (
-                np.where(labels_HW == 1, stored_HW, 0)
-                if config.instances
-                else objects_of(labels_HW, config.ignore_index)
-            )
+            if config.instances:
+                objects_HW = np.where(labels_HW == 1, stored_HW, 0)
+            else:
+                objects_HW = objects_of(labels_HW, config.ignore_index)
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels = Pixels.of(image.pixels.whole())
         kept = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
@@ -129,12 +128,6 @@ class Memory:
     room: int
     kept: dict[Key, Labelled] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def clear(self) -> None:
-        """Keep nothing any more."""
-        with self._lock:
-            self.room += sum(image.nbytes for image in self.kept.values())
-            self.kept = {}
 
     def keep(self, key: Key, image: Labelled) -> None:
         """Keep an image if it fits."""
@@ -240,7 +233,9 @@ def divide_at(splits: Splits, at: float) -> None:
     """Let the images of one input whose ids have a smaller share validate, the others train."""
     train, val = splits
     train.low = val.high = at
-    train.memory.clear()
+    memory = train.memory  # of both; positions in a split are others now
+    memory.room += sum(image.nbytes for image in memory.kept.values())
+    memory.kept = {}
 
 
 def read_items(splits: list[Split], shard: int, found: Census | None = None) -> Iterator[Item]:

@@ -131,13 +131,12 @@ class Loss:
 
 
 def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[float] | None:
-    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have."""
-    if config.class_weights == "balanced":
-        return balanced([*pixels, *[0] * (classes - len(pixels))])
-    return None if config.class_weights == "none" else config.class_weights
+    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have.
 
-
-def balanced(pixels: list[int]) -> list[float]:
-    """Inverse to how often each class occurs, 1 in the mean over pixels; 0 if it never does."""
-    there = sum(n > 0 for n in pixels)
-    return [sum(pixels) / (there * n) if n else 0.0 for n in pixels]
+    Balanced ones are inverse to that, 1 in the mean over pixels; 0 for a class that never occurs.
+    """
+    if config.class_weights != "balanced":
+        return None if config.class_weights == "none" else config.class_weights
+    counts = [*pixels, *[0] * (classes - len(pixels))]
+    there = sum(n > 0 for n in counts)
+    return [sum(counts) / (there * n) if n else 0.0 for n in counts]
