@@ -129,7 +129,8 @@ class Feed:
 
     def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
         """What a rank's slots give, step by step, after the first ``skip`` steps; close it."""
-        slots = ranks.slots(order.config.batch)
+        batch, everyone = order.config.batch, (replace(ranks, rank=n) for n in range(ranks.count))
+        slots, of_all = ranks.slots(batch), [one.slots(batch) for one in everyone]
         streams = order.streams(slots, skip)
         entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
@@ -142,7 +143,9 @@ class Feed:
         with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, order.steps):
-                pieces = self._count(order, ranks, step)
+                # on every rank alike, and none is empty everywhere
+                most = max(order.present(some, step) for some in of_all)
+                pieces = min(self.config.train.accumulate, most)
                 yield self._fed(itertools.islice(crops, order.present(slots, step)), pieces)
 
     def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
@@ -158,11 +161,3 @@ class Feed:
         none = nothing(self.shape, self.channels, self.device)
         made = [augmented(some, self.shape, self.device) if some else none for some in cut]
         return Fed(made, waiting_s, error)
-
-    def _count(self, order: Order, ranks: Ranks, step: int) -> int:
-        """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
-        most = max(
-            order.present(replace(ranks, rank=rank).slots(order.config.batch), step)
-            for rank in range(ranks.count)
-        )
-        return min(self.config.train.accumulate, most)
