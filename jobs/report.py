@@ -11,12 +11,12 @@ from unet_core.config import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
 from unet_core.images.picture import Picture
-from unet_core.report.facts import run_facts
+from unet_core.report.facts import RunFacts
 from unet_core.report.images import fetch
-from unet_core.report.measured import RANDOM, measure, pick_ids
+from unet_core.report.measured import RANDOM, Measured, pick_ids
 from unet_core.report.page import NAME, render
 from unet_core.report.pictures import overlay
-from unet_core.report.training import training_facts
+from unet_core.report.training import TrainingFacts
 from unet_core.runs.compact import batches, compact
 from unet_core.runs.results import Results, open_run
 from unet_core.storage.store import Store
@@ -33,11 +33,11 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """
     store = Store(uri, storage)
     if is_training(store):
-        page = render(training_facts(TrainingRun(store)))
+        page = render(TrainingFacts(TrainingRun(store)))
     else:
         results = open_run(uri, storage)
         compact(store, results.record)
-        page = render(run_facts(results))
+        page = render(RunFacts(results))
     store.publish(NAME, page)
     return f"{uri.rstrip('/')}/{NAME}"
 
@@ -78,7 +78,7 @@ def write_previews(
     if image_ids:
         picks = pick_ids(rows, image_ids)
     else:
-        measured = measure(rows, len(results.class_names), worst or 20)
+        measured = Measured(rows, len(results.class_names), worst or 20)
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 

@@ -283,7 +283,5 @@ class TrainConfig(Section):
     @property
     def read_places(self) -> dict[str, str]:
         """Where data is read: URIs by their keys."""
-        found: dict[str, str] = {}
-        for name, part in self.data.parts.items():
-            found |= part.places(f"data.{name}")
-        return found
+        parts = (part.places(f"data.{name}") for name, part in self.data.parts.items())
+        return {key: uri for part in parts for key, uri in part.items()}

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError
-from unet_core.export.objects import EVERYWHERE, foreground, place
+from unet_core.export.objects import EVERYWHERE, place
 from unet_core.geometry import Slices
 from unet_core.storage.spool import local_space, spooled
 
@@ -30,14 +30,6 @@ def require_library() -> Any:
             "--format coco needs pycocotools: pip install 'unet-jobs[coco]'"
         ) from error
     return mask
-
-
-def classes_of(mask_HW: Array) -> Iterator[tuple[int, Slices, Array]]:
-    """Each class but background as one region: id, box, and which of its pixels are of it."""
-    for class_id in foreground(mask_HW):
-        is_class = mask_HW == class_id
-        box = ndimage.find_objects(is_class.view(np.uint8))[0]
-        yield class_id, box, is_class[box]
 
 
 def annotation(

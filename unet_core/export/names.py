@@ -18,7 +18,6 @@ EXTENSION = rf"(?i)\.({'|'.join(e.removeprefix('.') for e in EXTENSIONS)})"
 AT_END = re.compile(rf"{EXTENSION}\Z")
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\]|^\.|%(?=[0-9A-Fa-f]{2}|[-+])")
 """Characters that are escaped: of control, a first dot, and what would look like an escape."""
-NO_NAME = "%2F"
 MOST_BYTES, KEPT_BYTES = 200, 150
 """Of one part of a path: file systems allow 255, of which an unpublished file needs some."""
 MOST_PATH_BYTES = 700
@@ -88,8 +87,7 @@ def _repeated(values: pa.ChunkedArray) -> pa.Array:
 
 
 def _safe(part: str) -> str:
-    """One part of a path."""
-    safe = UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", part) or NO_NAME
+    safe = UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", part) or "%2F"
     data = safe.encode()
     if len(data) <= MOST_BYTES:
         return safe

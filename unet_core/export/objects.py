@@ -40,22 +40,24 @@ class Objects:
     classes: list[int]
     """Of each object."""
 
-    @property
-    def boxes(self) -> list[Slices]:
-        """Rows and columns that each object lies in."""
-        return [box for box in ndimage.find_objects(self.labels_HW) if box is not None]
+    @classmethod
+    def of_classes(cls, mask_HW: Array) -> "Objects":
+        """Each class but background as one; a class that does not occur has no region."""
+        return cls(mask_HW, list(range(1, int(mask_HW.max()) + 1)))
 
     def regions(self) -> Iterator[tuple[int, Slices, Array]]:
         """Class, box, and which of its pixels are of the object (HW), of each."""
-        for label, box in enumerate(self.boxes, start=1):
-            yield self.classes[label - 1], box, self.labels_HW[box] == label
+        for label, box in enumerate(ndimage.find_objects(self.labels_HW), start=1):
+            if box is not None:
+                yield self.classes[label - 1], box, self.labels_HW[box] == label
 
 
 def find_objects(mask_HW: Array, splits: bool) -> Objects:
     """The objects of class ids HW; ``splits`` cuts those apart that touch."""
     labels_HW = np.zeros(mask_HW.shape, np.int32)
     classes: list[int] = []
-    for class_id in foreground(mask_HW):
+    counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
+    for class_id in (1 + np.flatnonzero(counts[1:])).tolist():
         found_HW = np.empty(mask_HW.shape, np.int32)
         ndimage.label(mask_HW == class_id, output=found_HW)
         for number, box in enumerate(ndimage.find_objects(found_HW), start=1):
@@ -64,12 +66,6 @@ def find_objects(mask_HW: Array, splits: bool) -> Objects:
             labels_HW[box][is_object] = parts_HW[is_object] + len(classes)
             classes += [class_id] * int(parts_HW.max())
     return Objects(labels_HW, classes)
-
-
-def foreground(mask_HW: Array) -> list[int]:
-    """The classes that occur, but background."""
-    counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
-    return [int(class_id) for class_id in np.flatnonzero(counts) if class_id]
 
 
 def split(is_object: Array) -> Array:
@@ -113,7 +109,7 @@ def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
 
     Image and objects are walked in bands of rows; sums of integers are exact.
     """
-    places, count = [*map(place, objects.boxes)], len(objects.classes)
+    places, count = [*map(place, ndimage.find_objects(objects.labels_HW))], len(objects.classes)
     sums = _sums(objects.labels_HW, count, pixels)
     area = sums[0].astype(np.int64)
     centroids, means = sums[1:3] / area, (sums[3:] / area).T.tolist()

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.arrays import Array
 from unet_core.errors import ImageError, ShardError
 from unet_core.export import coco
 from unet_core.export.images import bands_of, encode_png, encode_tiff
@@ -23,7 +22,7 @@ from unet_core.images.picture import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
 from unet_core.runs.claim import claim, require_empty, require_equal
-from unet_core.runs.parts import current_ids, ids_in, masks_sha256, read_metrics
+from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
 from unet_core.runs.results import Results, StoredMask, open_masks, pictures
 from unet_core.storage.parquet import RowGroups
 from unet_core.storage.spool import drop, local_space
@@ -90,8 +89,7 @@ class Export:
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
-        names = {i: self.index(i) for i in ids_in(self.store, self._own("index"))}
-        return current_ids(self.results.run.store, self.store, names)
+        return current_ids(self.results.run.store, self.store, self._own("index"))
 
     def index(self, shard_id: str) -> str:
         """Name of a shard's commit."""
@@ -169,8 +167,13 @@ class Export:
         if mask is None:
             return {"status": "refused", "problem": "the run has no mask of it"}, None
         try:
-            if self.options.format != "tiff" or self.options.objects:
-                _require_small(mask)
+            is_limited = self.options.format != "tiff" or self.options.objects
+            if is_limited and mask.height * mask.width > MOST_PIXELS:
+                raise ImageError(
+                    "too_large",
+                    f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all; only "
+                    "--format tiff without --objects has no limit",
+                )
             if not self.options.objects:
                 return self._written(shard_id, mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
@@ -189,13 +192,16 @@ class Export:
         size = mask.height, mask.width
         match self.options.format:
             case "png":
-                file = encode_png(mask.whole() if found is None else _labels(found), palette)
+                if found and len(found.classes) > MOST_LABELS:
+                    objects = f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,}"
+                    raise ImageError("too_large", f"{objects} apart; use --format tiff")
+                file = encode_png(mask.whole() if found is None else found.labels_HW, palette)
             case "tiff":
                 kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
                 bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
                 file = encode_tiff(size, bands, palette)
             case "coco":
-                regions = coco.classes_of(mask.whole()) if found is None else found.regions()
+                regions = (found or Objects.of_classes(mask.whole())).regions()
                 polygons = self.options.polygons
                 return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
             case "":  # rows of objects alone
@@ -223,21 +229,6 @@ def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels |
                 yield image.pixels
                 at = place + 1
     yield from repeat(None, len(ids) - at)
-
-
-def _require_small(mask: StoredMask) -> None:
-    if mask.height * mask.width > MOST_PIXELS:
-        reason = f"{mask.height} × {mask.width} pixels, allowed: {MOST_PIXELS} in all"
-        raise ImageError(
-            "too_large", f"{reason}; only --format tiff without --objects has no limit"
-        )
-
-
-def _labels(found: Objects) -> Array:
-    if len(found.classes) > MOST_LABELS:
-        reason = f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,} apart"
-        raise ImageError("too_large", f"{reason}; use --format tiff")
-    return found.labels_HW
 
 
 def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ there was none is cut out.
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,60 +25,28 @@ SPENT = [f"{stage}_s" for stage in DEVICE.values()]
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
-@dataclass(frozen=True)
-class Actor:
-    """What one actor did."""
-
-    name: str
-    shards: int
-    images: int
-    shares: tuple[float, ...]
-    """By ``DEVICE``."""
-
-
-@dataclass(frozen=True)
 class Activity:
-    """The times of a run."""
+    """The times of a run, of the rows in ``timings/``: at least one."""
 
-    began: datetime.datetime
-    ended: datetime.datetime
-    worked_s: float
-    """Seconds in which any attempt was under way."""
-    pauses: int
-    images: int
-    images_per_s: float
-    megapixels_per_s: float
-    shares: dict[str, float]
-    actors: list[Actor]
-    rate: Plot | None
-    where: Plot | None
-    """Both None for a few shards."""
-
-
-def activity(table: pa.Table) -> Activity | None:
-    """Of the rows in ``timings/``; None if there are none."""
-    if not table.num_rows:
-        return None
-    ends_s = table["finished"].cast(pa.int64()).to_numpy() / 1e3
-    begins_s = ends_s - np.maximum(table["whole_s"].to_numpy(), 1e-3)
-    start_s, end_s, pauses = _without_pauses(begins_s, ends_s)
-    worked_s, images = float(end_s.max()), pc.sum(table["images"]).as_py()
-    rate, where = None, None
-    if table.num_rows >= LEAST_SHARDS:
-        rate, where = _plots(table, start_s, end_s, worked_s, pauses)
-    return Activity(
-        began=datetime.datetime.fromtimestamp(float(begins_s.min()), datetime.UTC),
-        ended=pc.max(table["finished"]).as_py(),
-        worked_s=worked_s,
-        pauses=len(pauses),
-        images=images,
-        images_per_s=images / worked_s,
-        megapixels_per_s=pc.sum(table["pixels"]).as_py() / 1e6 / worked_s,
-        shares=Seconds.of_table(table).shares,
-        actors=list(_actors(table)),
-        rate=rate,
-        where=where,
-    )
+    def __init__(self, table: pa.Table) -> None:
+        ends_s = table["finished"].cast(pa.int64()).to_numpy() / 1e3
+        begins_s = ends_s - np.maximum(table["whole_s"].to_numpy(), 1e-3)
+        start_s, end_s, pauses = _without_pauses(begins_s, ends_s)
+        self.began = datetime.datetime.fromtimestamp(float(begins_s.min()), datetime.UTC)
+        self.ended: datetime.datetime = pc.max(table["finished"]).as_py()
+        self.worked_s = float(end_s.max())
+        """Seconds in which any attempt was under way."""
+        self.pauses = len(pauses)
+        self.images: int = pc.sum(table["images"]).as_py()
+        self.images_per_s = self.images / self.worked_s
+        self.megapixels_per_s = pc.sum(table["pixels"]).as_py() / 1e6 / self.worked_s
+        self.shares = Seconds.of_table(table).shares
+        self.actors = list(_actors(table))
+        self.rate: Plot | None = None
+        self.where: Plot | None = None
+        """Both None for a few shards."""
+        if table.num_rows >= LEAST_SHARDS:
+            self.rate, self.where = _plots(table, start_s, end_s, self.worked_s, pauses)
 
 
 def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
@@ -127,9 +95,11 @@ def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
     return total
 
 
-def _actors(table: pa.Table) -> Iterator[Actor]:
+def _actors(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """What each did; ``shares`` by ``DEVICE``."""
     sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
     for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
         spent = [row[f"{column}_sum"] for column in SPENT]
-        shares = tuple(seconds / (sum(spent) or 1.0) for seconds in spent)
-        yield Actor(row["actor"], row["shard_id_count"], row["images_sum"], shares)
+        shares = [seconds / (sum(spent) or 1.0) for seconds in spent]
+        shards, images = row["shard_id_count"], row["images_sum"]
+        yield {"name": row["actor"], "shards": shards, "images": images, "shares": shares}

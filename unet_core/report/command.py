@@ -42,7 +42,7 @@ def predict_command(config: Table, checkpoint: str, out: str) -> str:
     uri = config["input"]["uri"]
     places = {"input": {"uri": uri}, "output": {"uri": out}}
     defaults = build(PredictConfig, places, []).model_dump(mode="json")
-    told = {"input.uri", "model.checkpoint", "output.uri"}
+    told = {"model.checkpoint", "output.uri"}
     return command(["predict", uri, "--model", checkpoint, "--out", out], config, defaults, told)
 
 

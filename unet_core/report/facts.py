@@ -9,14 +9,14 @@ from typing import Any
 
 from unet_core.arrays import Array
 from unet_core.images.picture import Picture
-from unet_core.report.activity import Activity, activity
+from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import predict_command, toml
 from unet_core.report.images import fetch
-from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick, measure
+from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick
 from unet_core.report.pictures import Panel, panels
 from unet_core.runs.compact import batches
-from unet_core.runs.failures import Cause, causes
+from unet_core.runs.failures import causes
 from unet_core.runs.results import Results
 from unet_core.runs.timings import read_timings
 from unet_core.scores.evaluate import EVALUATION_JSON, FOLDER
@@ -74,76 +74,43 @@ class Compared:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
 class RunFacts:
-    """Everything on the page of a run."""
+    """Everything on the page of a run; its rows are read once."""
 
-    uri: str
-    is_finished: bool
-    shards: int
-    totals: Totals
-    classes: list[ClassRow]
-    """The most frequent ones, if there are very many."""
-    class_count: int
-    mean: dict[str, float | None]
-    """Of the defined scores of all classes; empty without truth."""
-    confusion: list[list[int]]
-    """Pixels, truth × mask; empty where there is none, or too many classes."""
-    plots: list[Plot]
-    sizes: list[Row]
-    """The most frequent ones: height, width, and how many images have it."""
-    size_count: int
-    sheets: list[Sheet]
-    panels: dict[str, tuple[Panel, ...]]
-    """Of the images of the sheets,"""
-    reasons: dict[str, str]
-    """or why there are none."""
-    causes: list[Cause]
-    evaluations: list[Compared]
-    activity: Activity | None
-    warnings: list[str]
-    command: str
-    config: str
-    versions: dict[str, Any]
-    identity: dict[str, Any]
-
-
-def run_facts(results: Results) -> RunFacts:
-    """Read the rows of a run once, and its images that are worth a look."""
-    record, totals = results.record, results.totals
-    measured = measure(batches(results.run.store), len(results.class_names), SHOWN)
-    shards, matrix_KK = results.run.manifest() or [], measured.confusion_KK
-    compute = record.compute.model_dump(exclude={"versions"})
-    config, chosen = results.config, sheets(measured)
-    drawn, reasons = _panels(results, chosen)
-    sizes, size_count = sizes_of(measured)
-    is_finished = results.run.is_finished
-    return RunFacts(
-        uri=results.run.uri,
-        is_finished=is_finished,
-        shards=len(shards),
-        totals=totals,
-        classes=classes_of(results, totals),
-        class_count=len(results.class_names),
-        mean={n: mean(getattr(s, n) for s in totals.scores) for n in RATIOS if totals.with_truth},
-        confusion=matrix_KK.tolist() if matrix_KK is not None else [],
-        plots=distributions(measured),
-        sizes=sizes,
-        size_count=size_count,
-        sheets=chosen,
-        panels=drawn,
-        reasons=reasons,
-        causes=causes(results.run, totals) if totals.failed else [],
-        evaluations=list(evaluations(results.run.store, totals)),
-        activity=activity(read_timings(results.run.store, TIMING_FILES)),
-        warnings=list(_warnings(results, is_finished, len(shards))),
-        command=predict_command(
-            config.model_dump(mode="json"), config.model.checkpoint, results.run.uri
-        ),
-        config=toml(record.config),
-        versions={"unet-jobs": record.version, **compute, **record.compute.versions},
-        identity={"fingerprint": record.fingerprint, **record.identity},
-    )
+    def __init__(self, results: Results) -> None:
+        run, record, totals = results.run, results.record, results.totals
+        measured = Measured(batches(run.store), len(results.class_names), SHOWN)
+        self.uri, self.is_finished, self.totals = run.uri, run.is_finished, totals
+        self.shards = len(run.manifest() or [])
+        self.classes = classes_of(results, totals)
+        """The most frequent ones, if there are very many."""
+        self.class_count = len(results.class_names)
+        self.mean = {
+            name: mean(getattr(score, name) for score in totals.scores)
+            for name in RATIOS
+            if totals.with_truth
+        }
+        """Of the defined scores of all classes; empty without truth."""
+        matrix_KK = measured.confusion_KK
+        self.confusion = matrix_KK.tolist() if matrix_KK is not None else []
+        """Pixels, truth × mask; empty where there is none, or too many classes."""
+        self.plots = distributions(measured)
+        self.sizes, self.size_count = sizes_of(measured)
+        self.sheets = sheets(measured)
+        self.panels, self.reasons = _panels(results, self.sheets)
+        """Of the images of the sheets, by id, or why there are none."""
+        self.causes = causes(run, totals) if totals.failed else []
+        self.evaluations = list(evaluations(run.store, totals))
+        timings = read_timings(run.store, TIMING_FILES)
+        self.activity = Activity(timings) if timings.num_rows else None
+        self.warnings = list(_warnings(results, self.is_finished, self.shards))
+        config, compute = results.config, record.compute.model_dump(exclude={"versions"})
+        self.command = predict_command(
+            config.model_dump(mode="json"), config.model.checkpoint, run.uri
+        )
+        self.config = toml(record.config)
+        self.versions = {"unet-jobs": record.version, **compute, **record.compute.versions}
+        self.identity = {"fingerprint": record.fingerprint, **record.identity}
 
 
 def classes_of(results: Results, totals: Totals) -> list[ClassRow]:

@@ -4,7 +4,6 @@ Batches of rows come in, a few bytes of each image are kept, whatever the number
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -42,16 +41,32 @@ class Pick(NamedTuple):
 PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
 
 
-@dataclass(frozen=True)
 class Measured:
-    """What the rows of a run say."""
+    """What the rows of a run say, gone through once; ``most`` images are picked of each kind."""
 
-    values: pa.Table
-    """Of each image that is ``ok``, what a ``Pick`` says of it in numbers."""
-    confusion_KK: Array | None
-    """Pixels, truth × prediction, of all images with truth."""
-    picks: dict[str, list[Pick]]
-    """Images by what they were picked for, the first most so."""
+    def __init__(self, tables: Iterable[pa.Table], classes: int, most: int = 8) -> None:
+        random = np.random.default_rng(0)
+        kept: list[pa.Table] = []
+        best: dict[str, list[pa.Table]] = {kind: [] for kind in ORDERS}
+        confusion: Array | int = 0
+        for table in chain([COMPACTED.empty_table()], tables):
+            ok = _ok(table)
+            images = _scored(ok)
+            kept.append(images.select(VALUES))
+            of_images = lists(ok["confusion"])
+            confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
+            images = images.append_column(RANDOM, pa.array(random.random(ok.num_rows)))
+            for kind, sign in ORDERS.items():
+                both = pa.concat_tables([*best[kind], images])
+                keys = sign * both[kind].to_numpy()
+                order = np.argsort(keys, kind="stable")[:most]
+                best[kind] = [both.take(pa.array(order[np.isfinite(keys[order])]))]
+        self.values = pa.concat_tables(kept)
+        """Of each image that is ``ok``, what a ``Pick`` says of it in numbers."""
+        self.confusion_KK = np.reshape(confusion, (classes,) * 2) if np.any(confusion) else None
+        """Pixels, truth × prediction, of all images with truth."""
+        self.picks = {kind: _picks(*found) for kind, found in best.items()}
+        """Images by what they were picked for, the first most so."""
 
     @property
     def has_truth(self) -> bool:
@@ -62,29 +77,6 @@ class Measured:
     def worst(self) -> list[Pick]:
         """Lowest IoU, or without truth lowest confidence."""
         return self.picks[LOWEST_IOU if self.has_truth else LOWEST_CONFIDENCE]
-
-
-def measure(tables: Iterable[pa.Table], classes: int, most: int = 8) -> Measured:
-    """Go through the rows once; ``most`` images are picked of each kind."""
-    random = np.random.default_rng(0)
-    kept: list[pa.Table] = []
-    best: dict[str, list[pa.Table]] = {kind: [] for kind in ORDERS}
-    confusion: Array | int = 0
-    for table in chain([COMPACTED.empty_table()], tables):
-        ok = _ok(table)
-        images = _scored(ok)
-        kept.append(images.select(VALUES))
-        of_images = lists(ok["confusion"])
-        confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
-        images = images.append_column(RANDOM, pa.array(random.random(ok.num_rows)))
-        for kind, sign in ORDERS.items():
-            both = pa.concat_tables([*best[kind], images])
-            keys = sign * both[kind].to_numpy()
-            order = np.argsort(keys, kind="stable")[:most]
-            best[kind] = [both.take(pa.array(order[np.isfinite(keys[order])]))]
-    matrix_KK = np.reshape(confusion, (classes, classes)) if np.any(confusion) else None
-    picks = {kind: _picks(*found) for kind, found in best.items()}
-    return Measured(pa.concat_tables(kept), matrix_KK, picks)
 
 
 def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:

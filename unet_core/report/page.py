@@ -49,11 +49,6 @@ def span(seconds: float) -> str:
     return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
-def at(when: datetime.datetime) -> str:
-    """A moment, to the minute, in UTC."""
-    return f"{when:%Y-%m-%d %H:%M} UTC"
-
-
 TEMPLATES = Environment(
     loader=PackageLoader("unet_core.report", ""),
     autoescape=True,
@@ -62,6 +57,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals |= {"scores": SCORES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
-TEMPLATES.filters |= {"text": text, "score": score, "share": share, "span": span, "at": at}
-TEMPLATES.filters["count"] = "{:,}".format
+TEMPLATES.filters |= {"text": text, "score": score, "share": share, "span": span}
+TEMPLATES.filters |= {"count": "{:,}".format, "at": "{:%Y-%m-%d %H:%M} UTC".format}
 TEMPLATES.tests["nan"] = math.isnan

@@ -32,63 +32,35 @@ class ClassFacts:
     last: dict[str, float | None]
 
 
-@dataclass(frozen=True)
 class TrainingFacts:
-    """Everything on the page of a training."""
+    """Everything on the page of a training: its ``run.json``, and how far it has come."""
 
-    uri: str
-    is_finished: bool
-    record: dict[str, Any]
-    """``run.json``."""
-    position: Position
-    loss: float | None
-    classes: list[ClassFacts]
-    scores: dict[str, str]
-    plots: list[Plot]
-    warnings: list[str]
-    is_best_last: bool
-    """Whether more epochs may help."""
-    best: str
-    look: str
-    """The command that shows them on the images of the training."""
-    command: str
-    config: str
-
-
-def training_facts(run: TrainingRun) -> TrainingFacts:
-    """Read ``run.json``, the history, and how far it has come."""
-    data, config, position = run.record["data"], run.record["config"], run.position()
-    points, uri = _points(run.rows()), run.store.uri()
-    losses = points["loss", None]
-    # by class id; a checkpoint to begin with may have brought its own
-    names = [name for kind, name in points if kind == "iou" and name] or config["model"]["classes"]
-    pixels = dict.fromkeys(names, 0) | dict(zip(names, data["class_pixels"], strict=False))
-    best = f"{uri}/{BEST}"
-    return TrainingFacts(
-        uri=uri,
-        is_finished=run.is_finished,
-        record=run.record,
-        position=position,
-        loss=_last(losses),
-        classes=list(_classes(pixels, points, position)),
-        scores=SCORES,
-        plots=[plot for plot in _plots(points, names, position) if plot is not None],
-        warnings=list(_warnings(run, data["steps"], position, pixels)),
-        is_best_last=run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0],
-        best=best,
-        look=_look(config["data"]["val"] or config["data"]["train"], best),
-        command=_command(run.record, uri),
-        config=toml(config),
-    )
-
-
-def _points(rows: list[dict[str, Any]]) -> Points:
-    found: Points = defaultdict(list)
-    for row in rows:
-        points = found[row["name"], row["class"]]
-        if row["value"] is not None:
-            points.append((row["step"], row["value"]))
-    return found
+    def __init__(self, run: TrainingRun) -> None:
+        data, config = run.record["data"], run.record["config"]
+        points: Points = defaultdict(list)
+        for row in run.rows():
+            found = points[row["name"], row["class"]]
+            if row["value"] is not None:
+                found.append((row["step"], row["value"]))
+        losses = points["loss", None]
+        # by class id; a checkpoint to begin with may have brought its own
+        names = [n for kind, n in points if kind == "iou" and n] or config["model"]["classes"]
+        pixels = dict.fromkeys(names, 0) | dict(zip(names, data["class_pixels"], strict=False))
+        self.uri, self.is_finished, self.record = run.store.uri(), run.is_finished, run.record
+        self.position = position = run.position()
+        self.loss = _last(losses)
+        self.classes = list(_classes(pixels, points, position))
+        self.scores = SCORES
+        self.plots = [plot for plot in _plots(points, names, position) if plot is not None]
+        self.warnings = list(_warnings(run, data["steps"], position, pixels))
+        is_best_last = len(losses) > 2 and position.best_step >= losses[-1][0]
+        self.is_best_last = run.is_finished and is_best_last
+        """Whether more epochs may help."""
+        self.best = f"{self.uri}/{BEST}"
+        self.look = _look(config["data"]["val"] or config["data"]["train"], self.best)
+        """The command that shows them on the images of the training."""
+        self.command = _command(run.record, self.uri)
+        self.config = toml(config)
 
 
 def _last(points: list[Point]) -> float | None:
@@ -142,18 +114,15 @@ def _command(record: dict[str, Any], uri: str) -> str:
     config = record["config"]
     train = config["data"]["train"]
     verb = ["train", train["uri"], train["masks"], "--out", uri]
-    told = {"data.train.uri", "output.uri"} | (
-        {"data.train.masks"} if "/" in train["masks"] else set()
-    )
-    places = {"data": {"train": {"uri": train["uri"], "masks": train["masks"]}},
-              "output": {"uri": uri}}  # fmt: skip
+    told = {name: train[name] for name in ("uri", "masks")}
+    places = {"data": {"train": told}, "output": {"uri": uri}}
     defaults = build(TrainConfig, places, []).model_dump(mode="json")
     if "/" not in train["masks"]:
         defaults["data"]["train"]["masks"] = ""  # a plain word would be a folder
     if config["data"]["val"] is not None:
         defaults["data"]["val"] = defaults["data"]["train"] | {"uri": "", "masks": ""}
     given = {key.removesuffix(GIVEN) for key in record["identity"] if key.endswith(GIVEN)}
-    return command(verb, config, defaults, told, given)
+    return command(verb, config, defaults, {"output.uri"}, given)
 
 
 def _look(data: dict[str, Any], best: str) -> str:

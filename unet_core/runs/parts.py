@@ -166,16 +166,17 @@ def ids_in(store: Store, folder: str) -> set[str]:
     return {name.removesuffix(".parquet") for name in names if not name.startswith("_")}
 
 
-def current_ids(run: Store, store: Store, names: dict[str, str]) -> set[str]:
-    """Of what was made of shards' masks, the shards whose masks are those that the run has now: one
-    with failed images may have been done again since. ``names``: of what was made, by shard.
+def current_ids(run: Store, store: Store, folder: str) -> set[str]:
+    """Of shards that have a file in a folder, made of their masks, those whose masks are the ones
+    that the run has now: one with failed images may have been done again since.
     """
 
     def is_current(shard_id: str) -> bool:
         now = masks_sha256(run, metrics_name(shard_id))
-        return now is not None and now == masks_sha256(store, names[shard_id])
+        return now is not None and now == masks_sha256(store, f"{folder}/{shard_id}.parquet")
 
-    return {i for i, yes in zip(names, side_by_side(is_current, names), strict=True) if yes}
+    ids = ids_in(store, folder)
+    return {i for i, yes in zip(ids, side_by_side(is_current, ids), strict=True) if yes}
 
 
 def masks_sha256(store: Store, name: str) -> str | None:

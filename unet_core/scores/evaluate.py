@@ -13,12 +13,12 @@ from unet_core.images.picture import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.ordered import side_by_side
 from unet_core.runs.claim import Identity, claim, require_equal
-from unet_core.runs.parts import current_ids, ids_in, metrics_name, metrics_part, read_metrics
+from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
 from unet_core.runs.results import StoredMask, open_masks
 from unet_core.runs.schema import EVALUATION
 from unet_core.scores.metrics import confusion, truth_columns
 from unet_core.scores.tally import Tally
-from unet_core.scores.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, require_own
+from unet_core.scores.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, borrowed
 from unet_core.storage.store import Store
 
 FOLDER = "evaluation"
@@ -51,8 +51,7 @@ class Evaluation:
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""
-        names = {shard_id: metrics_name(shard_id) for shard_id in ids_in(self.store, "metrics")}
-        return current_ids(self.run, self.store, names)
+        return current_ids(self.run, self.store, "metrics")
 
     def do(self, shard: Shard) -> int:
         """Compare the masks of one shard with their truth, and publish its part."""
@@ -96,11 +95,10 @@ class Evaluation:
     def tally(self, shard_ids: set[str]) -> Tally:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         total, owners = self._added(shard_ids)
-        if isinstance(self.truth, LabelImages) and (loans := self.truth.borrowed(owners)):
-            for shard_id, pairs in loans.items():
-                self._give_back(self.truth, shard_id, pairs)
-            total, owners = self._added(shard_ids)
-        require_own(owners)
+        if isinstance(self.truth, LabelImages) and (loans := borrowed(owners)):
+            for shard_id, names in loans.items():
+                self._give_back(self.truth, shard_id, names)
+            total, _ = self._added(shard_ids)
         return total
 
     def _added(self, shard_ids: set[str]) -> tuple[Tally, pa.Table]:
@@ -119,11 +117,11 @@ class Evaluation:
             owned.append(owners)
         return total, pa.concat_tables(owned)
 
-    def _give_back(self, truth: LabelImages, shard_id: str, pairs: set[tuple[str, str]]) -> None:
-        """Publish a part again, without the truth that lies at the path of another image."""
+    def _give_back(self, truth: LabelImages, shard_id: str, names: set[str]) -> None:
+        """Publish a part again, without the truth that is another image's own."""
         table, footer = read_metrics(self.store, shard_id)
         rows = table.to_pylist()
         for row in rows:
-            if (row["truth"], truth.path_of(row)) in pairs:
+            if row["truth"] in names and not truth.is_own(row):
                 row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
         self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))

@@ -34,7 +34,9 @@ from unet_core.storage.store import Store
 Row = dict[str, Any]
 SHOWN = 3
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
-OWNERS = pa.schema([(name, pa.string()) for name in ("truth", "image", "shard_id")])
+OWNERS = pa.schema(
+    {"truth": pa.string(), "image": pa.string(), "is_own": pa.bool_(), "shard_id": pa.string()}
+)
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,25 @@ def truth_of(source: Source, classes: int) -> "LabelImages | BesideImages":
     return LabelImages.listed(source, classes) if is_by_name else BesideImages(source, classes)
 
 
-def shared(owners: pa.Table) -> pa.Table:
-    """Of images with their label images, those whose label image another one has too."""
-    by_name = owners.group_by("truth").aggregate([("image", "min"), ("image", "max")])
-    twice = by_name.filter(pc.field("image_min") != pc.field("image_max"))
-    return owners.join(twice.select(["truth"]), "truth", join_type="left semi")
+def borrowed(owners: pa.Table) -> dict[str, set[str]]:
+    """Label images that were found by a bare name and are another image's own, by the shards of
+    those that are to give them back.
 
-
-def require_own(owners: pa.Table) -> None:
-    """Raises ConfigError if a label image is the truth of two images."""
-    for row in shared(owners).sort_by("truth").slice(0, 1).to_pylist():
-        images = pc.min_max(owners.filter(pc.field("truth") == row["truth"])["image"])
+    Raises ConfigError if a label image is the truth of two images, and the own one of neither.
+    """
+    sums = [("image", "min"), ("image", "max"), ("is_own", "any")]
+    by_name = owners.group_by("truth").aggregate(sums)
+    shared = by_name.filter(pc.field("image_min") != pc.field("image_max"))
+    for row in shared.filter(~pc.field("is_own_any")).sort_by("truth").slice(0, 1).to_pylist():
         raise ConfigError(
-            f"{row['truth']} could be the truth of {images['min']} and of {images['max']}; give "
-            "the label images the paths of their images"
+            f"{row['truth']} could be the truth of {row['image_min']} and of {row['image_max']}; "
+            "give the label images the paths of their images"
         )
+    found = defaultdict[str, set[str]](set)
+    others = owners.filter(~pc.field("is_own"))
+    for row in others.join(shared.select(["truth"]), "truth", join_type="left semi").to_pylist():
+        found[row["shard_id"]].add(row["truth"])
+    return found
 
 
 # --- label images by name -------------------------------------------------------------------
@@ -129,30 +135,20 @@ class LabelImages:
         """Label images of a part with the images that have them; a list may name one twice."""
         pairs = rows.select(["truth", "image_id", "key"]).filter(pc.field("truth").is_valid())
         owners = [
-            {"truth": row["truth"], "image": self.path_of(row), "shard_id": shard_id}
+            {"truth": row["truth"], "image": self._path_of(row), "is_own": self.is_own(row)}
             for row in ([] if _is_in_list(self.source) else pairs.to_pylist())
         ]
-        return pa.Table.from_pylist(owners, schema=OWNERS)
+        return pa.Table.from_pylist([{**o, "shard_id": shard_id} for o in owners], schema=OWNERS)
 
-    def path_of(self, row: Row) -> str:
+    def is_own(self, row: Row) -> bool:
+        """Whether the label image of a row lies at the path of its image."""
+        suffix = "" if self.source.config.mask_folder else self.source.config.masks
+        return stem_of(row["truth"]).removesuffix(suffix) == self._path_of(row)
+
+    def _path_of(self, row: Row) -> str:
         """Of the file of an image, without its extension."""
         *_, (image_id, _, _) = _pages(self.source, row)
         return stem_of(image_id) if is_image(image_id) else image_id
-
-    def borrowed(self, owners: pa.Table) -> dict[str, set[tuple[str, str]]]:
-        """Images whose label image, found by their bare name, lies at the path of another one: it
-        and their path, by shard.
-        """
-        suffix = "" if self.source.config.mask_folder else self.source.config.masks
-        rows, owned = shared(owners).to_pylist(), {}
-        for row in rows:
-            if stem_of(row["truth"]).removesuffix(suffix) == row["image"]:
-                owned[row["truth"]] = row["image"]
-        found = defaultdict[str, set[tuple[str, str]]](set)
-        for row in rows:
-            if owned.get(row["truth"], row["image"]) != row["image"]:
-                found[row["shard_id"]].add((row["truth"], row["image"]))
-        return found
 
     def _find(self, shard: Shard, row: Row) -> tuple[tuple[str, str | None] | None, int]:
         """Name and etag of an image's truth, if there is one, and the page there."""
@@ -322,8 +318,6 @@ Truth = LabelImages | BesideImages | OtherRun
 
 
 def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
-    """Image ids of shards, with their shards."""
-
     def read(shard_id: str) -> pa.Table:
         ids = read_columns(store, shard_id, "image_id")
         return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
@@ -332,6 +326,5 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
 
 
 def _pixels(mask: StoredMask) -> Pixels:
-    """A stored mask as truth."""
     size, kind = (mask.height, mask.width), np.dtype(np.uint16)
     return Pixels(1, size, kind, lambda *window: mask.cut(Box(*window))[None])

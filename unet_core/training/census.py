@@ -6,48 +6,22 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.ordered import Prefetch
+from unet_core.runs.manifest import manifest_name
 from unet_core.train_config import TrainConfig
 from unet_core.training import dataset
-from unet_core.training.dataset import TRAIN, VAL, Item, LeftOut, Split, Splits
+from unet_core.training.dataset import TRAIN, VAL, Census, Item, Split, Splits
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.run import TrainingRun
 
 AHEAD = 16
 SHOWN = 5
-
-
-@dataclass
-class Census:
-    """What was found; ``a += b`` adds what another found."""
-
-    images: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By split and shard."""
-    label_pixels: Counter[int] = field(default_factory=Counter)
-    """Training pixels of each class id, and of ``ignore_index``."""
-    without_mask: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
-    lowest_share: float = 1.0
-    """Of all images."""
-
-    def of(self, split: str) -> int:
-        """Images of a split."""
-        return sum(count for (name, _), count in self.images.items() if name == split)
-
-    def __iadd__(self, other: "Census") -> "Census":
-        self.images.update(other.images)
-        self.label_pixels.update(other.label_pixels)
-        self.without_mask += other.without_mask
-        self.unusable += other.unusable
-        self.lowest_share = min(self.lowest_share, other.lowest_share)
-        return self
 
 
 def take(
@@ -79,9 +53,8 @@ def take(
 def _look(
     splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> Census:
-    source, found = splits[0].input, Census()
+    source, found, left_out = splits[0].input, Census(), Census()
     by_name = {split.name: split for split in splits}
-    left_out = LeftOut()
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
@@ -103,9 +76,7 @@ def _look(
             if wants_stop():
                 raise StoppedError("stopped while looking at the images")
             found += seen
-    if source.config.on_missing_mask == "refuse":
-        found.without_mask = [f"{source.name}: {image_id}" for image_id in left_out.without_mask]
-    found.unusable += left_out.unusable
+    found += left_out
     return found
 
 
@@ -158,7 +129,7 @@ def counted(
 
     Raises RunMismatchError if the images changed since then, and what ``take`` raises.
     """
-    was_counted = ranks.on_first(run.has_manifest)
+    was_counted = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:

@@ -101,11 +101,10 @@ class LabelledInput:
         if self._sigma is not None:
             from unet_core.training.boundary import boundary_term, objects_of  # SciPy: 0.3 s
 
-            objects_HW = (
-                np.where(labels_HW == 1, stored_HW, 0)
-                if config.instances
-                else objects_of(labels_HW, config.ignore_index)
-            )
+            if config.instances:
+                objects_HW = np.where(labels_HW == 1, stored_HW, 0)
+            else:
+                objects_HW = objects_of(labels_HW, config.ignore_index)
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels = Pixels.of(image.pixels.whole())
         kept = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
@@ -129,12 +128,6 @@ class Memory:
     room: int
     kept: dict[Key, Labelled] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def clear(self) -> None:
-        """Keep nothing any more."""
-        with self._lock:
-            self.room += sum(image.nbytes for image in self.kept.values())
-            self.kept = {}
 
     def keep(self, key: Key, image: Labelled) -> None:
         """Keep an image if it fits."""
@@ -195,16 +188,35 @@ class Split:
         return image
 
 
+@dataclass
+class Census:
+    """What was found when all were looked at; ``a += b`` adds what another found."""
+
+    images: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """By split and shard."""
+    label_pixels: Counter[int] = field(default_factory=Counter)
+    """Training pixels of each class id, and of ``ignore_index``."""
+    without_mask: list[str] = field(default_factory=list)
+    """Where that is refused."""
+    unusable: list[str] = field(default_factory=list)
+    lowest_share: float = 1.0
+    """Of all images."""
+
+    def of(self, split: str) -> int:
+        """Images of a split."""
+        return sum(count for (name, _), count in self.images.items() if name == split)
+
+    def __iadd__(self, other: "Census") -> "Census":
+        self.images.update(other.images)
+        self.label_pixels.update(other.label_pixels)
+        self.without_mask += other.without_mask
+        self.unusable += other.unusable
+        self.lowest_share = min(self.lowest_share, other.lowest_share)
+        return self
+
+
 Splits = tuple[Split, Split]
 """For training and for validation."""
-
-
-@dataclass
-class LeftOut:
-    """What is wrong with the samples of a shard, while all are looked at."""
-
-    without_mask: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
 
 
 def share_of(image_id: str) -> float:
@@ -221,13 +233,15 @@ def divide_at(splits: Splits, at: float) -> None:
     """Let the images of one input whose ids have a smaller share validate, the others train."""
     train, val = splits
     train.low = val.high = at
-    train.memory.clear()
+    memory = train.memory  # of both; positions in a split are others now
+    memory.room += sum(image.nbytes for image in memory.kept.values())
+    memory.kept = {}
 
 
-def read_items(splits: list[Split], shard: int, left_out: LeftOut | None = None) -> Iterator[Item]:
+def read_items(splits: list[Split], shard: int, found: Census | None = None) -> Iterator[Item]:
     """The images of a shard, each for the one of the splits (of one input) that holds it.
 
-    Raises ConfigError for a file of pages that cannot be used, unless it is noted in ``left_out``.
+    Raises ConfigError for a file of pages that cannot be used, unless it is noted in ``found``.
     """
     source = splits[0].input
     expands = source.config.pages == "expand"
@@ -235,21 +249,21 @@ def read_items(splits: list[Split], shard: int, left_out: LeftOut | None = None)
     for sample in read_shard(source.source, source.shards[shard]):
         has_none = sample.read_mask is None and sample.failure is None
         if has_none and source.config.on_missing_mask != "background":
-            if left_out is not None:
-                left_out.without_mask.append(sample.image_id)
+            if found is not None and source.config.on_missing_mask == "refuse":
+                found.without_mask.append(f"{source.name}: {sample.image_id}")
             continue
         try:
             images = source.decode(sample) if expands else [sample]
         except ConfigError as error:
-            if left_out is None:
+            if found is None:
                 raise
-            left_out.unusable.append(str(error))
+            found.unusable.append(str(error))
             continue
-        for found in images:
-            share = share_of(found.image_id)
+        for image in images:
+            share = share_of(image.image_id)
             for split in splits:
                 if split.low <= share < split.high:
-                    yield Item((split.name, shard, positions[split.name]), found)
+                    yield Item((split.name, shard, positions[split.name]), image)
                     positions[split.name] += 1
 
 

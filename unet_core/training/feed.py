@@ -56,7 +56,12 @@ class Order:
 
     def streams(self, slots: range, skip: int) -> Iterator[list[Entry | None]]:
         """Step by step, after ``skip`` of them, what slots have; None for one that has ended."""
-        shards = self._shards()
+        there = np.flatnonzero(self.split.counts)
+        shards = [
+            (round_, int(shard))
+            for round_ in range(self.config.crops_per_image)
+            for shard in self._random(round_).permutation(there)
+        ]
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
         streams = [self._slot(slot, shards, ends) for slot in slots]
         for step in range(self.steps):
@@ -74,26 +79,16 @@ class Order:
     def _random(self, *of: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.epoch, *of])
 
-    def _shards(self) -> list[tuple[int, int]]:
-        """Round and shard, in the order of this epoch."""
-        there = np.flatnonzero(self.split.counts)
-        return [
-            (round_, int(shard))
-            for round_ in range(self.config.crops_per_image)
-            for shard in self._random(round_).permutation(there)
-        ]
-
     def _slot(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
         """One slot's images, shuffled among those that are near."""
         random = self._random(slot, self.config.crops_per_image)
-        room = max(1, SHUFFLED // self.config.batch)
-        waiting: list[Entry] = []
-        for entry in self._cut(slot, shards, ends):
-            waiting.append(entry)
-            if len(waiting) == room:
-                yield _drawn(waiting, random)
+        entries = self._cut(slot, shards, ends)
+        waiting = list(itertools.islice(entries, max(1, SHUFFLED // self.config.batch)))
         while waiting:
-            yield _drawn(waiting, random)
+            at = int(random.integers(len(waiting)))
+            waiting[at], waiting[-1] = waiting[-1], waiting[at]
+            yield waiting.pop()
+            waiting += itertools.islice(entries, 1)
 
     def _cut(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
         """One slot's part of all images by shard; of a shard that slots share, some at random."""
@@ -108,13 +103,6 @@ class Order:
             drawn = self._random(round_, shard).permutation(count)[here]
             for item in self.split.items(shard, drawn):
                 yield round_, item
-
-
-def _drawn(waiting: list[Entry], random: np.random.Generator) -> Entry:
-    """Take one at random; the last one fills its place."""
-    at = int(random.integers(len(waiting)))
-    waiting[at], waiting[-1] = waiting[-1], waiting[at]
-    return waiting.pop()
 
 
 @dataclass(frozen=True)
@@ -141,7 +129,8 @@ class Feed:
 
     def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
         """What a rank's slots give, step by step, after the first ``skip`` steps; close it."""
-        slots = ranks.slots(order.config.batch)
+        batch, everyone = order.config.batch, (replace(ranks, rank=n) for n in range(ranks.count))
+        slots, of_all = ranks.slots(batch), [one.slots(batch) for one in everyone]
         streams = order.streams(slots, skip)
         entries = (entry for drawn in streams for entry in drawn if entry is not None)
 
@@ -154,7 +143,9 @@ class Feed:
         with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, order.steps):
-                pieces = self._count(order, ranks, step)
+                # on every rank alike, and none is empty everywhere
+                most = max(order.present(some, step) for some in of_all)
+                pieces = min(self.config.train.accumulate, most)
                 yield self._fed(itertools.islice(crops, order.present(slots, step)), pieces)
 
     def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
@@ -170,11 +161,3 @@ class Feed:
         none = nothing(self.shape, self.channels, self.device)
         made = [augmented(some, self.shape, self.device) if some else none for some in cut]
         return Fed(made, waiting_s, error)
-
-    def _count(self, order: Order, ranks: Ranks, step: int) -> int:
-        """In how many pieces a step is computed, on every rank alike; none is empty everywhere."""
-        most = max(
-            order.present(replace(ranks, rank=rank).slots(order.config.batch), step)
-            for rank in range(ranks.count)
-        )
-        return min(self.config.train.accumulate, most)

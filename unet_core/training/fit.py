@@ -33,9 +33,7 @@ from unet_core.training.validation import Validation, validate
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
 SHOWN = 8
-NOTHING = Taken([], is_finite=True), list[list[str]]()
-NO_STEP = Fed([], waiting_s=0.0)
-"""Behind the last step of an epoch: agreed on is only what came of that."""
+NOTHING = Taken([], [], is_finite=True)
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,6 @@ class Agreed(NamedTuple):
     saves: float
     """Whether it is time for a checkpoint."""
 
-    @property
-    def counts(self) -> BatchCounts:
-        """Of the whole batch."""
-        return BatchCounts(self.pixels, self.crops, self.images)
-
 
 def fit(
     config: TrainConfig,
@@ -131,7 +124,7 @@ def fit(
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         fitting = Fitting(config, run, ranks, device, pool, wants_stop)
         yield fitting.restore()
-        while not fitting.is_done:
+        while fitting.position.step < fitting.steps or fitting.position.step_in_epoch:
             yield from fitting.train_epoch()
         fitting.finish()
 
@@ -159,13 +152,8 @@ class Fitting:
         self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
         self.val = splits[1]
         self._saved = time.monotonic()
-        self._unchecked: tuple[Taken, list[list[str]]] = NOTHING
-        """What this rank saw of the last step, and of which images, by piece."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all steps were taken, and the last of them validated."""
-        return self.position.step >= self.steps and not self.position.step_in_epoch
+        self._unchecked = NOTHING
+        """What this rank saw of the last step."""
 
     def restore(self) -> Started:
         """Load the newest checkpoint; publish the best weights if their writer died before that."""
@@ -195,10 +183,11 @@ class Fitting:
                 started = time.perf_counter()
                 mine = next(fed)
                 agreed = self._agree(mine)
-                self._take_step(mine, agreed.counts)
+                counts = BatchCounts(agreed.pixels, agreed.crops, agreed.images)
+                self._take_step(mine, counts)
                 seconds, images = time.perf_counter() - started, round(agreed.images)
                 yield Step(position.step, order.epoch, images, agreed.loss, seconds, mine.waiting_s)
-        self._agree(NO_STEP)
+        self._agree(Fed([], waiting_s=0.0))  # on what came of the last step
         yield self._end_epoch(began)
 
     def finish(self) -> None:
@@ -240,8 +229,7 @@ class Fitting:
         return agreed
 
     def _told(self, mine: Fed) -> Agreed:
-        """This rank's part."""
-        taken, _ = self._unchecked
+        taken = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
@@ -258,9 +246,9 @@ class Fitting:
 
     def _diverged(self) -> DivergedError:
         """Names the images of the pieces whose loss is no number; of all, if it is the gradient."""
-        taken, ids = self._unchecked
-        is_bad = [not math.isfinite(loss) for loss in taken.losses]
-        mine = [(i, bad) for piece, bad in zip(ids, is_bad, strict=True) for i in piece]
+        taken = self._unchecked
+        pieces = zip(taken.image_ids, taken.losses, strict=True)
+        mine = [(i, not math.isfinite(loss)) for piece, loss in pieces for i in piece]
         images = [image for part in self.ranks.gather(mine) for image in part]
         guilty = [i for i, bad in images if bad] or [i for i, _ in images]
         named = list(dict.fromkeys(guilty))
@@ -276,8 +264,8 @@ class Fitting:
         train, position = self.config.train, self.position
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = rate_at(position.step, self.steps, train)
-        taken = self.learner.step(mine.pieces, counts, rate, int(seed.generate_state(1)[0]))
-        self._unchecked = taken, [piece.image_ids for piece in mine.pieces]
+        dropout = int(seed.generate_state(1)[0])
+        self._unchecked = self.learner.step(mine.pieces, counts, rate, dropout)
         position.step += 1
         position.step_in_epoch += 1
 

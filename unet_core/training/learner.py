@@ -29,8 +29,9 @@ from unet_core.training.ranks import Ranks
 class Taken(NamedTuple):
     """What one rank saw of an optimiser step."""
 
+    image_ids: list[list[str]]
     losses: list[float]
-    """Its part of the loss, by piece."""
+    """Its part of the loss; both by piece."""
     is_finite: bool
     """Whether the gradient is, on every rank alike; if not, the weights stay as they are."""
 
@@ -87,7 +88,8 @@ class Learner:
             self._optimiser.step()
             if self._mean is not None:
                 self._mean.update_parameters(self.network)
-        return Taken([part.item() for part in parts], is_finite)
+        ids = [piece.image_ids for piece in pieces]
+        return Taken(ids, [part.item() for part in parts], is_finite)
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
@@ -128,12 +130,9 @@ class Learner:
             reason = f"the checkpoint does not fit this network: {one_line(error)}"
             raise CheckpointError(reason) from error
         for weight, kept in self._optimiser.state.items():
-            kept.update({name: _laid_out(tensor, weight) for name, tensor in kept.items()})
-
-
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """As it lay in memory before it was saved: a fused step takes that for granted."""
-    return torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+            for name, tensor in kept.items():
+                if tensor.shape == weight.shape:  # laid out as before: a fused step relies on it
+                    kept[name] = torch.empty_like(weight).copy_(tensor)
 
 
 def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:

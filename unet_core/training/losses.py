@@ -5,7 +5,8 @@ the whole global batch; so a batch may be computed in any number of pieces on an
 and the pieces add up.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -75,45 +76,42 @@ class BatchCounts(NamedTuple):
     images: float
 
 
+@dataclass(frozen=True)
 class Loss:
-    """The configured sum. ``class_weights``: of the pixels of each class, if they differ."""
+    """The configured sum."""
 
-    def __init__(
-        self, config: LossConfig, ignore_index: int, class_weights: list[float] | None
-    ) -> None:
-        self._config = config
-        self._ignore_index = ignore_index
-        self._class_weights = class_weights
-        self._of_pixels: list[tuple[float, Callable[[Tensor, Tensor], Tensor]]] = [
-            (config.cross_entropy, cross_entropy),
-            (config.bce, bce),
-            (config.focal, lambda x, labels: focal(x, labels, config.focal_gamma)),
-        ]
-        self._of_crops = [
-            (config.dice, 0.5, 0.5),
-            (config.jaccard, 1.0, 1.0),
-            (config.tversky, config.tversky_alpha, config.tversky_beta),
-        ]
+    config: LossConfig
+    ignore_index: int
+    class_weights: list[float] | None
+    """Of the pixels of each class, if they differ."""
 
     def counts(self, examples: Examples) -> BatchCounts:
         """Of this piece."""
-        counted_NHW = examples.labels_NHW != self._ignore_index
+        counted_NHW = examples.labels_NHW != self.ignore_index
         crops = float(counted_NHW.flatten(1).any(dim=1).sum())
         return BatchCounts(float(counted_NHW.sum()), crops, float(len(counted_NHW)))
 
     def part(self, logits_NKHW: Tensor, examples: Examples, batch: BatchCounts) -> Tensor:
         """This piece's part of the loss of a batch over all ranks."""
-        counted_NHW = examples.labels_NHW != self._ignore_index
+        counted_NHW = examples.labels_NHW != self.ignore_index
         labels_NHW = examples.labels_NHW.masked_fill(~counted_NHW, 0)
         weights_NHW = self._weights(labels_NHW, counted_NHW, examples.boundary_NHW)
         logits_NKHW = logits_NKHW.float()
-        total = logits_NKHW.new_zeros(())
-        for weight, pixel_loss in self._of_pixels:
+        total, config = logits_NKHW.new_zeros(()), self.config
+        for weight, pixel_loss in (
+            (config.cross_entropy, cross_entropy),
+            (config.bce, bce),
+            (config.focal, partial(focal, gamma=config.focal_gamma)),
+        ):
             if weight:
                 each_NHW = pixel_loss(logits_NKHW, labels_NHW)
                 total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.pixels, 1)
         has_pixels_N = counted_NHW.flatten(1).any(dim=1)
-        for weight, alpha, beta in self._of_crops:
+        for weight, alpha, beta in (
+            (config.dice, 0.5, 0.5),
+            (config.jaccard, 1.0, 1.0),
+            (config.tversky, config.tversky_alpha, config.tversky_beta),
+        ):
             if weight:
                 each_N = tversky(logits_NKHW, labels_NHW, counted_NHW, alpha, beta)
                 total = total + weight * (each_N * has_pixels_N).sum() / max(batch.crops, 1)
@@ -124,22 +122,21 @@ class Loss:
     ) -> Tensor:
         """w(x) = w_c(x) + w0 · boundary term (Ronneberger et al. 2015, eq. 2); 0 where ignored."""
         weights_NHW = counted_NHW.float()
-        if self._class_weights is not None:
-            of_class = torch.tensor(self._class_weights, device=labels_NHW.device)
+        if self.class_weights is not None:
+            of_class = torch.tensor(self.class_weights, device=labels_NHW.device)
             weights_NHW = weights_NHW * of_class[labels_NHW]
         if boundary_NHW is not None:
-            weights_NHW = weights_NHW + self._config.boundary * boundary_NHW * counted_NHW
+            weights_NHW = weights_NHW + self.config.boundary * boundary_NHW * counted_NHW
         return weights_NHW
 
 
 def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[float] | None:
-    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have."""
-    if config.class_weights == "balanced":
-        return balanced([*pixels, *[0] * (classes - len(pixels))])
-    return None if config.class_weights == "none" else config.class_weights
+    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have.
 
-
-def balanced(pixels: list[int]) -> list[float]:
-    """Inverse to how often each class occurs, 1 in the mean over pixels; 0 if it never does."""
-    there = sum(n > 0 for n in pixels)
-    return [sum(pixels) / (there * n) if n else 0.0 for n in pixels]
+    Balanced ones are inverse to that, 1 in the mean over pixels; 0 for a class that never occurs.
+    """
+    if config.class_weights != "balanced":
+        return None if config.class_weights == "none" else config.class_weights
+    counts = [*pixels, *[0] * (classes - len(pixels))]
+    there = sum(n > 0 for n in counts)
+    return [sum(counts) / (there * n) if n else 0.0 for n in counts]

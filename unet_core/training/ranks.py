@@ -79,7 +79,6 @@ class Ranks:
 
 
 def _tried(call: Callable[[], ResultT]) -> tuple[ResultT | None, UnetJobsError | None]:
-    """What a call gives, or how it failed."""
     try:
         return call(), None
     except UnetJobsError as error:

@@ -131,10 +131,6 @@ class TrainingRun:
             )
         self.record = record
 
-    def has_manifest(self) -> bool:
-        """Whether the images were counted to the end."""
-        return self.store.exists(manifest_name(0))
-
     def publish_manifest(self, splits: Splits) -> None:
         """Write down how many images each shard has."""
         rows = [

@@ -13,7 +13,7 @@ from tests.support.scenes import config_of
 from unet_core.config import build
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
 from unet_core.networks import checkpoint
-from unet_core.report.training import training_facts
+from unet_core.report.training import TrainingFacts
 from unet_core.synthetic import png
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Epoch, Started, Step, fit
@@ -324,7 +324,7 @@ def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its
         run = open_training(config)
         data = {"train": 1, "val": 1, "class_pixels": [1, 1], "val_below": 0.1, "steps": 1}
         run.establish(config, data)
-        shown = training_facts(run).command
+        shown = TrainingFacts(run).command
         assert (written.split("=")[0] in shown) == bool(key)
         shutil.rmtree(tmp_path / "m")
 

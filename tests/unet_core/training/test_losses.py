@@ -6,7 +6,7 @@ import torch
 from unet_core.train_config import LossConfig
 from unet_core.training import losses
 from unet_core.training.augment import Examples
-from unet_core.training.losses import Loss, balanced
+from unet_core.training.losses import Loss, class_weights
 
 IGNORE = 255
 NAMES = ("cross_entropy", "bce", "focal", "dice", "jaccard", "tversky")
@@ -112,6 +112,6 @@ def test_pixels_weigh_by_class_and_boundary():
 
 
 def test_balanced_weights_have_a_mean_of_one_over_all_pixels():
-    weights = balanced([90, 10, 0])
+    weights = class_weights(LossConfig(class_weights="balanced"), 3, [90, 10])
     assert weights == [pytest.approx(100 / 180), pytest.approx(5.0), 0.0]
     assert 90 * weights[0] + 10 * weights[1] == pytest.approx(100)
