@@ -14,7 +14,8 @@ from typing import Any
 MIB = 2**20
 MEMORY = 512 * MIB
 SECONDS = 20.0
-PRELOADED = ["tests.support.doors", "tests.support.data"]
+PRELOADED = ["tests.support.doors", "tests.support.data", "tests.support.rank"]
+"""By all who have children from it: there is one fork server, and who is first starts it."""
 
 
 @dataclass(frozen=True)

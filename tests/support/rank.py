@@ -3,7 +3,6 @@
 WHEN one kills itself: after so many steps, or ``STAGE:N``, the N-th time it gets there.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -11,13 +10,13 @@ import sys
 import torch
 from torch import distributed
 
+from tests.support.confined import fork_server
 from tests.support.dying_driver import die_at
 from unet_core.storage.store import Store
 from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Step, fit
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.support.rank"])
+PROCESSES = fork_server()
 STAGES = {
     "history": lambda name: name.startswith("history"),
     "checkpoint": lambda name: name.startswith("checkpoints"),
