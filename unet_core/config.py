@@ -92,8 +92,9 @@ def require_span(section: ConfigT) -> ConfigT:
     least, usual_low, usual_high, most = SPANS[kind]
     low, high = usual_low if low is None else low, usual_high if high is None else high
     if not least <= low < high <= most:
+        numbers = "numbers from 0 to 100" if kind == "percentile" else "finite numbers"
         raise ValueError(
-            f"low is {low:g} and high {high:g}, but {kind} needs {least} <= low < high <= {most}"
+            f"low is {low:g} and high {high:g}, but {kind} needs {numbers}, low < high"
         )
     return section
 

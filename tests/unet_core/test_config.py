@@ -132,11 +132,14 @@ def test_mistakes_in_a_training_are_told_with_what_is_allowed(override, reason):
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"low": 50, "high": 20}, "low is 50 and high 20, but percentile needs 0 <= low < high"),
-        ({"high": 150}, "low is 1 and high 150, but percentile needs 0 <= low < high <= 100"),
+        (
+            {"low": 50, "high": 20},
+            "low is 50 and high 20, but percentile needs numbers from 0 to 100",
+        ),
+        ({"high": 150}, "low is 1 and high 150, but percentile needs numbers from 0"),
         ({"low": 99.9}, "low is 99.9 and high 99.8, but"),
         ({"low": math.nan}, "low is nan"),
-        ({"normalisation": "range", "high": 0}, "low is 0 and high 0, but range needs"),
+        ({"normalisation": "range", "high": 0}, "low is 0 and high 0, but range needs finite"),
         ({"normalisation": "range", "high": math.inf}, "high inf"),
         ({"normalisation": "range", "low": 3, "high": 3}, "low is 3 and high 3"),
         ({"normalisation": "zscore", "low": 1}, "low and high belong to percentile and range, not"),

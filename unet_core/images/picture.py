@@ -134,8 +134,7 @@ class Decoder:
         """Decode a file and its truth: one image, or one for each page that is expanded.
 
         A truth that cannot be used does not spoil the image. ``on_step`` is called for every few
-        rows of an image that is not decoded whole. Raises StoreError if the bytes cannot
-        be read.
+        rows of an image that is not decoded whole. Raises StoreError if the bytes cannot be read.
         """
         try:
             if sample.failure is not None:
