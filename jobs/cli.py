@@ -11,9 +11,9 @@ import sys
 
 import click
 
-from jobs.session import LOG_FORMAT
-from jobs.verbs import models, results, running
-from jobs.verbs.show import harmless
+from jobs.backends.session import LOG_FORMAT
+from jobs.commands import models, results, running
+from jobs.commands.show import harmless
 from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 

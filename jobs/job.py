@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-from unet_core.config import PredictConfig
-from unet_core.inference.windows import Windows, windows_for
+from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
-from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header
+from unet_core.networks.header import Header, checkpoint_digest, read_header, require_factory
 from unet_core.runs import schema
-from unet_core.runs.claim import require_same
 from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.identity import require_same
 from unet_core.runs.run import Record, Run, identity
+from unet_core.tiling.windows import Windows, windows_for
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Job:
 
 def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
-    header = checkpoint.read_header(config.model.checkpoint, config.storage)
-    checkpoint.require_factory(config.model.checkpoint, header, config.model.factory)
+    header = read_header(config.model.checkpoint, config.storage)
+    require_factory(config.model.checkpoint, header, config.model.factory)
     windows = windows_for(config.tile, header.tiling)
     config.input.require_free_ignore_index(header.classes)
-    sha256 = checkpoint.digest(config.model.checkpoint, config.storage)
+    sha256 = checkpoint_digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
     mine = run.record.identity if run.record is not None else None
     known = mine["input.format"] if mine and config.input.format == "auto" else ""

@@ -5,21 +5,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from jobs import session
-from jobs.board import Attempt, Board
-from jobs.dispatch import Workers, dispatch
+from jobs.backends import session
+from jobs.backends.paths import from_here, require_seen, worker_places
+from jobs.backends.placement import settle
 from jobs.job import Job, prepare
-from jobs.placement import settle
-from jobs.places import from_here, require_seen, worker_places
 from jobs.progress import RunProgress
-from unet_core.config import PredictConfig, is_remote
+from jobs.scheduler.dispatch import Workers, dispatch
+from jobs.scheduler.scheduler import Attempt, Board
+from unet_core.config.predict import PredictConfig
+from unet_core.config.uris import is_remote
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard
+from unet_core.metrics import Totals
 from unet_core.runs import manifest
 from unet_core.runs.run import Run
 from unet_core.runs.timings import ShardResult, TimingsLog
-from unet_core.scores.metrics import Totals
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     outcome = _predicted(prepare(config), retry_failed, refresh)
     if not config.output.report:
         return outcome
-    from jobs.report import ending_report  # templates, charts, pictures: half a second
+    from jobs.results.report import ending_report  # templates, charts, pictures: half a second
 
     report = ending_report(config.output, config.storage, not outcome.was_finished)
     return replace(outcome, report=report)
@@ -142,13 +143,13 @@ def _new_shards(job: Job, known: list[Shard]) -> list[Shard]:
 def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     workers = job.config.workers
     if session.is_inline(workers):
-        from jobs.inline import InlineWorkers
+        from jobs.backends.inline import InlineWorkers
 
         spec = job.replica(session.local_cpus(workers))
         with contextlib.closing(InlineWorkers(spec, progress.on_image)) as inline:
             yield inline
         return
-    from jobs.actors import RayActors
+    from jobs.backends.actors import RayActors
 
     with session.connected():
         storage, needed = job.config.storage, worker_places(job.config)

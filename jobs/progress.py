@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from unet_core.inputs.shards import Shard, images_in
-from unet_core.scores.metrics import Totals
+from unet_core.metrics import Totals
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")

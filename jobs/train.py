@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import session
+from jobs.backends import session
 from jobs.train_progress import TrainProgress
-from unet_core.train_config import TrainConfig
+from unet_core.config.train import TrainConfig
 from unet_core.training.fit import Event, fit
-from unet_core.training.run import BEST, Position, open_training
+from unet_core.training.training_run import BEST, Position, open_training
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> Trained:
                 progress.on_event(event)
     report = ""
     if config.output.report:
-        from jobs.report import ending_report  # templates, charts
+        from jobs.results.report import ending_report  # templates, charts
 
         report = ending_report(config.output, config.storage, not was_finished)
     best = f"{config.output.uri.rstrip('/')}/{BEST}"
@@ -55,7 +55,7 @@ def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Eve
     """What happens in this process, or on the first of the ranks of a Ray cluster."""
     if session.is_inline(config.workers):
         return fit(config, wants_stop=wants_stop)
-    from jobs.ddp import fit_on_ranks
+    from jobs.backends.ddp import fit_on_ranks
 
     return fit_on_ranks(config, wants_stop)
 

@@ -3,7 +3,7 @@
 from rich.markup import escape
 
 from jobs.progress import Display
-from unet_core.train_config import TrainConfig
+from unet_core.config.train import TrainConfig
 from unet_core.training.fit import Epoch, Event, Started, Step
 
 PATIENT_EPOCHS = 2

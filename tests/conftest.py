@@ -30,8 +30,8 @@ from tests.support.data import write_checkpoint, write_folder, write_tars
 from tests.support.runs import config_of
 from tests.support.s3 import S3
 from tests.support.s3 import start as start_s3
-from unet_core.config import PredictConfig
-from unet_core.networks.presets import preset
+from unet_core.config.predict import PredictConfig
+from unet_core.config.presets import preset
 
 ConfigMaker = Callable[..., PredictConfig]
 
@@ -152,7 +152,7 @@ def ray_session(s3_server: S3) -> Iterator[Any]:
 def small_is_large(monkeypatch):
     """What is above 100,000 pixels or 100 kB counts as large, and mask windows have 128 pixels."""
     monkeypatch.setattr("unet_core.images.large_tiff.SMALL_PIXELS", 100_000)
-    monkeypatch.setattr("unet_core.inputs.shards.LARGE_FILE_BYTES", 100_000)
-    monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_PIXELS", 100_000)
-    monkeypatch.setattr("unet_core.geometry.MASK_WINDOW_SIDE", 128)
-    monkeypatch.setattr("unet_core.inference.canvas.MASK_WINDOW_SIDE", 128)
+    monkeypatch.setattr("unet_core.images.sample.LARGE_FILE_BYTES", 100_000)
+    monkeypatch.setattr("unet_core.tiling.geometry.MASK_WINDOW_PIXELS", 100_000)
+    monkeypatch.setattr("unet_core.tiling.geometry.MASK_WINDOW_SIDE", 128)
+    monkeypatch.setattr("unet_core.inference.mask_assembler.MASK_WINDOW_SIDE", 128)

@@ -56,27 +56,30 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         (
             "ray",
             {
-                "jobs.session",
-                "jobs.actors",
-                "jobs.ddp",
-                "jobs.measures",
-                "jobs.spread",
-                "jobs.submit",
+                "jobs.backends.session",
+                "jobs.backends.actors",
+                "jobs.backends.ddp",
+                "jobs.backends.prometheus",
+                "jobs.backends.tasks",
+                "jobs.submission.job_server",
             },
         ),
         ("safetensors", {"unet_core.networks.checkpoint"}),
-        ("click", {"jobs.cli", *VERBS - {"jobs.verbs.arguments", "jobs.verbs.__init__"}}),
-        ("rich", {"jobs.progress", "jobs.train_progress", "jobs.describe", "jobs.verbs.models"}),
+        ("click", {"jobs.cli", *VERBS - {"jobs.commands.arguments", "jobs.verbs.__init__"}}),
+        (
+            "rich",
+            {"jobs.progress", "jobs.train_progress", "jobs.tools.describe", "jobs.commands.models"},
+        ),
         (
             "scipy",
             {
                 "unet_core.training.boundary",
-                "unet_core.export.objects",
+                "unet_core.export.instances",
                 "unet_core.export.coco",
-                "unet_core.report.pictures",
+                "unet_core.report.panels",
             },
         ),
-        ("skimage", {"unet_core.export.objects"}),
+        ("skimage", {"unet_core.export.instances"}),
         ("pycocotools", {"unet_core.export.coco"}),
         (
             "tifffile",
@@ -84,7 +87,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
                 "unet_core.images.tiff",
                 "unet_core.images.tiff_segments",
                 "unet_core.images.large_tiff",
-                "unet_core.export.images",
+                "unet_core.export.mask_images",
             },
         ),
         ("matplotlib", set()),
@@ -142,7 +145,14 @@ def test_modules_import_from_their_own_row_of_the_table_and_those_above():
 
 @pytest.mark.parametrize(
     "module",
-    ["jobs.cli", "jobs.job", "jobs.inspect", "jobs.predict", "jobs.export", "jobs.report"],
+    [
+        "jobs.cli",
+        "jobs.job",
+        "jobs.results.status",
+        "jobs.predict",
+        "jobs.results.export",
+        "jobs.results.report",
+    ],
 )
 def test_the_driver_starts_without_torch_and_ray(module):
     code = f"import {module}, sys, json; print(json.dumps(sorted(sys.modules)))"

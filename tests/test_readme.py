@@ -15,9 +15,10 @@ from jobs.predict import predict
 from tests.support.documents import README, ROOT, blocks
 from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.config import PredictConfig, build, load
+from unet_core.config.loading import build, load
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
 from unet_core.errors import ErrorCode
-from unet_core.train_config import TrainConfig
 
 FORMATS = (ROOT / "docs" / "formats.md").read_text()
 DOCUMENTS = [

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
-from jobs.package import pack
+from jobs.submission.package import pack
 from tests.support.runs import write_toml
 from tests.support.s3 import BUCKET
-from unet_core.config import PredictConfig
-from unet_core.config import load as load_config
+from unet_core.config.loading import load as load_config
+from unet_core.config.predict import PredictConfig
 
 PASSWORD = "hunter2hunter2"
 TOKEN = "token-that-nobody-may-see"

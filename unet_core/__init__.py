@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unet_core.networks.checkpoint import load_model as load_model
-    from unet_core.runs.results import open_run as open_run
+    from unet_core.runs.reader import open_run as open_run
 
 _DOORS = {"load_model": "networks.checkpoint", "open_run": "runs.results"}
 

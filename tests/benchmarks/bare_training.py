@@ -18,9 +18,9 @@ from multiprocessing import get_context
 import torch
 from torch import nn
 
-from unet_core.config import build
+from unet_core.config.loading import build
+from unet_core.config.train import TrainConfig
 from unet_core.inference.engine import choose_device
-from unet_core.train_config import TrainConfig
 from unet_core.training.augment import Examples
 from unet_core.training.fit import Epoch, Step, fit
 from unet_core.training.learner import new_network, precision

@@ -19,9 +19,11 @@ from torch import nn
 
 from jobs.predict import predict
 from unet_core.arrays import Array
-from unet_core.config import PredictConfig, build
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
+from unet_core.config.presets import Factory, NetworkSpec
 from unet_core.networks import checkpoint
-from unet_core.networks.presets import Factory, NetworkSpec
+from unet_core.networks.header import read_header
 from unet_core.networks.unet import fold_batchnorm
 
 CORES = len(os.sched_getaffinity(0))
@@ -64,7 +66,7 @@ class Work:
     @property
     def step(self) -> int:
         """Sides must be a multiple of it."""
-        return checkpoint.read_header(self.checkpoint).tiling.sides.step
+        return read_header(self.checkpoint).tiling.sides.step
 
     def load(self) -> nn.Module:
         network = checkpoint.load_model(self.checkpoint, self.factory)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from jobs.predict import predict
-from unet_core.config import PredictConfig, build
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
 from unet_core.synthetic import nuclei, png
 
 SIDE = 64
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--plot", help="a PNG to write")
     options = parser.parse_args()
-    watch, log = Watch(), logging.getLogger("unet_core.inference.segment")
+    watch, log = Watch(), logging.getLogger("unet_core.inference.shard_segmenter")
     log.addHandler(watch)
     log.setLevel(logging.INFO)
     log.propagate = False

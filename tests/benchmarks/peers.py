@@ -32,7 +32,7 @@ from tests.support.data import write_checkpoint
 from tests.support.foreign import declare_torchvision
 from unet_core import open_run
 from unet_core.arrays import Array
-from unet_core.networks.presets import Factory, UNetSpec
+from unet_core.config.presets import Factory, UNetSpec
 from unet_core.synthetic import nuclei, png
 
 SMP = Factory("tests.support.foreign:smp_unet", {"encoder_name": "resnet18", "in_channels": 1}, 1)

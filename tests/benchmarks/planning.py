@@ -18,8 +18,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.board import Board
-from unet_core.config import ErrorsConfig, InputConfig, StorageConfig
+from jobs.scheduler.scheduler import Board
+from unet_core.config.predict import ErrorsConfig
+from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.runs.manifest import draft
 

@@ -17,17 +17,19 @@ from typing import Any
 
 import ray
 
-from jobs import session
-from jobs.actors import JOIN, RayActors
-from jobs.board import Attempt, Board, Event, Ready
-from jobs.dispatch import dispatch
-from jobs.placement import Placement
-from jobs.version import CodeVersion, code_version
-from unet_core.config import ErrorsConfig, PredictConfig, StorageConfig, build
+from jobs.backends import session
+from jobs.backends.actors import JOIN, RayActors
+from jobs.backends.placement import Placement
+from jobs.backends.version import CodeVersion, code_version
+from jobs.scheduler.dispatch import dispatch
+from jobs.scheduler.scheduler import Attempt, Board, Event, Ready
+from unet_core.config.loading import build
+from unet_core.config.predict import ErrorsConfig, PredictConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard, Source
+from unet_core.metrics import Totals
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import Seconds, ShardResult, TimingsLog
-from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store
 
 HOSTS = 8

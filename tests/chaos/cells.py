@@ -19,8 +19,8 @@ from tests.chaos.data import FACTORY, Data, Image, make, write_toml
 from tests.chaos.faults import PLAN, Fault, Plan
 from tests.chaos.processes import ClusterHost, Driver, StoreHost, forked
 from tests.support.data import write_checkpoint
-from unet_core.config import StorageConfig
-from unet_core.networks.presets import Factory
+from unet_core.config.presets import Factory
+from unet_core.config.sections import StorageConfig
 from unet_core.runs.verify import verify
 
 DATA_SETS = 6

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import unet_core.inference.shard_segmenter
 from torch import nn
 
-import unet_core.inference.segment
-from jobs.board import Board
+from jobs.scheduler.scheduler import Board
 from tests.support.foreign import small
-from unet_core.images.picture import Decoder
+from unet_core.images.decoder import Decoder
+from unet_core.images.sample import Sample
 from unet_core.inference.engine import Engine
-from unet_core.inputs.shards import Sample
 from unet_core.storage.store import Store
 
 PLAN = "UNET_JOBS_CHAOS_PLAN"
@@ -270,7 +270,7 @@ def _swap_parts() -> None:
         if not store.exists(name) and store.publish_exclusively(name, metrics):
             store.publish(f"masks/{shard_id}.parquet", masks)
 
-    unet_core.inference.segment.commit = commit
+    unet_core.inference.shard_segmenter.commit = commit
 
 
 def _no_rename() -> None:
@@ -306,14 +306,14 @@ def _charge_innocent() -> None:
 
 def _count_twice() -> None:
     """Failed rows are written twice, and counted so."""
-    part = unet_core.inference.segment.metrics_part
+    part = unet_core.inference.shard_segmenter.metrics_part
 
     def twice(rows: list[dict[str, Any]], footer: dict[str, str]) -> bytes:
         failed = [row for row in rows if row["status"] == "failed"]
         seen = str(int(footer["images_seen"]) + len(failed))
         return part([*rows, *failed], {**footer, "images_seen": seen})
 
-    unet_core.inference.segment.metrics_part = twice
+    unet_core.inference.shard_segmenter.metrics_part = twice
 
 
 PLANTS: dict[str, Callable[[], None]] = {

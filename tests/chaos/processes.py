@@ -23,10 +23,12 @@ from typing import Any
 
 import pandas
 
-from jobs import cli, inline, predict
-from jobs.board import Board, Died
+from jobs import cli, predict
+from jobs.backends import inline
+from jobs.scheduler.scheduler import Board, Died
 from tests.chaos.faults import PLAN, PLANTS, Plan
-from unet_core.config import PredictConfig, build
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
 from unet_core.inference import replica
 from unet_core.runs import verify
 

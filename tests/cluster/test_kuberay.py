@@ -20,8 +20,8 @@ from tests.support.manifests import (
     parsed,
     pinned,
 )
-from unet_core.config import PredictConfig
-from unet_core.train_config import TrainConfig
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
 
 # The API reference of KubeRay 1.7.0, ray.io/v1.
 FIELDS = {

@@ -8,7 +8,8 @@ import pytest
 from tests.support import doors
 from tests.support.confined import MIB, confined
 from tests.support.hostile import NOT_UTF8, packed, parquet, squeezed
-from unet_core.config import PredictConfig, build
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 
 

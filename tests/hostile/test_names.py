@@ -9,7 +9,7 @@ import pytest
 
 from jobs.predict import predict
 from tests.support.s3 import BUCKET
-from unet_core.runs.results import open_run
+from unet_core.runs.reader import open_run
 from unet_core.runs.verify import verify
 from unet_core.synthetic import nuclei, png
 

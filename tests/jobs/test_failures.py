@@ -11,7 +11,7 @@ import pytest
 from jobs.predict import predict
 from tests.support.data import digests, write_folder, write_tar, write_tars
 from tests.support.runs import snapshot, write_toml
-from unet_core.config import ErrorsConfig
+from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.runs.compact import compact
 from unet_core.runs.failures import causes

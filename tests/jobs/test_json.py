@@ -2,9 +2,9 @@
 
 import json
 
+from jobs.commands.show import document
 from jobs.predict import predict
-from jobs.verbs.show import document
-from unet_core.scores.metrics import Totals
+from unet_core.metrics import Totals
 
 TOTALS = {
     "shards", "images_seen", "ok", "failed", "pixels", "with_truth", "ignored_pixels",
@@ -50,7 +50,7 @@ def test_what_others_print_meanwhile_goes_to_standard_error(
                  "workers.count=inline", "tile.size=256")  # fmt: skip
     code, out, _ = run_cli(*arguments)
     assert (code, set(json.loads(out)), json.loads(out)["cost"]) == (0, PLAN, None)
-    from jobs import cost
+    from jobs.tools import cost
 
     measure = cost.segment
     monkeypatch.setattr(cost, "segment", lambda *job: print("an actor speaks") or measure(*job))

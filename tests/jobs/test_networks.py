@@ -8,9 +8,9 @@ from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_checkpoint
 from tests.support.runs import masks_of, table
 from unet_core import open_run
+from unet_core.config.presets import PRESETS, Factory, preset
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint
-from unet_core.networks.presets import PRESETS, Factory, preset
 from unet_core.synthetic import png
 
 FOREIGN = {

@@ -6,11 +6,12 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import session
-from jobs.inspect import plan, status
+from jobs.backends import session
+from jobs.backends.paths import worker_places
 from jobs.job import prepare
-from jobs.places import worker_places
 from jobs.predict import predict
+from jobs.results.status import status
+from jobs.tools.plan import plan
 from tests.support.data import digests
 from tests.support.runs import snapshot, write_toml
 from unet_core.errors import CheckpointError, ConfigError, RunMismatchError, StoreError

@@ -19,7 +19,7 @@ from tests.support.data import digests, pictures, write_parquet
 from tests.support.rgw import moto_only
 from tests.support.runs import masks_by_key, write_toml
 from tests.support.s3 import BUCKET, POLICY
-from unet_core.config import InputConfig, StorageConfig
+from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.errors import ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.runs.run import Run

@@ -13,7 +13,7 @@ from tests.support.data import digests, pictures, write_tar
 from tests.support.fault_proxy import FaultProxy, Rule
 from tests.support.runs import config_of
 from tests.support.s3 import BUCKET, S3
-from unet_core.config import StorageConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import StoreError
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify

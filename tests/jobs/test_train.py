@@ -12,7 +12,7 @@ import pytest
 import ray
 from safetensors.numpy import load, load_file
 
-from jobs.ddp import Mailbox, Reporter
+from jobs.backends.ddp import Mailbox, Reporter
 from jobs.train import train
 from tests.support.processes import is_ours
 from tests.support.s3 import BUCKET

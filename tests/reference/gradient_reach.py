@@ -2,7 +2,7 @@
 
 import torch
 
-from unet_core.networks.presets import UNetSpec
+from unet_core.config.presets import UNetSpec
 from unet_core.networks.unet import UNet
 
 

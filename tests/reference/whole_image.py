@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from tests.support.data import reading
-from unet_core.geometry import Tiling
 from unet_core.images.codec import decode_images
 from unet_core.images.preprocessing import offset_and_scale, to_color
-from unet_core.networks.checkpoint import Header
+from unet_core.networks.header import Header
+from unet_core.tiling.geometry import Tiling
 
 
 def logits_of(network: nn.Module, header: Header, data: bytes) -> np.ndarray:

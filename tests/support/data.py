@@ -14,14 +14,15 @@ import tifffile
 import torch
 from torch import nn
 
-from unet_core.config import InputConfig
+from unet_core.config.presets import NetworkSpec
+from unet_core.config.sections import InputConfig
 from unet_core.images.preprocessing import Preprocessing
+from unet_core.images.sample import Sample
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.inputs.shards import Sample, Shard
+from unet_core.inputs.shards import Shard
 from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header, palette_of
 from unet_core.networks.construction import build, measured
-from unet_core.networks.presets import NetworkSpec
+from unet_core.networks.header import Header, palette_of
 from unet_core.synthetic import nuclei, png
 
 SIZES = ((64, 64), (50, 70), (96, 64), (33, 40), (300, 270), (64, 64))

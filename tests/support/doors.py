@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.data import reading
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff
 from unet_core.images.codec import decode_images, decode_labels
 from unet_core.inputs import webdataset
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
-from unet_core.networks.weights import read_tensors
+from unet_core.networks.foreign.weights import read_tensors
+from unet_core.networks.header import read_header
 from unet_core.storage.ranges import Ranged
 
 PIXELS = 2**20
@@ -117,7 +118,7 @@ def listed(name: str, data: bytes, keys: dict[str, Any]) -> int:
 def network(data: bytes) -> tuple[str, ...]:
     """The class names of a checkpoint, loaded."""
     with _file("x.safetensors", data) as path:
-        checkpoint.read_header(str(path))
+        read_header(str(path))
         return checkpoint.load(str(path))[1].class_names
 
 

@@ -11,8 +11,9 @@ from ray.scripts.scripts import cli as ray_cli
 
 from jobs.cli import cli
 from tests.support.documents import ROOT
-from unet_core.config import PredictConfig, build
-from unet_core.train_config import TrainConfig
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
 
 CLUSTER = ROOT / "cluster"
 KUBERAY = ("cluster.yaml", "monthly.yaml", "predict.yaml", "train.yaml")

@@ -11,8 +11,8 @@ import time
 import numpy as np
 from torch import nn
 
-from unet_core.images.picture import Decoder
-from unet_core.networks.presets import Factory, preset
+from unet_core.config.presets import Factory, preset
+from unet_core.images.decoder import Decoder
 from unet_core.networks.unet import UNet
 
 SPEC = Factory("tests.support.poison:network", {}, 1, 1)

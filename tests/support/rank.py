@@ -12,8 +12,8 @@ from torch import distributed
 
 from tests.support.confined import fork_server
 from tests.support.dying_driver import die_at
+from unet_core.config.train import TrainConfig
 from unet_core.storage.store import Store
-from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Step, fit
 
 PROCESSES = fork_server()

@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.board import Board
-from unet_core.config import ErrorsConfig, PredictConfig, StorageConfig, build
+from jobs.scheduler.scheduler import Board
+from unet_core.config.loading import build
+from unet_core.config.predict import ErrorsConfig, PredictConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
 from unet_core.runs.parts import masks_name, read_metrics
-from unet_core.storage.parquet import table_of
+from unet_core.storage.parquet_files import table_of
 
 
 def config_of(uri, model, out, /, *overrides, **tables):

@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from unet_core.config import build
-from unet_core.images.picture import Picture, Pixels
-from unet_core.inputs.shards import Sample
-from unet_core.train_config import TrainConfig
-from unet_core.training import census
+from unet_core.config.loading import build
+from unet_core.config.train import TrainConfig
+from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.sample import Sample
+from unet_core.training import scan
 from unet_core.training.dataset import Labelled, Memory, open_splits
 from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
@@ -32,7 +32,7 @@ def opened(config, memory=2**30):
     _, header = new_network(config)
     splits = open_splits(config, header, Memory(memory))
     with ThreadPoolExecutor(2) as pool:
-        found = census.take(splits, Ranks(), pool, lambda: False)
+        found = scan.take(splits, Ranks(), pool, lambda: False)
     return splits, found
 
 

@@ -34,8 +34,8 @@ from PIL import Image
 from tests.support import doors
 from tests.support.confined import MIB, fork_server, limit_memory, status
 from tests.support.data import tiff, write_checkpoint
+from unet_core.config.presets import preset
 from unet_core.errors import CheckpointError, ConfigError, ImageError, StoreError
-from unet_core.networks.presets import preset
 
 MEMORY = 1024 * MIB
 SECONDS_A_CASE = 30.0

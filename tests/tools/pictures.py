@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.support.scenes import labelled
+from unet_core.config.train import AugmentConfig
 from unet_core.synthetic import nuclei
-from unet_core.train_config import AugmentConfig
 from unet_core.training.augment import augmented
 from unet_core.training.boundary import boundary_term, objects_of
 from unet_core.training.crops import CropShape, draw

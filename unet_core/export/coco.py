@@ -10,9 +10,9 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError
-from unet_core.export.objects import EVERYWHERE, place
-from unet_core.geometry import Slices
+from unet_core.export.instances import EVERYWHERE, place
 from unet_core.storage.spool import local_space, spooled
+from unet_core.tiling.geometry import Slices
 
 Row = dict[str, Any]
 Points = list[tuple[int, int]]

@@ -15,16 +15,16 @@ import pyarrow.compute as pc
 
 from unet_core.errors import ImageError, ShardError
 from unet_core.export import coco
-from unet_core.export.images import bands_of, encode_png, encode_tiff
+from unet_core.export.instances import Objects, find_objects, measured
+from unet_core.export.mask_images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
-from unet_core.export.objects import Objects, find_objects, measured
-from unet_core.images.picture import Picture, Pixels
+from unet_core.images.decoder import Picture, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
-from unet_core.runs.claim import claim, require_empty, require_equal
+from unet_core.runs.identity import claim, require_empty, require_equal
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
-from unet_core.runs.results import Results, StoredMask, open_masks, pictures
-from unet_core.storage.parquet import RowGroups
+from unet_core.runs.reader import Results, StoredMask, open_masks, pictures
+from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Export:
-    """Exports the shards of a run: a ``Task`` of ``jobs.spread``."""
+    """Exports the shards of a run: a ``Task`` of ``jobs.backends.tasks``."""
 
     results: Results
     store: Store

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from unet_core.arrays import Array
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images.tiff import check_size, decode_tiff, decoding, of_each
 

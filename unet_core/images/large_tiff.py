@@ -15,13 +15,13 @@ import numpy as np
 import tifffile
 
 from unet_core.arrays import Array
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
-from unet_core.geometry import MASK_WINDOW_PIXELS, Box
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
 from unet_core.images.tiff_segments import Cache, Encoded, Raw, segments_of
 from unet_core.storage.ranges import Ranged, Ranges
+from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""

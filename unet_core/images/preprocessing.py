@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from unet_core.arrays import Array
-from unet_core.config import Section, require_span
+from unet_core.config.presets import channels_of
+from unet_core.config.sections import Section, require_span
 from unet_core.errors import ImageError
-from unet_core.networks.presets import channels_of
 
 BAND_ROWS = 256
 """An image too large for memory is counted in bands of so many rows,"""

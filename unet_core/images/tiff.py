@@ -14,7 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
 
 ResultT = TypeVar("ResultT")

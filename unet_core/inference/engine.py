@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from unet_core.arrays import Array
+from unet_core.config.presets import Factory
 from unet_core.errors import ConfigError, WorkersError
-from unet_core.geometry import Tile
 from unet_core.inference.postprocessing import Postprocessing
 from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
-from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import origin
-from unet_core.networks.presets import Factory
+from unet_core.networks.header import Header
 from unet_core.networks.unet import fold_batchnorm
 from unet_core.runs.compute import Compute
 from unet_core.runs.schema import CONFIDENCE_UNIT
+from unet_core.tiling.geometry import Tile
 
 log = logging.getLogger(__name__)
 

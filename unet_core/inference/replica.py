@@ -2,15 +2,15 @@
 
 from torch import nn
 
+from unet_core.config.presets import Factory
 from unet_core.errors import CheckpointError
 from unet_core.inference.engine import Engine, choose_device
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.inference.windows import windows_for
 from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header
-from unet_core.networks.presets import Factory
+from unet_core.networks.header import Header
 from unet_core.networks.reach import is_exact
 from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.tiling.windows import windows_for
 
 
 class Replica:

@@ -8,10 +8,10 @@ from typing import Any
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
-from unet_core.images.picture import Pixels, Rejected
-from unet_core.inference.canvas import Area, Canvas
-from unet_core.inputs.shards import Sample
-from unet_core.scores.metrics import class_pixels, confusion, truth_columns
+from unet_core.images.decoder import Pixels, Rejected
+from unet_core.images.sample import Sample
+from unet_core.inference.mask_assembler import Area, Canvas
+from unet_core.metrics import class_pixels, confusion, truth_columns
 
 Row = dict[str, Any]
 

@@ -8,9 +8,10 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
+from unet_core.images import sample as sample_module
 from unet_core.images.codec import is_image
-from unet_core.inputs import shards
-from unet_core.inputs.shards import Known, Member, Sample, Shard, Source, is_known, make_shard
+from unet_core.images.sample import Sample
+from unet_core.inputs.shards import Known, Member, Shard, Source, is_known, make_shard
 from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
@@ -37,7 +38,7 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
 
 def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None") -> Sample:
     """A loose image with its truth; lists may not know how large it is."""
-    may_be_large = member.bytes > shards.LARGE_FILE_BYTES or (
+    may_be_large = member.bytes > sample_module.LARGE_FILE_BYTES or (
         not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
     )
     return Sample(

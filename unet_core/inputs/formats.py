@@ -6,11 +6,12 @@ image is a sample with a ``failure``, a file that is not the one listed a Change
 
 from collections.abc import Iterator
 
-from unet_core.config import InputConfig, StorageConfig
+from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.errors import ChangedError, ConfigError, NotFoundError, ShardError, StoreError
 from unet_core.images.codec import EXTENSIONS, is_image
+from unet_core.images.sample import Sample
 from unet_core.inputs import folder, listing, parquet, webdataset
-from unet_core.inputs.shards import Known, Sample, Shard, Source, readable_name
+from unet_core.inputs.shards import Known, Shard, Source, readable_name
 from unet_core.storage.store import Store, split
 
 FORMATS = {"folder": folder, "webdataset": webdataset, "parquet": parquet, "list": listing}

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from unet_core.config import AUTHORITY, absolute, has_credentials, plain
+from unet_core.config.uris import AUTHORITY, absolute, has_credentials, plain
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
+from unet_core.images.sample import Sample
 from unet_core.inputs.folder import File, grouped, sample_of
 from unet_core.inputs.parquet import EXTENSIONS
-from unet_core.inputs.shards import Known, Member, Sample, Shard, Source
+from unet_core.inputs.shards import Known, Member, Shard, Source
 from unet_core.storage.store import Store, split
 
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",

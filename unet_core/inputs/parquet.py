@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError, one_line
-from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard
+from unet_core.images.sample import Sample
+from unet_core.inputs.shards import Known, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")

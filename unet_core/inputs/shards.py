@@ -6,17 +6,12 @@ row range and members with their masks: never of a rank, a position or an attemp
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from unet_core.config import InputConfig, StorageConfig
-from unet_core.errors import ImageError
-from unet_core.storage.ranges import Ranged
+from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.storage.store import Entry, Store
-
-LARGE_FILE_BYTES = 64 * 2**20
-"""Above this, a file is looked at before it is read whole: it may be read by window."""
 
 
 class Member(NamedTuple):
@@ -62,33 +57,6 @@ def images_in(shards: Iterable[Shard]) -> int | None:
     """How many images; None where only reading tells."""
     counts = [shard.count for shard in shards]
     return None if None in counts else sum(count or 0 for count in counts)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it was found: named, not yet decoded.
-
-    Reading raises StoreError, and ImageError (``missing``, ``changed``) where the image alone is
-    not what it was when the run began.
-    """
-
-    image_id: str
-    key: str
-    source_uri: str
-    read: Callable[[], bytes]
-    read_mask: Callable[[], bytes] | None = None
-    failure: ImageError | None = None
-    """Set where the reader already knows that there is nothing to decode."""
-    open: Callable[[], Ranged] | None = None
-    """Where the image is a file of its own, which need not be read whole."""
-    open_mask: Callable[[], Ranged] | None = None
-    encoded_bytes: int = 0
-    """What the image and its truth hold in memory before they are read: tars are streamed."""
-
-    @property
-    def bare(self) -> "Sample":
-        """Its names alone, for what is left when everything is read."""
-        return Sample(self.image_id, self.key, self.source_uri, bytes)
 
 
 @dataclass(frozen=True)

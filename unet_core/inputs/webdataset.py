@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, cast
 
 from unet_core.errors import ConfigError, ImageError, StoreError, one_line
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
-from unet_core.inputs.shards import Known, Sample, Shard, Source, make_shard, readable_name
+from unet_core.images.sample import Sample
+from unet_core.inputs.shards import Known, Shard, Source, make_shard, readable_name
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")

@@ -12,15 +12,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from unet_core.config import ForeignConfig
+from unet_core.config.import_weights import ForeignConfig
+from unet_core.config.presets import COLORS, Factory, NetworkSpec, UNetSpec
+from unet_core.config.train import NetworkConfig
 from unet_core.errors import CheckpointError, one_line
-from unet_core.geometry import Tiling
 from unet_core.images.preprocessing import Preprocessing
-from unet_core.networks.checkpoint import Header
-from unet_core.networks.presets import COLORS, Factory, NetworkSpec, UNetSpec
+from unet_core.networks.header import Header
 from unet_core.networks.reach import tiling_of, tiling_of_module
 from unet_core.networks.unet import UNet
-from unet_core.train_config import NetworkConfig
+from unet_core.tiling.geometry import Tiling
 
 distributions = functools.cache(importlib.metadata.packages_distributions)
 """By every package that is installed; looking takes a quarter of a second."""

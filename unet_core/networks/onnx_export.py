@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from unet_core.errors import CheckpointError, ConfigError, one_line
-from unet_core.geometry import Tiling
-from unet_core.networks.checkpoint import Header
+from unet_core.networks.header import Header
+from unet_core.tiling.geometry import Tiling
 
 TOLERANCE = 1e-4
 

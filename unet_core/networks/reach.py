@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from unet_core.config.presets import UNetSpec
 from unet_core.errors import CheckpointError
-from unet_core.geometry import Sides, Tiling, exact_spans, round_up
-from unet_core.networks.presets import UNetSpec
 from unet_core.networks.unet import UNet
+from unet_core.tiling.geometry import Sides, Tiling, exact_spans, round_up
 
 LONGEST = 4096
 """Sides of the strips on which reaches are looked for, in pixels; whoever sees farther sees all."""

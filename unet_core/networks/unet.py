@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unet_core.networks.presets import UNetSpec
+from unet_core.config.presets import UNetSpec
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 

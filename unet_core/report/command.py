@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
-from unet_core.config import PredictConfig, build, override_values
+from unet_core.config.loading import build, override_values
+from unet_core.config.predict import PredictConfig
 
 Table = dict[str, Any]
 

@@ -8,20 +8,20 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from unet_core.arrays import Array
-from unet_core.images.picture import Picture
+from unet_core.evaluation.aggregate import counted
+from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER
+from unet_core.images.decoder import Picture
+from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import predict_command, toml
-from unet_core.report.images import fetch
-from unet_core.report.measured import LARGEST, RANDOM, Measured, Pick
-from unet_core.report.pictures import Panel, panels
+from unet_core.report.panels import Panel, panels
+from unet_core.report.run_images import fetch
+from unet_core.report.scores import LARGEST, RANDOM, Measured, Pick
 from unet_core.runs.compact import batches
 from unet_core.runs.failures import causes
-from unet_core.runs.results import Results
+from unet_core.runs.reader import Results
 from unet_core.runs.timings import read_timings
-from unet_core.scores.evaluate import EVALUATION_JSON, FOLDER
-from unet_core.scores.metrics import RATIOS, Scores, Totals, mean, ratio
-from unet_core.scores.tally import counted
 from unet_core.storage.store import Store
 
 SHOWN = 8

@@ -6,8 +6,8 @@ import math
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from unet_core.report.facts import RunFacts
-from unet_core.report.pictures import ERRORS
-from unet_core.report.training import TrainingFacts
+from unet_core.report.panels import ERRORS
+from unet_core.report.training_facts import TrainingFacts
 
 NAME = "report.html"
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}

@@ -10,12 +10,12 @@ from contextlib import closing
 
 import pyarrow as pa
 
-from unet_core.ordered import side_by_side
+from unet_core.concurrency import side_by_side
 from unet_core.runs.parts import read_footer, read_metrics
 from unet_core.runs.run import METRICS as FILE
 from unet_core.runs.run import Record
 from unet_core.runs.schema import METRICS
-from unet_core.storage.parquet import RowGroups
+from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 

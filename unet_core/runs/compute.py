@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from unet_core.config import PredictConfig
+from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.shards import Source
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from unet_core.metrics import Totals
 from unet_core.runs.compact import batches
 from unet_core.runs.run import Run
-from unet_core.scores.metrics import Totals
 
 MOST_CAUSES = 5
 MOST_EXAMPLES = 3

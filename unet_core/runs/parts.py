@@ -7,11 +7,11 @@ from typing import Any, BinaryIO, cast, get_args
 
 import pyarrow as pa
 
+from unet_core.concurrency import side_by_side
 from unet_core.errors import Circumstance, CommitConflictError, NotFoundError, ParquetDamagedError
-from unet_core.ordered import side_by_side
+from unet_core.metrics import Totals
 from unet_core.runs import schema
-from unet_core.scores.metrics import Totals
-from unet_core.storage.parquet import (
+from unet_core.storage.parquet_files import (
     COMPRESSION,
     RowGroups,
     parquet_of,

@@ -16,19 +16,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unet_core import __version__
-from unet_core.config import PredictConfig, StorageConfig
+from unet_core.concurrency import side_by_side
+from unet_core.config.predict import PredictConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import RunMismatchError, StoreError
-from unet_core.inference.windows import Windows
 from unet_core.inputs.shards import Shard, Source, masks_at
-from unet_core.networks.checkpoint import Header
-from unet_core.ordered import side_by_side
+from unet_core.metrics import Totals
+from unet_core.networks.header import Header
 from unet_core.runs import schema
-from unet_core.runs.claim import Identity, claim, require_same
 from unet_core.runs.compute import Compute
+from unet_core.runs.identity import Identity, claim, require_same
 from unet_core.runs.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.runs.parts import ids_in, metrics_name, read_totals
-from unet_core.scores.metrics import Totals
 from unet_core.storage.store import Store, is_temporary
+from unet_core.tiling.windows import Windows
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import json
 
 import pyarrow as pa
 
-from unet_core.networks.checkpoint import Header
+from unet_core.networks.header import Header
 
 SCHEMA_VERSION = "1"
 CONFIDENCE_UNIT = 65535

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unet_core.concurrency import side_by_side
 from unet_core.errors import StoreError
-from unet_core.ordered import side_by_side
-from unet_core.scores.metrics import Totals, added
-from unet_core.storage.parquet import parquet_of, table_of
+from unet_core.metrics import Totals, added
+from unet_core.storage.parquet_files import parquet_of, table_of
 from unet_core.storage.store import Store
 
 FLUSH_S = 60.0

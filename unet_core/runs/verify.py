@@ -20,17 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from unet_core.config import StorageConfig
+from unet_core.concurrency import side_by_side
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import StoreError, one_line
 from unet_core.images.codec import is_image
 from unet_core.inputs.shards import Shard, readable_name
 from unet_core.inputs.webdataset import MASK_WORDS
-from unet_core.ordered import side_by_side
+from unet_core.metrics import Totals
 from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import ids_in, masks_name, read_metrics
 from unet_core.runs.run import Record, Run, open_existing
-from unet_core.scores.metrics import Totals
-from unet_core.storage.parquet import table_of
+from unet_core.storage.parquet_files import table_of
 from unet_core.storage.store import Store, is_temporary
 
 PARTS_AT_ONCE = 4

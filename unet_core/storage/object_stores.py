@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 import fsspec.asyn
 
-from unet_core.config import StorageConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage.spool import FULL
 

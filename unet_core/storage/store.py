@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_core.config import StorageConfig
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage import object_stores
-from unet_core.storage.parquet import whole_parquet
+from unet_core.storage.parquet_files import whole_parquet
 from unet_core.storage.ranges import Ranged, Ranges
 
 ResultT = TypeVar("ResultT")

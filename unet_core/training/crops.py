@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unet_core.arrays import Array
-from unet_core.train_config import AugmentConfig
+from unet_core.config.train import AugmentConfig
 from unet_core.training.dataset import Labelled, digest_of
 
 Random = np.random.Generator

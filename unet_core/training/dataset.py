@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from unet_core.arrays import Array
+from unet_core.config.train import LabelledConfig, TrainConfig
 from unet_core.errors import ConfigError, ImageError, StoreError
-from unet_core.images.picture import Decoder, Picture, Pixels, Rejected
+from unet_core.images.decoder import Decoder, Picture, Pixels, Rejected
+from unet_core.images.sample import Sample
 from unet_core.inputs.formats import list_shards, open_source, read_shard
-from unet_core.inputs.shards import Sample
-from unet_core.networks.checkpoint import Header
-from unet_core.train_config import LabelledConfig, TrainConfig
+from unet_core.networks.header import Header
 
 TRAIN, VAL = "train", "val"
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from unet_core.arrays import Array
+from unet_core.concurrency import Prefetch
+from unet_core.config.train import FitConfig, TrainConfig
 from unet_core.errors import UnetJobsError
-from unet_core.ordered import Prefetch
-from unet_core.train_config import FitConfig, TrainConfig
 from unet_core.training.augment import Examples, augmented, nothing
 from unet_core.training.crops import Crop, CropShape, draw
 from unet_core.training.dataset import Item, Split

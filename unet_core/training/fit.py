@@ -15,19 +15,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from unet_core.config.train import TrainConfig
 from unet_core.errors import DivergedError, StoppedError
 from unet_core.inference.engine import choose_device
 from unet_core.memory import keep_freed, usable_bytes
 from unet_core.networks import checkpoint
-from unet_core.train_config import TrainConfig
-from unet_core.training.census import counted
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
 from unet_core.training.feed import Fed, Feed, Order
 from unet_core.training.learner import Learner, Taken, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
-from unet_core.training.run import BEST, LAST, Position, TrainingRun, open_training
+from unet_core.training.scan import counted
+from unet_core.training.training_run import BEST, LAST, Position, TrainingRun, open_training
 from unet_core.training.validation import Validation, validate
 
 MEMORY_SHARE = 4

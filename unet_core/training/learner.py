@@ -13,14 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from unet_core.config.presets import UNetSpec
+from unet_core.config.train import FitConfig, TrainConfig
 from unet_core.errors import CheckpointError, ConfigError, one_line
-from unet_core.geometry import Sides
 from unet_core.inference.engine import memory_format
 from unet_core.networks import checkpoint
-from unet_core.networks.checkpoint import Header
 from unet_core.networks.construction import build, header_of
-from unet_core.networks.presets import UNetSpec
-from unet_core.train_config import FitConfig, TrainConfig
+from unet_core.networks.header import Header
+from unet_core.tiling.geometry import Sides
 from unet_core.training.augment import Examples
 from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks

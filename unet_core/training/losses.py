@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unet_core.train_config import LossConfig
+from unet_core.config.train import LossConfig
 from unet_core.training.augment import Examples
 
 SMOOTH = 0.5

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from unet_core.arrays import Array
-from unet_core.config import TileConfig
+from unet_core.concurrency import Prefetch
+from unet_core.config.predict import TileConfig
 from unet_core.errors import StoppedError
-from unet_core.inference.canvas import Canvas
 from unet_core.inference.engine import Engine
+from unet_core.inference.mask_assembler import Canvas
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.inference.tiling import stack
-from unet_core.inference.windows import windows_for
-from unet_core.networks.checkpoint import Header
-from unet_core.ordered import Prefetch
-from unet_core.scores.metrics import Scores, confusion, mean, ratio, scores_of
+from unet_core.inference.tile_queue import stack
+from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
+from unet_core.networks.header import Header
+from unet_core.tiling.windows import windows_for
 from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 

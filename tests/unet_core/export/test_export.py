@@ -16,12 +16,12 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 from tests.support.data import reading
-from unet_core.export import coco, images
+from unet_core.export import coco, mask_images
+from unet_core.export.instances import find_objects, measured
 from unet_core.export.names import Names
-from unet_core.export.objects import find_objects, measured
 from unet_core.images.codec import decode_labels
-from unet_core.images.picture import Pixels
-from unet_core.networks.checkpoint import palette_of
+from unet_core.images.decoder import Pixels
+from unet_core.networks.header import palette_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools' own
 
@@ -83,9 +83,9 @@ def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
     random, palette = np.random.default_rng(1), palette_of(classes)
     mask_HW = random.integers(0, classes, (300, 270)).astype(np.uint8 if classes < 257 else "<u2")
     if kind == "png":
-        file = images.encode_png(mask_HW, palette)
+        file = mask_images.encode_png(mask_HW, palette)
     else:
-        file = images.encode_tiff(mask_HW.shape, [mask_HW[:256], mask_HW[256:]], palette)
+        file = mask_images.encode_tiff(mask_HW.shape, [mask_HW[:256], mask_HW[256:]], palette)
     with contextlib.closing(file):
         file.seek(0)
         data = file.read()

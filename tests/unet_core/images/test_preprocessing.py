@@ -4,14 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.data import reading
-from unet_core.images.picture import Decoder, Rejected
+from unet_core.images.decoder import Decoder, Rejected
 from unet_core.images.preprocessing import (
     Preprocessing,
     offset_and_scale,
     offset_and_scale_by_rows,
     to_color,
 )
-from unet_core.inputs.shards import Sample
+from unet_core.images.sample import Sample
 from unet_core.synthetic import png
 
 RANDOM = np.random.default_rng(0)

@@ -7,14 +7,14 @@ import tifffile
 from jobs.predict import predict
 from tests.support.data import reading, tiff
 from tests.support.runs import masks_of
-from unet_core.config import build
+from unet_core.config.loading import build
+from unet_core.config.train import TrainConfig
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images
-from unet_core.networks import checkpoint
-from unet_core.runs.results import open_run
+from unet_core.networks.header import read_header
+from unet_core.runs.reader import open_run
 from unet_core.runs.verify import verify
 from unet_core.synthetic import nuclei, png
-from unet_core.train_config import TrainConfig
 from unet_core.training.fit import fit
 
 RANDOM = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_confi
     }  # fmt: skip
     list(fit(build(TrainConfig, table, [])))
     best = str(tmp_path / "model" / "best.safetensors")
-    assert checkpoint.read_header(best).network.in_channels == 2
+    assert read_header(best).network.in_channels == 2
     totals = predict(make_config(input=data, model={"checkpoint": best})).totals
     assert (totals.ok, totals.with_truth) == (6, 6)
     assert totals.scores[1].iou > 0.6

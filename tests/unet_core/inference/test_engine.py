@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from unet_core.config.presets import preset
 from unet_core.errors import ConfigError, RunMismatchError, WorkersError
-from unet_core.geometry import tiles
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inference.engine import (
     Batch,
@@ -16,11 +16,11 @@ from unet_core.inference.engine import (
     movable,
 )
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.networks.checkpoint import Header, palette_of
-from unet_core.networks.presets import preset
+from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 from unet_core.runs.schema import CONFIDENCE_UNIT
+from unet_core.tiling.geometry import tiles
 
 
 def make_engine(classes=1, width=8, precision="float32", **how):

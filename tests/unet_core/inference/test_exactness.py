@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.reference.whole_image import whole_pass
-from unet_core.config import TileConfig
-from unet_core.geometry import tiles
-from unet_core.images.picture import Pixels
-from unet_core.inference.tiling import window
-from unet_core.inference.windows import windows_for
-from unet_core.networks.presets import PRESETS, preset
+from unet_core.config.predict import TileConfig
+from unet_core.config.presets import PRESETS, preset
+from unet_core.images.decoder import Pixels
+from unet_core.inference.tile_queue import window
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
+from unet_core.tiling.geometry import tiles
+from unet_core.tiling.windows import windows_for
 
 EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 

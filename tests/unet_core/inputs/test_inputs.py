@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support.data import read_all, write_tar
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ConfigError, StoreError
 from unet_core.inputs.formats import FORMATS
 from unet_core.synthetic import nuclei, png

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.listing import _lines

@@ -6,7 +6,7 @@ import pytest
 from jobs.predict import predict
 from tests.support.data import pictures, read_all, write_parquet
 from tests.support.runs import masks_by_key
-from unet_core.config import InputConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ConfigError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.runs.run import Run

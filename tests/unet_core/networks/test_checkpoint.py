@@ -7,12 +7,13 @@ import torch
 from tests.support.data import rewritten
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
+from unet_core.networks.header import checkpoint_digest, locate, read_header
 
 
 def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
     network, header = checkpoint.load(tiny_model)
-    again, same = checkpoint.load(tiny_model, checkpoint.digest(tiny_model))
-    assert header == same == checkpoint.read_header(tiny_model)
+    again, same = checkpoint.load(tiny_model, checkpoint_digest(tiny_model))
+    assert header == same == read_header(tiny_model)
     assert header.tiling.halo == 96
     x = torch.randn(1, 1, 32, 32)
     with torch.inference_mode():
@@ -21,7 +22,7 @@ def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
 
 
 def test_the_built_in_checkpoint_is_small_and_loads():
-    assert len(Path(checkpoint.locate("builtin:nuclei")).read_bytes()) <= 4_000_000
+    assert len(Path(locate("builtin:nuclei")).read_bytes()) <= 4_000_000
     network, header = checkpoint.load("builtin:nuclei")
     assert header.class_names == ("background", "nucleus")
     assert network.spec.in_channels == 1
@@ -43,7 +44,7 @@ def test_foreign_files_are_refused_without_torch(tmp_path, data, reason):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=reason):
-        checkpoint.read_header(str(path))
+        read_header(str(path))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_metadata_that_does_not_fit_is_refused(tiny_model, tmp_path, key, value,
         tiny_model, tmp_path, lambda header: header["__metadata__"].update({key: value})
     )
     with pytest.raises(CheckpointError, match=reason):
-        checkpoint.read_header(bad)
+        read_header(bad)
 
 
 def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):

@@ -4,10 +4,10 @@ import torch
 
 from tests.support.data import write_checkpoint
 from unet_core import load_model
+from unet_core.config.presets import preset
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
 from unet_core.networks.onnx_export import to_onnx
-from unet_core.networks.presets import preset
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own

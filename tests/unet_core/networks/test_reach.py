@@ -8,11 +8,11 @@ from torch import nn
 
 from tests.reference.gradient_reach import reaches
 from tests.support.foreign import small
+from unet_core.config.presets import PRESETS, UNetSpec, preset
 from unet_core.errors import CheckpointError
-from unet_core.geometry import Sides
 from unet_core.networks import reach
-from unet_core.networks.presets import PRESETS, UNetSpec, preset
 from unet_core.networks.unet import UNet
+from unet_core.tiling.geometry import Sides
 
 THIN = {"in_channels": 1, "classes": 1, "width": 1}
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from unet_core.config.presets import PRESETS, preset
 from unet_core.errors import ConfigError
-from unet_core.networks.presets import PRESETS, preset
 from unet_core.networks.unet import JOINS, UNet, fold_batchnorm
 
 

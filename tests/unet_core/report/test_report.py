@@ -12,19 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jobs.commands.arguments import predict_config
 from jobs.predict import predict
-from jobs.verbs.arguments import predict_config
 from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.images.picture import Picture, Pixels
-from unet_core.inputs.shards import Sample
+from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.sample import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import Activity
 from unet_core.report.charts import histogram
 from unet_core.report.facts import RunFacts, Sheet
-from unet_core.report.measured import LARGEST, LOWEST_CONFIDENCE, RANDOM, Measured, pick_ids
 from unet_core.report.page import render
-from unet_core.report.pictures import PANEL, panels
+from unet_core.report.panels import PANEL, panels
+from unet_core.report.scores import LARGEST, LOWEST_CONFIDENCE, RANDOM, Measured, pick_ids
 from unet_core.runs.compact import COMPACTED
 from unet_core.runs.timings import TIMINGS
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from jobs.predict import predict
-from unet_core.images import picture
-from unet_core.inference import segment
+from unet_core.images import decoder
+from unet_core.inference import shard_segmenter
 from unet_core.inference.lanes import Lanes
 from unet_core.runs.timings import Seconds, recent_seconds
 from unet_core.storage.store import Store
@@ -16,31 +16,31 @@ SLOW_S = 0.1
 
 
 def slow_reading(monkeypatch):
-    real = segment.read_shard
+    real = shard_segmenter.read_shard
 
     def read_shard(source, shard):
         for sample in real(source, shard):
             time.sleep(SLOW_S)
             yield sample
 
-    monkeypatch.setattr(segment, "read_shard", read_shard)
+    monkeypatch.setattr(shard_segmenter, "read_shard", read_shard)
 
 
 def slow_objects(monkeypatch):
     """Loose images are read by the threads that decode them."""
-    real = segment.read_shard
+    real = shard_segmenter.read_shard
 
     def read_shard(source, shard):
         for sample in real(source, shard):
             yield replace(sample, read=lambda sample=sample: (time.sleep(SLOW_S), sample.read())[1])
 
-    monkeypatch.setattr(segment, "read_shard", read_shard)
+    monkeypatch.setattr(shard_segmenter, "read_shard", read_shard)
 
 
 def slow_decoding(monkeypatch):
-    real = picture.decode_images
+    real = decoder.decode_images
     monkeypatch.setattr(
-        picture, "decode_images", lambda *args: (time.sleep(SLOW_S), real(*args))[1]
+        decoder, "decode_images", lambda *args: (time.sleep(SLOW_S), real(*args))[1]
     )
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.support.scenes import labelled
-from unet_core.train_config import AugmentConfig
+from unet_core.config.train import AugmentConfig
 from unet_core.training.augment import augmented
 from unet_core.training.crops import CropShape, draw
 

@@ -6,7 +6,7 @@ import tifffile
 
 from tests.support.data import IMAGES, write_tar
 from tests.support.scenes import config_of, opened
-from unet_core.train_config import FitConfig
+from unet_core.config.train import FitConfig
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 

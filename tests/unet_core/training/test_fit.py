@@ -10,15 +10,15 @@ from safetensors.numpy import load_file
 
 from jobs.predict import predict
 from tests.support.scenes import config_of
-from unet_core.config import build
+from unet_core.config.loading import build
+from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, DivergedError, RunMismatchError, StoppedError
 from unet_core.networks import checkpoint
-from unet_core.report.training import TrainingFacts
+from unet_core.report.training_facts import TrainingFacts
 from unet_core.synthetic import png
-from unet_core.train_config import TrainConfig
 from unet_core.training.fit import Epoch, Started, Step, fit
 from unet_core.training.learner import Learner, new_network, rate_at
-from unet_core.training.run import identity, open_training
+from unet_core.training.training_run import identity, open_training
 
 
 def epochs(config):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from unet_core.train_config import LossConfig
+from unet_core.config.train import LossConfig
 from unet_core.training import losses
 from unet_core.training.augment import Examples
 from unet_core.training.losses import Loss, class_weights

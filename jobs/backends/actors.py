@@ -1,0 +1,320 @@
+"""The workers of a Ray cluster: one replica in each actor, placed at once, replaced when it dies.
+
+An actor raises only bugs: what stops a run, or makes the actor useless, it returns.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.backends import session
+from jobs.backends.placement import Placement, wanted
+from jobs.backends.prometheus import Measures
+from jobs.backends.version import CodeVersion, code_version
+from jobs.scheduler.dispatch import MAX_FAILED_STARTS
+from jobs.scheduler.scheduler import (
+    HEARTBEAT_S,
+    PREFETCH,
+    Attempt,
+    Died,
+    Done,
+    Event,
+    Heartbeat,
+    Ready,
+    Refused,
+)
+from unet_core.errors import ShardError, UnetJobsError, WorkersError
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import ShardResult
+
+if TYPE_CHECKING:
+    from unet_core.inference.replica import Replica
+    from unet_core.inference.shard_segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 1.0
+LOOK_S = 5.0
+"""How often the nodes of the cluster are counted."""
+PLACING_WARNING_S = 30.0
+DOUBT_S = 60.0
+"""How long an actor may be out of reach before it is given up."""
+JOIN, START, CONFIGURE, ASK, HEARTBEAT = "join", "start", "configure", "ask", "heartbeat"
+MOST_HEARTBEATS = 50
+"""A second, of all actors together."""
+NODE_DIED = "its node has died"
+"""What Ray says of an actor that had not yet told where it is."""
+
+
+class SegmentActor:
+    """A replica behind Ray's calls."""
+
+    def __init__(self, spec: ReplicaSpec, run: str) -> None:
+        self._spec = spec
+        self._run = run
+        self._replica: Replica | None = None
+        self._segmenter: Segmenter | None = None
+
+    def join(self, level: int) -> tuple[str, CodeVersion]:
+        """Say on which node it is and what code it runs, before it loads anything; log from
+        ``level`` on.
+        """
+        logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
+        return ray.get_runtime_context().get_node_id(), code_version()
+
+    @session.answering
+    def start(self) -> Compute:
+        """Load the model; returns what it computes with."""
+        from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
+
+        self._replica = Replica(self._spec)
+        return self._replica.probe()
+
+    @session.answering
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+        """Fix what the run has decided."""
+        from unet_core.inference.shard_segmenter import Segmenter
+
+        assert self._replica is not None
+        self._segmenter = Segmenter(self._replica, compute, footer)
+
+    def heartbeat(self) -> dict[str, int]:
+        """How far its shards are."""
+        return dict(self._segmenter.steps) if self._segmenter is not None else {}
+
+    @session.answering
+    def segment(self, attempt: Attempt) -> ShardResult:
+        """Segment and commit one shard."""
+        assert self._segmenter is not None
+        log.info("begin run=%s shard=%s attempt=%d",
+                 self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
+        guilty = {}
+        if attempt.trial_s is not None:
+            from unet_core.inference.isolation import find_guilty  # torch, again
+
+            guilty = find_guilty(self._segmenter, attempt.shard, attempt.trial_s)
+        return self._segmenter.segment(attempt.shard, guilty)
+
+
+class RayActors:
+    """All actors of a run: as many as are wanted while nodes come and go.
+
+    A dead one gets no work again; its replacement does once it is ready. ``only_here``: on the
+    driver's node alone.
+    """
+
+    def __init__(
+        self, spec: ReplicaSpec, placement: Placement, shards: int, only_here: bool
+    ) -> None:
+        self._spec, self._placement = spec, placement
+        self._workers, self._only_here = spec.config.workers, only_here
+        self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
+        self._session = uuid.uuid4().hex[:4]
+        here = ray.get_runtime_context().get_node_id()
+        self._remote = ray.remote(
+            num_gpus=placement.gpus,
+            num_cpus=placement.cpus,
+            accelerator_type=self._workers.accelerator_type or None,
+            scheduling_strategy=(
+                NodeAffinitySchedulingStrategy(here, soft=False) if only_here else "DEFAULT"
+            ),
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
+        )(SegmentActor)
+        self._measures = Measures(self._run)
+        self._placed = 0
+        self._handles: dict[str, Any] = {}
+        self._nodes: dict[str, str] = {}
+        self._calls: dict[Any, tuple[str, str | Attempt]] = {}
+        """Every call under way: its reference → (actor, attempt or step of its start)."""
+        self._computes: dict[str, Compute] = {}
+        self._doubted: dict[str, float] = {}
+        """Actors out of reach, since when."""
+        self._decided: tuple[Compute, dict[str, str]] | None = None
+        self._heard = self._looked = self._asked = time.monotonic()
+        self._room = placement.actors
+        self._useful = max(1, shards)
+        self._grow()
+
+    def probe(self) -> Compute:
+        """The ``compute`` section of the first actor that is loaded.
+
+        Raises WorkersError if actors die while loading.
+        """
+        deaths = 0
+        while not self._computes:
+            for event in self.events():
+                if isinstance(event, Died):
+                    deaths += not event.blameless
+                    if deaths >= MAX_FAILED_STARTS:
+                        raise WorkersError(
+                            f"{deaths} actors died while loading the model: {event.reason}"
+                        )
+        return next(iter(self._computes.values()))
+
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+        """Fix what the run has decided, for the actors of today and for their replacements."""
+        self._decided = (compute, footer)
+        for name in self._computes:
+            self._call(name, CONFIGURE, "configure", compute, footer)
+
+    def submit(self, actor: str, attempt: Attempt) -> None:
+        """Let a ready actor begin a shard."""
+        log.debug("submit shard=%s attempt=%d actor=%s",
+                  attempt.shard.shard_id, attempt.number, actor)  # fmt: skip
+        self._call(actor, attempt, "segment", attempt)
+
+    def want(self, actors: int, shards: int) -> int:
+        """Have as many actors as the cluster can hold or get, and as can have a shard."""
+        self._useful = actors
+        self._measures.open(shards)
+        for name in [name for name in self._handles if name not in self._nodes]:
+            if len(self._handles) > actors:  # it asks for a node that would come for nothing
+                self._end(name)
+        self._grow()
+        return len(self._nodes)
+
+    def release(self, actor: str) -> None:
+        """End an actor that nothing is left for."""
+        log.info("release run=%s actor=%s", self._run, actor)
+        self._end(actor)
+
+    def give_up(self, actor: str, reason: str) -> Died:
+        """End an actor whose attempt does not."""
+        return replace(self._bury(actor, reason), is_overdue=True)
+
+    def events(self) -> Iterator[Event]:
+        """Wait up to a second and give what happened."""
+        self._grow()
+        self._ask_for_heartbeats()
+        calls = list(self._calls)
+        ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
+        if ready:
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+            self._heard = time.monotonic()
+        elif not self._computes and time.monotonic() - self._heard > PLACING_WARNING_S:
+            log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
+                        len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
+            self._heard = time.monotonic()
+        answers = [(reference, session.answer(reference)) for reference in ready]
+        died = ray.exceptions.RayError | session.CrashError
+        answers.sort(key=lambda found: isinstance(found[1], died))
+        for reference, answer in answers:  # what was done counts before what died
+            if reference in self._calls:
+                yield from self._receive(*self._calls.pop(reference), answer)
+
+    def close(self) -> None:
+        """End all actors; what they had not committed is done again next time."""
+        for handle in self._handles.values():
+            ray.kill(handle, no_restart=True)
+
+    def _grow(self) -> None:
+        """Place what is wanted and not yet there; nodes may have joined."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            nodes = session.offered(self._workers, self._only_here)
+            self._room = wanted(self._workers, self._placement.room(nodes))
+        while len(self._handles) < min(self._room, self._useful):
+            self._placed += 1
+            name = f"actor-{self._placed}"
+            shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
+            self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
+            self._call(name, JOIN, "join", log.getEffectiveLevel())
+
+    def _ask_for_heartbeats(self) -> None:
+        """Now and then ask actors that are at work how far they are."""
+        every_s = max(HEARTBEAT_S, len(self._handles) / MOST_HEARTBEATS)
+        if time.monotonic() - self._asked < every_s:
+            return
+        self._asked = time.monotonic()
+        asked = {name for name, what in self._calls.values() if what == HEARTBEAT}
+        busy = {name for name, what in self._calls.values() if isinstance(what, Attempt)}
+        for name in busy - asked:
+            self._call(name, HEARTBEAT, "heartbeat")
+
+    def _call(self, name: str, what: str | Attempt, method: str, *arguments: Any) -> None:
+        reference = getattr(self._handles[name], method).remote(*arguments)
+        self._calls[reference] = (name, what)
+
+    def _receive(self, name: str, what: str | Attempt, answer: Any) -> Iterator[Event]:
+        if what == HEARTBEAT:
+            if isinstance(answer, dict):  # else what it works on tells what became of it
+                yield Heartbeat(name, answer)
+        elif isinstance(answer, ray.exceptions.ActorUnavailableError):
+            yield from self._doubt(name, str(answer))
+        elif isinstance(answer, ray.exceptions.RayError):
+            yield self._bury(name, str(answer), getattr(answer, "preempted", False))
+        elif isinstance(answer, session.CrashError):
+            yield self._bury(name, str(answer))
+        elif isinstance(answer, ShardError) and isinstance(what, Attempt):
+            self._measures.lost(1)
+            yield Refused(name, what.shard.shard_id, str(answer))
+        elif isinstance(answer, UnetJobsError):
+            raise answer
+        elif isinstance(what, Attempt):
+            self._measures.done(name, what, answer)
+            yield Done(name, what.shard.shard_id, answer)
+        elif what == ASK:
+            yield self._bury(name, "it was out of reach for a while", blameless=True)
+        else:
+            yield from self._started(name, what, answer)
+
+    def _started(self, name: str, step: str, answer: Any) -> Iterator[Ready]:
+        """An actor has come one step further on its way to be ready."""
+        if step == JOIN:
+            self._nodes[name], code = answer
+            code_version().require(code, f"node {self._nodes[name][:12]}")
+            self._call(name, START, "start")
+        elif step == START:
+            self._computes[name] = answer
+            if self._decided is not None:
+                self._call(name, CONFIGURE, "configure", *self._decided)
+        elif step == CONFIGURE:
+            self._measures.ready(name)
+            yield Ready(name)
+
+    def _doubt(self, name: str, reason: str) -> Iterator[Died]:
+        """An actor cannot be reached: ask it again until it is known whether it, or its node,
+        died, since only one of them is a shard's fault.
+        """
+        self._doubted.setdefault(name, time.monotonic())
+        self._drop_calls(name)
+        if time.monotonic() - self._doubted[name] < DOUBT_S:
+            self._call(name, ASK, "join", log.getEffectiveLevel())
+        else:
+            yield self._bury(name, reason, blameless=True)
+
+    def _bury(self, name: str, reason: str, blameless: bool = False) -> Died:
+        """Forget an actor that is dead or of no use, which it then is; the next look places
+        another if it is wanted.
+        """
+        node = self._end(name)
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+        is_told = NODE_DIED in reason
+        reason = " ".join(reason.split())[:300]
+        if is_told or (node is not None and node not in alive):
+            blameless, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
+        log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
+        self._looked = 0.0
+        return Died(name, reason, blameless)
+
+    def _end(self, name: str) -> str | None:
+        """End an actor, if it lives, and drop all that is known of it; returns its node."""
+        ray.kill(self._handles.pop(name), no_restart=True)
+        self._drop_calls(name)
+        self._measures.gone(name)
+        self._computes.pop(name, None)
+        self._doubted.pop(name, None)
+        return self._nodes.pop(name, None)
+
+    def _drop_calls(self, name: str) -> None:
+        lost = [what for actor, what in self._calls.values() if actor == name]
+        self._measures.lost(sum(isinstance(what, Attempt) for what in lost))
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}

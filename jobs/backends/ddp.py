@@ -1,0 +1,204 @@
+"""The ranks of a training on a Ray cluster, placed and restarted by Ray Train.
+
+Ranks raise only what Ray Train is to answer by a restart: an error of this project ends all of
+them in peace and is sent to the driver.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.backends import session
+from jobs.backends.actors import PLACING_WARNING_S
+from jobs.backends.paths import from_here, require_seen, worker_places
+from jobs.backends.placement import Placement, settle
+from jobs.backends.version import code_version
+from unet_core.config.predict import WorkersConfig
+from unet_core.config.train import TrainConfig
+from unet_core.errors import ConfigError, UnetJobsError, WorkersError
+from unet_core.training.fit import Event, Step, fit
+from unet_core.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.5
+PATIENCE_S = 24 * 3600
+"""Ranks wait so long for each other: one may read a large tar alone. Ray notices deaths itself."""
+
+
+class Mailbox:
+    """An actor in which the first rank leaves what happens, and learns whether it is to stop."""
+
+    def __init__(self) -> None:
+        self._said: list[Event | UnetJobsError] = []
+        self._stops = False
+
+    def say(self, *events: Event | UnetJobsError) -> bool:
+        """Leave messages, if any; whether to stop."""
+        self._said.extend(events)
+        return self._stops
+
+    def hear(self, stops: bool) -> list[Event | UnetJobsError]:
+        """Take all messages; ask the ranks to stop."""
+        self._stops = stops
+        said, self._said = self._said, []
+        return said
+
+
+def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
+    """Run ``fit`` on ranks of a cluster; yields what happens on the first one.
+
+    Raises what it raises, and WorkersError if ranks cannot be placed or die too often.
+    """
+    shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
+    with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
+        require_seen(worker_places(config), config.storage, session.node_count())
+        config = from_here(config)
+        ranks, each = _placed(config)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+        ended, outcome = threading.Event(), []
+
+        def run() -> None:
+            try:
+                _trainer(config, ranks, each, mailbox, rays_own).fit()
+            except Exception as error:  # told below, on the thread that asked
+                outcome.append(error)
+            ended.set()
+
+        threading.Thread(target=run, name="ray train", daemon=True).start()
+        is_over, silent_since = False, time.monotonic()
+        while not is_over:
+            is_over = ended.wait(WAIT_S)
+            if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
+                silent_since = time.monotonic()
+                log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
+                            ranks, each.gpus, each.cpus)  # fmt: skip
+            for event in ray.get(mailbox.hear.remote(wants_stop())):
+                silent_since = 0.0
+                if isinstance(event, UnetJobsError):
+                    ended.wait()
+                    raise event
+                yield event
+        if outcome:
+            reason = " ".join(str(outcome[0]).split())[-600:]
+            raise WorkersError(f"the ranks could not go on: {reason}") from outcome[0]
+
+
+def _trainer(
+    config: TrainConfig, ranks: int | tuple[int, int], each: Placement, mailbox: Any, folder: str
+) -> Any:
+    """``folder``: for what Ray Train keeps of itself; ours lies in the output."""
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    is_gpu = each.gpus > 0
+    resources = {"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {})
+    return TorchTrainer(
+        _rank,
+        train_loop_config={"config": config, "mailbox": mailbox, "code": code_version()},
+        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
+        scaling_config=train.ScalingConfig(
+            num_workers=ranks, use_gpu=is_gpu, resources_per_worker=resources
+        ),
+        run_config=train.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=folder,
+            failure_config=train.FailureConfig(max_failures=config.workers.max_failures),
+        ),
+    )
+
+
+def _rank(arguments: dict[str, Any]) -> None:
+    """One rank, from the newest checkpoint to the end."""
+    from ray.train.torch import get_device
+
+    ranks = Ranks.joined()
+    reporter = Reporter(arguments["mailbox"]) if ranks.is_first else None
+    wants_stop = reporter.wants_stop if reporter is not None else lambda: False
+    node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
+    try:
+        ranks.on_all(lambda: arguments["code"].require(code_version(), node))
+        for event in fit(arguments["config"], ranks, get_device(), wants_stop):
+            if reporter is not None:
+                reporter.say(event)
+    except UnetJobsError as error:
+        if reporter is not None:
+            reporter.say(error)
+
+
+class Reporter:
+    """What the first rank says to the driver, steps a few times a second and summed up."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._reply: Any = None
+        self._asked = time.monotonic()
+        self._step: Step | None = None
+        """All since the last message, as one."""
+        self._stops = False
+
+    def say(self, event: Event | UnetJobsError) -> None:
+        """Tell it now, or with the steps that follow."""
+        if isinstance(event, Step):
+            self._step = _both(self._step, event)
+            if self._step.seconds < WAIT_S:
+                return
+        if self._step is not None:
+            self._ask(self._mailbox.say.remote(self._step))
+            self._step = None
+        if not isinstance(event, Step):
+            self._stops = ray.get(self._mailbox.say.remote(event))
+
+    def wants_stop(self) -> bool:
+        """What the driver last answered; never waits. Asks where nothing has been said for long: no
+        step is taken while images are looked at, or validate.
+        """
+        if self._reply is None and time.monotonic() - self._asked > WAIT_S:
+            self._ask(self._mailbox.say.remote())
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            self._stops, self._reply = ray.get(self._reply), None
+        return self._stops
+
+    def _ask(self, reply: Any) -> None:
+        self._reply, self._asked = reply, time.monotonic()
+
+
+def _both(before: Step | None, step: Step) -> Step:
+    if before is None:
+        return step
+    return replace(
+        step,
+        images=before.images + step.images,
+        seconds=before.seconds + step.seconds,
+        waiting_s=before.waiting_s + step.waiting_s,
+    )
+
+
+def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
+    """How many ranks, or the fewest and the most, and what each gets: ``auto`` settled against the
+    cluster. Every rank has a crop of each batch.
+
+    Raises WorkersError if the ranks do not fit, ConfigError for a batch that is too small.
+    """
+    workers, batch, count = config.workers, config.train.batch, config.workers.count
+    fewest, most = count if isinstance(count, tuple) else (count, None)
+    if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
+        raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
+    wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
+    placement = settle(wanted, session.offered(wanted), may_wait=most is not None)
+    if batch < placement.actors:
+        raise ConfigError(
+            f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
+            "crop: raise it, or lower workers.count"
+        )
+    ranks = placement.actors if most is None else (placement.actors, min(most, batch))
+    return ranks, placement

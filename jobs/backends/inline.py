@@ -1,0 +1,86 @@
+"""The workers of ``workers.count = "inline"``: one replica on threads of this process, no Ray."""
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import torch
+
+from jobs.scheduler.scheduler import PREFETCH, Attempt, Done, Event, Heartbeat, Ready, Refused
+from unet_core.errors import ShardError
+from unet_core.inference.replica import Replica
+from unet_core.inference.shard_segmenter import Segmenter
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import ShardResult
+
+log = logging.getLogger(__name__)
+
+NAME = "inline"
+WAIT_S = 0.5
+STOP_S = 30.0
+"""How long a shard under way may take to notice that it is given up."""
+
+
+class InlineWorkers:
+    """One actor that cannot die without this process."""
+
+    def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
+        self._threads_before = torch.get_num_threads()
+        self._replica = Replica(spec)
+        self._on_image = on_image
+        self._segmenter: Segmenter | None = None
+        self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
+        self._futures: dict[Future[ShardResult], Attempt] = {}
+        self._is_new = True
+
+    def probe(self) -> Compute:
+        """The ``compute`` section of this machine."""
+        return self._replica.probe()
+
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+        """Fix what the run has decided."""
+        self._segmenter = Segmenter(self._replica, compute, footer, self._on_image)
+
+    def submit(self, actor: str, attempt: Attempt) -> None:
+        """Begin a shard on a thread of its own."""
+        assert self._segmenter is not None
+        self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
+
+    def want(self, actors: int, shards: int) -> int:
+        """There is only the one."""
+        return 1
+
+    def release(self, actor: str) -> None:
+        """It ends with the run."""
+
+    def give_up(self, actor: str, reason: str) -> None:
+        """A thread cannot be ended; say how to get past what hangs."""
+        log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
+                    "gives it a process that can be ended", reason)  # fmt: skip
+
+    def events(self) -> Iterator[Event]:
+        """Ready once; then every shard that was committed. Errors are raised as they are."""
+        if self._is_new:
+            self._is_new = False
+            yield Ready(NAME)
+            return
+        assert self._segmenter is not None
+        yield Heartbeat(NAME, dict(self._segmenter.steps))
+        done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            attempt = self._futures.pop(future)
+            try:
+                yield Done(NAME, attempt.shard.shard_id, future.result())
+            except ShardError as error:
+                yield Refused(NAME, attempt.shard.shard_id, str(error))
+
+    def close(self) -> None:
+        """Drop what has not begun and wait a while for what has; the rest is done next time."""
+        if self._segmenter is not None:
+            self._segmenter.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        _, hanging = wait(self._futures, timeout=STOP_S)
+        for future in hanging:
+            shard = self._futures[future].shard
+            log.warning("shard %s does not stop", shard.uri or shard.shard_id)
+        torch.set_num_threads(self._threads_before)

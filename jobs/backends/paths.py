@@ -1,0 +1,77 @@
+"""Where a job reads and writes, by the keys of its config, and who can see it there."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from jobs.backends import session
+from unet_core.config.predict import PredictConfig
+from unet_core.config.sections import Section, StorageConfig
+from unet_core.config.train import TrainConfig
+from unet_core.config.uris import absolute, is_remote, plain
+from unet_core.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
+
+
+def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """Where a job reads and writes data: URIs by their keys in the config."""
+    return config.read_places | {"output.uri": config.output.uri}
+
+
+def worker_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+    """All that the workers of a connected cluster have to reach: data, and the checkpoint unless
+    they have it, built in or brought along with a job's files.
+    """
+    named = config.model.checkpoint
+    is_elsewhere = bool(named) and not named.startswith("builtin:")
+    if is_elsewhere and not is_remote(named) and not Path(named).is_absolute():
+        is_elsewhere = not session.has_working_dir()
+    return data_places(config) | ({"model.checkpoint": named} if is_elsewhere else {})
+
+
+def from_here(config: ConfigT) -> ConfigT:
+    """A config whose plain paths mean in every process of the connected cluster what they mean in
+    this one, wherever that process began; a checkpoint among a job's files is found by all.
+    """
+    output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
+    changed: dict[str, Section] = {"output": output}
+    if "model.checkpoint" in worker_places(config):
+        found = absolute(config.model.checkpoint)
+        changed["model"] = config.model.model_copy(update={"checkpoint": found})
+    if isinstance(config, PredictConfig):
+        changed["input"] = config.input.from_here()
+    else:
+        parts = {name: part.from_here() for name, part in config.data.parts.items()}
+        changed["data"] = config.data.model_copy(update=parts)
+    return config.model_copy(update=changed)
+
+
+def is_everywhere(uri: str, storage: StorageConfig) -> bool:
+    """Whether every node of any cluster sees a file where this machine does."""
+    return is_remote(uri) or (storage.shared and Path(plain(uri)).is_absolute())
+
+
+def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
+    """Refuse places, by their keys, that workers cannot see: those of the connected cluster, which
+    has so many nodes, or else of any.
+
+    Raises ConfigError that names the first one.
+    """
+    for key, uri in found.items():
+        if uri.startswith("memory://"):
+            raise ConfigError(
+                f"{key}: {uri} lives in one process; use an object store, or on one machine "
+                "workers.count = 'inline'"
+            )
+        if is_everywhere(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
+            continue
+        if nodes is None and not Path(plain(uri)).is_absolute():
+            raise ConfigError(
+                f"{key}: {uri} is relative to a directory of this machine; write where the nodes "
+                "of the cluster find it: an object store, or an absolute path that they share"
+            )
+        other = "" if nodes is None else f", and the cluster has {nodes} nodes"
+        raise ConfigError(
+            f"{key}: {uri} is a path of this machine{other}; use an object store, or set "
+            "storage.shared = true if all nodes of the cluster see it there"
+        )

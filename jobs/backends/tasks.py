@@ -1,0 +1,126 @@
+"""What is done once more with every committed shard of a run (evaluated, exported ...), on threads
+of this process or on all nodes of a Ray cluster.
+
+A task keeps its own record of what is done, by shard, and does a shard the same way each time: the
+same command continues. No model is loaded, so no GPU is asked for.
+"""
+
+import contextlib
+import logging
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+from typing import Any, Protocol
+
+from jobs.backends import session
+from jobs.backends.paths import require_seen
+from jobs.backends.version import CodeVersion, code_version
+from jobs.progress import ShardsProgress
+from unet_core.config.predict import PredictConfig
+from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
+from unet_core.inputs.shards import Shard
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Shards asked for, for each core."""
+RETRIES = 2
+WAIT_S = 0.5
+
+Answers = Generator[tuple[Shard, int | session.Problem], None, None]
+
+
+class Task(Protocol):
+    """What is done with each shard; travels to the nodes."""
+
+    def done(self) -> set[str]:
+        """Ids of the shards that it has been done with."""
+
+    def do(self, shard: Shard) -> int:
+        """Do one shard and publish what comes of it; returns how many images it had.
+
+        Raises ShardError if it cannot be done, NotFoundError or ParquetDamagedError if a part of it
+        is not what it should be; the others do not mind.
+        """
+
+
+def spread(
+    task: Task, shards: list[Shard], config: PredictConfig, places: dict[str, str], what: str
+) -> dict[str, str]:
+    """Do a task with all shards that it is not done with.
+
+    ``places``: what it reads and writes, by what people call it, which all nodes have to reach.
+    ``what``: shown to people, e.g. "evaluating". Returns the shards that could not be done, by path
+    or id, with the reason; raises any other error of this project.
+    """
+    done = task.done()
+    left = [shard for shard in shards if shard.shard_id not in done]
+    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))
+    if not left:
+        return {}
+    refused: dict[str, str] = {}
+    count = config.workers.count  # auto: a cluster that is named
+    is_here = count == "inline" or (count == "auto" and not session.is_cluster_named())
+    run = _here if is_here else _on_cluster
+    with (
+        ShardsProgress(what, len(shards), len(shards) - len(left)) as progress,
+        contextlib.closing(run(task, left, config, places)) as answers,
+    ):
+        for shard, answer in answers:
+            if isinstance(answer, int):
+                progress.on_done(answer)
+            elif isinstance(answer, session.CrashError | ShardError):
+                refused[shard.uri or shard.shard_id] = str(answer)
+            else:
+                raise answer
+    return refused
+
+
+def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:
+    """On threads. Whoever is stopped does not wait for what is under way."""
+    pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
+    try:
+        futures = {pool.submit(_done, code_version(), task, shard): shard for shard in left}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_cluster(
+    task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
+) -> Answers:
+    """As calls of Ray on whatever node has a core, a few for each core at a time."""
+    import ray
+
+    with session.connected():
+        require_seen(places, config.storage, session.node_count())
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_done)
+        mine, shared = code_version(), ray.put(task)
+        calls: dict[Any, Shard] = {}
+        waiting = iter(left)
+        try:
+            while True:
+                room = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(calls)
+                for shard in islice(waiting, max(0, room)):
+                    calls[remote.remote(mine, shared, shard)] = shard
+                if not calls:
+                    return
+                ready, _ = ray.wait(list(calls), timeout=WAIT_S)
+                for reference in ready:
+                    answer = session.answer(reference)
+                    if isinstance(answer, ray.exceptions.RayError):
+                        answer = session.CrashError(" ".join(str(answer).split())[:300])
+                    yield calls.pop(reference), answer
+        finally:
+            for reference in calls:
+                ray.cancel(reference, force=True)
+
+
+@session.answering
+def _done(driver: CodeVersion, task: Task, shard: Shard) -> int:
+    driver.require(code_version(), "a node")
+    try:
+        return task.do(shard)
+    except (NotFoundError, ParquetDamagedError) as error:  # a part of the run
+        raise ShardError(f"{error}; unet-jobs verify tells more") from error

@@ -1,0 +1,95 @@
+"""What arguments mean: a config from a file or from plain paths, a section of it from overrides."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unet_core.config.loading import build, load
+from unet_core.config.predict import PredictConfig
+from unet_core.config.sections import StorageConfig
+from unet_core.config.train import TrainConfig
+from unet_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from unet_core.runs.reader import Results
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""A recipe's name alone means the shipped one, if there is no such file here."""
+OVERRIDES = "[SECTION.KEY=VALUE]..."
+STORAGE = "[STORAGE.KEY=VALUE]..."
+Words = tuple[str, ...]
+REACH = ("storage.", "workers.")
+"""What may always be said anew of a run that is done."""
+
+
+def predict_config(
+    source: str, overrides: Words, model: str | None, out: str | None, else_out: str = ""
+) -> PredictConfig:
+    """Of ``predict`` and its kin: a TOML, or a folder of images; ``else_out``: for no run."""
+    if source.endswith(".toml"):
+        if model or out:
+            raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
+        return load(PredictConfig, source, list(overrides))
+    out = out or else_out
+    if not out and not any(o.startswith("output.uri=") for o in overrides):
+        raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
+    table = {
+        "input": {"uri": source},
+        "model": {"checkpoint": model} if model else {},
+        "output": {"uri": out} if out else {},
+    }
+    return build(PredictConfig, table, list(overrides), source="command line")
+
+
+def train_config(source: str, overrides: list[str], out: str | None) -> TrainConfig:
+    """Of ``train``: a TOML, a recipe, or two folders."""
+    if source.endswith(".toml"):
+        if out:
+            raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
+        return load(TrainConfig, recipe(source), overrides)
+    if not overrides or "=" in overrides[0] or not out:
+        raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
+    masks = overrides.pop(0)
+    pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
+    table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
+    return build(TrainConfig, table, overrides, source="command line")
+
+
+def recipe(path: str) -> str:
+    """A file as it is, or the shipped recipe of that name."""
+    shipped = RECIPES / path
+    return str(shipped) if not Path(path).exists() and shipped.is_file() else path
+
+
+def storage_of(overrides: Words) -> StorageConfig:
+    """The storage section that overrides make."""
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"{override}: only storage.key=value goes here")
+    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
+    return build(PredictConfig, places, list(overrides), source="command line").storage
+
+
+def stored_run(run: str, overrides: Words) -> "Results":
+    """A run, reached as the ``storage`` overrides among others say."""
+    from unet_core.runs.reader import open_run
+
+    return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
+
+
+def run_config(results: "Results", overrides: Words, allowed: Words) -> PredictConfig:
+    """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
+    ``allowed``. ``[workers]`` begins at its defaults: the run may have been made elsewhere.
+
+    Raises ConfigError for any other key.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+            meant = [a for a in allowed if a.partition(".")[2] == key]
+            if meant:
+                raise ConfigError(f"{key}: did you mean {meant[0]}?")
+            names = ", ".join(f"{a}*" if a.endswith(".") else a for a in allowed)
+            raise ConfigError(f"{key} is as the run was made; what can be said here: {names}")
+    table = results.config.model_dump(mode="json", exclude={"workers"})
+    table["output"]["uri"] = results.run.uri
+    return build(PredictConfig, table, list(overrides), source="command line")

@@ -1,0 +1,84 @@
+"""The verbs about networks: train, model, import-weights."""
+
+import click
+
+from jobs.commands import show
+from jobs.commands.arguments import OVERRIDES, Words, train_config
+from unet_core.config.import_weights import ImportConfig
+from unet_core.config.loading import build
+
+
+@click.command()
+@click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
+def train(source: str, overrides: Words, out: str | None) -> None:
+    """Train a network on images with masks. Run it again to continue."""
+    config = train_config(source, list(overrides), out)
+    from jobs.train import train as run_train
+
+    trained = run_train(config)
+    if trained.was_finished:
+        click.echo(f"{config.output.uri} is finished already; nothing was written")
+    at = trained.position
+    value = "–" if at.best is None else f"{at.best:.4f}"
+    show.lines(steps=f"{at.step:,}, the best after {at.best_step:,}")
+    show.lines(best=f"{trained.best} (val {config.train.best} {value})")
+    if trained.report:
+        show.lines(report=trained.report)
+    show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("name", metavar="[PRESET|CHECKPOINT]", default="")
+@click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--factory", help="The function that a checkpoint names, if you trust it.")
+def model(name: str, options: Words, factory: str | None) -> None:
+    """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
+
+    Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
+    """
+    from rich.console import Console
+
+    from jobs.tools.describe import describe, layers_table, presets_table, sentences
+
+    if not name:
+        Console().print(presets_table())
+        return
+    described = describe(name, list(options), factory or "")
+    Console().print(layers_table(described))
+    show.lines(**sentences(described.tiling))
+
+
+@click.command("import-weights")
+@click.argument("source")
+@click.argument("destination")
+@click.argument("overrides", nargs=-1, metavar="[MODEL.KEY=VALUE]...")
+@click.option("--layout", help="Which published U-Net, where the keys fit several.")
+@click.option("--factory", help="package.module:function that makes another network.")
+def import_weights(
+    source: str, destination: str, overrides: Words, layout: str | None, factory: str | None
+) -> None:
+    """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
+
+    Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
+    0..1) or others, and model.classes='["background", "cell"]'.
+    """
+    chosen = {"layout": layout, "factory": factory}
+    table = {
+        "source": source,
+        "destination": destination,
+        "model": {key: value for key, value in chosen.items() if value},
+    }
+    config = build(ImportConfig, table, list(overrides), source="command line")
+    from unet_core.networks.foreign.weights import import_weights as run_import
+
+    header = run_import(config)
+    wanted, tiling = header.preprocessing, header.tiling
+    kind = "exact tiles" if tiling.is_exact else "blended tiles"
+    show.lines(
+        wrote=destination,
+        network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
+        images=f"{wanted.color}, {wanted.normalisation}",
+        tiles=f"{kind}, halo {tiling.halo}, sides {tiling.sides}",
+    )

@@ -1,0 +1,282 @@
+"""What the verbs tell: names and texts in two columns, problems on standard error."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unet_core.config.predict import PredictConfig
+
+if TYPE_CHECKING:
+    from jobs.predict import Outcome
+    from jobs.tools.bench import Bench
+    from jobs.tools.cost import Cost
+    from jobs.tools.doctor import Diagnosis
+    from jobs.tools.plan import Plan
+    from unet_core.metrics import Totals
+
+ACTORS_SHOWN = (1, 8, 64)
+LOOKING = """\
+all of them:  import pyarrow.dataset as ds
+              rows = ds.dataset("{run}/metrics").to_table(filter=ds.field("status") == "failed")
+              print(rows.to_pandas()[["image_id", "error_message"]])
+go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or a number)
+if the cause is gone (what was missing is back, memory is free): --retry-failed
+if images were mended: they are others now, and need a new run"""
+SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def document(value: Any, **more: Any) -> None:
+    """One JSON document: the fields and properties of a dataclass, or a dict, and more keys."""
+    click.echo(json.dumps({**_plain(value), **_plain(more)}, indent=1, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; a number that is none becomes null."""
+    if dataclasses.is_dataclass(value):
+        derived = [name for name, what in vars(type(value)).items() if isinstance(what, property)]
+        names = [field.name for field in dataclasses.fields(value)] + derived
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def only_document(as_json: bool) -> Iterator[None]:
+    """Around work that lets others print (what actors say): with ``--json``, to standard error."""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+def checks(diagnosis: "Diagnosis") -> None:
+    """A line for each check."""
+    width = max(len(check.name) for check in diagnosis.checks) + 1
+    for check in diagnosis.checks:
+        mark = "ok   " if check.is_ok else "WRONG"
+        click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
+
+
+def plan(plan: "Plan") -> None:
+    """What ``predict`` would do."""
+    lines(
+        run=plan.uri + (" (finished)" if plan.is_finished else ""),
+        input=f"{plan.input} ({plan.format})",
+        shards=f"{plan.shards:,}, {plan.shards_left:,} left",
+        images="known when the tars are read" if plan.images is None else f"{plan.images:,}",
+        bytes=f"{plan.bytes / 1e9:.3f} GB, {plan.bytes_left / 1e9:.3f} GB left",
+        workers=plan.workers,
+    )
+
+
+def bench(bench: "Bench") -> None:
+    """The limit, the model, the stages, the job, and how near each comes to the one before."""
+    lines(
+        machine=f"{bench.device}, {bench.lanes} lanes",
+        sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",
+        limit=f"{bench.matrix_gflop_per_s:,.0f} GFLOP/s at {bench.gflop_per_megapixel:,.1f} "
+        f"GFLOP/Mpx: {bench.limit:,.2f} Mpx/s",
+        model=f"{bench.model:,.2f} Mpx/s, {bench.model_over_limit:.2f} of the limit",
+        stages=f"read {bench.read:,.3g}, decode {bench.decode:,.3g}, encode {bench.encode:,.3g}, "
+        f"write {bench.write:,.3g} Mpx/s on one thread each",
+        job=f"{bench.job:,.2f} Mpx/s ({bench.images_per_s:,.1f} images/s), "
+        f"{bench.job_over_model:.2f} of the model, {bench.job_over_work:.2f} of model, decoding "
+        "and encoding",
+        device=", ".join(f"{what} {share:.0%}" for what, share in bench.waited.items()),
+        memory=f"{bench.peak_memory_bytes / 1e6:,.0f} MB at most",
+    )
+
+
+def cost(cost: "Cost") -> None:
+    """What the rest of a run will take, and what a million images do."""
+    about = "" if cost.is_counted else "about "
+    lines(
+        measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
+        f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
+        left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
+        " GB",
+        time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
+    )
+    hours = cost.device_hours_per_million
+    unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
+    money = ""
+    if cost.price is not None and cost.price_per_million is not None:
+        money = f", at {cost.price:g} each: {_span(cost.price_per_million)}"
+    lines(million=f"{_span(hours)} {unit}{money}")
+
+
+def _time(hours: tuple[float, float]) -> str:
+    units = {"h": 1.0, "min": 60.0, "s": 3600.0}
+    unit = next((u for u, each in units.items() if hours[1] * each >= 2), "s")
+    return f"{_span(hours, units[unit])} {unit}"
+
+
+def _span(values: tuple[float, float], factor: float = 1.0) -> str:
+    return " to ".join(f"{value * factor:,.3g}" for value in values)
+
+
+def outcome(outcome: "Outcome") -> None:
+    """How a run stands after ``predict``."""
+    run, record = outcome.run.uri, outcome.run.record
+    if outcome.was_finished:
+        click.echo(f"{run} is finished already; nothing was written")
+    if outcome.done_again:
+        lines(again=f"{outcome.done_again:,} shards with failed images")
+    if outcome.added:
+        lines(added=f"{outcome.added:,} shards of new objects")
+    totals(outcome.totals, record.class_names if record else ())
+    lines(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
+    if outcome.report:
+        lines(report=outcome.report)
+    problems(outcome.set_aside.items(), "not committed: shard", most=None)
+
+
+def causes(outcome: "Outcome", config: PredictConfig) -> None:
+    """Why too many images failed, and what to do."""
+    from unet_core.runs.failures import causes
+
+    totals, run, most = outcome.totals, outcome.run.uri, config.errors.max_failed_images
+    budget = f"{most:,}" if isinstance(most, int) else f"{100 * most:g} %"
+    click.echo(
+        f"error: {totals.failed:,} of {totals.images_seen:,} images failed, "
+        f"errors.max_failed_images is {budget}; most frequent:",
+        err=True,
+    )
+    for cause in causes(outcome.run, totals):
+        click.echo(f"  {cause.images:,} x {cause.code}", err=True)
+        for image_id, message in cause.examples:
+            click.echo(harmless(f"    {image_id}: {message}"), err=True)
+    enough = math.ceil(10 * totals.failed / totals.images_seen) / 10
+    click.echo(LOOKING.format(run=run, enough=enough), err=True)
+
+
+def problems(problems: Collection[tuple[str, str]], what: str, most: int | None = 10) -> None:
+    """The first of those that something could not be done with, and how many more there are."""
+    for name, reason in islice(problems, most):
+        click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
+    if most is not None and len(problems) > most:
+        click.echo(f"{what}: {len(problems) - most:,} more", err=True)
+
+
+def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
+    """Sums, failures by code, and scores where there is truth."""
+    balance = "=" if totals.is_reconciled else "≠"
+    seen = f"{totals.images_seen:,} seen"
+    lines(images=f"{seen} {balance} {totals.ok:,} ok + {totals.failed:,} failed")
+    for code, count in totals.errors.items():
+        line("", f"{count:,} x {code}")
+    warn_of_one_class(totals, class_names)
+    if totals.with_truth:
+        lines(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
+        for name, score in zip(class_names, totals.scores, strict=True):
+            if score.iou is not None and score.dice is not None:
+                line("", f"{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
+
+
+def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
+    """Where all masks are the same class everywhere, the model is hardly one for these images."""
+    if (only := totals.only_class(class_names)) is not None:
+        click.echo(
+            f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
+            "for these images? See model.threshold, and what the model was trained on",
+            err=True,
+        )
+
+
+def scored(document: dict[str, Any]) -> None:
+    """What an evaluation against truth says."""
+    counts = document["images"]
+    lines(
+        images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
+        f"{document['of']['truth']}"
+    )
+    _show_images(counts["without_truth"], "without truth", document["without_truth"])
+    _show_images(counts["failed"], "failed when they were segmented", [])
+    _show_images(counts["unusable_truth"], "whose truth is of no use", document["unusable_truth"])
+    if document["classes"]:
+        _show_scores(document)
+    if ignored := document["ignored_pixels"]:
+        value = document["of"]["input.ignore_index"]
+        lines(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+    if "warning" in document:
+        click.echo(harmless(f"warning: {document['warning']}"), err=True)
+    for number, image in enumerate(document["worst"][:5]):
+        line("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
+    _show_state(document)
+
+
+def _show_scores(document: dict[str, Any]) -> None:
+    rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
+    rows.append(("mean", document["mean"], ""))
+    width = max(len(name) for name, _, _ in rows)
+    heads = "".join(f"  {name:<14}" for name in SCORES.values())
+    line("", f"{'':{width}}{heads}  images")
+    line("", f"{'':{width}}" + (f"  {'micro':<6}  {'macro':<6}" * len(SCORES)).rstrip())
+    for name, score, images in rows:
+        values = (score[kind][ratio] for ratio in SCORES for kind in ("micro", "macro"))
+        line("", f"{name:<{width}}{''.join(map(_score, values))}  {images}".rstrip())
+
+
+def _score(value: float | None) -> str:
+    return f"  {'–' if value is None else f'{value:.4f}':<6}"
+
+
+def changed(document: dict[str, Any]) -> None:
+    """What an evaluation against an earlier run says."""
+    counts = document["images"]
+    lines(images=f"{counts['compared']:,} compared with {document['of']['against']}")
+    _show_images(counts["only_here"], "only in this run", document["only_here"])
+    _show_images(counts["only_there"], "only in the other", document["only_there"])
+    _show_images(counts["failed_there"], "failed only in the other", document["failed_there"])
+    _show_images(counts["failed_here"], "failed only in this run", document["failed_here"])
+    _show_images(counts["unusable_there"], "cannot be compared", document["unusable_there"])
+    if document["classes"]:
+        lines(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
+        width = max(len(score["class"]) for score in document["classes"])
+        line("", f"{'':{width}}  before    after     IoU")
+        for score in document["classes"]:
+            shares = f"  {score['before']:<8.3%}  {score['after']:<8.3%}"
+            line("", f"{score['class']:<{width}}{shares}{_score(score['iou'])}")
+    for number, image in enumerate(document["flipped"]):
+        line("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
+    _show_state(document)
+
+
+def _show_state(document: dict[str, Any]) -> None:
+    lines(written=document["evaluation"])
+    if not document["is_finished"]:
+        click.echo("the run is not finished; this is of the shards that are committed", err=True)
+
+
+def _show_images(count: int, what: str, examples: list[str]) -> None:
+    if count:
+        line("", f"{count:,} {what}")
+    for example in examples:
+        line("", f"  {example}")
+
+
+def lines(**texts: str) -> None:
+    """Lines of a name and a text each."""
+    for name, text in texts.items():
+        line(f"{name.replace('_', ' ')}:", text)
+
+
+def line(name: str, text: str) -> None:
+    """A line in two columns."""
+    click.echo(f"{name:<9} {harmless(text)}")
+
+
+def harmless(text: str) -> str:
+    """A line in which names from elsewhere cannot move the cursor or begin another line."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,0 +1,169 @@
+"""``unet-jobs evaluate``: the masks of a run against truth, or against the masks of another run."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jobs.backends.tasks import spread
+from unet_core.config.predict import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.evaluation.aggregate import Images, Tally, changed, counted, scored
+from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
+from unet_core.evaluation.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
+from unet_core.inputs.shards import masks_at
+from unet_core.runs.identity import Identity
+from unet_core.runs.reader import Results
+from unet_core.storage.store import Store
+
+NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an evaluation."""
+
+    document: dict[str, Any]
+    """``evaluation.json``."""
+    set_aside: dict[str, str]
+    """Shards that could not be done, by path or id, with the reason."""
+
+
+def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome:
+    """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
+
+    Raises ConfigError if no image has a truth of use, or two have the same.
+    """
+    classes = len(results.class_names)
+    config.input.require_free_ignore_index(classes)
+    where = masks_at(config.input, config.storage)
+    source = replace(results.source, config=config.input.model_copy(update={"masks": where}))
+    truth = truth_of(source, classes)
+    about = {
+        "truth": where,
+        "truth.digest": truth.digest,
+        "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
+        "input.ignore_index": config.input.ignore_index,
+    }
+
+    evaluation = _prepared(results, truth, config.input.ignore_index, about, where, name)
+    places = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
+    outcome, tally = _spread(evaluation, results, config, places)
+    _require_some(outcome, tally, _without_truth(results, truth, tally))
+    found = scored(tally, results.class_names)
+    outcome.document.update(found | _hint(found, config.input.ignore_index))
+    return _published(evaluation, outcome)
+
+
+def compare(results: Results, other: Results, config: PredictConfig, name: str = "") -> Outcome:
+    """Compare a run with what another one made of the same images.
+
+    Raises ConfigError if their classes are not the same.
+    """
+    if results.class_names != other.class_names:
+        raise ConfigError(
+            f"the classes of {results.run.uri} are {', '.join(results.class_names)}, those of "
+            f"{other.run.uri} {', '.join(other.class_names)}; only equal ones can be compared; a "
+            f"training names them: 'model.classes={json.dumps(other.class_names)}'"
+        )
+    truth, only_there = OtherRun.joined(results, other)
+    about = {
+        "against": other.run.store.uri(),
+        "against.fingerprint": other.record.fingerprint,
+        "against.totals": _digest(repr(other.totals)),
+    }
+    label = f"against-{other.run.store.uri()}"
+    evaluation = _prepared(results, truth, NOTHING_IGNORED, about, label, name)
+    outcome, tally = _spread(evaluation, results, config, {"--against": other.run.uri})
+    _require_some(outcome, tally, _without_other(results, other, tally, only_there))
+    outcome.document.update(changed(tally, results.class_names, only_there))
+    return _published(evaluation, outcome)
+
+
+def _prepared(
+    results: Results, truth: Truth, ignore_index: int, about: Identity, label: str, name: str
+) -> Evaluation:
+    """The evaluation of that name, or of one that tells what it is of."""
+    if name and not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name}: letters, digits, '.', '_' and '-' make a name")
+    identity = {"run.fingerprint": results.record.fingerprint, **about}
+    if not name:
+        prefix = "against-" if label.startswith("against-") else ""
+        last = re.sub(r"[^\w.-]+", "-", label.rstrip("/").rpartition("/")[2]).lstrip("._-")
+        name = f"{prefix}{last or 'truth'}-{_digest(json.dumps(identity, sort_keys=True))}"
+    run = results.run.store
+    folder = Store(f"{run.uri()}/{FOLDER}/{name}", run.storage)
+    return Evaluation(run, folder, truth, len(results.class_names), ignore_index, identity)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _spread(
+    evaluation: Evaluation, results: Results, config: PredictConfig, places: dict[str, str]
+) -> tuple[Outcome, Tally]:
+    """Do what is left, and what the run has done again since; what the document begins with."""
+    evaluation.begin()
+    places = {"RUN": results.run.uri, **places}
+    set_aside = spread(evaluation, results.shards(), config, places, "evaluating")
+    tally = evaluation.tally(evaluation.done())
+    document = {
+        "run": results.run.store.uri(),
+        "evaluation": evaluation.store.uri(),
+        "of": evaluation.identity,
+        "is_finished": results.run.is_finished,
+        "counted": counted(tally.totals),
+    }
+    return Outcome(document, set_aside), tally
+
+
+def _published(evaluation: Evaluation, outcome: Outcome) -> Outcome:
+    if not outcome.set_aside:
+        data = json.dumps(outcome.document, indent=1, ensure_ascii=False).encode() + b"\n"
+        evaluation.store.publish(EVALUATION_JSON, data)
+    return outcome
+
+
+def _require_some(outcome: Outcome, tally: Tally, without: str) -> None:
+    """Raises ConfigError where all is done, images are there and none was compared: with the first
+    reason, or as is said where all images are ``without`` a truth.
+    """
+    reasons = (*tally.unusable.examples, *tally.only_ok_here.examples)
+    if outcome.set_aside or tally.totals.with_truth or not tally.totals.ok:
+        return
+    if not reasons:
+        raise ConfigError(without)
+    hint = "; are these label images, or the images themselves?" if tally.unusable.count else ""
+    raise ConfigError(f"none of {tally.totals.ok} images can be compared: {reasons[0]}{hint}")
+
+
+def _without_truth(results: Results, truth: LabelImages | BesideImages, tally: Tally) -> str:
+    where = truth.source.config.masks
+    hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
+    there = ""
+    if isinstance(truth, LabelImages):  # else only reading tells
+        there = f"; label images: {', '.join(truth.names)}"
+    return (
+        f"--truth: none of {tally.totals.ok} images of {results.run.uri} has its truth in "
+        f"{where!r}{hint}; images: {', '.join(tally.without.examples)}{there}"
+    )
+
+
+def _without_other(results: Results, other: Results, tally: Tally, only_there: Images) -> str:
+    return (
+        f"--against: {other.run.uri} has none of {tally.totals.ok} images of {results.run.uri}; "
+        f"images: {', '.join(tally.without.examples)}; there: {', '.join(only_there.examples)}"
+    )
+
+
+def _hint(found: dict[str, Any], ignore_index: int) -> dict[str, str]:
+    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
+    lacking = [s["class"] for s in found["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
+    if not found["ignored_pixels"] or not lacking:
+        return {}
+    return {
+        "warning": f"no pixel of truth is {lacking[0]!r}; if {ignore_index} stands for it, give "
+        f"'input.label_map={{{ignore_index}=1}}'"
+    }

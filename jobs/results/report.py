@@ -1,0 +1,105 @@
+"""``unet-jobs report``: the page of a run or a training, or overlays of single images of a run."""
+
+import logging
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unet_core.arrays import Array
+from unet_core.config.sections import FolderConfig, StorageConfig
+from unet_core.errors import UnetJobsError
+from unet_core.export.names import Names
+from unet_core.images.decoder import Picture
+from unet_core.report.facts import RunFacts
+from unet_core.report.page import NAME, render
+from unet_core.report.panels import overlay
+from unet_core.report.run_images import fetch
+from unet_core.report.scores import RANDOM, Measured, pick_ids
+from unet_core.report.training_facts import TrainingFacts
+from unet_core.runs.compact import batches, compact
+from unet_core.runs.reader import Results, open_run
+from unet_core.storage.store import Store
+from unet_core.training.training_run import TrainingRun, is_training
+
+log = logging.getLogger(__name__)
+
+
+def write_report(uri: str, storage: StorageConfig | None = None) -> str:
+    """Write ``report.html`` into the folder of a run or a training, and ``metrics.parquet`` into
+    that of a run; returns where the report is.
+
+    Raises StoreError if it is neither, or cannot be written to.
+    """
+    store = Store(uri, storage)
+    if is_training(store):
+        page = render(TrainingFacts(TrainingRun(store)))
+    else:
+        results = open_run(uri, storage)
+        compact(store, results.record)
+        page = render(RunFacts(results))
+    store.publish(NAME, page)
+    return f"{uri.rstrip('/')}/{NAME}"
+
+
+def ending_report(output: FolderConfig, storage: StorageConfig, was_done: bool) -> str:
+    """The report that comes with the end of a run or a training; empty if there is none.
+
+    Where nothing ``was_done`` and it is there, it is left alone. What keeps it from being written
+    is told, and spoils nothing.
+    """
+    uri = output.uri
+    try:
+        if not was_done and Store(uri, storage).exists(NAME):
+            return f"{uri.rstrip('/')}/{NAME}"
+        return write_report(uri, storage)
+    except Exception as error:  # the work is done: no mistake in its description may deny that
+        kind = "" if isinstance(error, UnetJobsError) else f"{type(error).__name__}: "
+        log.warning(
+            "the report could not be written: %s%s; write it later with: unet-jobs report %s",
+            kind, error, uri, exc_info=log.isEnabledFor(logging.INFO),
+        )  # fmt: skip
+        return ""
+
+
+def write_previews(
+    uri: str, to: str, image_ids: list[str], worst: int, storage: StorageConfig | None = None
+) -> tuple[int, list[tuple[str, str]]]:
+    """Write overlays of these images, or of the worst ones, or of some at random, as PNG files that
+    are named after the image ids. Returns how many, and which could not be drawn and why.
+
+    Raises ConfigError for a folder in the input, which would read them as images.
+    """
+    from jobs.results.export import require_apart  # with all that measures objects
+
+    results, target = open_run(uri, storage), Store(to, storage)
+    require_apart(results, "--previews", to)
+    rows = batches(results.run.store)
+    if image_ids:
+        picks = pick_ids(rows, image_ids)
+    else:
+        measured = Measured(rows, len(results.class_names), worst or 20)
+        picks = measured.worst if worst else measured.picks[RANDOM]
+    names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
+
+    def write(picture: Picture, mask_HW: Array) -> None:
+        drawn = overlay(picture, mask_HW, results.palette)
+        target.publish(names.of(picture.sample.image_id, ""), drawn)
+
+    written, reasons = fetch(results, picks, write)
+    missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
+    near = _near(results, missing)
+    problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]
+    return len(written), [*problems, *reasons.items()]
+
+
+def _near(results: Results, missing: list[str]) -> dict[str, str]:
+    """For each id that is not there, one that has its stem within it."""
+    found = dict.fromkeys(missing, "")
+    for table in batches(results.run.store) if missing else ():
+        for image_id in missing:
+            stem = PurePosixPath(image_id).stem
+            like = pc.match_substring(table["image_id"], stem, ignore_case=True)
+            if not found[image_id] and pc.any(like).as_py():
+                found[image_id] = f"; did you mean {table['image_id'].filter(like)[0].as_py()}?"
+    return found

@@ -1,0 +1,1 @@
+"""Runs and trainings as jobs on a Ray cluster."""

@@ -1,0 +1,265 @@
+"""``unet-jobs submit``: the same command on a cluster, under one name for each run folder.
+
+The name is a digest of where the run lies, so the same run never gets two drivers by mistake: who
+submits it again is led to the one that is at work. One that ended is followed by the next, which
+continues.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiohttp
+import requests
+
+from jobs.submission.package import Package
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
+from unet_core.config.uris import plain
+from unet_core.errors import ConfigError, StoppedError, WorkersError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobInfo
+
+TOKEN = Path(".ray") / "auth_token"
+"""Below the home directory, where Ray keeps it."""
+PATIENCE_S = 600.0
+"""How long a cluster may be out of reach before following it is given up."""
+AGAIN_S = 2.0
+STOP_WAIT_S = 120
+"""What a stopped job gets to end by itself: a training saves a checkpoint."""
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+CHATTERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+BROKEN = (aiohttp.ClientError, requests.RequestException, ConnectionError)
+SILENCE_S = 120.0
+"""A connection without a line for so long is looked after: progress comes every minute."""
+
+ResultT = TypeVar("ResultT")
+
+
+def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
+    """Submission id of a run's first job: verb, last part of its folder, digest of its place."""
+    uri = plain(config.output.uri).rstrip("/")
+    place = f"{config.storage.endpoint_url}\0{uri}"
+    word = re.sub(r"[^A-Za-z0-9]+", "-", uri.rpartition("/")[2]).strip("-")[:40]
+    return f"{verb}-{word}-{hashlib.sha256(place.encode()).hexdigest()[:10]}"
+
+
+class UnknownError(WorkersError):
+    """The cluster does not know the job."""
+
+
+class TakenError(WorkersError):
+    """The cluster has a job of this id already."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of a run on a cluster."""
+
+    id: str
+    is_new: bool
+    """False: it was at work already."""
+    before: str = ""
+    """How the job before it ended."""
+
+
+class JobServer:
+    """A cluster's job server. Methods raise WorkersError if it refuses or stays out of reach."""
+
+    def __init__(self, address: str, client: Any = None, patience_s: float = PATIENCE_S) -> None:
+        self.address, self._patience_s = address, patience_s
+        given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+        if given or (Path.home() / TOKEN).exists():  # only ray.init shows it by itself
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        from ray.exceptions import AuthenticationError  # reads the environment when it comes
+
+        self._refusal = AuthenticationError
+        self._client = client or self._connected()
+
+    def _connected(self) -> Any:
+        """Ray's client; it prefers addresses of the environment to the one that it is given."""
+        from ray.job_submission import JobSubmissionClient
+
+        if not logging.getLogger().isEnabledFor(logging.INFO):
+            for name in CHATTERS:
+                logging.getLogger(name).setLevel(logging.WARNING)
+        hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+        try:
+            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
+        finally:
+            os.environ.update(hidden)
+
+    def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
+        """Start a job for a run, or find the one that is at work on it.
+
+        Raises ConfigError if that one has another config or took other files along.
+        """
+        digest = package.digest(config)
+        jobs = self._jobs_of(name)
+        last, found = max(jobs, default=0), _alive(jobs)
+        if found is None:
+            job_id = f"{name}-{last + 1}" if last else name
+            with contextlib.suppress(TakenError):
+                self._start(job_id, package, {"run": config.output.uri, "config": digest})
+                ended = f"{jobs[last].submission_id} ended as {jobs[last].status}" if last else ""
+                return Submitted(job_id, True, ended and f"{ended}; the same run goes on")
+            found = _alive(self._jobs_of(name))  # somebody else did, just now
+        if found is None:
+            raise WorkersError(f"{name}: another job of this run has just ended; submit it again")
+        if (found.metadata or {}).get("config") != digest:
+            raise ConfigError(
+                f"job {found.submission_id} is at work on {config.output.uri} with another config "
+                f"or other files; wait for it, or stop it: ray job stop --address {self.address} "
+                f"{found.submission_id}"
+            )
+        return Submitted(found.submission_id, is_new=False)
+
+    def _jobs_of(self, name: str) -> dict[int, Any]:
+        """All jobs of a run that the cluster knows, by their numbers from 1."""
+        found = {}
+        for job in self._ask(self._client.list_jobs):
+            match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
+            if match is not None:
+                found[int(match[1] or 1)] = job
+        return found
+
+    def info(self, job_id: str) -> "JobInfo":
+        """How a job stands."""
+        try:
+            return self._ask(lambda: self._client.get_job_info(job_id))
+        except UnknownError as error:
+            raise WorkersError(
+                f"{self.address} knows no job {job_id}: its head was restarted; the same command "
+                "submits the run again, and it continues"
+            ) from error
+
+    def logs(self, job_id: str) -> str:
+        """All that a job has written; raises what breaks."""
+        return str(self._client.get_job_logs(job_id))
+
+    def tail(self, job_id: str) -> AsyncIterator[str]:
+        """What a job has written and writes, in pieces; raises what breaks."""
+        return self._client.tail_job_logs(job_id)
+
+    def stop(self, job_id: str) -> None:
+        """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
+        self._ask(lambda: self._client.stop_job(job_id))
+
+    def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> None:
+        """Upload and start; raises TakenError if the id has just been taken."""
+        with tempfile.TemporaryDirectory() as folder:
+            package.write(Path(folder))
+            self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=package.entrypoint,
+                    submission_id=job_id,
+                    runtime_env={
+                        "working_dir": folder,
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                    },
+                    metadata=metadata,
+                )
+            )
+
+    def _ask(self, call: Callable[[], ResultT], patience_s: float | None = None) -> ResultT:
+        deadline = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
+        while True:
+            try:
+                return call()
+            except self._refusal as error:
+                raise WorkersError(
+                    f"{self.address} wants another token: set RAY_AUTH_TOKEN or "
+                    f"RAY_AUTH_TOKEN_PATH to the one of the cluster, or write it to ~/{TOKEN}"
+                ) from error
+            except BROKEN as error:
+                if time.monotonic() >= deadline:
+                    raise WorkersError(
+                        f"no Ray job server at {self.address}: {_short(error)}; it is the address "
+                        "of the dashboard, e.g. http://localhost:8265"
+                    ) from error
+            except RuntimeError as error:  # Ray's for any answer that is not 200
+                said = str(error)
+                status = re.search(r"status code (\d{3})", said)
+                code = int(status[1]) if status else 0
+                if "already exists" in said:
+                    raise TakenError(said) from error
+                if code == 404:
+                    raise UnknownError(f"{self.address}: {_short(error)}") from error
+                if code < 500 or time.monotonic() >= deadline:
+                    raise WorkersError(f"{self.address}: {_short(error)}") from error
+            time.sleep(AGAIN_S)
+
+
+class Follower:
+    """Shows a job's output once, whatever breaks on the way."""
+
+    def __init__(self, server: JobServer, job_id: str, show: Callable[[str], None]) -> None:
+        self._server, self._id, self._show = server, job_id, show
+        self._seen = 0
+        self._line = ""
+
+    def follow(self) -> tuple[int, str]:
+        """Until the job ends; returns its exit code and how it ended. May be called again after
+        an interruption.
+
+        Raises WorkersError if the cluster stays out of reach or has forgotten the job.
+        """
+        while True:
+            with contextlib.suppress(*BROKEN, RuntimeError):  # asked below what became of it
+                asyncio.run(self._tail())
+            info = self._server.info(self._id)
+            if info.status.is_terminal():
+                with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
+                    self._take(0, self._server.logs(self._id))
+                self._take(self._seen, "\n" if self._line else "")  # a last line may not end
+                return _exit_code(info), f"{self._id} ended as {info.status}"
+            time.sleep(AGAIN_S)
+
+    async def _tail(self) -> None:
+        """Every connection begins at the job's first line: skip what was shown."""
+        position, chunks = 0, self._server.tail(self._id)
+        with contextlib.suppress(StopAsyncIteration, TimeoutError):
+            while True:
+                chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
+                self._take(position, chunk)
+                position += len(chunk)
+
+    def _take(self, position: int, text: str) -> None:
+        new = text[max(0, self._seen - position) :]
+        if not new:
+            return
+        self._seen = position + len(text)
+        *lines, self._line = (self._line + new).split("\n")
+        for line in lines:
+            self._show(line)
+
+
+def _alive(jobs: dict[int, Any]) -> Any | None:
+    """The job that is at work or about to be."""
+    return next((job for job in jobs.values() if not job.status.is_terminal()), None)
+
+
+def _exit_code(info: "JobInfo") -> int:
+    """A job that was stopped is no success; one killed by a signal has no code of its own."""
+    codes = {"SUCCEEDED": 0, "STOPPED": StoppedError.exit_code}
+    return codes.get(info.status, max(1, info.driver_exit_code or 1))
+
+
+def _short(error: BaseException) -> str:
+    """The last line of a message that may be a traceback."""
+    lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" .'\"}")]
+    return lines[-1].strip(" .'\"}")[:300] if lines else type(error).__name__

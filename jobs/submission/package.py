@@ -1,0 +1,98 @@
+"""What a submitted job takes along: its config, and the few files of this machine that it names."""
+
+import hashlib
+import logging
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.backends.paths import data_places, is_everywhere, require_seen
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
+from unet_core.config.uris import plain
+from unet_core.errors import ConfigError
+
+MOST_BYTES = 100 * 10**6
+CONFIG = "job.toml"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files by the names that they get in the job's working directory, and the command."""
+
+    verb: str
+    files: dict[str, Path]
+    overrides: list[str]
+    flags: tuple[str, ...]
+    """Of the verb: ``--refresh`` and the like."""
+
+    @property
+    def entrypoint(self) -> str:
+        """What the cluster runs."""
+        verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
+        words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
+        return shlex.join(words)
+
+    def digest(self, config: PredictConfig | TrainConfig) -> str:
+        """Of all that decides what the job does: its config, and what its files hold."""
+        digest = hashlib.sha256(config.model_dump_json().encode())
+        digest.update("\0".join(self.flags).encode())
+        for name, path in sorted(self.files.items()):
+            if name != CONFIG:
+                digest.update(f"\0{name}\0".encode())
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Lay the files out, as links."""
+        for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(path, folder / name)
+
+
+def pack(
+    verb: str,
+    path: str,
+    overrides: list[str],
+    config: PredictConfig | TrainConfig,
+    flags: tuple[str, ...] = (),
+) -> Package:
+    """Find what a job needs of this machine: TOML, a local checkpoint, the module of a factory.
+
+    Raises ConfigError for places that the cluster cannot see and for files that are too large.
+    """
+    require_seen(data_places(config), config.storage)
+    files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
+    checkpoint = config.model.checkpoint
+    is_builtin = not checkpoint or checkpoint.startswith("builtin:")
+    if not is_builtin and not is_everywhere(checkpoint, config.storage):
+        local = Path(plain(checkpoint)).expanduser()
+        if not local.is_file():
+            raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")
+        files[local.name] = local.resolve()
+        overrides.append(f"model.checkpoint={local.name}")
+    files |= _module(config.model.factory)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total = sum(sizes.values())
+    if total > MOST_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise ConfigError(
+            f"the job would take {total / 1e6:.1f} MB along, at most {MOST_BYTES / 1e6:.0f} MB are "
+            "allowed; the largest files:\n"
+            + "\n".join(f"  {sizes[name] / 1e6:10.1f} MB  {files[name]}" for name in largest)
+            + "\nput them into the image of the cluster, or a checkpoint into an object store"
+        )
+    return Package(verb, files, overrides, flags)
+
+
+def _module(factory: str) -> dict[str, Path]:
+    """The factory's top module or package, if it lies in this directory."""
+    top = re.split("[.:]", factory)[0]
+    found = [Path(f"{top}.py"), *Path(top).rglob("*")] if top else []
+    return {
+        path.as_posix(): path.resolve()
+        for path in found
+        if path.is_file() and not {"__pycache__", ".git", ".venv"} & set(path.parts)
+    }

@@ -1,0 +1,1 @@
+"""Tools around a run: doctor, plan and cost, bench, pack, describe."""

@@ -1,0 +1,240 @@
+"""``unet-jobs bench``: how near a job on this machine comes to its model, and the model to what the
+device can multiply.
+
+All figures are of the same images, in megapixels of input a second. Each stage is measured alone,
+on one thread; the model with its batches in memory, on as many lanes as in a job; the job as
+``predict`` does it in one process, from its first read to its last commit. All is measured in
+turn, some rounds of it, so that a busy machine slows all of it; figures are medians.
+"""
+
+import contextlib
+import copy
+import math
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from jobs.backends import session
+from jobs.backends.inline import InlineWorkers
+from jobs.job import Job, prepare
+from jobs.scheduler.dispatch import dispatch
+from jobs.scheduler.scheduler import Board
+from unet_core.config.predict import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.images.decoder import Decoder, Picture
+from unet_core.images.sample import Sample
+from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.postprocessing import Postprocessing
+from unet_core.inference.replica import Replica
+from unet_core.inference.rows import Encoder
+from unet_core.inference.tile_queue import Piece, TileQueue, stack
+from unet_core.inputs.formats import list_shards, read_shard
+from unet_core.inputs.shards import Shard
+from unet_core.runs.compute import Compute
+from unet_core.runs.manifest import draft
+from unet_core.runs.timings import Seconds, ShardResult
+
+ENOUGH_IMAGES = 64
+"""Shards are taken until the sample has so many."""
+MATRIX_SIDE = 2048
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Rates in megapixels a second unless another unit is said."""
+
+    device: str
+    lanes: int
+    shards: int
+    images: int
+    megapixels: float
+    matrix_gflop_per_s: float
+    """Of multiplying large matrices in the model's precision."""
+    gflop_per_megapixel: float
+    """Of the network's convolutions, tiles' halos and padding included."""
+    model: float
+    model_over_limit: float
+    """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
+    read: float
+    decode: float
+    encode: float
+    write: float
+    """As it went during the job."""
+    job: float
+    job_over_model: float
+    """1 would be a device that never waits."""
+    job_over_work: float
+    """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
+    images_per_s: float
+    """Of the job."""
+    waited: dict[str, float]
+    """What the device did during the job, as shares."""
+    peak_memory_bytes: int
+
+    @property
+    def limit(self) -> float:
+        """What the model could do if its device did nothing but multiply."""
+        return self.matrix_gflop_per_s / self.gflop_per_megapixel
+
+
+def bench(config: PredictConfig, rounds: int = 5) -> Bench:
+    """Measure with the first shards of an input; nothing of it is kept.
+
+    Raises what ``predict`` raises, and ConfigError if no image of them can be segmented.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        output = config.output.model_copy(update={"uri": f"{scratch}/run"})
+        job = prepare(config.model_copy(update={"output": output}))
+        with draft(list_shards(job.source)) as found:
+            shards = _sample(job, map(found.with_members, found.heads))
+        replica = Replica(job.replica(session.local_cpus(job.config.workers)))
+        engine, compute = replica.engine, replica.probe()
+        turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Bench(
+        device=compute.device,
+        lanes=engine.lanes,
+        shards=len(shards),
+        waited=sum((spent for _, spent in turns), Seconds()).shares,
+        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        **{name: statistics.median(turn[name] for turn, _ in turns) for name in turns[0][0]},
+    )
+
+
+def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
+    taken, images = [], 0
+    for shard in shards:
+        if images >= ENOUGH_IMAGES:
+            break
+        taken.append(shard)
+        count = shard.count
+        images += sum(1 for _ in read_shard(job.source, shard)) if count is None else count
+    return taken
+
+
+def _round(
+    job: Job, shards: list[Shard], engine: Engine, compute: Compute
+) -> tuple[dict[str, Any], Seconds]:
+    """All that is compared, measured one after the other, and where the time of the job went."""
+    header, config = job.header, job.config
+    decoder = Decoder(header.preprocessing, header.classes, config.input)
+    matrix_s = _matrix_s(engine)
+    read_s, read = _timed(lambda: [list(map(_in_memory, read_shard(job.source, shard)))
+                                   for shard in shards])  # fmt: skip
+    decode_s, decoded = _timed(lambda: [list(chain.from_iterable(map(decoder.decode, samples)))
+                                        for samples in read])  # fmt: skip
+    shown = [[image for image in images if isinstance(image, Picture)] for images in decoded]
+    pieces = [group for pictures in shown for group in _pieces(job, engine.how, compute, pictures)]
+    if not pieces:
+        raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
+    batches = list(map(stack, pieces))
+    with ThreadPoolExecutor(engine.lanes) as pool:
+        model_s, results = _timed(lambda: list(pool.map(engine.run, batches)))
+    encode_s, _ = _timed(lambda: _encode(job, pieces, results))
+    job_s, spent = _job_s(job, shards)
+    pictures = list(chain(*shown))
+    megapixels = sum(math.prod(picture.pixels.shape) for picture in pictures) / 1e6
+    gflop, matrix_gflop = _gflop(engine, batches), 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
+    return {
+        "images": len(pictures),
+        "megapixels": megapixels,
+        "matrix_gflop_per_s": matrix_gflop / matrix_s,
+        "gflop_per_megapixel": gflop / megapixels,
+        "model": megapixels / model_s,
+        "model_over_limit": gflop / model_s * matrix_s / matrix_gflop,
+        "read": megapixels / read_s,
+        "decode": megapixels / decode_s,
+        "encode": megapixels / encode_s,
+        "write": megapixels / spent.writing,
+        "job": megapixels / job_s,
+        "job_over_model": model_s / job_s,
+        "job_over_work": (model_s + (decode_s + encode_s) / engine.lanes) / job_s,
+        "images_per_s": len(pictures) / job_s,
+    }, spent
+
+
+def _timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
+    """Seconds for a call, and what it gave."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def _in_memory(sample: Sample) -> Sample:
+    """The sample with its bytes, and its truth's."""
+    if sample.failure is not None:
+        return sample
+    image, mask = sample.read(), sample.read_mask() if sample.read_mask is not None else None
+    read_mask = (lambda: mask) if mask is not None else None
+    return replace(sample, read=lambda: image, read_mask=read_mask, open=None, open_mask=None)
+
+
+def _pieces(
+    job: Job, how: Postprocessing, compute: Compute, pictures: list[Picture]
+) -> list[list[Piece]]:
+    """The tiles of a shard's images in batches."""
+    queue = TileQueue(compute)
+    canvases = (Canvas(n, picture, job.windows, how) for n, picture in enumerate(pictures))
+    return [*chain.from_iterable(map(queue.add, canvases)), *queue.rest()]
+
+
+def _encode(job: Job, pieces: list[list[Piece]], results: list[list[Segmented]]) -> None:
+    config = job.config
+    encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
+    for (canvas, tile), result in zip(chain(*pieces), chain(*results), strict=True):
+        for area in canvas.paste(tile, result):
+            encoder.area(canvas, area)
+
+
+def _matrix_s(engine: Engine) -> float:
+    """Seconds for one product of large matrices on each lane, the median of some."""
+    square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device, dtype=engine.dtype)
+
+    def multiply(_: int) -> None:
+        with torch.inference_mode():
+            square @ square
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+
+    with ThreadPoolExecutor(engine.lanes) as pool:
+        spans = [_timed(lambda: list(pool.map(multiply, range(engine.lanes)))) for _ in range(5)]
+    return statistics.median(seconds for seconds, _ in spans)
+
+
+def _gflop(engine: Engine, batches: list[Batch]) -> float:
+    """Of one pass of all batches, two for each multiply-add."""
+    network = copy.deepcopy(engine.network).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        for batch in batches:
+            network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
+    return counter.get_total_flops() / 1e9
+
+
+def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
+    """The job from its first read to its last commit, the model being loaded; not kept."""
+    results: list[ShardResult] = []
+    with contextlib.closing(
+        InlineWorkers(job.replica(session.local_cpus(job.config.workers)), lambda: None)
+    ) as workers:
+        record = job.record(workers.probe())
+        with draft(iter(shards)) as found:
+            job.run.publish_manifest(found)
+            workers.configure(record.compute, job.footer(record))
+            board = Board.of(found.heads, job.config.errors, job.config.storage)
+            took_s, _ = _timed(
+                lambda: dispatch(board, workers, lambda result, *_: results.append(result))
+            )
+    job.run.store.remove_all()
+    return took_s, sum((result.seconds for result in results), Seconds())

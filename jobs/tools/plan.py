@@ -1,0 +1,64 @@
+"""``unet-jobs plan``: what a run would do. Writes nothing."""
+
+import os
+from dataclasses import dataclass
+
+from jobs.backends import session
+from jobs.backends.placement import settle
+from jobs.job import prepare
+from unet_core.config.predict import PredictConfig
+from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import images_in
+from unet_core.runs.manifest import draft
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``predict`` would do with a config now."""
+
+    uri: str
+    input: str
+    format: str
+    shards: int
+    shards_left: int
+    """Not committed."""
+    images: int | None
+    """Of the whole input; None where only reading tells."""
+    bytes: int
+    bytes_left: int
+    is_finished: bool
+    workers: str
+
+
+def plan(config: PredictConfig) -> Plan:
+    """Look at input, run folder and cluster; raises what ``predict`` would raise."""
+    job = prepare(config)
+    shards, committed = job.run.manifest(), job.run.committed()
+    if shards is None:
+        with draft(list_shards(job.source)) as found:
+            shards = found.heads
+    left = [shard for shard in shards if shard.shard_id not in committed]
+    return Plan(
+        uri=job.run.uri,
+        input=config.input.uri,
+        format=job.source.format,
+        shards=len(shards),
+        shards_left=len(left),
+        images=images_in(shards),
+        bytes=sum(shard.bytes for shard in shards),
+        bytes_left=sum(shard.bytes for shard in left),
+        is_finished=job.run.is_finished,
+        workers=_describe_workers(config),
+    )
+
+
+def _describe_workers(config: PredictConfig) -> str:
+    if session.is_inline(config.workers):
+        return f"inline, {session.local_cpus(config.workers):g} CPU cores"
+    if not session.is_cluster_named():
+        return f"{config.workers.count} actors on a local Ray cluster"
+    with session.connected():
+        placement = settle(config.workers, session.offered(config.workers))
+    count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
+    each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
+    return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"

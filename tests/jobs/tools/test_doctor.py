@@ -1,0 +1,98 @@
+import json
+import threading
+
+import pytest
+from s3fs import S3FileSystem
+
+from jobs.backends.version import CodeVersion
+from jobs.tools import doctor
+from jobs.tools.doctor import diagnose
+from tests.support.runs import write_toml
+from tests.support.s3 import BUCKET
+
+
+def test_nothing_is_wrong_here_and_nothing_is_left(run_cli, make_config, tmp_path):
+    config = write_toml(make_config(), tmp_path / "predict.toml")
+    code, out, _ = run_cli("doctor", config, "--json")
+    found = json.loads(out)
+    says = {check["name"]: check["says"] for check in found["checks"]}
+    assert (code, found["is_ok"]) == (0, True), says
+    assert set(found["checks"][0]) == {"name", "is_ok", "says", "hangs"}
+    assert {*doctor.MACHINE, "model", "input.uri", "output.uri"} == set(says)
+    assert "torch" in says["libraries"]
+    assert [path.name for path in tmp_path.iterdir()] == ["predict.toml"]
+
+
+def test_each_wrong_is_a_line_and_the_others_are_looked_at(
+    run_cli, make_config, tmp_path, monkeypatch
+):
+    def broken():
+        raise ImportError("no such library\n  at all")
+
+    machine = {"broken": broken, "hangs": threading.Event().wait, "fine": lambda: "all is well"}
+    monkeypatch.setattr(doctor, "MACHINE", machine)
+    monkeypatch.setattr(doctor, "LIMIT_S", 0.5)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    (tmp_path / "file").write_text("")
+    found = diagnose(make_config(output={"uri": str(tmp_path / "file" / "run")},
+                                 model={"checkpoint": "nowhere.safetensors"}))  # fmt: skip
+    says = {check.name: check.says for check in found.checks if not check.is_ok}
+    assert says["broken"] == "ImportError: no such library"
+    assert says["hangs"] == "no answer in 0.5 s"
+    assert "127.0.0.1:1 is not reached" in says["cluster"]
+    assert "nowhere.safetensors" in says["model"]
+    assert "cannot write" in says["output.uri"]
+    assert {check.name for check in found.checks if check.is_ok} == {"fine", "input.uri"}
+    del machine["hangs"]
+    monkeypatch.delenv("RAY_ADDRESS")
+    code, out, _ = run_cli("doctor", tmp_path / "nothing")
+    assert code == 1
+    assert "ok    fine:      all is well" in out
+    assert f"WRONG input.uri: cannot list {tmp_path}/nothing: there is no such" in out
+
+
+def test_what_is_too_old_or_too_small_is_said(monkeypatch):
+    wanted = ["numpy>=99", "no-such-library>=1", "gcsfs>=99; extra == 'gcs'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(doctor, "LEAST_SPACE_BYTES", 2**60)
+    monkeypatch.setattr(doctor, "LEAST_FILES", 2**60)
+    names = ("libraries", "temporary space", "open files")
+    monkeypatch.setattr(doctor, "MACHINE", {name: doctor.MACHINE[name] for name in names})
+    found = diagnose()
+    libraries, space, files = (check.says for check in found.checks)
+    assert not any(check.is_ok for check in found.checks)
+    assert "numpy is 2" in libraries
+    assert "no-such-library cannot be imported" in libraries
+    assert "gcsfs" not in libraries
+    assert "TMPDIR" in space
+    assert "ulimit -n" in files
+
+
+def test_a_bucket_is_read_and_written_and_left_as_it_was(make_config, s3, tars, monkeypatch):
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(doctor, "MACHINE", {})
+    places = {"input": {"uri": s3.upload(tars, "doctor/in")},
+              "output": {"uri": f"s3://{BUCKET}/doctor/out"}}  # fmt: skip
+    found = diagnose(make_config(**places, storage={"endpoint_url": s3.url}))
+    says = {check.name: check.says for check in found.checks}
+    assert found.is_ok, says
+    assert says["credentials"] == "of S3 by env"
+    assert s3.objects("doctor/out") == {}
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    S3FileSystem.clear_instance_cache()
+    found = diagnose(make_config(**places, storage={"endpoint_url": s3.url}))
+    wrong = {check.name for check in found.checks if not check.is_ok}
+    assert wrong == {"credentials", "input.uri", "output.uri"}
+    assert s3.secret not in str(found)
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.ray
+def test_a_cluster_is_told_by_its_nodes_and_their_code(ray_session, monkeypatch):
+    monkeypatch.setattr(doctor, "MACHINE", {})
+    monkeypatch.setenv("RAY_ADDRESS", ray_session.address)
+    found = diagnose()
+    assert found.is_ok, found
+    assert "2 nodes with 4 GPUs and 4 CPU cores; the same code on 2 of them" in str(found)
+    monkeypatch.setattr(doctor.session, "on_nodes", lambda *_: {"n1": CodeVersion("0", "other")})
+    assert "runs unet-jobs 0 (sources other), the driver" in diagnose().checks[0].says

@@ -1,0 +1,99 @@
+import pyarrow.compute as pc
+import pytest
+
+from jobs.predict import predict
+from unet_core import open_run
+from unet_core.errors import ParquetDamagedError
+from unet_core.runs import compact
+from unet_core.runs.compact import COMPACTED
+from unet_core.runs.parts import masks_name
+from unet_core.runs.reader import open_masks
+
+
+@pytest.fixture
+def run(make_config):
+    return predict(make_config()).run
+
+
+def test_all_rows_of_a_run_are_one_table_with_the_shard_of_each(run):
+    results = open_run(run.uri)
+    rows = results.metrics
+    assert rows.schema.equals(COMPACTED)
+    assert rows.num_rows == results.totals.images_seen == 12
+    for shard in results.shards():
+        ids = {r["image_id"] for r in rows.to_pylist() if r["shard_id"] == shard.shard_id}
+        assert {image_id.partition("/")[0] for image_id in ids} == {shard.uri}
+
+
+def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, monkeypatch):
+    before = open_run(run.uri).metrics
+    compact.compact(run.store, run.record)
+    made = run.store.read(compact.FILE)
+    compact.compact(run.store, run.record)
+    assert run.store.read(compact.FILE) == made
+    with monkeypatch.context() as patch:
+        patch.setattr(compact, "_tables", None)  # the parts are not read
+        assert open_run(run.uri).metrics.equals(before)
+    part = f"metrics/{before['shard_id'][0]}.parquet"
+    run.store.publish(part, run.store.read(part))  # as large as before, and perhaps another
+    compact.compact(run.store, run.record)
+    assert run.store.read(compact.FILE) != made
+    run.store.remove(part)
+    assert open_run(run.uri).metrics.num_rows == 10
+
+
+def test_rows_taken_back_take_the_one_file_along(run):
+    compact.compact(run.store, run.record)
+    run.reopen()
+    assert not run.store.exists(compact.FILE)
+
+
+def test_masks_of_a_shard_are_those_of_the_run(make_config):
+    run = predict(make_config(output={"encoding": "png"})).run
+    results = open_run(run.uri)
+    shard = results.shards()[0]
+    rows = results.metrics.filter(pc.field("shard_id") == shard.shard_id)
+    with open_masks(run.store, shard.shard_id) as masks:
+        for image_id in rows["image_id"].to_pylist():
+            assert (results.mask(image_id) == masks.mask(image_id).whole()).all()
+        assert (rows.num_rows, masks.mask("another")) == (2, None)
+
+
+def test_a_run_knows_its_config_and_input_again(make_config):
+    config = make_config()
+    results = open_run(predict(config).run.uri)
+    assert results.config == config
+    assert results.source.format == "webdataset"
+    assert results.source.entries()
+
+
+def test_label_images_are_found_from_any_folder(make_config, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = make_config(input={"uri": str(folder / "images"), "masks": "masks/"})
+    results = open_run(predict(config).run.uri)
+    monkeypatch.chdir(tmp_path)
+    assert results.source.config.masks.rstrip("/") == str(folder / "masks")
+
+
+def test_a_damaged_mask_is_told_by_its_file_wherever_it_is_read(run):
+    shard_id = open_run(run.uri).shards()[0].shard_id
+    image_id = open_run(run.uri).metrics.filter(pc.field("shard_id") == shard_id)["image_id"][0]
+    with open_masks(run.store, shard_id) as masks:
+        mask = masks.mask(image_id.as_py())
+        with run.store.open_parquet(masks_name(shard_id)) as file:
+            names = file.schema_arrow.names
+            column = file.metadata.row_group(0).column(names.index("mask"))
+        data = bytearray(run.store.read(masks_name(shard_id)))
+        at = column.dictionary_page_offset or column.data_page_offset
+        data[at : at + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        with open(run.store.uri(masks_name(shard_id)), "r+b") as part:
+            part.write(data)
+        with pytest.raises(ParquetDamagedError, match=masks_name(shard_id)):
+            mask.whole()
+
+
+def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
+    monkeypatch.setattr(compact, "GROUP_BYTES", 1)
+    compact.compact(run.store, run.record)
+    with run.store.open_parquet(compact.FILE) as file:
+        assert file.num_row_groups == 6

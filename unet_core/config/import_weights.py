@@ -1,0 +1,70 @@
+"""The config of ``unet-jobs import-weights``."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from unet_core.config.sections import Auto, Count, FactoryName, Section, StorageConfig, require_span
+from unet_core.config.uris import Uri
+
+
+class ForeignConfig(Section):
+    """What weights from elsewhere do not say of themselves."""
+
+    layout: str = ""
+    """Whose key names they have; empty: found by the keys."""
+    factory: FactoryName = ""
+    """``package.module:function`` that makes the network; empty: a U-Net of a known layout."""
+    arguments: dict[str, Any] = Field(default={})
+    """Keyword arguments of the factory."""
+    stride: Auto | Count = "auto"
+    """Pixels by which the input of the factory's network must move for its output to move along;
+    ``auto``: found by trying."""
+    color: Auto | Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
+    """What images are converted to; a number: that many channels as they are; ``auto``: by the
+    network's input channels, which a factory does not tell."""
+    normalisation: Literal["percentile", "range", "zscore"] = "range"
+    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
+    low: float | None = None
+    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    high: float | None = None
+    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    classes: list[str] = Field(default=[], max_length=65536)
+    """Class names by id; empty: background and foreground, or numbers."""
+
+    _span = model_validator(mode="after")(require_span)
+
+    @model_validator(mode="after")
+    def _factory_goes_alone(self) -> "ForeignConfig":
+        if self.factory and self.layout:
+            raise ValueError("layout and factory exclude each other; give one of them")
+        if not self.factory and (self.arguments or self.stride != "auto"):
+            raise ValueError("arguments and stride belong to a factory; give model.factory too")
+        if self.factory and self.color == "auto":
+            raise ValueError(
+                "color is 'auto', but a factory does not tell its channels; give model.color: "
+                "gray, rgb or their number"
+            )
+        return self
+
+
+class ImportConfig(Section):
+    """Everything that ``unet-jobs import-weights`` needs."""
+
+    source: Uri
+    """The file to read: ``.safetensors``, or a ``state_dict`` that ``torch.save`` wrote."""
+    destination: Uri
+    """The checkpoint to write, ``.safetensors``."""
+    model: ForeignConfig = ForeignConfig()
+    storage: StorageConfig = StorageConfig()
+
+    @field_validator("destination")
+    @classmethod
+    def _is_safetensors(cls, uri: str) -> str:
+        if not uri.endswith(".safetensors"):
+            raise ValueError(f"got {uri!r}, but checkpoints end with .safetensors")
+        return uri

@@ -1,0 +1,165 @@
+"""Sections that several configs share: input, storage, output, workers, normalization.
+
+Imports pydantic and nothing heavier, so that a config error costs less than a second.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+
+from unet_core.config.uris import Uri, UriOrNone, absolute
+from unet_core.errors import ConfigError
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
+"""``package.module:function``, or empty."""
+
+SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
+"""By ``normalisation``: the least ``low``; ``low`` and ``high`` where they are not given (of
+``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
+"""
+IGNORE_INDEX = 255
+
+
+class Section(BaseModel):
+    """A TOML table: unknown keys are refused, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def require_span(section: ConfigT) -> ConfigT:
+    """The validator of a section with ``normalisation``, ``low`` and ``high``, between which
+    there must be something.
+    """
+    kind, low, high = (getattr(section, name) for name in ("normalisation", "low", "high"))
+    if kind not in SPANS:
+        if (low, high) != (None, None):
+            raise ValueError(f"low and high belong to {' and '.join(SPANS)}, not to {kind}")
+        return section
+    least, usual_low, usual_high, most = SPANS[kind]
+    low, high = usual_low if low is None else low, usual_high if high is None else high
+    if not least <= low < high <= most:
+        numbers = "numbers from 0 to 100" if kind == "percentile" else "finite numbers"
+        raise ValueError(
+            f"low is {low:g} and high {high:g}, but {kind} needs {numbers}, low < high"
+        )
+    return section
+
+
+class InputConfig(Section):
+    """Where the images are and how they are grouped into shards."""
+
+    uri: Uri
+    """Folder, prefix, tar or image: a path, or ``s3://``, ``gs://``, ``abfs://``."""
+    format: Literal["auto", "folder", "webdataset", "parquet", "list"] = "auto"
+    """``folder``: loose images at any depth; ``webdataset``: tars, a shard each; ``parquet``:
+    images in a column; ``list``: a Parquet or CSV list of URIs, or an S3 Inventory (said, never
+    found by ``auto``)."""
+    shard_images: Count = 256
+    """Loose images per shard."""
+    masks: UriOrNone = ""
+    """Truth. Tar: member suffix (``mask.png``). Folder: another folder if it holds a ``/``,
+    else a stem suffix (``_mask``). Parquet and lists: column. Empty: no truth."""
+    label_map: dict[int, int] = {}
+    """Mask value → class id, applied to truth; values not named stay as they are."""
+    ignore_index: Annotated[int, Field(ge=0, le=65535)] = IGNORE_INDEX
+    """Truth pixels of this value (after ``label_map``) count nowhere."""
+    image_column: str = "image"
+    """Parquet: the column of encoded images, binary or ``struct<bytes, path>``."""
+    id_column: str = ""
+    """Parquet: the column of image ids; empty: ``<file>#<row>``."""
+    allow: list[Uri] = []
+    """Lists: prefixes below which their URIs must lie; empty: the folder of the list."""
+    channels: list[Annotated[int, Field(strict=True, ge=0)]] = []
+    """Which channels count, from 0, as stored; empty: gray or RGB without alpha, or all."""
+    pages: Literal["refuse", "expand"] = "refuse"
+    """Several pages of a TIFF: a failed row, or an image each (``<image_id>#<page>``)."""
+    axes: Annotated[str, Field(pattern="^[A-Z]*$")] = ""
+    """Axes of TIFFs whose metadata do not say them, e.g. ``CYX``: pages are channels."""
+    max_pixels: Count = 2**27
+    """Height × width above which an image is not decoded whole: a large TIFF is read by window (up
+    to 256 times as many), others become failed rows."""
+
+    @property
+    def mask_folder(self) -> str:
+        """Another folder, if that is where the truth lies."""
+        return self.masks if "/" in self.masks else ""
+
+    def require_free_ignore_index(self, classes: int) -> None:
+        """Raises ConfigError where truth is to be read and the default means a class."""
+        if self.masks and IGNORE_INDEX == self.ignore_index < classes:
+            raise ConfigError(
+                f"input.ignore_index is {IGNORE_INDEX} by default, which is one of {classes} "
+                "classes here; set it to another value, e.g. 65535"
+            )
+
+    def from_here(self) -> "InputConfig":
+        """The same, with plain paths that mean elsewhere what they mean in this process."""
+        masks = absolute(self.masks) if self.mask_folder else self.masks
+        allow = [absolute(prefix) for prefix in self.allow]
+        return self.model_copy(update={"uri": absolute(self.uri), "masks": masks, "allow": allow})
+
+    def places(self, section: str) -> dict[str, str]:
+        """Where data is read: URIs by their keys in a section of a config."""
+        masks = {f"{section}.masks": self.mask_folder} if self.mask_folder else {}
+        return {f"{section}.uri": self.uri, **masks}
+
+
+class FolderConfig(Section):
+    """Where results go."""
+
+    uri: Uri
+    """The run folder."""
+    report: bool = True
+    """Write ``report.html`` there at the end."""
+
+
+class ShareConfig(Section):
+    """What each worker gets."""
+
+    gpus: Auto | Number = "auto"
+    """GPUs each, for actors fractions too; 0 means CPU."""
+    cpus: Auto | Number = "auto"
+    """CPU cores each."""
+
+
+class StorageConfig(Section):
+    """How object storage is reached. Credentials come from the environment or the provider chain
+    (variables, profiles, instance roles) and are never written here.
+    """
+
+    endpoint_url: str = ""
+    """For stores other than AWS, e.g. ``http://minio:9000``."""
+    region: str = ""
+    profile: str = ""
+    """Name of a profile in the shared AWS configuration."""
+    anonymous: bool = False
+    """Public buckets, without credentials."""
+    requester_pays: bool = False
+    encryption: Literal["", "AES256", "aws:kms"] = ""
+    """Server-side encryption of what is written."""
+    kms_key: str = ""
+    """Key id for ``aws:kms``; empty: the bucket's default."""
+    role: str = ""
+    """ARN of a role to assume with the credentials at hand."""
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    """How long one read or write is tried again while the store is busy or away."""
+    shared: bool = False
+    """Plain paths are one file system, seen by every node of the cluster (NFS and the like)."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_credentials_in_url(cls, url: str) -> str:
+        if "@" in url:
+            raise ValueError("holds credentials; give them in the environment instead")
+        return url

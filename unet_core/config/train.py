@@ -1,0 +1,286 @@
+"""What people write for ``unet-jobs train``; as light as ``config``."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
+from unet_core.config.sections import (
+    Auto,
+    Count,
+    FactoryName,
+    FolderConfig,
+    InputConfig,
+    Number,
+    Section,
+    ShareConfig,
+    StorageConfig,
+    require_span,
+)
+from unet_core.config.uris import UriOrNone, refuse_nesting
+from unet_core.tiling.geometry import Sides
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+CHECKPOINT_DECIDES = (
+    "preset", "width", "depth", "arguments", "color", "normalisation", "low", "high",
+)  # fmt: skip
+
+
+class LabelledConfig(InputConfig):
+    """Images with truth; ``masks`` is required here."""
+
+    instances: bool = False
+    """Mask values are object ids: 0 is background, every other value an object of class 1."""
+    on_missing_mask: Literal["refuse", "skip", "background"] = "refuse"
+    """An image without a mask: stop and name it, leave it out, or take it as all class 0."""
+
+
+class DataConfig(Section):
+    """Images with truth, for training and for validation."""
+
+    train: LabelledConfig
+    val: LabelledConfig | None = None
+    """If absent, ``val_fraction`` of ``train`` is set aside."""
+    val_fraction: Share = 0.1
+    """Share of ``train`` used for validation, chosen by a hash of the image id."""
+
+    @property
+    def parts(self) -> dict[str, LabelledConfig]:
+        """What there is of ``train`` and ``val``."""
+        return {"train": self.train} | ({"val": self.val} if self.val is not None else {})
+
+    @model_validator(mode="after")
+    def _truth_is_named(self) -> "DataConfig":
+        for name, part in self.parts.items():
+            if not part.masks:
+                raise ValueError(f"{name}.masks is empty, but training needs the truth")
+        return self
+
+
+class NetworkConfig(Section):
+    """The network to train."""
+
+    checkpoint: UriOrNone = ""
+    """Weights to begin with; they bring network, preprocessing and (unless named here) classes."""
+    preset: str = "padded"
+    """See ``unet-jobs model`` for all."""
+    width: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
+    """Channels of the first level; each pool doubles them."""
+    depth: Auto | Annotated[int, Field(strict=True, ge=1, le=8)] = "auto"
+    """Pools; ``auto``: the preset's."""
+    factory: FactoryName = ""
+    """``package.module:function`` that makes another network instead: NCHW to logits NKHW."""
+    arguments: dict[str, Any] = Field(default={})
+    """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
+    color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
+    """What images are converted to; a number: that many channels as they are."""
+    normalisation: Literal["percentile", "range", "zscore"] = "percentile"
+    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
+    low: float | None = None
+    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    high: float | None = None
+    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    classes: list[str] = Field(default=["background", "foreground"], min_length=2, max_length=256)
+    """Class names by id; two classes make a one-logit network."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """What is trained, unless a checkpoint decides; two classes make one logit."""
+        channels = channels_of(self.color)
+        logits = 1 if len(self.classes) == 2 else len(self.classes)
+        if self.factory:
+            return Factory(self.factory, self.arguments, channels, logits)
+        depth = {} if self.depth == "auto" else {"depth": self.depth}
+        return preset(self.preset, in_channels=channels, classes=logits, width=self.width, **depth)
+
+    _span = model_validator(mode="after")(require_span)
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> "NetworkConfig":
+        given = [key for key in CHECKPOINT_DECIDES if key in self.model_fields_set]
+        if self.checkpoint and given:
+            raise ValueError(
+                f"{given[0]} and checkpoint exclude each other: the checkpoint brings its own"
+            )
+        if self.arguments and not self.factory:
+            raise ValueError("arguments belong to a factory; give model.factory too")
+        assert self.spec  # raises ConfigError for what no network can be
+        return self
+
+
+class FitConfig(Section):
+    """The training loop."""
+
+    epochs: Count = 40
+    """Passes over the training images."""
+    steps: Count | None = None
+    """Optimiser steps, instead of ``epochs``."""
+    batch: Count = 8
+    """Crops per step, over all ranks."""
+    accumulate: Count = 1
+    """Pieces in which a rank computes its share of a batch, one after the other, to save memory."""
+    crop: Annotated[int, Field(strict=True, ge=2)] = 192
+    """Side of the training crop in pixels of the mask; valid networks see a margin around it."""
+    crops_per_image: Count = 1
+    """Crops taken from each image in an epoch."""
+    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
+    """Its peak."""
+    momentum: Share = 0.9
+    """Of ``sgd``."""
+    weight_decay: Number = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls, to zero or not at all."""
+    warmup: Share = 0.05
+    """Share of the steps in which it first rises."""
+    clip_norm: Number = 1.0
+    """Longest gradient, as the norm over all weights; 0: any."""
+    ema: Share = 0.0
+    """Decay of a running mean of the weights, which is then evaluated and kept; 0: none."""
+    freeze_norm: bool = False
+    """Leave the statistics and weights of BatchNorm as they are."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the network's activations; ``auto``: bfloat16 on a GPU that has it."""
+    compile: bool = False
+    """Compile the network first: minutes, for faster steps."""
+    best: Literal["iou", "dice", "accuracy"] = "iou"
+    """What decides which weights are kept as the best: mean over the foreground classes, or the
+    share of pixels that are right."""
+    checkpoint_minutes: Number = 10.0
+    """Between checkpoints within an epoch; there is always one after it. 0: no more."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "FitConfig":
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError("epochs and steps exclude each other; give one of them")
+        return self
+
+
+class LossConfig(Section):
+    """A weighted sum of losses; 0 leaves one out. Ignored pixels count in none."""
+
+    cross_entropy: Number = 1.0
+    """Of the softmax, or of the sigmoid where there is one logit."""
+    bce: Number = 0.0
+    """Binary cross-entropy of each class against all others."""
+    focal: Number = 0.0
+    """Cross-entropy times (1 − p)^``focal_gamma`` (Lin et al. 2017)."""
+    dice: Number = 1.0
+    """1 − Dice of the foreground classes of each crop."""
+    jaccard: Number = 0.0
+    """1 − IoU of them."""
+    tversky: Number = 0.0
+    """1 − Tversky index (Salehi et al. 2017), with the two weights below."""
+    focal_gamma: Number = 2.0
+    tversky_alpha: Number = 0.3
+    """Weight of false positives."""
+    tversky_beta: Number = 0.7
+    """Weight of false negatives."""
+    class_weights: Literal["none", "balanced"] | list[Number] = "none"
+    """Of the pixels of each class, for the losses that are sums over pixels; ``balanced``: by the
+    inverse of how often the class occurs, with a mean of 1 over all pixels."""
+    boundary: Number = 0.0
+    """w0 of the paper's weight map (10 there), added to the class weights: pixels between objects
+    that lie close together count more."""
+    boundary_sigma: Annotated[float, Field(gt=0, le=50)] = 5.0
+    """Its σ in pixels."""
+
+    @model_validator(mode="after")
+    def _something_is_minimised(self) -> "LossConfig":
+        names = ("cross_entropy", "bce", "focal", "dice", "jaccard", "tversky")
+        if not any(getattr(self, name) for name in names):
+            raise ValueError(f"every loss has weight 0; give one of {', '.join(names)} a weight")
+        return self
+
+
+class AugmentConfig(Section):
+    """What is varied at random in each crop; values are limits, 0 (or 1 for ratios) is off."""
+
+    flips: bool = True
+    """Mirror along each axis, in half of the crops."""
+    quarter_turns: bool = True
+    rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    """Degrees to either side."""
+    scale: Annotated[float, Field(ge=1, le=4)] = 1.25
+    """Ratio by which objects grow or shrink."""
+    elastic: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """The paper's deformation: σ in pixels (10 there) of random displacements on a 3×3 grid over
+    the crop, interpolated bicubically."""
+    contrast: Share = 0.3
+    """Gray values are multiplied by 1 ± this."""
+    brightness: Number = 0.1
+    """± this is added, in units of the normalised image."""
+    gamma: Annotated[float, Field(ge=1, le=4)] = 1.4
+    """Ratio of the exponent."""
+    color: Share = 0.0
+    """``contrast`` of each channel on its own."""
+    noise: Number = 0.08
+    """Largest σ of Gaussian noise, in half of the crops."""
+
+
+class TrainWorkersConfig(ShareConfig):
+    """Who does the work: ranks of one DDP group; never part of a run's identity."""
+
+    count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"
+    """Ranks, or the fewest and the most: as many as the cluster has room for. ``inline``: this
+    process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one GPU
+    and no cluster."""
+
+    @field_validator("count")
+    @classmethod
+    def _fewest_first(cls, count: Any) -> Any:
+        if isinstance(count, tuple) and count[0] > count[1]:
+            raise ValueError(f"got {list(count)}, but the fewest ranks come first")
+        return count
+
+    max_failures: Annotated[int, Field(strict=True, ge=0)] = 10
+    """How often ranks may die; each time all begin again at the last checkpoint."""
+
+
+class TrainConfig(Section):
+    """Everything that ``unet-jobs train`` needs."""
+
+    data: DataConfig
+    model: NetworkConfig = NetworkConfig()
+    train: FitConfig = FitConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    output: FolderConfig
+    workers: TrainWorkersConfig = TrainWorkersConfig()
+    storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _crop_fits_network(self) -> "TrainConfig":
+        spec, crop = self.model.spec, self.train.crop
+        if isinstance(spec, UNetSpec) and not self.model.checkpoint:
+            lost = 2 * spec.margin
+            smallest = spec.sides.at_least(2 * spec.stride + lost)  # BatchNorm needs several values
+            crops = Sides(smallest - lost, spec.sides.step)
+            if crop not in crops:
+                raise ValueError(
+                    f"train.crop is {crop}, but {self.model.preset} cannot give that; "
+                    f"{crops.near(crop)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "TrainConfig":
+        classes, train = len(self.model.classes), self.train
+        if classes > 2 and any(part.instances for part in self.data.parts.values()):
+            raise ValueError(
+                f"instances knows one class of objects, but model.classes names {classes}"
+            )
+        if train.accumulate > train.batch:
+            raise ValueError(
+                f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
+            )
+        refuse_nesting("output.uri", self.output.uri, self.read_places)
+        return self
+
+    @property
+    def read_places(self) -> dict[str, str]:
+        """Where data is read: URIs by their keys."""
+        parts = (part.places(f"data.{name}") for name, part in self.data.parts.items())
+        return {key: uri for part in parts for key, uri in part.items()}

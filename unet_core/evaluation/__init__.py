@@ -1,0 +1,1 @@
+"""Masks compared with truth or with another run: scores by image and in total."""

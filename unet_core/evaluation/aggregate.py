@@ -1,0 +1,225 @@
+"""What the parts of an evaluation add up to: micro and macro scores, and the images that stand out.
+
+Counts are integers. Macro sums are floats: they are added in the order of the shards' ids, so that
+the same parts give the same digits. n images · K classes
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from heapq import nsmallest
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unet_core.arrays import Array
+from unet_core.metrics import (
+    MAX_CONFUSION_CLASSES,
+    RATIOS,
+    Totals,
+    added,
+    lists,
+    mean,
+    means,
+    ratio,
+    ratios,
+)
+
+MOST_EXTREMES = 10
+MOST_EXAMPLES = 3
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images something happened to, and the first ones with what is to be said."""
+
+    count: int = 0
+    examples: tuple[str, ...] = ()
+
+    def __add__(self, other: "Images") -> "Images":
+        examples = (*self.examples, *other.examples)[:MOST_EXAMPLES]
+        return Images(self.count + other.count, examples)
+
+    @classmethod
+    def of(cls, told: Iterable[str]) -> "Images":
+        """Those that are told."""
+        all_told = list(told)
+        return cls(len(all_told), tuple(all_told[:MOST_EXAMPLES]))
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The images that stand out most, each with a value; what sorts first does most."""
+
+    images: tuple[tuple[float, str], ...] = ()
+
+    def __add__(self, other: "Extremes") -> "Extremes":
+        return Extremes(tuple(nsmallest(MOST_EXTREMES, (*self.images, *other.images))))
+
+    @classmethod
+    def of(cls, values_n: Array, ids: list[str]) -> "Extremes":
+        """By values that are defined."""
+        known = ((float(v), i) for v, i in zip(values_n, ids, strict=True) if not np.isnan(v))
+        return cls(tuple(nsmallest(MOST_EXTREMES, known)))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The sums of one part or of many; ``a + b`` is the tally of both."""
+
+    totals: Totals = field(default_factory=Totals)
+    without: Images = Images()
+    unusable: Images = Images()
+    only_ok_here: Images = Images()
+    """Where another run is the truth: images that are ok here and failed there."""
+    only_ok_there: Images = Images()
+    """Images that failed here and are ok there."""
+    confusion: Array | int = 0
+    """Of all images, flat; 0 where there is no truth, or too many classes."""
+    sums: Array | int = 0
+    """Of the images' ratios where they are defined (RATIOS × K),"""
+    counts: Array | int = 0
+    """Over how many images each of the sums goes."""
+    worst: Extremes = Extremes()
+    """By IoU, the mean over the image's classes."""
+    flipped: Extremes = Extremes()
+    """By the share of pixels whose class is another one; negative."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return added(self, other)
+
+    @classmethod
+    def of_rows(cls, rows: pa.Table, images_seen: int, of_runs: bool) -> "Tally":
+        """The tally of one part; ``of_runs``: ``truth`` is the image's status in another run."""
+        told = cls(Totals.of_rows(rows, images_seen), **_without_comparison(rows, of_runs))
+        compared = rows.filter(pc.is_valid(rows["tp"]))
+        if not compared.num_rows:
+            return told
+        tp_nK, fp_nK, fn_nK = (lists(compared[name]) for name in ("tp", "fp", "fn"))
+        of_images = {name: ratios(name, tp_nK, fp_nK, fn_nK) for name in RATIOS}
+        ids = compared["image_id"].to_pylist()
+        with np.errstate(invalid="ignore"):  # images whose truth is ignored everywhere
+            flipped_n = fp_nK.sum(axis=1) / (tp_nK + fp_nK).sum(axis=1)
+        has_confusion = tp_nK.shape[1] <= MAX_CONFUSION_CLASSES
+        return replace(
+            told,
+            confusion=lists(compared["confusion"]).sum(axis=0) if has_confusion else 0,
+            sums=np.stack([np.nansum(found_nK, axis=0) for found_nK in of_images.values()]),
+            counts=np.stack([(~np.isnan(found_nK)).sum(axis=0) for found_nK in of_images.values()]),
+            worst=Extremes.of(means(of_images["iou"]), ids),
+            flipped=Extremes.of(-flipped_n, ids),
+        )
+
+    def scores(self, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Micro and macro scores per class; None where they are not defined."""
+        if not self.totals.with_truth:
+            return []
+        sums_KR, counts_KR = (np.transpose(of).tolist() for of in (self.sums, self.counts))
+        columns = zip(class_names, self.totals.scores, sums_KR, counts_KR, strict=True)
+        return [
+            {
+                "class": class_name,
+                "micro": {name: getattr(score, name) for name in RATIOS},
+                "macro": dict(zip(RATIOS, map(ratio, sums, counts), strict=True)),
+                "images": counts[[*RATIOS].index("iou")],
+                "pixels": vars(score),
+            }
+            for class_name, score, sums, counts in columns
+        ]
+
+
+def counted(totals: Totals) -> list[Any]:
+    """What tells the masks of one state of a run from those of another, for JSON."""
+    return [totals.images_seen, totals.ok, list(totals.class_pixels), totals.confidence_sum]
+
+
+def scored(tally: Tally, class_names: tuple[str, ...]) -> Row:
+    """What an evaluation against truth says, for JSON."""
+    scores = tally.scores(class_names)
+    return {
+        "images": {
+            "seen": tally.totals.images_seen,
+            "ok": tally.totals.ok,
+            "failed": tally.totals.failed,
+            "compared": tally.totals.with_truth,
+            "without_truth": tally.without.count,
+            "unusable_truth": tally.unusable.count,
+        },
+        "ignored_pixels": tally.totals.ignored_pixels,
+        "classes": scores,
+        "mean": {
+            kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
+            for kind in ("micro", "macro")
+        },
+        "confusion": _square(tally.confusion),
+        "worst": [{"image_id": image_id, "iou": iou} for iou, image_id in tally.worst.images],
+        "without_truth": list(tally.without.examples),
+        "unusable_truth": list(tally.unusable.examples),
+    }
+
+
+def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> Row:
+    """What an evaluation against another run says, for JSON."""
+    scores = tally.totals.scores
+    pixels = sum(score.tp + score.fn for score in scores)
+    left_out = {
+        "only_here": tally.without,
+        "only_there": only_there,
+        "failed_there": tally.only_ok_here,
+        "failed_here": tally.only_ok_there,
+        "unusable_there": tally.unusable,
+    }
+    return {
+        "images": {"compared": tally.totals.with_truth}
+        | {name: images.count for name, images in left_out.items()},
+        "pixels": pixels,
+        "changed": ratio(pixels - sum(score.tp for score in scores), pixels),
+        "classes": [
+            {
+                "class": name,
+                "before": ratio(score.tp + score.fn, pixels),
+                "after": ratio(score.tp + score.fp, pixels),
+                "iou": score.iou,
+            }
+            for name, score in zip(class_names, scores, strict=False)
+        ],
+        "confusion": _square(tally.confusion),
+        "flipped": [
+            {"image_id": image_id, "changed": -share}
+            for share, image_id in tally.flipped.images
+            if share
+        ],
+        **{name: list(images.examples) for name, images in left_out.items()},
+    }
+
+
+def _square(confusion: Array | int) -> list[list[int]] | None:
+    if isinstance(confusion, int):
+        return None
+    return [*confusion.reshape(math.isqrt(confusion.size), -1).tolist()]
+
+
+def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:
+    """``Images`` that have none, by why."""
+    columns = ["image_id", "status", "truth", "error_code", "error_message"]
+    left = rows.filter(pc.is_null(rows["tp"])).select(columns).to_pylist()
+    ok = [row for row in left if row["status"] == "ok"]
+    failed = [row for row in left if row["status"] != "ok"]
+    found = [row for row in ok if not (of_runs and row["truth"] == "failed")]
+    lost = [row for row in ok if of_runs and row["truth"] == "failed"]
+    return {
+        "without": Images.of(row["image_id"] for row in ok if row["truth"] is None),
+        "unusable": Images.of(_reason(row) for row in found if row["error_code"]),
+        "only_ok_here": Images.of(map(_reason, lost)),
+        "only_ok_there": Images.of(
+            _reason(row) for row in failed if of_runs and row["truth"] == "ok"
+        ),
+    }
+
+
+def _reason(row: Row) -> str:
+    return f"{row['image_id']}: {row['error_message']}"

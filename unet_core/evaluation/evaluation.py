@@ -1,0 +1,127 @@
+"""The masks of a run against another truth: rows as in its metrics, a part for each shard, and what
+they add up to.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from unet_core.arrays import Array
+from unet_core.concurrency import side_by_side
+from unet_core.errors import ImageError, ShardError
+from unet_core.evaluation.aggregate import Tally
+from unet_core.evaluation.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, borrowed
+from unet_core.images.decoder import Pixels, fitting
+from unet_core.inputs.shards import Shard
+from unet_core.metrics import confusion, truth_columns
+from unet_core.runs.identity import Identity, claim, require_equal
+from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
+from unet_core.runs.reader import StoredMask, open_masks
+from unet_core.runs.schema import EVALUATION
+from unet_core.storage.store import Store
+
+FOLDER = "evaluation"
+TRUTH_JSON = "truth.json"
+"""What the evaluation is of; published first and once."""
+EVALUATION_JSON = "evaluation.json"
+"""What came of it; published last."""
+NOTHING_IGNORED = 2**16
+"""An ``ignore_index`` that no mask holds."""
+WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
+NO_ERROR: Row = {"error_code": None, "error_message": None}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder ``evaluation/<name>`` of a run: what there is to do, and what has been done."""
+
+    run: Store
+    store: Store
+    truth: Truth
+    classes: int
+    ignore_index: int
+    identity: Identity
+
+    def begin(self) -> None:
+        """Take the folder. Raises RunMismatchError if it holds another evaluation."""
+        there = claim(self.store, TRUTH_JSON, self.identity)
+        advice = "give another --name, or none"
+        require_equal(self.store.uri(), there, self.identity, "evaluation", advice)
+
+    def done(self) -> set[str]:
+        """Shards whose part is of the masks that the run has now."""
+        return current_ids(self.run, self.store, "metrics")
+
+    def do(self, shard: Shard) -> int:
+        """Compare the masks of one shard with their truth, and publish its part."""
+        table, footer = read_metrics(self.run, shard.shard_id)
+        rows = table.drop_columns([*{*WITHOUT_TRUTH} & {*table.column_names}]).to_pylist()
+        judged = []
+        with open_masks(self.run, shard.shard_id) as masks:
+            for row, found in zip(rows, self.truth.of(shard, rows), strict=True):
+                mask = masks.mask(row["image_id"]) if row["status"] == "ok" else None
+                if row["status"] == "ok" and mask is None:
+                    raise ShardError(
+                        f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
+                    )
+                told = {"truth": found.name} | self._judge(mask, found)
+                judged.append(row | WITHOUT_TRUTH | told)
+        part = metrics_part(judged, footer, EVALUATION)
+        self.store.publish(metrics_name(shard.shard_id), part)
+        return len(rows)
+
+    def _judge(self, mask: StoredMask | None, found: Found) -> Row:
+        """What a row says of its truth; a failed image keeps its reason."""
+        if mask is None:
+            return {}
+        labels = fitting(found.labels, (mask.height, mask.width))
+        if labels is None:
+            return NO_ERROR
+        try:
+            if isinstance(labels, ImageError):
+                raise labels
+            return NO_ERROR | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
+        except ImageError as failure:
+            return {"error_code": failure.code, "error_message": str(failure)}
+
+    def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
+        matrix_KK = np.zeros((self.classes, self.classes), np.int64)
+        for box, read in mask.windows.items():
+            truth_HW = truth.read(*box)[0]
+            matrix_KK += confusion(truth_HW, read(), self.classes, self.ignore_index)
+        return matrix_KK
+
+    def tally(self, shard_ids: set[str]) -> Tally:
+        """What their parts add up to. Raises ConfigError if two images have one label image."""
+        total, owners = self._added(shard_ids)
+        if isinstance(self.truth, LabelImages) and (loans := borrowed(owners)):
+            for shard_id, names in loans.items():
+                self._give_back(self.truth, shard_id, names)
+            total, _ = self._added(shard_ids)
+        return total
+
+    def _added(self, shard_ids: set[str]) -> tuple[Tally, pa.Table]:
+        """What parts add up to, and which label image is whose."""
+        of_runs = isinstance(self.truth, OtherRun)
+        by_name = self.truth if isinstance(self.truth, LabelImages) else None
+
+        def read(shard_id: str) -> tuple[Tally, pa.Table]:
+            rows, footer = read_metrics(self.store, shard_id)
+            tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
+            return tally, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
+
+        total, owned = Tally(), [OWNERS.empty_table()]
+        for tally, owners in side_by_side(read, sorted(shard_ids)):
+            total += tally
+            owned.append(owners)
+        return total, pa.concat_tables(owned)
+
+    def _give_back(self, truth: LabelImages, shard_id: str, names: set[str]) -> None:
+        """Publish a part again, without the truth that is another image's own."""
+        table, footer = read_metrics(self.store, shard_id)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["truth"] in names and not truth.is_own(row):
+                row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
+        self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))

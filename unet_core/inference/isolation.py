@@ -1,0 +1,206 @@
+"""Which images of a shard kill, hang or choke the process that segments them.
+
+Each image is tried by itself in a child process with limits on memory and time; what the child does
+not survive is guilty. Nothing of the trial is kept: the shard is then segmented as always, without
+the guilty ones.
+"""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError, one_line
+from unet_core.inference.replica import Replica
+from unet_core.inference.shard_segmenter import Segmenter
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Shard
+from unet_core.memory import free_bytes
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.manifest import with_members
+
+log = logging.getLogger(__name__)
+
+LOADING_S = 600.0
+"""For the child to load the model."""
+PR_SET_PDEATHSIG = 1  # from prctl.h
+
+Word = int | ImageError | Literal["step", "survived", "finished"]
+"""What the child says: the place of the image that it has in hand, that a step of that is done, why
+it cannot be segmented, that the child survived it, and at last that there is no further one.
+"""
+
+
+def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int, ImageError]:
+    """Failures of a shard's images by their place in it: of those that, alone, could not be
+    segmented, stood still for ``image_s`` seconds, or took their process along.
+
+    Raises ShardError if the child dies or hangs while it reads.
+    """
+    segmenter.engine.free_memory()
+    shard, spec = with_members(segmenter.output, shard), segmenter.replica.spec
+    trial = Trial(spec, segmenter.compute, segmenter.footer, shard, image_s)
+    return trial.guilty(partial(segmenter.step, shard.shard_id))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A shard on trial, and what its child needs."""
+
+    spec: ReplicaSpec
+    compute: Compute
+    footer: dict[str, str]
+    shard: Shard
+    """With its members."""
+    image_s: float
+    """How long one image may stand still."""
+
+    def guilty(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
+        """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
+        ``out_of_memory``. ``on_step`` is called whenever the child was heard.
+
+        Raises what the child raises of this project's errors, and ShardError if it dies or hangs
+        while it reads.
+        """
+        found: dict[int, ImageError] = {}
+        first: int | None = 0
+        while first is not None:
+            first = self._try_from(first, found, on_step)
+            on_step()
+        log.warning("tried alone shard=%s guilty=%d", self.shard.shard_id, len(found))
+        return found
+
+    def _try_from(
+        self, first: int, found: dict[int, ImageError], on_step: Callable[[], None]
+    ) -> int | None:
+        """One child's life; returns the place after the image that ended it, None at the end."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe(duplex=False)
+        child = context.Process(target=_live, args=(self, first, there), daemon=True)
+        try:
+            child.start()
+        except OSError as error:
+            raise ShardError(f"no process to try its images in: {error}") from error
+        there.close()
+        place: int | None = None
+        patience_s = LOADING_S
+        try:
+            while True:
+                if not here.poll(patience_s):
+                    raise TimeoutError
+                message: object = here.recv()
+                on_step()
+                patience_s = self.image_s
+                match message:
+                    case int():
+                        place = message
+                    case ImageError() if place is not None:
+                        found[place] = message
+                    case UnetJobsError():
+                        raise message
+                    case "survived":
+                        place = None
+                    case "finished":
+                        return None
+        except EOFError:
+            child.join()
+            failure = ImageError("worker_died", f"tried alone, it {_how(child.exitcode)}")
+        except TimeoutError:
+            failure = ImageError("timeout", "tried alone, it did not come to an end")
+        finally:
+            child.kill()
+            child.join()
+            here.close()
+        if place is None:
+            raise ShardError(f"its images could not be read one by one: {failure}")
+        found.setdefault(place, failure)
+        return place + 1
+
+
+def _live(trial: Trial, first: int, pipe: Connection) -> None:
+    """The child: try every image from ``first`` on, and say so before each."""
+    _end_with_parent()
+    room, speaking = None, threading.Lock()
+
+    def say(word: Word | UnetJobsError) -> None:
+        with speaking:  # steps come from threads that decode
+            pipe.send(word)
+
+    try:
+        segmenter = Segmenter(Replica(trial.spec), trial.compute, trial.footer)
+        room = _limit_memory()
+        for word in _tried(segmenter, trial.shard, first, room, partial(say, "step")):
+            say(word)
+    except UnetJobsError as error:
+        say(error)
+    except MemoryError:
+        say(ShardError(f"reading it takes more memory than {_needed(room)}"))
+
+
+def _tried(
+    segmenter: Segmenter, shard: Shard, first: int, room: int | None, on_step: Callable[[], None]
+) -> Iterator[Word]:
+    for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
+        if place < first:
+            continue
+        yield place
+        try:
+            segmenter.rehearse(sample, on_step)
+        except MemoryError:
+            yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
+        except WorkersError as error:  # the device has no room for one tile
+            yield ImageError("out_of_memory", f"tried alone: {error}")
+        except RuntimeError as error:  # torch's device errors: a broken device stays broken, and
+            yield ImageError("worker_died", f"tried alone: {one_line(error)}")
+            return  # other images would be blamed for it
+        yield "survived"
+    yield "finished"
+
+
+def _needed(room: int | None) -> str:
+    return f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"killed its process ({signal.Signals(-exit_code).name})"
+    return f"ended its process with exit code {exit_code}"
+
+
+def _end_with_parent() -> None:
+    """A child that hangs must not outlive the actor that watches it, whatever it holds."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _limit_memory() -> int | None:
+    """Let this process take half of the memory that is free now; returns that in bytes, None where
+    the system cannot tell (only Linux can).
+    """
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    room = free_bytes() // 2
+    status = Path("/proc/self/status").read_text()
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + room, hard))
+    return room

@@ -1,0 +1,176 @@
+"""A picture and the mask that its tiles fill, one mask window after the other.
+
+A mask window is let go as soon as its last tile is pasted, so that an image may be larger than
+memory: only the windows that tiles are working on exist.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.errors import ImageError
+from unet_core.images.decoder import Picture
+from unet_core.inference.engine import Segmented
+from unet_core.inference.postprocessing import Postprocessing
+from unet_core.runs.schema import CONFIDENCE_UNIT
+from unet_core.storage.spool import Spool
+from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
+from unet_core.tiling.windows import Windows
+
+BAND_ROWS = 256
+"""Blended areas are finished in bands, which keeps what lies beside them small."""
+SIGMA = 1 / 8
+"""Of the Gaussian importance of a blended tile, as a share of its side."""
+
+
+@dataclass(frozen=True)
+class Area:
+    """One mask window; its pixels come from one tile each, unless tiles are blended."""
+
+    box: Box
+    mask_HW: Array
+    confidence_sum: int
+    """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
+    probabilities_KHW: Array | None
+
+    @classmethod
+    def empty(cls, box: Box, how: Postprocessing) -> "Area":
+        """Room for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        mask_HW = np.empty(box.shape, np.uint8 if how.logits <= 256 else np.uint16)
+        probabilities_KHW = None
+        if how.probabilities != "none":
+            probabilities_KHW = np.empty((how.logits, *box.shape), how.probabilities)
+        return cls(box, mask_HW, 0, probabilities_KHW)
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        """Take what lies here of the kept part of a tile."""
+        here, there = self.box.shared(*tile.target)
+        assert result.mask_HW is not None
+        self.mask_HW[here] = result.mask_HW[there]
+        if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
+            self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
+
+    def finished(self) -> "Area":
+        """What became of it."""
+        return self
+
+
+class Canvas:
+    """One image on its way from tiles to mask windows."""
+
+    def __init__(self, index: int, picture: Picture, windows: Windows, how: Postprocessing) -> None:
+        self.index = index
+        self.picture = picture
+        self.tiles = windows.over(*picture.pixels.shape)
+        self.confidence_sum = 0
+        self._failures: list[tuple[int, int, int, ImageError]] = []
+        self.encoded: list[Future[Any]] = []
+        """The rows to come of every area that is finished."""
+        self._blends, self._margin = windows.blends, windows.tiling.margin
+        self._how = how
+        self._boxes = mask_windows(*picture.pixels.shape)
+        self.spool = Spool() if len(self._boxes) > 1 else None
+        """Where the bytes of finished areas wait until the image is known to be good."""
+        self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
+        self._open: dict[Box, Area | _BlendedArea] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tile was pasted."""
+        return not self._missing
+
+    def paste(self, tile: Tile, result: Segmented) -> Iterator[Area]:
+        """Take the kept part of one tile; yield the areas that it completes."""
+        self.confidence_sum += result.confidence_sum
+        if not result.is_finite:
+            reason = "the network's output is NaN or infinite here"
+            self.fail(tile, ImageError("not_finite", reason), rank=1)
+        for box in self._under(tile):
+            if box not in self._open:
+                self._open[box] = (
+                    _BlendedArea(box, self._how, self._margin, is_alone=len(self.tiles) == 1)
+                    if self._blends
+                    else Area.empty(box, self._how)
+                )
+            self._open[box].paste(tile, result)
+            self._missing[box] -= 1
+            if not self._missing[box]:
+                del self._missing[box]
+                yield self._open.pop(box).finished()
+
+    def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
+        """Let the image fail; threads may find several reasons, in any order."""
+        self._failures.append((rank, tile.y.start, tile.x.start, failure))
+
+    @property
+    def failure(self) -> ImageError | None:
+        """Why the image fails: the first reason by place, whenever it was found."""
+        found = min(self._failures, key=lambda failure: failure[:3], default=None)
+        return found[3] if found is not None else None
+
+    def _under(self, tile: Tile) -> list[Box]:
+        """The mask windows that a tile's kept part touches."""
+        if len(self._boxes) == 1:
+            return self._boxes
+        rows, columns = (
+            range(span.start // MASK_WINDOW_SIDE, (span.stop - 1) // MASK_WINDOW_SIDE + 1)
+            for span in tile.target
+        )
+        across = round_up(self.picture.pixels.shape[1], MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
+        return [self._boxes[row * across + column] for row in rows for column in columns]
+
+
+class _BlendedArea:
+    """A mask window whose pixels are weighted means over tiles."""
+
+    def __init__(self, box: Box, how: Postprocessing, margin: int, is_alone: bool) -> None:
+        self._box, self._how = box, how
+        self._margin, self._is_alone = margin, is_alone
+        self._sum_KHW = np.zeros((how.logits, *box.shape), dtype=np.float32)
+        self._weight_HW = np.zeros(box.shape, dtype=np.float32)
+
+    def paste(self, tile: Tile, result: Segmented) -> None:
+        here, there = self._box.shared(*tile.target)
+        assert result.probabilities_KHW is not None
+        logits = (side - 2 * self._margin for side in tile.shape)
+        weight_HW = np.float32(1) if self._is_alone else importance(*logits)[there]
+        self._sum_KHW[:, *here] += result.probabilities_KHW[:, *there] * weight_HW
+        self._weight_HW[here] += weight_HW
+
+    def finished(self) -> Area:
+        area, confidence = Area.empty(self._box, self._how), 0
+        for start in range(0, self._box.height, BAND_ROWS):
+            rows = slice(start, start + BAND_ROWS)
+            p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
+            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._how)
+            confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
+            if area.probabilities_KHW is not None:
+                is_uint8 = self._how.probabilities == "uint8"
+                area.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+        return replace(area, confidence_sum=confidence)
+
+
+def _classes(p_KHW: Array, how: Postprocessing) -> tuple[Array, Array]:
+    """Class ids, and the probability of each chosen class."""
+    if how.logits == 1:
+        is_foreground = p_KHW[0] > how.threshold
+        chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
+        return is_foreground, chosen_HW
+    return p_KHW.argmax(axis=0), p_KHW.max(axis=0)
+
+
+@functools.lru_cache(maxsize=16)
+def importance(height: int, width: int) -> Array:
+    """Gaussian weights of a tile's logits, largest at its centre, nowhere zero; float32 HW."""
+
+    def bell(length: int) -> Array:
+        at = (np.arange(length) - (length - 1) / 2) / (length * SIGMA)
+        return np.exp(-0.5 * at * at)
+
+    return np.maximum(np.outer(bell(height), bell(width)), 1e-6).astype(np.float32)

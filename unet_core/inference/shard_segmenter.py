@@ -1,0 +1,310 @@
+"""The story of one shard: read, decode, cut, segment, stitch, encode, and commit two parts.
+
+Reading, decoding and encoding run on threads beside the device; every attempt writes the same
+bytes.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter
+from types import MappingProxyType
+
+import numpy as np
+
+from unet_core.concurrency import InOrder, Prefetch
+from unet_core.errors import ImageError, StoppedError
+from unet_core.images.decoder import Decoder, Picture, Pixels, Rejected
+from unet_core.images.sample import Sample
+from unet_core.inference.lanes import Lanes, Ran
+from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.replica import Replica
+from unet_core.inference.rows import Encoded, Encoder, Row, rejected
+from unet_core.inference.tile_queue import Piece, TileQueue, stack
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Shard
+from unet_core.metrics import Totals
+from unet_core.runs.compute import Compute
+from unet_core.runs.manifest import with_members
+from unet_core.runs.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
+from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.storage.spool import local_space
+from unet_core.storage.store import Store
+from unet_core.tiling.geometry import mask_windows
+
+log = logging.getLogger(__name__)
+
+NOBODY: Mapping[int, ImageError] = MappingProxyType({})
+MOST_ROW_BYTES = 2**31
+DECODED_BYTES = 256 * 2**20
+"""No further image is decoded while those that wait, encoded or decoded, hold more than this."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoding thread hands over."""
+
+    images: list[Picture | Rejected]
+    read_s: float
+    """What the thread itself read: loose images."""
+    decode_s: float
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the pixels take."""
+        pictures = [image for image in self.images if isinstance(image, Picture)]
+        truths = [picture.truth for picture in pictures if isinstance(picture.truth, Pixels)]
+        return sum(held.held_bytes for held in [*truths, *(p.pixels for p in pictures)])
+
+    @property
+    def read_share(self) -> float:
+        """Of the thread's time, what went into reading."""
+        total = self.read_s + self.decode_s
+        return self.read_s / total if total else 0.0
+
+
+Images = Prefetch[Sample, Decoded]
+
+
+@dataclass
+class _Attempt:
+    """What one try at a shard has under way, and what came of it."""
+
+    part: MasksPart
+    queue: TileQueue
+    place: object
+    """In the line for the device."""
+    on_step: Callable[[], None]
+    seconds: Seconds = field(default_factory=Seconds)
+    ids: set[str] = field(default_factory=set)
+    running: deque[tuple[list[Piece], Future[Ran]]] = field(default_factory=deque)
+    """Batches on the device's lanes, in the order in which they were submitted."""
+    encoded: InOrder[Encoded] = field(default_factory=InOrder)
+    rows: list[Row] = field(default_factory=list)
+    """Of the metrics part."""
+
+
+class Segmenter:
+    """Segments shards with one replica. Two threads may call ``segment`` at once: while one has
+    the device, the other already reads and decodes.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        compute: Compute,
+        footer: dict[str, str],
+        on_image: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``compute`` and ``footer`` are what the run has decided. Raises RunMismatchError if the
+        replica differs.
+        """
+        spec, config, header = replica.spec, replica.spec.config, replica.engine.header
+        if not config.workers.mixed_devices:
+            compute.require(replica.probe())
+        self.replica, self.engine, self._on_image = replica, replica.engine, on_image
+        self.compute, self.footer = compute, footer
+        self.output = Store(config.output.uri, config.storage)
+        self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
+        self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
+        self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
+        self._how = self.engine.how
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
+        self._lanes = Lanes(self.engine)
+        self._cancelled = threading.Event()
+        self.steps: dict[str, int] = {}
+        """By shard under way, how often ``step`` was called; one that stays the same hangs."""
+
+    def step(self, shard_id: str) -> None:
+        """Something of a shard came to an end: rows of a large image were read, an image decoded
+        or encoded, a batch done. Raises StoppedError after ``cancel``.
+        """
+        if self._cancelled.is_set():
+            raise StoppedError("stopped")
+        self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
+
+    def cancel(self) -> None:
+        """Let every shard under way raise StoppedError at its next step."""
+        self._cancelled.set()
+
+    @local_space()
+    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
+        """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
+        are not touched: they are failed rows.
+
+        Raises StoreError when storage or local temporary space fails, ShardError when the shard's
+        file is not the one that was listed, CommitConflictError when another attempt wrote other
+        bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
+        exception.
+        """
+        start, name = time.perf_counter(), shard.shard_id
+        try:
+            with self._lanes.place() as place:
+                found = read_shard(self.replica.spec.source, with_members(self.output, shard))
+                samples = (
+                    replace(sample, failure=guilty.get(number, sample.failure))
+                    for number, sample in enumerate(found)
+                )
+                with self._filled(samples, place, partial(self.step, name)) as attempt:
+                    totals = self._commit(attempt, shard)
+            return ShardResult(name, totals, attempt.seconds, time.perf_counter() - start)
+        finally:
+            self.steps.pop(name, None)
+
+    def rehearse(self, sample: Sample, on_step: Callable[[], None]) -> None:
+        """Everything that happens to an image, up to its rows, which are thrown away."""
+        with self._lanes.place() as place, self._filled(iter([sample]), place, on_step):
+            pass
+
+    @contextlib.contextmanager
+    def _filled(
+        self, samples: Iterator[Sample], place: object, on_step: Callable[[], None]
+    ) -> Iterator[_Attempt]:
+        """The masks of samples in their part, and the rows of the other one."""
+        part = MasksPart(self._encoding, self.footer, self._how.probabilities != "none")
+        with contextlib.closing(part):
+            attempt = _Attempt(part, TileQueue(self.compute), place, on_step)
+            with Prefetch(
+                self._pool,
+                partial(self._decode, on_step=on_step),
+                samples,
+                2 * self._threads + 2,
+                attrgetter("held_bytes"),
+                DECODED_BYTES,
+                attrgetter("encoded_bytes"),
+            ) as images:
+                self._compute(attempt, images)
+                attempt.seconds.reading += images.drawing_s
+                self._append(attempt, attempt.encoded.rest())
+            yield attempt
+
+    def _decode(self, sample: Sample, on_step: Callable[[], None]) -> Decoded:
+        reads: list[float] = []
+        read_mask = sample.read_mask and _timed(sample.read_mask, reads)
+        start = time.perf_counter()
+        images = self._decoder.decode(
+            replace(sample, read=_timed(sample.read, reads), read_mask=read_mask), on_step
+        )
+        spent = time.perf_counter() - start
+        return Decoded(images, sum(reads), spent - sum(reads))
+
+    def _compute(self, attempt: _Attempt, images: Images) -> None:
+        """Run every batch. Images are numbered, and so counted, as they come from the reader,
+        before anything can happen to them. The next shard gets the device when the last batch of
+        this one is under way.
+        """
+        with self._lanes.taken(attempt.place, attempt.seconds):
+            for decoded in self._waited_for(images, attempt.seconds):
+                attempt.on_step()
+                attempt.seconds.reading += decoded.read_s
+                attempt.seconds.decoding += decoded.decode_s
+                for found in decoded.images:
+                    image = self._checked(found, attempt.ids)
+                    index = attempt.encoded.number()
+                    if isinstance(image, Rejected):
+                        self._add(attempt, index, self._pool.submit(rejected, image))
+                    else:
+                        canvas = Canvas(index, image, self.replica.windows, self._how)
+                        self._start(attempt, attempt.queue.add(canvas))
+            self._start(attempt, attempt.queue.rest())
+        self._paste(attempt, 0)
+
+    def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
+        """Count the time in which lanes of the device are idle because no image is decoded."""
+        iterator = iter(images)
+        while True:
+            idle = self._lanes.idle
+            image = next(iterator, None)
+            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
+            reading = image.read_share if image is not None else 0.0
+            seconds.waiting_for_reading += idle * (items_s + work_s * reading)
+            seconds.waiting_for_decoding += idle * work_s * (1 - reading)
+            if image is None:
+                return
+            yield image
+
+    def _checked(self, image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
+        """The image, or its rejection if the shard has an earlier one with its id, or if a row
+        cannot hold the probabilities of a mask window.
+        """
+        if image.sample.image_id in ids:
+            failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
+            return Rejected(image.sample, failure)
+        ids.add(image.sample.image_id)
+        if isinstance(image, Rejected) or self._how.probabilities == "none":
+            return image
+        box = mask_windows(*image.pixels.shape)[0]
+        values = self._how.logits * box.height * box.width
+        if values * np.dtype(self._how.probabilities).itemsize < MOST_ROW_BYTES:
+            return image
+        reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
+        return Rejected(image.sample, ImageError("too_large", reason))
+
+    def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
+        for pieces in batches:
+            batch = self._pool.submit(stack, pieces)
+            attempt.running.append((pieces, self._lanes.submit(batch)))
+            self._paste(attempt, self.engine.lanes + 1)
+
+    def _paste(self, attempt: _Attempt, keep: int) -> None:
+        """Take what is done off the device; wait until at most ``keep`` batches are under way."""
+        running = attempt.running
+        while running and (len(running) > keep or running[0][1].done()):
+            pieces, future = running.popleft()
+            results, device_s = future.result()
+            attempt.on_step()
+            attempt.seconds.device += device_s
+            for (canvas, tile), result in zip(pieces, results, strict=True):
+                for area in canvas.paste(tile, result):
+                    encoding = self._pool.submit(self._encoder.area, canvas, area)
+                    canvas.encoded.append(encoding)
+                if canvas.is_complete:
+                    rows = self._pool.submit(self._encoder.image, canvas)
+                    self._add(attempt, canvas.index, rows)
+
+    def _add(self, attempt: _Attempt, index: int, image: Future[Encoded]) -> None:
+        attempt.encoded.add(index, image)
+        self._append(attempt, attempt.encoded.ready())
+
+    def _append(self, attempt: _Attempt, images: Iterable[Encoded]) -> None:
+        for image in images:
+            attempt.on_step()
+            attempt.seconds.encoding += image.encode_s
+            attempt.rows.append(image.metrics)
+            for row in image.masks:
+                attempt.part.add(row)
+            self._on_image()
+
+    def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
+        start, seen = time.perf_counter(), attempt.encoded.numbers
+        masks, sha256, size = attempt.part.finish()
+        footer = {
+            **self.footer,
+            "images_seen": str(seen),
+            "masks_sha256": sha256,
+            "masks_bytes": str(size),
+        }
+        counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
+        totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
+        attempt.seconds.writing = time.perf_counter() - start
+        log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
+        return totals
+
+
+def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], bytes]:
+    """A reader that notes the seconds which it takes."""
+
+    def timed() -> bytes:
+        start = time.perf_counter()
+        try:
+            return read()
+        finally:
+            spent_s.append(time.perf_counter() - start)
+
+    return timed

@@ -1,0 +1,108 @@
+"""Grouping tiles into batches, and cutting what a batch holds.
+
+Which tiles share a batch depends on the shard and the run's ``compute`` section alone.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from unet_core.arrays import Array
+from unet_core.errors import ImageError
+from unet_core.images.decoder import Pixels
+from unet_core.inference.engine import Batch
+from unet_core.inference.mask_assembler import Canvas
+from unet_core.runs.compute import Compute
+from unet_core.tiling.geometry import Span, Tile
+
+PENDING_BATCHES = 8
+"""Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""
+PENDING_IMAGES = 64
+"""and for at most this many images: finished masks wait behind them."""
+
+Piece = tuple[Canvas, Tile]
+
+
+class TileQueue:
+    """Groups tiles by shape and type into batches, in the order of the shard.
+
+    A shape that does not fill its batch waits until the shard ends, or until too many pixels wait;
+    then the one that waits longest goes first.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._groups: dict[tuple[tuple[int, int], str], list[Piece]] = {}
+
+    def add(self, canvas: Canvas) -> Iterator[list[Piece]]:
+        """Queue the tiles of a picture; yield the batches that are due."""
+        for tile in canvas.tiles:
+            key = (tile.shape, canvas.picture.pixels.dtype.str)
+            group = self._groups.setdefault(key, [])
+            group.append((canvas, tile))
+            if len(group) >= self._compute.batch_of(*tile.shape):
+                yield self._groups.pop(key)
+            elif self._is_late(canvas):
+                yield self._longest_waiting()
+
+    def _is_late(self, canvas: Canvas) -> bool:
+        """Whether the group that waits longest has waited enough."""
+        oldest, _ = next(iter(self._groups.values()))[0]
+        waiting = canvas.index - oldest.index
+        pixels = sum(len(group) * math.prod(shape) for (shape, _), group in self._groups.items())
+        too_many = pixels > PENDING_BATCHES * self._compute.batch_pixels
+        return too_many or waiting > PENDING_IMAGES
+
+    def rest(self) -> Iterator[list[Piece]]:
+        """What is left when the shard ends."""
+        while self._groups:
+            yield self._longest_waiting()
+
+    def _longest_waiting(self) -> list[Piece]:
+        return self._groups.pop(next(iter(self._groups)))
+
+
+def stack(pieces: list[Piece]) -> Batch:
+    """The batch of some tiles of one shape and type.
+
+    A window that turns out to be damaged fails its image, and is zeros here.
+    """
+    pictures = [canvas.picture for canvas, _ in pieces]
+    return Batch(
+        tiles_NCHW=np.stack([_cut(canvas, tile) for canvas, tile in pieces]),
+        offset_NC=np.stack([picture.offset for picture in pictures]),
+        scale_NC=np.stack([picture.scale for picture in pictures]),
+        keep=[tile for _, tile in pieces],
+    )
+
+
+def _cut(canvas: Canvas, tile: Tile) -> Array:
+    pixels = canvas.picture.pixels
+    try:
+        return window(pixels, tile)
+    except ImageError as failure:
+        canvas.fail(tile, failure)
+        return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
+
+
+def window(pixels: Pixels, tile: Tile) -> Array:
+    """Cut a tile CHW; what lies beyond the image is its reflection."""
+    rows, columns = (
+        _mirrored(span, length) for span, length in zip((tile.y, tile.x), pixels.shape, strict=True)
+    )
+    top, left = int(rows.min()), int(columns.min())
+    height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
+    cut_CHW = pixels.read(top, left, height, width)
+    if (height, width) == tile.shape:
+        return cut_CHW
+    return cut_CHW[:, rows - top][:, :, columns - left]
+
+
+def _mirrored(span: Span, length: int) -> Array:
+    """Where each pixel of a span comes from: mirrored at both ends as often as need be, the end
+    itself not repeated; a single pixel is repeated.
+    """
+    period = max(1, 2 * (length - 1))
+    at = np.arange(span.start, span.stop) % period
+    return np.where(at >= length, period - at, at)

@@ -1,0 +1,216 @@
+"""Weights from elsewhere: read, recognised by their keys, and written as a checkpoint of ours.
+
+A file from elsewhere runs nothing: pickles are read for their tensors alone, and a network that is
+not ours comes from a function that the user names.
+"""
+
+import io
+import itertools
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unet_core.config.import_weights import ForeignConfig, ImportConfig
+from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of
+from unet_core.config.sections import StorageConfig
+from unet_core.errors import CheckpointError, ConfigError
+from unet_core.networks import checkpoint, construction
+from unet_core.networks.checkpoint import difference, few, fitting, is_counter
+from unet_core.networks.foreign.layouts import LAYOUTS, Layout
+from unet_core.networks.header import Header
+from unet_core.networks.unet import UNet
+from unet_core.storage.store import Store
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before all names."""
+PICKLES = (b"PK\x03\x04", b"\x80")
+"""What files of ``torch.save`` begin with, since 1.6 and before."""
+
+Reading = tuple[Layout, UNetSpec, dict[str, str]]
+"""A layout with a depth and with or without biases; all names that follow, ours and theirs."""
+
+
+def import_weights(config: ImportConfig) -> Header:
+    """Write a checkpoint that gives the same logits as the source's network.
+
+    Raises CheckpointError for weights that fit no network, ConfigError for a destination that is
+    there already and for class names or colours that do not fit the network.
+    """
+    destination = Store(config.destination, config.storage)
+    if destination.exists():
+        raise ConfigError(f"{config.destination} exists already; remove it, or give another name")
+    tensors = read_tensors(config.source, config.storage)
+    with _naming(config.source):
+        network, spec = _network_with(tensors, config.model)
+    header = construction.header_of(network, spec, config.model)
+    header = replace(header, training={"imported_from": config.source})
+    destination.publish("", checkpoint.serialise(network, header))
+    return header
+
+
+def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a ``state_dict`` that ``torch.save`` wrote, under
+    their names; whatever training wrapped around them is taken off.
+
+    Raises CheckpointError for a file that is neither, or holds something else.
+    """
+    data = Store(source, storage).read("")
+    is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
+    tensors = checkpoint.unpack(data, source) if is_safetensors else None
+    with _naming(source):
+        found = _unwrapped(_unpickled(data) if tensors is None else tensors)
+        for name, value in found.items():
+            if reason := _why_not(name, value, len(data)):
+                raise CheckpointError(f"{name} {reason}")
+        if not found:
+            raise CheckpointError("holds no tensors")
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in found)), ""):
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
+def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, UNetSpec]:
+    """Whose weights these are, by their names; channels, width and classes by their shapes.
+
+    Raises CheckpointError unless exactly one layout (of those called ``layout``, if given) has
+    these names; ConfigError if there is no such layout.
+    """
+    allowed = dict.fromkeys(known.name for known in LAYOUTS)
+    if layout and layout not in allowed:
+        raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(allowed)}")
+    keys = {name for name in tensors if not is_counter(name)}
+    readings = [
+        (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
+        for known in LAYOUTS
+        for depth, bias in itertools.product(range(1, 9), (True, False))
+        if layout in ("", known.name)
+    ]
+    fitting = [reading for reading in readings if set(reading[2].values()) == keys]
+    if not fitting:
+        raise CheckpointError(_nearest(readings, keys))
+    if len(fitting) > 1:
+        names = ", ".join(known.name for known, _, _ in fitting)
+        raise CheckpointError(f"several networks have these keys; say which with --layout: {names}")
+    found, spec, theirs = fitting[0]
+    width, channels = _shape_of(tensors, theirs["encoder.0.conv1.weight"])
+    classes, _ = _shape_of(tensors, theirs["head.conv.weight"])
+    return found, replace(spec, width=width, in_channels=channels, classes=classes)
+
+
+def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
+    """Tensors under our names; raises ValueError, with the source's, for one that does not fit."""
+    with torch.device("meta"):  # other initial weights take seconds
+        wanted = UNet(replace(spec, init="torch")).state_dict()
+    names = layout.names(spec.depth, spec.bias)
+    return {ours: fitting(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
+
+
+def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
+    """Channels that leave a convolution and that enter it."""
+    tensor = tensors[key]
+    if tensor.ndim != 4 or not tensor.numel():
+        got = list(tensor.shape)
+        raise CheckpointError(f"{key} has the shape {got}, which is none of a convolution")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _nearest(readings: list[Reading], keys: set[str]) -> str:
+    """What keeps the keys from being those of the layout with the largest share in common."""
+
+    def share(reading: Reading) -> float:
+        wanted = set(reading[2].values())
+        return len(wanted & keys) / len(wanted | keys)
+
+    layout, spec, names = max(readings, key=share)
+    return (
+        f"no known network has these keys; the nearest is {layout.name} with {spec.depth} pools: "
+        f"{difference(names.values(), sorted(keys))}; give model.factory for another one"
+    )
+
+
+def _network_with(
+    tensors: dict[str, Tensor], model: ForeignConfig
+) -> tuple[nn.Module, NetworkSpec]:
+    """The network with these weights; how many classes a factory's has is not known yet."""
+    if model.factory:
+        made_by = Factory(model.factory, model.arguments, channels_of(model.color))
+        foreign = construction.build(made_by)
+        checkpoint.fill(foreign, tensors)
+        return foreign.eval(), made_by
+    layout, spec = recognise(tensors, model.layout)
+    converted = convert(tensors, layout, spec)  # holds shapes against each other first
+    network = UNet(spec)
+    network.load_state_dict(converted)
+    return network.eval(), spec
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Let errors say which file they are about."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (CheckpointError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _unpickled(data: bytes) -> Any:
+    if not data.startswith(PICKLES):
+        raise CheckpointError("neither safetensors nor a file that torch.save wrote")
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)):  # torch.save does not compress
+            members = zipfile.ZipFile(io.BytesIO(data)).infolist()
+            if (size := sum(member.file_size for member in members)) > len(data):
+                text = f"{len(data)} bytes that claim to hold {size}; save it again"
+                raise CheckpointError(text)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"holds {_objects(data)} instead of tensors alone; where it was made, save its "
+            "state_dict: torch.save(model.state_dict(), path)"
+        ) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile pickle brings about
+        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = f"damaged, or no state_dict that torch.save wrote: {first}"
+        raise CheckpointError(reason) from error
+
+
+def _objects(data: bytes) -> str:
+    """What a pickle asks for and does not get, strangers first."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # too old, or too damaged to tell
+        found = []
+    found.sort(key=lambda name: (name.startswith("torch."), name))
+    return few(found) or "objects of Python, or damage,"
+
+
+def _unwrapped(found: Any) -> dict[Any, Any]:
+    """What is in ``state_dict`` and the like, without what milesial's training adds."""
+    for _ in WRAPPERS:
+        inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and key in found]
+        found = inner[0] if inner else found
+    if not isinstance(found, dict):
+        raise CheckpointError(f"holds {type(found).__name__}, not a state_dict")
+    return {key: value for key, value in found.items() if key != "mask_values"}
+
+
+def _why_not(key: object, value: object, file_bytes: int) -> str:
+    """What is wrong with an entry; a tensor that claims more than its file holds is an attack."""
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, not a tensor with a name"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():
+        return f"is a {value.layout} tensor of {value.dtype} on {value.device}, not a plain one"
+    if value.numel() * value.element_size() > file_bytes:
+        return f"claims the shape {list(value.shape)}, more than the file holds"
+    return ""

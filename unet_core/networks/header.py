@@ -1,0 +1,179 @@
+"""The header of a checkpoint: what its safetensors metadata say of network, tiling, classes and
+preprocessing. No torch.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from unet_core.config.presets import Factory, NetworkSpec, UNetSpec
+from unet_core.config.sections import StorageConfig
+from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.storage.store import Store
+from unet_core.tiling.geometry import Tiling
+
+if TYPE_CHECKING:
+    pass
+
+FORMAT = "unet-jobs/2"
+KEYS = {
+    "network": "model", "tiling": "tiling", "class_names": "classes",
+    "preprocessing": "preprocessing", "palette": "palette", "training": "training",
+}  # fmt: skip
+"""Where the metadata holds what a header says."""
+MAX_HEADER_BYTES = 16 * 2**20
+MOST = 2**16
+"""Of whatever a checkpoint counts; class ids are 16 bits."""
+DEFAULT_COLORS = (
+    (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
+    (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+)  # fmt: skip
+"""Okabe and Ito's palette, which people with colour blindness can tell apart."""
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of itself; raises ConfigError if it contradicts itself."""
+
+    network: NetworkSpec
+    tiling: Tiling
+    """Measured when the checkpoint was made."""
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
+    """RGB of each class id."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """How it came about: command, seed, data, scores."""
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.classes:
+            raise ConfigError(
+                f"model.classes: got {len(self.class_names)} names, but the network has "
+                f"{self.classes}"
+            )
+        wanted, channels = self.preprocessing, self.network.in_channels
+        if wanted.channels != channels:
+            raise ConfigError(
+                f"model.color: {wanted.color} images have {wanted.channels} channels, but the "
+                f"network takes {channels}"
+            )
+
+    @property
+    def classes(self) -> int:
+        """Ids that a mask may hold: two for a one-logit network."""
+        return max(2, self.network.classes)
+
+
+HEADERS = TypeAdapter(Header)
+
+
+def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
+    """Default colours for ``classes`` ids."""
+    return tuple(DEFAULT_COLORS[i % len(DEFAULT_COLORS)] for i in range(classes))
+
+
+def locate(checkpoint: str) -> str:
+    """The path of a checkpoint: ``builtin:NAME`` is a file of this package."""
+    if not checkpoint.startswith("builtin:"):
+        return checkpoint
+    folder = importlib.resources.files("unet_core") / "builtin"
+    name = checkpoint.removeprefix("builtin:")
+    known = sorted(p.name.removesuffix(".safetensors") for p in folder.iterdir())
+    if name not in known:
+        shipped = ", ".join(f"builtin:{k}" for k in known if not k.startswith("_"))
+        raise CheckpointError(f"model.checkpoint: {checkpoint} does not exist; shipped: {shipped}")
+    return str(folder / f"{name}.safetensors")
+
+
+def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
+    """What a file says of itself, without torch; raises CheckpointError if foreign or damaged."""
+    metadata = read_metadata(checkpoint, storage)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
+            "train it with `unet-jobs train`, or bring weights from elsewhere with "
+            "`unet-jobs import-weights`"
+        )
+    try:
+        texts = {"training": "{}", **metadata}
+        table = {name: json.loads(texts[key]) for name, key in KEYS.items()}
+        header = HEADERS.validate_json(json.dumps(table), strict=True)
+        _check_sizes(header)
+    except (KeyError, ValueError, RecursionError, ConfigError) as error:
+        reason = one_line(error)
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
+    return header
+
+
+def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
+    """The texts in a safetensors file, by two range reads; raises CheckpointError if it is none."""
+    prefix = _read(checkpoint, storage, 0, 8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
+    text = _read(checkpoint, storage, 8, 8 + length)
+    try:
+        header = json.loads(text)
+        metadata: dict[str, str] = header.get("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata are texts")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint}: its safetensors header is damaged") from error
+    return metadata
+
+
+def _check_sizes(header: Header) -> None:
+    """Raise ValueError for sizes that no network has, and that memory would have to pay for."""
+    network, tiling, sides = header.network, header.tiling, header.tiling.sides
+    counts = (
+        network.classes, network.in_channels, tiling.channels, tiling.stride, sides.smallest,
+        sides.step,
+    )  # fmt: skip
+    lengths = (tiling.margin, tiling.halo, tiling.receptive_field)
+    if min(counts) < 1 or min(lengths) < 0 or max(counts + lengths) > MOST:
+        raise ValueError(f"{network} and {tiling} hold numbers that are not from 1 to {MOST}")
+    if isinstance(network, UNetSpec) and network.sides != sides:
+        raise ValueError(f"sides are {sides}, but those of its network are {network.sides}")
+
+
+def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
+    """Let a checkpoint run a function of its choice only if the user named the same one.
+
+    Raises CheckpointError otherwise: a file from elsewhere must not decide what is imported.
+    """
+    network = header.network
+    if isinstance(network, UNetSpec) and allowed:
+        raise CheckpointError(f"model.factory is {allowed}, but {checkpoint} is a U-Net of presets")
+    if isinstance(network, Factory) and (named := network.factory) != allowed:
+        raise CheckpointError(
+            f"{checkpoint} is made for a network that {named} builds; if you trust that function, "
+            f"called with {network.arguments}, say model.factory = {named!r} (now it is "
+            f"{allowed!r})"
+        )
+
+
+def checkpoint_digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
+    """SHA-256 of the whole file, hex."""
+    return hashlib.sha256(_read(checkpoint, storage)).hexdigest()
+
+
+def _read(
+    checkpoint: str,
+    storage: StorageConfig | None,
+    start: int | None = None,
+    stop: int | None = None,
+) -> bytes:
+    try:
+        return Store(locate(checkpoint), storage).read("", start, stop)
+    except StoreError as error:
+        is_file = checkpoint.endswith(".safetensors")
+        hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
+        raise CheckpointError(f"model.checkpoint: {error}{hint}") from error

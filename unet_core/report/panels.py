@@ -1,0 +1,161 @@
+"""Panels for the page, and overlays at full size: image, truth, outlines, errors."""
+
+import base64
+import io
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from unet_core.arrays import Array
+from unet_core.errors import ImageError
+from unet_core.images.decoder import Picture, Pixels
+
+PANEL = 256
+MOST_PANEL_BYTES = 28_000
+"""So that four panels of two dozen images stay below 4 MB, whatever they show."""
+OVERLAY = 4096
+OPACITY = 0.35
+QUALITIES = (85, 70, 50, 30, 10)
+
+ERRORS = {
+    "right, background": (24, 26, 29),
+    "right, an object": (150, 154, 160),
+    "false positive": (230, 97, 1),
+    "false negative": (72, 160, 240),
+    "other class": (240, 228, 66),
+    "ignored": (70, 60, 80),
+}
+"""What a pixel may be, with its colour."""
+RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(len(ERRORS))
+CROSS = ndimage.generate_binary_structure(2, 1)
+
+Palette = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of the page."""
+
+    title: str
+    uri: str
+    """``data:``."""
+    height: int
+    width: int
+
+
+def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
+    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are of
+    the nearest pixels. A truth that cannot be read is left out.
+    """
+    factor = min(1.0, side / max(picture.pixels.shape))
+    shape = [max(1, round(old * factor)) for old in picture.pixels.shape]
+    sides = zip(picture.pixels.shape, shape, strict=True)
+    near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
+    image_HWC = _visible(picture.pixels.whole(), 2 * side)
+    if image_HWC.shape[:2] != tuple(shape):
+        small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
+        image_HWC = np.asarray(small)
+    truth_HW = None
+    if isinstance(picture.truth, Pixels):
+        with suppress(ImageError):
+            truth_HW = picture.truth.whole()[0][near]
+    return image_HWC, mask_HW[near], truth_HW
+
+
+def _visible(pixels_CHW: Array, most: int) -> Array:
+    """RGB uint8 of every so many-th pixel, so that no side is much longer than ``most``: 8-bit RGB
+    as it is, all else from the 0.5th to the 99.8th percentile; the first channel or three.
+    """
+    every = max(1, max(pixels_CHW.shape[1:]) // most)
+    few_CHW = pixels_CHW[: 3 if len(pixels_CHW) >= 3 else 1, ::every, ::every]
+    if len(few_CHW) == 1 or few_CHW.dtype != np.uint8:
+        few_CHW = np.stack([_stretched(plane_HW) for plane_HW in few_CHW])
+    return np.ascontiguousarray(
+        np.broadcast_to(few_CHW, (3, *few_CHW.shape[1:])).transpose(1, 2, 0)
+    )
+
+
+def _outline(mask_HW: Array) -> Array:
+    """Pixels of a class other than 0 that touch another class."""
+    return (ndimage.morphological_gradient(mask_HW, footprint=CROSS) > 0) & (mask_HW > 0)
+
+
+def panels(
+    picture: Picture, mask_HW: Array, palette: Palette, ignore_index: int
+) -> tuple[Panel, ...]:
+    """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
+    image_HWC, mask_HW, truth_HW = _view(picture, mask_HW, PANEL)
+    colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
+    image = _panel("image", Image.fromarray(image_HWC))
+    edge = _outline(mask_HW)
+    outlined_HWC = image_HWC.copy()
+    outlined_HWC[ndimage.binary_dilation(edge, CROSS)] //= 3  # a rim, to be seen on any ground
+    outlined_HWC[edge] = _lit(colors)[mask_HW[edge]]
+    outlined = _panel("mask outline", Image.fromarray(outlined_HWC))
+    if truth_HW is None:
+        return image, _flat("mask", mask_HW, colors), outlined
+    known_HW = np.where(truth_HW == ignore_index, len(colors), truth_HW)
+    shown = np.concatenate([colors, of_errors[IGNORED:]])
+    truth = _flat("truth", np.minimum(known_HW, len(colors)), shown)
+    errors = _flat("errors", _errors(truth_HW, mask_HW, ignore_index), of_errors)
+    return image, truth, outlined, errors
+
+
+def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
+    """Which of ``ERRORS`` each pixel is."""
+    is_right, is_ignored = truth_HW == mask_HW, truth_HW == ignore_index
+    cases = [is_ignored, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
+    return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
+
+
+def overlay(picture: Picture, mask_HW: Array, palette: Palette) -> bytes:
+    """PNG of an image with its classes blended in and outlined."""
+    drawn_HWC, mask_HW, _ = _view(picture, mask_HW, OVERLAY)
+    colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
+    inside, edge = mask_HW > 0, _outline(mask_HW)
+    mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]
+    drawn_HWC[inside] = mixed.round().astype(np.uint8)
+    drawn_HWC[edge] = colors[mask_HW[edge]]
+    return _encoded(Image.fromarray(drawn_HWC), "png")
+
+
+def _stretched(plane_HW: Array) -> Array:
+    low, high = np.percentile(plane_HW, (0.5, 99.8))
+    scaled = (plane_HW.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
+    return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def _lit(colors: Array) -> Array:
+    """Colours to draw on images: those that are nearly black would not be seen."""
+    lit = colors.copy()
+    lit[1:][colors[1:].max(axis=1) < 64] = (255, 255, 255)
+    return lit
+
+
+def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
+    """Ids in their colours; a palette image where there are few enough."""
+    if len(colors) > 256:
+        return _panel(title, Image.fromarray(colors[ids_HW]))
+    image = Image.fromarray(ids_HW.astype(np.uint8))
+    image.putpalette(colors.tobytes())
+    return _panel(title, image)
+
+
+def _panel(title: str, image: Image.Image) -> Panel:
+    """As the best JPEG that is not too large; flat colours as PNG, unless that is."""
+    data, kind = (_encoded(image, "png"), "png") if image.mode == "P" else (b"", "")
+    for quality in QUALITIES:
+        if not data or len(data) > MOST_PANEL_BYTES:
+            kind = "jpeg"
+            data = _encoded(image.convert("RGB"), kind, quality=quality, subsampling=0)
+    text = base64.b64encode(data).decode()
+    return Panel(title, f"data:image/{kind};base64,{text}", image.height, image.width)
+
+
+def _encoded(image: Image.Image, kind: str, **how: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, optimize=image.mode == "P", **how)
+    return buffer.getvalue()

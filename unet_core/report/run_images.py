@@ -1,0 +1,113 @@
+"""Images of a run fetched again by id: decoded, with their truth and their stored mask.
+
+Each shard is read at most once, and only until the last image that is wanted from it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+from unet_core.arrays import Array
+from unet_core.concurrency import side_by_side
+from unet_core.errors import UnetJobsError
+from unet_core.images.decoder import Picture, Rejected
+from unet_core.inputs.shards import Shard, Source
+from unet_core.report.scores import Pick
+from unet_core.runs.reader import Results, open_masks, pictures
+from unet_core.storage.store import Store
+
+MOST_PIXELS = 64 * 2**20
+"""Larger images are not fetched."""
+PATIENCE_S = 30.0
+"""Storage that is away keeps a report waiting no longer."""
+THREADS = 4
+
+MadeT = TypeVar("MadeT")
+
+
+def fetch(
+    results: Results,
+    picks: list[Pick],
+    make: Callable[[Picture, Array], MadeT],
+    most_bytes: float = math.inf,
+) -> tuple[dict[str, MadeT], dict[str, str]]:
+    """Make something of each image and its mask (HW), by id; on a few threads, and one image of a
+    thread at a time.
+
+    Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
+    large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
+    """
+    made: dict[str, MadeT] = {}
+    heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
+    wanted, reasons = _wanted(picks, heads, most_bytes)
+    storage = results.source.root.storage
+    storage = storage.model_copy(update={"deadline_s": min(PATIENCE_S, storage.deadline_s)})
+    source = replace(results.source, root=Store(results.source.root.uri(), storage))
+
+    def of_shard(shard_id: str) -> None:
+        reason = "it is not in its shard any more"
+        try:
+            for image_id, found in _found(results, source, heads[shard_id], wanted[shard_id]):
+                if isinstance(found, str):
+                    reasons[image_id] = found
+                else:
+                    made[image_id] = make(*found)
+        except (UnetJobsError, ValueError, OSError, MemoryError) as error:
+            reason = str(error) or type(error).__name__  # also of a damaged mask
+        for image_id in wanted[shard_id]:
+            reasons.setdefault(image_id, reason)
+
+    for _ in side_by_side(of_shard, wanted, THREADS):
+        pass
+    return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
+
+
+def _wanted(
+    picks: list[Pick], heads: dict[str, Shard], most_bytes: float
+) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """The images that can be had, by shard, and why each of the others cannot."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    reasons = {}
+    for pick in picks:
+        head = heads.get(pick.shard_id)
+        is_streamed = head and not head.has_members and head.shard_id not in wanted
+        stream_bytes = head.bytes if head and is_streamed else 0
+        if head is None:
+            reasons[pick.image_id] = f"the manifest has no shard {pick.shard_id}"
+        elif pick.height * pick.width > MOST_PIXELS:
+            size = f"{pick.height:,} × {pick.width:,}"
+            reasons[pick.image_id] = f"its {size} pixels are too many to show here"
+        elif stream_bytes > most_bytes:
+            reasons[pick.image_id] = (
+                f"its shard of {stream_bytes / 1e9:,.3g} GB is too much to read for a page; see "
+                "report --previews"
+            )
+        else:
+            most_bytes -= stream_bytes
+            wanted[pick.shard_id].add(pick.image_id)
+    return wanted, reasons
+
+
+def _found(
+    results: Results, source: Source, shard: Shard, ids: set[str]
+) -> Iterator[tuple[str, tuple[Picture, Array] | str]]:
+    """The images that are there, in the order of the shard, or why one could not be taken."""
+    missing = set(ids)
+    with open_masks(results.run.store, shard.shard_id) as masks:
+        for picture in pictures(results, shard, ids, source, has_truth=True):
+            image_id = picture.sample.image_id
+            if isinstance(picture, Rejected):
+                yield image_id, str(picture.failure)
+            elif image_id in missing:  # the first of a name counts
+                mask = masks.mask(image_id)
+                if mask is None:
+                    yield image_id, "its mask is not there"
+                elif (mask.height, mask.width) != picture.pixels.shape:
+                    yield image_id, "its mask has another size: the input changed"
+                else:
+                    yield image_id, (picture, mask.whole())
+                missing.remove(image_id)
+                if not missing:
+                    return

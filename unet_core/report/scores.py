@@ -1,0 +1,112 @@
+"""All rows of a run in one pass: values for distributions, summed confusion, images worth a look.
+
+Batches of rows come in, a few bytes of each image are kept, whatever the number of classes.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unet_core.arrays import Array
+from unet_core.metrics import lists, means, ratios
+from unet_core.runs.compact import COMPACTED
+from unet_core.runs.schema import CONFIDENCE_UNIT
+
+RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "foreground"
+ORDERS = {RANDOM: 1, LOWEST_IOU: 1, LOWEST_CONFIDENCE: 1, LARGEST: -1}
+"""By which values images are picked; -1: the largest first."""
+NEEDED = ["shard_id", "image_id", "height", "width", "class_pixels", "confidence_sum",
+          "tp", "fp", "fn", "confusion"]  # fmt: skip
+
+
+class Pick(NamedTuple):
+    """One image of a run, with where it is and what it scored; nan is undefined."""
+
+    image_id: str
+    shard_id: str
+    height: int
+    width: int
+    iou: float
+    """Mean over the classes that occur in it."""
+    dice: float
+    confidence: float
+    foreground: float
+    """1 minus the share of class 0."""
+
+
+PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
+
+
+class Measured:
+    """What the rows of a run say, gone through once; ``most`` images are picked of each kind."""
+
+    def __init__(self, tables: Iterable[pa.Table], classes: int, most: int = 8) -> None:
+        random = np.random.default_rng(0)
+        kept: list[pa.Table] = []
+        best: dict[str, list[pa.Table]] = {kind: [] for kind in ORDERS}
+        confusion: Array | int = 0
+        for table in chain([COMPACTED.empty_table()], tables):
+            ok = _ok(table)
+            images = _scored(ok)
+            kept.append(images.select(VALUES))
+            of_images = lists(ok["confusion"])
+            confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
+            images = images.append_column(RANDOM, pa.array(random.random(ok.num_rows)))
+            for kind, sign in ORDERS.items():
+                both = pa.concat_tables([*best[kind], images])
+                keys = sign * both[kind].to_numpy()
+                order = np.argsort(keys, kind="stable")[:most]
+                best[kind] = [both.take(pa.array(order[np.isfinite(keys[order])]))]
+        self.values = pa.concat_tables(kept)
+        """Of each image that is ``ok``, what a ``Pick`` says of it in numbers."""
+        self.confusion_KK = np.reshape(confusion, (classes,) * 2) if np.any(confusion) else None
+        """Pixels, truth × prediction, of all images with truth."""
+        self.picks = {kind: _picks(*found) for kind, found in best.items()}
+        """Images by what they were picked for, the first most so."""
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether any image has a score."""
+        return bool(np.isfinite(self.values["iou"]).any())
+
+    @property
+    def worst(self) -> list[Pick]:
+        """Lowest IoU, or without truth lowest confidence."""
+        return self.picks[LOWEST_IOU if self.has_truth else LOWEST_CONFIDENCE]
+
+
+def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:
+    """The images of these ids that are ``ok``, in the order of the run."""
+    wanted = pa.array(image_ids, pa.string())
+    found = (table.filter(pc.is_in(table["image_id"], value_set=wanted)) for table in tables)
+    return [pick for table in found for pick in _picks(_scored(_ok(table)))]
+
+
+def _ok(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["status"], "ok")).select(NEEDED).combine_chunks()
+
+
+def _scored(ok: pa.Table) -> pa.Table:
+    """What a ``Pick`` says of each; scores are float32, nan where they are not defined."""
+    pixels = ok["height"].to_numpy().astype(np.int64) * ok["width"].to_numpy()
+    background = pc.list_element(ok["class_pixels"], 0).to_numpy()
+    found = {
+        "iou": np.full(len(pixels), np.nan),
+        "dice": np.full(len(pixels), np.nan),
+        "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE_UNIT),
+        "foreground": 1 - background / pixels,
+    }
+    has_truth = pc.is_valid(ok["tp"]).to_numpy()
+    counts_nK = [lists(ok[name]) for name in ("tp", "fp", "fn")]
+    for name in ("iou", "dice"):
+        found[name][has_truth] = means(ratios(name, *counts_nK))
+    columns = {name: ok[name] for name in PLACE}
+    return pa.table(columns | {n: values.astype(np.float32) for n, values in found.items()})
+
+
+def _picks(images: pa.Table) -> list[Pick]:
+    return [Pick(**row) for row in images.select(list(Pick._fields)).to_pylist()]

@@ -1,0 +1,217 @@
+"""Reading a run back: its totals, its masks by image or by shard, and its images."""
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unet_core.arrays import Array
+from unet_core.config.predict import PredictConfig
+from unet_core.config.sections import StorageConfig
+from unet_core.errors import NotFoundError
+from unet_core.images.codec import decode_mask
+from unet_core.images.decoder import Decoder, Picture, Rejected
+from unet_core.images.preprocessing import Preprocessing
+from unet_core.inputs.formats import read_shard
+from unet_core.inputs.shards import Shard, Source
+from unet_core.metrics import Totals
+from unet_core.runs.compact import COMPACTED, batches
+from unet_core.runs.manifest import with_members
+from unet_core.runs.parts import masks_name
+from unet_core.runs.run import open_existing
+from unet_core.storage.parquet_files import whole_parquet
+from unet_core.storage.store import Store
+from unet_core.tiling.geometry import Box
+
+PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width", "encoding"]
+
+
+@dataclass(frozen=True)
+class StoredMask:
+    """The mask of one image in a masks part that is open."""
+
+    image_id: str
+    height: int
+    width: int
+    windows: Mapping[Box, Callable[[], Array]]
+    """Class ids HW by place, read when they are called; they cover the image."""
+
+    def whole(self) -> Array:
+        """Class ids HW of the image."""
+        return self.cut(Box(0, 0, self.height, self.width))
+
+    def cut(self, wanted: Box) -> Array:
+        """Class ids HW of a part of the image; windows that do not meet it are not read.
+
+        Raises ValueError if it leaves the image.
+        """
+        below, right = wanted.y + wanted.height, wanted.x + wanted.width
+        is_inside = min(wanted.y, wanted.x) >= 0 and min(wanted.shape) > 0
+        if not is_inside or below > self.height or right > self.width:
+            size = f"{self.height} × {self.width} pixels"
+            raise ValueError(f"window {tuple(wanted)} leaves the image of {size}")
+        if wanted in self.windows:
+            return self.windows[wanted]()
+        cut_HW: Array | None = None
+        for box, read in self.windows.items():
+            rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+            here, there = wanted.shared(rows, columns)
+            if any(side.start == side.stop for side in here):
+                continue
+            window_HW = read()
+            if cut_HW is None:
+                cut_HW = np.empty(wanted.shape, window_HW.dtype)
+            cut_HW[here] = window_HW[there]
+        assert cut_HW is not None  # the windows cover the image
+        return cut_HW
+
+
+class OpenMasks:
+    """A masks part that is open: masks by image, one row group in memory at a time. Images that are
+    asked for in the order of the shard let each group be read once.
+    """
+
+    def __init__(self, file: pq.ParquetFile, uri: str) -> None:
+        self._file, self._uri = file, uri
+        self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+        places = iter(file.read(columns=PLACE).to_pylist())
+        for group in range(file.num_row_groups):
+            rows = islice(places, file.metadata.row_group(group).num_rows)
+            for number, row in enumerate(rows):
+                self._rows.setdefault(row["image_id"], []).append((group, number, row))
+        self._held: tuple[int, Any] = (-1, None)
+
+    def mask(self, image_id: str) -> StoredMask | None:
+        """The mask of one image; None if there is none."""
+        rows = self._rows.get(image_id)
+        if rows is None:
+            return None
+        windows = {
+            Box(*(row[side] for side in Box._fields)): partial(self._read, group, number, row)
+            for group, number, row in rows
+        }
+        *_, any_row = rows[0]
+        return StoredMask(image_id, any_row["image_height"], any_row["image_width"], windows)
+
+    def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
+        if self._held[0] != group:
+            self._held = (-1, None)
+            with whole_parquet(self._uri):  # whoever reads a mask is not where the file was opened
+                self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
+        mask = self._held[1][number].as_py()
+        payload = mask if isinstance(mask, bytes) else mask["bytes"]
+        return decode_mask(payload, row["encoding"], row["height"], row["width"])
+
+
+class Results:
+    """A run, read back."""
+
+    def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
+        """Raises StoreError if there is no run at ``uri``."""
+        self.run, self.record = open_existing(uri, storage)
+        self.class_names = self.record.class_names
+        """By class id."""
+        self.palette = self.record.palette
+        """RGB by class id."""
+
+    @cached_property
+    def config(self) -> PredictConfig:
+        """What the run was made with; storage as it is reached now."""
+        made_with = PredictConfig.model_validate(self.record.config)
+        return made_with.model_copy(update={"storage": self.run.store.storage})
+
+    @cached_property
+    def source(self) -> Source:
+        """The input of the run, where it was; nothing is listed."""
+        identity = self.record.identity
+        root = Store(identity["input.uri"], self.run.store.storage)
+        config = self.config.input.model_copy(update={"masks": identity["input.masks"]})
+        return Source(config, identity["input.format"], root, tuple(identity["input.names"]))
+
+    def shards(self) -> list[Shard]:
+        """The committed shards, by the order of the manifest, without their members."""
+        committed = self.run.committed()
+        return [s for s in self.run.manifest() or [] if s.shard_id in committed]
+
+    @cached_property
+    def totals(self) -> Totals:
+        """The sums of all committed shards, with micro scores where there is truth."""
+        if self.run.is_finished:
+            return self.run.finished_totals()
+        return self.run.totals(self.run.committed())
+
+    @cached_property
+    def metrics(self) -> pa.Table:
+        """A row for each image of all committed shards: columns of the metrics parts after the
+        ``shard_id``.
+        """
+        return pa.concat_tables([COMPACTED.empty_table(), *batches(self.run.store)])
+
+    def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
+        """Class ids HW of one image, or of a window (y, x, height, width) of it.
+
+        Only the mask windows that are asked for are decoded; the first call looks where all images
+        are. Raises NotFoundError if the run has no
+        mask of that image, with the reason, and ValueError for a window that leaves the image.
+        """
+        with open_masks(self.run.store, self._shard_of(image_id)) as masks:
+            mask = masks.mask(image_id)
+            if mask is None:
+                raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
+            return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
+
+    @cached_property
+    def _places(self) -> pa.Table:
+        """The shard of each image, and what became of it there."""
+        columns = ["shard_id", "image_id", "status", "error_message"]
+        none = COMPACTED.empty_table().select(columns)
+        return pa.concat_tables([none, *batches(self.run.store, columns)])
+
+    def _shard_of(self, image_id: str) -> str:
+        """The committed shard with an image."""
+        rows = self._places.filter(pc.field("image_id") == image_id).to_pylist()
+        for row in rows:
+            if row["status"] == "ok":
+                return str(row["shard_id"])
+        if rows:
+            reason = f"it failed: {rows[0]['error_message']}"
+            raise NotFoundError(f"{self.run.uri} has no mask of {image_id}: {reason}")
+        among = f"among the {self._places.num_rows:,} of its committed shards"
+        raise NotFoundError(f"{self.run.uri} has no image {image_id} {among}")
+
+
+def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
+    """The results of a run folder; raises StoreError if it is none."""
+    return Results(uri, storage)
+
+
+def pictures(
+    results: Results, shard: Shard, ids: Set[str], source: Source, has_truth: bool
+) -> Iterator[Picture | Rejected]:
+    """The images of a shard with these ids, decoded again: in the network's colours and their own
+    values, in the order of the shard. The others are let alone: they may have killed a worker.
+    """
+    color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
+    wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
+    decoder = Decoder(wanted, len(results.class_names), source.config)
+    files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
+    for sample in read_shard(source, with_members(results.run.store, shard)):
+        if sample.image_id in files:
+            bare = replace(sample, read_mask=None, open_mask=None)
+            images = decoder.decode(sample if has_truth else bare)
+            yield from (image for image in images if image.sample.image_id in ids)
+
+
+@contextmanager
+def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
+    """The masks of a committed shard, for one thread."""
+    name = masks_name(shard_id)
+    with store.open_parquet(name) as file:
+        yield OpenMasks(file, store.uri(name))

@@ -1,1 +1,0 @@
-"""Masks beside truth: counts of pixels, scores, and where truth is found."""

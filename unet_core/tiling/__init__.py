@@ -1,0 +1,1 @@
+"""Tile and size arithmetic."""

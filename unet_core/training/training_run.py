@@ -1,0 +1,245 @@
+"""The folder of a training: what it is, its checkpoints, its history, and what came out.
+
+``run.json`` is published exclusively; a checkpoint is the only record of progress, and running the
+same command again goes on from the newest. The history of the steps before a checkpoint is
+published before it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from unet_core import __version__
+from unet_core.config.sections import Section
+from unet_core.config.train import TrainConfig
+from unet_core.errors import RunMismatchError, StoreError
+from unet_core.inputs.shards import masks_at
+from unet_core.networks import checkpoint
+from unet_core.networks.header import checkpoint_digest, read_header, read_metadata
+from unet_core.runs.identity import Identity, claim, require_same
+from unet_core.runs.manifest import manifest_name
+from unet_core.runs.run import RUN_JSON, SUCCESS
+from unet_core.runs.schema import HISTORY
+from unet_core.storage.parquet_files import parquet_of
+from unet_core.storage.store import Store, is_temporary
+from unet_core.training.dataset import Splits
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
+"""By the step."""
+GIVEN = ".given"
+"""Of a key in the identity: that it was written counts, whatever its value."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Position:
+    """How far a training has come."""
+
+    step: int = 0
+    """Optimiser steps that were taken."""
+    epoch: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    """Of the steps of this epoch."""
+    best: float | None = None
+    best_step: int = 0
+
+
+def identity(config: TrainConfig) -> Identity:
+    """What makes two trainings the same, by the names that people know from the config.
+
+    Whatever changes weights: not workers, not where the output lies, not how often it is saved.
+    Raises CheckpointError if the one to begin with is not there.
+    """
+    table = config.model_dump(mode="json", exclude={"workers", "output", "storage"})
+    for name, given in config.data.parts.items():
+        part = table["data"][name]
+        part["uri"] = Store(given.uri, config.storage).uri()
+        part["masks"] = masks_at(given, config.storage)
+        del part["shard_images"]
+    del table["model"]["device"], table["train"]["checkpoint_minutes"]
+    begins_with = config.model.checkpoint
+    if begins_with:
+        table["model"]["checkpoint"] = checkpoint_digest(begins_with, config.storage)
+    return _flat(table) | dict.fromkeys((key + GIVEN for key in _given(config)), True)
+
+
+def _given(config: TrainConfig) -> Iterator[str]:
+    """Keys that have their default, and mean something else than if they had not been written."""
+    for name, part in config.data.parts.items():
+        if part.instances and _is_written_default(part, "ignore_index"):
+            yield f"data.{name}.ignore_index"
+    model = config.model
+    if model.checkpoint and _is_written_default(model, "classes"):
+        header = read_header(model.checkpoint, config.storage)
+        if header.class_names != tuple(model.classes):
+            yield "model.classes"
+
+
+def _is_written_default(section: Section, key: str) -> bool:
+    default = type(section).model_fields[key].default
+    return key in section.model_fields_set and getattr(section, key) == default
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
+    found: Identity = {}
+    for key, value in table.items():
+        is_section = isinstance(value, dict) and key not in ("label_map", "arguments")
+        found |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return found
+
+
+class TrainingRun:
+    """One output folder. Raises StoreError if its ``run.json`` is another's or damaged."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.record = _run_json(store)
+        """``run.json``; empty before there is one."""
+        self.history: list[Row] = []
+        """Rows since the last checkpoint."""
+        if self.record and self.record.get("kind") != "training":
+            raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a training")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.store.exists(SUCCESS)
+
+    def establish(self, config: TrainConfig, data: dict[str, Any]) -> None:
+        """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
+        wanted = identity(config)
+        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        record = {
+            "kind": "training",
+            "fingerprint": digest,
+            "identity": wanted,
+            "data": data,
+            "config": config.model_dump(mode="json"),
+            "version": __version__,
+        }
+        if claim(self.store, RUN_JSON, record) is not record:
+            raise RunMismatchError(
+                f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
+                "or choose a new folder"
+            )
+        self.record = record
+
+    def publish_manifest(self, splits: Splits) -> None:
+        """Write down how many images each shard has."""
+        rows = [
+            {"split": split.name, "shard_id": shard.shard_id, "images": count}
+            for split in splits
+            for shard, count in zip(split.input.shards, split.counts, strict=True)
+        ]
+        self.store.publish(manifest_name(0), parquet_of(pa.Table.from_pylist(rows)))
+
+    def recall_counts(self, splits: Splits) -> None:
+        """Set the counts as they were first found; raises RunMismatchError for other shards."""
+        with self.store.open_parquet(manifest_name(0)) as file:
+            rows = file.read().to_pylist()
+        for split in splits:
+            then = {row["shard_id"]: row["images"] for row in rows if row["split"] == split.name}
+            now = {shard.shard_id: shard for shard in split.input.shards}
+            if then.keys() != now.keys():
+                new = [now[i].uri or now[i].members[0].key for i in now.keys() - then.keys()]
+                raise RunMismatchError(
+                    f"{split.input.name}: the images changed since the training began: "
+                    f"{len(then.keys() - now.keys())} of its shards are gone or rewritten, "
+                    f"{len(new)} are new ({', '.join(sorted(new)[:3])}); restore them, or train "
+                    "into a new folder"
+                )
+            split.counts = [then[shard.shard_id] for shard in split.input.shards]
+
+    def save(self, position: Position, tensors: dict[str, Any]) -> None:
+        """Publish the history since the last checkpoint, then a checkpoint; drop older ones."""
+        if self.history:
+            table = pa.Table.from_pylist(self.history, schema=HISTORY)
+            self.store.publish(HISTORY_FILE.format(position.step), parquet_of(table))
+            self.history = []
+        data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
+        self.store.publish(CHECKPOINT.format(position.step), data)
+        for step in self._steps(CHECKPOINT):
+            if step != position.step:
+                self.store.remove(CHECKPOINT.format(step))
+
+    def newest(self) -> int | None:
+        """The newest checkpoint's step; sweeps half-written files and history rows behind it."""
+        for folder in ("checkpoints", "history"):
+            for entry in self.store.list(folder):
+                if is_temporary(entry.name):
+                    self.store.remove(f"{folder}/{entry.name}")
+        newest = max(self._steps(CHECKPOINT), default=None)
+        for step in self._steps(HISTORY_FILE):
+            if newest is None or step > newest:
+                self.store.remove(HISTORY_FILE.format(step))
+        return newest
+
+    def load(self, step: int) -> tuple[Position, dict[str, Any]]:
+        """One checkpoint; raises StoreError if it is gone, CheckpointError if it is damaged."""
+        name = CHECKPOINT.format(step)
+        tensors = checkpoint.unpack(self.store.read(name), self.store.uri(name))
+        return self._position_at(step), tensors
+
+    def rows(self) -> list[Row]:
+        """The whole history as far as it is published, in the order of the steps."""
+        found: list[Row] = []
+        for step in self._steps(HISTORY_FILE):
+            with self.store.open_parquet(HISTORY_FILE.format(step)) as file:
+                found += file.read().to_pylist()
+        return found
+
+    def finish(self, position: Position) -> None:
+        """Write ``_SUCCESS``, last of all."""
+        self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
+
+    def position(self) -> Position:
+        """How far it has come; no tensors are read."""
+        if self.is_finished:
+            return Position(**json.loads(self.store.read(SUCCESS)))
+        newest = max(self._steps(CHECKPOINT), default=None)
+        return Position() if newest is None else self._position_at(newest)
+
+    def _position_at(self, step: int) -> Position:
+        uri = self.store.uri(CHECKPOINT.format(step))
+        metadata = read_metadata(uri, self.store.storage)
+        return Position(**json.loads(metadata["position"]))
+
+    def _steps(self, kind: str) -> list[int]:
+        """Steps of the files of a kind, in order; what is still being written is none."""
+        folder = kind.partition("/")[0]
+        names = (f"{folder}/{entry.name}" for entry in self.store.list(folder))
+        found = ((name, re.search(r"\d+", name)) for name in names)
+        return sorted(int(at[0]) for name, at in found if at and kind.format(int(at[0])) == name)
+
+
+def open_training(config: TrainConfig) -> TrainingRun:
+    """The folder that a config names.
+
+    Raises RunMismatchError, with the keys that differ, for that of another training, ConfigError
+    for one that holds something else.
+    """
+    run = TrainingRun(Store(config.output.uri, config.storage))
+    require_same(run.store, run.record.get("identity"), identity(config))
+    return run
+
+
+def is_training(store: Store) -> bool:
+    """Whether a folder is that of a training; raises StoreError if its ``run.json`` is no JSON."""
+    return bool(_run_json(store).get("kind") == "training")
+
+
+def _run_json(store: Store) -> dict[str, Any]:
+    if not store.exists(RUN_JSON):
+        return {}
+    try:
+        return dict(json.loads(store.read(RUN_JSON)))
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a run: {error}") from error
