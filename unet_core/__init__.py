@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from unet_core.networks.checkpoint import load_model as load_model
     from unet_core.runs.reader import open_run as open_run
 
-_DOORS = {"load_model": "networks.checkpoint", "open_run": "runs.results"}
+_DOORS = {"load_model": "networks.checkpoint", "open_run": "runs.reader"}
 
 
 def __getattr__(name: str) -> Any:
