@@ -8,9 +8,9 @@ from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, checkpoint_digest, read_header, require_factory
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.runs.identity import require_same
+from unet_core.runs.identity import check_identity_or_empty
 from unet_core.runs.run import Record, Run, identity
-from unet_core.tiling.windows import Windows, windows_for
+from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Job:
     model_sha256: str
     source: Source
     run: Run
-    windows: Windows
+    tile_grid: TileGrid
 
     def record(self, compute: Compute) -> Record:
         """What ``run.json`` will say."""
         return Record(
             identity=identity(
-                self.config, self.source, self.model_sha256, self.header, self.windows
+                self.config, self.source, self.model_sha256, self.header, self.tile_grid
             ),
             compute=compute,
             config=self.config.model_dump(mode="json"),
@@ -50,12 +50,12 @@ def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
     header = read_header(config.model.checkpoint, config.storage)
     require_factory(config.model.checkpoint, header, config.model.factory)
-    windows = windows_for(config.tile, header.tiling)
+    tile_grid = tile_grid_for(header.tiling, config.tile.size, config.tile.mode, config.tile.tta)
     config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint_digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
     mine = run.record.identity if run.record is not None else None
     known = mine["input.format"] if mine and config.input.format == "auto" else ""
     source = open_source(config.input, config.storage, known)
-    require_same(run.store, mine, identity(config, source, sha256, header, windows))
-    return Job(config, header, sha256, source, run, windows)
+    check_identity_or_empty(run.store, mine, identity(config, source, sha256, header, tile_grid))
+    return Job(config, header, sha256, source, run, tile_grid)

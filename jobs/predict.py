@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from jobs.backends import session
-from jobs.backends.paths import from_here, require_seen, worker_places
-from jobs.backends.placement import settle
+from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
+from jobs.backends.placement import resolve_placement
 from jobs.job import Job, prepare
 from jobs.progress import RunProgress
 from jobs.scheduler.dispatch import Workers, dispatch
-from jobs.scheduler.scheduler import Attempt, Board
+from jobs.scheduler.scheduler import Attempt, Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.config.uris import is_remote
 from unet_core.errors import RunMismatchError
@@ -60,7 +60,9 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     outcome = _predicted(prepare(config), retry_failed, refresh)
     if not config.output.report:
         return outcome
-    from jobs.results.report import ending_report  # templates, charts, pictures: half a second
+    from jobs.results.report import (
+        ending_report,  # templates, charts, pictures: half a second
+    )
 
     report = ending_report(config.output, config.storage, not outcome.was_finished)
     return replace(outcome, report=report)
@@ -87,14 +89,14 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
     committed = run.committed() & {shard.shard_id for shard in shards}
     totals = run.totals(committed)
     plan = [shard for shard in shards if shard.shard_id not in committed]
-    board = Board.of(plan, errors, job.config.storage)
+    scheduler = Scheduler.of(plan, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
-        board.stop()
-    if not board.is_done or draft is not None:
+        scheduler.stop()
+    if not scheduler.is_done or draft is not None:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, plan, totals)
         with progress, _workers(job, len(plan), progress) as workers:
-            record = run.record or run.establish(job.record(workers.probe()))
+            record = run.record or run.create_or_join(job.record(workers.probe()))
             if draft is not None:
                 run.publish_manifest(draft)
             workers.configure(record.compute, job.footer(record))
@@ -105,12 +107,14 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                 timings.add(result, attempt.number, actor)
                 progress.on_done(attempt.shard, result.totals)
                 if errors.are_too_many(totals.failed, totals.images_seen):
-                    board.stop()
+                    scheduler.stop()
 
             with timings:
-                dispatch(board, workers, on_done, lambda: progress.tick(len(board.in_flight)))
+                dispatch(
+                    scheduler, workers, on_done, lambda: progress.tick(len(scheduler.in_flight))
+                )
     is_done = totals.shards == len(shards)
-    exceeded = board.is_stopped
+    exceeded = scheduler.is_stopped
     if is_done:
         exceeded = errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
     if is_done and not exceeded:
@@ -120,7 +124,7 @@ def segment(job: Job, shards: list[Shard], draft: manifest.Draft | None = None) 
                 "meanwhile; run the same command again"
             )
         run.finish(totals)
-    why = board.set_aside
+    why = scheduler.set_aside
     set_aside = {s.uri or s.shard_id: why[s.shard_id] for s in plan if s.shard_id in why}
     return Outcome(run, totals, set_aside=set_aside, too_many_failed=exceeded)
 
@@ -152,10 +156,10 @@ def _workers(job: Job, shards: int, progress: RunProgress) -> Iterator[Workers]:
     from jobs.backends.actors import RayActors
 
     with session.connected():
-        storage, needed = job.config.storage, worker_places(job.config)
-        require_seen(needed, storage, session.node_count())
+        storage, needed = job.config.storage, worker_paths(job.config)
+        require_shared(needed, storage, session.node_count())
         only_here = not storage.shared and not all(map(is_remote, needed.values()))
-        placement = settle(workers, session.offered(workers, only_here))
-        spec = replace(job.replica(placement.cpus), config=from_here(job.config))
+        placement = resolve_placement(workers, session.available_resources(workers, only_here))
+        spec = replace(job.replica(placement.cpus), config=with_absolute_paths(job.config))
         with contextlib.closing(RayActors(spec, placement, shards, only_here)) as actors:
             yield actors

@@ -13,7 +13,7 @@ ResultT = TypeVar("ResultT")
 READ_THREADS = 16
 
 
-def side_by_side(
+def map_in_order(
     read: Callable[[ItemT], ResultT], items: Iterable[ItemT], threads: int = READ_THREADS
 ) -> Iterator[ResultT]:
     """What is read of each item, in their order, a few ahead: whoever has enough may stop."""
@@ -149,7 +149,7 @@ class Prefetch(Generic[ItemT, ResultT]):
             self._changed.notify_all()
 
 
-class InOrder(Generic[ResultT]):
+class OrderedResults(Generic[ResultT]):
     """Takes numbered futures in any order and gives their results by number."""
 
     def __init__(self) -> None:

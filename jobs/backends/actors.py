@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.backends import session
 from jobs.backends.placement import Placement, wanted
-from jobs.backends.prometheus import Measures
+from jobs.backends.prometheus import PrometheusMetrics
 from jobs.backends.version import CodeVersion, code_version
 from jobs.scheduler.dispatch import MAX_FAILED_STARTS
 from jobs.scheduler.scheduler import (
@@ -35,17 +35,17 @@ from unet_core.runs.timings import ShardResult
 
 if TYPE_CHECKING:
     from unet_core.inference.replica import Replica
-    from unet_core.inference.shard_segmenter import Segmenter
+    from unet_core.inference.shard_segmenter import ShardSegmenter
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
-LOOK_S = 5.0
+NODE_COUNT_S = 5.0
 """How often the nodes of the cluster are counted."""
 PLACING_WARNING_S = 30.0
-DOUBT_S = 60.0
+UNREACHABLE_S = 60.0
 """How long an actor may be out of reach before it is given up."""
-JOIN, START, CONFIGURE, ASK, HEARTBEAT = "join", "start", "configure", "ask", "heartbeat"
+JOIN, START, CONFIGURE, PING, HEARTBEAT = "join", "start", "configure", "ping", "heartbeat"
 MOST_HEARTBEATS = 50
 """A second, of all actors together."""
 NODE_DIED = "its node has died"
@@ -59,7 +59,7 @@ class SegmentActor:
         self._spec = spec
         self._run = run
         self._replica: Replica | None = None
-        self._segmenter: Segmenter | None = None
+        self._segmenter: ShardSegmenter | None = None
 
     def join(self, level: int) -> tuple[str, CodeVersion]:
         """Say on which node it is and what code it runs, before it loads anything; log from
@@ -68,7 +68,7 @@ class SegmentActor:
         logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
         return ray.get_runtime_context().get_node_id(), code_version()
 
-    @session.answering
+    @session.returns_errors
     def start(self) -> Compute:
         """Load the model; returns what it computes with."""
         from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
@@ -76,30 +76,30 @@ class SegmentActor:
         self._replica = Replica(self._spec)
         return self._replica.probe()
 
-    @session.answering
+    @session.returns_errors
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
-        from unet_core.inference.shard_segmenter import Segmenter
+        from unet_core.inference.shard_segmenter import ShardSegmenter
 
         assert self._replica is not None
-        self._segmenter = Segmenter(self._replica, compute, footer)
+        self._segmenter = ShardSegmenter(self._replica, compute, footer)
 
     def heartbeat(self) -> dict[str, int]:
         """How far its shards are."""
         return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
-    @session.answering
+    @session.returns_errors
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
         assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
-        guilty = {}
-        if attempt.trial_s is not None:
-            from unet_core.inference.isolation import find_guilty  # torch, again
+        poison = {}
+        if attempt.isolation_timeout_s is not None:
+            from unet_core.inference.isolation import find_poison_images  # torch, again
 
-            guilty = find_guilty(self._segmenter, attempt.shard, attempt.trial_s)
-        return self._segmenter.segment(attempt.shard, guilty)
+            poison = find_poison_images(self._segmenter, attempt.shard, attempt.isolation_timeout_s)
+        return self._segmenter.segment(attempt.shard, poison)
 
 
 class RayActors:
@@ -128,18 +128,18 @@ class RayActors:
             max_task_retries=0,
             max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
         )(SegmentActor)
-        self._measures = Measures(self._run)
+        self._prometheus = PrometheusMetrics(self._run)
         self._placed = 0
         self._handles: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}
         self._calls: dict[Any, tuple[str, str | Attempt]] = {}
         """Every call under way: its reference → (actor, attempt or step of its start)."""
         self._computes: dict[str, Compute] = {}
-        self._doubted: dict[str, float] = {}
+        self._unreachable_since: dict[str, float] = {}
         """Actors out of reach, since when."""
-        self._decided: tuple[Compute, dict[str, str]] | None = None
-        self._heard = self._looked = self._asked = time.monotonic()
-        self._room = placement.actors
+        self._configuration: tuple[Compute, dict[str, str]] | None = None
+        self._last_answer_at = self._last_node_count_at = self._last_heartbeat_at = time.monotonic()
+        self._capacity = placement.actors
         self._useful = max(1, shards)
         self._grow()
 
@@ -152,7 +152,7 @@ class RayActors:
         while not self._computes:
             for event in self.events():
                 if isinstance(event, Died):
-                    deaths += not event.blameless
+                    deaths += not event.node_lost
                     if deaths >= MAX_FAILED_STARTS:
                         raise WorkersError(
                             f"{deaths} actors died while loading the model: {event.reason}"
@@ -161,7 +161,7 @@ class RayActors:
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided, for the actors of today and for their replacements."""
-        self._decided = (compute, footer)
+        self._configuration = (compute, footer)
         for name in self._computes:
             self._call(name, CONFIGURE, "configure", compute, footer)
 
@@ -174,7 +174,7 @@ class RayActors:
     def want(self, actors: int, shards: int) -> int:
         """Have as many actors as the cluster can hold or get, and as can have a shard."""
         self._useful = actors
-        self._measures.open(shards)
+        self._prometheus.open(shards)
         for name in [name for name in self._handles if name not in self._nodes]:
             if len(self._handles) > actors:  # it asks for a node that would come for nothing
                 self._end(name)
@@ -188,7 +188,7 @@ class RayActors:
 
     def give_up(self, actor: str, reason: str) -> Died:
         """End an actor whose attempt does not."""
-        return replace(self._bury(actor, reason), is_overdue=True)
+        return replace(self._remove(actor, reason), is_overdue=True)
 
     def events(self) -> Iterator[Event]:
         """Wait up to a second and give what happened."""
@@ -198,12 +198,12 @@ class RayActors:
         ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
         if ready:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-            self._heard = time.monotonic()
-        elif not self._computes and time.monotonic() - self._heard > PLACING_WARNING_S:
+            self._last_answer_at = time.monotonic()
+        elif not self._computes and time.monotonic() - self._last_answer_at > PLACING_WARNING_S:
             log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
-            self._heard = time.monotonic()
-        answers = [(reference, session.answer(reference)) for reference in ready]
+            self._last_answer_at = time.monotonic()
+        answers = [(reference, session.get_result(reference)) for reference in ready]
         died = ray.exceptions.RayError | session.CrashError
         answers.sort(key=lambda found: isinstance(found[1], died))
         for reference, answer in answers:  # what was done counts before what died
@@ -217,11 +217,11 @@ class RayActors:
 
     def _grow(self) -> None:
         """Place what is wanted and not yet there; nodes may have joined."""
-        if time.monotonic() - self._looked > LOOK_S:
-            self._looked = time.monotonic()
-            nodes = session.offered(self._workers, self._only_here)
-            self._room = wanted(self._workers, self._placement.room(nodes))
-        while len(self._handles) < min(self._room, self._useful):
+        if time.monotonic() - self._last_node_count_at > NODE_COUNT_S:
+            self._last_node_count_at = time.monotonic()
+            nodes = session.available_resources(self._workers, self._only_here)
+            self._capacity = wanted(self._workers, self._placement.room(nodes))
+        while len(self._handles) < min(self._capacity, self._useful):
             self._placed += 1
             name = f"actor-{self._placed}"
             shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
@@ -231,9 +231,9 @@ class RayActors:
     def _ask_for_heartbeats(self) -> None:
         """Now and then ask actors that are at work how far they are."""
         every_s = max(HEARTBEAT_S, len(self._handles) / MOST_HEARTBEATS)
-        if time.monotonic() - self._asked < every_s:
+        if time.monotonic() - self._last_heartbeat_at < every_s:
             return
-        self._asked = time.monotonic()
+        self._last_heartbeat_at = time.monotonic()
         asked = {name for name, what in self._calls.values() if what == HEARTBEAT}
         busy = {name for name, what in self._calls.values() if isinstance(what, Attempt)}
         for name in busy - asked:
@@ -248,21 +248,21 @@ class RayActors:
             if isinstance(answer, dict):  # else what it works on tells what became of it
                 yield Heartbeat(name, answer)
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
-            yield from self._doubt(name, str(answer))
+            yield from self._check_unreachable(name, str(answer))
         elif isinstance(answer, ray.exceptions.RayError):
-            yield self._bury(name, str(answer), getattr(answer, "preempted", False))
+            yield self._remove(name, str(answer), getattr(answer, "preempted", False))
         elif isinstance(answer, session.CrashError):
-            yield self._bury(name, str(answer))
+            yield self._remove(name, str(answer))
         elif isinstance(answer, ShardError) and isinstance(what, Attempt):
-            self._measures.lost(1)
+            self._prometheus.lost(1)
             yield Refused(name, what.shard.shard_id, str(answer))
         elif isinstance(answer, UnetJobsError):
             raise answer
         elif isinstance(what, Attempt):
-            self._measures.done(name, what, answer)
+            self._prometheus.done(name, what, answer)
             yield Done(name, what.shard.shard_id, answer)
-        elif what == ASK:
-            yield self._bury(name, "it was out of reach for a while", blameless=True)
+        elif what == PING:
+            yield self._remove(name, "it was out of reach for a while", node_lost=True)
         else:
             yield from self._started(name, what, answer)
 
@@ -274,24 +274,24 @@ class RayActors:
             self._call(name, START, "start")
         elif step == START:
             self._computes[name] = answer
-            if self._decided is not None:
-                self._call(name, CONFIGURE, "configure", *self._decided)
+            if self._configuration is not None:
+                self._call(name, CONFIGURE, "configure", *self._configuration)
         elif step == CONFIGURE:
-            self._measures.ready(name)
+            self._prometheus.ready(name)
             yield Ready(name)
 
-    def _doubt(self, name: str, reason: str) -> Iterator[Died]:
+    def _check_unreachable(self, name: str, reason: str) -> Iterator[Died]:
         """An actor cannot be reached: ask it again until it is known whether it, or its node,
         died, since only one of them is a shard's fault.
         """
-        self._doubted.setdefault(name, time.monotonic())
+        self._unreachable_since.setdefault(name, time.monotonic())
         self._drop_calls(name)
-        if time.monotonic() - self._doubted[name] < DOUBT_S:
-            self._call(name, ASK, "join", log.getEffectiveLevel())
+        if time.monotonic() - self._unreachable_since[name] < UNREACHABLE_S:
+            self._call(name, PING, "join", log.getEffectiveLevel())
         else:
-            yield self._bury(name, reason, blameless=True)
+            yield self._remove(name, reason, node_lost=True)
 
-    def _bury(self, name: str, reason: str, blameless: bool = False) -> Died:
+    def _remove(self, name: str, reason: str, node_lost: bool = False) -> Died:
         """Forget an actor that is dead or of no use, which it then is; the next look places
         another if it is wanted.
         """
@@ -300,21 +300,21 @@ class RayActors:
         is_told = NODE_DIED in reason
         reason = " ".join(reason.split())[:300]
         if is_told or (node is not None and node not in alive):
-            blameless, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
+            node_lost, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
-        self._looked = 0.0
-        return Died(name, reason, blameless)
+        self._last_node_count_at = 0.0
+        return Died(name, reason, node_lost)
 
     def _end(self, name: str) -> str | None:
         """End an actor, if it lives, and drop all that is known of it; returns its node."""
         ray.kill(self._handles.pop(name), no_restart=True)
         self._drop_calls(name)
-        self._measures.gone(name)
+        self._prometheus.gone(name)
         self._computes.pop(name, None)
-        self._doubted.pop(name, None)
+        self._unreachable_since.pop(name, None)
         return self._nodes.pop(name, None)
 
     def _drop_calls(self, name: str) -> None:
         lost = [what for actor, what in self._calls.values() if actor == name]
-        self._measures.lost(sum(isinstance(what, Attempt) for what in lost))
+        self._prometheus.lost(sum(isinstance(what, Attempt) for what in lost))
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != name}

@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.backends import session
 from jobs.backends.actors import PLACING_WARNING_S
-from jobs.backends.paths import from_here, require_seen, worker_places
-from jobs.backends.placement import Placement, settle
+from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
+from jobs.backends.placement import Placement, resolve_placement
 from jobs.backends.version import code_version
 from unet_core.config.predict import WorkersConfig
 from unet_core.config.train import TrainConfig
@@ -60,8 +60,8 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        require_seen(worker_places(config), config.storage, session.node_count())
-        config = from_here(config)
+        require_shared(worker_paths(config), config.storage, session.node_count())
+        config = with_absolute_paths(config)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
@@ -194,7 +194,9 @@ def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
     if isinstance(workers.gpus, float) and 0 < workers.gpus < 1:
         raise ConfigError(f"workers.gpus is {workers.gpus:g}, but every rank needs a whole GPU")
     wanted = WorkersConfig(count=fewest, gpus=workers.gpus, cpus=workers.cpus)
-    placement = settle(wanted, session.offered(wanted), may_wait=most is not None)
+    placement = resolve_placement(
+        wanted, session.available_resources(wanted), may_wait=most is not None
+    )
     if batch < placement.actors:
         raise ConfigError(
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "

@@ -9,7 +9,7 @@ import torch
 from jobs.scheduler.scheduler import PREFETCH, Attempt, Done, Event, Heartbeat, Ready, Refused
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
-from unet_core.inference.shard_segmenter import Segmenter
+from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import ShardResult
 
@@ -28,7 +28,7 @@ class InlineWorkers:
         self._threads_before = torch.get_num_threads()
         self._replica = Replica(spec)
         self._on_image = on_image
-        self._segmenter: Segmenter | None = None
+        self._segmenter: ShardSegmenter | None = None
         self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
         self._futures: dict[Future[ShardResult], Attempt] = {}
         self._is_new = True
@@ -39,7 +39,7 @@ class InlineWorkers:
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
         """Fix what the run has decided."""
-        self._segmenter = Segmenter(self._replica, compute, footer, self._on_image)
+        self._segmenter = ShardSegmenter(self._replica, compute, footer, self._on_image)
 
     def submit(self, actor: str, attempt: Attempt) -> None:
         """Begin a shard on a thread of its own."""

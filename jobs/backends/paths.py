@@ -13,12 +13,12 @@ from unet_core.errors import ConfigError
 ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
 
 
-def data_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+def data_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
     """Where a job reads and writes data: URIs by their keys in the config."""
-    return config.read_places | {"output.uri": config.output.uri}
+    return config.read_paths | {"output.uri": config.output.uri}
 
 
-def worker_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
+def worker_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
     """All that the workers of a connected cluster have to reach: data, and the checkpoint unless
     they have it, built in or brought along with a job's files.
     """
@@ -26,33 +26,33 @@ def worker_places(config: PredictConfig | TrainConfig) -> dict[str, str]:
     is_elsewhere = bool(named) and not named.startswith("builtin:")
     if is_elsewhere and not is_remote(named) and not Path(named).is_absolute():
         is_elsewhere = not session.has_working_dir()
-    return data_places(config) | ({"model.checkpoint": named} if is_elsewhere else {})
+    return data_paths(config) | ({"model.checkpoint": named} if is_elsewhere else {})
 
 
-def from_here(config: ConfigT) -> ConfigT:
+def with_absolute_paths(config: ConfigT) -> ConfigT:
     """A config whose plain paths mean in every process of the connected cluster what they mean in
     this one, wherever that process began; a checkpoint among a job's files is found by all.
     """
     output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
     changed: dict[str, Section] = {"output": output}
-    if "model.checkpoint" in worker_places(config):
+    if "model.checkpoint" in worker_paths(config):
         found = absolute(config.model.checkpoint)
         changed["model"] = config.model.model_copy(update={"checkpoint": found})
     if isinstance(config, PredictConfig):
-        changed["input"] = config.input.from_here()
+        changed["input"] = config.input.with_absolute_paths()
     else:
-        parts = {name: part.from_here() for name, part in config.data.parts.items()}
+        parts = {name: part.with_absolute_paths() for name, part in config.data.parts.items()}
         changed["data"] = config.data.model_copy(update=parts)
     return config.model_copy(update=changed)
 
 
-def is_everywhere(uri: str, storage: StorageConfig) -> bool:
+def is_shared(uri: str, storage: StorageConfig) -> bool:
     """Whether every node of any cluster sees a file where this machine does."""
     return is_remote(uri) or (storage.shared and Path(plain(uri)).is_absolute())
 
 
-def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
-    """Refuse places, by their keys, that workers cannot see: those of the connected cluster, which
+def require_shared(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
+    """Refuse paths, by their keys, that workers cannot see: those of the connected cluster, which
     has so many nodes, or else of any.
 
     Raises ConfigError that names the first one.
@@ -63,7 +63,7 @@ def require_seen(found: dict[str, str], storage: StorageConfig, nodes: int | Non
                 f"{key}: {uri} lives in one process; use an object store, or on one machine "
                 "workers.count = 'inline'"
             )
-        if is_everywhere(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
+        if is_shared(uri, storage) or (nodes is not None and (nodes < 2 or storage.shared)):
             continue
         if nodes is None and not Path(plain(uri)).is_absolute():
             raise ConfigError(

@@ -26,7 +26,7 @@ class Placement:
         return sum(_fitting(self.gpus, self.cpus, node) for node in nodes)
 
 
-def settle(workers: WorkersConfig, nodes: Nodes, may_wait: bool = False) -> Placement:
+def resolve_placement(workers: WorkersConfig, nodes: Nodes, may_wait: bool = False) -> Placement:
     """Actors, and GPUs and CPUs for each. With ``workers.max``, or if they ``may_wait``, nodes may
     be yet to come.
 

@@ -13,7 +13,7 @@ from unet_core.runs.timings import Seconds, ShardResult
 BOUNDARIES_S = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0]
 
 
-class Measures:
+class PrometheusMetrics:
     """Counters, gauges and histograms of one run."""
 
     def __init__(self, run: str) -> None:

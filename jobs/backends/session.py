@@ -94,7 +94,7 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
-def offered(workers: WorkersConfig, only_here: bool = False) -> Nodes:
+def available_resources(workers: WorkersConfig, only_here: bool = False) -> Nodes:
     """What the nodes of the cluster have now for actors; ``only_here``: this one alone."""
     import ray
 
@@ -148,7 +148,7 @@ class CrashError(Exception):
 Problem = UnetJobsError | CrashError
 
 
-def answering(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
+def returns_errors(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
     """A function that returns what goes wrong, since what Ray raises again may lose its class; bugs
     are raised.
     """
@@ -166,7 +166,7 @@ def answering(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Probl
     return answered
 
 
-def answer(reference: Any) -> Any:
+def get_result(reference: Any) -> Any:
     """What a call of Ray gave, or the error that says what became of its process."""
     import ray
 

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from jobs.backends import session
-from jobs.backends.paths import require_seen
+from jobs.backends.paths import require_shared
 from jobs.backends.version import CodeVersion, code_version
 from jobs.progress import ShardsProgress
 from unet_core.config.predict import PredictConfig
@@ -44,12 +44,12 @@ class Task(Protocol):
         """
 
 
-def spread(
-    task: Task, shards: list[Shard], config: PredictConfig, places: dict[str, str], what: str
+def run_tasks(
+    task: Task, shards: list[Shard], config: PredictConfig, paths: dict[str, str], what: str
 ) -> dict[str, str]:
     """Do a task with all shards that it is not done with.
 
-    ``places``: what it reads and writes, by what people call it, which all nodes have to reach.
+    ``paths``: what it reads and writes, by what people call it, which all nodes have to reach.
     ``what``: shown to people, e.g. "evaluating". Returns the shards that could not be done, by path
     or id, with the reason; raises any other error of this project.
     """
@@ -64,7 +64,7 @@ def spread(
     run = _here if is_here else _on_cluster
     with (
         ShardsProgress(what, len(shards), len(shards) - len(left)) as progress,
-        contextlib.closing(run(task, left, config, places)) as answers,
+        contextlib.closing(run(task, left, config, paths)) as answers,
     ):
         for shard, answer in answers:
             if isinstance(answer, int):
@@ -76,7 +76,7 @@ def spread(
     return refused
 
 
-def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]) -> Answers:
+def _here(task: Task, left: list[Shard], config: PredictConfig, paths: dict[str, str]) -> Answers:
     """On threads. Whoever is stopped does not wait for what is under way."""
     pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
     try:
@@ -88,13 +88,13 @@ def _here(task: Task, left: list[Shard], config: PredictConfig, places: dict[str
 
 
 def _on_cluster(
-    task: Task, left: list[Shard], config: PredictConfig, places: dict[str, str]
+    task: Task, left: list[Shard], config: PredictConfig, paths: dict[str, str]
 ) -> Answers:
     """As calls of Ray on whatever node has a core, a few for each core at a time."""
     import ray
 
     with session.connected():
-        require_seen(places, config.storage, session.node_count())
+        require_shared(paths, config.storage, session.node_count())
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_done)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}
@@ -108,7 +108,7 @@ def _on_cluster(
                     return
                 ready, _ = ray.wait(list(calls), timeout=WAIT_S)
                 for reference in ready:
-                    answer = session.answer(reference)
+                    answer = session.get_result(reference)
                     if isinstance(answer, ray.exceptions.RayError):
                         answer = session.CrashError(" ".join(str(answer).split())[:300])
                     yield calls.pop(reference), answer
@@ -117,7 +117,7 @@ def _on_cluster(
                 ray.cancel(reference, force=True)
 
 
-@session.answering
+@session.returns_errors
 def _done(driver: CodeVersion, task: Task, shard: Shard) -> int:
     driver.require(code_version(), "a node")
     try:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.backends.tasks import spread
+from jobs.backends.tasks import run_tasks
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.evaluation.aggregate import Images, Tally, changed, counted, scored
+from unet_core.evaluation.aggregate import Aggregate, Images, changed, counted, scored
 from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
 from unet_core.evaluation.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
 from unet_core.inputs.shards import masks_at
@@ -21,7 +21,7 @@ NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutcome:
     """What came of an evaluation."""
 
     document: dict[str, Any]
@@ -30,7 +30,7 @@ class Outcome:
     """Shards that could not be done, by path or id, with the reason."""
 
 
-def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome:
+def evaluate(results: Results, config: PredictConfig, name: str = "") -> EvaluationOutcome:
     """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
 
     Raises ConfigError if no image has a truth of use, or two have the same.
@@ -48,15 +48,17 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Outcome
     }
 
     evaluation = _prepared(results, truth, config.input.ignore_index, about, where, name)
-    places = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
-    outcome, tally = _spread(evaluation, results, config, places)
-    _require_some(outcome, tally, _without_truth(results, truth, tally))
-    found = scored(tally, results.class_names)
+    paths = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
+    outcome, aggregate = _run_tasks(evaluation, results, config, paths)
+    _require_some(outcome, aggregate, _without_truth(results, truth, aggregate))
+    found = scored(aggregate, results.class_names)
     outcome.document.update(found | _hint(found, config.input.ignore_index))
     return _published(evaluation, outcome)
 
 
-def compare(results: Results, other: Results, config: PredictConfig, name: str = "") -> Outcome:
+def compare(
+    results: Results, other: Results, config: PredictConfig, name: str = ""
+) -> EvaluationOutcome:
     """Compare a run with what another one made of the same images.
 
     Raises ConfigError if their classes are not the same.
@@ -75,9 +77,9 @@ def compare(results: Results, other: Results, config: PredictConfig, name: str =
     }
     label = f"against-{other.run.store.uri()}"
     evaluation = _prepared(results, truth, NOTHING_IGNORED, about, label, name)
-    outcome, tally = _spread(evaluation, results, config, {"--against": other.run.uri})
-    _require_some(outcome, tally, _without_other(results, other, tally, only_there))
-    outcome.document.update(changed(tally, results.class_names, only_there))
+    outcome, aggregate = _run_tasks(evaluation, results, config, {"--against": other.run.uri})
+    _require_some(outcome, aggregate, _without_other(results, other, aggregate, only_there))
+    outcome.document.update(changed(aggregate, results.class_names, only_there))
     return _published(evaluation, outcome)
 
 
@@ -101,60 +103,65 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _spread(
-    evaluation: Evaluation, results: Results, config: PredictConfig, places: dict[str, str]
-) -> tuple[Outcome, Tally]:
+def _run_tasks(
+    evaluation: Evaluation, results: Results, config: PredictConfig, paths: dict[str, str]
+) -> tuple[EvaluationOutcome, Aggregate]:
     """Do what is left, and what the run has done again since; what the document begins with."""
     evaluation.begin()
-    places = {"RUN": results.run.uri, **places}
-    set_aside = spread(evaluation, results.shards(), config, places, "evaluating")
-    tally = evaluation.tally(evaluation.done())
+    paths = {"RUN": results.run.uri, **paths}
+    set_aside = run_tasks(evaluation, results.shards(), config, paths, "evaluating")
+    aggregate = evaluation.aggregate(evaluation.done())
     document = {
         "run": results.run.store.uri(),
         "evaluation": evaluation.store.uri(),
         "of": evaluation.identity,
         "is_finished": results.run.is_finished,
-        "counted": counted(tally.totals),
+        "counted": counted(aggregate.totals),
     }
-    return Outcome(document, set_aside), tally
+    return EvaluationOutcome(document, set_aside), aggregate
 
 
-def _published(evaluation: Evaluation, outcome: Outcome) -> Outcome:
+def _published(evaluation: Evaluation, outcome: EvaluationOutcome) -> EvaluationOutcome:
     if not outcome.set_aside:
         data = json.dumps(outcome.document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)
     return outcome
 
 
-def _require_some(outcome: Outcome, tally: Tally, without: str) -> None:
+def _require_some(outcome: EvaluationOutcome, aggregate: Aggregate, without: str) -> None:
     """Raises ConfigError where all is done, images are there and none was compared: with the first
     reason, or as is said where all images are ``without`` a truth.
     """
-    reasons = (*tally.unusable.examples, *tally.only_ok_here.examples)
-    if outcome.set_aside or tally.totals.with_truth or not tally.totals.ok:
+    reasons = (*aggregate.unusable.examples, *aggregate.only_ok_here.examples)
+    if outcome.set_aside or aggregate.totals.with_truth or not aggregate.totals.ok:
         return
     if not reasons:
         raise ConfigError(without)
-    hint = "; are these label images, or the images themselves?" if tally.unusable.count else ""
-    raise ConfigError(f"none of {tally.totals.ok} images can be compared: {reasons[0]}{hint}")
+    hint = "; are these label images, or the images themselves?" if aggregate.unusable.count else ""
+    raise ConfigError(f"none of {aggregate.totals.ok} images can be compared: {reasons[0]}{hint}")
 
 
-def _without_truth(results: Results, truth: LabelImages | BesideImages, tally: Tally) -> str:
+def _without_truth(
+    results: Results, truth: LabelImages | BesideImages, aggregate: Aggregate
+) -> str:
     where = truth.source.config.masks
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
     there = ""
     if isinstance(truth, LabelImages):  # else only reading tells
         there = f"; label images: {', '.join(truth.names)}"
     return (
-        f"--truth: none of {tally.totals.ok} images of {results.run.uri} has its truth in "
-        f"{where!r}{hint}; images: {', '.join(tally.without.examples)}{there}"
+        f"--truth: none of {aggregate.totals.ok} images of {results.run.uri} has its truth in "
+        f"{where!r}{hint}; images: {', '.join(aggregate.without.examples)}{there}"
     )
 
 
-def _without_other(results: Results, other: Results, tally: Tally, only_there: Images) -> str:
+def _without_other(
+    results: Results, other: Results, aggregate: Aggregate, only_there: Images
+) -> str:
     return (
-        f"--against: {other.run.uri} has none of {tally.totals.ok} images of {results.run.uri}; "
-        f"images: {', '.join(tally.without.examples)}; there: {', '.join(only_there.examples)}"
+        f"--against: {other.run.uri} has none of {aggregate.totals.ok} images of "
+        f"{results.run.uri}; images: {', '.join(aggregate.without.examples)}; "
+        f"there: {', '.join(only_there.examples)}"
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.backends.tasks import spread
-from unet_core.concurrency import READ_THREADS, side_by_side
+from jobs.backends.tasks import run_tasks
+from unet_core.concurrency import READ_THREADS, map_in_order
 from unet_core.config.predict import PredictConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.config.uris import refuse_nesting
@@ -60,9 +60,9 @@ def export_run(results: Results, config: PredictConfig, options: Options, out: s
     shards = results.shards()
     names = _names(results, shards, options)
     task = Export(results, store, options, names, has_input, is_of_run=not out)
-    task.establish()
-    places = {"RUN": results.run.uri, "--out": store.uri()}
-    refused = spread(task, shards, config, places, "exporting")
+    task.create_or_join()
+    paths = {"RUN": results.run.uri, "--out": store.uri()}
+    refused = run_tasks(task, shards, config, paths, "exporting")
     there = task.done()
     done = [shard.shard_id for shard in shards if shard.shard_id in there]
     if options.format == "coco":
@@ -85,7 +85,7 @@ def _names(results: Results, shards: list[Shard], options: Options) -> Names:
         table = read_columns(results.run.store, shard.shard_id, "image_id", "status")
         return table.filter(pc.field("status") == "ok")["image_id"].combine_chunks()
 
-    return Names.among(EXTENSIONS[options.format], side_by_side(ids, shards))
+    return Names.among(EXTENSIONS[options.format], map_in_order(ids, shards))
 
 
 def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> Exported:
@@ -95,7 +95,7 @@ def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> E
         return Counter(row["status"] for row in rows), refused
 
     images, problems = Counter[str](), []
-    for counts, refused in side_by_side(look, done):
+    for counts, refused in map_in_order(look, done):
         images += counts
         problems += refused
     return Exported(task, images, problems, shards_refused)
@@ -105,7 +105,7 @@ def _write_annotations(task: Export, done: list[str]) -> None:
     """One document of what the index has, in the order of the manifest: ids are always the same.
     One that is of the same shards and masks is left alone.
     """
-    masks = side_by_side(task.masks_sha256, done)
+    masks = map_in_order(task.masks_sha256, done)
     state = json.dumps(list(zip(done, masks, strict=True)))
     digest = hashlib.sha256(state.encode()).hexdigest()
     store, names = task.store, task.results.class_names
@@ -135,7 +135,7 @@ def _exported(
     def read(shard_id: str) -> list[dict[str, Any]]:
         return [*task.exported(shard_id, ["status", *columns])]
 
-    rows = chain.from_iterable(side_by_side(read, done, threads))
+    rows = chain.from_iterable(map_in_order(read, done, threads))
     return enumerate((row for row in rows if row.pop("status") == "ok"), start=1)
 
 

@@ -10,12 +10,12 @@ from unet_core.arrays import Array
 from unet_core.config.sections import FolderConfig, StorageConfig
 from unet_core.errors import UnetJobsError
 from unet_core.export.names import Names
-from unet_core.images.decoder import Picture
+from unet_core.images.decoder import DecodedImage
 from unet_core.report.facts import RunFacts
 from unet_core.report.page import NAME, render
 from unet_core.report.panels import overlay
 from unet_core.report.run_images import fetch
-from unet_core.report.scores import RANDOM, Measured, pick_ids
+from unet_core.report.scores import RANDOM, RunScores, pick_ids
 from unet_core.report.training_facts import TrainingFacts
 from unet_core.runs.compact import batches, compact
 from unet_core.runs.reader import Results, open_run
@@ -78,13 +78,13 @@ def write_previews(
     if image_ids:
         picks = pick_ids(rows, image_ids)
     else:
-        measured = Measured(rows, len(results.class_names), worst or 20)
+        measured = RunScores(rows, len(results.class_names), worst or 20)
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
-    def write(picture: Picture, mask_HW: Array) -> None:
-        drawn = overlay(picture, mask_HW, results.palette)
-        target.publish(names.of(picture.sample.image_id, ""), drawn)
+    def write(decoded: DecodedImage, mask_HW: Array) -> None:
+        drawn = overlay(decoded, mask_HW, results.palette)
+        target.publish(names.of(decoded.sample.image_id, ""), drawn)
 
     written, reasons = fetch(results, picks, write)
     missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]

@@ -1,9 +1,9 @@
-"""Hands the shards of a board out to workers of any kind, until nothing is left; knows no Ray."""
+"""The dispatch loop: hands the scheduler's shards to workers until nothing is left. No Ray."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from jobs.scheduler.scheduler import Attempt, Board, Died, Done, Event
+from jobs.scheduler.scheduler import Attempt, Died, Done, Event, Scheduler
 from unet_core.errors import WorkersError
 from unet_core.runs.compute import Compute
 from unet_core.runs.timings import ShardResult
@@ -44,37 +44,37 @@ class Workers(Protocol):
 
 
 def dispatch(
-    board: Board,
+    scheduler: Scheduler,
     workers: Workers,
     on_done: Callable[[ShardResult, Attempt, str], None],
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the board until nothing is left to try; ``on_tick`` is called about once a second.
+    """Run the loop until nothing is left to try; ``on_tick`` is called about once a second.
 
     Raises WorkersError when actors die again and again before they are ready.
     """
-    awake = board.clock()
-    while not board.is_done:
+    awake = scheduler.clock()
+    while not scheduler.is_done:
         for event in workers.events():
             if isinstance(event, Done):
-                on_done(event.result, board.done(event.actor, event.shard_id), event.actor)
+                on_done(event.result, scheduler.done(event.actor, event.shard_id), event.actor)
             else:
-                board.note(event)
-            if board.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
+                scheduler.note(event)
+            if scheduler.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
                 raise WorkersError(
-                    f"{board.failed_starts} actors died while starting: {event.reason}"
+                    f"{scheduler.failed_starts} actors died while starting: {event.reason}"
                 )
-        slept, awake = board.clock() - awake, board.clock()
+        slept, awake = scheduler.clock() - awake, scheduler.clock()
         if slept > PAUSE_S:
-            board.forgive(slept)
-        for actor, reason in board.overdue():  # its attempt stands still
+            scheduler.exclude_pause(slept)
+        for actor, reason in scheduler.overdue():  # its attempt stands still
             if (died := workers.give_up(actor, reason)) is not None:
-                board.died(died)
+                scheduler.died(died)
         on_tick()
-        actors = workers.want(board.useful, board.open)
-        for actor in list(board.in_flight):
-            while (attempt := board.next_for(actor, actors)) is not None:
+        actors = workers.want(scheduler.useful, scheduler.open)
+        for actor in list(scheduler.in_flight):
+            while (attempt := scheduler.next_for(actor, actors)) is not None:
                 workers.submit(actor, attempt)
-            if not board.has_use_for(actor):
-                del board.in_flight[actor]
+            if not scheduler.has_use_for(actor):
+                del scheduler.in_flight[actor]
                 workers.release(actor)

@@ -1,11 +1,11 @@
-"""Which shard goes to which actor, and what a failed attempt means. Knows nothing of Ray.
+"""Which shard goes to which worker, and what a failed attempt means. Knows nothing of Ray.
 
-An actor holds at most two shards: one computes while the next is read; the last ones are shared out
-instead, also with those that are still starting. When an actor dies with two shards, either may be
-guilty, so neither is charged: both become suspects and run alone. Only a death alone counts. A
-shard that has been charged ``max_attempts`` times, or that stands still alone, goes on trial: its
-images are tried one by one, and the guilty ones become failed rows. One that cannot be done even so
-is set aside.
+A worker holds at most two shards: one computes while the next is read. Near the end of a run each
+gets one instead, including workers that are still starting. When a worker dies with two shards in
+flight, either may be the cause, so no failure is counted: both are retried alone. Only the death of
+a worker with a single shard counts as a failure of that shard. After ``max_attempts`` failures, or
+when it stalls alone, a shard is isolated: its images are tried one by one in a child process, and
+the poison images become failed rows. A shard that still crashes workers is set aside.
 """
 
 import time
@@ -19,10 +19,10 @@ from unet_core.inputs.shards import Shard
 from unet_core.runs.timings import ShardResult
 
 PREFETCH = 2
-MAX_TRIALS = 2
-TRIAL_SLACK = 10.0
-"""How many times as long as an attempt a trial may stand still: its child has to load the model,
-and every image may take as long as an attempt."""
+MAX_ISOLATIONS = 2
+ISOLATION_SLACK = 10.0
+"""Factor on the stall timeout while a shard is isolated: its child process loads the model first,
+and each image may take as long as a whole attempt."""
 HEARTBEAT_S = 2.0
 """How often actors are asked how far they are."""
 OVERHEAD_BYTES = 2**20
@@ -36,7 +36,7 @@ class Attempt:
     shard: Shard
     number: int
     alone: bool
-    trial_s: float | None = None
+    isolation_timeout_s: float | None = None
     """Try each image by itself first, for at most so long."""
 
 
@@ -62,7 +62,7 @@ class Died:
 
     actor: str
     reason: str
-    blameless: bool = False
+    node_lost: bool = False
     """Its node went, so no shard is to blame."""
     is_overdue: bool = False
     """It was ended because its attempt did not."""
@@ -90,7 +90,7 @@ Event = Ready | Done | Refused | Heartbeat | Died
 
 
 @dataclass
-class Patience:
+class StallTimeout:
     """How long an attempt may stand still: as long as storage may take until it gives up, a while
     beyond that, and the time that a whole shard of its size takes at the rate of this run.
     """
@@ -111,7 +111,7 @@ class Patience:
 
 
 @dataclass
-class Watch:
+class Progress:
     """Over the oldest attempt of an actor."""
 
     since: float
@@ -123,33 +123,33 @@ class Watch:
 
 
 @dataclass
-class Board:
+class Scheduler:
     """The shards of a plan on their way from waiting to committed."""
 
     waiting: deque[Shard]
     max_attempts: int
-    patience: Patience
+    stall_timeout: StallTimeout
     clock: Callable[[], float] = time.monotonic
-    suspects: deque[Shard] = field(default_factory=deque)
-    on_trial: deque[Shard] = field(default_factory=deque)
+    retry_alone: deque[Shard] = field(default_factory=deque)
+    isolating: deque[Shard] = field(default_factory=deque)
     in_flight: dict[str, list[Attempt]] = field(default_factory=dict)
     """By actor, the oldest first; an actor that is absent here is not ready."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Shard id → why nobody will try it again in this session."""
-    charged: Counter[str] = field(default_factory=Counter)
+    failure_count: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
     is_stopped: bool = False
     failed_starts: int = 0
     """Actors that died before they were ready, one after the other, while none was."""
-    _trials: Counter[str] = field(default_factory=Counter)
-    _watches: dict[str, Watch] = field(default_factory=dict)
+    _isolation_counts: Counter[str] = field(default_factory=Counter)
+    _progress: dict[str, Progress] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Board":
+    def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
         """All shards of a plan waiting, the largest first."""
         waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
         least_s = max(storage.deadline_s + errors.stall_s, 3 * HEARTBEAT_S)
-        return cls(waiting, errors.max_attempts, Patience(least_s))
+        return cls(waiting, errors.max_attempts, StallTimeout(least_s))
 
     @property
     def is_done(self) -> bool:
@@ -168,7 +168,7 @@ class Board:
 
     @property
     def _left(self) -> int:
-        return len(self.waiting) + len(self.suspects) + len(self.on_trial)
+        return len(self.waiting) + len(self.retry_alone) + len(self.isolating)
 
     def has_use_for(self, actor: str) -> bool:
         """Whether an actor holds a shard or may get one."""
@@ -177,7 +177,7 @@ class Board:
     def stop(self) -> None:
         """Begin nothing any more; what is under way comes to its end."""
         self.is_stopped = True
-        for line in (self.waiting, self.suspects, self.on_trial):
+        for line in (self.waiting, self.retry_alone, self.isolating):
             line.clear()
 
     def next_for(self, actor: str, actors: int = 0) -> Attempt | None:
@@ -187,10 +187,10 @@ class Board:
             return None
         if held and len(self.waiting) < max(actors, len(self.in_flight)):
             return None
-        if not held and self.on_trial:
-            return self._begin(actor, self.on_trial.popleft(), alone=True, on_trial=True)
-        if not held and self.suspects:
-            return self._begin(actor, self.suspects.popleft(), alone=True)
+        if not held and self.isolating:
+            return self._begin(actor, self.isolating.popleft(), alone=True, isolating=True)
+        if not held and self.retry_alone:
+            return self._begin(actor, self.retry_alone.popleft(), alone=True)
         if self.waiting:
             return self._begin(actor, self.waiting.popleft(), alone=False)
         return None
@@ -205,74 +205,74 @@ class Board:
                 self._take_back(actor, shard_id)
                 self.set_aside[shard_id] = reason
             case Heartbeat(actor, steps) if held := self.in_flight.get(actor):
-                watch, now = self._watches[actor], steps.get(held[0].shard.shard_id, 0)
-                if now != watch.steps:
-                    watch.steps, watch.heard = now, self.clock()
+                progress, now = self._progress[actor], steps.get(held[0].shard.shard_id, 0)
+                if now != progress.steps:
+                    progress.steps, progress.heard = now, self.clock()
             case Died():
                 self.died(event)
 
     def done(self, actor: str, shard_id: str) -> Attempt:
         """A shard was committed; returns the attempt that did it."""
-        since = self._watches[actor].since
+        since = self._progress[actor].since
         attempt, was_oldest = self._take_back(actor, shard_id)
-        if was_oldest and attempt.trial_s is None:
-            self.patience.learn(attempt.shard, self.clock() - since)
+        if was_oldest and attempt.isolation_timeout_s is None:
+            self.stall_timeout.learn(attempt.shard, self.clock() - since)
         return attempt
 
-    def forgive(self, seconds: float) -> None:
+    def exclude_pause(self, seconds: float) -> None:
         """Nobody was listened to for so long."""
-        for watch in self._watches.values():
-            watch.since += seconds
-            watch.heard += seconds
+        for progress in self._progress.values():
+            progress.since += seconds
+            progress.heard += seconds
 
     def overdue(self) -> Iterator[tuple[str, str]]:
         """Actors whose oldest attempt stands still, and what to say of it."""
         for actor, held in list(self.in_flight.items()):
             if not held:
                 continue
-            limit_s = self.patience.limit_s(held[0].shard)
-            limit_s *= TRIAL_SLACK if held[0].trial_s is not None else 1.0
-            if self.clock() - self._watches[actor].heard > limit_s:
-                self._watches[actor].heard = self.clock()
+            limit_s = self.stall_timeout.limit_s(held[0].shard)
+            limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
+            if self.clock() - self._progress[actor].heard > limit_s:
+                self._progress[actor].heard = self.clock()
                 name = held[0].shard.uri or held[0].shard.shard_id
                 yield actor, f"shard {name} has made no step for {limit_s:.0f} s"
 
     def died(self, event: Died) -> None:
         """Take back what a dead actor held, and judge it."""
-        is_failed_start = event.actor not in self.in_flight and not event.blameless
+        is_failed_start = event.actor not in self.in_flight and not event.node_lost
         held = self.in_flight.pop(event.actor, [])
         if is_failed_start and not self.in_flight:
             self.failed_starts += 1
         for attempt in held if not self.is_stopped else ():
-            self._judge(attempt, event, was_alone=len(held) == 1)
+            self._retry_or_isolate(attempt, event, was_alone=len(held) == 1)
 
-    def _judge(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
-        """A death alone counts, and what hangs alone is no accident; on trial the actor may have
-        died for another reason.
+    def _retry_or_isolate(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
+        """Count a failure only if the shard was alone in flight; one that stalls alone is isolated
+        at once. While isolated, the worker itself may have died for another reason.
         """
         shard, name = attempt.shard, attempt.shard.shard_id
-        if attempt.trial_s is not None:
-            self._trials[name] += not event.blameless
-            if self._trials[name] < MAX_TRIALS:
-                self.on_trial.append(shard)
+        if attempt.isolation_timeout_s is not None:
+            self._isolation_counts[name] += not event.node_lost
+            if self._isolation_counts[name] < MAX_ISOLATIONS:
+                self.isolating.append(shard)
             else:
                 reason = f"its images were tried one by one, and even so: {event.reason}"
                 self.set_aside[name] = reason
-        elif event.blameless:
+        elif event.node_lost:
             self.waiting.appendleft(shard)
         elif was_alone:
-            self.charged[name] += self.max_attempts if event.is_overdue else 1
-            is_due = self.charged[name] >= self.max_attempts
-            (self.on_trial if is_due else self.suspects).append(shard)
+            self.failure_count[name] += self.max_attempts if event.is_overdue else 1
+            is_due = self.failure_count[name] >= self.max_attempts
+            (self.isolating if is_due else self.retry_alone).append(shard)
         else:
-            self.suspects.append(shard)
+            self.retry_alone.append(shard)
 
-    def _begin(self, actor: str, shard: Shard, alone: bool, on_trial: bool = False) -> Attempt:
+    def _begin(self, actor: str, shard: Shard, alone: bool, isolating: bool = False) -> Attempt:
         self.attempts[shard.shard_id] += 1
-        trial_s = self.patience.limit_s(shard) if on_trial else None
-        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, trial_s)
+        isolation_timeout_s = self.stall_timeout.limit_s(shard) if isolating else None
+        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, isolation_timeout_s)
         if not self.in_flight[actor]:
-            self._watches[actor] = Watch(self.clock(), self.clock())
+            self._progress[actor] = Progress(self.clock(), self.clock())
         self.in_flight[actor].append(attempt)
         return attempt
 
@@ -281,5 +281,5 @@ class Board:
         held = self.in_flight[actor]
         place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
         if place == 0:
-            self._watches[actor] = Watch(self.clock(), self.clock())
+            self._progress[actor] = Progress(self.clock(), self.clock())
         return held.pop(place), place == 0

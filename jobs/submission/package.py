@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.backends.paths import data_places, is_everywhere, require_seen
+from jobs.backends.paths import data_paths, is_shared, require_shared
 from unet_core.config.predict import PredictConfig
 from unet_core.config.train import TrainConfig
 from unet_core.config.uris import plain
@@ -61,13 +61,13 @@ def pack(
 ) -> Package:
     """Find what a job needs of this machine: TOML, a local checkpoint, the module of a factory.
 
-    Raises ConfigError for places that the cluster cannot see and for files that are too large.
+    Raises ConfigError for paths that the cluster cannot see and for files that are too large.
     """
-    require_seen(data_places(config), config.storage)
+    require_shared(data_paths(config), config.storage)
     files, overrides = {CONFIG: Path(path).resolve()}, list(overrides)
     checkpoint = config.model.checkpoint
     is_builtin = not checkpoint or checkpoint.startswith("builtin:")
-    if not is_builtin and not is_everywhere(checkpoint, config.storage):
+    if not is_builtin and not is_shared(checkpoint, config.storage):
         local = Path(plain(checkpoint)).expanduser()
         if not local.is_file():
             raise ConfigError(f"model.checkpoint: {checkpoint} is no file of this machine")

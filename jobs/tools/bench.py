@@ -28,17 +28,17 @@ from jobs.backends import session
 from jobs.backends.inline import InlineWorkers
 from jobs.job import Job, prepare
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Board
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
-from unet_core.images.decoder import Decoder, Picture
+from unet_core.images.decoder import DecodedImage, Decoder
 from unet_core.images.sample import Sample
-from unet_core.inference.engine import Batch, Engine, Segmented
-from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.engine import Batch, Engine, TileResult
+from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
-from unet_core.inference.tile_queue import Piece, TileQueue, stack
+from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
 from unet_core.inputs.formats import list_shards, read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.runs.compute import Compute
@@ -135,20 +135,24 @@ def _round(
                                    for shard in shards])  # fmt: skip
     decode_s, decoded = _timed(lambda: [list(chain.from_iterable(map(decoder.decode, samples)))
                                         for samples in read])  # fmt: skip
-    shown = [[image for image in images if isinstance(image, Picture)] for images in decoded]
-    pieces = [group for pictures in shown for group in _pieces(job, engine.how, compute, pictures)]
+    shown = [[image for image in images if isinstance(image, DecodedImage)] for images in decoded]
+    pieces = [
+        group
+        for decoded_images in shown
+        for group in _pieces(job, engine.postprocessing, compute, decoded_images)
+    ]
     if not pieces:
         raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
-    batches = list(map(stack, pieces))
+    batches = list(map(stack_tiles, pieces))
     with ThreadPoolExecutor(engine.lanes) as pool:
         model_s, results = _timed(lambda: list(pool.map(engine.run, batches)))
     encode_s, _ = _timed(lambda: _encode(job, pieces, results))
     job_s, spent = _job_s(job, shards)
-    pictures = list(chain(*shown))
-    megapixels = sum(math.prod(picture.pixels.shape) for picture in pictures) / 1e6
+    decoded_images = list(chain(*shown))
+    megapixels = sum(math.prod(decoded.pixels.shape) for decoded in decoded_images) / 1e6
     gflop, matrix_gflop = _gflop(engine, batches), 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
     return {
-        "images": len(pictures),
+        "images": len(decoded_images),
         "megapixels": megapixels,
         "matrix_gflop_per_s": matrix_gflop / matrix_s,
         "gflop_per_megapixel": gflop / megapixels,
@@ -161,7 +165,7 @@ def _round(
         "job": megapixels / job_s,
         "job_over_model": model_s / job_s,
         "job_over_work": (model_s + (decode_s + encode_s) / engine.lanes) / job_s,
-        "images_per_s": len(pictures) / job_s,
+        "images_per_s": len(decoded_images) / job_s,
     }, spent
 
 
@@ -182,20 +186,23 @@ def _in_memory(sample: Sample) -> Sample:
 
 
 def _pieces(
-    job: Job, how: Postprocessing, compute: Compute, pictures: list[Picture]
-) -> list[list[Piece]]:
+    job: Job, postprocessing: Postprocessing, compute: Compute, decoded_images: list[DecodedImage]
+) -> list[list[TileRef]]:
     """The tiles of a shard's images in batches."""
     queue = TileQueue(compute)
-    canvases = (Canvas(n, picture, job.windows, how) for n, picture in enumerate(pictures))
-    return [*chain.from_iterable(map(queue.add, canvases)), *queue.rest()]
+    assemblers = (
+        MaskAssembler(n, decoded, job.tile_grid, postprocessing)
+        for n, decoded in enumerate(decoded_images)
+    )
+    return [*chain.from_iterable(map(queue.add, assemblers)), *queue.rest()]
 
 
-def _encode(job: Job, pieces: list[list[Piece]], results: list[list[Segmented]]) -> None:
+def _encode(job: Job, pieces: list[list[TileRef]], results: list[list[TileResult]]) -> None:
     config = job.config
     encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
-    for (canvas, tile), result in zip(chain(*pieces), chain(*results), strict=True):
-        for area in canvas.paste(tile, result):
-            encoder.area(canvas, area)
+    for (assembler, tile), result in zip(chain(*pieces), chain(*results), strict=True):
+        for window in assembler.paste(tile, result):
+            encoder.window(assembler, window)
 
 
 def _matrix_s(engine: Engine) -> float:
@@ -232,9 +239,9 @@ def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
         with draft(iter(shards)) as found:
             job.run.publish_manifest(found)
             workers.configure(record.compute, job.footer(record))
-            board = Board.of(found.heads, job.config.errors, job.config.storage)
+            scheduler = Scheduler.of(found.heads, job.config.errors, job.config.storage)
             took_s, _ = _timed(
-                lambda: dispatch(board, workers, lambda result, *_: results.append(result))
+                lambda: dispatch(scheduler, workers, lambda result, *_: results.append(result))
             )
     job.run.store.remove_all()
     return took_s, sum((result.seconds for result in results), Seconds())

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 
 from jobs.backends import session
-from jobs.backends.placement import settle
+from jobs.backends.placement import resolve_placement
 from jobs.job import Job, prepare
 from jobs.predict import segment
 from unet_core.config.predict import PredictConfig
@@ -120,7 +120,7 @@ def _scratch(job: Job) -> Job:
     output = config.output.model_copy(update={"uri": f"{uri}-cost-{uuid.uuid4().hex[:8]}"})
     workers = config.workers
     if not session.is_inline(workers):
-        each = settle(workers, session.offered(workers))
+        each = resolve_placement(workers, session.available_resources(workers))
         one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
         workers = workers.model_copy(update=one)
     errors = config.errors.model_copy(update={"max_failed_images": 1.0})  # a sample says nothing

@@ -121,7 +121,7 @@ def layers_table(described: Description) -> Table:
 def sentences(tiling: Tiling) -> dict[str, str]:
     """What the tiling means, by a name for each line."""
     axis = tiling.receptive_field
-    exact = f"exact: windows from {tiling.smallest_window}, starts at multiples of {tiling.stride}"
+    exact = f"exact: windows from {tiling.smallest_tile}, starts at multiples of {tiling.stride}"
     return {
         "sides": str(tiling.sides),
         "margin": f"{tiling.margin} pixels lost on each side",

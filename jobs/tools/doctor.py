@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jobs.backends import session
-from jobs.backends.paths import data_places
+from jobs.backends.paths import data_paths
 from jobs.backends.version import CodeVersion, code_version
 from unet_core.config.predict import PredictConfig, WorkersConfig
 from unet_core.config.sections import StorageConfig
@@ -196,7 +196,7 @@ def cluster() -> str:
         except OSError as error:
             raise WorkersError(f"{address} is not reached ({error}): is it up?") from error
     with session.connected(shows_logs=False):
-        nodes = session.offered(WorkersConfig())
+        nodes = session.available_resources(WorkersConfig())
         asked = session.on_nodes(code_version, NODES_ASKED, ANSWER_S)
     for node, answer in asked.items():
         if not isinstance(answer, CodeVersion):
@@ -246,7 +246,7 @@ def _of_config(config: PredictConfig) -> dict[str, Callable[[], str]]:
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
     checks: dict[str, Callable[[], str]] = {"model": partial(_model, config, storage)}
-    places = data_places(config)
+    places = data_paths(config)
     if in_s3 := [uri for uri in places.values() if uri.startswith("s3://")]:
         checks["credentials"] = partial(_credentials, in_s3[0], storage)
     for key, uri in places.items():

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
@@ -63,7 +63,7 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     new = {name: shard for name, shard in plan.items() if name not in there}
     write = _tar if kind == "webdataset" else _parquet
     for name, shard in new.items():
-        packing = list(side_by_side(_contents, read_shard(source, shard)))
+        packing = list(map_in_order(_contents, read_shard(source, shard)))
         output.publish(name, write(packing))
     masks = sum(member.mask is not None for member in members)
     return Packed(len(new), len(plan) - len(new), len(members), masks)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from jobs.backends import session
-from jobs.backends.placement import settle
+from jobs.backends.placement import resolve_placement
 from jobs.job import prepare
 from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import list_shards
@@ -58,7 +58,7 @@ def _describe_workers(config: PredictConfig) -> str:
     if not session.is_cluster_named():
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
-        placement = settle(config.workers, session.offered(config.workers))
+        placement = resolve_placement(config.workers, session.available_resources(config.workers))
     count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
     each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
     return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"

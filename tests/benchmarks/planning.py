@@ -4,7 +4,7 @@
     python -m tests.benchmarks.planning tars [--count 1000000]
 
 ``list``: a Parquet list of made-up URIs, none of them opened. ``tars``: a folder of empty tars.
-Drafts the manifest and the dispatcher's board as ``predict`` does, and prints seconds,
+Drafts the manifest and the dispatcher's scheduler as ``predict`` does, and prints seconds,
 peak resident memory and the size of the manifest.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.scheduler.scheduler import Board
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import ErrorsConfig
 from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.inputs.formats import list_shards, open_source
@@ -67,7 +67,7 @@ def main() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         with draft(list_shards(open_source(config))) as made:
-            shards = len(Board.of(made.heads, ErrorsConfig(), StorageConfig()).waiting)
+            shards = len(Scheduler.of(made.heads, ErrorsConfig(), StorageConfig()).waiting)
             seconds = time.perf_counter() - start
             made.file.seek(0, os.SEEK_END)
             size = made.file.tell()

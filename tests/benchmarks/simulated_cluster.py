@@ -22,7 +22,7 @@ from jobs.backends.actors import JOIN, RayActors
 from jobs.backends.placement import Placement
 from jobs.backends.version import CodeVersion, code_version
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Attempt, Board, Event, Ready
+from jobs.scheduler.scheduler import Attempt, Event, Ready, Scheduler
 from unet_core.config.loading import build
 from unet_core.config.predict import ErrorsConfig, PredictConfig
 from unet_core.config.sections import StorageConfig
@@ -98,7 +98,7 @@ def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
     """Efficiency, and the driver's CPU seconds for each shard."""
     count = lanes * SHARDS_PER_LANE
     shards = [Shard(f"shard-{n:06d}", f"{n}.tar", 1, "", None, None) for n in range(count)]
-    board = Board.of(shards, ErrorsConfig(), StorageConfig())
+    scheduler = Scheduler.of(shards, ErrorsConfig(), StorageConfig())
     workers = Lanes(lanes, hosts)
     workers.configure(workers.probe(), {})
     timings, totals = TimingsLog(Store("memory://simulated")), Totals()
@@ -108,7 +108,7 @@ def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
         totals += result.totals
         timings.add(result, attempt.number, actor)
 
-    dispatch(board, workers, on_done)
+    dispatch(scheduler, workers, on_done)
     seconds, cpu = time.perf_counter() - workers.started, time.process_time() - workers.cpu
     assert totals.images_seen == count
     assert workers.ready == lanes

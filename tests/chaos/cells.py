@@ -25,7 +25,7 @@ from unet_core.runs.verify import verify
 
 DATA_SETS = 6
 KILLED, STOPPED = -9, -19
-KINDS = (*oracle.KINDS, "verify", "charged", "ended")
+KINDS = (*oracle.KINDS, "verify", "failure_count", "ended")
 SHARED = {"shared": True}
 ACTORS = {"count": 2, "gpus": 1, "cpus": 1}
 OF_SHARDS = ("before masks", "inside masks", "before metrics", "inside metrics", "after commit")
@@ -223,7 +223,7 @@ def _judge(
     run: Path, victims: set[str], deaths: list[dict[str, Any]], storage: StorageConfig | None
 ) -> oracle.Findings:
     """The product's own word, and whether innocents were charged."""
-    found: oracle.Findings = {"verify": [], "charged": []}
+    found: oracle.Findings = {"verify": [], "failure_count": []}
     try:
         found["verify"] = verify(str(run), deep=True, storage=storage).problems
     except Exception as error:
@@ -234,11 +234,11 @@ def _judge(
         if victims & {row["image_id"] for row in part.rows}
     }
     for death in deaths:
-        for shard in death["charged"]:
-            if len(death["held"]) != 1 or death["blameless"]:
-                found["charged"].append(f"{shard}, when an actor died with {death}")
+        for shard in death["failure_count"]:
+            if len(death["held"]) != 1 or death["node_lost"]:
+                found["failure_count"].append(f"{shard}, when an actor died with {death}")
             elif victims and shard not in guilty:
-                found["charged"].append(f"{shard}, which holds no poisoned image")
+                found["failure_count"].append(f"{shard}, which holds no poisoned image")
     return found
 
 
@@ -344,7 +344,7 @@ def _node(case: Case) -> Result:
     case.plan = Plan(case.plan.folder, (fault,), case.bench.plants)
     workers = {**ACTORS, "accelerator_type": "CHAOS"}
     result = _on_actors(case, losing_a_node=True, workers=workers)
-    result.fired = any(death["blameless"] and death["held"] for death in case.deaths)
+    result.fired = any(death["node_lost"] and death["held"] for death in case.deaths)
     return result
 
 

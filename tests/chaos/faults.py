@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import unet_core.inference.shard_segmenter
 from torch import nn
 
-from jobs.scheduler.scheduler import Board
+import unet_core.inference.shard_segmenter
+from jobs.scheduler.scheduler import Scheduler
 from tests.support.foreign import small
 from unet_core.images.decoder import Decoder
 from unet_core.images.sample import Sample
@@ -293,15 +293,15 @@ def _no_rename() -> None:
 
 def _charge_innocent() -> None:
     """Whatever was in flight when an actor died is charged."""
-    died = Board.died
+    died = Scheduler.died
 
-    def judge(board: Board, event: Any) -> None:
+    def judge(board: Scheduler, event: Any) -> None:
         for attempt in board.in_flight.get(event.actor, [])[:-1]:
             shard_id = attempt.shard.shard_id
-            board.charged[shard_id] = board.charged.get(shard_id, 0) + 1
+            board.failure_count[shard_id] = board.failure_count.get(shard_id, 0) + 1
         died(board, event)
 
-    Board.died = judge
+    Scheduler.died = judge
 
 
 def _count_twice() -> None:

@@ -25,7 +25,7 @@ import pandas
 
 from jobs import cli, predict
 from jobs.backends import inline
-from jobs.scheduler.scheduler import Board, Died
+from jobs.scheduler.scheduler import Died, Scheduler
 from tests.chaos.faults import PLAN, PLANTS, Plan
 from unet_core.config.loading import build
 from unet_core.config.predict import PredictConfig
@@ -301,17 +301,19 @@ def _predict(table: dict) -> dict[str, Any]:
 
 
 def _watch_deaths(deaths: list[dict[str, Any]]) -> None:
-    """Note what each dead actor held, and who was charged for it."""
-    judge = Board.died
+    """Note what each dead actor held, and which shards were charged for it."""
+    judge = Scheduler.died
 
-    def died(board: Board, event: Died) -> None:
+    def died(board: Scheduler, event: Died) -> None:
         held = [attempt.shard.shard_id for attempt in board.in_flight.get(event.actor, [])]
-        before = dict(board.charged)
+        before = dict(board.failure_count)
         judge(board, event)
-        charged = [shard for shard, n in board.charged.items() if n != before.get(shard, 0)]
-        deaths.append({"held": held, "charged": charged, "blameless": event.blameless})
+        failure_count = [
+            shard for shard, n in board.failure_count.items() if n != before.get(shard, 0)
+        ]
+        deaths.append({"held": held, "failure_count": failure_count, "node_lost": event.node_lost})
 
-    Board.died = died
+    Scheduler.died = died
 
 
 def _remove(cluster: Any, node: Any, plan: Plan, deaths: list[dict[str, Any]]) -> None:

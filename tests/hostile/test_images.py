@@ -38,9 +38,9 @@ def gif_of(width, height, frames):
 
 
 def webp_of(width, height):
-    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    assembler = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     pixels = b"VP8L" + struct.pack("<I", 10) + b"\x2f\xff\xff\xff\x0f" + bytes(5)
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + pixels
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + assembler + pixels
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 

@@ -54,7 +54,7 @@ def test_every_network_segments_as_a_pass_over_the_whole_image(
 ):
     network, header = checkpoint.load(checkpoints[name][0], factory=getattr(
         checkpoints[name][1], "factory", ""))  # fmt: skip
-    smallest = max(16, header.tiling.smallest_window)
+    smallest = max(16, header.tiling.smallest_tile)
     cut = (f"tile.size={smallest}",) if header.tiling.is_exact else ()
     predict(config_of(make_config, checkpoints, name, *cut))
     masks, seen = masks_of(tmp_path / "run"), set()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.backends import session
-from jobs.backends.paths import worker_places
+from jobs.backends.paths import worker_paths
 from jobs.job import prepare
 from jobs.predict import predict
 from jobs.results.status import status
@@ -182,5 +182,5 @@ def test_workers_must_see_the_checkpoint_unless_they_have_it(
     make_config, named, came_along, is_needed, monkeypatch
 ):
     monkeypatch.setattr(session, "has_working_dir", lambda: came_along)
-    places = worker_places(make_config(model={"checkpoint": named}))
+    places = worker_paths(make_config(model={"checkpoint": named}))
     assert places.get("model.checkpoint") == (named if is_needed else None)

@@ -57,7 +57,7 @@ def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = 
         Preprocessing(color="gray", normalisation="percentile"),
         palette_of(len(names)),
     )
-    path.write_bytes(checkpoint.serialise(network, header))
+    path.write_bytes(checkpoint.serialize(network, header))
     return str(path)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.scheduler.scheduler import Board
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.loading import build
 from unet_core.config.predict import ErrorsConfig, PredictConfig
 from unet_core.config.sections import StorageConfig
@@ -34,7 +34,7 @@ def shard(name: str, size: int = 1) -> Shard:
 
 
 def board_of(plan, errors=None, deadline_s=300):
-    return Board.of(plan, errors or ErrorsConfig(), StorageConfig(deadline_s=deadline_s))
+    return Scheduler.of(plan, errors or ErrorsConfig(), StorageConfig(deadline_s=deadline_s))
 
 
 def write_toml(config, path):

@@ -6,7 +6,7 @@ import numpy as np
 
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
-from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.images.sample import Sample
 from unet_core.training import scan
 from unet_core.training.dataset import Labelled, Memory, open_splits
@@ -28,11 +28,11 @@ def config_of(folder, output, *overrides):
 
 
 def opened(config, memory=2**30):
-    """The splits of a config, counted."""
+    """The splits of a config, scanned."""
     _, header = new_network(config)
     splits = open_splits(config, header, Memory(memory))
     with ThreadPoolExecutor(2) as pool:
-        found = scan.take(splits, Ranks(), pool, lambda: False)
+        found = scan.scan_dataset(splits, Ranks(), pool, lambda: False)
     return splits, found
 
 
@@ -41,5 +41,5 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     sample = Sample(image_id, image_id, image_id, bytes)
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
-    picture = Picture(sample, Pixels.of(pixels_CHW), none, one)
-    return Labelled(picture, labels_HW, boundary_HW)
+    decoded = DecodedImage(sample, Pixels.of(pixels_CHW), none, one)
+    return Labelled(decoded, labels_HW, boundary_HW)

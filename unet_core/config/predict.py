@@ -117,10 +117,10 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _output_apart_from_input(self) -> "PredictConfig":
-        refuse_nesting("output.uri", self.output.uri, self.read_places)
+        refuse_nesting("output.uri", self.output.uri, self.read_paths)
         return self
 
     @property
-    def read_places(self) -> dict[str, str]:
+    def read_paths(self) -> dict[str, str]:
         """Where data is read: URIs by their keys."""
-        return self.input.places("input")
+        return self.input.paths("input")

@@ -103,13 +103,13 @@ class InputConfig(Section):
                 "classes here; set it to another value, e.g. 65535"
             )
 
-    def from_here(self) -> "InputConfig":
+    def with_absolute_paths(self) -> "InputConfig":
         """The same, with plain paths that mean elsewhere what they mean in this process."""
         masks = absolute(self.masks) if self.mask_folder else self.masks
         allow = [absolute(prefix) for prefix in self.allow]
         return self.model_copy(update={"uri": absolute(self.uri), "masks": masks, "allow": allow})
 
-    def places(self, section: str) -> dict[str, str]:
+    def paths(self, section: str) -> dict[str, str]:
         """Where data is read: URIs by their keys in a section of a config."""
         masks = {f"{section}.masks": self.mask_folder} if self.mask_folder else {}
         return {f"{section}.uri": self.uri, **masks}

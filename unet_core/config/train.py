@@ -276,11 +276,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.accumulate is {train.accumulate}, but a batch has only {train.batch} crops"
             )
-        refuse_nesting("output.uri", self.output.uri, self.read_places)
+        refuse_nesting("output.uri", self.output.uri, self.read_paths)
         return self
 
     @property
-    def read_places(self) -> dict[str, str]:
+    def read_paths(self) -> dict[str, str]:
         """Where data is read: URIs by their keys."""
-        parts = (part.places(f"data.{name}") for name, part in self.data.parts.items())
+        parts = (part.paths(f"data.{name}") for name, part in self.data.parts.items())
         return {key: uri for part in parts for key, uri in part.items()}

@@ -68,8 +68,8 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """The sums of one part or of many; ``a + b`` is the tally of both."""
+class Aggregate:
+    """The sums of one part or of many; ``a + b`` is the aggregate of both."""
 
     totals: Totals = field(default_factory=Totals)
     without: Images = Images()
@@ -89,12 +89,12 @@ class Tally:
     flipped: Extremes = Extremes()
     """By the share of pixels whose class is another one; negative."""
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: "Aggregate") -> "Aggregate":
         return added(self, other)
 
     @classmethod
-    def of_rows(cls, rows: pa.Table, images_seen: int, of_runs: bool) -> "Tally":
-        """The tally of one part; ``of_runs``: ``truth`` is the image's status in another run."""
+    def of_rows(cls, rows: pa.Table, images_seen: int, of_runs: bool) -> "Aggregate":
+        """Aggregate of one part; ``of_runs``: ``truth`` is the image's status in another run."""
         told = cls(Totals.of_rows(rows, images_seen), **_without_comparison(rows, of_runs))
         compared = rows.filter(pc.is_valid(rows["tp"]))
         if not compared.num_rows:
@@ -137,44 +137,44 @@ def counted(totals: Totals) -> list[Any]:
     return [totals.images_seen, totals.ok, list(totals.class_pixels), totals.confidence_sum]
 
 
-def scored(tally: Tally, class_names: tuple[str, ...]) -> Row:
+def scored(aggregate: Aggregate, class_names: tuple[str, ...]) -> Row:
     """What an evaluation against truth says, for JSON."""
-    scores = tally.scores(class_names)
+    scores = aggregate.scores(class_names)
     return {
         "images": {
-            "seen": tally.totals.images_seen,
-            "ok": tally.totals.ok,
-            "failed": tally.totals.failed,
-            "compared": tally.totals.with_truth,
-            "without_truth": tally.without.count,
-            "unusable_truth": tally.unusable.count,
+            "seen": aggregate.totals.images_seen,
+            "ok": aggregate.totals.ok,
+            "failed": aggregate.totals.failed,
+            "compared": aggregate.totals.with_truth,
+            "without_truth": aggregate.without.count,
+            "unusable_truth": aggregate.unusable.count,
         },
-        "ignored_pixels": tally.totals.ignored_pixels,
+        "ignored_pixels": aggregate.totals.ignored_pixels,
         "classes": scores,
         "mean": {
             kind: {name: mean(score[kind][name] for score in scores) for name in RATIOS}
             for kind in ("micro", "macro")
         },
-        "confusion": _square(tally.confusion),
-        "worst": [{"image_id": image_id, "iou": iou} for iou, image_id in tally.worst.images],
-        "without_truth": list(tally.without.examples),
-        "unusable_truth": list(tally.unusable.examples),
+        "confusion": _square(aggregate.confusion),
+        "worst": [{"image_id": image_id, "iou": iou} for iou, image_id in aggregate.worst.images],
+        "without_truth": list(aggregate.without.examples),
+        "unusable_truth": list(aggregate.unusable.examples),
     }
 
 
-def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> Row:
+def changed(aggregate: Aggregate, class_names: tuple[str, ...], only_there: Images) -> Row:
     """What an evaluation against another run says, for JSON."""
-    scores = tally.totals.scores
+    scores = aggregate.totals.scores
     pixels = sum(score.tp + score.fn for score in scores)
     left_out = {
-        "only_here": tally.without,
+        "only_here": aggregate.without,
         "only_there": only_there,
-        "failed_there": tally.only_ok_here,
-        "failed_here": tally.only_ok_there,
-        "unusable_there": tally.unusable,
+        "failed_there": aggregate.only_ok_here,
+        "failed_here": aggregate.only_ok_there,
+        "unusable_there": aggregate.unusable,
     }
     return {
-        "images": {"compared": tally.totals.with_truth}
+        "images": {"compared": aggregate.totals.with_truth}
         | {name: images.count for name, images in left_out.items()},
         "pixels": pixels,
         "changed": ratio(pixels - sum(score.tp for score in scores), pixels),
@@ -187,10 +187,10 @@ def changed(tally: Tally, class_names: tuple[str, ...], only_there: Images) -> R
             }
             for name, score in zip(class_names, scores, strict=False)
         ],
-        "confusion": _square(tally.confusion),
+        "confusion": _square(aggregate.confusion),
         "flipped": [
             {"image_id": image_id, "changed": -share}
-            for share, image_id in tally.flipped.images
+            for share, image_id in aggregate.flipped.images
             if share
         ],
         **{name: list(images.examples) for name, images in left_out.items()},

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from unet_core.arrays import Array
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.errors import ImageError, ShardError
-from unet_core.evaluation.aggregate import Tally
+from unet_core.evaluation.aggregate import Aggregate
 from unet_core.evaluation.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, borrowed
 from unet_core.images.decoder import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
-from unet_core.runs.identity import Identity, claim, require_equal
+from unet_core.runs.identity import Identity, check_identity, create_or_read
 from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
 from unet_core.runs.reader import StoredMask, open_masks
 from unet_core.runs.schema import EVALUATION
@@ -45,9 +45,9 @@ class Evaluation:
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
-        there = claim(self.store, TRUTH_JSON, self.identity)
+        there = create_or_read(self.store, TRUTH_JSON, self.identity)
         advice = "give another --name, or none"
-        require_equal(self.store.uri(), there, self.identity, "evaluation", advice)
+        check_identity(self.store.uri(), there, self.identity, "evaluation", advice)
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""
@@ -92,7 +92,7 @@ class Evaluation:
             matrix_KK += confusion(truth_HW, read(), self.classes, self.ignore_index)
         return matrix_KK
 
-    def tally(self, shard_ids: set[str]) -> Tally:
+    def aggregate(self, shard_ids: set[str]) -> Aggregate:
         """What their parts add up to. Raises ConfigError if two images have one label image."""
         total, owners = self._added(shard_ids)
         if isinstance(self.truth, LabelImages) and (loans := borrowed(owners)):
@@ -101,19 +101,19 @@ class Evaluation:
             total, _ = self._added(shard_ids)
         return total
 
-    def _added(self, shard_ids: set[str]) -> tuple[Tally, pa.Table]:
+    def _added(self, shard_ids: set[str]) -> tuple[Aggregate, pa.Table]:
         """What parts add up to, and which label image is whose."""
         of_runs = isinstance(self.truth, OtherRun)
         by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
-        def read(shard_id: str) -> tuple[Tally, pa.Table]:
+        def read(shard_id: str) -> tuple[Aggregate, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
-            tally = Tally.of_rows(rows, int(footer["images_seen"]), of_runs)
-            return tally, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
+            aggregate = Aggregate.of_rows(rows, int(footer["images_seen"]), of_runs)
+            return aggregate, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
 
-        total, owned = Tally(), [OWNERS.empty_table()]
-        for tally, owners in side_by_side(read, sorted(shard_ids)):
-            total += tally
+        total, owned = Aggregate(), [OWNERS.empty_table()]
+        for aggregate, owners in map_in_order(read, sorted(shard_ids)):
+            total += aggregate
             owned.append(owners)
         return total, pa.concat_tables(owned)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.errors import ConfigError, ImageError, NotFoundError, ShardError, StoreError
 from unet_core.evaluation.aggregate import Images
 from unet_core.images.codec import is_image
@@ -178,7 +178,7 @@ def _in_list(source: Source) -> dict[str, tuple[str, str | None]]:
             return uri, None
 
     uris = {member.key: member.mask for member in listing.all_members(source) if member.mask}
-    return dict(zip(uris, side_by_side(look, uris.values()), strict=True))
+    return dict(zip(uris, map_in_order(look, uris.values()), strict=True))
 
 
 def _in_folder(source: Source) -> dict[str, tuple[str, str | None]]:
@@ -323,7 +323,7 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
         ids = read_columns(store, shard_id, "image_id")
         return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
 
-    return pa.concat_tables([IDS.empty_table(), *side_by_side(read, sorted(shard_ids))])
+    return pa.concat_tables([IDS.empty_table(), *map_in_order(read, sorted(shard_ids))])
 
 
 def _pixels(mask: StoredMask) -> Pixels:

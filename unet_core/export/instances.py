@@ -104,7 +104,7 @@ def place(box: Slices) -> Box:
     return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def measured(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
+def measure_instances(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
     """Columns of ``schema.OBJECTS`` but the image's id; intensities are null without pixels.
 
     Image and objects are walked in bands of rows; sums of integers are exact.

@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 
 from unet_core.errors import ImageError, ShardError
 from unet_core.export import coco
-from unet_core.export.instances import Objects, find_objects, measured
+from unet_core.export.instances import Objects, find_objects, measure_instances
 from unet_core.export.mask_images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
-from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
-from unet_core.runs.identity import claim, require_empty, require_equal
+from unet_core.runs.identity import check_identity, create_or_read, require_empty
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
-from unet_core.runs.reader import Results, StoredMask, open_masks, pictures
+from unet_core.runs.reader import Results, StoredMask, decoded_images, open_masks
 from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
@@ -74,7 +74,7 @@ class Export:
         of_run = {"fingerprint": self.results.record.fingerprint, "names": self.names.digest}
         return {"export_version": VERSION, **of_run, **{k: str(v) for k, v in known.items()}}
 
-    def establish(self) -> None:
+    def create_or_join(self) -> None:
         """Say whose folder this is, or join the export that is there.
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
@@ -83,9 +83,9 @@ class Export:
         if not store.exists(name):
             require_empty(store, "export", "--out")
         told = {"class_names": self.results.class_names, "palette": self.results.palette}
-        there = claim(store, name, {"options": self.identity, **told}).get("options", {})
+        there = create_or_read(store, name, {"options": self.identity, **told}).get("options", {})
         advice = "give --out a new folder, or the same options"
-        require_equal(store.uri(), there, self.identity, "export", advice)
+        check_identity(store.uri(), there, self.identity, "export", advice)
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
@@ -222,9 +222,9 @@ def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels |
     """
     places, at = {image_id: place for place, image_id in enumerate(ids)}, 0
     with suppress(ShardError):  # its tar or Parquet file is gone, or another
-        for image in pictures(results, shard, places.keys(), results.source, has_truth=False):
+        for image in decoded_images(results, shard, places.keys(), results.source, has_truth=False):
             place = places[image.sample.image_id]
-            if isinstance(image, Picture) and place >= at:
+            if isinstance(image, DecodedImage) and place >= at:
                 yield from repeat(None, place - at)
                 yield image.pixels
                 at = place + 1
@@ -235,5 +235,5 @@ def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
     """Without intensities where the image cannot be read, or is not the one that it was."""
     if pixels is not None and pixels.shape == found.labels_HW.shape:
         with suppress(ImageError):
-            return measured(found, pixels)
-    return measured(found, None)
+            return measure_instances(found, pixels)
+    return measure_instances(found, None)

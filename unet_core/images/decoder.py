@@ -57,7 +57,7 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded image."""
 
     sample: Sample
@@ -122,7 +122,7 @@ class TruthDecoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns samples into pictures for one network and one input."""
+    """Decodes samples for one network and one input."""
 
     wanted: Preprocessing
     classes: int
@@ -130,7 +130,7 @@ class Decoder:
 
     def decode(
         self, sample: Sample, on_step: Callable[[], None] = lambda: None
-    ) -> list[Picture | Rejected]:
+    ) -> list[DecodedImage | Rejected]:
         """Decode a file and its truth: one image, or one for each page that is expanded.
 
         A truth that cannot be used does not spoil the image. ``on_step`` is called for every few
@@ -157,7 +157,7 @@ class Decoder:
         sample: Sample,
         image: Array | ImageError | LargeTiff,
         truth: Pixels | ImageError | None,
-    ) -> Picture | Rejected:
+    ) -> DecodedImage | Rejected:
         try:
             if isinstance(image, ImageError):
                 raise image
@@ -169,7 +169,7 @@ class Decoder:
                     offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
-        return Picture(sample, pixels, offset, scale, fitting(truth, pixels.shape))
+        return DecodedImage(sample, pixels, offset, scale, fitting(truth, pixels.shape))
 
     def _by_window(
         self, image: LargeTiff, on_step: Callable[[], None]

@@ -1,4 +1,4 @@
-"""Windows of TIFFs that are too large to decode whole.
+"""TileGrid of TIFFs that are too large to decode whole.
 
 The header is read once. A window then takes the strips and tiles that it touches and nothing else,
 and is what decoding the whole image gives there. The image may be of any size: whoever opens it
@@ -19,7 +19,7 @@ from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
-from unet_core.images.tiff_segments import Cache, Encoded, Raw, segments_of
+from unet_core.images.tiff_segments import Cache, EncodedSegments, RawSegments, segments_of
 from unet_core.storage.ranges import Ranged, Ranges
 from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
 
@@ -43,8 +43,8 @@ class LargeTiff:
     """
 
     def __init__(
-        self, segments: Raw | Encoded, page: Any, is_stack: bool, config: InputConfig,
-        as_labels: bool, cache_bytes: int,
+        self, segments: RawSegments | EncodedSegments, page: Any, is_stack: bool,
+        config: InputConfig, as_labels: bool, cache_bytes: int,
     ) -> None:  # fmt: skip
         self.held_bytes = cache_bytes
         """What it takes of memory."""

@@ -63,7 +63,7 @@ class Segments:
         return data
 
 
-class Raw(Segments):
+class RawSegments(Segments):
     """Uncompressed rows that follow each other, in blocks of about 1 MiB."""
 
     def __init__(self, pages: list[Any], file: Ranged, cache_bytes: int) -> None:
@@ -96,7 +96,7 @@ class Raw(Segments):
         return np.frombuffer(data, self._stored).reshape(height, width, self.samples)
 
 
-class Encoded(Segments):
+class EncodedSegments(Segments):
     """Strips or tiles as the file has them, decoded by tifffile."""
 
     def __init__(self, pages: list[Any], file: Ranged) -> None:
@@ -132,7 +132,9 @@ class Encoded(Segments):
             return segment_DHWS[0]
 
 
-def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encoded | None:
+def segments_of(
+    pages: list[Any], file: Ranged, cache_bytes: int
+) -> RawSegments | EncodedSegments | None:
     """Segments of pages of one layout, None if large or odd; ImageError for headers that lie."""
     for one in pages:
         require_numbers(one)
@@ -142,12 +144,12 @@ def segments_of(pages: list[Any], file: Ranged, cache_bytes: int) -> Raw | Encod
     if is_odd or page.dtype is None:
         return None
     if all(one.is_final for one in pages):
-        return Raw(pages, file, cache_bytes)
+        return RawSegments(pages, file, cache_bytes)
     decoded_bytes = math.prod(side_of(page)) * int(page.shaped[4]) * page.dtype.itemsize
     if page.is_tiled and decoded_bytes > SEGMENT_BYTES:
         raise ImageError("too_large", f"tiles of {decoded_bytes} bytes, allowed: {SEGMENT_BYTES}")
     is_small = page.is_tiled or decoded_bytes <= STRIP_BYTES
-    return Encoded(pages, file) if is_small else None
+    return EncodedSegments(pages, file) if is_small else None
 
 
 class Cache:

@@ -64,7 +64,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Segmented:
+class TileResult:
     """The kept part of one tile."""
 
     mask_HW: Array | None
@@ -77,7 +77,7 @@ class Segmented:
     """As ``output.probabilities`` wants them, or float32 where tiles are blended."""
 
 
-class Room:
+class PixelBudget:
     """So many pixels may be under way at once; who finds too few left waits."""
 
     def __init__(self, pixels: int) -> None:
@@ -86,7 +86,7 @@ class Room:
 
     @contextlib.contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """Room for a batch; one that is larger than all there is gets all."""
+        """PixelBudget for a batch; one that is larger than all there is gets all."""
         pixels = min(pixels, self._all)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
@@ -133,7 +133,7 @@ class Engine:
         network: nn.Module,
         header: Header,
         device: torch.device,
-        how: Postprocessing,
+        postprocessing: Postprocessing,
         blends: bool = False,
         precision: str = "float32",
     ) -> None:
@@ -144,8 +144,8 @@ class Engine:
             torch.backends.cudnn.allow_tf32 = False
         self.header = header
         self.device = device
-        self.how = how
-        self._probabilities_as = "float32" if blends else how.probabilities
+        self.postprocessing = postprocessing
+        self._probabilities_as = "float32" if blends else postprocessing.probabilities
         self._blends = blends
         self.most_pixels: int | None = None
         """What a batch may hold since one did not fit the device's memory."""
@@ -155,7 +155,7 @@ class Engine:
         self.network = folded.to(device, self.dtype, memory_format=self._format)  # type: ignore[call-overload]  # stub lacks the three
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
-        self._room = Room(2**62)
+        self._room = PixelBudget(2**62)
 
     def share_cores(self, cores: int, tile_size: int) -> None:
         """On a CPU, let lanes of one thread each share the cores; their batches together hold a
@@ -167,7 +167,7 @@ class Engine:
         if self.device.type == "cpu":
             affordable = usable_bytes() // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
-            self._room = Room(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
+            self._room = PixelBudget(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
             if tile_size**2 > CPU_PIXELS:
                 return_large_blocks()
@@ -188,7 +188,7 @@ class Engine:
             versions=versions,
         )
 
-    def run(self, batch: Batch) -> list[Segmented]:
+    def run(self, batch: Batch) -> list[TileResult]:
         """Segment one batch. The same batch gives the same bits, whatever ran before, unless it
         had to be split for memory.
 
@@ -218,23 +218,23 @@ class Engine:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _segment(self, batch: Batch) -> list[Segmented]:
-        p_NKHW, finite_N = self._probabilities(self._normalised(batch))
+    def _segment(self, batch: Batch) -> list[TileResult]:
+        p_NKHW, finite_N = self._probabilities(self._normalize(batch))
         kept = [(index, *tile.kept(self.header.tiling.margin)) for index, tile in
                 enumerate(batch.keep)]  # fmt: skip
         wanted = self._wanted(p_NKHW) if self._probabilities_as != "none" else None
         shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
         if self._blends:
-            return [Segmented(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
+            return [TileResult(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
         ids_NHW, confidence_NHW = self._classify(p_NKHW)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
         kind = torch.uint8 if self.header.classes <= 256 else torch.int32  # no uint16 for Apple
         ids = ids_NHW.to(kind).cpu().numpy()
         return [
-            Segmented(ids[at], int(totals[at[0]]), finite_N[at[0]], shown[at[0]]) for at in kept
+            TileResult(ids[at], int(totals[at[0]]), finite_N[at[0]], shown[at[0]]) for at in kept
         ]
 
-    def _normalised(self, batch: Batch) -> Tensor:
+    def _normalize(self, batch: Batch) -> Tensor:
         x_NCHW = movable(batch.tiles_NCHW, self.device).to(self.device)
         offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
         scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
@@ -243,7 +243,7 @@ class Engine:
     def _probabilities(self, x_NCHW: Tensor) -> tuple[Tensor, list[bool]]:
         """Mean over the symmetries, and which tiles gave numbers only."""
         means, is_finite_N = None, torch.ones(len(x_NCHW), dtype=torch.bool, device=self.device)
-        for axes, turned in SYMMETRIES[self.how.tta]:
+        for axes, turned in SYMMETRIES[self.postprocessing.tta]:
             seen = x_NCHW.flip(axes)
             seen = (seen.mT if turned else seen).contiguous(memory_format=self._format)
             logits_NKHW = self.network(seen.to(self.dtype)).float()
@@ -253,7 +253,7 @@ class Engine:
             p_NKHW = (p_NKHW.mT if turned else p_NKHW).flip(axes)
             means = p_NKHW if means is None else means + p_NKHW
         assert means is not None
-        return means / len(SYMMETRIES[self.how.tta]), is_finite_N.tolist()
+        return means / len(SYMMETRIES[self.postprocessing.tta]), is_finite_N.tolist()
 
     def _wanted(self, p_NKHW: Tensor) -> Array:
         if self._probabilities_as == "uint8":
@@ -266,7 +266,7 @@ class Engine:
         """Class ids NHW, and the chosen class's probability in 1/65535 as integers."""
         if p_NKHW.shape[1] == 1:
             p_NHW = p_NKHW[:, 0]
-            ids_NHW = p_NHW > self.how.threshold
+            ids_NHW = p_NHW > self.postprocessing.threshold
             chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
         else:
             chosen_NHW, ids_NHW = p_NKHW.max(dim=1)

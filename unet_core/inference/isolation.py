@@ -1,8 +1,7 @@
-"""Which images of a shard kill, hang or choke the process that segments them.
+"""Finds the poison images of a shard: those that kill, hang or exhaust their process.
 
-Each image is tried by itself in a child process with limits on memory and time; what the child does
-not survive is guilty. Nothing of the trial is kept: the shard is then segmented as always, without
-the guilty ones.
+Each image is tried by itself in a child process with limits on memory and time. The child's results
+are thrown away: the shard is then segmented as always, without its poison images.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ from typing import Literal
 
 from unet_core.errors import ImageError, ShardError, UnetJobsError, WorkersError, one_line
 from unet_core.inference.replica import Replica
-from unet_core.inference.shard_segmenter import Segmenter
+from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.memory import free_bytes
@@ -40,7 +39,9 @@ it cannot be segmented, that the child survived it, and at last that there is no
 """
 
 
-def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int, ImageError]:
+def find_poison_images(
+    segmenter: ShardSegmenter, shard: Shard, image_s: float
+) -> dict[int, ImageError]:
     """Failures of a shard's images by their place in it: of those that, alone, could not be
     segmented, stood still for ``image_s`` seconds, or took their process along.
 
@@ -48,13 +49,13 @@ def find_guilty(segmenter: Segmenter, shard: Shard, image_s: float) -> dict[int,
     """
     segmenter.engine.free_memory()
     shard, spec = with_members(segmenter.output, shard), segmenter.replica.spec
-    trial = Trial(spec, segmenter.compute, segmenter.footer, shard, image_s)
-    return trial.guilty(partial(segmenter.step, shard.shard_id))
+    isolation = Isolation(spec, segmenter.compute, segmenter.footer, shard, image_s)
+    return isolation.poison(partial(segmenter.step, shard.shard_id))
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A shard on trial, and what its child needs."""
+class Isolation:
+    """A shard whose images are tried one by one, and what its child process needs."""
 
     spec: ReplicaSpec
     compute: Compute
@@ -64,7 +65,7 @@ class Trial:
     image_s: float
     """How long one image may stand still."""
 
-    def guilty(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
+    def poison(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
         """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
         ``out_of_memory``. ``on_step`` is called whenever the child was heard.
 
@@ -76,7 +77,7 @@ class Trial:
         while first is not None:
             first = self._try_from(first, found, on_step)
             on_step()
-        log.warning("tried alone shard=%s guilty=%d", self.shard.shard_id, len(found))
+        log.warning("tried alone shard=%s poison=%d", self.shard.shard_id, len(found))
         return found
 
     def _try_from(
@@ -85,7 +86,7 @@ class Trial:
         """One child's life; returns the place after the image that ended it, None at the end."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
-        child = context.Process(target=_live, args=(self, first, there), daemon=True)
+        child = context.Process(target=_child_main, args=(self, first, there), daemon=True)
         try:
             child.start()
         except OSError as error:
@@ -113,7 +114,7 @@ class Trial:
                         return None
         except EOFError:
             child.join()
-            failure = ImageError("worker_died", f"tried alone, it {_how(child.exitcode)}")
+            failure = ImageError("worker_died", f"tried alone, it {_describe_exit(child.exitcode)}")
         except TimeoutError:
             failure = ImageError("timeout", "tried alone, it did not come to an end")
         finally:
@@ -126,7 +127,7 @@ class Trial:
         return place + 1
 
 
-def _live(trial: Trial, first: int, pipe: Connection) -> None:
+def _child_main(isolation: Isolation, first: int, pipe: Connection) -> None:
     """The child: try every image from ``first`` on, and say so before each."""
     _end_with_parent()
     room, speaking = None, threading.Lock()
@@ -136,9 +137,9 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
             pipe.send(word)
 
     try:
-        segmenter = Segmenter(Replica(trial.spec), trial.compute, trial.footer)
+        segmenter = ShardSegmenter(Replica(isolation.spec), isolation.compute, isolation.footer)
         room = _limit_memory()
-        for word in _tried(segmenter, trial.shard, first, room, partial(say, "step")):
+        for word in _try_images(segmenter, isolation.shard, first, room, partial(say, "step")):
             say(word)
     except UnetJobsError as error:
         say(error)
@@ -146,15 +147,19 @@ def _live(trial: Trial, first: int, pipe: Connection) -> None:
         say(ShardError(f"reading it takes more memory than {_needed(room)}"))
 
 
-def _tried(
-    segmenter: Segmenter, shard: Shard, first: int, room: int | None, on_step: Callable[[], None]
+def _try_images(
+    segmenter: ShardSegmenter,
+    shard: Shard,
+    first: int,
+    room: int | None,
+    on_step: Callable[[], None],
 ) -> Iterator[Word]:
     for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
         if place < first:
             continue
         yield place
         try:
-            segmenter.rehearse(sample, on_step)
+            segmenter.dry_run(sample, on_step)
         except MemoryError:
             yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
         except WorkersError as error:  # the device has no room for one tile
@@ -170,7 +175,7 @@ def _needed(room: int | None) -> str:
     return f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
 
 
-def _how(exit_code: int | None) -> str:
+def _describe_exit(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         return f"killed its process ({signal.Signals(-exit_code).name})"
     return f"ended its process with exit code {exit_code}"

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.inference.engine import Batch, Engine, TileResult
 from unet_core.runs.timings import Seconds
 
-Ran = tuple[list[Segmented], float]
+BatchResult = tuple[list[TileResult], float]
 """What a batch gave, and the seconds on its lane."""
 
 
@@ -38,40 +38,40 @@ class Lanes:
         return self._engine.lanes - self._running
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[object]:
-        """A place in the line of those that will want the device."""
-        place = object()
+    def ticket(self) -> Iterator[object]:
+        """A ticket in the line of those that will want the device."""
+        ticket = object()
         with self._changed:
-            self._line.append(place)
+            self._line.append(ticket)
         try:
-            yield place
+            yield ticket
         finally:
-            self._leave(place)
+            self._leave(ticket)
 
     @contextlib.contextmanager
-    def taken(self, place: object, seconds: Seconds) -> Iterator[None]:
+    def taken(self, ticket: object, seconds: Seconds) -> Iterator[None]:
         """The device, once all before have had it; notes how long it was free since then."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line[0] is place)
+            self._changed.wait_for(lambda: self._line[0] is ticket)
         if not self._running:
             free_s = time.perf_counter() - self._ended
             seconds.waiting_for_shard += self._engine.lanes * free_s
         try:
             yield
         finally:
-            self._leave(place)
+            self._leave(ticket)
 
-    def _leave(self, place: object) -> None:
+    def _leave(self, ticket: object) -> None:
         with self._changed:
-            if place in self._line:
-                self._line.remove(place)
+            if ticket in self._line:
+                self._line.remove(ticket)
             self._changed.notify_all()
 
-    def submit(self, batch: Future[Batch]) -> Future[Ran]:
+    def submit(self, batch: Future[Batch]) -> Future[BatchResult]:
         """Run a batch once it is there, after those submitted before."""
         return self._threads.submit(self._run, batch)
 
-    def _run(self, batch: Future[Batch]) -> Ran:
+    def _run(self, batch: Future[Batch]) -> BatchResult:
         ready = batch.result()
         start = time.perf_counter()
         with self._changed:

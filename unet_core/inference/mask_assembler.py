@@ -1,4 +1,4 @@
-"""A picture and the mask that its tiles fill, one mask window after the other.
+"""A decoded image and the mask that its tiles fill, one mask window after the other.
 
 A mask window is let go as soon as its last tile is pasted, so that an image may be larger than
 memory: only the windows that tiles are working on exist.
@@ -15,22 +15,22 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.decoder import Picture
-from unet_core.inference.engine import Segmented
+from unet_core.images.decoder import DecodedImage
+from unet_core.inference.engine import TileResult
 from unet_core.inference.postprocessing import Postprocessing
 from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.storage.spool import Spool
 from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
-from unet_core.tiling.windows import Windows
+from unet_core.tiling.tile_grid import TileGrid
 
 BAND_ROWS = 256
-"""Blended areas are finished in bands, which keeps what lies beside them small."""
+"""Blended windows are finished in bands, which keeps what lies beside them small."""
 SIGMA = 1 / 8
 """Of the Gaussian importance of a blended tile, as a share of its side."""
 
 
 @dataclass(frozen=True)
-class Area:
+class MaskWindow:
     """One mask window; its pixels come from one tile each, unless tiles are blended."""
 
     box: Box
@@ -40,15 +40,17 @@ class Area:
     probabilities_KHW: Array | None
 
     @classmethod
-    def empty(cls, box: Box, how: Postprocessing) -> "Area":
-        """Room for what tiles give: class ids as uint8, or uint16 above 256 classes."""
-        mask_HW = np.empty(box.shape, np.uint8 if how.logits <= 256 else np.uint16)
+    def empty(cls, box: Box, postprocessing: Postprocessing) -> "MaskWindow":
+        """PixelBudget for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits <= 256 else np.uint16)
         probabilities_KHW = None
-        if how.probabilities != "none":
-            probabilities_KHW = np.empty((how.logits, *box.shape), how.probabilities)
+        if postprocessing.probabilities != "none":
+            probabilities_KHW = np.empty(
+                (postprocessing.logits, *box.shape), postprocessing.probabilities
+            )
         return cls(box, mask_HW, 0, probabilities_KHW)
 
-    def paste(self, tile: Tile, result: Segmented) -> None:
+    def paste(self, tile: Tile, result: TileResult) -> None:
         """Take what lies here of the kept part of a tile."""
         here, there = self.box.shared(*tile.target)
         assert result.mask_HW is not None
@@ -56,37 +58,39 @@ class Area:
         if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
             self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
 
-    def finished(self) -> "Area":
+    def finished(self) -> "MaskWindow":
         """What became of it."""
         return self
 
 
-class Canvas:
+class MaskAssembler:
     """One image on its way from tiles to mask windows."""
 
-    def __init__(self, index: int, picture: Picture, windows: Windows, how: Postprocessing) -> None:
+    def __init__(
+        self, index: int, decoded: DecodedImage, tile_grid: TileGrid, postprocessing: Postprocessing
+    ) -> None:
         self.index = index
-        self.picture = picture
-        self.tiles = windows.over(*picture.pixels.shape)
+        self.decoded = decoded
+        self.tiles = tile_grid.over(*decoded.pixels.shape)
         self.confidence_sum = 0
         self._failures: list[tuple[int, int, int, ImageError]] = []
         self.encoded: list[Future[Any]] = []
-        """The rows to come of every area that is finished."""
-        self._blends, self._margin = windows.blends, windows.tiling.margin
-        self._how = how
-        self._boxes = mask_windows(*picture.pixels.shape)
+        """The rows to come of every window that is finished."""
+        self._blends, self._margin = tile_grid.blends, tile_grid.tiling.margin
+        self._postprocessing = postprocessing
+        self._boxes = mask_windows(*decoded.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
-        """Where the bytes of finished areas wait until the image is known to be good."""
+        """Where the bytes of finished windows wait until the image is known to be good."""
         self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
-        self._open: dict[Box, Area | _BlendedArea] = {}
+        self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
     @property
     def is_complete(self) -> bool:
         """Whether every tile was pasted."""
         return not self._missing
 
-    def paste(self, tile: Tile, result: Segmented) -> Iterator[Area]:
-        """Take the kept part of one tile; yield the areas that it completes."""
+    def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
+        """Take the kept part of one tile; yield the windows that it completes."""
         self.confidence_sum += result.confidence_sum
         if not result.is_finite:
             reason = "the network's output is NaN or infinite here"
@@ -94,9 +98,11 @@ class Canvas:
         for box in self._under(tile):
             if box not in self._open:
                 self._open[box] = (
-                    _BlendedArea(box, self._how, self._margin, is_alone=len(self.tiles) == 1)
+                    _BlendedMaskWindow(
+                        box, self._postprocessing, self._margin, is_alone=len(self.tiles) == 1
+                    )
                     if self._blends
-                    else Area.empty(box, self._how)
+                    else MaskWindow.empty(box, self._postprocessing)
                 )
             self._open[box].paste(tile, result)
             self._missing[box] -= 1
@@ -122,20 +128,22 @@ class Canvas:
             range(span.start // MASK_WINDOW_SIDE, (span.stop - 1) // MASK_WINDOW_SIDE + 1)
             for span in tile.target
         )
-        across = round_up(self.picture.pixels.shape[1], MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
+        across = round_up(self.decoded.pixels.shape[1], MASK_WINDOW_SIDE) // MASK_WINDOW_SIDE
         return [self._boxes[row * across + column] for row in rows for column in columns]
 
 
-class _BlendedArea:
+class _BlendedMaskWindow:
     """A mask window whose pixels are weighted means over tiles."""
 
-    def __init__(self, box: Box, how: Postprocessing, margin: int, is_alone: bool) -> None:
-        self._box, self._how = box, how
+    def __init__(
+        self, box: Box, postprocessing: Postprocessing, margin: int, is_alone: bool
+    ) -> None:
+        self._box, self._postprocessing = box, postprocessing
         self._margin, self._is_alone = margin, is_alone
-        self._sum_KHW = np.zeros((how.logits, *box.shape), dtype=np.float32)
+        self._sum_KHW = np.zeros((postprocessing.logits, *box.shape), dtype=np.float32)
         self._weight_HW = np.zeros(box.shape, dtype=np.float32)
 
-    def paste(self, tile: Tile, result: Segmented) -> None:
+    def paste(self, tile: Tile, result: TileResult) -> None:
         here, there = self._box.shared(*tile.target)
         assert result.probabilities_KHW is not None
         logits = (side - 2 * self._margin for side in tile.shape)
@@ -143,23 +151,23 @@ class _BlendedArea:
         self._sum_KHW[:, *here] += result.probabilities_KHW[:, *there] * weight_HW
         self._weight_HW[here] += weight_HW
 
-    def finished(self) -> Area:
-        area, confidence = Area.empty(self._box, self._how), 0
+    def finished(self) -> MaskWindow:
+        window, confidence = MaskWindow.empty(self._box, self._postprocessing), 0
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            area.mask_HW[rows], chosen_HW = _classes(p_KHW, self._how)
+            window.mask_HW[rows], chosen_HW = _classes(p_KHW, self._postprocessing)
             confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
-            if area.probabilities_KHW is not None:
-                is_uint8 = self._how.probabilities == "uint8"
-                area.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
-        return replace(area, confidence_sum=confidence)
+            if window.probabilities_KHW is not None:
+                is_uint8 = self._postprocessing.probabilities == "uint8"
+                window.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+        return replace(window, confidence_sum=confidence)
 
 
-def _classes(p_KHW: Array, how: Postprocessing) -> tuple[Array, Array]:
+def _classes(p_KHW: Array, postprocessing: Postprocessing) -> tuple[Array, Array]:
     """Class ids, and the probability of each chosen class."""
-    if how.logits == 1:
-        is_foreground = p_KHW[0] > how.threshold
+    if postprocessing.logits == 1:
+        is_foreground = p_KHW[0] > postprocessing.threshold
         chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
         return is_foreground, chosen_HW
     return p_KHW.argmax(axis=0), p_KHW.max(axis=0)

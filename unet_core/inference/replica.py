@@ -10,7 +10,7 @@ from unet_core.networks import checkpoint
 from unet_core.networks.header import Header
 from unet_core.networks.reach import is_exact
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.tiling.windows import windows_for
+from unet_core.tiling.tile_grid import tile_grid_for
 
 
 class Replica:
@@ -24,21 +24,23 @@ class Replica:
         )
         _require_tiling(network, header)
         wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"  # also inline
-        self.windows = windows_for(config.tile, header.tiling)
+        self.tile_grid = tile_grid_for(
+            header.tiling, config.tile.size, config.tile.mode, config.tile.tta
+        )
         device = choose_device("cpu" if wants_cpu else config.model.device)
-        how = Postprocessing(
+        postprocessing = Postprocessing(
             header.network.classes,
             config.model.threshold,
             config.tile.tta,
             config.output.probabilities,
         )
-        blends, precision = self.windows.blends, config.model.precision
-        self.engine = Engine(network, header, device, how, blends, precision)
-        self.engine.share_cores(spec.threads, self.windows.size)
+        blends, precision = self.tile_grid.blends, config.model.precision
+        self.engine = Engine(network, header, device, postprocessing, blends, precision)
+        self.engine.share_cores(spec.threads, self.tile_grid.size)
 
     def probe(self) -> Compute:
         """This replica's ``compute`` section."""
-        return self.engine.probe(self.windows.size, self.spec.config.tile.batch)
+        return self.engine.probe(self.tile_grid.size, self.spec.config.tile.batch)
 
 
 def _require_tiling(network: nn.Module, header: Header) -> None:

@@ -10,14 +10,14 @@ from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
 from unet_core.images.decoder import Pixels, Rejected
 from unet_core.images.sample import Sample
-from unet_core.inference.mask_assembler import Area, Canvas
+from unet_core.inference.mask_assembler import MaskAssembler, MaskWindow
 from unet_core.metrics import class_pixels, confusion, truth_columns
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImage:
     """One image's rows, ready to be written."""
 
     metrics: Row
@@ -26,7 +26,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class EncodedArea:
+class EncodedWindow:
     """One mask window of an image: what it counts, and its row without the bytes."""
 
     row: Row
@@ -46,63 +46,68 @@ class Encoder:
     encoding: str
     ignore_index: int
 
-    def area(self, canvas: Canvas, area: Area) -> EncodedArea:
+    def window(self, assembler: MaskAssembler, window: MaskWindow) -> EncodedWindow:
         """Encode and count one mask window; its bytes wait on disk if there are many of them."""
         start = time.perf_counter()
-        box = area.box
-        payload = {"mask": encode_mask(area.mask_HW, self.encoding)}
-        if area.probabilities_KHW is not None:
-            payload["probabilities"] = area.probabilities_KHW.tobytes()
-        height, width = canvas.picture.pixels.shape
+        box = window.box
+        payload = {"mask": encode_mask(window.mask_HW, self.encoding)}
+        if window.probabilities_KHW is not None:
+            payload["probabilities"] = window.probabilities_KHW.tobytes()
+        height, width = assembler.decoded.pixels.shape
         row = {
-            "image_id": canvas.picture.sample.image_id,
+            "image_id": assembler.decoded.sample.image_id,
             **box._asdict(),
             "image_height": height,
             "image_width": width,
             "encoding": self.encoding,
         }
-        return EncodedArea(
+        return EncodedWindow(
             row,
-            canvas.spool.keep(payload) if canvas.spool is not None else lambda: payload,
-            class_pixels(area.mask_HW, self.classes),
-            self._compare(canvas.picture.truth, area),
-            area.confidence_sum,
+            assembler.spool.keep(payload) if assembler.spool is not None else lambda: payload,
+            class_pixels(window.mask_HW, self.classes),
+            self._compare(assembler.decoded.truth, window),
+            window.confidence_sum,
             time.perf_counter() - start,
         )
 
-    def _compare(self, truth: Pixels | ImageError | None, area: Area) -> Array | ImageError | None:
+    def _compare(
+        self, truth: Pixels | ImageError | None, window: MaskWindow
+    ) -> Array | ImageError | None:
         if not isinstance(truth, Pixels):
             return truth
         try:
-            truth_HW = truth.read(*area.box)[0]
+            truth_HW = truth.read(*window.box)[0]
         except ImageError as failure:
             return failure
-        return confusion(truth_HW, area.mask_HW, self.classes, self.ignore_index)
+        return confusion(truth_HW, window.mask_HW, self.classes, self.ignore_index)
 
-    def image(self, canvas: Canvas) -> Encoded:
-        """The rows of an image whose areas are all encoded or about to be."""
-        areas = sorted((f.result() for f in canvas.encoded), key=lambda a: (a.row["y"], a.row["x"]))
-        picture, encode_s = canvas.picture, sum(area.encode_s for area in areas)
-        if canvas.failure is not None:
-            return rejected(Rejected(picture.sample, canvas.failure), encode_s)
-        truths = (area.confusion_KK for area in areas)
+    def image(self, assembler: MaskAssembler) -> EncodedImage:
+        """The rows of an image whose windows are all encoded or about to be."""
+        windows = sorted(
+            (f.result() for f in assembler.encoded), key=lambda a: (a.row["y"], a.row["x"])
+        )
+        decoded, encode_s = assembler.decoded, sum(window.encode_s for window in windows)
+        if assembler.failure is not None:
+            return rejected(Rejected(decoded.sample, assembler.failure), encode_s)
+        truths = (window.confusion_KK for window in windows)
         failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
-        height, width = picture.pixels.shape
-        row = _row(picture.sample, "ok", failure) | {
+        height, width = decoded.pixels.shape
+        row = _row(decoded.sample, "ok", failure) | {
             "height": height,
             "width": width,
-            "class_pixels": sum(area.class_pixels for area in areas).tolist(),
-            "confidence_sum": canvas.confidence_sum + sum(area.confidence_sum for area in areas),
+            "class_pixels": sum(window.class_pixels for window in windows).tolist(),
+            "confidence_sum": assembler.confidence_sum
+            + sum(window.confidence_sum for window in windows),
         }
-        if picture.truth is not None and failure is None:
-            matrix = sum(area.confusion_KK for area in areas)
+        if decoded.truth is not None and failure is None:
+            matrix = sum(window.confusion_KK for window in windows)
             row |= truth_columns(matrix, height * width)
-        return Encoded(row, (area.row | area.payload() for area in areas), encode_s)
+        return EncodedImage(row, (window.row | window.payload() for window in windows), encode_s)
 
 
-def rejected(image: Rejected, encode_s: float = 0.0) -> Encoded:
+def rejected(image: Rejected, encode_s: float = 0.0) -> EncodedImage:
     """The row of an image that failed."""
-    return Encoded(_row(image.sample, "failed", image.failure), (), encode_s)
+    return EncodedImage(_row(image.sample, "failed", image.failure), (), encode_s)
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:

@@ -18,15 +18,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from unet_core.concurrency import InOrder, Prefetch
+from unet_core.concurrency import OrderedResults, Prefetch
 from unet_core.errors import ImageError, StoppedError
-from unet_core.images.decoder import Decoder, Picture, Pixels, Rejected
+from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
 from unet_core.images.sample import Sample
-from unet_core.inference.lanes import Lanes, Ran
-from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.lanes import BatchResult, Lanes
+from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.replica import Replica
-from unet_core.inference.rows import Encoded, Encoder, Row, rejected
-from unet_core.inference.tile_queue import Piece, TileQueue, stack
+from unet_core.inference.rows import EncodedImage, Encoder, Row, rejected
+from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
@@ -40,17 +40,17 @@ from unet_core.tiling.geometry import mask_windows
 
 log = logging.getLogger(__name__)
 
-NOBODY: Mapping[int, ImageError] = MappingProxyType({})
+NO_FAILURES: Mapping[int, ImageError] = MappingProxyType({})
 MOST_ROW_BYTES = 2**31
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait, encoded or decoded, hold more than this."""
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedFile:
     """What a decoding thread hands over."""
 
-    images: list[Picture | Rejected]
+    images: list[DecodedImage | Rejected]
     read_s: float
     """What the thread itself read: loose images."""
     decode_s: float
@@ -58,9 +58,9 @@ class Decoded:
     @property
     def held_bytes(self) -> int:
         """Memory that the pixels take."""
-        pictures = [image for image in self.images if isinstance(image, Picture)]
-        truths = [picture.truth for picture in pictures if isinstance(picture.truth, Pixels)]
-        return sum(held.held_bytes for held in [*truths, *(p.pixels for p in pictures)])
+        decoded_images = [image for image in self.images if isinstance(image, DecodedImage)]
+        truths = [decoded.truth for decoded in decoded_images if isinstance(decoded.truth, Pixels)]
+        return sum(held.held_bytes for held in [*truths, *(p.pixels for p in decoded_images)])
 
     @property
     def read_share(self) -> float:
@@ -69,7 +69,7 @@ class Decoded:
         return self.read_s / total if total else 0.0
 
 
-Images = Prefetch[Sample, Decoded]
+Images = Prefetch[Sample, DecodedFile]
 
 
 @dataclass
@@ -78,19 +78,19 @@ class _Attempt:
 
     part: MasksPart
     queue: TileQueue
-    place: object
+    ticket: object
     """In the line for the device."""
     on_step: Callable[[], None]
     seconds: Seconds = field(default_factory=Seconds)
     ids: set[str] = field(default_factory=set)
-    running: deque[tuple[list[Piece], Future[Ran]]] = field(default_factory=deque)
+    running: deque[tuple[list[TileRef], Future[BatchResult]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
-    encoded: InOrder[Encoded] = field(default_factory=InOrder)
+    encoded: OrderedResults[EncodedImage] = field(default_factory=OrderedResults)
     rows: list[Row] = field(default_factory=list)
     """Of the metrics part."""
 
 
-class Segmenter:
+class ShardSegmenter:
     """Segments shards with one replica. Two threads may call ``segment`` at once: while one has
     the device, the other already reads and decodes.
     """
@@ -114,7 +114,7 @@ class Segmenter:
         self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
         self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
         self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
-        self._how = self.engine.how
+        self._postprocessing = self.engine.postprocessing
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
         self._lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
@@ -134,9 +134,9 @@ class Segmenter:
         self._cancelled.set()
 
     @local_space()
-    def segment(self, shard: Shard, guilty: Mapping[int, ImageError] = NOBODY) -> ShardResult:
-        """Segment one shard and commit its parts. ``guilty`` images, by their place in the shard,
-        are not touched: they are failed rows.
+    def segment(self, shard: Shard, poison: Mapping[int, ImageError] = NO_FAILURES) -> ShardResult:
+        """Segment one shard and commit its parts. ``poison``: failures of images that are not
+        touched, by their position in the shard; they become failed rows.
 
         Raises StoreError when storage or local temporary space fails, ShardError when the shard's
         file is not the one that was listed, CommitConflictError when another attempt wrote other
@@ -145,31 +145,31 @@ class Segmenter:
         """
         start, name = time.perf_counter(), shard.shard_id
         try:
-            with self._lanes.place() as place:
+            with self._lanes.ticket() as ticket:
                 found = read_shard(self.replica.spec.source, with_members(self.output, shard))
                 samples = (
-                    replace(sample, failure=guilty.get(number, sample.failure))
+                    replace(sample, failure=poison.get(number, sample.failure))
                     for number, sample in enumerate(found)
                 )
-                with self._filled(samples, place, partial(self.step, name)) as attempt:
+                with self._filled(samples, ticket, partial(self.step, name)) as attempt:
                     totals = self._commit(attempt, shard)
             return ShardResult(name, totals, attempt.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(name, None)
 
-    def rehearse(self, sample: Sample, on_step: Callable[[], None]) -> None:
+    def dry_run(self, sample: Sample, on_step: Callable[[], None]) -> None:
         """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._lanes.place() as place, self._filled(iter([sample]), place, on_step):
+        with self._lanes.ticket() as ticket, self._filled(iter([sample]), ticket, on_step):
             pass
 
     @contextlib.contextmanager
     def _filled(
-        self, samples: Iterator[Sample], place: object, on_step: Callable[[], None]
+        self, samples: Iterator[Sample], ticket: object, on_step: Callable[[], None]
     ) -> Iterator[_Attempt]:
         """The masks of samples in their part, and the rows of the other one."""
-        part = MasksPart(self._encoding, self.footer, self._how.probabilities != "none")
+        part = MasksPart(self._encoding, self.footer, self._postprocessing.probabilities != "none")
         with contextlib.closing(part):
-            attempt = _Attempt(part, TileQueue(self.compute), place, on_step)
+            attempt = _Attempt(part, TileQueue(self.compute), ticket, on_step)
             with Prefetch(
                 self._pool,
                 partial(self._decode, on_step=on_step),
@@ -184,7 +184,7 @@ class Segmenter:
                 self._append(attempt, attempt.encoded.rest())
             yield attempt
 
-    def _decode(self, sample: Sample, on_step: Callable[[], None]) -> Decoded:
+    def _decode(self, sample: Sample, on_step: Callable[[], None]) -> DecodedFile:
         reads: list[float] = []
         read_mask = sample.read_mask and _timed(sample.read_mask, reads)
         start = time.perf_counter()
@@ -192,30 +192,32 @@ class Segmenter:
             replace(sample, read=_timed(sample.read, reads), read_mask=read_mask), on_step
         )
         spent = time.perf_counter() - start
-        return Decoded(images, sum(reads), spent - sum(reads))
+        return DecodedFile(images, sum(reads), spent - sum(reads))
 
     def _compute(self, attempt: _Attempt, images: Images) -> None:
         """Run every batch. Images are numbered, and so counted, as they come from the reader,
         before anything can happen to them. The next shard gets the device when the last batch of
         this one is under way.
         """
-        with self._lanes.taken(attempt.place, attempt.seconds):
-            for decoded in self._waited_for(images, attempt.seconds):
+        with self._lanes.taken(attempt.ticket, attempt.seconds):
+            for file in self._waited_for(images, attempt.seconds):
                 attempt.on_step()
-                attempt.seconds.reading += decoded.read_s
-                attempt.seconds.decoding += decoded.decode_s
-                for found in decoded.images:
+                attempt.seconds.reading += file.read_s
+                attempt.seconds.decoding += file.decode_s
+                for found in file.images:
                     image = self._checked(found, attempt.ids)
                     index = attempt.encoded.number()
                     if isinstance(image, Rejected):
                         self._add(attempt, index, self._pool.submit(rejected, image))
                     else:
-                        canvas = Canvas(index, image, self.replica.windows, self._how)
-                        self._start(attempt, attempt.queue.add(canvas))
+                        assembler = MaskAssembler(
+                            index, image, self.replica.tile_grid, self._postprocessing
+                        )
+                        self._start(attempt, attempt.queue.add(assembler))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
 
-    def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[Decoded]:
+    def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[DecodedFile]:
         """Count the time in which lanes of the device are idle because no image is decoded."""
         iterator = iter(images)
         while True:
@@ -229,7 +231,7 @@ class Segmenter:
                 return
             yield image
 
-    def _checked(self, image: Picture | Rejected, ids: set[str]) -> Picture | Rejected:
+    def _checked(self, image: DecodedImage | Rejected, ids: set[str]) -> DecodedImage | Rejected:
         """The image, or its rejection if the shard has an earlier one with its id, or if a row
         cannot hold the probabilities of a mask window.
         """
@@ -237,18 +239,18 @@ class Segmenter:
             failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
             return Rejected(image.sample, failure)
         ids.add(image.sample.image_id)
-        if isinstance(image, Rejected) or self._how.probabilities == "none":
+        if isinstance(image, Rejected) or self._postprocessing.probabilities == "none":
             return image
         box = mask_windows(*image.pixels.shape)[0]
-        values = self._how.logits * box.height * box.width
-        if values * np.dtype(self._how.probabilities).itemsize < MOST_ROW_BYTES:
+        values = self._postprocessing.logits * box.height * box.width
+        if values * np.dtype(self._postprocessing.probabilities).itemsize < MOST_ROW_BYTES:
             return image
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 
-    def _start(self, attempt: _Attempt, batches: Iterable[list[Piece]]) -> None:
+    def _start(self, attempt: _Attempt, batches: Iterable[list[TileRef]]) -> None:
         for pieces in batches:
-            batch = self._pool.submit(stack, pieces)
+            batch = self._pool.submit(stack_tiles, pieces)
             attempt.running.append((pieces, self._lanes.submit(batch)))
             self._paste(attempt, self.engine.lanes + 1)
 
@@ -260,19 +262,19 @@ class Segmenter:
             results, device_s = future.result()
             attempt.on_step()
             attempt.seconds.device += device_s
-            for (canvas, tile), result in zip(pieces, results, strict=True):
-                for area in canvas.paste(tile, result):
-                    encoding = self._pool.submit(self._encoder.area, canvas, area)
-                    canvas.encoded.append(encoding)
-                if canvas.is_complete:
-                    rows = self._pool.submit(self._encoder.image, canvas)
-                    self._add(attempt, canvas.index, rows)
+            for (assembler, tile), result in zip(pieces, results, strict=True):
+                for window in assembler.paste(tile, result):
+                    encoding = self._pool.submit(self._encoder.window, assembler, window)
+                    assembler.encoded.append(encoding)
+                if assembler.is_complete:
+                    rows = self._pool.submit(self._encoder.image, assembler)
+                    self._add(attempt, assembler.index, rows)
 
-    def _add(self, attempt: _Attempt, index: int, image: Future[Encoded]) -> None:
+    def _add(self, attempt: _Attempt, index: int, image: Future[EncodedImage]) -> None:
         attempt.encoded.add(index, image)
         self._append(attempt, attempt.encoded.ready())
 
-    def _append(self, attempt: _Attempt, images: Iterable[Encoded]) -> None:
+    def _append(self, attempt: _Attempt, images: Iterable[EncodedImage]) -> None:
         for image in images:
             attempt.on_step()
             attempt.seconds.encoding += image.encode_s

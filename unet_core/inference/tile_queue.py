@@ -12,7 +12,7 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.decoder import Pixels
 from unet_core.inference.engine import Batch
-from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.runs.compute import Compute
 from unet_core.tiling.geometry import Span, Tile
 
@@ -21,7 +21,7 @@ PENDING_BATCHES = 8
 PENDING_IMAGES = 64
 """and for at most this many images: finished masks wait behind them."""
 
-Piece = tuple[Canvas, Tile]
+TileRef = tuple[MaskAssembler, Tile]
 
 
 class TileQueue:
@@ -33,60 +33,60 @@ class TileQueue:
 
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
-        self._groups: dict[tuple[tuple[int, int], str], list[Piece]] = {}
+        self._groups: dict[tuple[tuple[int, int], str], list[TileRef]] = {}
 
-    def add(self, canvas: Canvas) -> Iterator[list[Piece]]:
-        """Queue the tiles of a picture; yield the batches that are due."""
-        for tile in canvas.tiles:
-            key = (tile.shape, canvas.picture.pixels.dtype.str)
+    def add(self, assembler: MaskAssembler) -> Iterator[list[TileRef]]:
+        """Queue the tiles of an image; yield the batches that are due."""
+        for tile in assembler.tiles:
+            key = (tile.shape, assembler.decoded.pixels.dtype.str)
             group = self._groups.setdefault(key, [])
-            group.append((canvas, tile))
+            group.append((assembler, tile))
             if len(group) >= self._compute.batch_of(*tile.shape):
                 yield self._groups.pop(key)
-            elif self._is_late(canvas):
+            elif self._is_late(assembler):
                 yield self._longest_waiting()
 
-    def _is_late(self, canvas: Canvas) -> bool:
+    def _is_late(self, assembler: MaskAssembler) -> bool:
         """Whether the group that waits longest has waited enough."""
         oldest, _ = next(iter(self._groups.values()))[0]
-        waiting = canvas.index - oldest.index
+        waiting = assembler.index - oldest.index
         pixels = sum(len(group) * math.prod(shape) for (shape, _), group in self._groups.items())
         too_many = pixels > PENDING_BATCHES * self._compute.batch_pixels
         return too_many or waiting > PENDING_IMAGES
 
-    def rest(self) -> Iterator[list[Piece]]:
+    def rest(self) -> Iterator[list[TileRef]]:
         """What is left when the shard ends."""
         while self._groups:
             yield self._longest_waiting()
 
-    def _longest_waiting(self) -> list[Piece]:
+    def _longest_waiting(self) -> list[TileRef]:
         return self._groups.pop(next(iter(self._groups)))
 
 
-def stack(pieces: list[Piece]) -> Batch:
+def stack_tiles(pieces: list[TileRef]) -> Batch:
     """The batch of some tiles of one shape and type.
 
-    A window that turns out to be damaged fails its image, and is zeros here.
+    A tile whose pixels turn out to be damaged fails its image, and is zeros here.
     """
-    pictures = [canvas.picture for canvas, _ in pieces]
+    decoded_images = [assembler.decoded for assembler, _ in pieces]
     return Batch(
-        tiles_NCHW=np.stack([_cut(canvas, tile) for canvas, tile in pieces]),
-        offset_NC=np.stack([picture.offset for picture in pictures]),
-        scale_NC=np.stack([picture.scale for picture in pictures]),
+        tiles_NCHW=np.stack([_cut(assembler, tile) for assembler, tile in pieces]),
+        offset_NC=np.stack([decoded.offset for decoded in decoded_images]),
+        scale_NC=np.stack([decoded.scale for decoded in decoded_images]),
         keep=[tile for _, tile in pieces],
     )
 
 
-def _cut(canvas: Canvas, tile: Tile) -> Array:
-    pixels = canvas.picture.pixels
+def _cut(assembler: MaskAssembler, tile: Tile) -> Array:
+    pixels = assembler.decoded.pixels
     try:
-        return window(pixels, tile)
+        return cut_tile(pixels, tile)
     except ImageError as failure:
-        canvas.fail(tile, failure)
+        assembler.fail(tile, failure)
         return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
 
 
-def window(pixels: Pixels, tile: Tile) -> Array:
+def cut_tile(pixels: Pixels, tile: Tile) -> Array:
     """Cut a tile CHW; what lies beyond the image is its reflection."""
     rows, columns = (
         _mirrored(span, length) for span, length in zip((tile.y, tile.x), pixels.shape, strict=True)

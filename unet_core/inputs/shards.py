@@ -72,7 +72,7 @@ class Source:
     """What was found when the format was looked for; used once, and never sent anywhere."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Source, (self.config.from_here(), self.format, self.root, self.names)
+        return Source, (self.config.with_absolute_paths(), self.format, self.root, self.names)
 
     @property
     def mask_root(self) -> Store:

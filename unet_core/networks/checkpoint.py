@@ -110,7 +110,7 @@ def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
     return load(checkpoint, factory=factory)[0]
 
 
-def serialise(network: "nn.Module", header: Header) -> bytes:
+def serialize(network: "nn.Module", header: Header) -> bytes:
     """The bytes of a checkpoint file."""
     import torch
 

@@ -46,7 +46,7 @@ def build(spec: NetworkSpec) -> nn.Module:
     return made
 
 
-def measured(
+def measure_tiling(
     spec: NetworkSpec, network: nn.Module, stride: int | None = None
 ) -> tuple[NetworkSpec, Tiling]:
     """How the network may be tiled, and its spec with the logits that it really gives.
@@ -71,12 +71,12 @@ def measured(
 def header_of(
     network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig
 ) -> Header:
-    """What the network's checkpoint will say of itself, by the config and what is ``measured``.
+    """What the network's checkpoint will say of itself, by the config and the measured tiling.
 
     Raises ConfigError for class names and colours that do not fit the network.
     """
     stride = model.stride if isinstance(model, ForeignConfig) else "auto"
-    spec, tiling = measured(spec, network, None if stride == "auto" else stride)
+    spec, tiling = measure_tiling(spec, network, None if stride == "auto" else stride)
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])

@@ -73,7 +73,7 @@ def is_exact(network: nn.Module, in_channels: int, tiling: Tiling, at_edges: boo
     such values leak into their neighbours.)
     """
     network = copy.deepcopy(network).cpu().double().eval()
-    window, margin = tiling.smallest_window, tiling.margin
+    window, margin = tiling.smallest_tile, tiling.margin
     length = tiling.sides.at_least(window + 2 * tiling.stride + 1) - 2 * margin
     shape = (1, in_channels, tiling.sides.smallest, length + 2 * margin)
     strip = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.double)
@@ -98,7 +98,7 @@ def _tiling(network: nn.Module, in_channels: int, sides: Sides, stride: int, mar
     tiling = Tiling(sides, stride, margin, 0, 0, is_exact=False, channels=1)
     if (reaches := _reaches(network, in_channels, sides, stride, margin)) is None:
         return tiling
-    end, halo = tiling.window_sides.smallest, 0
+    end, halo = tiling.tile_sides.smallest, 0
     for at in range(LONGEST):  # from a window's first logit on, and from its last one back
         back = end - 2 * margin - 1 - at
         sees_before = at + reaches[at % stride][0] < 0

@@ -10,14 +10,14 @@ from typing import Any
 from unet_core.arrays import Array
 from unet_core.evaluation.aggregate import counted
 from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER
-from unet_core.images.decoder import Picture
+from unet_core.images.decoder import DecodedImage
 from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
 from unet_core.report.command import predict_command, toml
 from unet_core.report.panels import Panel, panels
 from unet_core.report.run_images import fetch
-from unet_core.report.scores import LARGEST, RANDOM, Measured, Pick
+from unet_core.report.scores import LARGEST, RANDOM, Pick, RunScores
 from unet_core.runs.compact import batches
 from unet_core.runs.failures import causes
 from unet_core.runs.reader import Results
@@ -79,7 +79,7 @@ class RunFacts:
 
     def __init__(self, results: Results) -> None:
         run, record, totals = results.run, results.record, results.totals
-        measured = Measured(batches(run.store), len(results.class_names), SHOWN)
+        measured = RunScores(batches(run.store), len(results.class_names), SHOWN)
         self.uri, self.is_finished, self.totals = run.uri, run.is_finished, totals
         self.shards = len(run.manifest() or [])
         self.classes = classes_of(results, totals)
@@ -126,7 +126,7 @@ def classes_of(results: Results, totals: Totals) -> list[ClassRow]:
     return [rows[at] for at in sorted(order)]
 
 
-def distributions(measured: Measured) -> list[Plot]:
+def distributions(measured: RunScores) -> list[Plot]:
     """Histograms over images, of what is defined."""
     found = (
         histogram(title, measured.values[name].to_numpy()) for name, title in DISTRIBUTIONS.items()
@@ -134,14 +134,14 @@ def distributions(measured: Measured) -> list[Plot]:
     return [plot for plot in found if plot is not None]
 
 
-def sizes_of(measured: Measured) -> tuple[list[Row], int]:
+def sizes_of(measured: RunScores) -> tuple[list[Row], int]:
     """The most frequent sizes, and how many there are."""
     order = [("count_all", "descending"), ("height", "ascending"), ("width", "ascending")]
     counts = measured.values.group_by(["height", "width"]).aggregate([([], "count_all")])
     return counts.sort_by(order).slice(0, MOST_SIZES).to_pylist(), counts.num_rows
 
 
-def sheets(measured: Measured) -> list[Sheet]:
+def sheets(measured: RunScores) -> list[Sheet]:
     """Random, worst and largest images; all of them on one sheet if there are few."""
     drawn = measured.picks[RANDOM]
     if measured.values.num_rows <= SHOWN:
@@ -162,8 +162,8 @@ def _panels(
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
     ignore_index = results.config.input.ignore_index
 
-    def draw(picture: Picture, mask_HW: Array) -> tuple[Panel, ...]:
-        return panels(picture, mask_HW, results.palette, ignore_index)
+    def draw(decoded: DecodedImage, mask_HW: Array) -> tuple[Panel, ...]:
+        return panels(decoded, mask_HW, results.palette, ignore_index)
 
     return fetch(results, list(picks.values()), draw, MOST_BYTES)
 

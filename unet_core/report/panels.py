@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.decoder import DecodedImage, Pixels
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -37,7 +37,7 @@ Palette = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of the page."""
+    """One image of the page."""
 
     title: str
     uri: str
@@ -46,22 +46,22 @@ class Panel:
     width: int
 
 
-def _view(picture: Picture, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
+def _view(decoded: DecodedImage, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
     """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are of
     the nearest pixels. A truth that cannot be read is left out.
     """
-    factor = min(1.0, side / max(picture.pixels.shape))
-    shape = [max(1, round(old * factor)) for old in picture.pixels.shape]
-    sides = zip(picture.pixels.shape, shape, strict=True)
+    factor = min(1.0, side / max(decoded.pixels.shape))
+    shape = [max(1, round(old * factor)) for old in decoded.pixels.shape]
+    sides = zip(decoded.pixels.shape, shape, strict=True)
     near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
-    image_HWC = _visible(picture.pixels.whole(), 2 * side)
+    image_HWC = _visible(decoded.pixels.whole(), 2 * side)
     if image_HWC.shape[:2] != tuple(shape):
         small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
         image_HWC = np.asarray(small)
     truth_HW = None
-    if isinstance(picture.truth, Pixels):
+    if isinstance(decoded.truth, Pixels):
         with suppress(ImageError):
-            truth_HW = picture.truth.whole()[0][near]
+            truth_HW = decoded.truth.whole()[0][near]
     return image_HWC, mask_HW[near], truth_HW
 
 
@@ -84,10 +84,10 @@ def _outline(mask_HW: Array) -> Array:
 
 
 def panels(
-    picture: Picture, mask_HW: Array, palette: Palette, ignore_index: int
+    decoded: DecodedImage, mask_HW: Array, palette: Palette, ignore_index: int
 ) -> tuple[Panel, ...]:
     """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
-    image_HWC, mask_HW, truth_HW = _view(picture, mask_HW, PANEL)
+    image_HWC, mask_HW, truth_HW = _view(decoded, mask_HW, PANEL)
     colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
     image = _panel("image", Image.fromarray(image_HWC))
     edge = _outline(mask_HW)
@@ -111,9 +111,9 @@ def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
     return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
 
 
-def overlay(picture: Picture, mask_HW: Array, palette: Palette) -> bytes:
+def overlay(decoded: DecodedImage, mask_HW: Array, palette: Palette) -> bytes:
     """PNG of an image with its classes blended in and outlined."""
-    drawn_HWC, mask_HW, _ = _view(picture, mask_HW, OVERLAY)
+    drawn_HWC, mask_HW, _ = _view(decoded, mask_HW, OVERLAY)
     colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
     inside, edge = mask_HW > 0, _outline(mask_HW)
     mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 from unet_core.arrays import Array
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.errors import UnetJobsError
-from unet_core.images.decoder import Picture, Rejected
+from unet_core.images.decoder import DecodedImage, Rejected
 from unet_core.inputs.shards import Shard, Source
 from unet_core.report.scores import Pick
-from unet_core.runs.reader import Results, open_masks, pictures
+from unet_core.runs.reader import Results, decoded_images, open_masks
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20
@@ -30,7 +30,7 @@ MadeT = TypeVar("MadeT")
 def fetch(
     results: Results,
     picks: list[Pick],
-    make: Callable[[Picture, Array], MadeT],
+    make: Callable[[DecodedImage, Array], MadeT],
     most_bytes: float = math.inf,
 ) -> tuple[dict[str, MadeT], dict[str, str]]:
     """Make something of each image and its mask (HW), by id; on a few threads, and one image of a
@@ -59,7 +59,7 @@ def fetch(
         for image_id in wanted[shard_id]:
             reasons.setdefault(image_id, reason)
 
-    for _ in side_by_side(of_shard, wanted, THREADS):
+    for _ in map_in_order(of_shard, wanted, THREADS):
         pass
     return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
@@ -92,22 +92,22 @@ def _wanted(
 
 def _found(
     results: Results, source: Source, shard: Shard, ids: set[str]
-) -> Iterator[tuple[str, tuple[Picture, Array] | str]]:
+) -> Iterator[tuple[str, tuple[DecodedImage, Array] | str]]:
     """The images that are there, in the order of the shard, or why one could not be taken."""
     missing = set(ids)
     with open_masks(results.run.store, shard.shard_id) as masks:
-        for picture in pictures(results, shard, ids, source, has_truth=True):
-            image_id = picture.sample.image_id
-            if isinstance(picture, Rejected):
-                yield image_id, str(picture.failure)
+        for decoded in decoded_images(results, shard, ids, source, has_truth=True):
+            image_id = decoded.sample.image_id
+            if isinstance(decoded, Rejected):
+                yield image_id, str(decoded.failure)
             elif image_id in missing:  # the first of a name counts
                 mask = masks.mask(image_id)
                 if mask is None:
                     yield image_id, "its mask is not there"
-                elif (mask.height, mask.width) != picture.pixels.shape:
+                elif (mask.height, mask.width) != decoded.pixels.shape:
                     yield image_id, "its mask has another size: the input changed"
                 else:
-                    yield image_id, (picture, mask.whole())
+                    yield image_id, (decoded, mask.whole())
                 missing.remove(image_id)
                 if not missing:
                     return

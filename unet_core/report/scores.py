@@ -41,7 +41,7 @@ class Pick(NamedTuple):
 PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
 
 
-class Measured:
+class RunScores:
     """What the rows of a run say, gone through once; ``most`` images are picked of each kind."""
 
     def __init__(self, tables: Iterable[pa.Table], classes: int, most: int = 8) -> None:

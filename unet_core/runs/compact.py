@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pyarrow as pa
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.runs.parts import read_footer, read_metrics
 from unet_core.runs.run import METRICS as FILE
 from unet_core.runs.run import Record
@@ -62,7 +62,7 @@ def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
         names = pa.array([shard_id] * table.num_rows, pa.string())
         return pa.table([names, *table.select(METRICS.names).columns], schema=COMPACTED)
 
-    return side_by_side(rows, ids)
+    return map_in_order(rows, ids)
 
 
 def _parts(store: Store) -> tuple[list[str], str]:

@@ -1,6 +1,6 @@
 """Whose folder it is: the document that is published first and once, and what it is held against.
 
-Runs, trainings, evaluations and exports each claim their folder with an identity.
+Runs, trainings, evaluations and exports each create or join their folder by an identity.
 """
 
 import json
@@ -14,7 +14,7 @@ Identity = dict[str, Any]
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
 
 
-def claim(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
+def create_or_read(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
     """Publish a JSON document that says whose folder this is, or read the one that is there.
 
     Raises StoreError if that is damaged.
@@ -27,7 +27,7 @@ def claim(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
         raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
 
 
-def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
+def check_identity_or_empty(store: Store, mine: Identity | None, wanted: Identity) -> None:
     """Refuse to mix two runs in one folder, or one with something else.
 
     Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
@@ -35,10 +35,10 @@ def require_same(store: Store, mine: Identity | None, wanted: Identity) -> None:
     if mine is None:
         require_empty(store)
     else:
-        require_equal(store.uri(), mine, wanted)
+        check_identity(store.uri(), mine, wanted)
 
 
-def require_equal(
+def check_identity(
     where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
 ) -> None:
     """Refuse another identity; raises RunMismatchError with the keys that differ."""

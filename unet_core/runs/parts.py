@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, cast, get_args
 
 import pyarrow as pa
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.errors import Circumstance, CommitConflictError, NotFoundError, ParquetDamagedError
 from unet_core.metrics import Totals
 from unet_core.runs import schema
@@ -91,7 +91,7 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> byte
     if kept == metrics:
         return kept
     _require_its_masks(store, shard_id)
-    if not _agree(kept, metrics):
+    if not _reduce(kept, metrics):
         raise CommitConflictError(
             f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
             f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
@@ -114,7 +114,7 @@ def _require_its_masks(store: Store, shard_id: str) -> None:
         )
 
 
-def _agree(kept: bytes, metrics: bytes) -> bool:
+def _reduce(kept: bytes, metrics: bytes) -> bool:
     """Whether two metrics parts differ only in images that circumstances failed in one of them."""
     both = [table_of(part).to_pylist() for part in (kept, metrics)]
     uncertain = {
@@ -176,7 +176,7 @@ def current_ids(run: Store, store: Store, folder: str) -> set[str]:
         return now is not None and now == masks_sha256(store, f"{folder}/{shard_id}.parquet")
 
     ids = ids_in(store, folder)
-    return {i for i, yes in zip(ids, side_by_side(is_current, ids), strict=True) if yes}
+    return {i for i, yes in zip(ids, map_in_order(is_current, ids), strict=True) if yes}
 
 
 def masks_sha256(store: Store, name: str) -> str | None:

@@ -17,7 +17,7 @@ from unet_core.config.predict import PredictConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import NotFoundError
 from unet_core.images.codec import decode_mask
-from unet_core.images.decoder import Decoder, Picture, Rejected
+from unet_core.images.decoder import DecodedImage, Decoder, Rejected
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard, Source
@@ -192,9 +192,9 @@ def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
     return Results(uri, storage)
 
 
-def pictures(
+def decoded_images(
     results: Results, shard: Shard, ids: Set[str], source: Source, has_truth: bool
-) -> Iterator[Picture | Rejected]:
+) -> Iterator[DecodedImage | Rejected]:
     """The images of a shard with these ids, decoded again: in the network's colours and their own
     values, in the order of the shard. The others are let alone: they may have killed a worker.
     """

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from unet_core import __version__
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.config.predict import PredictConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import RunMismatchError, StoreError
@@ -25,11 +25,11 @@ from unet_core.metrics import Totals
 from unet_core.networks.header import Header
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute
-from unet_core.runs.identity import Identity, claim, require_same
+from unet_core.runs.identity import Identity, check_identity_or_empty, create_or_read
 from unet_core.runs.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.runs.parts import ids_in, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
-from unet_core.tiling.windows import Windows
+from unet_core.tiling.tile_grid import TileGrid
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ METRICS = "metrics.parquet"
 
 
 def identity(
-    config: PredictConfig, source: Source, model_sha256: str, header: Header, windows: Windows
+    config: PredictConfig, source: Source, model_sha256: str, header: Header, tile_grid: TileGrid
 ) -> Identity:
     """What makes two runs the same run, by the names that people know from the config.
 
@@ -61,9 +61,9 @@ def identity(
         "model.preprocessing": header.preprocessing.model_dump(),
         "model.threshold": config.model.threshold,
         "model.precision": config.model.precision,
-        "tile.size": windows.size,
+        "tile.size": tile_grid.size,
         "tile.batch": config.tile.batch,
-        "tile.mode": "blend" if windows.blends else "exact",
+        "tile.mode": "blend" if tile_grid.blends else "exact",
         "tile.tta": config.tile.tta,
         "output.encoding": config.output.encoding,
         "output.probabilities": config.output.probabilities,
@@ -116,7 +116,7 @@ class Run:
         """Whether all shards were committed and the totals written."""
         return self.store.exists(SUCCESS)
 
-    def establish(self, record: Record) -> Record:
+    def create_or_join(self, record: Record) -> Record:
         """Publish ``run.json``; if another driver was first, its record counts."""
         assert self.record is None
         if not self.store.has_one_winner():
@@ -126,9 +126,9 @@ class Run:
                 self.store.uri(),
             )
         document = {"fingerprint": record.fingerprint, **record.model_dump()}
-        is_first = claim(self.store, RUN_JSON, document) is document
+        is_first = create_or_read(self.store, RUN_JSON, document) is document
         self.record = record if is_first else self._read_record()
-        require_same(self.store, self.record.identity, record.identity)
+        check_identity_or_empty(self.store, self.record.identity, record.identity)
         return self.record
 
     def manifest(self) -> list[Shard] | None:
@@ -164,7 +164,7 @@ class Run:
     def totals(self, shard_ids: set[str]) -> Totals:
         """Sum over committed shards, read from their metrics parts."""
         ids = sorted(shard_ids)
-        return sum(side_by_side(lambda name: read_totals(self.store, name), ids), Totals())
+        return sum(map_in_order(lambda name: read_totals(self.store, name), ids), Totals())
 
     def reopen(self) -> None:
         """Take back that the run is finished, and what tells of its rows."""
@@ -177,13 +177,13 @@ class Run:
         """
         committed = self.committed()
         heads = [shard for shard in shards if shard.shard_id in committed]
-        totals = side_by_side(lambda shard: read_totals(self.store, shard.shard_id), heads)
+        totals = map_in_order(lambda shard: read_totals(self.store, shard.shard_id), heads)
         failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
-        there = side_by_side(is_there, failed)
+        there = map_in_order(is_there, failed)
         again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
         if again:
             self.reopen()
-        list(side_by_side(lambda name: self.store.remove(metrics_name(name)), again))
+        list(map_in_order(lambda name: self.store.remove(metrics_name(name)), again))
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals, added
 from unet_core.storage.parquet_files import parquet_of, table_of
@@ -142,7 +142,7 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """What the newest so many files of a run's ``timings/`` say, in their order."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    tables = side_by_side(lambda name: table_of(store.read(name)), names)
+    tables = map_in_order(lambda name: table_of(store.read(name)), names)
     return pa.concat_tables([TIMINGS.empty_table(), *tables])
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from unet_core.concurrency import side_by_side
+from unet_core.concurrency import map_in_order
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import StoreError, one_line
 from unet_core.images.codec import is_image
@@ -66,7 +66,7 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     images = []
     there = (shard for shard in shards if shard.shard_id in committed)
     check = partial(_check_shard, run, record, deep)
-    for totals, ids, problems in side_by_side(check, there, PARTS_AT_ONCE):
+    for totals, ids, problems in map_in_order(check, there, PARTS_AT_ONCE):
         findings.totals += totals
         findings.problems += problems
         images.append(ids)

@@ -62,20 +62,20 @@ class Tiling:
     """Float values per pixel at the widest place; what memory a batch takes follows from it."""
 
     @property
-    def window_sides(self) -> Sides:
+    def tile_sides(self) -> Sides:
         """The sides of windows, all the same modulo the stride also where a network takes any."""
         if self.sides.step >= self.stride:
             return self.sides
         return Sides(round_up(self.sides.smallest, self.stride), self.stride)
 
     @property
-    def smallest_window(self) -> int:
+    def smallest_tile(self) -> int:
         """The smallest side of a window that keeps a stride of pixels between its halos."""
-        return self.window_sides.at_least(2 * (self.margin + self.halo) + self.stride)
+        return self.tile_sides.at_least(2 * (self.margin + self.halo) + self.stride)
 
     def aligned(self) -> "Tiling":
         """The same network on sides that stay what they are when images are flipped."""
-        return replace(self, sides=self.window_sides)
+        return replace(self, sides=self.tile_sides)
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ def exact_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
     total = tiling.sides.at_least(length + 2 * margin)
     if total <= size:
         return [Span(-margin, total - margin, 0, length)]
-    if size not in tiling.window_sides or size < tiling.smallest_window:
+    if size not in tiling.tile_sides or size < tiling.smallest_tile:
         raise ValueError(f"no exact windows: {length=} {size=} {tiling=}")
     most = len(_spans(length, size, tiling))
     shared = total + 2 * (most - 1) * (margin + tiling.halo)
-    size = tiling.window_sides.at_least(max(-(-shared // most), tiling.smallest_window))
+    size = tiling.tile_sides.at_least(max(-(-shared // most), tiling.smallest_tile))
     while len(spans := _spans(length, size, tiling)) > most:
-        size += tiling.window_sides.step
+        size += tiling.tile_sides.step
     return spans
 
 
@@ -172,7 +172,7 @@ def overlapping_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
 
 
 def tiles(height: int, width: int, size: int, tiling: Tiling, blends: bool = False) -> list[Tile]:
-    """Windows over an image of ``height`` × ``width`` pixels, row by row."""
+    """TileGrid over an image of ``height`` × ``width`` pixels, row by row."""
     cut = overlapping_spans if blends else exact_spans
     columns = cut(width, size, tiling)
     return [Tile(y, x) for y in cut(height, size, tiling) for x in columns]

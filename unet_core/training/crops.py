@@ -88,7 +88,7 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
     random = np.random.default_rng([*seed, own])
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
-    pixels_CHW = image.picture.pixels.whole()
+    pixels_CHW = image.decoded.pixels.whole()
     spread = np.abs(matrix).sum(axis=1)
     rows, columns = (
         _place(length, float(spread[axis]), shape, augment, random)
@@ -105,8 +105,8 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
         labels_HW=_padded(image.labels_HW[cut], side),
         boundary_HW=None if whole_HW is None else _padded(whole_HW[cut], side),
         size=(rows[1] - rows[0], columns[1] - columns[0]),
-        offset=image.picture.offset,
-        scale=image.picture.scale,
+        offset=image.decoded.offset,
+        scale=image.decoded.scale,
         matrix=matrix.astype(np.float32),
         centre=(rows[2], columns[2]),
         elastic=elastic.astype(np.float32),

@@ -16,7 +16,7 @@ import numpy as np
 from unet_core.arrays import Array
 from unet_core.config.train import LabelledConfig, TrainConfig
 from unet_core.errors import ConfigError, ImageError, StoreError
-from unet_core.images.decoder import Decoder, Picture, Pixels, Rejected
+from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
 from unet_core.images.sample import Sample
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks.header import Header
@@ -30,7 +30,7 @@ Key = tuple[str, int, int]
 class Labelled:
     """A decoded image in memory with its truth, and what its boundaries weigh."""
 
-    picture: Picture
+    decoded: DecodedImage
     labels_HW: Array
     """Class ids and ``ignore_index``."""
     boundary_HW: Array | None = None
@@ -39,13 +39,13 @@ class Labelled:
     @property
     def image_id(self) -> str:
         """Whose image it is."""
-        return self.picture.sample.image_id
+        return self.decoded.sample.image_id
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
         boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.picture.pixels.held_bytes + self.labels_HW.nbytes + boundary
+        return self.decoded.pixels.held_bytes + self.labels_HW.nbytes + boundary
 
 
 class LabelledInput:
@@ -86,7 +86,7 @@ class LabelledInput:
                 raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from error
         return images
 
-    def _in_memory(self, image: Picture) -> Labelled:
+    def _in_memory(self, image: DecodedImage) -> Labelled:
         """The image without windows; raises ConfigError for one that is too large to be held."""
         config, (height, width) = self.config, image.pixels.shape
         if height * width > config.max_pixels:
@@ -189,7 +189,7 @@ class Split:
 
 
 @dataclass
-class Census:
+class DatasetScan:
     """What was found when all were looked at; ``a += b`` adds what another found."""
 
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -206,7 +206,7 @@ class Census:
         """Images of a split."""
         return sum(count for (name, _), count in self.images.items() if name == split)
 
-    def __iadd__(self, other: "Census") -> "Census":
+    def __iadd__(self, other: "DatasetScan") -> "DatasetScan":
         self.images.update(other.images)
         self.label_pixels.update(other.label_pixels)
         self.without_mask += other.without_mask
@@ -229,7 +229,7 @@ def digest_of(image_id: str) -> bytes:
     return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
 
 
-def divide_at(splits: Splits, at: float) -> None:
+def split_at(splits: Splits, at: float) -> None:
     """Let the images of one input whose ids have a smaller share validate, the others train."""
     train, val = splits
     train.low = val.high = at
@@ -238,7 +238,7 @@ def divide_at(splits: Splits, at: float) -> None:
     memory.kept = {}
 
 
-def read_items(splits: list[Split], shard: int, found: Census | None = None) -> Iterator[Item]:
+def read_items(splits: list[Split], shard: int, found: DatasetScan | None = None) -> Iterator[Item]:
     """The images of a shard, each for the one of the splits (of one input) that holds it.
 
     Raises ConfigError for a file of pages that cannot be used, unless it is noted in ``found``.

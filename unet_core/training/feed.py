@@ -106,7 +106,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Fed:
+class StepBatch:
     """This rank's part of one step."""
 
     pieces: list[Examples]
@@ -127,7 +127,7 @@ class Feed:
     device: torch.device
     pool: ThreadPoolExecutor
 
-    def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[Fed, None, None]:
+    def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[StepBatch, None, None]:
         """What a rank's slots give, step by step, after the first ``skip`` steps; close it."""
         batch, everyone = order.config.batch, (replace(ranks, rank=n) for n in range(ranks.count))
         slots, of_all = ranks.slots(batch), [one.slots(batch) for one in everyone]
@@ -148,7 +148,7 @@ class Feed:
                 pieces = min(self.config.train.accumulate, most)
                 yield self._fed(itertools.islice(crops, order.present(slots, step)), pieces)
 
-    def _fed(self, crops: Iterator[Crop], pieces: int) -> Fed:
+    def _fed(self, crops: Iterator[Crop], pieces: int) -> StepBatch:
         started = time.perf_counter()
         drawn, error = list[Crop](), None
         try:
@@ -160,4 +160,4 @@ class Feed:
         cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
         none = nothing(self.shape, self.channels, self.device)
         made = [augmented(some, self.shape, self.device) if some else none for some in cut]
-        return Fed(made, waiting_s, error)
+        return StepBatch(made, waiting_s, error)

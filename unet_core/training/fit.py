@@ -22,18 +22,18 @@ from unet_core.memory import keep_freed, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, Memory, open_splits
-from unet_core.training.feed import Fed, Feed, Order
-from unet_core.training.learner import Learner, Taken, new_network, rate_at
+from unet_core.training.feed import Feed, Order, StepBatch
+from unet_core.training.learner import Learner, StepResult, new_network, rate_at
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
-from unet_core.training.scan import counted
+from unet_core.training.scan import scan
 from unet_core.training.training_run import BEST, LAST, Position, TrainingRun, open_training
 from unet_core.training.validation import Validation, validate
 
 MEMORY_SHARE = 4
 """Decoded images may take this part of the memory, as if all ranks were on this machine."""
 SHOWN = 8
-NOTHING = Taken([], [], is_finite=True)
+NOTHING = StepResult([], [], is_finite=True)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Epoch:
 Event = Started | Step | Epoch
 
 
-class Agreed(NamedTuple):
+class ReducedStats(NamedTuple):
     """What ranks tell each other before a step, and what it adds up to."""
 
     pixels: float
@@ -142,7 +142,7 @@ class Fitting:
         network, self.header = ranks.on_all(lambda: new_network(config))
         header, memory = self.header, Memory(usable_bytes() // MEMORY_SHARE // ranks.count)
         splits = ranks.on_all(lambda: open_splits(config, header, memory))
-        data = counted(config, run, splits, ranks, pool, wants_stop)
+        data = scan(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimiser steps of the whole training."""
         weights = class_weights(config.loss, len(header.class_names), data["class_pixels"])
@@ -182,12 +182,12 @@ class Fitting:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 mine = next(fed)
-                agreed = self._agree(mine)
+                agreed = self._reduce(mine)
                 counts = BatchCounts(agreed.pixels, agreed.crops, agreed.images)
                 self._take_step(mine, counts)
                 seconds, images = time.perf_counter() - started, round(agreed.images)
                 yield Step(position.step, order.epoch, images, agreed.loss, seconds, mine.waiting_s)
-        self._agree(Fed([], waiting_s=0.0))  # on what came of the last step
+        self._reduce(StepBatch([], waiting_s=0.0))  # on what came of the last step
         yield self._end_epoch(began)
 
     def finish(self) -> None:
@@ -210,12 +210,12 @@ class Fitting:
             self.ranks.on_first(lambda: self._publish(BEST))
         return Epoch(number, position.step, loss, found, is_best, time.perf_counter() - began)
 
-    def _agree(self, mine: Fed) -> Agreed:
+    def _reduce(self, mine: StepBatch) -> ReducedStats:
         """Add up over all ranks what a step needs to know, and save a checkpoint if it is time.
 
         Raises what went wrong on any rank, on all of them.
         """
-        agreed = Agreed(*self.ranks.summed([*self._told(mine)]))
+        agreed = ReducedStats(*self.ranks.summed([*self._local_stats(mine)]))
         if agreed.errors:
             raise next(e for e in self.ranks.gather(mine.error) if e is not None)
         if not math.isfinite(agreed.loss):
@@ -228,13 +228,13 @@ class Fitting:
             raise StoppedError(f"stopped after step {self.position.step}")
         return agreed
 
-    def _told(self, mine: Fed) -> Agreed:
+    def _local_stats(self, mine: StepBatch) -> ReducedStats:
         taken = self._unchecked
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, mine.pieces)]
         pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_late = time.monotonic() - self._saved > 60 * minutes
-        return Agreed(
+        return ReducedStats(
             pixels,
             crops,
             images,
@@ -260,7 +260,7 @@ class Fitting:
             "lower train.learning_rate"
         )
 
-    def _take_step(self, mine: Fed, counts: BatchCounts) -> None:
+    def _take_step(self, mine: StepBatch, counts: BatchCounts) -> None:
         train, position = self.config.train, self.position
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = rate_at(position.step, self.steps, train)
@@ -295,7 +295,7 @@ class Fitting:
             "config": self.config.model_dump(mode="json"),
         }
         header = replace(self.header, training=about)
-        self.run.store.publish(name, checkpoint.serialise(self.learner.kept, header))
+        self.run.store.publish(name, checkpoint.serialize(self.learner.kept, header))
 
     def _record(self, loss: float, found: Validation) -> None:
         """Rows for the history; times are not in it, so that two runs of a config agree."""

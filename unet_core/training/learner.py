@@ -26,7 +26,7 @@ from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
 
 
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     """What one rank saw of an optimiser step."""
 
     image_ids: list[list[str]]
@@ -54,7 +54,7 @@ class Learner:
         if config.compile:
             self.network.compile()
         self._parallel = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
-        self._optimiser = _optimiser(self.network, config)
+        self._optimizer = _optimizer(self.network, config)
         self._mean: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ class Learner:
 
     def step(
         self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
-    ) -> Taken:
+    ) -> StepResult:
         """Take one optimiser step, unless the gradient is not finite.
 
         ``seed``: of dropout; of the run, the step and the rank, so that nothing need be kept.
@@ -77,19 +77,19 @@ class Learner:
         self.network.train()
         for norm in self._frozen:
             norm.eval()
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         parts = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
         longest = self._config.clip_norm or math.inf
         length = nn.utils.clip_grad_norm_(self.network.parameters(), longest)
         is_finite = bool(length.isfinite())
         if is_finite:
-            self._optimiser.step()
+            self._optimizer.step()
             if self._mean is not None:
                 self._mean.update_parameters(self.network)
         ids = [piece.image_ids for piece in pieces]
-        return Taken(ids, [part.item() for part in parts], is_finite)
+        return StepResult(ids, [part.item() for part in parts], is_finite)
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Add a piece's gradient; ranks exchange theirs with the last one."""
@@ -108,7 +108,7 @@ class Learner:
         found = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         if self._mean is not None:
             found |= {f"mean.{name}": t for name, t in self._mean.state_dict().items()}
-        for index, state in self._optimiser.state_dict()["state"].items():
+        for index, state in self._optimizer.state_dict()["state"].items():
             found |= {f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
         return {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
 
@@ -125,17 +125,17 @@ class Learner:
             self.network.load_state_dict(parts["network"])
             if self._mean is not None:
                 self._mean.load_state_dict(parts["mean"])
-            self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
+            self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             reason = f"the checkpoint does not fit this network: {one_line(error)}"
             raise CheckpointError(reason) from error
-        for weight, kept in self._optimiser.state.items():
+        for weight, kept in self._optimizer.state.items():
             for name, tensor in kept.items():
                 if tensor.shape == weight.shape:  # laid out as before: a fused step relies on it
                     kept[name] = torch.empty_like(weight).copy_(tensor)
 
 
-def _optimiser(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     weights = [p for p in network.parameters() if p.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
     # elsewhere torch has something fast by itself; gaps in memory are no matter to the other way

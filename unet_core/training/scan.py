@@ -15,7 +15,7 @@ from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.runs.manifest import manifest_name
 from unet_core.training import dataset
-from unet_core.training.dataset import TRAIN, VAL, Census, Item, Split, Splits
+from unet_core.training.dataset import TRAIN, VAL, DatasetScan, Item, Split, Splits
 from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
 from unet_core.training.training_run import TrainingRun
@@ -24,9 +24,9 @@ AHEAD = 16
 SHOWN = 5
 
 
-def take(
+def scan_dataset(
     splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
-) -> Census:
+) -> DatasetScan:
     """Look at all images, each rank at its own shards; sets the counts of the splits.
 
     Raises ConfigError that names what cannot be used, StoppedError if someone asks for it; on every
@@ -35,13 +35,13 @@ def take(
     train, val = splits
     groups = [[train, val]] if train.input is val.input else [[train], [val]]
 
-    def mine() -> Census:
+    def mine() -> DatasetScan:
         return _sum(_look(group, ranks, pool, wants_stop) for group in groups)
 
     found = _sum(ranks.gather(ranks.on_all(mine)))
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
-        dataset.divide_at(splits, just_above)
+        dataset.split_at(splits, just_above)
         found = _sum(ranks.gather(ranks.on_all(mine)))
     for split in splits:
         shards = range(len(split.input.shards))
@@ -52,20 +52,22 @@ def take(
 
 def _look(
     splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
-) -> Census:
-    source, found, left_out = splits[0].input, Census(), Census()
+) -> DatasetScan:
+    source, found, left_out = splits[0].input, DatasetScan(), DatasetScan()
     by_name = {split.name: split for split in splits}
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
             yield from dataset.read_items(splits, shard, left_out)
 
-    def look(item: Item) -> Census:
+    def look(item: Item) -> DatasetScan:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
-            return Census(unusable=[str(error)])
-        seen = Census(Counter([item.key[:2]]), lowest_share=dataset.share_of(item.found.image_id))
+            return DatasetScan(unusable=[str(error)])
+        seen = DatasetScan(
+            Counter([item.key[:2]]), lowest_share=dataset.share_of(item.found.image_id)
+        )
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
@@ -80,11 +82,11 @@ def _look(
     return found
 
 
-def _sum(parts: Iterable[Census]) -> Census:
-    return functools.reduce(operator.iadd, parts, Census())
+def _sum(parts: Iterable[DatasetScan]) -> DatasetScan:
+    return functools.reduce(operator.iadd, parts, DatasetScan())
 
 
-def _refuse_unusable(found: Census, train: Split) -> None:
+def _refuse_unusable(found: DatasetScan, train: Split) -> None:
     """Raise ConfigError for anything that would train another network than was meant."""
     problems = found.unusable[:SHOWN]
     if more := len(found.unusable) - len(problems):
@@ -105,7 +107,7 @@ def _refuse_unusable(found: Census, train: Split) -> None:
     _refuse_single_class(found, train.input.config.ignore_index)
 
 
-def _refuse_single_class(found: Census, ignore_index: int) -> None:
+def _refuse_single_class(found: DatasetScan, ignore_index: int) -> None:
     labels = [value for value in found.label_pixels if value != ignore_index]
     if len(labels) > 1:
         return
@@ -120,23 +122,23 @@ def _refuse_single_class(found: Census, ignore_index: int) -> None:
     raise ConfigError(f"data.train: every pixel that counts is of class {only}; {way_out}")
 
 
-def counted(
+def scan(
     config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
     wants_stop: Callable[[], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """What ``run.json`` says of the data: looked at now, or recalled from the first session. Sets
     the counts of the splits; the first rank publishes.
 
-    Raises RunMismatchError if the images changed since then, and what ``take`` raises.
+    Raises RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
     """
     was_counted = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
     if run.record and was_counted:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
-            dataset.divide_at(splits, data["val_below"])
+            dataset.split_at(splits, data["val_below"])
         ranks.on_all(lambda: run.recall_counts(splits))
         return data
-    found = take(splits, ranks, pool, wants_stop)
+    found = scan_dataset(splits, ranks, pool, wants_stop)
     train, val = splits
     classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
     epoch = Order(config.train, train, 0)
@@ -150,7 +152,7 @@ def counted(
 
     def publish() -> dict[str, Any]:
         if not run.record:
-            run.establish(config, data)
+            run.create_or_join(config, data)
         elif run.record["data"] != data:
             raise RunMismatchError(
                 f"{run.store.uri()}: the images changed since the training began; restore them, or "

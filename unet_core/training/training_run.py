@@ -21,7 +21,7 @@ from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.networks import checkpoint
 from unet_core.networks.header import checkpoint_digest, read_header, read_metadata
-from unet_core.runs.identity import Identity, claim, require_same
+from unet_core.runs.identity import Identity, check_identity_or_empty, create_or_read
 from unet_core.runs.manifest import manifest_name
 from unet_core.runs.run import RUN_JSON, SUCCESS
 from unet_core.runs.schema import HISTORY
@@ -113,7 +113,7 @@ class TrainingRun:
         """Whether all steps were taken."""
         return self.store.exists(SUCCESS)
 
-    def establish(self, config: TrainConfig, data: dict[str, Any]) -> None:
+    def create_or_join(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
         wanted = identity(config)
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -125,7 +125,7 @@ class TrainingRun:
             "config": config.model_dump(mode="json"),
             "version": __version__,
         }
-        if claim(self.store, RUN_JSON, record) is not record:
+        if create_or_read(self.store, RUN_JSON, record) is not record:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
                 "or choose a new folder"
@@ -227,7 +227,7 @@ def open_training(config: TrainConfig) -> TrainingRun:
     for one that holds something else.
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
-    require_same(run.store, run.record.get("identity"), identity(config))
+    check_identity_or_empty(run.store, run.record.get("identity"), identity(config))
     return run
 
 

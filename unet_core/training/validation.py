@@ -13,15 +13,14 @@ from torch import nn
 
 from unet_core.arrays import Array
 from unet_core.concurrency import Prefetch
-from unet_core.config.predict import TileConfig
 from unet_core.errors import StoppedError
 from unet_core.inference.engine import Engine
-from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.inference.tile_queue import stack
+from unet_core.inference.tile_queue import stack_tiles
 from unet_core.metrics import Scores, confusion, mean, ratio, scores_of
 from unet_core.networks.header import Header
-from unet_core.tiling.windows import windows_for
+from unet_core.tiling.tile_grid import tile_grid_for
 from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 
@@ -64,24 +63,26 @@ def validate(
     pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
 ) -> Validation:  # fmt: skip
     """Segment a split, each rank its share; counts, and a StoppedError, are those of all."""
-    windows = windows_for(TileConfig(), header.tiling)
-    how = Postprocessing(header.network.classes)
+    tile_grid = tile_grid_for(header.tiling)
+    postprocessing = Postprocessing(header.network.classes)
     classes, ignore_index = header.classes, split.input.config.ignore_index
 
     def count() -> Array:
-        engine = Engine(copy.deepcopy(network), header, device, how, windows.blends)
+        engine = Engine(copy.deepcopy(network), header, device, postprocessing, tile_grid.blends)
         matrix = np.zeros((classes, classes), dtype=np.int64)
         mine = _mine(split, ranks)
         with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
             for index, image in enumerate(images):
                 if wants_stop():
                     raise StoppedError("stopped while validating")
-                canvas = Canvas(index, image.picture, windows, how)
-                for tile in canvas.tiles:
-                    for area in canvas.paste(tile, engine.run(stack([(canvas, tile)]))[0]):
-                        y, x, height, width = area.box
+                assembler = MaskAssembler(index, image.decoded, tile_grid, postprocessing)
+                for tile in assembler.tiles:
+                    for window in assembler.paste(
+                        tile, engine.run(stack_tiles([(assembler, tile)]))[0]
+                    ):
+                        y, x, height, width = window.box
                         truth_HW = image.labels_HW[y : y + height, x : x + width]
-                        matrix += confusion(truth_HW, area.mask_HW, classes, ignore_index)
+                        matrix += confusion(truth_HW, window.mask_HW, classes, ignore_index)
         return matrix
 
     # the engine wants repeatable kernels; training does not

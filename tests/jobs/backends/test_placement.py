@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.backends.placement import Placement, settle, wanted
+from jobs.backends.placement import Placement, resolve_placement, wanted
 from unet_core.config.predict import WorkersConfig
 from unet_core.errors import WorkersError
 
@@ -27,7 +27,7 @@ from unet_core.errors import WorkersError
     ],
 )
 def test_actors_are_placed_on_nodes_that_can_hold_them(keys, nodes, placed):
-    assert settle(WorkersConfig(**keys), nodes) == placed
+    assert resolve_placement(WorkersConfig(**keys), nodes) == placed
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_as_many_actors_are_wanted_as_nodes_can_hold_or_the_config_asks_for(keys
 
 def test_ranks_may_wait_for_nodes_and_get_their_share_of_those_there_are():
     workers = WorkersConfig(count=2)
-    assert settle(workers, [(0, 8)], may_wait=True) == Placement(2, 0, 4)
-    assert settle(workers, [], may_wait=True) == Placement(2, 1, 1)
+    assert resolve_placement(workers, [(0, 8)], may_wait=True) == Placement(2, 0, 4)
+    assert resolve_placement(workers, [], may_wait=True) == Placement(2, 1, 1)
 
 
 def test_actors_that_fit_no_node_are_refused_with_what_there_is():
     with pytest.raises(WorkersError, match=r"room for 2; lower"):
-        settle(WorkersConfig(count=3, gpus=1, cpus=8), [(1, 8), (1, 8), (1, 4)])
+        resolve_placement(WorkersConfig(count=3, gpus=1, cpus=8), [(1, 8), (1, 8), (1, 4)])

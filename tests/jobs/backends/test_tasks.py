@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.backends.tasks import spread
+from jobs.backends.tasks import run_tasks
 from jobs.commands.arguments import run_config
 from jobs.results.evaluate import evaluate
 from unet_core import open_run
@@ -54,7 +54,7 @@ def config_of(*overrides):
 
 
 def do(task, *overrides):
-    return spread(task, SHARDS, config_of(*overrides), {"RUN": str(task.folder)}, "noting")
+    return run_tasks(task, SHARDS, config_of(*overrides), {"RUN": str(task.folder)}, "noting")
 
 
 def tries(folder):

@@ -155,7 +155,7 @@ def test_truth_of_nothing_of_images_or_of_two_names_is_refused_and_gives_no_scor
         with pytest.raises(error, match=reason):
             evaluated(run, f"{tmp_path}/truth/", name="some")
     assert not [*Path(run).rglob("evaluation.json")]
-    if "other.png" in names:  # the claim stays: another process may be at work under it
+    if "other.png" in names:  # the record stays: another process may be at work under it
         with pytest.raises(RunMismatchError, match=r"another evaluation:(.|\n)*ignore_index"):
             evaluated(run, f"{Path(run).parent}/truth/", "input.ignore_index=7", name="some")
 

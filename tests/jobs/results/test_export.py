@@ -191,7 +191,7 @@ def test_an_export_travels_to_another_process(run, tmp_path):
     results = open_run(str(run))
     store, names = Store(str(tmp_path)), Names(".png")
     task = pickle.loads(pickle.dumps(Export(results, store, Options("png"), names)))
-    task.establish()
+    task.create_or_join()
     assert [task.do(shard) for shard in results.shards()] == [4, 4, 4]
     assert task.done() == {shard.shard_id for shard in results.shards()}
 

@@ -44,7 +44,7 @@ class ScriptedWorkers:
     def submit(self, actor, attempt) -> None:
         self.held[actor].append(attempt)
         self.started.append((attempt.shard.shard_id, attempt.alone))
-        assert attempt.alone or attempt.trial_s is None
+        assert attempt.alone or attempt.isolation_timeout_s is None
         assert len(self.held[actor]) <= PREFETCH
         assert not (attempt.alone and len(self.held[actor]) > 1)
 
@@ -54,7 +54,7 @@ class ScriptedWorkers:
 
     def kills(self, attempt) -> bool:
         name = attempt.shard.shard_id
-        is_cured = attempt.trial_s is not None and name not in self.incurable
+        is_cured = attempt.isolation_timeout_s is not None and name not in self.incurable
         return bool(self.killers.get(name)) and not is_cured
 
     def pressure(self, actor) -> int:
@@ -62,7 +62,7 @@ class ScriptedWorkers:
         return len(held) if held and not self.hangs(held[0]) else 0
 
     def hangs(self, attempt) -> bool:
-        return attempt.shard.shard_id in self.hanging and attempt.trial_s is None
+        return attempt.shard.shard_id in self.hanging and attempt.isolation_timeout_s is None
 
     def give_up(self, actor, reason):
         self.given_up.append(reason)
@@ -106,48 +106,50 @@ class ScriptedWorkers:
 
 def run(names, actors=2, killers=None, **script):
     workers = ScriptedWorkers(actors, killers or {}, **script)
-    board = board_of([shard(name) for name in names], ErrorsConfig(stall_s=50), deadline_s=50)
-    board.clock = lambda: workers.now
+    scheduler = board_of([shard(name) for name in names], ErrorsConfig(stall_s=50), deadline_s=50)
+    scheduler.clock = lambda: workers.now
     done: list[str] = []
-    dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
-    return board, workers, done
+    dispatch(scheduler, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    return scheduler, workers, done
 
 
 def test_every_shard_is_done_once_the_largest_first():
-    board = board_of([shard("small", 1), shard("large", 9), shard("middle", 5)])
-    assert [s.shard_id for s in board.waiting] == ["large", "middle", "small"]
+    scheduler = board_of([shard("small", 1), shard("large", 9), shard("middle", 5)])
+    assert [s.shard_id for s in scheduler.waiting] == ["large", "middle", "small"]
     _, workers, done = run("abcdefgh", actors=3)
     assert sorted(done) == list("abcdefgh")
     assert len(workers.started) == 8
 
 
 def test_a_single_death_charges_nobody_and_suspects_run_alone():
-    board, workers, done = run("abcdef", actors=1, killers={"b": 1})
+    scheduler, workers, done = run("abcdef", actors=1, killers={"b": 1})
     assert sorted(done) == list("abcdef")
-    assert board.charged == {}
+    assert scheduler.failure_count == {}
     again = Counter(name for name, _ in workers.started)
     assert {name for name, count in again.items() if count == 2} == {"a", "b"}
     assert all(alone for name, alone in workers.started[2:4])
 
 
 def test_a_poisoned_shard_goes_on_trial_after_two_deaths_alone_and_its_neighbour_does_not():
-    board, workers, done = run("abcdef", actors=2, killers={"c": 99})
+    scheduler, workers, done = run("abcdef", actors=2, killers={"c": 99})
     assert sorted(done) == list("abcdef")
-    assert (board.set_aside, board.charged) == ({}, {"c": 2})
+    assert (scheduler.set_aside, scheduler.failure_count) == ({}, {"c": 2})
     assert Counter(name for name, _ in workers.started)["c"] == 4
 
 
 def test_a_shard_that_kills_even_on_trial_is_set_aside():
-    board, workers, done = run("abcdef", killers={"c": 99}, incurable=frozenset("c"))
+    scheduler, workers, done = run("abcdef", killers={"c": 99}, incurable=frozenset("c"))
     assert sorted(done) == list("abdef")
-    assert board.set_aside == {"c": "its images were tried one by one, and even so: killed by c"}
+    assert scheduler.set_aside == {
+        "c": "its images were tried one by one, and even so: killed by c"
+    }
     assert Counter(name for name, _ in workers.started)["c"] == 5
 
 
 def test_what_does_not_come_to_an_end_goes_on_trial_after_hanging_once_alone():
-    board, workers, done = run("abcdef", actors=2, hanging=frozenset("c"))
+    scheduler, workers, done = run("abcdef", actors=2, hanging=frozenset("c"))
     assert sorted(done) == list("abcdef")
-    assert (set(board.charged), board.set_aside) == ({"c"}, {})
+    assert (set(scheduler.failure_count), scheduler.set_aside) == ({"c"}, {})
     assert len(workers.given_up) == 2
     assert workers.now > 2 * 100
     assert "shard c has made no step for" in workers.given_up[0]
@@ -161,12 +163,12 @@ def test_actors_that_never_become_ready_stop_the_run():
 
 
 def test_actors_lost_with_their_node_while_starting_stop_nothing():
-    board, workers = board_of([shard("a")]), ScriptedWorkers(1, {})
-    deaths = [Died(f"lost-{n}", "node lost", blameless=True) for n in range(5)]
+    scheduler, workers = board_of([shard("a")]), ScriptedWorkers(1, {})
+    deaths = [Died(f"lost-{n}", "node lost", node_lost=True) for n in range(5)]
     events = workers.events
     workers.events = lambda: iter([deaths.pop()]) if deaths else events()
     done: list[str] = []
-    dispatch(board, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    dispatch(scheduler, workers, lambda result, attempt, actor: done.append(result.shard_id))
     assert done == ["a"]
 
 
@@ -194,9 +196,9 @@ def test_whatever_kills_or_stalls_actors_every_shard_is_done_or_set_aside(
         key: frozenset(names[n] for n in chosen if n < shards)
         for key, chosen in (("incurable", incurable), ("hanging", hanging))
     }
-    board, _, done = run(names, actors, scripted, **script)
-    assert sorted([*done, *board.set_aside]) == names
-    assert set(board.charged) <= set(scripted) | script["hanging"]
+    scheduler, _, done = run(names, actors, scripted, **script)
+    assert sorted([*done, *scheduler.set_aside]) == names
+    assert set(scheduler.failure_count) <= set(scripted) | script["hanging"]
     forever = {name for name, times in scripted.items() if times == 99}
-    assert forever & script["incurable"] <= set(board.set_aside)
-    assert set(board.set_aside) <= set(scripted) & script["incurable"]
+    assert forever & script["incurable"] <= set(scheduler.set_aside)
+    assert set(scheduler.set_aside) <= set(scripted) & script["incurable"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs import cli
 from jobs.backends import session
-from jobs.backends.paths import require_seen, worker_places
+from jobs.backends.paths import require_shared, worker_paths
 from jobs.predict import predict
 from jobs.progress import FollowedProgress
 from jobs.submission import job_server, package
@@ -109,10 +109,10 @@ def test_what_the_cluster_cannot_see_is_refused_before_anything_is_sent(
 def test_a_checkpoint_that_came_along_is_there_for_every_rank(monkeypatch):
     config = config_of(TrainConfig, model__checkpoint="mine.safetensors")
     monkeypatch.setattr(session, "has_working_dir", lambda: True)
-    require_seen(worker_places(config), config.storage, nodes=2)
+    require_shared(worker_paths(config), config.storage, nodes=2)
     monkeypatch.setattr(session, "has_working_dir", lambda: False)
     with pytest.raises(ConfigError, match=r"model\.checkpoint: .* is a path of this"):
-        require_seen(worker_places(config), config.storage, nodes=2)
+        require_shared(worker_paths(config), config.storage, nodes=2)
 
 
 def test_absolute_paths_go_with_a_file_system_that_is_shared(tmp_path):

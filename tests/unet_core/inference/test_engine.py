@@ -23,14 +23,18 @@ from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.tiling.geometry import tiles
 
 
-def make_engine(classes=1, width=8, precision="float32", **how):
+def make_engine(classes=1, width=8, precision="float32", **postprocessing):
     torch.manual_seed(classes)
     spec = preset("padded", in_channels=1, classes=classes, width=width)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
     wanted = Preprocessing(color="gray", normalisation="range")
     header = Header(spec, tiling_of(spec), names, wanted, palette_of(len(names)))
     return Engine(
-        UNet(spec), header, torch.device("cpu"), Postprocessing(classes, **how), precision=precision
+        UNet(spec),
+        header,
+        torch.device("cpu"),
+        Postprocessing(classes, **postprocessing),
+        precision=precision,
     )
 
 

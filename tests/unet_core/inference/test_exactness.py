@@ -9,14 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.reference.whole_image import whole_pass
-from unet_core.config.predict import TileConfig
 from unet_core.config.presets import PRESETS, preset
 from unet_core.images.decoder import Pixels
-from unet_core.inference.tile_queue import window
+from unet_core.inference.tile_queue import cut_tile
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 from unet_core.tiling.geometry import tiles
-from unet_core.tiling.windows import windows_for
+from unet_core.tiling.tile_grid import tile_grid_for
 
 EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 
@@ -44,7 +43,7 @@ def tiled_logits(network, tiling, x_CHW, size, batch):
         alike = [tile for tile in cut if tile.shape == shape]
         for at in range(0, len(alike), batch):
             some = alike[at : at + batch]
-            x_NCHW = np.stack([window(Pixels.of(x_CHW), tile) for tile in some])
+            x_NCHW = np.stack([cut_tile(Pixels.of(x_CHW), tile) for tile in some])
             for tile, logits in zip(some, network(torch.from_numpy(x_NCHW)).numpy(), strict=True):
                 result[:, *tile.target] = logits[:, *tile.kept(tiling.margin)]
     return result
@@ -61,7 +60,7 @@ def tiled_logits(network, tiling, x_CHW, size, batch):
 def test_tiles_give_the_logits_of_the_whole(name, height, width, more, batch):
     network, tiling = network_of(name), tiling_of(network_of(name).spec)
     x_CHW = np.random.default_rng(height * 1000 + width).random((1, height, width))
-    size = tiling.window_sides.at_least(tiling.smallest_window + more)
+    size = tiling.tile_sides.at_least(tiling.smallest_tile + more)
     tiled = tiled_logits(network, tiling, x_CHW, size, batch)
     assert np.abs(tiled - whole_pass(network, tiling, x_CHW)).max() <= 1e-10
 
@@ -72,8 +71,8 @@ def test_flips_of_tiles_are_tiles_of_the_flipped_image(name):
     network = network_of(name)
     tiling = tiling_of(network.spec).aligned()
     x_CHW = np.random.default_rng(3).random((1, 303, 290))
-    size = tiling.window_sides.at_least(tiling.smallest_window + 64)
-    flipped = windows_for(TileConfig(size=size, tta="flips"), tiling)
+    size = tiling.tile_sides.at_least(tiling.smallest_tile + 64)
+    flipped = tile_grid_for(tiling, size=size, tta="flips")
     whole, tiled = 0.0, 0.0
     for axes in ((), (1,), (2,), (1, 2)):
 

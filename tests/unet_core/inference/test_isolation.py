@@ -8,9 +8,9 @@ from tests.support import poison
 from tests.support.data import write_checkpoint, write_tar
 from unet_core.errors import ShardError
 from unet_core.images.decoder import Decoder
-from unet_core.inference.isolation import Trial
+from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
-from unet_core.inference.shard_segmenter import Segmenter
+from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.networks.header import checkpoint_digest
 from unet_core.runs.compute import ReplicaSpec
@@ -34,28 +34,28 @@ def segmenter(make_config, tmp_path, monkeypatch):
     source = open_source(config.input)
     spec = ReplicaSpec(config, source, checkpoint_digest(model), 1)
     replica = Replica(spec)
-    made = Segmenter(replica, replica.probe(), {})
+    made = ShardSegmenter(replica, replica.probe(), {})
     monkeypatch.setattr(Decoder, "decode", poison.harmless)
     return made, next(iter(list_shards(source))), names
 
 
-def trial(segmenter, shard, image_s):
-    return Trial(segmenter.replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
+def isolation(segmenter, shard, image_s):
+    return Isolation(segmenter.replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
 
 
 def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_not(segmenter):
     segmenter, shard, names = segmenter
     start = time.monotonic()
-    guilty = trial(segmenter, shard, image_s=4.0).guilty()
-    assert {names[place]: failure.code for place, failure in guilty.items()} == {
+    poison = isolation(segmenter, shard, image_s=4.0).poison()
+    assert {names[place]: failure.code for place, failure in poison.items()} == {
         "b-eats": "out_of_memory",
         "d-kills": "worker_died",
         "f-hangs": "timeout",
     }
-    assert "killed its process (SIGKILL)" in str(guilty[3])
-    assert "half of what was free" in str(guilty[1])
+    assert "killed its process (SIGKILL)" in str(poison[3])
+    assert "half of what was free" in str(poison[1])
     assert time.monotonic() - start < 120
-    totals = segmenter.segment(shard, guilty).totals
+    totals = segmenter.segment(shard, poison).totals
     assert (totals.ok, totals.failed) == (4, 4)
     assert totals.errors == {"decode": 1, "out_of_memory": 1, "timeout": 1, "worker_died": 1}
 
@@ -65,4 +65,4 @@ def test_a_shard_that_changed_is_refused_on_trial_too(segmenter):
     path = segmenter.replica.spec.source.root.uri(shard.uri)
     write_tar(Path(path), {"new.png": b""})
     with pytest.raises(ShardError, match=r"t\.tar was written again since the run began"):
-        trial(segmenter, shard, image_s=60.0).guilty()
+        isolation(segmenter, shard, image_s=60.0).poison()

@@ -13,19 +13,18 @@ from jobs.predict import predict
 from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_tar
 from tests.support.runs import masks_by_key, masks_of, table
-from unet_core.config.predict import TileConfig
-from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.images.preprocessing import offset_and_scale
 from unet_core.images.sample import Sample
 from unet_core.inference.engine import Engine, choose_device
-from unet_core.inference.mask_assembler import Canvas
+from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.inference.tile_queue import PENDING_IMAGES, TileQueue, stack
+from unet_core.inference.tile_queue import PENDING_IMAGES, TileQueue, stack_tiles
 from unet_core.networks import checkpoint
 from unet_core.runs.compute import Compute
 from unet_core.runs.run import Run
 from unet_core.synthetic import nuclei, png
-from unet_core.tiling.windows import Windows, windows_for
+from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 
 def test_masks_and_counts_are_those_of_one_pass_over_the_whole_image(make_config, tmp_path):
@@ -64,16 +63,16 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
         device="", precision="", backend="", batch_pixels=batch * size**2, versions={}
     )
     offset, scale = offset_and_scale(image[None], header.preprocessing)
-    picture = Picture(Sample("", "", "", bytes), Pixels.of(image[None]), offset, scale)
-    windows = windows_for(TileConfig(size=size), header.tiling)
-    canvas, queue = Canvas(0, picture, windows, Postprocessing(1)), TileQueue(compute)
-    areas = []
-    for pieces in [*queue.add(canvas), *queue.rest()]:
-        for (_, tile), result in zip(pieces, engine.run(stack(pieces)), strict=True):
-            areas += canvas.paste(tile, result)
-    assert canvas.is_complete
+    decoded = DecodedImage(Sample("", "", "", bytes), Pixels.of(image[None]), offset, scale)
+    windows = tile_grid_for(header.tiling, size=size)
+    assembler, queue = MaskAssembler(0, decoded, windows, Postprocessing(1)), TileQueue(compute)
+    windows = []
+    for pieces in [*queue.add(assembler), *queue.rest()]:
+        for (_, tile), result in zip(pieces, engine.run(stack_tiles(pieces)), strict=True):
+            windows += assembler.paste(tile, result)
+    assert assembler.is_complete
     clear = np.abs(expected) > 1e-4
-    assert ((expected > 0) == areas[0].mask_HW)[clear].all()
+    assert ((expected > 0) == windows[0].mask_HW)[clear].all()
 
 
 def test_every_image_has_its_row_whatever_is_wrong_with_it(make_config, tmp_path):
@@ -153,10 +152,12 @@ def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
     for index in range(500):
         side = 48 if index == 0 else 16
         pixels = np.zeros((1, side, side), np.uint8)
-        picture = Picture(Sample("", "", "", bytes), Pixels.of(pixels), np.zeros(1), np.ones(1))
+        decoded = DecodedImage(
+            Sample("", "", "", bytes), Pixels.of(pixels), np.zeros(1), np.ones(1)
+        )
         waiting.add(index)
         for pieces in queue.add(
-            Canvas(index, picture, Windows(240, header.tiling), Postprocessing(1))
+            MaskAssembler(index, decoded, TileGrid(240, header.tiling), Postprocessing(1))
         ):
             waiting -= {done.index for done, _ in pieces}
         most = max(most, index - min(waiting, default=index))

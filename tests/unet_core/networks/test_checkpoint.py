@@ -78,7 +78,7 @@ def test_tensors_that_do_not_fit_or_changed_are_refused(tiny_model, tmp_path):
     network, header = checkpoint.load(tiny_model)
     with torch.no_grad():
         network.head.conv.bias[0] = torch.nan
-    (tmp_path / "nan.safetensors").write_bytes(checkpoint.serialise(network, header))
+    (tmp_path / "nan.safetensors").write_bytes(checkpoint.serialize(network, header))
     with pytest.raises(CheckpointError, match=r"head\.conv\.bias holds NaN or inf"):
         checkpoint.load(str(tmp_path / "nan.safetensors"))
     whole = Path(tiny_model).read_bytes()

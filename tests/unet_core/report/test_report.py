@@ -16,7 +16,7 @@ from jobs.commands.arguments import predict_config
 from jobs.predict import predict
 from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.images.decoder import Picture, Pixels
+from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.images.sample import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import Activity
@@ -24,7 +24,7 @@ from unet_core.report.charts import histogram
 from unet_core.report.facts import RunFacts, Sheet
 from unet_core.report.page import render
 from unet_core.report.panels import PANEL, panels
-from unet_core.report.scores import LARGEST, LOWEST_CONFIDENCE, RANDOM, Measured, pick_ids
+from unet_core.report.scores import LARGEST, LOWEST_CONFIDENCE, RANDOM, RunScores, pick_ids
 from unet_core.runs.compact import COMPACTED
 from unet_core.runs.timings import TIMINGS
 
@@ -169,7 +169,7 @@ def rows(count, classes=2, seed=0):
 
 def test_one_pass_finds_what_a_loop_over_all_rows_finds():
     table = rows(50, classes=3)
-    found = Measured([table.slice(0, 17), table.slice(17)], 3, most=5)
+    found = RunScores([table.slice(0, 17), table.slice(17)], 3, most=5)
     ious = []
     for row in table.to_pylist()[:-1]:
         of_class = [t / (t + p + n) for t, p, n in zip(row["tp"], row["fp"], row["fn"], strict=True)
@@ -186,7 +186,7 @@ def test_one_pass_finds_what_a_loop_over_all_rows_finds():
     truthless = table.drop(["tp", "fp", "fn", "confusion"])
     for name in ("tp", "fp", "fn", "confusion"):
         truthless = truthless.append_column(name, pa.nulls(50, pa.list_(pa.int64())))
-    found = Measured([truthless], 3)
+    found = RunScores([truthless], 3)
     assert (found.has_truth, found.confusion_KK) == (False, None)
     assert found.worst == found.picks[LOWEST_CONFIDENCE] != []
 
@@ -198,7 +198,7 @@ def noise(number):
     ids = random.integers(0, 64, (2, 1, PANEL, PANEL), np.uint8)
     one = np.ones(3, np.float32)
     sample = Sample(str(number), "", "", bytes)
-    return Picture(sample, Pixels.of(pixels_CHW), one, one, Pixels.of(ids[0])), ids[1][0]
+    return DecodedImage(sample, Pixels.of(pixels_CHW), one, one, Pixels.of(ids[0])), ids[1][0]
 
 
 def other(facts, **values):
@@ -211,7 +211,7 @@ def other(facts, **values):
 def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
     palette = tuple((n, 255 - n, 7 * n % 256) for n in range(64))
     batches = [rows(8192, seed=seed) for seed in range(4)] * 15
-    measured = Measured(batches, 2)
+    measured = RunScores(batches, 2)
     assert measured.values.num_rows == 60 * 8191
     drawn = [panels(*noise(n), palette, 255) for n in range(4)]
     picks = measured.picks[RANDOM]

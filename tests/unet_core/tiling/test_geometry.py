@@ -20,7 +20,7 @@ TILINGS = {
 def test_kept_parts_cover_the_image_once_and_keep_their_halo(name, height, width, more):
     tiling = TILINGS[name]
     margin, halo = tiling.margin, tiling.halo
-    size = tiling.window_sides.at_least(tiling.smallest_window + more)
+    size = tiling.tile_sides.at_least(tiling.smallest_tile + more)
     covered = np.zeros((height, width), dtype=int)
     for tile in tiles(height, width, size, tiling):
         covered[tile.target] += 1
@@ -38,7 +38,7 @@ def test_kept_parts_cover_the_image_once_and_keep_their_halo(name, height, width
 @given(st.sampled_from(sorted(TILINGS)), st.integers(1, 900), st.integers(0, 300))
 def test_blended_windows_cover_the_image_and_stay_inside(name, length, more):
     tiling = TILINGS[name]
-    size = tiling.window_sides.at_least(tiling.sides.smallest + 2 * tiling.stride + more)
+    size = tiling.tile_sides.at_least(tiling.sides.smallest + 2 * tiling.stride + more)
     covered = np.zeros(length, dtype=int)
     for span in overlapping_spans(length, size, tiling):
         covered[span.keep_start : span.keep_stop] += 1

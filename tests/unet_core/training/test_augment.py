@@ -24,13 +24,13 @@ def crop_of(image, side, margin=0, seed=0, **options):
     return draw(image, shape, config, (seed, 0, 0)), shape
 
 
-def picture(height, width, seed=0):
+def decoded(height, width, seed=0):
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 200, (height, width)).astype(np.uint8)
     return labelled(pixels, (pixels % 4).astype(np.uint8), (pixels / 200).astype(np.float16))
 
 
-def places(image_HW, crop_HW):
+def positions(image_HW, crop_HW):
     """Where a crop lies in an image, pixel by pixel."""
     height, width = crop_HW.shape
     windows = np.lib.stride_tricks.sliding_window_view(image_HW, (height, width))
@@ -38,13 +38,13 @@ def places(image_HW, crop_HW):
 
 
 def test_without_variation_a_crop_is_a_piece_of_its_image():
-    image = picture(50, 41)
+    image = decoded(50, 41)
     for seed in range(5):
         crop, shape = crop_of(image, 24, seed=seed)
         made = augmented([crop], shape, CPU)
         pixels = made.images_NCHW[0, 0].round().numpy()
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
-        ((y, x),) = places(image.picture.pixels.whole()[0], pixels)
+        ((y, x),) = positions(image.decoded.pixels.whole()[0], pixels)
         expected = image.labels_HW[y : y + 24, x : x + 24]
         assert (made.labels_NHW[0].numpy() == expected).all()
         assert made.boundary_NHW is not None
@@ -52,7 +52,7 @@ def test_without_variation_a_crop_is_a_piece_of_its_image():
 
 
 def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
-    image = picture(40, 40)
+    image = decoded(40, 40)
     seen = set()
     for seed in range(40):
         crop, shape = crop_of(image, 24, seed=seed, flips=True, quarter_turns=True)
@@ -61,7 +61,9 @@ def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
         assert (made.labels_NHW[0].numpy() == pixels % 4).all()
         back = [np.rot90(p, turns) for p in (pixels, pixels[::-1]) for turns in range(4)]
-        found = [n for n, p in enumerate(back) if len(places(image.picture.pixels.whole()[0], p))]
+        found = [
+            n for n, p in enumerate(back) if len(positions(image.decoded.pixels.whole()[0], p))
+        ]
         assert len(found) == 1
         seen.update(found)
     assert seen == set(range(8))
@@ -69,15 +71,15 @@ def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
 
 @pytest.mark.parametrize("size", [(13, 19), (1, 30), (200, 9)])
 def test_beyond_an_image_lies_its_mirror(size):
-    image = picture(*size)
+    image = decoded(*size)
     crop, shape = crop_of(image, 32, margin=6)
     made = augmented([crop], shape, CPU)
     pixels = made.images_NCHW[0, 0].round().numpy()
     around = [(100, 100) if length > 1 else (0, 0) for length in size]
-    mirrored = np.pad(image.picture.pixels.whole()[0], around, mode="reflect")
+    mirrored = np.pad(image.decoded.pixels.whole()[0], around, mode="reflect")
     if size[0] == 1:
         mirrored = np.repeat(mirrored, 44, axis=0)
-    assert len(places(mirrored, pixels)) > 0
+    assert len(positions(mirrored, pixels)) > 0
     assert made.labels_NHW.shape == (1, 32, 32)
     assert (made.labels_NHW[0].numpy() == pixels[6:38, 6:38] % 4).all()
 
@@ -105,7 +107,7 @@ def test_labels_are_never_mixed():
 
 
 def test_a_crop_depends_on_its_seed_and_image_alone():
-    images = [picture(60, 70), picture(90, 40, seed=1), picture(30, 30, seed=2)]
+    images = [decoded(60, 70), decoded(90, 40, seed=1), decoded(30, 30, seed=2)]
     made = [crop_of(image, 32, seed=3, **EVERYTHING) for image in images]
     together = augmented([crop for crop, _ in made], made[0][1], CPU)
     for at, (crop, shape) in enumerate(made):

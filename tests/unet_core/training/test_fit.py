@@ -323,7 +323,7 @@ def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its
         assert differing == ([key] if key else [])
         run = open_training(config)
         data = {"train": 1, "val": 1, "class_pixels": [1, 1], "val_below": 0.1, "steps": 1}
-        run.establish(config, data)
+        run.create_or_join(config, data)
         shown = TrainingFacts(run).command
         assert (written.split("=")[0] in shown) == bool(key)
         shutil.rmtree(tmp_path / "m")

@@ -33,23 +33,23 @@ def value(x, labels, terms=None, class_weights=None, **options):
 @pytest.mark.parametrize("logits", [1, 3])
 def test_losses_are_those_of_their_definitions(logits):
     x, labels = scene(logits)
-    counted = labels != IGNORE
+    scan = labels != IGNORE
     one_logit = logits == 1
     p = torch.sigmoid(x) if one_logit else torch.softmax(x, 1)
     classes = [1] if one_logit else [0, 1, 2]
     true = torch.stack([labels == k for k in classes], 1)
     chosen = torch.where(true, p, 1 - p)[:, 0] if one_logit else (p * true).sum(1)
-    entropy = -chosen[counted].log()
+    entropy = -chosen[scan].log()
     assert value(x, labels, cross_entropy=1).item() == pytest.approx(entropy.mean().item())
-    lin = ((1 - chosen[counted]) ** 1.5 * entropy).mean()
+    lin = ((1 - chosen[scan]) ** 1.5 * entropy).mean()
     assert value(x, labels, focal=1, focal_gamma=1.5).item() == pytest.approx(lin.item(), rel=1e-5)
     q = torch.sigmoid(x)
-    each = -torch.where(true, q, 1 - q).log().mean(1)[counted]
+    each = -torch.where(true, q, 1 - q).log().mean(1)[scan]
     assert value(x, labels, bce=1).item() == pytest.approx(each.mean().item(), rel=1e-5)
     expected = dict.fromkeys(("dice", "jaccard", "tversky"), 0.0)
     for crop in range(len(x)):
         for k in (0,) if one_logit else (1, 2):
-            inside = counted[crop]
+            inside = scan[crop]
             pk, tk = p[crop, k][inside].double(), true[crop, k][inside].double()
             tp, fp, fn = (pk * tk).sum(), (pk * (1 - tk)).sum(), ((1 - pk) * tk).sum()
             share = 1 / len(x) / max(1, logits - 1)
@@ -103,10 +103,10 @@ def test_pieces_of_a_batch_add_up(name):
 def test_pixels_weigh_by_class_and_boundary():
     x, labels = scene(3)
     boundary = torch.rand(labels.shape)
-    counted = labels != IGNORE
-    entropy = losses.cross_entropy(x, labels.where(counted, 0))
-    of_class = torch.tensor([0.5, 1.0, 2.0])[labels.where(counted, 0)]
-    expected = ((of_class + 10 * boundary) * entropy * counted).sum() / counted.sum()
+    scan = labels != IGNORE
+    entropy = losses.cross_entropy(x, labels.where(scan, 0))
+    of_class = torch.tensor([0.5, 1.0, 2.0])[labels.where(scan, 0)]
+    expected = ((of_class + 10 * boundary) * entropy * scan).sum() / scan.sum()
     found = value(x, labels, boundary, [0.5, 1.0, 2.0], cross_entropy=1, boundary=10)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -51,7 +51,7 @@ def import_weights(config: ImportConfig) -> Header:
         network, spec = _network_with(tensors, config.model)
     header = construction.header_of(network, spec, config.model)
     header = replace(header, training={"imported_from": config.source})
-    destination.publish("", checkpoint.serialise(network, header))
+    destination.publish("", checkpoint.serialize(network, header))
     return header
 
 
