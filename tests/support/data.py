@@ -21,7 +21,7 @@ from unet_core.images.sample import Sample
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.networks import checkpoint
-from unet_core.networks.construction import build, measured
+from unet_core.networks.construction import build, measure_tiling
 from unet_core.networks.header import Header, palette_of
 from unet_core.synthetic import nuclei, png
 
@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = 
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2.0)
     network.eval()
-    spec, tiling = measured(spec, network)
+    spec, tiling = measure_tiling(spec, network)
     with torch.no_grad():
         x_NCHW = torch.rand(1, spec.in_channels, *[tiling.sides.at_least(320)] * 2)
         *_, last = (p for name, p in network.named_parameters() if name.endswith("bias"))

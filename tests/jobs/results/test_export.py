@@ -19,7 +19,7 @@ from tests.support.data import pictures, reading, write_slides
 from tests.support.runs import config_of
 from unet_core import open_run
 from unet_core.config.sections import InputConfig
-from unet_core.export.instances import find_objects, measured
+from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
 from unet_core.export.task import Export, Options
 from unet_core.images.codec import decode_labels
@@ -246,7 +246,7 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
         assert (ids_in(tmp_path / "tiff" / f"{number}.tif") == mask_HW).all()
         (annotation,) = annotations[f"{number}.tif"]
         assert (pycoco.decode(annotation["segmentation"]) == mask_HW).all()
-        wanted = measured(find_objects(mask_HW, splits=False), None)
+        wanted = measure_instances(find_objects(mask_HW, splits=False), None)
         mine = [row for row in rows if row["image_id"] == f"{number}.tif"]
         assert [row["area"] for row in mine] == wanted["area"]
         with Image.open(tmp_path / "slides" / "images" / f"{number}.tif") as image:

@@ -17,7 +17,7 @@ from skimage.measure import regionprops
 
 from tests.support.data import reading
 from unet_core.export import coco, mask_images
-from unet_core.export.instances import find_objects, measured
+from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
 from unet_core.images.codec import decode_labels
 from unet_core.images.decoder import Pixels
@@ -133,7 +133,7 @@ def test_objects_measure_what_regionprops_measures():
     mask_HW = (ndimage.gaussian_filter(random.random((90, 80)), 3) * 40).astype(int) % 3
     pixels_CHW = random.integers(0, 2**16, (2, 90, 80)).astype(np.uint16)
     found = find_objects(mask_HW, splits=True)
-    rows = measured(found, Pixels.of(pixels_CHW))
+    rows = measure_instances(found, Pixels.of(pixels_CHW))
     regions = regionprops(found.labels_HW, np.moveaxis(pixels_CHW, 0, -1))
     assert len(regions) == len(rows["label"]) > 10
     for number, region in enumerate(regions):

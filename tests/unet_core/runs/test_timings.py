@@ -64,7 +64,7 @@ def test_the_device_says_what_it_waited_for(slow, what, make_config, monkeypatch
 
 
 def test_a_device_without_a_shard_waits_for_one(make_config, monkeypatch, tmp_path):
-    real = Lanes.place
+    real = Lanes.ticket
 
     def place(self):
         if not seen:
@@ -73,7 +73,7 @@ def test_a_device_without_a_shard_waits_for_one(make_config, monkeypatch, tmp_pa
         return real(self)
 
     seen = []
-    monkeypatch.setattr(Lanes, "place", place)
+    monkeypatch.setattr(Lanes, "ticket", place)
     predict(make_config("workers.cpus=1"))
     assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 1.0
 
