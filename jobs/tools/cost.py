@@ -22,6 +22,7 @@ from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard, images_in
 from unet_core.runs.manifest import draft, with_members
 from unet_core.runs.run import Run
+from unet_core.runs.shard_plan import ShardPlan
 from unet_core.runs.timings import read_timings
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         scratch = _scratch(job)
         stack.callback(_remove, scratch)
         with draft(iter(sample)) as small:
-            images = segment(scratch, small.heads, small).totals.images_seen
+            images = segment(scratch, ShardPlan(small.heads, small)).totals.images_seen
         return replace(_scaled(scratch, sample, left, images), price=price)
 
 

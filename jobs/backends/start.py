@@ -1,0 +1,39 @@
+"""Starts the workers of a run: threads of this process, or Ray actors on a cluster."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+from jobs.backends import session
+from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
+from jobs.backends.placement import resolve_placement
+from jobs.job import Job
+from jobs.scheduler.dispatch import Workers
+from unet_core.config.uris import is_remote
+
+
+@contextmanager
+def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterator[Workers]:
+    """Start workers for so many shards; they end with the ``with`` block.
+
+    ``on_image`` is called for every image that an inline worker completes.
+    """
+    config = job.config
+    if session.is_inline(config.workers):
+        from jobs.backends.inline import InlineWorkers  # torch
+
+        spec = job.replica(session.local_cpus(config.workers))
+        with closing(InlineWorkers(spec, on_image)) as inline:
+            yield inline
+        return
+    from jobs.backends.actors import RayActors  # Ray
+
+    with session.connected():
+        paths = worker_paths(config)
+        require_shared(paths, config.storage, session.node_count())
+        only_here = not config.storage.shared and not all(map(is_remote, paths.values()))
+        nodes = session.available_resources(config.workers, only_here)
+        placement = resolve_placement(config.workers, nodes)
+        spec = replace(job.replica(placement.cpus), config=with_absolute_paths(config))
+        with closing(RayActors(spec, placement, shards, only_here)) as actors:
+            yield actors

@@ -1,0 +1,67 @@
+"""What a run has to do: its shards, with those that a resume, retry or refresh adds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from unet_core.inputs.formats import is_there, list_shards
+from unet_core.inputs.shards import Shard, Source
+from unet_core.runs import manifest
+from unet_core.runs.manifest import Draft
+from unet_core.runs.run import Run
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All shards of a run, without their members."""
+
+    shards: list[Shard]
+    draft: Draft | None = None
+    """The manifest of a new run, not published yet."""
+    is_finished: bool = False
+    """Every shard is committed and ``_SUCCESS`` is written."""
+    retried: int = 0
+    """Shards whose commits were removed because images in them had failed."""
+    added: int = 0
+    """Shards of objects that were new in the input."""
+
+
+@contextmanager
+def plan_shards(
+    run: Run, source: Source, retry_failed: bool = False, refresh: bool = False
+) -> Iterator[ShardPlan]:
+    """List the input of a new run, or read the manifest of an earlier one.
+
+    ``retry_failed`` removes the commits of shards with failed images; ``refresh`` adds objects that
+    are new in the input to the manifest. ``_SUCCESS`` is removed where shards are left.
+    """
+    known = run.manifest()
+    if known is None:
+        if run.is_finished:
+            run.reopen()
+        with manifest.draft(list_shards(source)) as draft:
+            yield ShardPlan(draft.heads, draft)
+        return
+    retried = run.forget_failed(known, partial(is_there, source)) if retry_failed else 0
+    new = _add_new_shards(run, source, known) if refresh else []
+    shards = [*known, *new]
+    was_finished = run.is_finished
+    is_finished = was_finished and run.has_all(shards)
+    if was_finished and not is_finished:
+        run.reopen()  # commits were removed by hand
+    yield ShardPlan(shards, None, is_finished, retried, len(new))
+
+
+def _add_new_shards(run: Run, source: Source, known: list[Shard]) -> list[Shard]:
+    """Add objects that are new in the input to the manifest; return their shards.
+
+    An object that was rewritten since it was listed is not new.
+    """
+    names = manifest.names(run.store, known)
+    generation = 1 + max(shard.generation for shard in known)
+    with manifest.draft(list_shards(source, names), generation) as draft:
+        if draft.heads:
+            run.reopen()
+            run.publish_manifest(draft)
+        return draft.heads
