@@ -25,7 +25,7 @@ EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 def network_of(name: str) -> UNet:
     """A narrow network in double precision, with statistics as if it had been trained."""
     torch.manual_seed(len(name))
-    network = UNet(preset(name, in_channels=1, classes=2, width=2))
+    network = UNet(preset(name, in_channels=1, classes=2, width=1))
     for key, buffer in network.named_buffers():
         if key.endswith("running_mean"):
             buffer.normal_(std=0.1)
