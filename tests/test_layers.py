@@ -172,6 +172,7 @@ def test_every_file_that_is_no_module_goes_into_the_wheel():
         assert found <= {p for pattern in shipped[package] for p in (ROOT / package).glob(pattern)}
 
 
+@pytest.mark.slow
 def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
     words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
     code = (

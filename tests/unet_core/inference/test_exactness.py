@@ -18,6 +18,7 @@ from unet_core.networks.presets import PRESETS, preset
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 
+pytestmark = pytest.mark.slow
 EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 
 

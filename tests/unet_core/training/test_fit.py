@@ -62,6 +62,7 @@ def test_training_learns_and_keeps_the_best_and_the_last(folder, tmp_path):
     assert checkpoints == ["000000042"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [("model.preset=paper", "train.crop=36", "model.width=4", "model.depth=2"),

@@ -16,6 +16,7 @@ from tests.support.rank import start
 from tests.support.s3 import BUCKET
 from tests.support.scenes import config_of
 
+pytestmark = pytest.mark.slow
 NO_NORM = ("model.preset=plain", "train.batch=8", "train.learning_rate=1e-3", "loss.boundary=5",
            "loss.class_weights=balanced", "augment.elastic=3")  # fmt: skip
 OFTEN = "train.checkpoint_minutes=0.0001"
@@ -92,9 +93,7 @@ def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path)
     ],
     ids=" ".join,
 )
-def test_one_process_killed_anywhere_ends_with_the_same_bits(
-    train, undisturbed, tmp_path, deaths
-):
+def test_one_process_killed_anywhere_ends_with_the_same_bits(train, undisturbed, tmp_path, deaths):
     for death in deaths:
         assert train("killed", 1, *KILLED, dies=death) == -signal.SIGKILL, death
     train("killed", 1, *KILLED)
