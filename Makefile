@@ -7,7 +7,7 @@ N ?= 2
 GPUS ?= 1
 SECONDS ?= 600
 
-.PHONY: help install demo predict train up down test test-rgw fuzz chaos bench lint types clean
+.PHONY: help install demo predict train up down test fast test-rgw fuzz chaos bench lint types clean
 
 help:  ## Print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ down:  ## End it
 
 test: lint types  ## Lint, types, tests
 	$(BIN)/python -m pytest
+
+fast: install  ## Tests of under two minutes
+	$(BIN)/python -m pytest -m fast
 
 test-rgw: install  ## The tests of object storage against a real Ceph (see tests/support/rgw.py)
 	UNET_JOBS_TEST_STORE=rgw AWS_REQUEST_CHECKSUM_CALCULATION=when_required AWS_RESPONSE_CHECKSUM_VALIDATION=when_required \

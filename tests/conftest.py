@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import cli
 from jobs.predict import predict
@@ -34,6 +35,18 @@ from unet_core.config.predict import PredictConfig
 from unet_core.config.presets import preset
 
 ConfigMaker = Callable[..., PredictConfig]
+SHARED_SERVERS = {"ray_session", "s3_server"}
+
+torch.set_num_threads(1)  # networks this small lose more by waiting for threads than they gain
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs neither Ray nor an object store and is not marked ``slow`` is ``fast``."""
+    for item in items:
+        is_slow = any(item.get_closest_marker(name) for name in ("ray", "slow"))
+        if not is_slow and SHARED_SERVERS.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")

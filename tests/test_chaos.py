@@ -14,6 +14,7 @@ from tests.support.harm import HARM
 CELLS = "driver/inside,driver/before-masks,late/inside-metrics,late/before-success,two/inside"
 
 
+@pytest.mark.slow
 def test_whatever_dies_each_image_is_accounted_for_once_with_the_same_bytes():
     command = [sys.executable, "-m", "tests.chaos", "--runs", "1", "--cells", CELLS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,7 @@
 """Who may import whom: the doors of docs/design.md, held by walking the imports."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -23,9 +24,10 @@ MODULES = {
 VERBS = {name for name in MODULES if name.startswith("jobs.verbs.")}
 
 
-def imports(path: Path, everywhere: bool = True) -> set[str]:
+@functools.cache
+def imports(path: Path, everywhere: bool = True) -> frozenset[str]:
     """Modules that a file imports, at its top level or everywhere."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     nodes = ast.walk(tree) if everywhere else tree.body
     found = set()
     for node in nodes:
@@ -33,7 +35,12 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def users_of(package: str) -> set[str]:
@@ -175,6 +182,7 @@ def test_every_file_that_is_no_module_goes_into_the_wheel():
         assert found <= {p for pattern in shipped[package] for p in (ROOT / package).glob(pattern)}
 
 
+@pytest.mark.slow
 def test_work_in_this_process_never_imports_ray(tars, tiny_model, tmp_path):
     words = ("predict", tars, "--model", tiny_model, "--out", tmp_path, "workers.count=inline")
     code = (

@@ -113,6 +113,7 @@ def test_a_shipped_recipe_is_found_by_its_name(run_cli, folder, tmp_path, monkey
     assert (code, "cannot be read" in errors) == (2, True)
 
 
+@pytest.mark.slow
 def test_networks_are_shown_whole_and_layer_by_layer(run_cli, tiny_model, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, text, _ = run_cli("model")
@@ -156,6 +157,7 @@ def test_weights_from_elsewhere_become_a_checkpoint_that_predicts(run_cli, tmp_p
     assert code == 3
 
 
+@pytest.mark.slow
 def test_a_runs_network_is_exported(run_cli, make_config, tmp_path):
     predict(make_config())
     out = tmp_path / "net.onnx"

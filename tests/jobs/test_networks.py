@@ -13,6 +13,7 @@ from unet_core.errors import CheckpointError, ConfigError, RunMismatchError
 from unet_core.networks import checkpoint
 from unet_core.synthetic import png
 
+pytestmark = pytest.mark.slow
 FOREIGN = {
     "basic_unet": Factory(
         "monai.networks.nets:BasicUNet",

@@ -136,6 +136,7 @@ def test_plan_and_status_tell_how_things_stand_and_write_nothing(make_config, tm
     assert snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["between masks and metrics", "inside a publication"])
 def test_a_driver_that_is_killed_loses_and_repeats_nothing(make_config, tmp_path, stage):
     predict(make_config(out="undisturbed"))
@@ -156,6 +157,7 @@ def test_a_driver_that_is_killed_loses_and_repeats_nothing(make_config, tmp_path
     assert findings.problems == findings.notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_so_and_continues(make_config, tmp_path, number):
     config = make_config()

@@ -22,6 +22,7 @@ from unet_core.storage.store import Store
 from unet_core.training.fit import Started
 
 NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimiser=sgd", "train.learning_rate=0.01")
+LONG = (*NO_NORM, "train.epochs=6", "train.crops_per_image=20")
 TWO_RANKS = ("workers.count=2", "workers.gpus=0", "workers.cpus=1", "storage.shared=true")
 
 
@@ -89,16 +90,24 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(folder, tmp_pa
     assert difference(a, b) == 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """What ranks must give too."""
+    out = tmp_path_factory.mktemp("undisturbed") / "m"
+    train(config_of(folder, out, *LONG))
+    return out
+
+
 @on_ray
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_ranks_that_die_begin_again_at_the_last_checkpoint(folder, tmp_path, request, place):
-    options = (*NO_NORM, "train.epochs=12", "train.crops_per_image=20")
-    train(config_of(folder, tmp_path / "whole", *options))
+def test_ranks_that_die_begin_again_at_the_last_checkpoint(
+    folder, undisturbed, tmp_path, request, place
+):
     out, more = str(tmp_path / "m"), TWO_RANKS
     if place == "s3":
         s3, prefix = request.getfixturevalue("s3"), f"ddp-{uuid.uuid4().hex}"
         out, more = f"s3://{BUCKET}/{prefix}", (*TWO_RANKS, f"storage.endpoint_url={s3.url}")
-    config = config_of(folder, out, *options, *more)
+    config = config_of(folder, out, *LONG, *more)
     killed = []
 
     def kill_one():
@@ -110,10 +119,10 @@ def test_ranks_that_die_begin_again_at_the_last_checkpoint(folder, tmp_path, req
     done = train(config)
     thread.join()
     assert killed
-    whole = load_file(tmp_path / "whole" / "last.safetensors")
+    whole = load_file(undisturbed / "last.safetensors")
     last = Store(out, config.storage).read("last.safetensors")
     assert difference(whole, load(last)) < 1e-4
-    assert done.position.step == 12 * 35
+    assert done.position.step == 6 * 35
 
 
 @on_ray

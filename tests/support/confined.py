@@ -4,9 +4,11 @@ The children come from a fork server that has imported everything once, so a cal
 milliseconds and begins with the same memory.
 """
 
+import math
 import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 MIB = 2**20
 MEMORY = 512 * MIB
 SECONDS = 20.0
+"""Of a child's own computing, of which a busy machine gives it no more than an idle one."""
+PATIENCE = 300.0
+"""Seconds of the clock, for a child that waits without computing."""
 PRELOADED = ["tests.support.doors", "tests.support.data", "tests.support.rank"]
 """By all who have children from it: there is one fork server, and who is first starts it."""
 
@@ -32,18 +37,20 @@ class Outcome:
 def confined(
     call: Callable[..., Any], *args: Any, memory: int = MEMORY, seconds: float = SECONDS
 ) -> Outcome:
-    """Call; ``memory`` bytes on top of what the child begins with."""
+    """Call; ``memory`` bytes on top of what the child begins with, ``seconds`` of computing."""
     context = fork_server()
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, memory, call, args))
+    child = context.Process(target=_child, args=(theirs, memory, seconds, call, args))
     child.start()
     theirs.close()
     try:
-        if not ours.poll(seconds):
-            return Outcome(error="timeout", text=f"no end after {seconds:g} s")
+        if not ours.poll(PATIENCE):
+            return Outcome(error="timeout", text=f"no end after {PATIENCE:g} s")
         return ours.recv()
     except EOFError:
         child.join()
+        if child.exitcode == -signal.SIGXCPU:
+            return Outcome(error="timeout", text=f"no end after {seconds:g} s of computing")
         return Outcome(error="died", text=f"exit code {child.exitcode}")
     finally:
         child.kill()
@@ -72,7 +79,18 @@ def status(name: str) -> int:
     return int(found) * 1024
 
 
-def _child(connection: Any, memory: int, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def limit_computing(seconds: float) -> None:
+    """Let this process compute for so long from now on; SIGXCPU ends it then."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    most = math.ceil(own.ru_utime + own.ru_stime + seconds)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
+
+
+def _child(
+    connection: Any, memory: int, seconds: float, call: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    limit_computing(seconds)
     begun = limit_memory(memory)
     try:
         found = Outcome(call(*args))

@@ -41,5 +41,6 @@ STAGES = {
 
 if __name__ == "__main__":
     stage, number, *sys.argv[1:] = sys.argv[1], int(sys.argv[2]), "predict", *sys.argv[3:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs us behind
     die_at(*STAGES[stage], number=number)
     main()

@@ -113,7 +113,7 @@ def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_confi
     table = {
         "data": {"train": data, "val_fraction": 0.3},
         "model": {"width": 4, "depth": 2, "color": 2, "classes": ["background", "nucleus"]},
-        "train": {"epochs": 15, "crop": 48, "batch": 2, "crops_per_image": 4,
+        "train": {"epochs": 6, "crop": 48, "batch": 2, "crops_per_image": 4,
                   "learning_rate": 1e-2},
         "output": {"uri": str(tmp_path / "model")},
     }  # fmt: skip

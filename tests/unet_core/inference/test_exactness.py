@@ -17,6 +17,7 @@ from unet_core.networks.unet import UNet
 from unet_core.tiling.geometry import tiles
 from unet_core.tiling.tile_grid import tile_grid_for
 
+pytestmark = pytest.mark.slow
 EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 
 
@@ -24,7 +25,7 @@ EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
 def network_of(name: str) -> UNet:
     """A narrow network in double precision, with statistics as if it had been trained."""
     torch.manual_seed(len(name))
-    network = UNet(preset(name, in_channels=1, classes=2, width=2))
+    network = UNet(preset(name, in_channels=1, classes=2, width=1))
     for key, buffer in network.named_buffers():
         if key.endswith("running_mean"):
             buffer.normal_(std=0.1)

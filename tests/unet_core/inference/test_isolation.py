@@ -16,6 +16,8 @@ from unet_core.networks.header import checkpoint_digest
 from unet_core.runs.compute import ReplicaSpec
 from unet_core.synthetic import nuclei, png
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def segmenter(make_config, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ def rows_of(run):
     return [{k: v for k, v in row.items() if k != "source_uri"} for row in table(run, "metrics")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"tile": (64, 48)}, {"rowsperstrip": 7}, {"tile": (64, 64), "compression": "zlib"}],

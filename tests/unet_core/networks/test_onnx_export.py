@@ -10,7 +10,10 @@ from unet_core.networks import checkpoint
 from unet_core.networks.onnx_export import to_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # the exporter's own
+]
 
 
 @pytest.mark.parametrize("name", ["padded", "concat-pad", "dilated"])

@@ -62,6 +62,7 @@ def test_training_learns_and_keeps_the_best_and_the_last(folder, tmp_path):
     assert checkpoints == ["000000042"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [("model.preset=paper", "train.crop=36", "model.width=4", "model.depth=2"),
@@ -92,7 +93,7 @@ def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config
     ids=lambda overrides: overrides[0],
 )  # fmt: skip
 def test_every_option_learns(folder, tmp_path, overrides):
-    seen = epochs(config_of(folder, tmp_path / "model", *overrides))
+    seen = epochs(config_of(folder, tmp_path / "model", "train.epochs=3", *overrides))
     assert seen[-1].loss < 0.95 * seen[0].loss
 
 

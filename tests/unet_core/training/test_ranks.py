@@ -1,5 +1,6 @@
 """DDP without Ray: processes that meet in a file. What one process gives, any number gives."""
 
+import functools
 import io
 import shutil
 import signal
@@ -10,39 +11,50 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load, load_file
 
+from tests.support.confined import PATIENCE
 from tests.support.rank import start
 from tests.support.s3 import BUCKET
 from tests.support.scenes import config_of
 
+pytestmark = pytest.mark.slow
 NO_NORM = ("model.preset=plain", "train.batch=8", "train.learning_rate=1e-3", "loss.boundary=5",
            "loss.class_weights=balanced", "augment.elastic=3")  # fmt: skip
 OFTEN = "train.checkpoint_minutes=0.0001"
+KILLED = ("train.epochs=3", "train.ema=0.5", OFTEN)
+
+
+def run(folder, place, out, ranks, *overrides, dies=""):
+    """A training on ranks to its end, or until one of them dies and all are killed."""
+    config = config_of(folder, out if "://" in str(out) else place / out, *overrides)
+    meeting = place / uuid.uuid4().hex
+    guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes
+    errors = [place / f"{meeting.name}-{rank}" for rank in range(ranks)]
+    processes = [
+        start(rank, ranks, meeting, config, errors[rank], dies if rank == guilty else "")
+        for rank in range(ranks)
+    ]
+    if dies:
+        processes[guilty].join(PATIENCE)
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in processes]
+    assert not any(codes) or dies, "\n".join(path.read_text() for path in errors)
+    return codes[guilty]
 
 
 @pytest.fixture
 def train(folder, tmp_path):
-    """Run a training on ranks to its end, or until one of them dies and all are killed."""
+    return functools.partial(run, folder, tmp_path)
 
-    def run(out, ranks, *overrides, dies=""):
-        config = config_of(folder, out if "://" in str(out) else tmp_path / out, *overrides)
-        meeting = tmp_path / uuid.uuid4().hex
-        guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes
-        errors = [tmp_path / f"{meeting.name}-{rank}" for rank in range(ranks)]
-        processes = [
-            start(rank, ranks, meeting, config, errors[rank], dies if rank == guilty else "")
-            for rank in range(ranks)
-        ]
-        if dies:
-            processes[guilty].join(120)
-            for process in processes:
-                process.kill()
-        for process in processes:
-            process.join(120)
-        codes = [process.exitcode for process in processes]
-        assert not any(codes) or dies, "\n".join(path.read_text() for path in errors)
-        return codes[guilty]
 
-    return run
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """What those that are killed would have left."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    run(folder, place, "whole", 1, *KILLED)
+    return place / "whole"
 
 
 def weights(out):
@@ -59,11 +71,11 @@ def losses(out):
 
 
 def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path):
-    """1 rank × 8, 2 × 4, 4 × 2, an uneven 3, and accumulation: 20 steps."""
+    """1 rank × 8, 2 × 4, 4 × 2, an uneven 3, and accumulation: 10 steps."""
     # 7 images, 5 steps an epoch; in the last, the first of three ranks has no crop, the last two
-    options = (*NO_NORM, "train.crops_per_image=5", "train.epochs=4")
+    options = (*NO_NORM, "train.crops_per_image=5", "train.epochs=2")
     train("one", 1, *options)
-    assert len(losses(tmp_path / "one")) == 4
+    assert len(losses(tmp_path / "one")) == 2
     others = {"two": (2, ()), "four": (4, ()), "three": (3, ("train.accumulate=2",)),
               "pieces": (1, ("train.accumulate=3",))}  # fmt: skip
     for out, (ranks, more) in others.items():
@@ -81,21 +93,19 @@ def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path)
     ],
     ids=" ".join,
 )
-def test_one_process_killed_anywhere_ends_with_the_same_bits(train, tmp_path, deaths):
-    options = ("train.epochs=3", "train.ema=0.5", OFTEN)
-    train("whole", 1, *options)
+def test_one_process_killed_anywhere_ends_with_the_same_bits(train, undisturbed, tmp_path, deaths):
     for death in deaths:
-        assert train("killed", 1, *options, dies=death) == -signal.SIGKILL, death
-    train("killed", 1, *options)
+        assert train("killed", 1, *KILLED, dies=death) == -signal.SIGKILL, death
+    train("killed", 1, *KILLED)
     for name in ("last.safetensors", "best.safetensors"):
-        a, b = (load_file(tmp_path / out / name) for out in ("whole", "killed"))
+        a, b = (load_file(out / name) for out in (undisturbed, tmp_path / "killed"))
         assert all((a[key] == b[key]).all() for key in a), name
-    whole, killed = (pq.read_table(tmp_path / out / "history") for out in ("whole", "killed"))
+    whole, killed = (pq.read_table(out / "history") for out in (undisturbed, tmp_path / "killed"))
     assert whole.equals(killed)
 
 
 def test_ranks_killed_together_go_on_as_fewer_from_the_object_store(train, tmp_path, s3):
-    options = (*NO_NORM, "train.epochs=6", f"storage.endpoint_url={s3.url}")
+    options = (*NO_NORM, "train.epochs=3", f"storage.endpoint_url={s3.url}")
     prefix = f"training-{uuid.uuid4().hex}"
     train("whole", 1, *options)
     out = f"s3://{BUCKET}/{prefix}"

@@ -77,15 +77,6 @@ SOURCES = [
 each_source = pytest.mark.parametrize("source", SOURCES, ids=str)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more by waiting for other threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def bring(tmp_path):
     """Import a file, or what is to be saved as one; gives the network and its header."""
