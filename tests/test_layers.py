@@ -1,4 +1,4 @@
-"""Who may import whom: the doors of docs/design.md, held by walking the imports."""
+"""Which rooms and libraries a module may import: the tables of docs/design.md, held to the code."""
 
 import ast
 import functools
@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,14 @@ MODULES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 
-
-VERBS = {name for name in MODULES if name.startswith("jobs.verbs.")}
+VERBS = ("models", "results", "running", "show")
 
 
 @functools.cache
 def imports(path: Path, everywhere: bool = True) -> frozenset[str]:
-    """Modules that a file imports, at its top level or everywhere."""
+    """Modules that a file imports, at its top level or everywhere but for type checkers."""
     tree = parsed(path)
-    nodes = ast.walk(tree) if everywhere else tree.body
+    nodes = outside_type_checking(tree) if everywhere else tree.body
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -36,6 +35,13 @@ def imports(path: Path, everywhere: bool = True) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(found)
+
+
+def outside_type_checking(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+            yield child
+            yield from outside_type_checking(child)
 
 
 @functools.cache
@@ -72,7 +78,10 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
             },
         ),
         ("safetensors", {"unet_core.networks.checkpoint"}),
-        ("click", {"jobs.cli", *VERBS - {"jobs.commands.arguments", "jobs.verbs.__init__"}}),
+        (
+            "click",
+            {"jobs.cli", *(f"jobs.commands.{n}" for n in ("models", "results", "running", "show"))},
+        ),
         (
             "rich",
             {"jobs.progress", "jobs.train_progress", "jobs.tools.describe", "jobs.commands.models"},
@@ -128,26 +137,41 @@ def test_there_is_no_circle_of_imports():
         graph = {name: needs for name, needs in graph.items() if name not in free}
 
 
-def rows_of_the_table() -> Iterator[tuple[int, str]]:
-    """Every module with its row in docs/design.md."""
-    table = (ROOT / "docs" / "design.md").read_text().partition("| | modules |")[2]
-    for row, cell in re.findall(r"^\| (\d) \| (.*) \|$", table, re.M):
-        for group in cell.split(";"):
-            room, colon, names = group.partition("`:")
-            before = f"unet_core.{room.strip(' `')}." if colon else "unet_core."
-            for name in re.findall(r"`([\w.*]+)`", names if colon else group):
-                pattern = name if name.startswith("jobs") else before + name
-                yield from ((int(row), m) for m in MODULES if fnmatch(m, pattern))
+def room_of(module: str) -> str:
+    """The folder below a package, or the single module beside the folders."""
+    package, room, *_ = module.split(".")
+    return f"jobs.{room}" if package == "jobs" else room
 
 
-def test_modules_import_from_their_own_row_of_the_table_and_those_above():
-    rows = [(row, name) for row, name in rows_of_the_table() if not name.endswith("__init__")]
-    row_of = {name: row for row, name in rows}
-    assert len(rows) == len(row_of), "a module stands twice"
-    assert row_of.keys() == {name for name in MODULES if not name.endswith("__init__")}
-    for name, row in row_of.items():
-        found = imports(MODULES[name], everywhere=False)
-        assert not {n for n in found if row_of.get(n, 0) > row}, name
+def rows_of_the_table() -> dict[str, int]:
+    """Each room with its row in docs/design.md."""
+    table = (ROOT / "docs" / "design.md").read_text().partition("| | rooms |")[2]
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", table, re.M)
+    named = [(room, int(row)) for row, cell in rows for room in re.findall(r"`([\w.]+)`", cell)]
+    assert len(named) == len(dict(named)), "a room stands twice"
+    return dict(named)
+
+
+def test_rooms_import_only_from_rows_above_their_own():
+    row_of = rows_of_the_table()
+    modules = {name: path for name, path in MODULES.items() if not name.endswith("__init__")}
+    assert row_of.keys() == {room_of(name) for name in modules}
+    for name, path in modules.items():
+        rooms = {room_of(found) for found in imports(path) if found in modules}
+        assert not {r for r in rooms - {room_of(name)} if row_of[r] >= row_of[room_of(name)]}, name
+
+
+def test_a_file_is_found_by_its_name_alone():
+    names = Counter(path.name for path in MODULES.values() if path.name != "__init__.py")
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice == {"predict.py", "train.py"}  # the verb, and its config
+
+
+def test_no_two_public_classes_have_one_name():
+    trees = map(parsed, MODULES.values())
+    classes = [n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)]
+    public = Counter(name for name in classes if not name.startswith("_"))
+    assert not {name for name, count in public.items() if count > 1}
 
 
 @pytest.mark.parametrize(
