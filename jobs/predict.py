@@ -6,7 +6,8 @@ from jobs.backends.start import start_workers
 from jobs.job import Job, prepare
 from jobs.progress import RunProgress
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Attempt, Scheduler
+from jobs.scheduler.events import Attempt
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.metrics import Totals
@@ -73,23 +74,23 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     if not scheduler.is_done or plan.draft is not None:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, left, totals)
-        with progress, start_workers(job, len(left), progress.on_image) as workers:
-            record = run.record or run.create_or_join(job.record(workers.probe()))
+        with progress, start_workers(job, len(left), progress.on_image) as backend:
+            record = run.record or run.create_or_join(job.record(backend.probe()))
             if plan.draft is not None:
                 run.publish_manifest(plan.draft)
-            workers.configure(record.compute, job.footer(record))
+            backend.configure(record.compute, job.footer(record))
 
-            def on_done(result: ShardResult, attempt: Attempt, actor: str) -> None:
+            def on_done(result: ShardResult, attempt: Attempt, worker: str) -> None:
                 nonlocal totals
                 totals += result.totals
-                timings.add(result, attempt.number, actor)
+                timings.add(result, attempt.number, worker)
                 progress.on_done(attempt.shard, result.totals)
                 if errors.are_too_many(totals.failed, totals.images_seen):
                     scheduler.stop()
 
             with timings:
                 busy = scheduler.in_flight
-                dispatch(scheduler, workers, on_done, lambda: progress.tick(len(busy)))
+                dispatch(scheduler, backend, on_done, lambda: progress.tick(len(busy)))
     is_done = totals.shards == len(shards)
     exceeded = scheduler.is_stopped
     if is_done:

@@ -18,17 +18,8 @@ from jobs.backends.placement import Placement, wanted
 from jobs.backends.prometheus import PrometheusMetrics
 from jobs.backends.version import CodeVersion, code_version
 from jobs.scheduler.dispatch import MAX_FAILED_STARTS
-from jobs.scheduler.scheduler import (
-    HEARTBEAT_S,
-    PREFETCH,
-    Attempt,
-    Died,
-    Done,
-    Event,
-    Heartbeat,
-    Ready,
-    Refused,
-)
+from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
+from jobs.scheduler.scheduler import HEARTBEAT_S, PREFETCH
 from unet_core.errors import ShardError, UnetJobsError, WorkersError
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import ShardResult

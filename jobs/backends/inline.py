@@ -6,7 +6,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.scheduler.scheduler import PREFETCH, Attempt, Done, Event, Heartbeat, Ready, Refused
+from jobs.scheduler.events import Attempt, Done, Event, Heartbeat, Ready, Refused
+from jobs.scheduler.scheduler import PREFETCH
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from jobs.scheduler.scheduler import Attempt
+from jobs.scheduler.events import Attempt
 from unet_core.runs.timings import Seconds, ShardResult
 
 BOUNDARIES_S = [0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0]

@@ -8,12 +8,12 @@ from jobs.backends import session
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import resolve_placement
 from jobs.job import Job
-from jobs.scheduler.dispatch import Workers
+from jobs.scheduler.dispatch import Backend
 from unet_core.config.uris import is_remote
 
 
 @contextmanager
-def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterator[Workers]:
+def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterator[Backend]:
     """Start workers for so many shards; they end with the ``with`` block.
 
     ``on_image`` is called for every image that an inline worker completes.

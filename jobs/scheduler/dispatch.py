@@ -3,78 +3,82 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from jobs.scheduler.scheduler import Attempt, Died, Done, Event, Scheduler
+from jobs.scheduler.events import Attempt, Died, Done, Event
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.errors import WorkersError
 from unet_core.runs.compute import Compute
 from unet_core.runs.timings import ShardResult
 
 MAX_FAILED_STARTS = 3
+"""Three in a row are no accident: a model that does not load, or a node without memory."""
 PAUSE_S = 30.0
-"""A driver that was stopped for longer has heard nothing meanwhile, and blames nobody for it."""
+"""A loop that took longer was paused (a suspended laptop); no worker is overdue because of it."""
 
 
-class Workers(Protocol):
-    """Actors of any kind."""
+class Backend(Protocol):
+    """Workers of one kind."""
 
     def probe(self) -> Compute:
-        """The ``compute`` section of the first one that is loaded."""
+        """Return the ``compute`` section of the first worker that is loaded."""
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Fix what the run has decided; only then does any become ready."""
+        """Set what the run has recorded; only then does a worker become ready."""
 
-    def submit(self, actor: str, attempt: Attempt) -> None:
-        """Let a ready actor begin a shard."""
+    def submit(self, worker: str, attempt: Attempt) -> None:
+        """Begin a shard on a ready worker."""
 
-    def want(self, actors: int, shards: int) -> int:
-        """So many shards are open, and at most so many actors can have one; returns how many have
-        a process, ready or starting.
+    def want(self, workers: int, shards: int) -> int:
+        """Adjust to ``shards`` open shards, of which at most ``workers`` workers can have one.
+
+        Returns the number of workers that have a process, ready or starting.
         """
 
-    def release(self, actor: str) -> None:
-        """End an actor that nothing is left for; somebody else may need its GPU."""
+    def release(self, worker: str) -> None:
+        """End a worker that no shard is left for, which frees its GPU."""
 
-    def give_up(self, actor: str, reason: str) -> Died | None:
-        """End an actor whose attempt does not; None where that cannot be done."""
+    def give_up(self, worker: str, reason: str) -> Died | None:
+        """End a worker whose attempt makes no step; None where that is impossible."""
 
     def events(self) -> Iterator[Event]:
-        """Wait a moment and give what happened; an endless loop calls this.
+        """Wait up to a second and yield what happened; called in a loop.
 
-        Raises whatever error of this project an actor met: such errors stop a run.
+        Raises any UnetJobsError that a worker raised: such errors stop the run.
         """
 
 
 def dispatch(
     scheduler: Scheduler,
-    workers: Workers,
+    backend: Backend,
     on_done: Callable[[ShardResult, Attempt, str], None],
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the loop until nothing is left to try; ``on_tick`` is called about once a second.
+    """Run the loop until no shard is open; ``on_tick`` is called about once a second.
 
-    Raises WorkersError when actors die again and again before they are ready.
+    Raises WorkersError after ``MAX_FAILED_STARTS`` workers in a row died before they were ready.
     """
     awake = scheduler.clock()
     while not scheduler.is_done:
-        for event in workers.events():
+        for event in backend.events():
             if isinstance(event, Done):
-                on_done(event.result, scheduler.done(event.actor, event.shard_id), event.actor)
+                attempt = scheduler.done(event.worker, event.shard_id)
+                on_done(event.result, attempt, event.worker)
             else:
                 scheduler.note(event)
             if scheduler.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
                 raise WorkersError(
-                    f"{scheduler.failed_starts} actors died while starting: {event.reason}"
+                    f"{scheduler.failed_starts} workers died while starting: {event.reason}"
                 )
         slept, awake = scheduler.clock() - awake, scheduler.clock()
         if slept > PAUSE_S:
             scheduler.exclude_pause(slept)
-        for actor, reason in scheduler.overdue():  # its attempt stands still
-            if (died := workers.give_up(actor, reason)) is not None:
+        for worker, reason in scheduler.overdue():
+            if (died := backend.give_up(worker, reason)) is not None:
                 scheduler.died(died)
         on_tick()
-        actors = workers.want(scheduler.useful, scheduler.open)
-        for actor in list(scheduler.in_flight):
-            while (attempt := scheduler.next_for(actor, actors)) is not None:
-                workers.submit(actor, attempt)
-            if not scheduler.has_use_for(actor):
-                del scheduler.in_flight[actor]
-                workers.release(actor)
+        workers = backend.want(scheduler.useful, scheduler.open)
+        for worker in list(scheduler.in_flight):
+            while (next_attempt := scheduler.next_for(worker, workers)) is not None:
+                backend.submit(worker, next_attempt)
+            if not scheduler.has_use_for(worker):
+                del scheduler.in_flight[worker]
+                backend.release(worker)

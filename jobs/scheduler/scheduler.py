@@ -13,86 +13,28 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from jobs.scheduler.events import Attempt, Died, Heartbeat, Ready, Refused
 from unet_core.config.predict import ErrorsConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
-from unet_core.runs.timings import ShardResult
 
 PREFETCH = 2
+"""Shards in flight on a worker: one computes while the next is read."""
 MAX_ISOLATIONS = 2
+"""A second try, since the worker may have died for another reason."""
 ISOLATION_SLACK = 10.0
 """Factor on the stall timeout while a shard is isolated: its child process loads the model first,
 and each image may take as long as a whole attempt."""
 HEARTBEAT_S = 2.0
-"""How often actors are asked how far they are."""
+"""Seconds between two requests for the progress of busy workers."""
 OVERHEAD_BYTES = 2**20
-"""What a shard costs besides its bytes."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at one shard."""
-
-    shard: Shard
-    number: int
-    alone: bool
-    isolation_timeout_s: float | None = None
-    """Try each image by itself first, for at most so long."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """An actor can take shards."""
-
-    actor: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """An actor committed a shard."""
-
-    actor: str
-    shard_id: str
-    result: ShardResult
-
-
-@dataclass(frozen=True)
-class Died:
-    """An actor is gone; the workers place another if one is wanted."""
-
-    actor: str
-    reason: str
-    node_lost: bool = False
-    """Its node went, so no shard is to blame."""
-    is_overdue: bool = False
-    """It was ended because its attempt did not."""
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """How far the shards of an actor are."""
-
-    actor: str
-    steps: dict[str, int]
-    """By shard under way: images decoded and batches done, so far."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A shard cannot be done; the actor lives."""
-
-    actor: str
-    shard_id: str
-    reason: str
-
-
-Event = Ready | Done | Refused | Heartbeat | Died
+"""Cost of a shard besides its bytes, so that the rate of tiny shards is not absurd."""
 
 
 @dataclass
 class StallTimeout:
-    """How long an attempt may stand still: as long as storage may take until it gives up, a while
-    beyond that, and the time that a whole shard of its size takes at the rate of this run.
+    """Seconds without a step after which an attempt is overdue: the storage deadline, plus
+    ``errors.stall_s``, plus the time that a shard of its size takes at the rate of this run.
     """
 
     least_s: float
@@ -100,31 +42,31 @@ class StallTimeout:
     bytes: int = 0
 
     def limit_s(self, shard: Shard) -> float:
-        """After so long without a step an attempt counts as hanging."""
+        """Timeout for one attempt at a shard."""
         rate = self.seconds / self.bytes if self.bytes else 0.0
         return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
 
     def learn(self, shard: Shard, seconds: float) -> None:
-        """An attempt came to an end after so long."""
+        """Add a completed attempt to the rate."""
         self.seconds += seconds
         self.bytes += shard.bytes + OVERHEAD_BYTES
 
 
 @dataclass
 class Progress:
-    """Over the oldest attempt of an actor."""
+    """Progress of the oldest attempt of a worker."""
 
     since: float
-    """When it became that."""
+    """Time at which it became the oldest."""
     heard: float
-    """When it made its last step."""
+    """Time of its last step."""
     steps: int = 0
-    """How far it was then."""
+    """Steps made until then."""
 
 
 @dataclass
 class Scheduler:
-    """The shards of a plan on their way from waiting to committed."""
+    """State of all shards of a plan, from waiting to committed."""
 
     waiting: deque[Shard]
     max_attempts: int
@@ -133,27 +75,27 @@ class Scheduler:
     retry_alone: deque[Shard] = field(default_factory=deque)
     isolating: deque[Shard] = field(default_factory=deque)
     in_flight: dict[str, list[Attempt]] = field(default_factory=dict)
-    """By actor, the oldest first; an actor that is absent here is not ready."""
+    """Attempts by ready worker, the oldest first."""
     set_aside: dict[str, str] = field(default_factory=dict)
-    """Shard id → why nobody will try it again in this session."""
+    """Reason by id of each shard that this session will not try again."""
     failure_count: Counter[str] = field(default_factory=Counter)
     attempts: Counter[str] = field(default_factory=Counter)
     is_stopped: bool = False
     failed_starts: int = 0
-    """Actors that died before they were ready, one after the other, while none was."""
+    """Workers in a row that died before they were ready, while no other was ready."""
     _isolation_counts: Counter[str] = field(default_factory=Counter)
     _progress: dict[str, Progress] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
-        """All shards of a plan waiting, the largest first."""
+        """Create a scheduler with all shards waiting, the largest first."""
         waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
         least_s = max(storage.deadline_s + errors.stall_s, 3 * HEARTBEAT_S)
         return cls(waiting, errors.max_attempts, StallTimeout(least_s))
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing waits and nothing is under way."""
+        """Whether no shard is open."""
         return not self.open
 
     @property
@@ -163,84 +105,86 @@ class Scheduler:
 
     @property
     def useful(self) -> int:
-        """How many actors can have something to do: what an actor holds, no other can begin."""
+        """Number of workers that hold a shard or could get one."""
         return self._left + sum(map(bool, self.in_flight.values()))
 
     @property
     def _left(self) -> int:
         return len(self.waiting) + len(self.retry_alone) + len(self.isolating)
 
-    def has_use_for(self, actor: str) -> bool:
-        """Whether an actor holds a shard or may get one."""
-        return bool(self._left or self.in_flight[actor])
+    def has_use_for(self, worker: str) -> bool:
+        """Whether a worker holds a shard or may get one."""
+        return bool(self._left or self.in_flight[worker])
 
     def stop(self) -> None:
-        """Begin nothing any more; what is under way comes to its end."""
+        """Begin no further shard; those in flight are completed."""
         self.is_stopped = True
         for line in (self.waiting, self.retry_alone, self.isolating):
             line.clear()
 
-    def next_for(self, actor: str, actors: int = 0) -> Attempt | None:
-        """What a ready actor should begin now, if anything; of ``actors``, some may be starting."""
-        held = self.in_flight[actor]
+    def next_for(self, worker: str, workers: int = 0) -> Attempt | None:
+        """Take the next attempt for a ready worker, if any; ``workers`` counts starting ones too."""
+        held = self.in_flight[worker]
         if any(attempt.alone for attempt in held) or len(held) >= PREFETCH:
             return None
-        if held and len(self.waiting) < max(actors, len(self.in_flight)):
+        if held and len(self.waiting) < max(workers, len(self.in_flight)):
             return None
         if not held and self.isolating:
-            return self._begin(actor, self.isolating.popleft(), alone=True, isolating=True)
+            return self._begin(worker, self.isolating.popleft(), alone=True, isolating=True)
         if not held and self.retry_alone:
-            return self._begin(actor, self.retry_alone.popleft(), alone=True)
+            return self._begin(worker, self.retry_alone.popleft(), alone=True)
         if self.waiting:
-            return self._begin(actor, self.waiting.popleft(), alone=False)
+            return self._begin(worker, self.waiting.popleft(), alone=False)
         return None
 
     def note(self, event: Ready | Refused | Heartbeat | Died) -> None:
-        """Something happened to an actor; commits are told to ``done``."""
+        """Handle an event other than ``Done``."""
         match event:
-            case Ready(actor):
-                self.in_flight[actor] = []
+            case Ready(worker):
+                self.in_flight[worker] = []
                 self.failed_starts = 0
-            case Refused(actor, shard_id, reason):  # only the actor could tell
-                self._take_back(actor, shard_id)
+            case Refused(
+                worker, shard_id, reason
+            ):  # the input changed, or its images cannot be isolated
+                self._take_back(worker, shard_id)
                 self.set_aside[shard_id] = reason
-            case Heartbeat(actor, steps) if held := self.in_flight.get(actor):
-                progress, now = self._progress[actor], steps.get(held[0].shard.shard_id, 0)
+            case Heartbeat(worker, steps) if held := self.in_flight.get(worker):
+                progress, now = self._progress[worker], steps.get(held[0].shard.shard_id, 0)
                 if now != progress.steps:
                     progress.steps, progress.heard = now, self.clock()
             case Died():
                 self.died(event)
 
-    def done(self, actor: str, shard_id: str) -> Attempt:
-        """A shard was committed; returns the attempt that did it."""
-        since = self._progress[actor].since
-        attempt, was_oldest = self._take_back(actor, shard_id)
+    def done(self, worker: str, shard_id: str) -> Attempt:
+        """Record a commit; return the attempt that made it."""
+        since = self._progress[worker].since
+        attempt, was_oldest = self._take_back(worker, shard_id)
         if was_oldest and attempt.isolation_timeout_s is None:
             self.stall_timeout.learn(attempt.shard, self.clock() - since)
         return attempt
 
     def exclude_pause(self, seconds: float) -> None:
-        """Nobody was listened to for so long."""
+        """Exclude a pause of the loop, during which no event was received, from all timeouts."""
         for progress in self._progress.values():
             progress.since += seconds
             progress.heard += seconds
 
     def overdue(self) -> Iterator[tuple[str, str]]:
-        """Actors whose oldest attempt stands still, and what to say of it."""
-        for actor, held in list(self.in_flight.items()):
+        """Yield each worker whose oldest attempt has made no step for too long, with the reason."""
+        for worker, held in list(self.in_flight.items()):
             if not held:
                 continue
             limit_s = self.stall_timeout.limit_s(held[0].shard)
             limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
-            if self.clock() - self._progress[actor].heard > limit_s:
-                self._progress[actor].heard = self.clock()
+            if self.clock() - self._progress[worker].heard > limit_s:
+                self._progress[worker].heard = self.clock()
                 name = held[0].shard.uri or held[0].shard.shard_id
-                yield actor, f"shard {name} has made no step for {limit_s:.0f} s"
+                yield worker, f"shard {name} has made no step for {limit_s:.0f} s"
 
     def died(self, event: Died) -> None:
-        """Take back what a dead actor held, and judge it."""
-        is_failed_start = event.actor not in self.in_flight and not event.node_lost
-        held = self.in_flight.pop(event.actor, [])
+        """Take back the shards of a dead worker and decide how each is retried."""
+        is_failed_start = event.worker not in self.in_flight and not event.node_lost
+        held = self.in_flight.pop(event.worker, [])
         if is_failed_start and not self.in_flight:
             self.failed_starts += 1
         for attempt in held if not self.is_stopped else ():
@@ -256,7 +200,7 @@ class Scheduler:
             if self._isolation_counts[name] < MAX_ISOLATIONS:
                 self.isolating.append(shard)
             else:
-                reason = f"its images were tried one by one, and even so: {event.reason}"
+                reason = f"it still crashes workers after its images were isolated: {event.reason}"
                 self.set_aside[name] = reason
         elif event.node_lost:
             self.waiting.appendleft(shard)
@@ -267,19 +211,19 @@ class Scheduler:
         else:
             self.retry_alone.append(shard)
 
-    def _begin(self, actor: str, shard: Shard, alone: bool, isolating: bool = False) -> Attempt:
+    def _begin(self, worker: str, shard: Shard, alone: bool, isolating: bool = False) -> Attempt:
         self.attempts[shard.shard_id] += 1
         isolation_timeout_s = self.stall_timeout.limit_s(shard) if isolating else None
         attempt = Attempt(shard, self.attempts[shard.shard_id], alone, isolation_timeout_s)
-        if not self.in_flight[actor]:
-            self._progress[actor] = Progress(self.clock(), self.clock())
-        self.in_flight[actor].append(attempt)
+        if not self.in_flight[worker]:
+            self._progress[worker] = Progress(self.clock(), self.clock())
+        self.in_flight[worker].append(attempt)
         return attempt
 
-    def _take_back(self, actor: str, shard_id: str) -> tuple[Attempt, bool]:
-        """The attempt, and whether it was the oldest; then the next one is."""
-        held = self.in_flight[actor]
+    def _take_back(self, worker: str, shard_id: str) -> tuple[Attempt, bool]:
+        """Remove an attempt of a worker; return it, and whether it was the oldest."""
+        held = self.in_flight[worker]
         place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
         if place == 0:
-            self._progress[actor] = Progress(self.clock(), self.clock())
+            self._progress[worker] = Progress(self.clock(), self.clock())
         return held.pop(place), place == 0

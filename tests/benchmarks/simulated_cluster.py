@@ -22,7 +22,8 @@ from jobs.backends.actors import JOIN, RayActors
 from jobs.backends.placement import Placement
 from jobs.backends.version import CodeVersion, code_version
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Attempt, Event, Ready, Scheduler
+from jobs.scheduler.events import Attempt, Event, Ready
+from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.loading import build
 from unet_core.config.predict import ErrorsConfig, PredictConfig
 from unet_core.config.sections import StorageConfig

@@ -296,7 +296,7 @@ def _charge_innocent() -> None:
     died = Scheduler.died
 
     def judge(board: Scheduler, event: Any) -> None:
-        for attempt in board.in_flight.get(event.actor, [])[:-1]:
+        for attempt in board.in_flight.get(event.worker, [])[:-1]:
             shard_id = attempt.shard.shard_id
             board.failure_count[shard_id] = board.failure_count.get(shard_id, 0) + 1
         died(board, event)

@@ -25,7 +25,8 @@ import pandas
 
 from jobs import cli, predict
 from jobs.backends import inline
-from jobs.scheduler.scheduler import Died, Scheduler
+from jobs.scheduler.events import Died
+from jobs.scheduler.scheduler import Scheduler
 from tests.chaos.faults import PLAN, PLANTS, Plan
 from unet_core.config.loading import build
 from unet_core.config.predict import PredictConfig
@@ -305,7 +306,7 @@ def _watch_deaths(deaths: list[dict[str, Any]]) -> None:
     judge = Scheduler.died
 
     def died(board: Scheduler, event: Died) -> None:
-        held = [attempt.shard.shard_id for attempt in board.in_flight.get(event.actor, [])]
+        held = [attempt.shard.shard_id for attempt in board.in_flight.get(event.worker, [])]
         before = dict(board.failure_count)
         judge(board, event)
         failure_count = [

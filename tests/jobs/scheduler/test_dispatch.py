@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import PREFETCH, Died, Done, Ready
+from jobs.scheduler.events import Died, Done, Ready
+from jobs.scheduler.scheduler import PREFETCH
 from tests.support.runs import board_of, shard
 from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import WorkersError
@@ -141,7 +142,7 @@ def test_a_shard_that_kills_even_on_trial_is_set_aside():
     scheduler, workers, done = run("abcdef", killers={"c": 99}, incurable=frozenset("c"))
     assert sorted(done) == list("abdef")
     assert scheduler.set_aside == {
-        "c": "its images were tried one by one, and even so: killed by c"
+        "c": "it still crashes workers after its images were isolated: killed by c"
     }
     assert Counter(name for name, _ in workers.started)["c"] == 5
 
@@ -156,7 +157,7 @@ def test_what_does_not_come_to_an_end_goes_on_trial_after_hanging_once_alone():
 
 
 def test_actors_that_never_become_ready_stop_the_run():
-    with pytest.raises(WorkersError, match="3 actors died while starting: cannot load"):
+    with pytest.raises(WorkersError, match="3 workers died while starting: cannot load"):
         run("abc", actors=1, dead_on_arrival=3)
     _, _, done = run("abc", actors=1, dead_on_arrival=2)
     assert sorted(done) == list("abc")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobs.scheduler.scheduler import Died, Heartbeat, Ready, Refused, StallTimeout
+from jobs.scheduler.events import Died, Heartbeat, Ready, Refused
+from jobs.scheduler.scheduler import StallTimeout
 from tests.support.runs import board_of, shard
 from unet_core.config.predict import ErrorsConfig
 
@@ -63,7 +64,9 @@ def test_a_trial_that_comes_to_no_end_is_held_once_more_and_a_lost_node_does_not
         assert (attempt.isolation_timeout_s is not None) == (number > 0)
         assert not scheduler.set_aside
         scheduler.note(Died(f"actor-{number}", "it died", node_lost))
-    assert scheduler.set_aside == {"a": "its images were tried one by one, and even so: it died"}
+    assert scheduler.set_aside == {
+        "a": "it still crashes workers after its images were isolated: it died"
+    }
 
 
 def test_a_stopped_board_begins_nothing_and_keeps_what_is_under_way():
@@ -110,9 +113,9 @@ def test_the_last_shards_are_shared_out_rather_than_held_by_one():
 def test_an_actor_holds_no_shard_that_one_still_starting_could_begin():
     scheduler = board_of([shard(name) for name in "ab"])
     scheduler.in_flight = {"first": []}
-    assert scheduler.next_for("first", actors=2) is not None
-    assert scheduler.next_for("first", actors=2) is None
-    assert scheduler.next_for("first", actors=1) is not None
+    assert scheduler.next_for("first", workers=2) is not None
+    assert scheduler.next_for("first", workers=2) is None
+    assert scheduler.next_for("first", workers=1) is not None
 
 
 def test_what_an_actor_holds_makes_no_other_useful():
