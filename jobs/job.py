@@ -1,4 +1,4 @@
-"""A config, checked against its checkpoint, input and run folder; still no torch, no Ray."""
+"""A resolved config: checked against its checkpoint, input and run folder. No torch, no Ray."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 @dataclass(frozen=True)
 class Job:
-    """A checked config: what is to be segmented, with what, and where to."""
+    """A resolved config: what to segment, with which network, and where results go."""
 
     config: PredictConfig
     header: Header
@@ -25,7 +25,7 @@ class Job:
     tile_grid: TileGrid
 
     def record(self, compute: Compute) -> Record:
-        """What ``run.json`` will say."""
+        """Record for ``run.json``."""
         return Record(
             identity=identity(
                 self.config, self.source, self.model_sha256, self.header, self.tile_grid
@@ -37,11 +37,11 @@ class Job:
         )
 
     def replica(self, cpus: float) -> ReplicaSpec:
-        """What it takes to build one replica on ``cpus`` cores."""
+        """Everything needed to build one replica on ``cpus`` cores."""
         return ReplicaSpec(self.config, self.source, self.model_sha256, max(1, int(cpus)))
 
     def footer(self, record: Record) -> dict[str, str]:
-        """What every part says of the run."""
+        """Footer of every part."""
         kept = self.config.output.probabilities
         return schema.footer(self.header, self.model_sha256, record.fingerprint, kept)
 

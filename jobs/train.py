@@ -1,4 +1,4 @@
-"""``unet-jobs train``, top to bottom: the same story in this process and on ranks of a cluster."""
+"""``unet-jobs train``, top to bottom: the same code in this process and on ranks of a cluster."""
 
 import contextlib
 import logging
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training left."""
+    """Result of a training."""
 
     best: str
-    """Where the best weights are."""
+    """Path of the best weights."""
     position: Position
     was_finished: bool
-    """There was nothing to do: an earlier session had finished the training."""
+    """An earlier session had finished the training; nothing was done."""
     report: str
-    """Where the page about the training is, if there is one."""
+    """Path of the HTML report, if one was written."""
 
 
 def train(config: TrainConfig) -> Trained:
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> Trained:
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
-    """What happens in this process, or on the first of the ranks of a Ray cluster."""
+    """Events of the training in this process, or of the first rank on a Ray cluster."""
     if session.is_inline(config.workers):
         return fit(config, wants_stop=wants_stop)
     from jobs.backends.ddp import fit_on_ranks

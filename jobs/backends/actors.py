@@ -1,6 +1,6 @@
-"""The workers of a Ray cluster: one replica in each actor, placed at once, replaced when it dies.
+"""Workers on a Ray cluster: one replica in each actor, replaced when it dies.
 
-An actor raises only bugs: what stops a run, or makes the actor useless, it returns.
+Expected errors are returned, so that Ray does not wrap them; only bugs are raised.
 """
 
 import logging
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 NODE_COUNT_S = 5.0
-"""How often the nodes of the cluster are counted."""
+"""Seconds between two counts of the cluster's nodes: fast enough for autoscaling."""
 PLACING_WARNING_S = 30.0
 UNREACHABLE_S = 60.0
-"""How long an actor may be out of reach before it is given up."""
+"""Seconds that an actor may be unreachable before it is removed."""
 JOIN, START, CONFIGURE, PING, HEARTBEAT = "join", "start", "configure", "ping", "heartbeat"
 MOST_HEARTBEATS = 50
-"""A second, of all actors together."""
+"""Per second, over all actors: a driver of 500 actors asks each every ten seconds."""
 NODE_DIED = "its node has died"
-"""What Ray says of an actor that had not yet told where it is."""
+"""Ray's message for an actor that died with its node before it reported the node."""
 
 
 class SegmentActor:
-    """A replica behind Ray's calls."""
+    """The Ray actor: holds one replica."""
 
     def __init__(self, spec: ReplicaSpec, run: str) -> None:
         self._spec = spec
@@ -53,15 +53,13 @@ class SegmentActor:
         self._segmenter: ShardSegmenter | None = None
 
     def join(self, level: int) -> tuple[str, CodeVersion]:
-        """Say on which node it is and what code it runs, before it loads anything; log from
-        ``level`` on.
-        """
+        """Return node id and code version, before anything is loaded; log from ``level`` on."""
         logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
         return ray.get_runtime_context().get_node_id(), code_version()
 
     @session.returns_errors
     def start(self) -> Compute:
-        """Load the model; returns what it computes with."""
+        """Load the model; return its ``compute`` section."""
         from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
 
         self._replica = Replica(self._spec)
@@ -69,14 +67,14 @@ class SegmentActor:
 
     @session.returns_errors
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Fix what the run has decided."""
+        """Set what the run has recorded."""
         from unet_core.inference.shard_segmenter import ShardSegmenter
 
         assert self._replica is not None
         self._segmenter = ShardSegmenter(self._replica, compute, footer)
 
     def heartbeat(self) -> dict[str, int]:
-        """How far its shards are."""
+        """Steps made by each shard in flight."""
         return dict(self._segmenter.steps) if self._segmenter is not None else {}
 
     @session.returns_errors
@@ -94,10 +92,9 @@ class SegmentActor:
 
 
 class RayActors:
-    """All actors of a run: as many as are wanted while nodes come and go.
+    """All actors of a run; their number follows the nodes of the cluster.
 
-    A dead one gets no work again; its replacement does once it is ready. ``only_here``: on the
-    driver's node alone.
+    A dead actor is replaced by a new one. ``only_here``: place them on the driver's node alone.
     """
 
     def __init__(
@@ -124,10 +121,10 @@ class RayActors:
         self._handles: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}
         self._calls: dict[Any, tuple[str, str | Attempt]] = {}
-        """Every call under way: its reference → (actor, attempt or step of its start)."""
+        """Calls in flight: reference → (actor, attempt or stage of its start)."""
         self._computes: dict[str, Compute] = {}
         self._unreachable_since: dict[str, float] = {}
-        """Actors out of reach, since when."""
+        """Time since when each unreachable actor is unreachable."""
         self._configuration: tuple[Compute, dict[str, str]] | None = None
         self._last_answer_at = self._last_node_count_at = self._last_heartbeat_at = time.monotonic()
         self._capacity = placement.actors
@@ -135,7 +132,7 @@ class RayActors:
         self._grow()
 
     def probe(self) -> Compute:
-        """The ``compute`` section of the first actor that is loaded.
+        """Return the ``compute`` section of the first actor that is loaded.
 
         Raises WorkersError if actors die while loading.
         """
@@ -151,38 +148,38 @@ class RayActors:
         return next(iter(self._computes.values()))
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Fix what the run has decided, for the actors of today and for their replacements."""
+        """Set what the run has recorded, for present actors and their replacements."""
         self._configuration = (compute, footer)
         for name in self._computes:
             self._call(name, CONFIGURE, "configure", compute, footer)
 
     def submit(self, actor: str, attempt: Attempt) -> None:
-        """Let a ready actor begin a shard."""
+        """Begin a shard on a ready actor."""
         log.debug("submit shard=%s attempt=%d actor=%s",
                   attempt.shard.shard_id, attempt.number, actor)  # fmt: skip
         self._call(actor, attempt, "segment", attempt)
 
     def want(self, actors: int, shards: int) -> int:
-        """Have as many actors as the cluster can hold or get, and as can have a shard."""
+        """Place actors as far as nodes have room and shards are open."""
         self._useful = actors
         self._prometheus.open(shards)
         for name in [name for name in self._handles if name not in self._nodes]:
-            if len(self._handles) > actors:  # it asks for a node that would come for nothing
+            if len(self._handles) > actors:  # its pending placement would add a node for nothing
                 self._end(name)
         self._grow()
         return len(self._nodes)
 
     def release(self, actor: str) -> None:
-        """End an actor that nothing is left for."""
+        """End an actor that no shard is left for."""
         log.info("release run=%s actor=%s", self._run, actor)
         self._end(actor)
 
     def give_up(self, actor: str, reason: str) -> Died:
-        """End an actor whose attempt does not."""
+        """End an actor whose attempt makes no step."""
         return replace(self._remove(actor, reason), is_overdue=True)
 
     def events(self) -> Iterator[Event]:
-        """Wait up to a second and give what happened."""
+        """Wait up to a second and yield what happened."""
         self._grow()
         self._ask_for_heartbeats()
         calls = list(self._calls)
@@ -197,17 +194,17 @@ class RayActors:
         answers = [(reference, session.get_result(reference)) for reference in ready]
         died = ray.exceptions.RayError | session.CrashError
         answers.sort(key=lambda found: isinstance(found[1], died))
-        for reference, answer in answers:  # what was done counts before what died
+        for reference, answer in answers:  # commits count before deaths
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
 
     def close(self) -> None:
-        """End all actors; what they had not committed is done again next time."""
+        """End all actors; shards in flight are abandoned."""
         for handle in self._handles.values():
             ray.kill(handle, no_restart=True)
 
     def _grow(self) -> None:
-        """Place what is wanted and not yet there; nodes may have joined."""
+        """Place missing actors; nodes may have joined."""
         if time.monotonic() - self._last_node_count_at > NODE_COUNT_S:
             self._last_node_count_at = time.monotonic()
             nodes = session.available_resources(self._workers, self._only_here)
@@ -220,7 +217,7 @@ class RayActors:
             self._call(name, JOIN, "join", log.getEffectiveLevel())
 
     def _ask_for_heartbeats(self) -> None:
-        """Now and then ask actors that are at work how far they are."""
+        """Request heartbeats from busy actors, at the rate of ``MOST_HEARTBEATS``."""
         every_s = max(HEARTBEAT_S, len(self._handles) / MOST_HEARTBEATS)
         if time.monotonic() - self._last_heartbeat_at < every_s:
             return
@@ -236,7 +233,7 @@ class RayActors:
 
     def _receive(self, name: str, what: str | Attempt, answer: Any) -> Iterator[Event]:
         if what == HEARTBEAT:
-            if isinstance(answer, dict):  # else what it works on tells what became of it
+            if isinstance(answer, dict):  # else the call of its attempt reports the failure
                 yield Heartbeat(name, answer)
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._check_unreachable(name, str(answer))
@@ -258,7 +255,7 @@ class RayActors:
             yield from self._started(name, what, answer)
 
     def _started(self, name: str, step: str, answer: Any) -> Iterator[Ready]:
-        """An actor has come one step further on its way to be ready."""
+        """Begin the next stage of an actor's start."""
         if step == JOIN:
             self._nodes[name], code = answer
             code_version().require(code, f"node {self._nodes[name][:12]}")
@@ -272,8 +269,8 @@ class RayActors:
             yield Ready(name)
 
     def _check_unreachable(self, name: str, reason: str) -> Iterator[Died]:
-        """An actor cannot be reached: ask it again until it is known whether it, or its node,
-        died, since only one of them is a shard's fault.
+        """Ping an unreachable actor until it is known whether the actor or its node died: only the
+        death of an actor may count as a failure of a shard.
         """
         self._unreachable_since.setdefault(name, time.monotonic())
         self._drop_calls(name)
@@ -283,9 +280,7 @@ class RayActors:
             yield self._remove(name, reason, node_lost=True)
 
     def _remove(self, name: str, reason: str, node_lost: bool = False) -> Died:
-        """Forget an actor that is dead or of no use, which it then is; the next look places
-        another if it is wanted.
-        """
+        """Kill and forget an actor; the next count of nodes places another if one is needed."""
         node = self._end(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         is_told = NODE_DIED in reason
@@ -297,7 +292,7 @@ class RayActors:
         return Died(name, reason, node_lost)
 
     def _end(self, name: str) -> str | None:
-        """End an actor, if it lives, and drop all that is known of it; returns its node."""
+        """Kill an actor and drop its state; return its node."""
         ray.kill(self._handles.pop(name), no_restart=True)
         self._drop_calls(name)
         self._prometheus.gone(name)

@@ -1,7 +1,7 @@
 """The ranks of a training on a Ray cluster, placed and restarted by Ray Train.
 
-Ranks raise only what Ray Train is to answer by a restart: an error of this project ends all of
-them in peace and is sent to the driver.
+A rank raises only errors that a restart may cure; a UnetJobsError ends all ranks normally and is
+sent to the driver.
 """
 
 import logging
@@ -35,28 +35,28 @@ PATIENCE_S = 24 * 3600
 
 
 class Mailbox:
-    """An actor in which the first rank leaves what happens, and learns whether it is to stop."""
+    """A Ray actor that carries events from the first rank to the driver, and stop requests back."""
 
     def __init__(self) -> None:
         self._said: list[Event | UnetJobsError] = []
         self._stops = False
 
     def say(self, *events: Event | UnetJobsError) -> bool:
-        """Leave messages, if any; whether to stop."""
+        """Append events; return whether to stop."""
         self._said.extend(events)
         return self._stops
 
     def hear(self, stops: bool) -> list[Event | UnetJobsError]:
-        """Take all messages; ask the ranks to stop."""
+        """Take all events; ``stops`` requests a stop of the ranks."""
         self._stops = stops
         said, self._said = self._said, []
         return said
 
 
 def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
-    """Run ``fit`` on ranks of a cluster; yields what happens on the first one.
+    """Run ``fit`` on the ranks of a cluster; yield the events of the first rank.
 
-    Raises what it raises, and WorkersError if ranks cannot be placed or die too often.
+    Raises what ``fit`` raises, and WorkersError if ranks cannot be placed or die too often.
     """
     shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
     with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
@@ -90,13 +90,13 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                 yield event
         if outcome:
             reason = " ".join(str(outcome[0]).split())[-600:]
-            raise WorkersError(f"the ranks could not go on: {reason}") from outcome[0]
+            raise WorkersError(f"the ranks failed: {reason}") from outcome[0]
 
 
 def _trainer(
     config: TrainConfig, ranks: int | tuple[int, int], each: Placement, mailbox: Any, folder: str
 ) -> Any:
-    """``folder``: for what Ray Train keeps of itself; ours lies in the output."""
+    """Create the trainer; ``folder`` holds Ray Train's own state."""
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -118,7 +118,7 @@ def _trainer(
 
 
 def _rank(arguments: dict[str, Any]) -> None:
-    """One rank, from the newest checkpoint to the end."""
+    """Run one rank, from the newest checkpoint to the end."""
     from ray.train.torch import get_device
 
     ranks = Ranks.joined()
@@ -136,18 +136,18 @@ def _rank(arguments: dict[str, Any]) -> None:
 
 
 class Reporter:
-    """What the first rank says to the driver, steps a few times a second and summed up."""
+    """Sends the first rank's events to the driver; steps are merged to two messages a second."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
         self._reply: Any = None
         self._asked = time.monotonic()
         self._step: Step | None = None
-        """All since the last message, as one."""
+        """All steps since the last message, merged."""
         self._stops = False
 
     def say(self, event: Event | UnetJobsError) -> None:
-        """Tell it now, or with the steps that follow."""
+        """Send an event, or merge a step with those that follow."""
         if isinstance(event, Step):
             self._step = _both(self._step, event)
             if self._step.seconds < WAIT_S:
@@ -159,8 +159,8 @@ class Reporter:
             self._stops = ray.get(self._mailbox.say.remote(event))
 
     def wants_stop(self) -> bool:
-        """What the driver last answered; never waits. Asks where nothing has been said for long: no
-        step is taken while images are looked at, or validate.
+        """Return the driver's last answer without waiting. Asks when no event was sent for a while:
+        no step is taken during the dataset scan and validation.
         """
         if self._reply is None and time.monotonic() - self._asked > WAIT_S:
             self._ask(self._mailbox.say.remote())
@@ -184,8 +184,7 @@ def _both(before: Step | None, step: Step) -> Step:
 
 
 def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
-    """How many ranks, or the fewest and the most, and what each gets: ``auto`` settled against the
-    cluster. Every rank has a crop of each batch.
+    """Resolve the number of ranks (or the fewest and the most) and the resources of each.
 
     Raises WorkersError if the ranks do not fit, ConfigError for a batch that is too small.
     """

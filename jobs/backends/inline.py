@@ -1,4 +1,4 @@
-"""The workers of ``workers.count = "inline"``: one replica on threads of this process, no Ray."""
+"""The worker of ``workers.count = "inline"``: one replica on threads of this process. No Ray."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 NAME = "inline"
 WAIT_S = 0.5
 STOP_S = 30.0
-"""How long a shard under way may take to notice that it is given up."""
+"""Seconds that a shard in flight gets to notice that the run was stopped."""
 
 
 class InlineWorkers:
-    """One actor that cannot die without this process."""
+    """A single worker, which lives as long as this process."""
 
     def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
         self._threads_before = torch.get_num_threads()
@@ -39,7 +39,7 @@ class InlineWorkers:
         return self._replica.probe()
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Fix what the run has decided."""
+        """Set what the run has recorded."""
         self._segmenter = ShardSegmenter(self._replica, compute, footer, self._on_image)
 
     def submit(self, actor: str, attempt: Attempt) -> None:
@@ -48,19 +48,19 @@ class InlineWorkers:
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
     def want(self, actors: int, shards: int) -> int:
-        """There is only the one."""
+        """Return 1: there is one worker."""
         return 1
 
     def release(self, actor: str) -> None:
-        """It ends with the run."""
+        """Do nothing: the worker ends with the run."""
 
     def give_up(self, actor: str, reason: str) -> None:
-        """A thread cannot be ended; say how to get past what hangs."""
+        """Warn: a thread cannot be ended, but a worker process can."""
         log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
                     "gives it a process that can be ended", reason)  # fmt: skip
 
     def events(self) -> Iterator[Event]:
-        """Ready once; then every shard that was committed. Errors are raised as they are."""
+        """Yield Ready once, then heartbeats and commits; errors are raised as they are."""
         if self._is_new:
             self._is_new = False
             yield Ready(NAME)
@@ -76,7 +76,7 @@ class InlineWorkers:
                 yield Refused(NAME, attempt.shard.shard_id, str(error))
 
     def close(self) -> None:
-        """Drop what has not begun and wait a while for what has; the rest is done next time."""
+        """Cancel shards that have not begun and wait ``STOP_S`` for those in flight."""
         if self._segmenter is not None:
             self._segmenter.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Where a job reads and writes, by the keys of its config, and who can see it there."""
+"""Paths of a config by key: absolute, and checked to be visible from all nodes."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,7 @@ ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
 
 
 def data_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
-    """Where a job reads and writes data: URIs by their keys in the config."""
+    """Data paths of a config: URIs by key."""
     return config.read_paths | {"output.uri": config.output.uri}
 
 

@@ -1,4 +1,4 @@
-"""How many actors a cluster gets, and what of its nodes each of them gets. Knows no Ray."""
+"""Number of actors on a cluster, and the resources of each. No Ray."""
 
 import logging
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Nodes = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Placement:
-    """How many actors, and what each gets."""
+    """Number of actors, and GPUs and CPUs of each."""
 
     actors: int
     gpus: float

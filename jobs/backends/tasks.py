@@ -1,8 +1,8 @@
-"""What is done once more with every committed shard of a run (evaluated, exported ...), on threads
-of this process or on all nodes of a Ray cluster.
+"""Maps a task (evaluate, export) over the committed shards of a run: on threads of this process, or
+as Ray tasks on all nodes of a cluster.
 
-A task keeps its own record of what is done, by shard, and does a shard the same way each time: the
-same command continues. No model is loaded, so no GPU is asked for.
+A task records which shards it has done, so the same command continues. No model is loaded, so no
+GPU is requested.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from unet_core.inputs.shards import Shard
 log = logging.getLogger(__name__)
 
 AHEAD = 2
-"""Shards asked for, for each core."""
+"""Ray tasks submitted for each core, so that none is idle."""
 RETRIES = 2
 WAIT_S = 0.5
 
@@ -31,27 +31,27 @@ Answers = Generator[tuple[Shard, int | session.Problem], None, None]
 
 
 class Task(Protocol):
-    """What is done with each shard; travels to the nodes."""
+    """A function of one shard with a record of its own; pickled to the nodes."""
 
     def done(self) -> set[str]:
-        """Ids of the shards that it has been done with."""
+        """Ids of the shards that are done."""
 
     def do(self, shard: Shard) -> int:
-        """Do one shard and publish what comes of it; returns how many images it had.
+        """Process one shard and publish the result; return its number of images.
 
         Raises ShardError if it cannot be done, NotFoundError or ParquetDamagedError if a part of it
-        is not what it should be; the others do not mind.
+        is damaged; other shards go on.
         """
 
 
 def run_tasks(
     task: Task, shards: list[Shard], config: PredictConfig, paths: dict[str, str], what: str
 ) -> dict[str, str]:
-    """Do a task with all shards that it is not done with.
+    """Run a task on all shards that it has not done.
 
-    ``paths``: what it reads and writes, by what people call it, which all nodes have to reach.
-    ``what``: shown to people, e.g. "evaluating". Returns the shards that could not be done, by path
-    or id, with the reason; raises any other error of this project.
+    ``paths``: what it reads and writes, by option or config key; all nodes must reach them.
+    ``what``: shown in the progress, e.g. "evaluating". Returns the shards that could not be done,
+    by path or id, with the reason; raises any other error of this project.
     """
     done = task.done()
     left = [shard for shard in shards if shard.shard_id not in done]
@@ -77,7 +77,7 @@ def run_tasks(
 
 
 def _here(task: Task, left: list[Shard], config: PredictConfig, paths: dict[str, str]) -> Answers:
-    """On threads. Whoever is stopped does not wait for what is under way."""
+    """Run on threads. On interrupt, shards in flight are abandoned."""
     pool = ThreadPoolExecutor(int(session.local_cpus(config.workers)) or 1)
     try:
         futures = {pool.submit(_done, code_version(), task, shard): shard for shard in left}
@@ -90,7 +90,7 @@ def _here(task: Task, left: list[Shard], config: PredictConfig, paths: dict[str,
 def _on_cluster(
     task: Task, left: list[Shard], config: PredictConfig, paths: dict[str, str]
 ) -> Answers:
-    """As calls of Ray on whatever node has a core, a few for each core at a time."""
+    """Run as Ray tasks on any node with a free core, ``AHEAD`` for each core at a time."""
     import ray
 
     with session.connected():

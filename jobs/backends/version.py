@@ -1,4 +1,4 @@
-"""Which code a process runs: version and a digest of the sources, so that no two are mixed."""
+"""The code version of a process: version and digest of the sources, equal on all nodes."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from unet_core.errors import WorkersError
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """A version of unet-jobs, and what its modules really say."""
+    """Version of unet-jobs and digest of its sources."""
 
     version: str
     digest: str
-    """Of all modules of ``jobs`` and ``unet_core``, by name."""
+    """SHA-256 over all modules of ``jobs`` and ``unet_core``, cut to 12 hex digits."""
 
     def __str__(self) -> str:
         return f"unet-jobs {self.version} (sources {self.digest})"
@@ -32,7 +32,7 @@ class CodeVersion:
 
 @lru_cache(maxsize=1)
 def code_version() -> CodeVersion:
-    """Of this process."""
+    """Code version of this process."""
     digest = hashlib.sha256()
     for package in (jobs, unet_core):
         root = Path(str(package.__file__)).parent

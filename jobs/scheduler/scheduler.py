@@ -123,7 +123,7 @@ class Scheduler:
             line.clear()
 
     def next_for(self, worker: str, workers: int = 0) -> Attempt | None:
-        """Take the next attempt for a ready worker, if any; ``workers`` counts starting ones too."""
+        """Take the next attempt for a ready worker; ``workers`` counts starting ones too."""
         held = self.in_flight[worker]
         if any(attempt.alone for attempt in held) or len(held) >= PREFETCH:
             return None
