@@ -1,1 +1,1 @@
-"""What is done with a finished run: evaluate, export, report, status."""
+"""Verbs of a finished run: evaluate, export, report, status."""

@@ -94,7 +94,7 @@ def write_previews(
 
 
 def _near(results: Results, missing: list[str]) -> dict[str, str]:
-    """For each id that is not there, one that has its stem within it."""
+    """For each unknown id, a known one that contains its stem."""
     found = dict.fromkeys(missing, "")
     for table in batches(results.run.store) if missing else ():
         for image_id in missing:

@@ -12,7 +12,7 @@ from unet_core.training.training_run import Position, TrainingRun, is_training
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands."""
+    """State of a run."""
 
     uri: str
     shards: int
@@ -21,12 +21,12 @@ class Status:
     totals: Totals
     class_names: tuple[str, ...]
     seconds: Seconds
-    """Where the time of about the last hour went."""
+    """Seconds by stage over about the last hour of work."""
 
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """How a training stands."""
+    """State of a training."""
 
     uri: str
     steps: int

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 TOKEN = Path(".ray") / "auth_token"
 """Below the home directory, where Ray keeps it."""
 PATIENCE_S = 600.0
-"""How long a cluster may be out of reach before following it is given up."""
+"""Seconds that a cluster may be unreachable before its job is no longer followed."""
 AGAIN_S = 2.0
 STOP_WAIT_S = 120
-"""What a stopped job gets to end by itself: a training saves a checkpoint."""
+"""Seconds that a stopped job gets to end by itself: a training saves a checkpoint."""
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CHATTERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -74,7 +74,7 @@ class Submitted:
     is_new: bool
     """False: it was at work already."""
     before: str = ""
-    """How the job before it ended."""
+    """End state of the job before it."""
 
 
 class JobServer:
@@ -138,7 +138,7 @@ class JobServer:
         return found
 
     def info(self, job_id: str) -> "JobInfo":
-        """How a job stands."""
+        """State of a job."""
         try:
             return self._ask(lambda: self._client.get_job_info(job_id))
         except UnknownError as error:
@@ -152,7 +152,7 @@ class JobServer:
         return str(self._client.get_job_logs(job_id))
 
     def tail(self, job_id: str) -> AsyncIterator[str]:
-        """What a job has written and writes, in pieces; raises what breaks."""
+        """Stream the output of a job in chunks; connection errors are raised as they are."""
         return self._client.tail_job_logs(job_id)
 
     def stop(self, job_id: str) -> None:

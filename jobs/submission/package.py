@@ -1,4 +1,4 @@
-"""What a submitted job takes along: its config, and the few files of this machine that it names."""
+"""The files of a submitted job: its config, and local files that the config names."""
 
 import hashlib
 import logging
@@ -26,17 +26,17 @@ class Package:
     files: dict[str, Path]
     overrides: list[str]
     flags: tuple[str, ...]
-    """Of the verb: ``--refresh`` and the like."""
+    """Flags of the verb, such as ``--refresh``."""
 
     @property
     def entrypoint(self) -> str:
-        """What the cluster runs."""
+        """Command line of the job."""
         verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
         words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
         return shlex.join(words)
 
     def digest(self, config: PredictConfig | TrainConfig) -> str:
-        """Of all that decides what the job does: its config, and what its files hold."""
+        """Digest of what decides the job's work: config, flags, contents of its files."""
         digest = hashlib.sha256(config.model_dump_json().encode())
         digest.update("\0".join(self.flags).encode())
         for name, path in sorted(self.files.items()):

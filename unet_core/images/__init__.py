@@ -1,1 +1,1 @@
-"""From bytes to pixels: what can be decoded, and how."""
+"""Image decoding: from bytes to pixels."""

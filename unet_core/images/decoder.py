@@ -1,4 +1,4 @@
-"""One image between its bytes and its tiles: decoded, in the network's colours, with its truth.
+"""Decodes images: from the bytes of a sample to pixels in the network's colors, with their truth.
 
 Large TIFFs are not decoded whole: their pixels and their truth are read by window.
 """
@@ -190,14 +190,14 @@ class Decoder:
 
 
 def unusable(why: object) -> ImageError:
-    """What is said of a truth that cannot be used; its image is none the worse for it."""
+    """Error of a truth that cannot be used; the image itself is still segmented."""
     return ImageError("truth", f"the mask cannot be used: {why}")
 
 
 def fitting(
     truth: Pixels | ImageError | None, shape: tuple[int, int]
 ) -> Pixels | ImageError | None:
-    """A truth, unless it has another shape than its image."""
+    """The truth, or an ImageError if its shape is not that of the image."""
     if isinstance(truth, Pixels) and truth.shape != shape:
         return unusable(f"it has shape {truth.shape}, the image {shape}")
     return truth

@@ -27,12 +27,12 @@ SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""
 CACHE_BYTES = 192 * 2**20
 HEADER_BYTES = 256 * 2**20
-"""What may be fetched to understand a header,"""
+"""Bytes that may be fetched to parse the headers of a file,"""
 TAG_BYTES = 32 * 2**20
 """and for one of its values, so that there are at most 8 million segments."""
 READ_BYTES = 2**18
 EXTRAS = {"thumbnail", "label", "macro", "map", "overview"}
-"""What slide scanners store beside the slide."""
+"""Names of images that slide scanners store beside the slide."""
 
 
 class LargeTiff:
@@ -47,7 +47,7 @@ class LargeTiff:
         config: InputConfig, as_labels: bool, cache_bytes: int,
     ) -> None:  # fmt: skip
         self.held_bytes = cache_bytes
-        """What it takes of memory."""
+        """Bytes held in memory."""
         self.shape = segments.shape
         """Height and width in pixels."""
         self._segments, self._page, self._is_stack = segments, page, is_stack

@@ -1,4 +1,4 @@
-"""From decoded pixels to what a network was trained on: colour conversion and normalisation.
+"""Preprocessing: color conversion and normalization, as the checkpoint requires them.
 
 The checkpoint says what it wants. Nothing here rounds or clips the pixels: a network receives
 ``(pixels - offset) * scale`` in float32, computed on the device from the image's own integers.
@@ -25,7 +25,7 @@ PIECE = 2**20
 
 
 class Preprocessing(Section):
-    """What a checkpoint wants from an image; part of its metadata and of the fingerprint."""
+    """Preprocessing of a checkpoint; part of its metadata and of the fingerprint."""
 
     color: Literal["gray", "rgb"] | Annotated[int, Field(ge=1)]
     """``gray``: RGB becomes luma (0.299 R + 0.587 G + 0.114 B, ITU-R 601); ``rgb``: gray is
@@ -137,7 +137,7 @@ def _ranks(values: int, wanted: Preprocessing) -> list[int]:
 
 
 def _counts(plane_HW: Array) -> Array:
-    """How often each value of the type occurs."""
+    """Histogram over all values of the integer type."""
     bins = int(np.iinfo(plane_HW.dtype).max) + 1
     return _total(np.bincount(piece, minlength=bins) for piece in _pieces(plane_HW))
 
@@ -196,7 +196,7 @@ def _percentiles_by_bits(
 
 
 def _key_counts(plane_HW: Array, top: int | None = None) -> Array:
-    """How often the upper halves of keys occur, or the lower halves of keys with this upper one."""
+    """Histogram of the upper halves of keys, or of the lower halves of keys with one upper half."""
     counts = np.zeros(2**16, dtype=np.int64)
     for values in _pieces(plane_HW):
         keys = _keys(values)

@@ -24,14 +24,14 @@ class Sample:
     read: Callable[[], bytes]
     read_mask: Callable[[], bytes] | None = None
     failure: ImageError | None = None
-    """Set where the reader already knows that there is nothing to decode."""
+    """Set by the reader where there is nothing to decode."""
     open: Callable[[], Ranged] | None = None
-    """Where the image is a file of its own, which need not be read whole."""
+    """Opens the image for range reads, if it is a file of its own."""
     open_mask: Callable[[], Ranged] | None = None
     encoded_bytes: int = 0
-    """What the image and its truth hold in memory before they are read: tars are streamed."""
+    """Bytes of image and truth that are in memory before decoding: tars are streamed."""
 
     @property
     def bare(self) -> "Sample":
-        """Its names alone, for what is left when everything is read."""
+        """The sample without its readers, which hold the encoded bytes."""
         return Sample(self.image_id, self.key, self.source_uri, bytes)

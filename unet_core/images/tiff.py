@@ -48,7 +48,7 @@ def decoding(what: str = "") -> Iterator[None]:
 
 
 def of_each(pages: Iterable[Any], finish: Callable[[Any], ResultT]) -> list[ResultT | ImageError]:
-    """What becomes of each page, or why nothing does; raises the ImageError of an only page."""
+    """Apply a function to each page; failures become ImageErrors, raised if there is one page."""
     found: list[ResultT | ImageError] = []
     for page in pages:
         try:
@@ -99,7 +99,7 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
 
 
 class Chain(list[int]):
-    """Where the pages of a file lie; grows as tifffile follows them, which never ends by itself."""
+    """Offsets of the pages of a file; refuses a page chain that runs in a circle."""
 
     def __init__(self, offsets: list[int]) -> None:
         super().__init__(offsets)
@@ -180,7 +180,7 @@ def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputCo
 
 
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
-    """How many planes with such axes there are."""
+    """Number of planes of an image with these axes."""
     sizes = zip(shape, axes, strict=True)
     return math.prod(size for size, axis in sizes if axis not in axes_of_a_plane)
 

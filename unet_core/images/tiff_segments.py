@@ -34,7 +34,7 @@ BLOCK_BYTES = 2**20
 
 
 class Segments:
-    """How planes of one layout are cut, and where the pieces come from."""
+    """The segments (strips or tiles) of planes of one layout, as byte ranges of a file."""
 
     side: tuple[int, int]
     """Rows and columns of a segment; those at the lower and right edge may be shorter."""

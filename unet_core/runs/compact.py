@@ -21,7 +21,7 @@ from unet_core.storage.store import Store
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
 GROUP_BYTES = 128 * 2**20
-"""In memory; a row group has so many, or a part more."""
+"""Bytes in memory per row group, plus at most one part."""
 PARTS = "parts"
 BATCH_ROWS = 8192
 

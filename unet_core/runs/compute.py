@@ -1,4 +1,4 @@
-"""What a replica is built from, and what it computes with. No torch, for the driver's sake."""
+"""Inputs of a replica, and the ``compute`` section of ``run.json``. No torch, for the driver."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from unet_core.inputs.shards import Source
 
 
 class Compute(BaseModel):
-    """What decides the bits of a mask besides the config; found once, then kept in ``run.json``."""
+    """Device properties that decide the bits of a mask; measured once, kept in ``run.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,11 +23,11 @@ class Compute(BaseModel):
     versions: dict[str, str]
 
     def batch_of(self, height: int, width: int) -> int:
-        """How many tiles of a shape make a batch."""
+        """Number of tiles of a shape in a batch."""
         return max(1, self.batch_pixels // (height * width))
 
     def require(self, other: "Compute") -> None:
-        """Refuse a device or versions that differ; raises RunMismatchError that names them."""
+        """Check that device and versions are equal; RunMismatchError names the differences."""
         mine, theirs = self.model_dump(), other.model_dump()
         differing = [
             f"compute.{key}: the run has {mine[key]}, this actor {theirs[key]}"
@@ -44,7 +44,7 @@ class Compute(BaseModel):
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What it takes to build a replica; travels to the actors."""
+    """Everything needed to build a replica; pickled to the actors."""
 
     config: PredictConfig
     source: Source

@@ -1,4 +1,4 @@
-"""What went wrong with images, by cause: what a person has to know when too many failed."""
+"""Failed images by cause, with examples: shown when too many failed."""
 
 from collections import defaultdict
 from collections.abc import Iterator

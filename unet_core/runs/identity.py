@@ -1,4 +1,4 @@
-"""Whose folder it is: the document that is published first and once, and what it is held against.
+"""The identity of a folder: a document that is published first and once, and compared on resume.
 
 Runs, trainings, evaluations and exports each create or join their folder by an identity.
 """
@@ -10,14 +10,14 @@ from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.storage.store import Store
 
 Identity = dict[str, Any]
-"""What makes two of a kind the same, by names that people know from the config."""
+"""Resolved values by config key; two runs (trainings, ...) are the same if all are equal."""
 ANOTHER_FOLDER = "give output.uri (--out) a new folder, or restore these keys"
 
 
 def create_or_read(store: Store, name: str, document: dict[str, Any]) -> dict[str, Any]:
-    """Publish a JSON document that says whose folder this is, or read the one that is there.
+    """Publish the JSON document that identifies a folder, or read the one that exists.
 
-    Raises StoreError if that is damaged.
+    Raises StoreError if the existing one is damaged.
     """
     if store.publish_exclusively(name, json.dumps(document, indent=1).encode() + b"\n"):
         return document
@@ -28,9 +28,9 @@ def create_or_read(store: Store, name: str, document: dict[str, Any]) -> dict[st
 
 
 def check_identity_or_empty(store: Store, mine: Identity | None, wanted: Identity) -> None:
-    """Refuse to mix two runs in one folder, or one with something else.
+    """Check that a folder is empty or has the ``wanted`` identity; ``mine`` is None if it has none.
 
-    Raises RunMismatchError with the keys that differ, ConfigError if the folder is of no run.
+    Raises RunMismatchError with the keys that differ, ConfigError if it holds other files.
     """
     if mine is None:
         require_empty(store)
@@ -41,7 +41,7 @@ def check_identity_or_empty(store: Store, mine: Identity | None, wanted: Identit
 def check_identity(
     where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
 ) -> None:
-    """Refuse another identity; raises RunMismatchError with the keys that differ."""
+    """Check that two identities are equal; raises RunMismatchError with the keys that differ."""
     differing = [
         f"  {key}: the {what} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
         for key in sorted({*mine, *wanted})
@@ -54,7 +54,7 @@ def check_identity(
 
 
 def require_empty(store: Store, kind: str = "run", key_of_place: str = "output.uri") -> None:
-    """Refuse a folder that holds something else; raises ConfigError."""
+    """Check that a folder holds no files; raises ConfigError that names one."""
     if not store.exists():
         return
     there = [e.name for e in store.list() if not e.name.rpartition("/")[2].startswith("_")]

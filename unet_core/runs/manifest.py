@@ -23,14 +23,14 @@ from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
-"""In a row group, where shards have members, since an actor reads a whole group for one of them."""
+"""Per row group where shards have members: a worker reads a whole group for one shard."""
 HEADS_PER_GROUP = 4096
 FOLDER = "manifest"
 HEADS = [name for name in MANIFEST.names if name != "members"]
 
 
 def manifest_name(generation: int) -> str:
-    """Where a run folder has the shards that came with its ``generation``-th listing."""
+    """Path of the manifest file of the ``generation``-th listing; 0 is the first."""
     return f"{FOLDER}/{generation:05d}.parquet"
 
 
@@ -126,7 +126,7 @@ def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]])
 
 
 def names(store: Store, heads: list[Shard]) -> Known:
-    """What the shards of a run are made of: every tar, Parquet file and loose image."""
+    """Names of every tar, Parquet file and loose image in the shards of a run."""
     found: set[str | tuple[str, str]] = {shard.uri for shard in heads if shard.uri}
     for generation in sorted({shard.generation for shard in heads if shard.has_members}):
         with store.open_parquet(manifest_name(generation)) as file:

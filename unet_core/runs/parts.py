@@ -91,7 +91,7 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> byte
     if kept == metrics:
         return kept
     _require_its_masks(store, shard_id)
-    if not _reduce(kept, metrics):
+    if not _differ_only_by_failures(kept, metrics):
         raise CommitConflictError(
             f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
             f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
@@ -114,7 +114,7 @@ def _require_its_masks(store: Store, shard_id: str) -> None:
         )
 
 
-def _reduce(kept: bytes, metrics: bytes) -> bool:
+def _differ_only_by_failures(kept: bytes, metrics: bytes) -> bool:
     """Whether two metrics parts differ only in images that circumstances failed in one of them."""
     both = [table_of(part).to_pylist() for part in (kept, metrics)]
     uncertain = {
@@ -149,7 +149,7 @@ def _footer(columns: pa.Schema) -> dict[str, str]:
 
 
 def read_footer(store: Store, name: str) -> dict[str, str]:
-    """What the footer of a Parquet file tells of it."""
+    """Key-value metadata in the footer of a Parquet file."""
     with store.open_parquet(name) as file:
         return _footer(file.schema_arrow)
 
@@ -167,8 +167,9 @@ def ids_in(store: Store, folder: str) -> set[str]:
 
 
 def current_ids(run: Store, store: Store, folder: str) -> set[str]:
-    """Of shards that have a file in a folder, made of their masks, those whose masks are the ones
-    that the run has now: one with failed images may have been done again since.
+    """Ids of shards whose file in ``folder`` was made from the masks that the run has now.
+
+    A shard with failed images may have been segmented again since.
     """
 
     def is_current(shard_id: str) -> bool:
@@ -180,7 +181,7 @@ def current_ids(run: Store, store: Store, folder: str) -> set[str]:
 
 
 def masks_sha256(store: Store, name: str) -> str | None:
-    """Of the masks that a file is of, as its footer tells; None if it cannot tell."""
+    """Digest of the masks part that a file was made from, by its footer; None without one."""
     with contextlib.suppress(NotFoundError, ParquetDamagedError):
         return read_footer(store, name).get("masks_sha256")
     return None

@@ -42,10 +42,10 @@ METRICS = "metrics.parquet"
 def identity(
     config: PredictConfig, source: Source, model_sha256: str, header: Header, tile_grid: TileGrid
 ) -> Identity:
-    """What makes two runs the same run, by the names that people know from the config.
+    """Identity of a run: resolved values by config key.
 
-    Whatever changes the bytes of a part or which shards there are, and nothing else: not workers,
-    not where the output lies.
+    It holds whatever changes the bytes of a part or the list of shards, and nothing else: neither
+    workers nor the path of the output.
     """
     settings = config.input.model_dump(exclude={"uri"}) | {
         "format": source.format,
@@ -99,7 +99,7 @@ class Run:
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         self.uri = uri.rstrip("/") or uri
-        """As people wrote it."""
+        """URI as given."""
         self.store = Store(uri, storage)
         self.record = self._read_record() if self.store.exists(RUN_JSON) else None
 
@@ -113,11 +113,14 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all shards were committed and the totals written."""
+        """Whether ``_SUCCESS`` was written: all shards are committed."""
         return self.store.exists(SUCCESS)
 
     def create_or_join(self, record: Record) -> Record:
-        """Publish ``run.json``; if another driver was first, its record counts."""
+        """Publish ``run.json``, or join the run of another driver that was first.
+
+        Raises RunMismatchError if that run has another identity.
+        """
         assert self.record is None
         if not self.store.has_one_winner():
             log.warning(
@@ -167,13 +170,14 @@ class Run:
         return sum(map_in_order(lambda name: read_totals(self.store, name), ids), Totals())
 
     def reopen(self) -> None:
-        """Take back that the run is finished, and what tells of its rows."""
+        """Remove ``_SUCCESS`` and ``metrics.parquet``."""
         self.store.remove(SUCCESS)
         self.store.remove(METRICS)
 
     def forget_failed(self, shards: list[Shard], is_there: Callable[[Shard], bool]) -> int:
-        """Take back the commits of shards with failed images, so that they are done again; returns
-        how many. What is no longer there as it was keeps its commit: it could not be done again.
+        """Remove the commits of shards with failed images, so that they are segmented again.
+
+        Returns their number. A shard whose file changed or is gone keeps its commit.
         """
         committed = self.committed()
         heads = [shard for shard in shards if shard.shard_id in committed]
@@ -187,8 +191,9 @@ class Run:
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:
-        """Whether these are all shards of the run, and committed: another driver may have added
-        some or taken commits back.
+        """Whether these are all shards of the run and all are committed.
+
+        Another driver may have added shards or removed commits.
         """
         generations = 1 + max((shard.generation for shard in shards), default=0)
         files = [entry for entry in self.store.list(FOLDER) if not is_temporary(entry.name)]

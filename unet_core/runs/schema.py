@@ -12,7 +12,7 @@ from unet_core.networks.header import Header
 
 SCHEMA_VERSION = "1"
 CONFIDENCE_UNIT = 65535
-"""What a probability of 1 counts in ``confidence_sum``."""
+"""Value of a probability of 1 in ``confidence_sum``: integers add up exactly in any order."""
 
 MEMBER = pa.struct(
     [
@@ -70,7 +70,7 @@ HISTORY = pa.schema(
         ("value", pa.float64()),
     ]
 )
-"""Of a training, a row for each number; ``class`` is null where it speaks of all."""
+"""History of a training, one row per value; ``class`` is null for values of all classes."""
 
 PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
 

@@ -31,7 +31,7 @@ ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
 TEMPORARY = ".tmp"
-"""How names of files that are not yet published end; they begin with ``_``."""
+"""Suffix of files that are not published yet; their names begin with ``_``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Store:
         return Store, (self.root if self.is_local else self._given, self.storage)
 
     def uri(self, name: str = "") -> str:
-        """Where an object is, as people and other programs write it."""
+        """URI of an object, in the form that other programs accept."""
         path = self._path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
@@ -81,7 +81,7 @@ class Store:
         return Entry(name, int(info["size"]), _etag_of(info))
 
     def exists(self, name: str = "") -> bool:
-        """Whether there is such an object or folder."""
+        """Whether an object or folder of this name exists."""
         if self.is_local:
             return os.path.exists(self._path(name))
         with contextlib.suppress(NotFoundError):
@@ -202,7 +202,7 @@ class Store:
             raise object_stores.refused("write", folder, error) from error
 
     def credentials(self) -> str:
-        """Where an S3 store's credentials come from, in botocore's words; empty if from nowhere."""
+        """Source of an S3 store's credentials, as botocore names it; empty if there are none."""
         if not self._is_s3:
             return ""
         from botocore.session import Session
@@ -211,9 +211,9 @@ class Store:
         return "" if found is None else str(found.method)
 
     def has_one_winner(self) -> bool:
-        """Whether this store keeps ``publish_exclusively``: some accept the second object too.
+        """Whether the store refuses a second object of one name, as ``publish_exclusively`` needs.
 
-        Local disks do, and are not asked. Elsewhere a small object is made twice and removed.
+        Local disks do. On others a small object is created twice, and removed.
         """
         if self.is_local:
             return True
@@ -301,7 +301,7 @@ class Store:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
-        """What lies right below a prefix; nothing where it is gone, unless all of the root is."""
+        """Entries directly below a prefix; none if it is gone. Raises if the whole root is gone."""
         where = str(self.fs.unstrip_protocol(path))
         try:
             found: list[dict[str, Any]] = object_stores.persist(
@@ -348,7 +348,7 @@ class Store:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is not yet published, or was left behind by who would have done so."""
+    """Whether a file is not published yet, or was left by a killed process."""
     base = name.rpartition("/")[2]
     return base.startswith("_") and base.endswith(TEMPORARY)
 
