@@ -49,7 +49,7 @@ def test_a_number_of_the_cpu_may_meet_any_tensor(there):
 
 
 def test_values_of_the_device_do_not_become_arrays(there):
-    for read in (lambda: there.numpy(), lambda: np.asarray(there)):
+    for read in (there.numpy, lambda: np.asarray(there)):
         with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
             read()
     assert there.cpu().numpy().tolist() == [0, 1, 2]

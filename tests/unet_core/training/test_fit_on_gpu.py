@@ -49,8 +49,8 @@ def trained(scenes, output, device, *overrides):
 
 def stop_after_a_step(config):
     taken = []
-    for event in fit(config, device=DEVICE, wants_stop=lambda: bool(taken)):
-        taken += [event] if isinstance(event, Step) else []
+    for event in fit(config, device=DEVICE, wants_stop=lambda: len(taken) > 0):
+        taken.extend([event] if isinstance(event, Step) else [])
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,14 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
-    [(augment, "curve_H3 = _curve(side).to(device)", "curve_H3 = _curve(side)", {"augmented": feed}),
+    [(augment, "curve_H3 = _curve(side).to(device)", "curve_H3 = _curve(side)",
+      {"augmented": feed}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
       "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": feed}),
      (losses, "torch.arange(logits, device=labels_NHW.device)", "torch.arange(logits)",
       {"one_hot": losses}),
-     (learner, "network.to(device, memory_format", "network.to(memory_format", {"Learner": fitting})],
+     (learner, "network.to(device, memory_format", "network.to(memory_format",
+      {"Learner": fitting})],
     ids=["curve", "centre", "classes", "network"],
 )  # fmt: skip
 def test_what_is_left_on_the_cpu_is_refused(
