@@ -124,6 +124,14 @@ def test_modules_move_and_learn_as_on_the_cpu(traffic):
     assert all(torch.equal(t, state[name].cpu()) for name, t in here.state_dict().items())
 
 
+def test_gradients_are_clipped_on_the_device(traffic):
+    network = nn.Linear(3, 2).to("cuda")
+    network(torch.ones(1, 3, device="cuda")).sum().backward()
+    traffic.clear()
+    assert nn.utils.clip_grad_norm_(network.parameters(), 0.1).is_cuda
+    assert traffic.counts == (0, 0, 0)
+
+
 def test_nothing_is_pretended_afterwards():
     cudnn = torch.backends.cudnn
     before = torch.cuda.is_available(), torch.autocast, torch.Generator, cudnn.deterministic

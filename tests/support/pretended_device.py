@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
@@ -254,6 +256,13 @@ class _Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
+def _grouped(tensors: list[list[Tensor | None]], with_indices: bool = False) -> dict[Any, Any]:
+    """Tensors of the device by device and dtype, where torch would tell that of their memory."""
+    groups = _group_tensors_by_device_and_dtype(tensors, with_indices)
+    is_there = any(isinstance(tensor, Pretended) for tensor in tensors[0])
+    return {(DEVICE if is_there else at, dtype): g for (at, dtype), g in groups.items()}
+
+
 def _synchronised(device: object = None) -> None:
     TRAFFIC.syncs.append(Crossing("synchronize"))
 
@@ -279,6 +288,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (cuda, "synchronize", _synchronised),
         (torch, "autocast", _Autocast),
         (torch, "Generator", _Generator),
+        (clip_grad, "_group_tensors_by_device_and_dtype", _grouped),
     ]
 
 
