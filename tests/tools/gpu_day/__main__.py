@@ -12,13 +12,13 @@ from tests.tools.gpu_day.day import Day, Section, Setup
 from tests.tools.gpu_day.machine import casts, device
 from tests.tools.gpu_day.model import forward, memory, overlap, shapes, variants
 from tests.tools.gpu_day.results import correct, same
-from tests.tools.gpu_day.runs import host, job, ray, train, trial
+from tests.tools.gpu_day.runs import host, isolation, job, ray, train
 
 SECTIONS: dict[str, Section] = {
     section.__name__: section
     for section in (
-        device, casts, correct, same, forward, shapes, memory, variants, overlap, host, trial, job,
-        train, ray,
+        device, casts, correct, same, forward, shapes, memory, variants, overlap, host,
+        isolation, job, train, ray,
     )
 }  # fmt: skip
 

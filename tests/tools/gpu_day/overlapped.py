@@ -70,7 +70,7 @@ class Pipeline:
         x_NCHW = (tiles_NCHW.float() * scale).to(self._engine.dtype)
         x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
         p_NHW = torch.sigmoid(self._engine.network(x_NCHW).float())[:, 0]
-        ids_NHW = p_NHW > self._engine.how.threshold
+        ids_NHW = p_NHW > self._engine.postprocessing.threshold
         chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
         sums_N = (chosen_NHW * CONFIDENCE_UNIT).round_().to(torch.int32).sum((1, 2))
         return ids_NHW.to(torch.uint8), sums_N

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tools.gpu_day.day import Setup
-from unet_core.geometry import tiles
+from unet_core.config.presets import preset
 from unet_core.images.preprocessing import Preprocessing
-from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.inference.engine import Batch, Engine, TileResult
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.networks.checkpoint import Header, palette_of, serialise
-from unet_core.networks.presets import preset
+from unet_core.networks.checkpoint import serialize
+from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 from unet_core.synthetic import nuclei
+from unet_core.tiling.geometry import tiles
 
 HIGHEST = {"uint8": 255, "uint16": 4095, "float32": 1}
 
@@ -75,7 +76,7 @@ def input_of(setup: Setup, engine: Engine, count: int, side: int) -> Tensor:
     return tiles_NCHW.contiguous(memory_format=torch.channels_last)
 
 
-def digest(results: list[Segmented]) -> str:
+def digest(results: list[TileResult]) -> str:
     """Of masks and confidences."""
     parts = (r.mask_HW.tobytes() + str(r.confidence_sum).encode() for r in results)
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
@@ -127,5 +128,5 @@ def checkpoint_of(setup: Setup, width: int, channels: int) -> str:
     """A checkpoint of a network with random weights."""
     network, header = trained_like(width, channels=channels)
     path = Path(setup.scratch) / f"width{width}-{channels}.safetensors"
-    path.write_bytes(serialise(network, header))
+    path.write_bytes(serialize(network, header))
     return str(path)

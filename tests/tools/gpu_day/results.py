@@ -13,7 +13,7 @@ import torch
 
 from tests.tools.gpu_day.day import Measurement, Setup
 from tests.tools.gpu_day.pieces import batch_of, digest, engine_of, trained_like
-from unet_core.inference.engine import Segmented
+from unet_core.inference.engine import TileResult
 
 MOST_DIFFERENT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 3e-2}
 """Share of a mask's pixels that may differ from those of the CPU in float32."""
@@ -86,7 +86,7 @@ def _repeated(setup: Setup, width: int, side: int, count: int, precision: str) -
     }
 
 
-def _is_equal(one: Segmented, other: Segmented) -> bool:
+def _is_equal(one: TileResult, other: TileResult) -> bool:
     same_ids = np.array_equal(one.mask_HW, other.mask_HW)
     return same_ids and one.confidence_sum == other.confidence_sum
 

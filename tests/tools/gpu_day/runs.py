@@ -12,21 +12,22 @@ from unittest import mock
 
 import numpy as np
 
-from jobs import session
-from jobs.bench import bench
+from jobs.backends import session
 from jobs.predict import predict
+from jobs.tools.bench import bench
 from tests.benchmarks.bare_training import bare, ours
 from tests.tools.gpu_day.day import Measurement, Setup
 from tests.tools.gpu_day.pieces import checkpoint_of, images_of
-from unet_core.config import PredictConfig, build
-from unet_core.inference.engine import Batch, Engine, Segmented
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
+from unet_core.config.train import TrainConfig
+from unet_core.inference.engine import Batch, Engine, TileResult
+from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
-from unet_core.inference.segment import Segmenter
-from unet_core.inference.trial import Trial
+from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
 from unet_core.networks import checkpoint
 from unet_core.runs.compute import ReplicaSpec
-from unet_core.train_config import TrainConfig
 
 
 def config_of(setup: Setup, images: Path, model: str, *overrides: str) -> PredictConfig:
@@ -56,11 +57,11 @@ def segmented(config: PredictConfig) -> dict[str, Any]:
     }
 
 
-def _empty(engine: Engine, batch: Batch) -> list[Segmented]:
+def _empty(engine: Engine, batch: Batch) -> list[TileResult]:
     """What a network that takes no time gives."""
     ids_HW = np.zeros(batch.tiles_NCHW.shape[2:], np.uint8)
     margin = engine.header.tiling.margin
-    return [Segmented(ids_HW[tile.kept(margin)], 1, is_finite=True) for tile in batch.keep]
+    return [TileResult(ids_HW[tile.kept(margin)], 1, is_finite=True) for tile in batch.keep]
 
 
 def host(setup: Setup) -> Iterator[Measurement]:
@@ -81,20 +82,22 @@ def _host(setup: Setup, kind: str, channels: int, cores: int) -> dict[str, Any]:
         return segmented(config)
 
 
-def trial(setup: Setup) -> Iterator[Measurement]:
+def isolation(setup: Setup) -> Iterator[Measurement]:
     """The child that tries images alone, with its memory limited beside the device."""
-    yield "guilty of sound images", functools.partial(_trial, setup)
+    yield "poison among sound images", functools.partial(_isolation, setup)
 
 
-def _trial(setup: Setup) -> int:
+def _isolation(setup: Setup) -> int:
     images = images_of(setup, 4, 64, "png", 1)
     model = checkpoint_of(setup, 2, 1)
     config = config_of(setup, images, model)
     source = open_source(config.input)
     replica = Replica(ReplicaSpec(config, source, checkpoint.digest(model), 1))
-    segmenter = Segmenter(replica, replica.probe(), {})
+    segmenter = ShardSegmenter(replica, replica.probe(), {})
     shard = next(iter(list_shards(source)))
-    found = Trial(replica.spec, segmenter.compute, segmenter.footer, shard, image_s=60.0).guilty()
+    found = Isolation(
+        replica.spec, segmenter.compute, segmenter.footer, shard, image_s=60.0
+    ).poison()
     assert not found, {place: str(failure) for place, failure in found.items()}
     return len(found)
 

@@ -8,15 +8,15 @@ import torch
 
 from tests.support.planted import planted
 from tests.support.pretended_device import DEVICE, NAME, pretended_device
-from unet_core.geometry import tiles
+from unet_core.config.presets import preset
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.inference import engine as engine_module
 from unet_core.inference.engine import Batch, Engine, choose_device
 from unet_core.inference.postprocessing import Postprocessing
-from unet_core.networks.checkpoint import Header, palette_of
-from unet_core.networks.presets import preset
+from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
+from unet_core.tiling.geometry import tiles
 
 CPU = torch.device("cpu")
 POSTPROCESSING = [
