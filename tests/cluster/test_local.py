@@ -64,9 +64,9 @@ def test_nodes_join_and_leave_on_loopback_and_nothing_is_left(local, tmp_path):
     asked = urllib.request.Request(
         f"{address}/api/version", headers={"Authorization": f"Bearer {token}"}
     )
-    assert "ray_version" in json.load(urllib.request.urlopen(asked, timeout=10))
+    assert "ray_version" in json.load(urllib.request.urlopen(asked, timeout=60))
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{address}/api/version", timeout=10)
+        urllib.request.urlopen(f"{address}/api/version", timeout=60)
     local("up", 1, *ports)
     assert len([p for p in processes(tmp_path) if b"raylet/raylet" in p]) == 2
     local("down")

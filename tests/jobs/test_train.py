@@ -158,7 +158,7 @@ def test_a_rank_hears_that_it_is_to_stop_before_it_has_taken_a_step():
     ray.get(mailbox.hear.remote(False))
     assert not reporter.wants_stop()
     ray.get(mailbox.hear.remote(True))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not reporter.wants_stop():
         assert time.monotonic() < deadline
         time.sleep(0.05)

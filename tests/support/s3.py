@@ -91,7 +91,7 @@ def start() -> tuple[S3, ThreadedMotoServer]:
     key = iam.create_access_key(UserName="tester")["AccessKey"]
     iam.put_user_policy(UserName="tester", PolicyName="all", PolicyDocument=POLICY)
     boto3.client("s3", **admin).create_bucket(Bucket=BUCKET)
-    requests.post(f"{url}/moto-api/reset-auth", data="0", timeout=10)
+    requests.post(f"{url}/moto-api/reset-auth", data="0", timeout=60)
     s3 = S3(url, key["AccessKeyId"], key["SecretAccessKey"])
     _count(server, s3)
     return s3, server

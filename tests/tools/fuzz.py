@@ -38,7 +38,7 @@ from unet_core.config.presets import preset
 from unet_core.errors import CheckpointError, ConfigError, ImageError, StoreError
 
 MEMORY = 1024 * MIB
-SECONDS_A_CASE = 30.0
+SECONDS_A_CASE = 120.0
 BATCH = 100
 KNOWN = "histogram size mismatch"
 """pyarrow 26 ends the process for a footer with wrong size statistics; nothing can be caught."""

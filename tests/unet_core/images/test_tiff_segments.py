@@ -26,14 +26,14 @@ def test_one_load_serves_all_that_wait_for_it(is_damaged):
     def load(key):
         loads.append(key)
         started.set()
-        go.wait(10)
+        go.wait(60)
         if is_damaged:
             raise ImageError("decode", "damaged")
 
     cache = tiff_segments.Cache(load, 1000)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(cache.get, (0, 0, 0))
-        started.wait(10)
+        started.wait(60)
         others = [pool.submit(cache.get, (0, 0, 0)) for _ in range(3)]
         while not all(other.running() for other in others):
             pass
