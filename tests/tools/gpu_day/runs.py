@@ -26,7 +26,7 @@ from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
-from unet_core.networks import checkpoint
+from unet_core.networks.header import checkpoint_digest
 from unet_core.runs.compute import ReplicaSpec
 
 
@@ -92,7 +92,7 @@ def _isolation(setup: Setup) -> int:
     model = checkpoint_of(setup, 2, 1)
     config = config_of(setup, images, model)
     source = open_source(config.input)
-    replica = Replica(ReplicaSpec(config, source, checkpoint.digest(model), 1))
+    replica = Replica(ReplicaSpec(config, source, checkpoint_digest(model), 1))
     segmenter = ShardSegmenter(replica, replica.probe(), {})
     shard = next(iter(list_shards(source)))
     found = Isolation(
