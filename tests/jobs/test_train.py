@@ -75,6 +75,7 @@ def test_a_training_in_this_process_tells_what_it_left(folder, tmp_path):
     assert again.position == done.position
 
 
+@pytest.mark.slow
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(folder, tmp_path):
     train(config_of(folder, tmp_path / "whole"))
     config = config_of(folder, tmp_path / "m")

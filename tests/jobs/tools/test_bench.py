@@ -4,6 +4,8 @@ from jobs.tools.bench import bench
 from tests.support.data import pictures
 from unet_core.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_bench_tells_of_the_whole_sample_and_keeps_nothing(make_config, tmp_path):
     measured = bench(make_config(), rounds=1)

@@ -83,6 +83,7 @@ def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config
     assert outcome.totals.ok == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [("train.optimiser=sgd", "train.learning_rate=0.05"), ("train.optimiser=adam",),
