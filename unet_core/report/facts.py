@@ -14,7 +14,6 @@ from unet_core.images.decoder import DecodedImage
 from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
-from unet_core.report.command import predict_command, toml
 from unet_core.report.panels import Panel, panels
 from unet_core.report.run_images import fetch
 from unet_core.report.scores import LARGEST, RANDOM, Pick, RunScores
@@ -104,11 +103,7 @@ class RunFacts:
         timings = read_timings(run.store, TIMING_FILES)
         self.activity = Activity(timings) if timings.num_rows else None
         self.warnings = list(_warnings(results, self.is_finished, self.shards))
-        config, compute = results.config, record.compute.model_dump(exclude={"versions"})
-        self.command = predict_command(
-            config.model_dump(mode="json"), config.model.checkpoint, run.uri
-        )
-        self.config = toml(record.config)
+        compute, self.config = record.compute.model_dump(exclude={"versions"}), record.config
         self.versions = {"unet-jobs": record.version, **compute, **record.compute.versions}
         self.identity = {"fingerprint": record.fingerprint, **record.identity}
 
