@@ -7,7 +7,6 @@ on one thread; the model with its batches in memory, on as many lanes as in a jo
 turn, some rounds of it, so that a busy machine slows all of it; figures are medians.
 """
 
-import contextlib
 import copy
 import math
 import resource
@@ -22,13 +21,11 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.backends import session
-from jobs.backends.inline import InlineWorkers
 from jobs.job import Job, prepare
-from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Scheduler
+from jobs.tools.describe import count_flop
+from jobs.tools.scratch import open_shards, scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.decoder import DecodedImage, Decoder
@@ -39,11 +36,10 @@ from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
-from unet_core.inputs.formats import list_shards, read_shard
+from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.runs.compute import Compute
-from unet_core.runs.manifest import draft
-from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.runs.timings import Seconds, read_timings
 
 ENOUGH_IMAGES = 64
 """Shards are taken until the sample has so many."""
@@ -97,8 +93,8 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     with tempfile.TemporaryDirectory() as scratch:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
-        with draft(list_shards(job.source)) as found:
-            shards = _sample(job, map(found.with_members, found.heads))
+        with open_shards(job) as (found, _, with_members):
+            shards = _sample(job, map(with_members, found))
         replica = Replica(job.replica(session.local_cpus(job.config.workers)))
         engine, compute = replica.engine, replica.probe()
         turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
@@ -221,27 +217,16 @@ def _matrix_s(engine: Engine) -> float:
 
 
 def _gflop(engine: Engine, batches: list[Batch]) -> float:
-    """Of one pass of all batches, two for each multiply-add."""
+    """Operations of one pass of all batches, two for each multiply-add."""
     network = copy.deepcopy(engine.network).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        for batch in batches:
-            network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
-    return counter.get_total_flops() / 1e9
+    return count_flop(network, [batch.tiles_NCHW.shape for batch in batches]) / 1e9
 
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
-    """The job from its first read to its last commit, the model being loaded; not kept."""
-    results: list[ShardResult] = []
-    with contextlib.closing(
-        InlineWorkers(job.replica(session.local_cpus(job.config.workers)), lambda: None)
-    ) as workers:
-        record = job.record(workers.probe())
-        with draft(iter(shards)) as found:
-            job.run.publish_manifest(found)
-            workers.configure(record.compute, job.footer(record))
-            scheduler = Scheduler.of(found.heads, job.config.errors, job.config.storage)
-            took_s, _ = _timed(
-                lambda: dispatch(scheduler, workers, lambda result, *_: results.append(result))
-            )
-    job.run.store.remove_all()
-    return took_s, sum((result.seconds for result in results), Seconds())
+    """Time of the job from its first read to its last commit, without loading the model."""
+    inline = job.config.workers.model_copy(update={"count": "inline"})
+    with scratch_run(job, shards, inline) as run:
+        timings = read_timings(run.store, len(shards))
+    rows = [(row["finished"].timestamp(), row["whole_s"]) for row in timings.to_pylist()]
+    began = min(finished - whole_s for finished, whole_s in rows)
+    return max(finished for finished, _ in rows) - began, Seconds.of_table(timings)
