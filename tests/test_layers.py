@@ -68,7 +68,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ("click", {"jobs.cli", *VERBS - {"jobs.commands.arguments", "jobs.verbs.__init__"}}),
         (
             "rich",
-            {"jobs.progress", "jobs.tools.describe", "jobs.commands.models"},
+            {"jobs.progress"},
         ),
         (
             "scipy",

@@ -1,4 +1,4 @@
-"""The verbs about networks: train, model, import-weights."""
+"""Commands on networks: train, model, import-weights."""
 
 import click
 
@@ -38,14 +38,12 @@ def model(name: str, options: Words, factory: str | None) -> None:
 
     Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
     """
-    from rich.console import Console
-
-    from jobs.tools.describe import describe, presets_table, texts
+    from jobs.tools.describe import describe, presets, texts
 
     if name:
         show.lines(**texts(describe(name, list(options), factory or "")))
     else:
-        Console().print(presets_table())
+        show.table(presets())
 
 
 @click.command("import-weights")

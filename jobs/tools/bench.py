@@ -1,10 +1,10 @@
-"""``unet-jobs bench``: how near a job on this machine comes to its model, and the model to what the
-device can multiply.
+"""``unet-jobs bench``: rates of a job on this machine, of its model, and of the device's matrix
+product.
 
 All figures are of the same images, in megapixels of input a second. Each stage is measured alone,
-on one thread; the model with its batches in memory, on as many lanes as in a job; the job as
-``predict`` does it in one process, from its first read to its last commit. All is measured in
-turn, some rounds of it, so that a busy machine slows all of it; figures are medians.
+on one thread; the model with its batches in memory, on as many lanes as in a job; the job by the
+timings of a run in this process, from its first read to its last commit. All is measured in turn
+for some rounds, so that a busy machine slows all of it; figures are medians.
 """
 
 import copy
@@ -42,8 +42,9 @@ from unet_core.runs.compute import Compute
 from unet_core.runs.timings import Seconds, read_timings
 
 ENOUGH_IMAGES = 64
-"""Shards are taken until the sample has so many."""
+"""Shards are taken until the sample has so many: a run of some seconds on a laptop."""
 MATRIX_SIDE = 2048
+"""Large enough that the product is bound by arithmetic, not by memory."""
 ResultT = TypeVar("ResultT")
 
 
@@ -57,9 +58,9 @@ class Bench:
     images: int
     megapixels: float
     matrix_gflop_per_s: float
-    """Of multiplying large matrices in the model's precision."""
+    """Rate of multiplying large matrices in the model's precision."""
     gflop_per_megapixel: float
-    """Of the network's convolutions, tiles' halos and padding included."""
+    """Operations of the network's convolutions, with the halos and padding of tiles."""
     model: float
     model_over_limit: float
     """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
@@ -67,21 +68,21 @@ class Bench:
     decode: float
     encode: float
     write: float
-    """As it went during the job."""
+    """Measured during the job."""
     job: float
     job_over_model: float
     """1 would be a device that never waits."""
     job_over_work: float
     """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
     images_per_s: float
-    """Of the job."""
+    """Images a second of the job."""
     waited: dict[str, float]
-    """What the device did during the job, as shares."""
+    """Shares of the device's time during the job."""
     peak_memory_bytes: int
 
     @property
     def limit(self) -> float:
-        """What the model could do if its device did nothing but multiply."""
+        """Rate of the model if its device did nothing but multiply."""
         return self.matrix_gflop_per_s / self.gflop_per_megapixel
 
 
@@ -123,7 +124,7 @@ def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
 def _round(
     job: Job, shards: list[Shard], engine: Engine, compute: Compute
 ) -> tuple[dict[str, Any], Seconds]:
-    """All that is compared, measured one after the other, and where the time of the job went."""
+    """Measure everything once, in turn; also return the seconds of the job by stage."""
     header, config = job.header, job.config
     decoder = Decoder(header.preprocessing, header.classes, config.input)
     matrix_s = _matrix_s(engine)
@@ -166,14 +167,14 @@ def _round(
 
 
 def _timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
-    """Seconds for a call, and what it gave."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def _in_memory(sample: Sample) -> Sample:
-    """The sample with its bytes, and its truth's."""
+    """Read the bytes of a sample and its truth."""
     if sample.failure is not None:
         return sample
     image, mask = sample.read(), sample.read_mask() if sample.read_mask is not None else None
@@ -184,7 +185,7 @@ def _in_memory(sample: Sample) -> Sample:
 def _pieces(
     job: Job, postprocessing: Postprocessing, compute: Compute, decoded_images: list[DecodedImage]
 ) -> list[list[TileRef]]:
-    """The tiles of a shard's images in batches."""
+    """Cut the images of a shard into batches of tiles."""
     queue = TileQueue(compute)
     assemblers = (
         MaskAssembler(n, decoded, job.tile_grid, postprocessing)
@@ -202,7 +203,7 @@ def _encode(job: Job, pieces: list[list[TileRef]], results: list[list[TileResult
 
 
 def _matrix_s(engine: Engine) -> float:
-    """Seconds for one product of large matrices on each lane, the median of some."""
+    """Seconds for one product of large matrices on each lane, a median."""
     square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device, dtype=engine.dtype)
 
     def multiply(_: int) -> None:

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,22 +91,14 @@ def texts(described: Description) -> dict[str, str]:
     }
 
 
-def presets_table() -> Table:
-    """Table with a row per preset, as it is without options."""
-    table = Table(title="presets")
-    for name in ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo"):
-        justify: Literal["left", "right"] = "right" if name == "parameters" else "left"
-        table.add_column(name, justify=justify, no_wrap=name in ("preset", "parameters"))
+def presets() -> list[tuple[str, ...]]:
+    """Columns' names, then a row for each preset as it is without options."""
+    rows = [("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo")]
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides
-        table.add_row(
-            name,
-            f"{spec.in_channels} → {spec.classes}",
-            f"{described.parameters:,}",
-            str(tiling.sides),
-            f"{side} → {out}",
-            str(tiling.receptive_field or "window"),
-            str(tiling.halo) if tiling.is_exact else "blended",
-        )
-    return table
+        channels, parameters = f"{spec.in_channels} → {spec.classes}", f"{described.parameters:,}"
+        sees = str(tiling.receptive_field or "window")
+        halo = str(tiling.halo) if tiling.is_exact else "blended"
+        rows.append((name, channels, parameters, str(tiling.sides), f"{side} → {out}", sees, halo))
+    return rows

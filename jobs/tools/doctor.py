@@ -75,11 +75,10 @@ def _isolated(name: str, check: Callable[[], str]) -> Check:
     def run() -> None:
         try:
             found.append(Check(name, True, check()))
-        except UnetJobsError as error:
-            found.append(Check(name, False, str(error)))
-        except Exception as error:  # whatever is wrong is what was asked for
-            says = next(iter(str(error).strip().splitlines()), "")
-            found.append(Check(name, False, f"{type(error).__name__}: {says}"))
+        except Exception as error:  # any error is a finding
+            first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            says = str(error) if isinstance(error, UnetJobsError) else first
+            found.append(Check(name, False, says))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -113,8 +113,7 @@ def test_a_shipped_recipe_is_found_by_its_name(run_cli, folder, tmp_path, monkey
     assert (code, "cannot be read" in errors) == (2, True)
 
 
-def test_presets_and_networks_are_described(run_cli, tiny_model, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_presets_and_networks_are_described(run_cli, tiny_model):
     code, text, _ = run_cli("model")
     assert code == 0
     assert re.search(r"paper .* 31,030,658 .* 188,.* 204 .* 0 ", text)

@@ -1,4 +1,4 @@
-"""What there is to say of a run, gathered once; the page only lays it out."""
+"""Contents of a run's report, gathered once; the page only lays them out."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from unet_core.storage.store import Store
 SHOWN = 8
 """Images of a sheet."""
 MOST_BYTES = 8 * 2**30
-"""Of tars and the like, read for the images of a page: about a minute at 1 Gbit/s."""
+"""Bytes of tars and the like read for the images of a page: about a minute at 1 Gbit/s."""
 MOST_CLASSES = 64
 MOST_SIZES = 8
 TIMING_FILES = 2880
@@ -48,7 +48,7 @@ class ClassRow:
     name: str
     color: str
     share: float | None
-    """Of all pixels in the masks; None is undefined."""
+    """Share of all pixels in the masks; None is undefined."""
     scores: Scores | None
     """None where there is no truth."""
 
@@ -89,7 +89,7 @@ class RunFacts:
             for name in RATIOS
             if totals.with_truth
         }
-        """Of the defined scores of all classes; empty without truth."""
+        """Means of the defined scores of all classes; empty without truth."""
         matrix_KK = measured.confusion_KK
         self.confusion = matrix_KK.tolist() if matrix_KK is not None else []
         """Pixels, truth × mask; empty where there is none, or too many classes."""
@@ -97,7 +97,7 @@ class RunFacts:
         self.sizes, self.size_count = sizes_of(measured)
         self.sheets = sheets(measured)
         self.panels, self.reasons = _panels(results, self.sheets)
-        """Of the images of the sheets, by id, or why there are none."""
+        """Panels of the images of the sheets by id, and the reasons where there are none."""
         self.causes = causes(run, totals) if totals.failed else []
         self.evaluations = list(evaluations(run.store, totals))
         timings = read_timings(run.store, TIMING_FILES)
@@ -109,7 +109,7 @@ class RunFacts:
 
 
 def classes_of(results: Results, totals: Totals) -> list[ClassRow]:
-    """As many as a table can show, the most frequent ones, in the order of their ids."""
+    """Return the most frequent classes, as many as a table can show, in the order of their ids."""
     nothing = [None] * len(results.class_names)
     pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
     classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
@@ -152,7 +152,7 @@ def sheets(measured: RunScores) -> list[Sheet]:
 def _panels(
     results: Results, sheets: list[Sheet]
 ) -> tuple[dict[str, tuple[Panel, ...]], dict[str, str]]:
-    """Of all images by id, or why there are none; the first ones of each sheet first."""
+    """Draw the panels of all images by id, or say why not; the first ones of each sheet first."""
     by_rank = chain(*zip_longest(*(sheet.picks for sheet in sheets)))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
     ignore_index = results.config.input.ignore_index

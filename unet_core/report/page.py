@@ -1,4 +1,4 @@
-"""From facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
+"""Rendering of facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""What there is to say of a training."""
+"""Contents of a training's report."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ class ClassFacts:
     name: str
     color: str
     share: float | None
-    """Of the training pixels that count."""
+    """Share of the training pixels that count."""
     best: dict[str, float | None]
-    """By score, at the best step."""
+    """Values by score at the best step."""
     last: dict[str, float | None]
 
 
@@ -51,7 +51,7 @@ class TrainingFacts:
         self.warnings = list(_warnings(run, data["steps"], position, pixels))
         is_best_last = len(losses) > 2 and position.best_step >= losses[-1][0]
         self.is_best_last = run.is_finished and is_best_last
-        """Whether more epochs may help."""
+        """True where more epochs may help."""
         self.best = f"{self.uri}/{BEST}"
         self.config = config
 
