@@ -70,8 +70,8 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
 
     if is_training(Store(run, storage)):
         raise ConfigError(
-            f"{run} is a training folder; verify works on prediction runs; try unet-jobs status {run} "
-            f"or unet-jobs report {run}"
+            f"{run} is a training folder; verify works on prediction runs; "
+            f"try unet-jobs status {run} or unet-jobs report {run}"
         )
     findings = check(run, deep, storage)
     if as_json:

@@ -15,6 +15,8 @@ from unet_core.networks.construction import build
 from unet_core.networks.reach import tiling_of
 from unet_core.tiling.geometry import Tiling
 
+COLUMNS = ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo")
+"""Columns of the list of presets."""
 USUAL_SIDE = 512
 """Side of the image, in pixels, where none is given."""
 
@@ -92,8 +94,8 @@ def texts(described: Description) -> dict[str, str]:
 
 
 def presets() -> list[tuple[str, ...]]:
-    """Columns' names, then a row for each preset as it is without options."""
-    rows = [("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo")]
+    """Return the names of columns, then a row for each preset as it is without options."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides

@@ -116,8 +116,8 @@ def test_a_shipped_recipe_is_found_by_its_name(run_cli, folder, tmp_path, monkey
 def test_presets_and_networks_are_described(run_cli, tiny_model):
     code, text, _ = run_cli("model")
     assert code == 0
-    assert re.search(r"paper .* 31,030,658 .* 188,.* 204 .* 0 ", text)
-    assert re.search(r"dilated .* 31,031,810 .* 233 .* blended ", text)
+    assert re.search(r"paper .* 31,030,658 .* 188,.* 204 .* 0\n", text)
+    assert re.search(r"dilated .* 31,031,810 .* 233 .* blended\n", text)
     assert re.search(r"concat-same .* 31,044,106 ", text)
     code, text, _ = run_cli("model", "paper", "side=572")
     assert "31,030,658 parameters" in text

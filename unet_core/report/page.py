@@ -1,4 +1,4 @@
-"""Rendering of facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
+"""Rendering of facts to one HTML file by Jinja templates, everything from data escaped."""
 
 import datetime
 import json
