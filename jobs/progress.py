@@ -1,4 +1,4 @@
-"""What people see while a run goes on: a bar on a terminal, a plain line now and then elsewhere.
+"""Progress of runs and trainings: a bar on a terminal, a plain line now and then elsewhere.
 
 The plain lines of a job on a cluster become a bar again on the terminal of who follows it.
 """
@@ -6,17 +6,25 @@ The plain lines of a job on a cluster become a bar again on the terminal of who 
 import re
 import threading
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from unet_core.inputs.shards import Shard, images_in
 from unet_core.metrics import Totals
 
+if TYPE_CHECKING:
+    from unet_core.config.train import TrainConfig
+    from unet_core.training.fit import Epoch, Event, Step
+
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
+"""Between two plain lines: short runs show some, and the log of a long one stays small."""
+PATIENT_EPOCHS = 2
+"""Epochs before a single predicted class is warned of: a network may begin with one."""
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
-"""A plain line: what goes on, its text, how much of how much."""
+"""A plain line: the activity, its text, the count done and the total."""
 
 
 class Display:
@@ -53,6 +61,11 @@ class Display:
             self.console.print(f"{what}: {text}")
 
 
+def rate(images: int, seconds: float) -> str:
+    """Images per second as text; a dash before the first one."""
+    return f"{images / max(seconds, 1e-3):.1f} images/s" if images else "– images/s"
+
+
 class FollowedProgress(Display):
     """Shows a job's output line by line; on a terminal its progress lines move a bar."""
 
@@ -60,7 +73,7 @@ class FollowedProgress(Display):
         super().__init__("starting", on_stderr=False)
 
     def on_line(self, line: str) -> None:
-        """One line of the job."""
+        """Show one line of the job."""
         found = LINE.fullmatch(line.rstrip())
         if found is None or self.bar.disable:
             self.console.print(line, markup=False)
@@ -91,12 +104,12 @@ class RunProgress(Display):
         super().__exit__()
 
     def on_image(self) -> None:
-        """One image of a shard under way is done; called from threads of an inline run."""
+        """Count an image of a shard under way; called from threads of an inline run."""
         with self._lock:
             self._provisional += 1
 
     def on_done(self, shard: Shard, totals: Totals) -> None:
-        """A shard was committed."""
+        """Count a committed shard."""
         with self._lock:
             self._provisional = max(0, self._provisional - totals.images_seen)
         self._done += totals
@@ -106,16 +119,16 @@ class RunProgress(Display):
     def tick(self, actors: int, is_last: bool = False) -> None:
         """Show how it stands, and how many actors take shards."""
         if not self._actors and not self._done.shards:
-            self._started = time.monotonic()  # loading the model is not the rate's business
+            self._started = time.monotonic()  # loading the model is no part of the rate
         self._actors = actors
         done = self._done.images_seen + self._provisional
         total, before = self._total(), self._before.images_seen
         is_over = self._done_shards == self._shards
         about = "" if is_over or self._known is not None else "~"
         of = "?" if total is None else f"{before + total:,.0f}"
-        rate = f"{done / (time.monotonic() - self._started):.1f}" if done else "–"
         text = (
-            f"{before + done:,} of {about}{of} images, {rate} images/s, "
+            f"{before + done:,} of {about}{of} images, "
+            f"{rate(done, time.monotonic() - self._started)}, "
             f"{self._before.failed + self._done.failed} failed, "
             f"{self._done_shards}/{self._shards} shards"
             f"{'' if is_over else f', {actors} actors'}"
@@ -123,7 +136,7 @@ class RunProgress(Display):
         self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
 
     def _total(self) -> float | None:
-        """Images of this session, as far as anybody can know."""
+        """Number of images of this session, estimated by bytes where it is not known."""
         if self._known is not None:
             return self._known
         if self._done_bytes:
@@ -132,7 +145,7 @@ class RunProgress(Display):
 
 
 class ShardsProgress(Display):
-    """Counts shards of something done once more with each of them."""
+    """Counts the shards of a task over a finished run."""
 
     def __init__(self, what: str, shards: int, done: int) -> None:
         super().__init__(what)
@@ -140,9 +153,79 @@ class ShardsProgress(Display):
         self._images, self._started = 0, time.monotonic()
 
     def on_done(self, images: int) -> None:
-        """A shard came to its end."""
+        """Count a shard and its images."""
         self._done += 1
         self._images += images
-        rate = self._images / max(time.monotonic() - self._started, 1e-3)
-        text = f"{self._done:,}/{self._shards:,} shards, {rate:.1f} images/s"
+        speed = rate(self._images, time.monotonic() - self._started)
+        text = f"{self._done:,}/{self._shards:,} shards, {speed}"
         self.show(self._what, self._done / self._shards, text)
+
+
+class TrainProgress(Display):
+    """Shows the events of a training; a line for each epoch stays."""
+
+    def __init__(self, config: "TrainConfig") -> None:
+        super().__init__("looking at the images")
+        self._best = config.train.best
+        self._names: tuple[str, ...] = ()
+        self._steps = self._epochs = 0
+        self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
+        self._loss, self._value = "–", ""
+        self._has_warned = False
+
+    def on_event(self, event: "Event") -> None:
+        """Show one event of a training."""
+        from unet_core.training.fit import Started, Step  # torch
+
+        if isinstance(event, Started):
+            self._names, self._steps = event.class_names, event.steps
+            self._epochs = -(-event.steps // event.steps_per_epoch)
+            again = f", going on after step {event.step:,}" if event.step else ""
+            self.console.print(
+                f"{event.train_images:,} images to train on, {event.val_images:,} to validate "
+                f"with; {event.steps:,} steps{again}"
+            )
+        elif isinstance(event, Step):
+            self._on_step(event)
+        else:
+            self._on_epoch(event)
+
+    def _on_step(self, step: "Step") -> None:
+        self._images += step.images
+        self._seconds += step.seconds
+        self._waiting_s += step.waiting_s
+        if step.loss:
+            self._loss = f"{step.loss:.4f}"
+        self.show(
+            "training",
+            step.number / self._steps,
+            f"{step.number:,} of {self._steps:,} steps, epoch {step.epoch + 1}/{self._epochs}, "
+            f"{self._rate()}, loss {self._loss}{self._value}",
+        )
+
+    def _on_epoch(self, epoch: "Epoch") -> None:
+        validation = epoch.validation
+        scores = ", ".join(
+            f"{escape(name)} {'–' if score.iou is None else f'{score.iou:.3f}'}"
+            for name, score in zip(self._names, validation.scores, strict=True)
+        )
+        self._value = f", val {self._best} {validation.of(self._best):.3f}"
+        self.console.print(
+            f"epoch {epoch.number + 1}/{self._epochs}  loss {epoch.loss:.4f}  val IoU: {scores}  "
+            f"{self._rate()}  {epoch.seconds:.1f} s{'  best' if epoch.is_best else ''}"
+        )
+        self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
+        only = validation.only_class
+        if only is not None and epoch.number >= PATIENT_EPOCHS and not self._has_warned:
+            self._has_warned = True
+            self.console.print(
+                "WARNING: the network predicts a single class: every validation pixel is "
+                f"{escape(repr(self._names[only]))}. That means a wrong label_map, a learning rate "
+                "that is too high, or a class that is too rare (try loss.class_weights = "
+                '"balanced").',
+                style="bold red",
+            )
+
+    def _rate(self) -> str:
+        waiting = f", {self._waiting_s / max(self._seconds, 1e-3):.0%} waiting for data"
+        return rate(self._images, self._seconds) + waiting

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.backends import session
-from jobs.train_progress import TrainProgress
+from jobs.progress import TrainProgress
 from unet_core.config.train import TrainConfig
 from unet_core.training.fit import Event, fit
 from unet_core.training.training_run import BEST, Position, open_training

@@ -84,7 +84,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
         ),
         (
             "rich",
-            {"jobs.progress", "jobs.train_progress", "jobs.tools.describe", "jobs.commands.models"},
+            {"jobs.progress"},
         ),
         (
             "scipy",

@@ -1,1 +1,1 @@
-"""The verbs of the command line. Heavy imports stay inside them."""
+"""Commands of the command line. Heavy imports stay inside them."""

@@ -1,4 +1,4 @@
-"""What arguments mean: a config from a file or from plain paths, a section of it from overrides."""
+"""Arguments to configs: from a file or from plain paths, or one section from overrides."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,16 @@ OVERRIDES = "[SECTION.KEY=VALUE]..."
 STORAGE = "[STORAGE.KEY=VALUE]..."
 Words = tuple[str, ...]
 REACH = ("storage.", "workers.")
-"""What may always be said anew of a run that is done."""
+"""Keys that any command on a run may override."""
 
 
 def predict_config(
     source: str, overrides: Words, model: str | None, out: str | None, else_out: str = ""
 ) -> PredictConfig:
-    """Of ``predict`` and its kin: a TOML, or a folder of images; ``else_out``: for no run."""
+    """Build the config of ``predict`` from a TOML or a folder of images.
+
+    ``else_out``: the output of commands that keep none.
+    """
     if source.endswith(".toml"):
         if model or out:
             raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
@@ -41,7 +44,7 @@ def predict_config(
 
 
 def train_config(source: str, overrides: list[str], out: str | None) -> TrainConfig:
-    """Of ``train``: a TOML, a recipe, or two folders."""
+    """Build the config of ``train`` from a TOML, a recipe, or two folders."""
     if source.endswith(".toml"):
         if out:
             raise ConfigError(f"--out goes with IMAGES MASKS; {source} has output.uri")
@@ -55,13 +58,13 @@ def train_config(source: str, overrides: list[str], out: str | None) -> TrainCon
 
 
 def recipe(path: str) -> str:
-    """A file as it is, or the shipped recipe of that name."""
+    """Return a path as it is, or that of the shipped recipe of that name."""
     shipped = RECIPES / path
     return str(shipped) if not Path(path).exists() and shipped.is_file() else path
 
 
 def storage_of(overrides: Words) -> StorageConfig:
-    """The storage section that overrides make."""
+    """Build the storage section from overrides."""
     for override in overrides:
         if not override.startswith("storage."):
             raise ConfigError(f"{override}: only storage.key=value goes here")
@@ -70,14 +73,14 @@ def storage_of(overrides: Words) -> StorageConfig:
 
 
 def stored_run(run: str, overrides: Words) -> "Results":
-    """A run, reached as the ``storage`` overrides among others say."""
+    """Open a run with the ``storage`` overrides among others."""
     from unet_core.runs.reader import open_run
 
     return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
 
 
 def run_config(results: "Results", overrides: Words, allowed: Words) -> PredictConfig:
-    """What a run was made with, with overrides of the keys, or sections (``workers.``), that are
+    """Return the config of a run, with overrides of the keys, or sections (``workers.``), that are
     ``allowed``. ``[workers]`` begins at its defaults: the run may have been made elsewhere.
 
     Raises ConfigError for any other key.

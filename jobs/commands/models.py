@@ -1,4 +1,4 @@
-"""The verbs about networks: train, model, import-weights."""
+"""Commands on networks: train, model, import-weights."""
 
 import click
 
@@ -34,20 +34,16 @@ def train(source: str, overrides: Words, out: str | None) -> None:
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--factory", help="The function that a checkpoint names, if you trust it.")
 def model(name: str, options: Words, factory: str | None) -> None:
-    """Show all presets, or one network layer by layer: shapes, parameters, GFLOP, what it sees.
+    """Show all presets, or one network: parameters, GFLOP, sides, what it sees.
 
     Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
     """
-    from rich.console import Console
+    from jobs.tools.describe import describe, presets, texts
 
-    from jobs.tools.describe import describe, layers_table, presets_table, sentences
-
-    if not name:
-        Console().print(presets_table())
-        return
-    described = describe(name, list(options), factory or "")
-    Console().print(layers_table(described))
-    show.lines(**sentences(described.tiling))
+    if name:
+        show.lines(**texts(describe(name, list(options), factory or "")))
+    else:
+        show.table(presets())
 
 
 @click.command("import-weights")

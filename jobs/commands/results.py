@@ -1,4 +1,4 @@
-"""The verbs about what is there: status, verify, evaluate, report, export."""
+"""Commands on runs: status, verify, evaluate, report, export."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from jobs.commands.arguments import (
 from unet_core.errors import ConfigError
 
 TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
-"""What may be said anew of a run that is done."""
+"""Keys that ``evaluate`` may override."""
 
 
 @click.command()
@@ -70,8 +70,8 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
 
     if is_training(Store(run, storage)):
         raise ConfigError(
-            f"{run} is a training, and verify is of runs; unet-jobs status {run} tells how it "
-            f"stands, unet-jobs report {run} shows it"
+            f"{run} is a training folder; verify works on prediction runs; "
+            f"try unet-jobs status {run} or unet-jobs report {run}"
         )
     findings = check(run, deep, storage)
     if as_json:

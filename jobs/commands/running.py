@@ -1,4 +1,4 @@
-"""The verbs that segment: predict, plan, submit, pack, demo."""
+"""Commands around a run: predict, plan, submit, bench, pack, doctor, demo."""
 
 import os
 import sys

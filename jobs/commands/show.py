@@ -1,4 +1,4 @@
-"""What the verbs tell: names and texts in two columns, problems on standard error."""
+"""Output of the commands: names and texts in two columns, problems on standard error."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +31,24 @@ go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or 
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+NOT_COMPARED = {
+    "only_here": "only in this run",
+    "only_there": "only in the other",
+    "failed_there": "failed only in the other",
+    "failed_here": "failed only in this run",
+    "unusable_there": "cannot be compared",
+}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def document(value: Any, **more: Any) -> None:
-    """One JSON document: the fields and properties of a dataclass, or a dict, and more keys."""
+    """Print one JSON document: fields and properties of a dataclass, or a dict, and more keys."""
     click.echo(json.dumps({**_plain(value), **_plain(more)}, indent=1, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold; a number that is none becomes null."""
+    """Convert a value to JSON's types; NaN and infinities become null."""
     if dataclasses.is_dataclass(value):
         derived = [name for name, what in vars(type(value)).items() if isinstance(what, property)]
         names = [field.name for field in dataclasses.fields(value)] + derived
@@ -55,13 +62,13 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def only_document(as_json: bool) -> Iterator[None]:
-    """Around work that lets others print (what actors say): with ``--json``, to standard error."""
+    """With ``--json``, send what Ray prints for its actors meanwhile to standard error."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 
 
 def checks(diagnosis: "Diagnosis") -> None:
-    """A line for each check."""
+    """Print a line for each check."""
     width = max(len(check.name) for check in diagnosis.checks) + 1
     for check in diagnosis.checks:
         mark = "ok   " if check.is_ok else "WRONG"
@@ -69,7 +76,7 @@ def checks(diagnosis: "Diagnosis") -> None:
 
 
 def plan(plan: "Plan") -> None:
-    """What ``predict`` would do."""
+    """Print the plan of a run."""
     lines(
         run=plan.uri + (" (finished)" if plan.is_finished else ""),
         input=f"{plan.input} ({plan.format})",
@@ -81,7 +88,7 @@ def plan(plan: "Plan") -> None:
 
 
 def bench(bench: "Bench") -> None:
-    """The limit, the model, the stages, the job, and how near each comes to the one before."""
+    """Print the limit, the model, the stages and the job, and how near each comes to the limit."""
     lines(
         machine=f"{bench.device}, {bench.lanes} lanes",
         sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",
@@ -99,7 +106,7 @@ def bench(bench: "Bench") -> None:
 
 
 def cost(cost: "Cost") -> None:
-    """What the rest of a run will take, and what a million images do."""
+    """Print time and size of the rest of a run, and the hours of a million images."""
     about = "" if cost.is_counted else "about "
     lines(
         measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
@@ -127,7 +134,7 @@ def _span(values: tuple[float, float], factor: float = 1.0) -> str:
 
 
 def outcome(outcome: "Outcome") -> None:
-    """How a run stands after ``predict``."""
+    """Print the state of a run after ``predict``."""
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
@@ -143,7 +150,7 @@ def outcome(outcome: "Outcome") -> None:
 
 
 def causes(outcome: "Outcome", config: PredictConfig) -> None:
-    """Why too many images failed, and what to do."""
+    """Print the causes of failed images, and what can be done."""
     from unet_core.runs.failures import causes
 
     totals, run, most = outcome.totals, outcome.run.uri, config.errors.max_failed_images
@@ -162,7 +169,7 @@ def causes(outcome: "Outcome", config: PredictConfig) -> None:
 
 
 def problems(problems: Collection[tuple[str, str]], what: str, most: int | None = 10) -> None:
-    """The first of those that something could not be done with, and how many more there are."""
+    """Print the first problems, each a name and a reason, and the number of the others."""
     for name, reason in islice(problems, most):
         click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
     if most is not None and len(problems) > most:
@@ -170,7 +177,7 @@ def problems(problems: Collection[tuple[str, str]], what: str, most: int | None 
 
 
 def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
-    """Sums, failures by code, and scores where there is truth."""
+    """Print sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
     seen = f"{totals.images_seen:,} seen"
     lines(images=f"{seen} {balance} {totals.ok:,} ok + {totals.failed:,} failed")
@@ -185,7 +192,7 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
 
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
-    """Where all masks are the same class everywhere, the model is hardly one for these images."""
+    """Warn if all masks are the same class everywhere: the model hardly fits these images."""
     if (only := totals.only_class(class_names)) is not None:
         click.echo(
             f"warning: every pixel of all {totals.ok:,} images is {only!r}; is this the model "
@@ -195,7 +202,7 @@ def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
 
 
 def scored(document: dict[str, Any]) -> None:
-    """What an evaluation against truth says."""
+    """Print an evaluation against truth."""
     counts = document["images"]
     lines(
         images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
@@ -233,14 +240,11 @@ def _score(value: float | None) -> str:
 
 
 def changed(document: dict[str, Any]) -> None:
-    """What an evaluation against an earlier run says."""
+    """Print a comparison with an earlier run."""
     counts = document["images"]
     lines(images=f"{counts['compared']:,} compared with {document['of']['against']}")
-    _show_images(counts["only_here"], "only in this run", document["only_here"])
-    _show_images(counts["only_there"], "only in the other", document["only_there"])
-    _show_images(counts["failed_there"], "failed only in the other", document["failed_there"])
-    _show_images(counts["failed_here"], "failed only in this run", document["failed_here"])
-    _show_images(counts["unusable_there"], "cannot be compared", document["unusable_there"])
+    for key, what in NOT_COMPARED.items():
+        _show_images(counts[key], what, document[key])
     if document["classes"]:
         lines(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
         width = max(len(score["class"]) for score in document["classes"])
@@ -266,17 +270,25 @@ def _show_images(count: int, what: str, examples: list[str]) -> None:
         line("", f"  {example}")
 
 
+def table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows in columns as wide as their widest text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{text:<{width}}" for text, width in zip(row, widths, strict=True))
+        click.echo(harmless("  ".join(cells).rstrip()))
+
+
 def lines(**texts: str) -> None:
-    """Lines of a name and a text each."""
+    """Print lines of a name and a text each."""
     for name, text in texts.items():
         line(f"{name.replace('_', ' ')}:", text)
 
 
 def line(name: str, text: str) -> None:
-    """A line in two columns."""
+    """Print a line in two columns."""
     click.echo(f"{name:<9} {harmless(text)}")
 
 
 def harmless(text: str) -> str:
-    """A line in which names from elsewhere cannot move the cursor or begin another line."""
+    """Escape control characters, so that names cannot move the cursor or begin another line."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,13 +1,12 @@
-"""``unet-jobs bench``: how near a job on this machine comes to its model, and the model to what the
-device can multiply.
+"""``unet-jobs bench``: rates of a job on this machine, of its model, and of the device's matrix
+product.
 
 All figures are of the same images, in megapixels of input a second. Each stage is measured alone,
-on one thread; the model with its batches in memory, on as many lanes as in a job; the job as
-``predict`` does it in one process, from its first read to its last commit. All is measured in
-turn, some rounds of it, so that a busy machine slows all of it; figures are medians.
+on one thread; the model with its batches in memory, on as many lanes as in a job; the job by the
+timings of a run in this process, from its first read to its last commit. All is measured in turn
+for some rounds, so that a busy machine slows all of it; figures are medians.
 """
 
-import contextlib
 import copy
 import math
 import resource
@@ -22,13 +21,11 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.backends import session
-from jobs.backends.inline import InlineWorkers
 from jobs.job import Job, prepare
-from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.scheduler import Scheduler
+from jobs.tools.describe import count_flop
+from jobs.tools.scratch import open_shards, scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.decoder import DecodedImage, Decoder
@@ -39,15 +36,15 @@ from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
-from unet_core.inputs.formats import list_shards, read_shard
+from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.runs.compute import Compute
-from unet_core.runs.manifest import draft
-from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.runs.timings import Seconds, read_timings
 
 ENOUGH_IMAGES = 64
-"""Shards are taken until the sample has so many."""
+"""Shards are taken until the sample has so many: a run of some seconds on a laptop."""
 MATRIX_SIDE = 2048
+"""Large enough that the product is bound by arithmetic, not by memory."""
 ResultT = TypeVar("ResultT")
 
 
@@ -61,9 +58,9 @@ class Bench:
     images: int
     megapixels: float
     matrix_gflop_per_s: float
-    """Of multiplying large matrices in the model's precision."""
+    """Rate of multiplying large matrices in the model's precision."""
     gflop_per_megapixel: float
-    """Of the network's convolutions, tiles' halos and padding included."""
+    """Operations of the network's convolutions, with the halos and padding of tiles."""
     model: float
     model_over_limit: float
     """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
@@ -71,21 +68,21 @@ class Bench:
     decode: float
     encode: float
     write: float
-    """As it went during the job."""
+    """Measured during the job."""
     job: float
     job_over_model: float
     """1 would be a device that never waits."""
     job_over_work: float
     """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
     images_per_s: float
-    """Of the job."""
+    """Images a second of the job."""
     waited: dict[str, float]
-    """What the device did during the job, as shares."""
+    """Shares of the device's time during the job."""
     peak_memory_bytes: int
 
     @property
     def limit(self) -> float:
-        """What the model could do if its device did nothing but multiply."""
+        """Rate of the model if its device did nothing but multiply."""
         return self.matrix_gflop_per_s / self.gflop_per_megapixel
 
 
@@ -97,8 +94,8 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     with tempfile.TemporaryDirectory() as scratch:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
-        with draft(list_shards(job.source)) as found:
-            shards = _sample(job, map(found.with_members, found.heads))
+        with open_shards(job) as (found, _, with_members):
+            shards = _sample(job, map(with_members, found))
         replica = Replica(job.replica(session.local_cpus(job.config.workers)))
         engine, compute = replica.engine, replica.probe()
         turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
@@ -127,7 +124,7 @@ def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
 def _round(
     job: Job, shards: list[Shard], engine: Engine, compute: Compute
 ) -> tuple[dict[str, Any], Seconds]:
-    """All that is compared, measured one after the other, and where the time of the job went."""
+    """Measure everything once, in turn; also return the seconds of the job by stage."""
     header, config = job.header, job.config
     decoder = Decoder(header.preprocessing, header.classes, config.input)
     matrix_s = _matrix_s(engine)
@@ -170,14 +167,14 @@ def _round(
 
 
 def _timed(call: Callable[[], ResultT]) -> tuple[float, ResultT]:
-    """Seconds for a call, and what it gave."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
 
 
 def _in_memory(sample: Sample) -> Sample:
-    """The sample with its bytes, and its truth's."""
+    """Read the bytes of a sample and its truth."""
     if sample.failure is not None:
         return sample
     image, mask = sample.read(), sample.read_mask() if sample.read_mask is not None else None
@@ -188,7 +185,7 @@ def _in_memory(sample: Sample) -> Sample:
 def _pieces(
     job: Job, postprocessing: Postprocessing, compute: Compute, decoded_images: list[DecodedImage]
 ) -> list[list[TileRef]]:
-    """The tiles of a shard's images in batches."""
+    """Cut the images of a shard into batches of tiles."""
     queue = TileQueue(compute)
     assemblers = (
         MaskAssembler(n, decoded, job.tile_grid, postprocessing)
@@ -206,7 +203,7 @@ def _encode(job: Job, pieces: list[list[TileRef]], results: list[list[TileResult
 
 
 def _matrix_s(engine: Engine) -> float:
-    """Seconds for one product of large matrices on each lane, the median of some."""
+    """Seconds for one product of large matrices on each lane, a median."""
     square = torch.ones(MATRIX_SIDE, MATRIX_SIDE, device=engine.device, dtype=engine.dtype)
 
     def multiply(_: int) -> None:
@@ -221,27 +218,16 @@ def _matrix_s(engine: Engine) -> float:
 
 
 def _gflop(engine: Engine, batches: list[Batch]) -> float:
-    """Of one pass of all batches, two for each multiply-add."""
+    """Operations of one pass of all batches, two for each multiply-add."""
     network = copy.deepcopy(engine.network).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        for batch in batches:
-            network(torch.zeros(batch.tiles_NCHW.shape, device="meta", dtype=engine.dtype))
-    return counter.get_total_flops() / 1e9
+    return count_flop(network, [batch.tiles_NCHW.shape for batch in batches]) / 1e9
 
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
-    """The job from its first read to its last commit, the model being loaded; not kept."""
-    results: list[ShardResult] = []
-    with contextlib.closing(
-        InlineWorkers(job.replica(session.local_cpus(job.config.workers)), lambda: None)
-    ) as workers:
-        record = job.record(workers.probe())
-        with draft(iter(shards)) as found:
-            job.run.publish_manifest(found)
-            workers.configure(record.compute, job.footer(record))
-            scheduler = Scheduler.of(found.heads, job.config.errors, job.config.storage)
-            took_s, _ = _timed(
-                lambda: dispatch(scheduler, workers, lambda result, *_: results.append(result))
-            )
-    job.run.store.remove_all()
-    return took_s, sum((result.seconds for result in results), Seconds())
+    """Time of the job from its first read to its last commit, without loading the model."""
+    inline = job.config.workers.model_copy(update={"count": "inline"})
+    with scratch_run(job, shards, inline) as run:
+        timings = read_timings(run.store, len(shards))
+    rows = [(row["finished"].timestamp(), row["whole_s"]) for row in timings.to_pylist()]
+    began = min(finished - whole_s for finished, whole_s in rows)
+    return max(finished for finished, _ in rows) - began, Seconds.of_table(timings)

@@ -1,12 +1,10 @@
-"""``unet-jobs model``: what a network is made of, what it sees, what it costs."""
+"""``unet-jobs model``: the size of a network, what it sees, what it costs."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Literal
 
 import torch
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_core.config.loading import override_values
@@ -17,43 +15,29 @@ from unet_core.networks.construction import build
 from unet_core.networks.reach import tiling_of
 from unet_core.tiling.geometry import Tiling
 
+COLUMNS = ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo")
+"""Columns of the list of presets."""
 USUAL_SIDE = 512
-UNSHOWN = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer at a given image size."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    """C×H×W that it gives."""
-    parameters: int
-    flop: int
-    """Two for each multiply-add of a convolution or matrix product; the rest is not counted."""
+"""Side of the image, in pixels, where none is given."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A network, layer by layer."""
+    """A network, and its cost for a square image."""
 
     title: str
-    layers: list[Layer]
+    parameters: int
+    flop: int
+    """Two for each multiply-add of a convolution or matrix product; the rest is not counted."""
     tiling: Tiling
     sides: tuple[int, int]
-    """In and out, in pixels."""
-
-    @property
-    def parameters(self) -> int:
-        """Trained values."""
-        return sum(layer.parameters for layer in self.layers)
+    """Side of the image and of the mask, in pixels."""
 
 
 def describe(name: str, overrides: list[str], factory: str = "") -> Description:
-    """A preset with options, or a checkpoint; ``side=PIXELS`` chooses the image.
+    """Describe a preset with options, or a checkpoint; ``side=PIXELS`` sets the side of the image.
 
-    Raises ConfigError for options that there are not and sides that the network cannot take.
+    Raises ConfigError for unknown options and for sides that the network cannot take.
     """
     options = override_values(overrides)
     side = options.pop("side", None)
@@ -76,53 +60,31 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     side = side or tiling.sides.at_least(USUAL_SIDE)
     if side not in tiling.sides:
         raise ConfigError(f"side: {side} is not possible with {name}; {tiling.sides.near(side)}")
-    layers = _layers(network.eval(), spec.in_channels, side)
+    parameters = sum(p.numel() for p in network.parameters())
+    flop = count_flop(network.eval().to("meta"), [(1, spec.in_channels, side, side)])
     title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
-    return Description(title, layers, tiling, (side, side - 2 * tiling.margin))
+    return Description(title, parameters, flop, tiling, (side, side - 2 * tiling.margin))
 
 
 @torch.inference_mode()
-def _layers(network: nn.Module, channels: int, side: int) -> list[Layer]:
-    network = network.to("meta")
-    found: list[Layer] = []
-    counter = FlopCounterMode(display=False)
-
-    def look(name: str, module: nn.Module, _: object, given_NCHW: Tensor) -> None:
-        parameters = sum(p.numel() for p in module.parameters())
-        flop = counter.get_total_flops() - sum(layer.flop for layer in found)
-        shape = tuple(given_NCHW.shape[1:])
-        found.append(Layer(name, type(module).__name__, shape, parameters, flop))
-
-    for name, module in network.named_modules():
-        if not list(module.children()) and not isinstance(module, UNSHOWN):
-            module.register_forward_hook(partial(look, name))
-    with counter:
-        network(torch.zeros(1, channels, side, side, device="meta"))
-    return found
+def count_flop(network: nn.Module, shapes: Iterable[Sequence[int]]) -> int:
+    """Operations of a network on the meta device, for one batch of each shape."""
+    dtype = next(network.parameters()).dtype
+    with FlopCounterMode(display=False) as counter:
+        for shape in shapes:
+            network(torch.zeros(shape, device="meta", dtype=dtype))
+    return counter.get_total_flops()
 
 
-def layers_table(described: Description) -> Table:
-    """A row per layer, and the whole below."""
-    side, out = described.sides
-    table = Table(title=f"{described.title}, {side}² in, {out}² out", show_footer=True)
-    table.add_column("layer", footer="whole")
-    table.add_column("kind")
-    table.add_column("C × H × W")
-    table.add_column("parameters", f"{described.parameters:,}", justify="right")
-    gflop = sum(layer.flop for layer in described.layers) / 1e9
-    table.add_column("GFLOP", f"{gflop:,.1f}", justify="right")
-    for layer in described.layers:
-        cost = f"{layer.flop / 1e9:,.2f}" if layer.flop else ""
-        count = f"{layer.parameters:,}" if layer.parameters else ""
-        table.add_row(layer.name, layer.kind, " × ".join(map(str, layer.shape)), count, cost)
-    return table
-
-
-def sentences(tiling: Tiling) -> dict[str, str]:
-    """What the tiling means, by a name for each line."""
+def texts(described: Description) -> dict[str, str]:
+    """The description as texts by name."""
+    tiling, (side, out) = described.tiling, described.sides
     axis = tiling.receptive_field
     exact = f"exact: windows from {tiling.smallest_tile}, starts at multiples of {tiling.stride}"
     return {
+        "network": described.title,
+        "weights": f"{described.parameters:,} parameters",
+        "cost": f"{described.flop / 1e9:,.1f} GFLOP for {side}² pixels in, {out}² out",
         "sides": str(tiling.sides),
         "margin": f"{tiling.margin} pixels lost on each side",
         "sees": f"{axis} pixels along an axis" if axis else "the whole window",
@@ -131,22 +93,14 @@ def sentences(tiling: Tiling) -> dict[str, str]:
     }
 
 
-def presets_table() -> Table:
-    """A row per preset, as it is without options."""
-    table = Table(title="presets")
-    for name in ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo"):
-        justify: Literal["left", "right"] = "right" if name == "parameters" else "left"
-        table.add_column(name, justify=justify, no_wrap=name in ("preset", "parameters"))
+def presets() -> list[tuple[str, ...]]:
+    """Return the names of columns, then a row for each preset as it is without options."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides
-        table.add_row(
-            name,
-            f"{spec.in_channels} → {spec.classes}",
-            f"{described.parameters:,}",
-            str(tiling.sides),
-            f"{side} → {out}",
-            str(tiling.receptive_field or "window"),
-            str(tiling.halo) if tiling.is_exact else "blended",
-        )
-    return table
+        channels, parameters = f"{spec.in_channels} → {spec.classes}", f"{described.parameters:,}"
+        sees = str(tiling.receptive_field or "window")
+        halo = str(tiling.halo) if tiling.is_exact else "blended"
+        rows.append((name, channels, parameters, str(tiling.sides), f"{side} → {out}", sees, halo))
+    return rows

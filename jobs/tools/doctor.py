@@ -1,20 +1,18 @@
-"""``unet-jobs doctor``: what this machine, its cluster and its stores are like, and what to do
-where something is wrong. A check is a function that says how it is, or raises what is wrong; it
-imports what it needs itself, so that a library that is broken is a line too.
+"""``unet-jobs doctor``: checks of this machine, its cluster, and the model and paths of a config.
+
+A check is a function that returns a description, or raises what is wrong; it imports what it needs
+itself, so that a broken library is reported as a failed check.
 """
 
-import importlib
-import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -29,28 +27,23 @@ from unet_core.memory import usable_bytes
 
 if TYPE_CHECKING:
     import torch
-    from packaging.requirements import Requirement
 
 LIMIT_S = 20.0
-"""For one check."""
+"""Time for one check."""
 REACH_S, ANSWER_S, STORE_S = 3.0, 10.0, 5.0
+"""Time for a connection to the cluster, for the answers of its nodes, for a busy store."""
 NODES_ASKED = 8
-LEAST_SPACE_BYTES = 2 * 2**30
-LEAST_FILES = 1024
-DISTRIBUTION = "unet-jobs"
-MODULES = {"pillow": "PIL", "scikit-image": "skimage"}
-"""Of libraries that are imported by another name."""
-SHOWN = ("torch", "ray", "pyarrow", "numpy", "pillow", "tifffile")
+"""Asking all nodes of a large cluster would take minutes."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, and what was found."""
+    """The result of one check."""
 
     name: str
     is_ok: bool
     says: str
-    """How it is, or what is wrong and what to do."""
+    """Description, or what is wrong and what to do."""
     hangs: bool = False
 
 
@@ -62,35 +55,30 @@ class Diagnosis:
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if no check failed."""
         return all(check.is_ok for check in self.checks)
 
 
 def diagnose(config: PredictConfig | None = None) -> Diagnosis:
-    """Check this machine, the cluster that is named, and the places and the model of a config.
+    """Check this machine, its Ray cluster, and the model and paths of a config.
 
-    Raises nothing: what is wrong is said.
+    Raises nothing: what is wrong is part of the result.
     """
-    checks = dict(MACHINE)
-    if session.is_cluster_named():
-        checks["cluster"] = cluster
-    if config is not None:
-        checks |= _of_config(config)
+    checks = MACHINE | (_checks_of(config) if config is not None else {})
     return Diagnosis(tuple(_isolated(name, check) for name, check in checks.items()))
 
 
 def _isolated(name: str, check: Callable[[], str]) -> Check:
-    """On a thread of its own: what hangs is given up, what fails is no more than a line."""
+    """Run a check on a thread of its own, so that one that hangs can be given up."""
     found: list[Check] = []
 
     def run() -> None:
         try:
             found.append(Check(name, True, check()))
-        except UnetJobsError as error:
-            found.append(Check(name, False, str(error)))
-        except Exception as error:  # whatever is wrong is what was asked for
-            says = next(iter(str(error).strip().splitlines()), "")
-            found.append(Check(name, False, f"{type(error).__name__}: {says}"))
+        except Exception as error:  # any error is a finding
+            first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            says = str(error) if isinstance(error, UnetJobsError) else first
+            found.append(Check(name, False, says))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -98,44 +86,20 @@ def _isolated(name: str, check: Callable[[], str]) -> Check:
     return found[0] if found else Check(name, False, f"no answer in {LIMIT_S:g} s", hangs=True)
 
 
-def libraries() -> str:
-    """Everything that the package asks for can be imported, and is not too old."""
-    from packaging.requirements import Requirement
-
-    try:
-        asked = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or ())
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError("unet-jobs is not installed here: pip install unet-jobs") from error
-    needed = [a for a in asked if a.marker is None or a.marker.evaluate({"extra": ""})]
-    if wrong := list(filter(None, map(_wrong_with, needed))):
-        raise ConfigError(f"{'; '.join(wrong)}: pip install --upgrade {DISTRIBUTION}")
-    shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
-    return f"{len(needed)} as required: {shown} ..."
-
-
-def _wrong_with(needed: "Requirement") -> str:
-    name, wanted = needed.name, needed.specifier
-    try:
-        has = importlib.metadata.version(name)
-        importlib.import_module(MODULES.get(name, name))
-    except Exception as error:  # a library that does not load may raise anything
-        return f"{name} cannot be imported ({type(error).__name__}: {error})"
-    return "" if wanted.contains(has, prereleases=True) else f"{name} is {has}, needed: {wanted}"
-
-
-def cpu() -> str:
-    """Cores, instruction set, memory."""
+def processor() -> str:
+    """Describe cores, instruction set, memory, and the code that runs on them."""
     import torch
 
     from unet_core.inference.engine import device_model
 
     cores = session.local_cpus(WorkersConfig())
     kind = device_model(torch.device("cpu")).removeprefix("cpu ")
-    return f"{cores:g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of memory"
+    code = f"Python {platform.python_version()}, torch {torch.__version__}, {code_version()}"
+    return f"{cores:g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of memory; {code}"
 
 
-def gpus() -> str:
-    """Each of them computes something."""
+def gpu() -> str:
+    """Compute something on each GPU."""
     import torch
 
     found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
@@ -165,30 +129,19 @@ def _computing(device: "torch.device") -> str:
     return f"{device_model(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
-def network() -> str:
-    """The builtin checkpoint loads."""
-    from unet_core.networks.checkpoint import load
-
-    _, header = load("builtin:nuclei")
-    return f"builtin:nuclei loads: {', '.join(header.class_names)}"
-
-
 def ray() -> str:
-    """It is there, and what would be done with it."""
-    version = importlib.metadata.version("ray")
-    importlib.import_module("ray")
+    """Describe who would do the work; a cluster that is named must answer, with the same code."""
+    version = import_module("ray").__version__
     if session.is_cluster_named():
-        return f"{version}, RAY_ADDRESS is {os.environ['RAY_ADDRESS']}"
+        return f"{version}; {_cluster(os.environ['RAY_ADDRESS'])}"
     inline = session.is_inline(WorkersConfig())
     who = "this process does the work" if inline else "one actor on each GPU of this machine"
     return f"{version}; RAY_ADDRESS is not set: {who}"
 
 
-def cluster() -> str:
-    """The cluster answers, and its nodes have the code of this machine."""
-    address = os.environ["RAY_ADDRESS"]
+def _cluster(address: str) -> str:
     if address == "local":
-        return "one would be started on this machine; not tried"
+        return "a cluster would be started on this machine; not tried"
     place = urlsplit(address if "://" in address else f"ray://{address}")
     if place.port is not None:  # Ray itself would try for a minute, and may end the process
         try:
@@ -204,84 +157,44 @@ def cluster() -> str:
         code_version().require(answer, f"node {node}")
     gpus, cores = (sum(has) for has in zip(*nodes, strict=True))
     code = f"the same code on {len(asked)} of them"
-    return f"{len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores; {code}"
+    return f"{address}, {len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores; {code}"
 
 
-def temporary_space() -> str:
-    """Where parts wait until they are whole."""
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if free < LEAST_SPACE_BYTES:
-        raise StoreError(
-            f"{free / 1e9:.1f} GB free in {folder}, where the masks of shards under way wait; make "
-            "room, or set TMPDIR to a larger folder"
-        )
-    shared = Path("/dev/shm")  # Ray's objects lie there
-    is_small = shared.exists() and shutil.disk_usage(shared).free < session.OBJECT_STORE_BYTES
-    hint = f"; {shared} is small: of a container, --shm-size=1g" if is_small else ""
-    return f"{free / 1e9:.1f} GB free in {folder}{hint}"
+def model(
+    checkpoint: str = "builtin:nuclei", device: str = "auto", storage: StorageConfig | None = None
+) -> str:
+    """Read the header of a checkpoint."""
+    from unet_core.inference.engine import choose_device
+    from unet_core.networks.header import read_header
 
-
-def open_files() -> str:
-    """How many this process may have."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < LEAST_FILES:
-        raise WorkersError(f"at most {soft}, and Ray needs {LEAST_FILES}: ulimit -n 65536")
-    return f"at most {soft:,}" if soft >= 0 else "any number"
+    names = ", ".join(read_header(checkpoint, storage).class_names)
+    return f"{checkpoint}: {names}; here it would run on {choose_device(device)}"
 
 
 MACHINE: dict[str, Callable[[], str]] = {
-    "python": lambda: f"{platform.python_version()}; {code_version()}",
-    "libraries": libraries,
-    "cpu": cpu,
-    "gpus": gpus,
-    "network": network,
-    "temporary space": temporary_space,
-    "open files": open_files,
-    "ray": ray,
+    "processor": processor,
+    "GPU": gpu,
+    "Ray": ray,
+    "model": model,
 }
 
 
-def _of_config(config: PredictConfig) -> dict[str, Callable[[], str]]:
+def _checks_of(config: PredictConfig) -> dict[str, Callable[[], str]]:
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
-    checks: dict[str, Callable[[], str]] = {"model": partial(_model, config, storage)}
-    places = data_paths(config)
-    if in_s3 := [uri for uri in places.values() if uri.startswith("s3://")]:
-        checks["credentials"] = partial(_credentials, in_s3[0], storage)
-    for key, uri in places.items():
+    chosen = config.model
+    checks: dict[str, Callable[[], str]] = {
+        "model": partial(model, chosen.checkpoint, chosen.device, storage)
+    }
+    for key, uri in data_paths(config).items():
         check = _writable if key == "output.uri" else _readable
         if not uri.startswith("memory://"):
             checks[key] = partial(check, uri, storage)
     return checks
 
 
-def _model(config: PredictConfig, storage: StorageConfig) -> str:
-    from unet_core.inference.engine import choose_device
-    from unet_core.networks.header import read_header
-
-    name = config.model.checkpoint
-    header, device = read_header(name, storage), choose_device(config.model.device)
-    return f"{name}: {', '.join(header.class_names)}; here it would run on {device}"
-
-
-def _credentials(uri: str, storage: StorageConfig) -> str:
-    """Where they come from, never what they are."""
-    from unet_core.storage.store import Store
-
-    if storage.anonymous:
-        return "none are used (storage.anonymous)"
-    found = Store(uri, storage).credentials()
-    if not found:
-        raise StoreError(
-            "none for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, storage.profile, or "
-            "storage.anonymous = true"
-        )
-    return f"of S3 by {found}"
-
-
 def _readable(uri: str, storage: StorageConfig) -> str:
-    """It can be listed, and something in it read."""
+    """List a path, and read something in it."""
     from unet_core.storage.store import Store
 
     store = Store(uri, storage)
@@ -296,7 +209,7 @@ def _readable(uri: str, storage: StorageConfig) -> str:
 
 
 def _writable(uri: str, storage: StorageConfig) -> str:
-    """Something can be made and removed there, and made only once."""
+    """Make and remove something in a folder, and see whether it can be made twice."""
     from unet_core.storage.store import Store
 
     store = Store(uri, storage)

@@ -1,4 +1,4 @@
-"""``unet-jobs plan``: what a run would do. Writes nothing."""
+"""``unet-jobs plan``: a look at what a run would do. Writes nothing."""
 
 import os
 from dataclasses import dataclass
@@ -6,24 +6,23 @@ from dataclasses import dataclass
 from jobs.backends import session
 from jobs.backends.placement import resolve_placement
 from jobs.job import prepare
+from jobs.tools.scratch import open_shards
 from unet_core.config.predict import PredictConfig
-from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import images_in
-from unet_core.runs.manifest import draft
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``predict`` would do with a config now."""
+    """Work that ``predict`` would do with a config now."""
 
     uri: str
     input: str
     format: str
     shards: int
     shards_left: int
-    """Not committed."""
+    """Shards that are not committed."""
     images: int | None
-    """Of the whole input; None where only reading tells."""
+    """Number in the whole input; None where only reading tells."""
     bytes: int
     bytes_left: int
     is_finished: bool
@@ -33,23 +32,19 @@ class Plan:
 def plan(config: PredictConfig) -> Plan:
     """Look at input, run folder and cluster; raises what ``predict`` would raise."""
     job = prepare(config)
-    shards, committed = job.run.manifest(), job.run.committed()
-    if shards is None:
-        with draft(list_shards(job.source)) as found:
-            shards = found.heads
-    left = [shard for shard in shards if shard.shard_id not in committed]
-    return Plan(
-        uri=job.run.uri,
-        input=config.input.uri,
-        format=job.source.format,
-        shards=len(shards),
-        shards_left=len(left),
-        images=images_in(shards),
-        bytes=sum(shard.bytes for shard in shards),
-        bytes_left=sum(shard.bytes for shard in left),
-        is_finished=job.run.is_finished,
-        workers=_describe_workers(config),
-    )
+    with open_shards(job) as (shards, left, _):
+        return Plan(
+            uri=job.run.uri,
+            input=config.input.uri,
+            format=job.source.format,
+            shards=len(shards),
+            shards_left=len(left),
+            images=images_in(shards),
+            bytes=sum(shard.bytes for shard in shards),
+            bytes_left=sum(shard.bytes for shard in left),
+            is_finished=job.run.is_finished,
+            workers=_describe_workers(config),
+        )
 
 
 def _describe_workers(config: PredictConfig) -> str:

@@ -50,10 +50,10 @@ def test_what_others_print_meanwhile_goes_to_standard_error(
                  "workers.count=inline", "tile.size=256")  # fmt: skip
     code, out, _ = run_cli(*arguments)
     assert (code, set(json.loads(out)), json.loads(out)["cost"]) == (0, PLAN, None)
-    from jobs.tools import cost
+    from jobs.tools import scratch
 
-    measure = cost.segment
-    monkeypatch.setattr(cost, "segment", lambda *job: print("an actor speaks") or measure(*job))
+    measure = scratch.segment
+    monkeypatch.setattr(scratch, "segment", lambda *job: print("an actor speaks") or measure(*job))
     code, out, errors = run_cli(*arguments, "--cost", "--price", 2)
     assert set(json.loads(out)["cost"]) == COST
     assert "an actor speaks" in errors

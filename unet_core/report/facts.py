@@ -1,4 +1,4 @@
-"""What there is to say of a run, gathered once; the page only lays it out."""
+"""Contents of a run's report, gathered once; the page only lays them out."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from unet_core.images.decoder import DecodedImage
 from unet_core.metrics import RATIOS, Scores, Totals, mean, ratio
 from unet_core.report.activity import Activity
 from unet_core.report.charts import Plot, histogram
-from unet_core.report.command import predict_command, toml
 from unet_core.report.panels import Panel, panels
 from unet_core.report.run_images import fetch
 from unet_core.report.scores import LARGEST, RANDOM, Pick, RunScores
@@ -27,7 +26,7 @@ from unet_core.storage.store import Store
 SHOWN = 8
 """Images of a sheet."""
 MOST_BYTES = 8 * 2**30
-"""Of tars and the like, read for the images of a page: about a minute at 1 Gbit/s."""
+"""Bytes of tars and the like read for the images of a page: about a minute at 1 Gbit/s."""
 MOST_CLASSES = 64
 MOST_SIZES = 8
 TIMING_FILES = 2880
@@ -49,7 +48,7 @@ class ClassRow:
     name: str
     color: str
     share: float | None
-    """Of all pixels in the masks; None is undefined."""
+    """Share of all pixels in the masks; None is undefined."""
     scores: Scores | None
     """None where there is no truth."""
 
@@ -90,7 +89,7 @@ class RunFacts:
             for name in RATIOS
             if totals.with_truth
         }
-        """Of the defined scores of all classes; empty without truth."""
+        """Means of the defined scores of all classes; empty without truth."""
         matrix_KK = measured.confusion_KK
         self.confusion = matrix_KK.tolist() if matrix_KK is not None else []
         """Pixels, truth × mask; empty where there is none, or too many classes."""
@@ -98,23 +97,19 @@ class RunFacts:
         self.sizes, self.size_count = sizes_of(measured)
         self.sheets = sheets(measured)
         self.panels, self.reasons = _panels(results, self.sheets)
-        """Of the images of the sheets, by id, or why there are none."""
+        """Panels of the images of the sheets by id, and the reasons where there are none."""
         self.causes = causes(run, totals) if totals.failed else []
         self.evaluations = list(evaluations(run.store, totals))
         timings = read_timings(run.store, TIMING_FILES)
         self.activity = Activity(timings) if timings.num_rows else None
         self.warnings = list(_warnings(results, self.is_finished, self.shards))
-        config, compute = results.config, record.compute.model_dump(exclude={"versions"})
-        self.command = predict_command(
-            config.model_dump(mode="json"), config.model.checkpoint, run.uri
-        )
-        self.config = toml(record.config)
+        compute, self.config = record.compute.model_dump(exclude={"versions"}), record.config
         self.versions = {"unet-jobs": record.version, **compute, **record.compute.versions}
         self.identity = {"fingerprint": record.fingerprint, **record.identity}
 
 
 def classes_of(results: Results, totals: Totals) -> list[ClassRow]:
-    """As many as a table can show, the most frequent ones, in the order of their ids."""
+    """Return the most frequent classes, as many as a table can show, in the order of their ids."""
     nothing = [None] * len(results.class_names)
     pixels, scores = totals.class_pixels or nothing, totals.scores or nothing
     classes = zip(results.class_names, results.palette, pixels, scores, strict=True)
@@ -157,7 +152,7 @@ def sheets(measured: RunScores) -> list[Sheet]:
 def _panels(
     results: Results, sheets: list[Sheet]
 ) -> tuple[dict[str, tuple[Panel, ...]], dict[str, str]]:
-    """Of all images by id, or why there are none; the first ones of each sheet first."""
+    """Draw the panels of all images by id, or say why not; the first ones of each sheet first."""
     by_rank = chain(*zip_longest(*(sheet.picks for sheet in sheets)))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
     ignore_index = results.config.input.ignore_index

@@ -1,7 +1,9 @@
-"""From facts to one HTML file: Jinja templates beside this module, everything from data escaped."""
+"""Rendering of facts to one HTML file by Jinja templates, everything from data escaped."""
 
 import datetime
+import json
 import math
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -31,6 +33,27 @@ def text(value: object) -> str:
     return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "–"
 
 
+def toml(config: dict[str, Any], name: str = "") -> str:
+    """Every key that has a value, in sections; maps whose keys are no names are values."""
+    sections = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, dict) and value and all(map(str.isidentifier, value))
+    }
+    keys = [key for key, value in config.items() if key not in sections and value is not None]
+    own = "\n".join([f"[{name}]", *(f"{key} = {_literal(config[key])}" for key in keys)])
+    inner = (toml(value, f"{name}.{key}".strip(".")) for key, value in sections.items())
+    return "\n\n".join([own] * bool(keys) + list(inner))
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def score(value: float | None) -> str:
     """Four decimals, or a dash where it is undefined."""
     return "–" if value is None else f"{value:.4f}"
@@ -57,6 +80,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals |= {"scores": SCORES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
-TEMPLATES.filters |= {"text": text, "score": score, "share": share, "span": span}
+TEMPLATES.filters |= {"text": text, "toml": toml, "score": score, "share": share, "span": span}
 TEMPLATES.filters |= {"count": "{:,}".format, "at": "{:%Y-%m-%d %H:%M} UTC".format}
 TEMPLATES.tests["nan"] = math.isnan

@@ -1,16 +1,11 @@
-"""What there is to say of a training."""
+"""Contents of a training's report."""
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from unet_core.config.loading import build
-from unet_core.config.sections import InputConfig
-from unet_core.config.train import TrainConfig
 from unet_core.report.charts import Plot, Series, lines
-from unet_core.report.command import command, predict_command, toml
-from unet_core.training.training_run import BEST, GIVEN, Position, TrainingRun
+from unet_core.training.training_run import BEST, Position, TrainingRun
 
 MOST_LINES = TONES = 8
 SCORES = {"iou": "IoU", "dice": "Dice"}
@@ -27,9 +22,9 @@ class ClassFacts:
     name: str
     color: str
     share: float | None
-    """Of the training pixels that count."""
+    """Share of the training pixels that count."""
     best: dict[str, float | None]
-    """By score, at the best step."""
+    """Values by score at the best step."""
     last: dict[str, float | None]
 
 
@@ -56,12 +51,9 @@ class TrainingFacts:
         self.warnings = list(_warnings(run, data["steps"], position, pixels))
         is_best_last = len(losses) > 2 and position.best_step >= losses[-1][0]
         self.is_best_last = run.is_finished and is_best_last
-        """Whether more epochs may help."""
+        """True where more epochs may help."""
         self.best = f"{self.uri}/{BEST}"
-        self.look = _look(config["data"]["val"] or config["data"]["train"], self.best)
-        """The command that shows them on the images of the training."""
-        self.command = _command(run.record, self.uri)
-        self.config = toml(config)
+        self.config = config
 
 
 def _last(points: list[Point]) -> float | None:
@@ -109,25 +101,3 @@ def _warnings(
         )
     if absent := [name for name, count in pixels.items() if not count]:
         yield f"No training pixel is of class {', '.join(absent)}: it cannot be learnt."
-
-
-def _command(record: dict[str, Any], uri: str) -> str:
-    config = record["config"]
-    train = config["data"]["train"]
-    verb = ["train", train["uri"], train["masks"], "--out", uri]
-    told = {name: train[name] for name in ("uri", "masks")}
-    places = {"data": {"train": told}, "output": {"uri": uri}}
-    defaults = build(TrainConfig, places, []).model_dump(mode="json")
-    if "/" not in train["masks"]:
-        defaults["data"]["train"]["masks"] = ""  # a plain word would be a folder
-    if config["data"]["val"] is not None:
-        defaults["data"]["val"] = defaults["data"]["train"] | {"uri": "", "masks": ""}
-    given = {key.removesuffix(GIVEN) for key in record["identity"] if key.endswith(GIVEN)}
-    return command(verb, config, defaults, {"output.uri"}, given)
-
-
-def _look(data: dict[str, Any], best: str) -> str:
-    """Segments labelled images with the best weights; a truth of objects is no truth of classes."""
-    left_out = {"masks", "label_map"} if data["instances"] else set()
-    given = {k: v for k, v in data.items() if k in InputConfig.model_fields and k not in left_out}
-    return predict_command({"input": given}, best, "RUN")

@@ -1,3 +1,4 @@
+import html
 import logging
 from pathlib import Path
 
@@ -96,10 +97,9 @@ def test_a_training_explains_itself(folder, tmp_path):
     config = config_of(folder, out, "train.epochs=2", "output.report=true")
     done = train(config)
     assert done.report == str(out / NAME)
-    page = (out / NAME).read_text()
-    for text in ("Learning curves", "Validation IoU", "nucleus", f"--model {out}/best.safetensors",
-                 "train.epochs=2", "after step",
-                 f"--out RUN input.masks={folder}/masks"):  # fmt: skip
+    page = html.unescape((out / NAME).read_text())
+    for text in ("Learning curves", "Validation IoU", "nucleus", "[data.train]",
+                 "epochs = 2", "after step", f"--model '{out}/best.safetensors'"):  # fmt: skip
         assert text in page, text
     (out / "_SUCCESS").unlink()
     write_report(str(out))

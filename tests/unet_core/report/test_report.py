@@ -1,28 +1,30 @@
 import copy
 import dataclasses
 import datetime
+import html
 import itertools
 import re
-import shlex
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.commands.arguments import predict_config
 from jobs.predict import predict
 from tests.support.runs import config_of
 from unet_core import open_run
+from unet_core.config.loading import build
+from unet_core.config.predict import PredictConfig
 from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.images.sample import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import Activity
 from unet_core.report.charts import histogram
 from unet_core.report.facts import RunFacts, Sheet
-from unet_core.report.page import render
+from unet_core.report.page import render, toml
 from unet_core.report.panels import PANEL, panels
 from unet_core.report.scores import LARGEST, LOWEST_CONFIDENCE, RANDOM, RunScores, pick_ids
 from unet_core.runs.compact import COMPACTED
@@ -76,7 +78,7 @@ def test_a_run_explains_itself(run, facts):
     page = render(facts).decode()
     for text in ("not finished", "13 ok + 1 failed", "mean of classes", "nucleus", "cell03.png",
                  run.record.fingerprint, "more images failed than errors.max_failed_images = 0",
-                 "not a TIFF, PNG", "--model"):  # fmt: skip
+                 "not a TIFF, PNG", "[input]"):  # fmt: skip
         assert text in page, text
     assert [sheet.name for sheet in facts.sheets] == [
         "Random images",
@@ -263,11 +265,14 @@ def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
     assert b"not finished" in render(found)
 
 
-def test_the_command_shown_gives_the_config_again(run, facts):
-    _, verb, source, *words = shlex.split(facts.command)
-    assert (verb, words[0], words[2]) == ("predict", "--model", "--out")
-    config = predict_config(source, tuple(words[4:]), words[1], words[3])
-    assert config == run.config
+def test_the_config_shown_is_a_config_again(run, facts):
+    page = html.unescape(render(facts).decode())
+    (shown,) = re.findall(r'aria-label="Config"><pre><code>(.*?)</code>', page, re.DOTALL)
+    assert build(PredictConfig, tomllib.loads(shown), []) == run.config
+    table = {"input": {"uri": 'a"b', "label_map": {"255": 1}, "masks": None, "allow": ["é"]}}
+    assert tomllib.loads(toml(table)) == {
+        "input": {"uri": 'a"b', "label_map": {"255": 1}, "allow": ["é"]}
+    }
 
 
 def test_time_in_which_nobody_worked_is_cut_out():

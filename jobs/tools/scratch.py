@@ -1,0 +1,55 @@
+"""The shards of an input, and a run of some of them that is measured and removed."""
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from jobs.job import Job
+from jobs.predict import segment
+from unet_core.config.predict import WorkersConfig
+from unet_core.errors import ConfigError, StoreError
+from unet_core.inputs.formats import list_shards
+from unet_core.inputs.shards import Shard
+from unet_core.runs.manifest import draft, with_members
+from unet_core.runs.run import Run
+from unet_core.runs.shard_plan import ShardPlan
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_shards(job: Job) -> Iterator[tuple[list[Shard], list[Shard], Callable[[Shard], Shard]]]:
+    """Give all shards of a run, those that are not committed, and a function that adds the members
+    of a shard; without a manifest the input is listed.
+    """
+    known = job.run.manifest()
+    with draft(list_shards(job.source) if known is None else iter(())) as found:
+        read = found.with_members if known is None else partial(with_members, job.run.store)
+        shards, committed = known or found.heads, job.run.committed()
+        yield shards, [shard for shard in shards if shard.shard_id not in committed], read
+
+
+@contextlib.contextmanager
+def scratch_run(job: Job, sample: list[Shard], workers: WorkersConfig) -> Iterator[Run]:
+    """Segment a sample as ``predict`` does, into a folder beside the job's that is removed in the
+    end. Any number of its images may fail.
+    """
+    config, uri = job.config, job.config.output.uri.rstrip("/")
+    if "://" in uri and "/" not in uri.partition("://")[2]:
+        raise ConfigError(f"output.uri: {uri} is a whole bucket; name a folder in it")
+    output = config.output.model_copy(update={"uri": f"{uri}-scratch-{uuid.uuid4().hex[:8]}"})
+    errors = config.errors.model_copy(update={"max_failed_images": 1.0})
+    changed = config.model_copy(update={"output": output, "workers": workers, "errors": errors})
+    run = Run(output.uri, config.storage)
+    try:
+        with draft(iter(sample)) as found:
+            segment(replace(job, config=changed, run=run), ShardPlan(found.heads, found))
+        yield run
+    finally:
+        try:
+            run.store.remove_all()
+        except StoreError as error:
+            log.warning("%s stays and must be removed by hand: %s", run.uri, error)
