@@ -95,7 +95,7 @@ class RunProgress(Display):
         self._before, self._done = before, Totals()
         self._done_bytes = self._provisional = 0
         self._actors = 0
-        self._started = time.monotonic()
+        self._started = self._began
         self._lock = threading.Lock()
 
     def __exit__(self, *_: object) -> None:
@@ -150,13 +150,13 @@ class ShardsProgress(Display):
     def __init__(self, what: str, shards: int, done: int) -> None:
         super().__init__(what)
         self._what, self._shards, self._done = what, shards, done
-        self._images, self._started = 0, time.monotonic()
+        self._images = 0
 
     def on_done(self, images: int) -> None:
         """Count a shard and its images."""
         self._done += 1
         self._images += images
-        speed = rate(self._images, time.monotonic() - self._started)
+        speed = rate(self._images, time.monotonic() - self._began)
         text = f"{self._done:,}/{self._shards:,} shards, {speed}"
         self.show(self._what, self._done / self._shards, text)
 

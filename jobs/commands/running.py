@@ -104,8 +104,8 @@ def plan(
     help="Ray's job server, e.g. http://localhost:8265.  [env: RAY_API_SERVER_ADDRESS]",
 )
 @click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
-@click.option("--retry-failed", is_flag=True, help="As of predict.")
-@click.option("--refresh", is_flag=True, help="As of predict.")
+@click.option("--retry-failed", is_flag=True, help="As for predict.")
+@click.option("--refresh", is_flag=True, help="As for predict.")
 def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, **how: bool) -> None:
     """Run predict or train as a job on a Ray cluster.
 

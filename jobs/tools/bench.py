@@ -116,8 +116,7 @@ def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
         if images >= ENOUGH_IMAGES:
             break
         taken.append(shard)
-        count = shard.count
-        images += sum(1 for _ in read_shard(job.source, shard)) if count is None else count
+        images += shard.count or sum(1 for _ in read_shard(job.source, shard))
     return taken
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from jobs.backends import session
@@ -24,9 +23,6 @@ from unet_core.config.predict import PredictConfig, WorkersConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import ConfigError, StoreError, UnetJobsError, WorkersError
 from unet_core.memory import usable_bytes
-
-if TYPE_CHECKING:
-    import torch
 
 LIMIT_S = 20.0
 """Time for one check."""
@@ -102,31 +98,28 @@ def gpu() -> str:
     """Compute something on each GPU."""
     import torch
 
-    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    from unet_core.inference.engine import device_model
+
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        found.append(torch.device("mps"))
+        devices.append(torch.device("mps"))
     has_driver = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
-    if not found and has_driver:
+    if not devices and has_driver:
         built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
         raise ConfigError(
             f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: it {built}; "
             "install a torch for this driver, or let the container have the GPU"
         )
-    return "; ".join(map(_computing, found)) or "none: networks run on the CPU"
-
-
-def _computing(device: "torch.device") -> str:
-    import torch
-
-    from unet_core.inference.engine import device_model
-
-    one = torch.eye(64, device=device)
-    if (one @ one).sum().item() != 64:
-        raise WorkersError(f"{device} computes wrongly")
-    if device.type != "cuda":
-        return device_model(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return f"{device_model(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    texts = []
+    for device in devices:
+        one = torch.eye(64, device=device)
+        if (one @ one).sum().item() != 64:
+            raise WorkersError(f"{device} computes wrongly")
+        texts.append(device_model(device))
+        if device.type == "cuda":
+            free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
+            texts[-1] += f", {free:.1f} of {total:.1f} GB free"
+    return "; ".join(texts) or "none: networks run on the CPU"
 
 
 def ray() -> str:
@@ -197,15 +190,14 @@ def _readable(uri: str, storage: StorageConfig) -> str:
     """List a path, and read something in it."""
     from unet_core.storage.store import Store
 
-    store = Store(uri, storage)
-    if store.size is not None:
-        store.read("", 0, 1)
-        return f"{uri} can be read, {store.size:,} bytes"
-    first = store.first()
-    if first is None:
-        raise StoreError(f"there is nothing at {uri}")
-    store.read(first.name, 0, min(1, first.bytes))
-    return f"{uri} can be listed and read (looked at {first.name})"
+    store, name = Store(uri, storage), ""
+    if (size := store.size) is None:
+        first = store.first()
+        if first is None:
+            raise StoreError(f"there is nothing at {uri}")
+        name, size = first.name, first.bytes
+    store.read(name, 0, min(1, size))
+    return f"{uri} can be listed and read" if name else f"{uri} can be read, {size:,} bytes"
 
 
 def _writable(uri: str, storage: StorageConfig) -> str:
