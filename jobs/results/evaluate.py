@@ -10,8 +10,15 @@ from jobs.backends.tasks import run_tasks
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.evaluation.aggregate import Aggregate, Images, changed, counted, scored
-from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
-from unet_core.evaluation.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
+from unet_core.evaluation.evaluation import (
+    EVALUATION_JSON,
+    FOLDER,
+    NOTHING_IGNORED,
+    Evaluation,
+    Truth,
+)
+from unet_core.evaluation.other_run import OtherRun
+from unet_core.evaluation.truth import BesideImages, LabelImages, truth_of
 from unet_core.inputs.shards import masks_at
 from unet_core.runs.identity import Identity
 from unet_core.runs.reader import Results
@@ -22,7 +29,7 @@ NAME = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """What came of an evaluation."""
+    """Result of an evaluation."""
 
     document: dict[str, Any]
     """``evaluation.json``."""
@@ -33,7 +40,7 @@ class EvaluationOutcome:
 def evaluate(results: Results, config: PredictConfig, name: str = "") -> EvaluationOutcome:
     """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
 
-    Raises ConfigError if no image has a truth of use, or two have the same.
+    Raises ConfigError if no image has a truth of use, or images of two tars have the same.
     """
     classes = len(results.class_names)
     config.input.require_free_ignore_index(classes)
@@ -148,7 +155,7 @@ def _without_truth(
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
     there = ""
     if isinstance(truth, LabelImages):  # else only reading tells
-        there = f"; label images: {', '.join(truth.names)}"
+        there = f"; label images: {', '.join(truth.names)}; they need the paths of their images"
     return (
         f"--truth: none of {aggregate.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(aggregate.without.examples)}{there}"

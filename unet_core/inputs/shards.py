@@ -53,8 +53,13 @@ class Shard:
         return not self.uri
 
 
+def member_ids(source: "Source", shard: Shard) -> list[str]:
+    """Image ids of a shard of loose images."""
+    return [member.key for member in shard.members]
+
+
 def images_in(shards: Iterable[Shard]) -> int | None:
-    """How many images; None where only reading tells."""
+    """Number of images; None where only reading tells."""
     counts = [shard.count for shard in shards]
     return None if None in counts else sum(count or 0 for count in counts)
 
