@@ -152,7 +152,7 @@ class BesideImages:
 
 
 def _pages(source: Source, row: Row) -> dict[str, int]:
-    """Pages by the image ids that a row's file may have: the row's own, or that without ``#page``."""
+    """Pages by the image ids that a row's file may have: its own, or that without ``#page``."""
     image_id, hash_, page = row["image_id"].rpartition("#")
     is_page = source.config.pages == "expand" and hash_ and page.isdecimal()
     return {row["image_id"]: 0} | ({image_id: int(page)} if is_page else {})
