@@ -55,11 +55,11 @@ def packed(folder, tmp_path_factory):
     """The images of ``folder`` as every other format, with their masks."""
     root = tmp_path_factory.mktemp("packed")
     (root / "beside").mkdir()
-    lines = ["uri,truth"]
+    lines = ["uri,id,truth"]
     for path in sorted((folder / "images").iterdir()):
         shutil.copy(path, root / "beside" / path.name)
         shutil.copy(folder / "masks" / path.name, root / "beside" / f"{path.stem}_mask.png")
-        lines.append(f"beside/{path.name},beside/{path.stem}_mask.png")
+        lines.append(f"beside/{path.name},{path.name},beside/{path.stem}_mask.png")
     (root / "list.csv").write_text("\n".join(lines))
     return root
 
