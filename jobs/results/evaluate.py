@@ -66,7 +66,7 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Evaluat
 def compare(
     results: Results, other: Results, config: PredictConfig, name: str = ""
 ) -> EvaluationOutcome:
-    """Compare a run with what another one made of the same images.
+    """Compare a run with another run of the same images.
 
     Raises ConfigError if their classes are not the same.
     """
@@ -93,7 +93,7 @@ def compare(
 def _prepared(
     results: Results, truth: Truth, ignore_index: int, about: Identity, label: str, name: str
 ) -> Evaluation:
-    """The evaluation of that name, or of one that tells what it is of."""
+    """Resolve the folder of an evaluation: that of the name, or of one made from its identity."""
     if name and not NAME.fullmatch(name):
         raise ConfigError(f"--name {name}: letters, digits, '.', '_' and '-' make a name")
     identity = {"run.fingerprint": results.record.fingerprint, **about}
@@ -113,7 +113,7 @@ def _digest(text: str) -> str:
 def _run_tasks(
     evaluation: Evaluation, results: Results, config: PredictConfig, paths: dict[str, str]
 ) -> tuple[EvaluationOutcome, Aggregate]:
-    """Do what is left, and what the run has done again since; what the document begins with."""
+    """Evaluate shards that have no current part; the document starts with what was compared."""
     evaluation.begin()
     paths = {"RUN": results.run.uri, **paths}
     set_aside = run_tasks(evaluation, results.shards(), config, paths, "evaluating")
@@ -173,7 +173,7 @@ def _without_other(
 
 
 def _hint(found: dict[str, Any], ignore_index: int) -> dict[str, str]:
-    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
+    """Warn of masks of 0 and 255 that were not mapped: they have no foreground."""
     lacking = [s["class"] for s in found["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
     if not found["ignored_pixels"] or not lacking:
         return {}

@@ -38,7 +38,7 @@ Truth = LabelImages | BesideImages | OtherRun
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A folder ``evaluation/<name>`` of a run: what there is to do, and what has been done."""
+    """A folder ``evaluation/<name>`` of a run, with a part for each shard."""
 
     run: Store
     store: Store

@@ -1,4 +1,4 @@
-"""The masks of another run in the place of truth."""
+"""Masks of another run as truth."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,10 +27,10 @@ class OtherRun:
 
     store: Store
     shards: dict[str, tuple[str, ...]]
-    """Where the images of a shard are there, if not in the shard of the same id."""
+    """Shards of the other run that hold the images of a shard, if not the one of the same id."""
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
-        """By image id; one masks part is open at a time."""
+        """Find each row's mask by image id; one masks part is open at a time."""
         there: dict[str, tuple[str, Row]] = {}
         for shard_id in self.shards.get(shard.shard_id, (shard.shard_id,)):
             rows_there = read_columns(self.store, shard_id, "image_id", "status", "error_message")
@@ -63,8 +63,8 @@ class OtherRun:
 
     @classmethod
     def joined(cls, mine: Results, other: Results) -> "tuple[OtherRun, Images]":
-        """The masks of ``other`` for the images of ``mine``, and the images that only ``other``
-        has. Shards of one id have the same images; those of the rest are joined by id.
+        """Join two runs: the masks of ``other`` for the images of ``mine``, and the images that
+        only ``other`` has. Shards of one id have the same images; the rest is joined by image id.
         """
         here, there = ({shard.shard_id for shard in results.shards()} for results in (mine, other))
         ours, theirs = _ids(mine.run.store, here - there), _ids(other.run.store, there - here)

@@ -23,7 +23,7 @@ EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif",
     ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif", ".heic", ".svs",
 )  # fmt: skip
-"""What is an image by its name; those that are not decoded become failed rows, not gaps."""
+"""Endings of image files; those that are not decoded become failed rows, not gaps."""
 MAX_ENCODED_BYTES = 2**31 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit

@@ -29,7 +29,7 @@ from unet_core.storage.store import Store, split
 
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
                      "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
-"""As its Parquet files call them → as its manifest does."""
+"""Column names of its Parquet files → those of its manifest."""
 CSV = (".csv", ".csv.gz")
 BATCH_ROWS = 65_536
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
@@ -107,7 +107,7 @@ def _store_of(prefix: str, root: Store) -> Store:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Where the objects of a list may lie."""
+    """The prefixes below which the objects of a list may lie."""
 
     folder: str
     """The folder of the list, from which relative URIs start."""
