@@ -10,8 +10,15 @@ from jobs.backends.tasks import run_tasks
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.evaluation.aggregate import Aggregate, Images, changed, counted, scored
-from unet_core.evaluation.evaluation import EVALUATION_JSON, FOLDER, NOTHING_IGNORED, Evaluation
-from unet_core.evaluation.truth import BesideImages, LabelImages, OtherRun, Truth, truth_of
+from unet_core.evaluation.evaluation import (
+    EVALUATION_JSON,
+    FOLDER,
+    NOTHING_IGNORED,
+    Evaluation,
+    Truth,
+)
+from unet_core.evaluation.other_run import OtherRun
+from unet_core.evaluation.truth import BesideImages, LabelImages, truth_of
 from unet_core.inputs.shards import masks_at
 from unet_core.runs.identity import Identity
 from unet_core.runs.reader import Results
@@ -22,7 +29,7 @@ NAME = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """What came of an evaluation."""
+    """Result of an evaluation."""
 
     document: dict[str, Any]
     """``evaluation.json``."""
@@ -33,7 +40,7 @@ class EvaluationOutcome:
 def evaluate(results: Results, config: PredictConfig, name: str = "") -> EvaluationOutcome:
     """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
 
-    Raises ConfigError if no image has a truth of use, or two have the same.
+    Raises ConfigError if no image has a truth of use, or images of two tars have the same.
     """
     classes = len(results.class_names)
     config.input.require_free_ignore_index(classes)
@@ -59,7 +66,7 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Evaluat
 def compare(
     results: Results, other: Results, config: PredictConfig, name: str = ""
 ) -> EvaluationOutcome:
-    """Compare a run with what another one made of the same images.
+    """Compare a run with another run of the same images.
 
     Raises ConfigError if their classes are not the same.
     """
@@ -86,7 +93,7 @@ def compare(
 def _prepared(
     results: Results, truth: Truth, ignore_index: int, about: Identity, label: str, name: str
 ) -> Evaluation:
-    """The evaluation of that name, or of one that tells what it is of."""
+    """Resolve the folder of an evaluation: that of the name, or of one made from its identity."""
     if name and not NAME.fullmatch(name):
         raise ConfigError(f"--name {name}: letters, digits, '.', '_' and '-' make a name")
     identity = {"run.fingerprint": results.record.fingerprint, **about}
@@ -106,7 +113,7 @@ def _digest(text: str) -> str:
 def _run_tasks(
     evaluation: Evaluation, results: Results, config: PredictConfig, paths: dict[str, str]
 ) -> tuple[EvaluationOutcome, Aggregate]:
-    """Do what is left, and what the run has done again since; what the document begins with."""
+    """Evaluate shards that have no current part; the document starts with what was compared."""
     evaluation.begin()
     paths = {"RUN": results.run.uri, **paths}
     set_aside = run_tasks(evaluation, results.shards(), config, paths, "evaluating")
@@ -148,7 +155,7 @@ def _without_truth(
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
     there = ""
     if isinstance(truth, LabelImages):  # else only reading tells
-        there = f"; label images: {', '.join(truth.names)}"
+        there = f"; label images: {', '.join(truth.names)}; they need the paths of their images"
     return (
         f"--truth: none of {aggregate.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(aggregate.without.examples)}{there}"
@@ -166,7 +173,7 @@ def _without_other(
 
 
 def _hint(found: dict[str, Any], ignore_index: int) -> dict[str, str]:
-    """Masks of 0 and 255 that nobody mapped have no foreground, and say so nowhere else."""
+    """Warn of masks of 0 and 255 that were not mapped: they have no foreground."""
     lacking = [s["class"] for s in found["classes"] if not s["pixels"]["tp"] + s["pixels"]["fn"]]
     if not found["ignored_pixels"] or not lacking:
         return {}

@@ -17,7 +17,7 @@ from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
-from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.inputs.formats import FORMATS, list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Shard, make_shard
 from unet_core.storage.parquet_files import parquet_of
 from unet_core.storage.store import Store
@@ -25,13 +25,12 @@ from unet_core.storage.store import Store
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28
 UNKNOWN_BYTES = 2**18
-"""What an image is taken for in a list that does not say its size."""
-ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
+"""Assumed size of an image in a list that does not say it."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was done."""
+    """Numbers of shards written and kept, and of images and masks in all of them."""
 
     shards: int
     kept: int
@@ -46,14 +45,15 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     destination holds anything else.
     """
     source = open_source(config.input, config.storage)
-    if source.format not in ("folder", "list"):
+    if not FORMATS[source.format].is_loose:
         raise ConfigError(
             f"pack {config.input.uri}: it is {source.format} already, not loose images"
         )
     members = [member for shard in list_shards(source) for member in shard.members]
     _require_distinct_keys(members)
     output = Store(config.output.uri, config.storage)
-    plan = {f"{s.shard_id}.{ENDINGS[kind]}": s for s in _balanced(members, shard_bytes)}
+    ending = FORMATS[kind].extensions[0]
+    plan = {f"{shard.shard_id}{ending}": shard for shard in _balanced(members, shard_bytes)}
     there = {entry.name for entry in output.list() if not entry.name.startswith("_")}
     if strange := sorted(there - plan.keys()):
         raise ConfigError(
@@ -61,10 +61,9 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
             "choose a new destination, or images would be there twice"
         )
     new = {name: shard for name, shard in plan.items() if name not in there}
-    write = _tar if kind == "webdataset" else _parquet
     for name, shard in new.items():
         packing = list(map_in_order(_contents, read_shard(source, shard)))
-        output.publish(name, write(packing))
+        output.publish(name, WRITERS[kind](packing))
     masks = sum(member.mask is not None for member in members)
     return Packed(len(new), len(plan) - len(new), len(members), masks)
 
@@ -143,3 +142,6 @@ def _parquet(packing: Packing) -> bytes:
         compression="none",  # images are compressed already
         row_group_size=max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, largest))),
     )
+
+
+WRITERS = {"webdataset": _tar, "parquet": _parquet}

@@ -1,4 +1,4 @@
-"""What the parts of an evaluation add up to: micro and macro scores, and the images that stand out.
+"""Sums over the parts of an evaluation: micro and macro scores, and the images that stand out.
 
 Counts are integers. Macro sums are floats: they are added in the order of the shards' ids, so that
 the same parts give the same digits. n images · K classes
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Images:
-    """How many images something happened to, and the first ones with what is to be said."""
+    """A number of images, with the ids or reasons of the first ones."""
 
     count: int = 0
     examples: tuple[str, ...] = ()
@@ -45,15 +45,15 @@ class Images:
         return Images(self.count + other.count, examples)
 
     @classmethod
-    def of(cls, told: Iterable[str]) -> "Images":
-        """Those that are told."""
-        all_told = list(told)
-        return cls(len(all_told), tuple(all_told[:MOST_EXAMPLES]))
+    def of(cls, examples: Iterable[str]) -> "Images":
+        """Count images by an example of each."""
+        found = list(examples)
+        return cls(len(found), tuple(found[:MOST_EXAMPLES]))
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """The images that stand out most, each with a value; what sorts first does most."""
+    """The images with the lowest values, in their order."""
 
     images: tuple[tuple[float, str], ...] = ()
 
@@ -62,7 +62,7 @@ class Extremes:
 
     @classmethod
     def of(cls, values_n: Array, ids: list[str]) -> "Extremes":
-        """By values that are defined."""
+        """The extremes of an array; NaN counts as no value."""
         known = ((float(v), i) for v, i in zip(values_n, ids, strict=True) if not np.isnan(v))
         return cls(tuple(nsmallest(MOST_EXTREMES, known)))
 
@@ -75,19 +75,19 @@ class Aggregate:
     without: Images = Images()
     unusable: Images = Images()
     only_ok_here: Images = Images()
-    """Where another run is the truth: images that are ok here and failed there."""
+    """Images that are ok here and failed in the other run, where one is the truth."""
     only_ok_there: Images = Images()
     """Images that failed here and are ok there."""
     confusion: Array | int = 0
-    """Of all images, flat; 0 where there is no truth, or too many classes."""
+    """Confusion of all images, flat; 0 where there is no truth, or too many classes."""
     sums: Array | int = 0
-    """Of the images' ratios where they are defined (RATIOS × K),"""
+    """Sums of the images' ratios where they are defined (RATIOS × K)."""
     counts: Array | int = 0
-    """Over how many images each of the sums goes."""
+    """Numbers of images in each of the sums (RATIOS × K)."""
     worst: Extremes = Extremes()
-    """By IoU, the mean over the image's classes."""
+    """Images of the lowest IoU, the mean over their classes."""
     flipped: Extremes = Extremes()
-    """By the share of pixels whose class is another one; negative."""
+    """Images of the largest share of pixels whose class is another one; negative."""
 
     def __add__(self, other: "Aggregate") -> "Aggregate":
         return added(self, other)
@@ -133,12 +133,12 @@ class Aggregate:
 
 
 def counted(totals: Totals) -> list[Any]:
-    """What tells the masks of one state of a run from those of another, for JSON."""
+    """Sums that differ between two states of a run, for JSON."""
     return [totals.images_seen, totals.ok, list(totals.class_pixels), totals.confidence_sum]
 
 
 def scored(aggregate: Aggregate, class_names: tuple[str, ...]) -> Row:
-    """What an evaluation against truth says, for JSON."""
+    """Document of an evaluation against truth, for JSON."""
     scores = aggregate.scores(class_names)
     return {
         "images": {
@@ -163,7 +163,7 @@ def scored(aggregate: Aggregate, class_names: tuple[str, ...]) -> Row:
 
 
 def changed(aggregate: Aggregate, class_names: tuple[str, ...], only_there: Images) -> Row:
-    """What an evaluation against another run says, for JSON."""
+    """Document of an evaluation against another run, for JSON."""
     scores = aggregate.totals.scores
     pixels = sum(score.tp + score.fn for score in scores)
     left_out = {
@@ -204,7 +204,7 @@ def _square(confusion: Array | int) -> list[list[int]] | None:
 
 
 def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:
-    """``Images`` that have none, by why."""
+    """``Images`` of the rows without a comparison, by the reason."""
     columns = ["image_id", "status", "truth", "error_code", "error_message"]
     left = rows.filter(pc.is_null(rows["tp"])).select(columns).to_pylist()
     ok = [row for row in left if row["status"] == "ok"]

@@ -1,17 +1,17 @@
-"""The masks of a run against another truth: rows as in its metrics, a part for each shard, and what
-they add up to.
-"""
+"""Evaluations: the masks of a run compared with truth, in parts with the rows of its metrics."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.concurrency import map_in_order
 from unet_core.errors import ImageError, ShardError
-from unet_core.evaluation.aggregate import Aggregate
-from unet_core.evaluation.truth import OWNERS, Found, LabelImages, OtherRun, Row, Truth, borrowed
+from unet_core.evaluation.aggregate import Aggregate, Row
+from unet_core.evaluation.other_run import OtherRun
+from unet_core.evaluation.truth import BesideImages, Found, LabelImages
 from unet_core.images.decoder import Pixels, fitting
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
@@ -23,18 +23,22 @@ from unet_core.storage.store import Store
 
 FOLDER = "evaluation"
 TRUTH_JSON = "truth.json"
-"""What the evaluation is of; published first and once."""
+"""The identity of the evaluation; published first and once."""
 EVALUATION_JSON = "evaluation.json"
-"""What came of it; published last."""
+"""Its scores; published last."""
 NOTHING_IGNORED = 2**16
 """An ``ignore_index`` that no mask holds."""
 WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
 NO_ERROR: Row = {"error_code": None, "error_message": None}
+OWNERS = pa.schema([("truth", pa.string()), ("image_id", pa.string())])
+
+Truth = LabelImages | BesideImages | OtherRun
+"""Finds the truth of images; travels to the nodes."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A folder ``evaluation/<name>`` of a run: what there is to do, and what has been done."""
+    """A folder ``evaluation/<name>`` of a run, with a part for each shard."""
 
     run: Store
     store: Store
@@ -72,7 +76,7 @@ class Evaluation:
         return len(rows)
 
     def _judge(self, mask: StoredMask | None, found: Found) -> Row:
-        """What a row says of its truth; a failed image keeps its reason."""
+        """Columns of a row that compare it with its truth; a failed image keeps its reason."""
         if mask is None:
             return {}
         labels = fitting(found.labels, (mask.height, mask.width))
@@ -93,35 +97,19 @@ class Evaluation:
         return matrix_KK
 
     def aggregate(self, shard_ids: set[str]) -> Aggregate:
-        """What their parts add up to. Raises ConfigError if two images have one label image."""
-        total, owners = self._added(shard_ids)
-        if isinstance(self.truth, LabelImages) and (loans := borrowed(owners)):
-            for shard_id, names in loans.items():
-                self._give_back(self.truth, shard_id, names)
-            total, _ = self._added(shard_ids)
-        return total
-
-    def _added(self, shard_ids: set[str]) -> tuple[Aggregate, pa.Table]:
-        """What parts add up to, and which label image is whose."""
+        """Add up their parts. Raises ConfigError if two images have one label image."""
         of_runs = isinstance(self.truth, OtherRun)
-        by_name = self.truth if isinstance(self.truth, LabelImages) else None
 
         def read(shard_id: str) -> tuple[Aggregate, pa.Table]:
             rows, footer = read_metrics(self.store, shard_id)
-            aggregate = Aggregate.of_rows(rows, int(footer["images_seen"]), of_runs)
-            return aggregate, by_name.owners(shard_id, rows) if by_name else OWNERS.empty_table()
+            owners = rows.filter(pc.field("truth").is_valid()).select(["truth", "image_id"])
+            first = owners.group_by("truth").aggregate([("image_id", "min")])
+            return Aggregate.of_rows(rows, int(footer["images_seen"]), of_runs), first
 
-        total, owned = Aggregate(), [OWNERS.empty_table()]
-        for aggregate, owners in map_in_order(read, sorted(shard_ids)):
+        total, owners = Aggregate(), [OWNERS.empty_table()]
+        for aggregate, first in map_in_order(read, sorted(shard_ids)):
             total += aggregate
-            owned.append(owners)
-        return total, pa.concat_tables(owned)
-
-    def _give_back(self, truth: LabelImages, shard_id: str, names: set[str]) -> None:
-        """Publish a part again, without the truth that is another image's own."""
-        table, footer = read_metrics(self.store, shard_id)
-        rows = table.to_pylist()
-        for row in rows:
-            if row["truth"] in names and not truth.is_own(row):
-                row.update(WITHOUT_TRUTH | (NO_ERROR if row["status"] == "ok" else {}))
-        self.store.publish(metrics_name(shard_id), metrics_part(rows, footer, EVALUATION))
+            owners.append(first.rename_columns(OWNERS.names))
+        if isinstance(self.truth, LabelImages):
+            self.truth.require_distinct(pa.concat_tables(owners))
+        return total

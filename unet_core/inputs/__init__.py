@@ -1,1 +1,1 @@
-"""Where images are found, and how they are grouped into shards."""
+"""Input containers: listing images as shards, reading them, and finding their truth."""

@@ -9,9 +9,19 @@ from typing import TypeVar
 
 from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
 from unet_core.images import sample as sample_module
-from unet_core.images.codec import is_image
+from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.images.sample import Sample
-from unet_core.inputs.shards import Known, Member, Shard, Source, is_known, make_shard
+from unet_core.inputs.container import Container, LabelFiles
+from unet_core.inputs.shards import (
+    Known,
+    Member,
+    Shard,
+    Source,
+    is_known,
+    make_shard,
+    member_ids,
+    readable_name,
+)
 from unet_core.storage.ranges import Ranged
 from unet_core.storage.store import Entry, Store
 
@@ -88,6 +98,35 @@ def _pair(source: Source) -> list[Member]:
     return members
 
 
+def list_labels(source: Source) -> dict[str, tuple[str, str | None]]:
+    """Label images below ``source.mask_root`` by their stems; names that are no UTF-8 are left out.
+
+    Raises ConfigError for two of one stem.
+    """
+    entries = (e for e in source.mask_root.list() if readable_name(e.name) == e.name)
+    by_stem = labels_by_stem(entries, source.config.masks)
+    return {stem: (entry.name, entry.etag) for stem, entry in by_stem.items()}
+
+
+def label_keys(shard: Shard, image_id: str) -> Iterator[str]:
+    """The path of an image below the root, with and without extension, and inside its container."""
+    yield image_id
+    if is_image(image_id):
+        yield stem_of(image_id)
+    if shard.uri:
+        yield image_id.removeprefix(f"{shard.uri}/")
+
+
+def open_label(source: Source, name: str, etag: str | None) -> Sample:
+    """A label image below ``source.mask_root``."""
+    return label_sample(name, File(source.mask_root, name, etag))
+
+
+def label_sample(name: str, mask: "File") -> Sample:
+    """A sample of a label image alone."""
+    return Sample(name, "", "", bytes, read_mask=mask.read, open_mask=mask.open)
+
+
 def stem_of(name: str) -> str:
     """A path without its extension."""
     return str(PurePosixPath(name).with_suffix(""))
@@ -137,7 +176,7 @@ class File:
         return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
 
     def open(self) -> Ranged:
-        """Its size, and pieces of it."""
+        """Return its size and a reader of byte ranges."""
         size = self._held(lambda: self.store.entry(self.name).bytes)
         return Ranged(size, self.read)
 
@@ -155,3 +194,9 @@ def require_there(root: Store) -> None:
     """Raises StoreError if it is not one object of the input that is gone, but all of it."""
     if not root.exists():
         raise StoreError(f"{root.uri()} is gone; was it unmounted, or deleted?")
+
+
+LABELS = LabelFiles(list_labels, label_keys, open_label)
+CONTAINER = Container(
+    list_shards, read, EXTENSIONS, is_loose=True, labels=LABELS, recount=member_ids
+)

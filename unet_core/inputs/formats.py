@@ -1,20 +1,24 @@
-"""Opening an input and reading its shards, whatever its format. A format is a module with
-``list_shards(source, known)``, which gives the shards that are not known, by name, and
-``read(source, shard)``, which gives their samples, always in the same order: what is wrong with an
-image is a sample with a ``failure``, a file that is not the one listed a ChangedError.
+"""Opening an input and reading its shards, whatever its format. A format is a ``Container``: a
+module of this room, and a row of ``FORMATS``.
 """
 
 from collections.abc import Iterator
 
 from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.errors import ChangedError, ConfigError, NotFoundError, ShardError, StoreError
-from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs import folder, listing, parquet, webdataset
+from unet_core.inputs.container import Container, LabelFiles
 from unet_core.inputs.shards import Known, Shard, Source, readable_name
 from unet_core.storage.store import Store, split
 
-FORMATS = {"folder": folder, "webdataset": webdataset, "parquet": parquet, "list": listing}
+FORMATS: dict[str, Container] = {
+    "webdataset": webdataset.CONTAINER,
+    "folder": folder.CONTAINER,
+    "parquet": parquet.CONTAINER,
+    "list": listing.CONTAINER,
+}
+"""By ``input.format``, in the order in which messages name them."""
 
 
 def open_source(
@@ -73,6 +77,11 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
         raise ShardError(f"{error}; restore it, or begin a new run") from error
 
 
+def label_files(source: Source) -> LabelFiles | None:
+    """Where ``input.masks`` has files of their own for truth; None if ``read_shard`` gives it."""
+    return folder.LABELS if source.config.mask_folder else FORMATS[source.format].labels
+
+
 def is_there(source: Source, shard: Shard) -> bool:
     """Whether a shard's tar or Parquet file is the one listed; loose images show it when read."""
     if not shard.uri:
@@ -87,16 +96,15 @@ def is_there(source: Source, shard: Shard) -> bool:
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
     """The format whose files are there, if it is only one."""
     found = {
-        "webdataset": [name for name in names if name.lower().endswith(webdataset.EXTENSIONS)],
-        "folder": [name for name in names if is_image(name)],
-        "parquet": [name for name in names if name.lower().endswith(parquet.EXTENSIONS)],
+        kind: [name for name in names if name.lower().endswith(container.extensions)]
+        for kind, container in FORMATS.items()
     }
     there = {kind: matching for kind, matching in found.items() if matching}
     if len(there) > 1:
         shown = ", ".join(f"{len(m)} for {kind!r} ({m[0]})" for kind, m in there.items())
         raise ConfigError(f"input.format: {config.uri} holds files {shown}; say which to read")
     if not there:
-        endings = ", ".join((*EXTENSIONS, *webdataset.EXTENSIONS, *parquet.EXTENSIONS))
+        endings = ", ".join(end for container in FORMATS.values() for end in container.extensions)
         is_list = any(name.lower().endswith((*listing.CSV, "manifest.json")) for name in names)
         hint = "; to read a list or S3 Inventory, set input.format = 'list'" if is_list else ""
         raise StoreError(

@@ -10,24 +10,26 @@ import json
 import urllib.parse
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from unet_core.concurrency import map_in_order
 from unet_core.config.uris import AUTHORITY, absolute, has_credentials, plain
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, NotFoundError
 from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
-from unet_core.inputs.folder import File, grouped, sample_of
+from unet_core.inputs.container import Container, LabelFiles
+from unet_core.inputs.folder import File, grouped, label_sample, sample_of
 from unet_core.inputs.parquet import EXTENSIONS
-from unet_core.inputs.shards import Known, Member, Shard, Source
+from unet_core.inputs.shards import Known, Member, Shard, Source, member_ids
 from unet_core.storage.store import Store, split
 
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
                      "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
-"""As its Parquet files call them → as its manifest does."""
+"""Column names of its Parquet files → those of its manifest."""
 CSV = (".csv", ".csv.gz")
 BATCH_ROWS = 65_536
 DAMAGED = (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error)
@@ -76,6 +78,27 @@ def file_of(source: Source, uri: str, etag: str | None) -> File:
     return File(store, uri[len(prefix) :], None if store.is_local else etag)
 
 
+def list_labels(source: Source) -> dict[str, tuple[str, str | None]]:
+    """Label images by the ids of their images. Lists say nothing of how they change, so each is
+    looked at; the row of one that is gone will say so.
+    """
+
+    def look(uri: str) -> tuple[str, str | None]:
+        file = file_of(source, uri, None)
+        try:
+            return uri, file.store.entry(file.name).etag
+        except NotFoundError:
+            return uri, None
+
+    uris = {member.key: member.mask for member in all_members(source) if member.mask}
+    return dict(zip(uris, map_in_order(look, uris.values()), strict=True))
+
+
+def open_label(source: Source, uri: str, etag: str | None) -> Sample:
+    """A label image of the list, as it was when ``list_labels`` looked at it."""
+    return label_sample(uri, replace(file_of(source, uri, None), etag=etag))
+
+
 @lru_cache(maxsize=64)
 def _store_of(prefix: str, root: Store) -> Store:
     """One store for each allowed prefix, with the storage options of the input."""
@@ -84,7 +107,7 @@ def _store_of(prefix: str, root: Store) -> Store:
 
 @dataclass(frozen=True)
 class Allowed:
-    """Where the objects of a list may lie."""
+    """The prefixes below which the objects of a list may lie."""
 
     folder: str
     """The folder of the list, from which relative URIs start."""
@@ -276,3 +299,7 @@ def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict
     for row in _rows(home, file):
         named = dict(zip(columns, row, strict=False))
         yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}
+
+
+LABELS = LabelFiles(list_labels, lambda _, image_id: [image_id], open_label)
+CONTAINER = Container(list_shards, read, is_loose=True, labels=LABELS, recount=member_ids)

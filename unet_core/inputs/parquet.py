@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, StoreError, one_line
 from unet_core.images.sample import Sample
+from unet_core.inputs.container import Container
 from unet_core.inputs.shards import Known, Shard, Source, make_shard
 from unet_core.storage.store import Entry
 
@@ -181,3 +182,6 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     return None if value is None else str(value)
+
+
+CONTAINER = Container(list_shards, read, EXTENSIONS)

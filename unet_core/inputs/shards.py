@@ -25,7 +25,7 @@ class Member(NamedTuple):
     """Path of its truth below the masks' root; in a list its URI."""
     mask_etag: str | None = None
     uri: str | None = None
-    """Where it lies, if not at ``key`` below the input root."""
+    """Its URI, if it does not lie at ``key`` below the input root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Shard:
     """Only while it is read: the driver holds shards without them."""
     generation: int = 0
     row: int = 0
-    """Where the manifest has it: its file, and the row there; no part of its identity."""
+    """Its row in the manifest's file of that generation; no part of its identity."""
 
     @property
     def has_members(self) -> bool:
@@ -53,8 +53,13 @@ class Shard:
         return not self.uri
 
 
+def member_ids(source: "Source", shard: Shard) -> list[str]:
+    """Image ids of a shard of loose images."""
+    return [member.key for member in shard.members]
+
+
 def images_in(shards: Iterable[Shard]) -> int | None:
-    """How many images; None where only reading tells."""
+    """Number of images; None where only reading tells."""
     counts = [shard.count for shard in shards]
     return None if None in counts else sum(count or 0 for count in counts)
 
@@ -69,7 +74,7 @@ class Source:
     names: tuple[str, ...] = ()
     """The only names of the root that count, if ``input.uri`` is itself a file."""
     listing: list[Entry] = field(default_factory=list, compare=False, repr=False)
-    """What was found when the format was looked for; used once, and never sent anywhere."""
+    """Entries found while the format was detected; used once, and not pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.config.with_absolute_paths(), self.format, self.root, self.names)
@@ -90,13 +95,13 @@ class Source:
 
 
 def masks_at(config: InputConfig, storage: StorageConfig) -> str:
-    """Where the truth is, absolute if that is another folder."""
+    """``input.masks``, absolute if it is another folder."""
     return Store(config.masks, storage).uri() if config.mask_folder else config.masks
 
 
 Known = Set[str | tuple[str, str]]
-"""What a run has already: tars, Parquet files and loose images by their names, images of lists by
-their URIs, and by their ids with their URIs.
+"""Objects that a run has already: tars, Parquet files and loose images by their names, images of
+lists by their URIs, and by their ids with their URIs.
 """
 
 

@@ -1,11 +1,10 @@
 """``format = "webdataset"``: tars, a shard each, streamed once from front to back."""
 
+import contextlib
 import gzip
 import io
-import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -13,13 +12,15 @@ from typing import Any, BinaryIO, cast
 from unet_core.errors import ConfigError, ImageError, StoreError, one_line
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
 from unet_core.images.sample import Sample
+from unet_core.inputs.container import Container
 from unet_core.inputs.shards import Known, Shard, Source, make_shard, readable_name
+from unet_core.storage.store import is_hidden
 
 EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 MASK_WORDS = ("mask", "masks", "seg", "label", "labels")
 """``key.WORD.png`` is never an image, whether or not it is the truth that was asked for."""
 Content = bytes | ImageError
-"""Of a member, or why it has none."""
+"""Bytes of a member, or the reason why it has none."""
 MAX_HEADER_BYTES = 2**20
 """All that describes one member, and what describes all of them together."""
 
@@ -63,7 +64,7 @@ class _Metered:
         self._left: int | None = None
         self._empty = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def metered(self) -> Iterator[None]:
         """Headers within a header share its meter."""
         if self._left is not None:
@@ -118,6 +119,15 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
         yield Sample(shard.uri, "", uri, bytes, failure=failure)
 
 
+def recount(source: Source, shard: Shard) -> Iterator[str]:
+    """Image ids of a tar by its members alone, none of which is kept; those before its damage."""
+    with contextlib.suppress(StoreError, ImageError), source.root.open(shard.uri) as stream:
+        for name, _ in _members(stream, source.root.uri(shard.uri), is_kept=False):
+            key, suffix = _split_member(name, _mask_suffix(source))
+            if not suffix:
+                yield f"{shard.uri}/{key}"
+
+
 def _mask_suffix(source: Source) -> str:
     """``input.masks`` as a member suffix without first dot; raises ConfigError if it is none."""
     masks = source.config.masks
@@ -130,8 +140,11 @@ def _mask_suffix(source: Source) -> str:
     return suffix
 
 
-def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
-    """Names and contents of the image members. Raises ImageError where the tar is damaged."""
+def _members(stream: BinaryIO, uri: str, is_kept: bool = True) -> Iterator[tuple[str, Content]]:
+    """Names and contents of the image members; contents are read and dropped unless they are kept.
+
+    Raises ImageError where the tar is damaged.
+    """
     try:
         is_packed = cast(io.BufferedReader, stream).peek(2)[:2] == b"\x1f\x8b"
         plain = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if is_packed else stream
@@ -145,9 +158,9 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
         ) as tar:
             for info in tar:
                 name = readable_name(info.name.removeprefix("./"))
-                hidden = (p for p in name.split("/") if p.startswith(".") and p not in (".", ".."))
-                if not info.isdir() and is_image(name) and not any(hidden):  # as in folders
-                    yield name, _content(tar, info)
+                parts = (part for part in name.split("/") if part not in (".", ".."))
+                if not info.isdir() and is_image(name) and not any(map(is_hidden, parts)):
+                    yield name, _content(tar, info, is_kept)
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
                 raise tarfile.ReadError("it has no end mark")
@@ -162,7 +175,7 @@ def _members(stream: BinaryIO, uri: str) -> Iterator[tuple[str, Content]]:
         raise ImageError("tar", reason) from error
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Content:
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, is_kept: bool) -> Content:
     if not info.isreg():
         return ImageError("not_a_file", "the tar member is a link or a device, not a file")
     if info.size > MAX_ENCODED_BYTES:
@@ -170,7 +183,9 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Content:
     file = tar.extractfile(info)
     assert file is not None
     content = io.BytesIO()  # grows in place; reading at once would take twice the memory
-    shutil.copyfileobj(file, content, 2**20)
+    while piece := file.read(2**20):
+        if is_kept:
+            content.write(piece)
     return content.getvalue()
 
 
@@ -210,3 +225,6 @@ def _given(data: Content) -> bytes:
     if isinstance(data, ImageError):
         raise data
     return data
+
+
+CONTAINER = Container(list_shards, read, EXTENSIONS, recount=recount)

@@ -291,7 +291,7 @@ class Store:
                 for level in done:
                     for info in level.result():
                         name = info["name"][len(path.rstrip("/")) + 1 :]
-                        if not name or any(part.startswith(".") for part in name.split("/")):
+                        if not name or any(map(is_hidden, name.split("/"))):
                             continue
                         if info["type"] == "directory":
                             pending.add(pool.submit(self._level, info["name"], path))
@@ -337,7 +337,7 @@ class Store:
             seen.add((stat.st_dev, stat.st_ino))
             with os.scandir(folder) as items:
                 for item in items:
-                    if item.name.startswith("."):
+                    if is_hidden(item.name):
                         continue
                     name = f"{below}{item.name}"
                     if item.is_dir():
@@ -345,6 +345,11 @@ class Store:
                     elif item.is_file() or item.is_symlink():
                         with contextlib.suppress(FileNotFoundError):  # it was temporary
                             yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
+
+
+def is_hidden(part: str) -> bool:
+    """Whether files of this name, or what lies in a folder of it, are passed over in inputs."""
+    return part.startswith(".")
 
 
 def is_temporary(name: str) -> bool:

@@ -55,11 +55,11 @@ def packed(folder, tmp_path_factory):
     """The images of ``folder`` as every other format, with their masks."""
     root = tmp_path_factory.mktemp("packed")
     (root / "beside").mkdir()
-    lines = ["uri,truth"]
+    lines = ["uri,id,truth"]
     for path in sorted((folder / "images").iterdir()):
         shutil.copy(path, root / "beside" / path.name)
         shutil.copy(folder / "masks" / path.name, root / "beside" / f"{path.stem}_mask.png")
-        lines.append(f"beside/{path.name},beside/{path.stem}_mask.png")
+        lines.append(f"beside/{path.name},{path.name},beside/{path.stem}_mask.png")
     (root / "list.csv").write_text("\n".join(lines))
     return root
 
@@ -75,7 +75,7 @@ def input_of(folder, tars, packed, make_config):
             "tars": {"uri": str(tars)},
             "beside": {"uri": f"{packed}/beside"},
             "list": {"uri": f"{packed}/list.csv", "format": "list"},
-            "parquet": {"uri": f"{packed}/parquet"},
+            "parquet": {"uri": f"{packed}/parquet", "id_column": "id"},
         }[kind]
 
     return find
@@ -160,20 +160,41 @@ def test_truth_of_nothing_of_images_or_of_two_names_is_refused_and_gives_no_scor
             evaluated(run, f"{Path(run).parent}/truth/", "input.ignore_index=7", name="some")
 
 
-def test_a_label_image_of_two_images_is_refused_by_name(make_config, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "in" / name).mkdir(parents=True)
-        (tmp_path / "in" / name / "x.png").write_bytes(png(np.zeros((32, 32), np.uint8)))
-    (tmp_path / "truth").mkdir()
-    (tmp_path / "truth" / "x.png").write_bytes(png(np.zeros((32, 32), np.uint8)))
+def test_label_images_are_matched_by_path_and_never_by_their_bare_names(make_config, tmp_path):
+    for name in ("in/a/x", "in/b/y", "truth/x", "truth/c/y"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(png(np.zeros((32, 32), np.uint8)))
     predict(make_config(input={"uri": f"{tmp_path}/in", "masks": ""}))
-    with pytest.raises(ConfigError, match=r"x\.png could be the truth of a/x and of b/x"):
+    reason = (
+        r"none of 2 .*: a/x\.png, b/y\.png; label images: c/y\.png, x\.png; they need the paths"
+    )
+    with pytest.raises(ConfigError, match=reason):
         evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")
+    (tmp_path / "truth" / "a").mkdir()
+    (tmp_path / "truth" / "x.png").rename(tmp_path / "truth" / "a" / "x.png")
+    document = evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")
+    assert document["images"]["compared"] == 1
+    assert document["without_truth"] == ["b/y.png"]
 
 
-def test_a_label_image_is_that_of_the_image_at_its_path_before_others_of_the_name(
-    make_config, tmp_path
-):
+def test_a_label_image_of_images_in_two_tars_is_refused_by_name(make_config, tmp_path):
+    image = png(np.zeros((32, 32), np.uint8))
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write_tar(tmp_path / "in" / f"{name}.tar", {"x.png": image})
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth" / "x.png").write_bytes(image)
+    predict(make_config(input={"uri": f"{tmp_path}/in", "masks": ""}))
+    reason = r"x\.png could be the truth of a\.tar/x and of b\.tar/x"
+    with pytest.raises(ConfigError, match=reason):
+        evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")
+    for name in ("a", "b"):
+        (tmp_path / "truth" / f"{name}.tar").mkdir()
+        (tmp_path / "truth" / f"{name}.tar" / "x.png").write_bytes(image)
+    assert evaluated(str(tmp_path / "run"), f"{tmp_path}/truth/")["images"]["compared"] == 2
+
+
+def test_a_label_image_is_that_of_the_image_at_its_path_alone(make_config, tmp_path):
     image, mask = nuclei(32, 32, np.random.default_rng(1))
     for name, pixels in (("in/x", image), ("in/sub/x", image), ("truth/x", mask)):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -13,7 +13,10 @@ import pytest
 from tests.support.data import read_all, write_tar
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ConfigError, StoreError
+from unet_core.images.sample import Sample
+from unet_core.inputs.container import Container
 from unet_core.inputs.formats import FORMATS
+from unet_core.inputs.shards import make_shard
 from unet_core.synthetic import nuclei, png
 
 IMAGE, MASK = b"image", b"mask"
@@ -230,6 +233,21 @@ def test_an_image_that_only_looks_like_a_mask_is_an_image(tmp_path):
 def test_every_format_may_be_asked_for():
     asked = get_args(InputConfig.model_fields["format"].annotation)
     assert set(asked) == {"auto", *FORMATS}
+
+
+def test_a_container_is_one_object_and_one_row(tmp_path, monkeypatch):
+    def list_shards(source, known):
+        for entry in source.entries():
+            if entry.name.endswith(".toy") and entry.name not in known:
+                yield make_shard(entry.name, entry.bytes, entry.etag)
+
+    def read(source, shard):
+        yield Sample(shard.uri, "", "", lambda: source.root.read(shard.uri))
+
+    monkeypatch.setitem(FORMATS, "toy", Container(list_shards, read, (".toy",)))
+    write(tmp_path, "a.toy", "b.toy", "readme.txt")
+    _, ((first,), (second,)) = read_all(uri=tmp_path)
+    assert (first.image_id, second.image_id, second.read()) == ("a.toy", "b.toy", IMAGE)
 
 
 def test_an_input_without_anything_of_its_format_is_refused(tmp_path):

@@ -1,3 +1,5 @@
+import tarfile
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,22 @@ def test_what_is_hidden_in_a_tar_is_not_missed(make_config, tmp_path):
     write_tar(tmp_path / "in" / "t.tar", dict.fromkeys(names, image))
     totals = predict(make_config(input={"uri": f"{tmp_path}/in", "masks": ""})).totals
     assert totals.images_seen == 2
+    assert verify(str(tmp_path / "run"), deep=True).problems == []
+
+
+@pytest.mark.parametrize("cut", [700, 1024 + 512 + 100, -1024])
+def test_a_tar_that_is_cut_short_is_counted_as_it_is_read(make_config, tmp_path, cut):
+    image = png(nuclei(64, 64, np.random.default_rng(0))[0])
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "t.tar", {"a.png": image, "b.png": image, "c.png": image})
+    whole = (tmp_path / "in" / "t.tar").read_bytes()
+    with tarfile.open(tmp_path / "in" / "t.tar", "a") as tar:
+        link = tarfile.TarInfo("passwd.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    (tmp_path / "in" / "u.tar").write_bytes(whole[:cut])
+    source, errors = {"uri": f"{tmp_path}/in", "masks": ""}, {"max_failed_images": 9}
+    predict(make_config(input=source, errors=errors))
     assert verify(str(tmp_path / "run"), deep=True).problems == []
 
 
