@@ -1,7 +1,6 @@
 """Work on threads with results in order: read and decode ahead, give back as they were asked."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,12 +59,6 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._is_left = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
-        self.drawing_s = 0.0
-        """What the iterator took to give its items."""
-        self.waited_for_items_s = 0.0
-        """How long whoever uses the results stood still for the last one: nothing was drawn,"""
-        self.waited_for_work_s = 0.0
-        """or the work on it was not done."""
 
     def __enter__(self) -> "Prefetch[ItemT, ResultT]":
         self._thread.start()
@@ -79,19 +72,15 @@ class Prefetch(Generic[ItemT, ResultT]):
 
     def __iter__(self) -> Iterator[ResultT]:
         while True:
-            asked = time.perf_counter()
             with self._changed:
                 self._changed.wait_for(lambda: self._line)
                 item = self._line.popleft()
                 self._changed.notify_all()
-            given = time.perf_counter()
-            self.waited_for_items_s, self.waited_for_work_s = given - asked, 0.0
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
             result = item.result()
-            self.waited_for_work_s = time.perf_counter() - given
             with self._changed:
                 self._waiting -= self._weigh(result)
                 self._changed.notify_all()
@@ -99,13 +88,10 @@ class Prefetch(Generic[ItemT, ResultT]):
 
     def _read(self) -> None:
         try:
-            start = time.perf_counter()
             for item in self._items:
-                self.drawing_s += time.perf_counter() - start
                 if not self._take_room(self._weigh_item(item)):
                     return
                 self._put(self._pool.submit(self._worked, item))
-                start = time.perf_counter()
             self._put(None)
         except BaseException as error:  # raised again where the results are used
             self._put(error)

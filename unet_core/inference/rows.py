@@ -1,6 +1,5 @@
 """From a finished image to its rows: one in the metrics part, one for each mask window."""
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ class EncodedImage:
 
     metrics: Row
     masks: Iterable[Row]
-    encode_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class EncodedWindow:
     confusion_KK: Array | ImageError | None
     """Or what is wrong with the truth, if there is any."""
     confidence_sum: int
-    encode_s: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,6 @@ class Encoder:
 
     def window(self, assembler: MaskAssembler, window: MaskWindow) -> EncodedWindow:
         """Encode and count one mask window; its bytes wait on disk if there are many of them."""
-        start = time.perf_counter()
         box = window.box
         payload = {"mask": encode_mask(window.mask_HW, self.encoding)}
         if window.probabilities_KHW is not None:
@@ -67,7 +63,6 @@ class Encoder:
             class_pixels(window.mask_HW, self.classes),
             self._compare(assembler.decoded.truth, window),
             window.confidence_sum,
-            time.perf_counter() - start,
         )
 
     def _compare(
@@ -86,9 +81,9 @@ class Encoder:
         windows = sorted(
             (f.result() for f in assembler.encoded), key=lambda a: (a.row["y"], a.row["x"])
         )
-        decoded, encode_s = assembler.decoded, sum(window.encode_s for window in windows)
+        decoded = assembler.decoded
         if assembler.failure is not None:
-            return rejected(Rejected(decoded.sample, assembler.failure), encode_s)
+            return rejected(Rejected(decoded.sample, assembler.failure))
         truths = (window.confusion_KK for window in windows)
         failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = decoded.pixels.shape
@@ -102,12 +97,12 @@ class Encoder:
         if decoded.truth is not None and failure is None:
             matrix = sum(window.confusion_KK for window in windows)
             row |= truth_columns(matrix, height * width)
-        return EncodedImage(row, (window.row | window.payload() for window in windows), encode_s)
+        return EncodedImage(row, (window.row | window.payload() for window in windows))
 
 
-def rejected(image: Rejected, encode_s: float = 0.0) -> EncodedImage:
+def rejected(image: Rejected) -> EncodedImage:
     """The row of an image that failed."""
-    return EncodedImage(_row(image.sample, "failed", image.failure), (), encode_s)
+    return EncodedImage(_row(image.sample, "failed", image.failure), ())
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:
