@@ -133,37 +133,3 @@ class Prefetch(Generic[ItemT, ResultT]):
         with self._changed:
             self._line.append(item)
             self._changed.notify_all()
-
-
-class OrderedResults(Generic[ResultT]):
-    """Takes numbered futures in any order and gives their results by number."""
-
-    def __init__(self) -> None:
-        self._futures: dict[int, Future[ResultT]] = {}
-        self._next = 0
-        self.numbers = 0
-        """How many numbers were given out, whether or not their results have come."""
-
-    def number(self) -> int:
-        """The number of the next thing to be worked on, from 0; its result must be added."""
-        self.numbers += 1
-        return self.numbers - 1
-
-    def add(self, number: int, future: Future[ResultT]) -> None:
-        """The result to come of a number."""
-        self._futures[number] = future
-
-    def ready(self) -> Iterator[ResultT]:
-        """What can be given without waiting."""
-        while (future := self._futures.get(self._next)) is not None and future.done():
-            yield self._given()
-
-    def rest(self) -> Iterator[ResultT]:
-        """Everything else; every number that was given out must have been added."""
-        while self._next < self.numbers:
-            yield self._given()
-
-    def _given(self) -> ResultT:
-        assert self._next in self._futures, f"number {self._next} is missing"
-        self._next += 1
-        return self._futures.pop(self._next - 1).result()

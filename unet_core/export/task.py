@@ -28,14 +28,11 @@ from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 
-VERSION = "1"
-"""Of what an export writes."""
 EXTENSIONS = {"png": ".png", "tiff": ".tif"}
-MOST_PIXELS = 2**28
-"""Of an image that has to be in memory as a whole."""
-MOST_LABELS = 2**16 - 1
-"""That 16 bits can tell apart."""
-ROW_GROUP_BYTES = 8 * 2**20
+"""Extensions of the formats that write a file for each image."""
+MOST_PIXELS = 2**28  # of an image that has to be in memory as a whole
+MOST_LABELS = 2**16 - 1  # numbers that 16 bits can tell apart
+ROW_GROUP_BYTES = 8 * 2**20  # what a reader of the index holds at once
 
 Row = dict[str, Any]
 
@@ -72,7 +69,8 @@ class Export:
         """What makes two exports the same, by what people know it by."""
         known = {**dataclasses.asdict(self.options), "mean_intensity": self.has_input}
         of_run = {"fingerprint": self.results.record.fingerprint, "names": self.names.digest}
-        return {"export_version": VERSION, **of_run, **{k: str(v) for k, v in known.items()}}
+        version = "2" if self.names.extension else "1"  # 2: files keep the extension of their image
+        return {"export_version": version, **of_run, **{k: str(v) for k, v in known.items()}}
 
     def create_or_join(self) -> None:
         """Say whose folder this is, or join the export that is there.
@@ -150,7 +148,7 @@ class Export:
                     yield {**row, "problem": row["error_message"]}, None
                 else:
                     mask = masks.mask(row["image_id"])
-                    made, found = self._image(shard.shard_id, mask, next(inputs))
+                    made, found = self._image(mask, next(inputs))
                     yield {**row, **made}, found
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
@@ -161,7 +159,7 @@ class Export:
                     self.store.remove(row["file"])
 
     def _image(
-        self, shard_id: str, mask: StoredMask | None, pixels: Pixels | None
+        self, mask: StoredMask | None, pixels: Pixels | None
     ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         if mask is None:
@@ -175,21 +173,22 @@ class Export:
                     "--format tiff without --objects has no limit",
                 )
             if not self.options.objects:
-                return self._written(shard_id, mask), None
+                return self._written(mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(shard_id, mask, found)
+            row = self._written(mask, found)
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, pixels)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _written(self, shard_id: str, mask: StoredMask, found: Objects | None = None) -> Row:
+    def _written(self, mask: StoredMask, found: Objects | None = None) -> Row:
         """Write a mask's classes, or the objects that were found in it; what the index says of it:
         its file, or annotations.
         """
         palette = self.results.palette if found is None else None
         size = mask.height, mask.width
+        name = self.names.of(mask.image_id) if self.names.extension else ""
         match self.options.format:
             case "png":
                 if found and len(found.classes) > MOST_LABELS:
@@ -208,7 +207,6 @@ class Export:
                 return {}
             case other:
                 raise ValueError(other)
-        name = self.names.of(mask.image_id, shard_id)
         try:
             self.store.publish(name, file)
         finally:

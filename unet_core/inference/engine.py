@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from unet_core.arrays import Array
 from unet_core.config.presets import Factory
 from unet_core.errors import ConfigError, WorkersError
-from unet_core.inference.postprocessing import Postprocessing
+from unet_core.inference.postprocessing import Postprocessing, confidence_units
 from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
 from unet_core.networks.construction import origin
 from unet_core.networks.header import Header
 from unet_core.networks.unet import fold_batchnorm
 from unet_core.runs.compute import Compute
-from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.tiling.geometry import Tile
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,10 @@ class PixelBudget:
                 self._changed.notify_all()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The torch device for ``model.device``; raises ConfigError if it is not there."""
+def choose_device(wanted: str, gpus: float | str = "auto") -> torch.device:
+    """The torch device for ``model.device`` and ``workers.gpus``: ``auto`` is the CPU where no GPUs
+    are wanted. Raises ConfigError for a device that is not there.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -109,7 +110,8 @@ def choose_device(wanted: str) -> torch.device:
     there = [name for name, is_there in available.items() if is_there]
     if wanted not in ("auto", *there):
         raise ConfigError(f"model.device: got {wanted!r}, available here: {', '.join(there)}")
-    return torch.device(there[0] if wanted == "auto" else wanted)
+    best = "cpu" if gpus == 0 else there[0]
+    return torch.device(best if wanted == "auto" else wanted)
 
 
 def movable(values: Array, device: torch.device) -> Tensor:
@@ -145,7 +147,6 @@ class Engine:
         self.header = header
         self.device = device
         self.postprocessing = postprocessing
-        self._probabilities_as = "float32" if blends else postprocessing.probabilities
         self._blends = blends
         self.most_pixels: int | None = None
         """What a batch may hold since one did not fit the device's memory."""
@@ -222,11 +223,12 @@ class Engine:
         p_NKHW, finite_N = self._probabilities(self._normalize(batch))
         kept = [(index, *tile.kept(self.header.tiling.margin)) for index, tile in
                 enumerate(batch.keep)]  # fmt: skip
-        wanted = self._wanted(p_NKHW) if self._probabilities_as != "none" else None
+        wanted = self._wanted(p_NKHW)
         shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
         if self._blends:
             return [TileResult(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
-        ids_NHW, confidence_NHW = self._classify(p_NKHW)
+        ids_NHW, chosen_NHW = self.postprocessing.classify(p_NKHW.movedim(1, 0))
+        confidence_NHW = confidence_units(chosen_NHW).to(torch.int32)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
         kind = torch.uint8 if self.header.classes <= 256 else torch.int32  # no uint16 for Apple
         ids = ids_NHW.to(kind).cpu().numpy()
@@ -255,22 +257,14 @@ class Engine:
         assert means is not None
         return means / len(SYMMETRIES[self.postprocessing.tta]), is_finite_N.tolist()
 
-    def _wanted(self, p_NKHW: Tensor) -> Array:
-        if self._probabilities_as == "uint8":
-            p_NKHW = (p_NKHW * 255).round().to(torch.uint8)
-        elif self._probabilities_as == "float16":
-            p_NKHW = p_NKHW.half()
-        return p_NKHW.cpu().numpy()
-
-    def _classify(self, p_NKHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids NHW, and the chosen class's probability in 1/65535 as integers."""
-        if p_NKHW.shape[1] == 1:
-            p_NHW = p_NKHW[:, 0]
-            ids_NHW = p_NHW > self.postprocessing.threshold
-            chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
-        else:
-            chosen_NHW, ids_NHW = p_NKHW.max(dim=1)
-        return ids_NHW, (chosen_NHW * CONFIDENCE_UNIT).round_().to(torch.int32)
+    def _wanted(self, p_NKHW: Tensor) -> Array | None:
+        """The probabilities of results: all of blended tiles, else those that are kept."""
+        if self._blends:
+            return p_NKHW.cpu().numpy()
+        kind = self.postprocessing.probabilities
+        if kind == "none":
+            return None
+        return self.postprocessing.quantize(p_NKHW).to(getattr(torch, kind)).cpu().numpy()
 
     @property
     def _bytes_per_pixel(self) -> int:

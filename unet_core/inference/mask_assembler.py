@@ -17,8 +17,7 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.decoder import DecodedImage
 from unet_core.inference.engine import TileResult
-from unet_core.inference.postprocessing import Postprocessing
-from unet_core.runs.schema import CONFIDENCE_UNIT
+from unet_core.inference.postprocessing import Postprocessing, confidence_units
 from unet_core.storage.spool import Spool
 from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.tiling.tile_grid import TileGrid
@@ -75,7 +74,7 @@ class MaskAssembler:
         self.confidence_sum = 0
         self._failures: list[tuple[int, int, int, ImageError]] = []
         self.encoded: list[Future[Any]] = []
-        """The rows to come of every window that is finished."""
+        """``EncodedWindow`` of every window that is finished."""
         self._blends, self._margin = tile_grid.blends, tile_grid.tiling.margin
         self._postprocessing = postprocessing
         self._boxes = mask_windows(*decoded.pixels.shape)
@@ -85,9 +84,9 @@ class MaskAssembler:
         self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every tile was pasted."""
-        return not self._missing
+    def is_encoded(self) -> bool:
+        """True when every tile is pasted and every window encoded."""
+        return not self._missing and all(window.done() for window in self.encoded)
 
     def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
         """Take the kept part of one tile; yield the windows that it completes."""
@@ -156,21 +155,11 @@ class _BlendedMaskWindow:
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            window.mask_HW[rows], chosen_HW = _classes(p_KHW, self._postprocessing)
-            confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
+            window.mask_HW[rows], chosen_HW = self._postprocessing.classify(p_KHW)
+            confidence += int(confidence_units(chosen_HW.astype(np.float64)).sum())
             if window.probabilities_KHW is not None:
-                is_uint8 = self._postprocessing.probabilities == "uint8"
-                window.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+                window.probabilities_KHW[:, rows] = self._postprocessing.quantize(p_KHW)
         return replace(window, confidence_sum=confidence)
-
-
-def _classes(p_KHW: Array, postprocessing: Postprocessing) -> tuple[Array, Array]:
-    """Class ids, and the probability of each chosen class."""
-    if postprocessing.logits == 1:
-        is_foreground = p_KHW[0] > postprocessing.threshold
-        chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
-        return is_foreground, chosen_HW
-    return p_KHW.argmax(axis=0), p_KHW.max(axis=0)
 
 
 @functools.lru_cache(maxsize=16)

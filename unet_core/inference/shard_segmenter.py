@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from unet_core.concurrency import OrderedResults, Prefetch
+from unet_core.concurrency import Prefetch
 from unet_core.errors import ImageError, StoppedError
 from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
 from unet_core.images.sample import Sample
@@ -26,7 +26,7 @@ from unet_core.inference.engine import TileResult
 from unet_core.inference.lanes import Lanes
 from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.replica import Replica
-from unet_core.inference.rows import EncodedImage, Encoder, Row, rejected
+from unet_core.inference.rows import Encoder, Row
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
@@ -63,7 +63,10 @@ class _Attempt:
     ids: set[str] = field(default_factory=set)
     running: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
-    encoded: OrderedResults[EncodedImage] = field(default_factory=OrderedResults)
+    images: deque[MaskAssembler | Rejected] = field(default_factory=deque)
+    """Images that are not in the parts yet, in their order."""
+    seen: int = 0
+    """Number of images that the reader gave."""
     rows: list[Row] = field(default_factory=list)
     """Rows of the metrics part."""
 
@@ -160,7 +163,7 @@ class ShardSegmenter:
                 attrgetter("encoded_bytes"),
             ) as images:
                 self._compute(attempt, images)
-                self._append(attempt, attempt.encoded.rest())
+                self._append(attempt, waits=True)
             yield attempt
 
     def _decode(self, attempt: _Attempt, sample: Sample) -> DecodedFile:
@@ -172,23 +175,24 @@ class ShardSegmenter:
             return self._decoder.decode(sample, attempt.on_step)
 
     def _compute(self, attempt: _Attempt, files: Iterable[DecodedFile]) -> None:
-        """Run every batch. Images are numbered, and so counted, as they come from the reader,
-        before anything can happen to them. The next shard gets the device when the last batch of
-        this one is under way.
+        """Run every batch. Images are counted as they come from the reader, before anything can
+        happen to them. The next shard gets the device when the last batch of this one is under way.
         """
         with self._lanes.taken(attempt.stopwatch):
             for file in files:
                 attempt.on_step()
                 for found in file:
                     image = self._checked(found, attempt.ids)
-                    index = attempt.encoded.number()
+                    attempt.seen += 1
                     if isinstance(image, Rejected):
-                        self._add(attempt, index, self._pool.submit(rejected, image))
+                        attempt.images.append(image)
                     else:
                         assembler = MaskAssembler(
-                            index, image, self.replica.tile_grid, self._postprocessing
+                            attempt.seen, image, self.replica.tile_grid, self._postprocessing
                         )
+                        attempt.images.append(assembler)
                         self._start(attempt, attempt.queue.add(assembler))
+                self._append(attempt)
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
 
@@ -226,34 +230,31 @@ class ShardSegmenter:
                 for window in assembler.paste(tile, result):
                     encode = encoding(self._encoder.window)
                     assembler.encoded.append(self._pool.submit(encode, assembler, window))
-                if assembler.is_complete:
-                    rows = self._pool.submit(self._encoder.image, assembler)
-                    self._add(attempt, assembler.index, rows)
+            self._append(attempt)
 
-    def _add(self, attempt: _Attempt, index: int, image: Future[EncodedImage]) -> None:
-        attempt.encoded.add(index, image)
-        self._append(attempt, attempt.encoded.ready())
-
-    def _append(self, attempt: _Attempt, images: Iterable[EncodedImage]) -> None:
-        for image in images:
+    def _append(self, attempt: _Attempt, waits: bool = False) -> None:
+        """Add the rows of images to the parts, in order and as far as they are encoded."""
+        images = attempt.images
+        while images and (waits or isinstance(images[0], Rejected) or images[0].is_encoded):
+            row, mask_rows = self._encoder.image(images.popleft())
             attempt.on_step()
-            attempt.rows.append(image.metrics)
-            for row in image.masks:
-                attempt.part.add(row)
+            attempt.rows.append(row)
+            for mask_row in mask_rows:
+                attempt.part.add(mask_row)
             self._on_image()
 
     def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
-        seen = attempt.encoded.numbers
         masks, sha256, size = attempt.part.finish()
         footer = {
             **self.footer,
-            "images_seen": str(seen),
+            "images_seen": str(attempt.seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
         counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
         totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
-        log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
+        log.info("committed shard=%s images=%d failed=%d",
+                 shard.shard_id, attempt.seen, totals.failed)  # fmt: skip
         return totals
 
 
