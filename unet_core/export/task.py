@@ -158,9 +158,7 @@ class Export:
                 if row["file"] and row["file"] not in files:
                     self.store.remove(row["file"])
 
-    def _image(
-        self, mask: StoredMask | None, pixels: Pixels | None
-    ) -> tuple[Row, pa.Table | None]:
+    def _image(self, mask: StoredMask | None, pixels: Pixels | None) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         if mask is None:
             return {"status": "refused", "problem": "the run has no mask of it"}, None

@@ -1,5 +1,5 @@
-"""Lanes of a device: batches side by side for one shard after the other, and a sampler that measures
-why lanes are idle.
+"""Lanes of a device: batches side by side for one shard after the other, and a sampler of why lanes
+are idle.
 """
 
 import contextlib

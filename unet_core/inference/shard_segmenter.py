@@ -133,9 +133,9 @@ class ShardSegmenter:
                     replace(sample, failure=poison.get(number, sample.failure))
                     for number, sample in enumerate(drawn)
                 )
-                with self._filled(samples, stopwatch, partial(self.step, name)) as attempt:
-                    with stopwatch("writing"):
-                        totals = self._commit(attempt, shard)
+                filled = self._filled(samples, stopwatch, partial(self.step, name))
+                with filled as attempt, stopwatch("writing"):
+                    totals = self._commit(attempt, shard)
             return ShardResult(name, totals, stopwatch.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(name, None)

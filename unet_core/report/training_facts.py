@@ -8,12 +8,13 @@ from typing import Any
 from unet_core.config.loading import build
 from unet_core.config.sections import InputConfig
 from unet_core.config.train import TrainConfig
+from unet_core.metrics import SCORE_NAMES
 from unet_core.report.charts import Plot, Series, lines
 from unet_core.report.command import command, predict_command, toml
 from unet_core.training.training_run import BEST, GIVEN, Position, TrainingRun
 
 MOST_LINES = TONES = 8
-SCORES = {"iou": "IoU", "dice": "Dice"}
+SCORES = {kind: SCORE_NAMES[kind] for kind in ("iou", "dice")}
 
 Point = tuple[float, float]
 """A step, and a value."""
