@@ -1,4 +1,4 @@
-"""Work on threads with results in order: read and decode ahead, give back as they were asked."""
+"""Work on threads, ahead of its use, with results in order."""
 
 import threading
 from collections import deque
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-READ_THREADS = 16
+READ_THREADS = 16  # hides the latency of object storage
 
 
 def map_in_order(
     read: Callable[[ItemT], ResultT], items: Iterable[ItemT], threads: int = READ_THREADS
 ) -> Iterator[ResultT]:
-    """What is read of each item, in their order, a few ahead: whoever has enough may stop."""
+    """Read items on threads, a few ahead; yields results in order, and may be stopped early."""
     pool = ThreadPoolExecutor(threads)
     line: deque[Future[ResultT]] = deque()
     try:
@@ -26,7 +26,7 @@ def map_in_order(
         while line:
             yield line.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the rest
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not awaited
 
 
 class Prefetch(Generic[ItemT, ResultT]):
@@ -110,8 +110,8 @@ class Prefetch(Generic[ItemT, ResultT]):
                 self._changed.notify_all()
 
     def _take_room(self, weight: int) -> bool:
-        """Wait until an item, and a result as heavy as the heaviest yet, would fit, or nothing else
-        is there; False if nobody wants any more.
+        """Wait until an item, and a result as heavy as the heaviest yet, fits or is alone; False if
+        the context was left.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._is_left or self._has_room(weight))

@@ -15,10 +15,9 @@ from unet_core.runs.timings import ShardResult
 
 log = logging.getLogger(__name__)
 
-NAME = "inline"
-WAIT_S = 0.5
-STOP_S = 30.0
-"""How long a shard under way may take to notice that it is given up."""
+NAME = "inline"  # of the only actor, in timings and logs
+WAIT_S = 0.5  # between heartbeats
+STOP_S = 30.0  # limit for shards under way to notice that they are given up
 
 
 class InlineWorkers:
@@ -47,11 +46,11 @@ class InlineWorkers:
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
     def want(self, actors: int, shards: int) -> int:
-        """There is only the one."""
+        """Return 1: there is only the one."""
         return 1
 
     def release(self, actor: str) -> None:
-        """It ends with the run."""
+        """Do nothing: the worker ends with the run."""
 
     def give_up(self, actor: str, reason: str) -> None:
         """A thread cannot be ended; say how to get past what hangs."""

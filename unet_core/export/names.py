@@ -23,7 +23,7 @@ RULES = (
 """Patterns of RE2 and their replacements, in this order."""
 MOST_BYTES = 200
 """Length of one part of a path: file systems allow 255, of which an unpublished file needs some."""
-MOST_PATH_BYTES = 700
+MOST_PATH_BYTES = 700  # object stores allow 1,024 with the prefix
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is written of each image."""
+    """Format and content of the files of an export."""
 
     format: str
     """``png``, ``tiff``, ``coco``; empty: rows of objects alone."""
@@ -54,26 +54,26 @@ class Export:
 
     results: Results
     store: Store
-    """Where the export lies."""
+    """The folder of the export."""
     options: Options
     names: Names
     has_input: bool = False
-    """Whether intensities are measured: the input is still there."""
+    """True if the input is still there, so that intensities are measured."""
     is_of_run: bool = False
-    """It lies in a run's ``objects``, where only rows of objects are to be seen by who reads it as
-    a data set; else in a folder of its own.
+    """True if it lies in a run's ``objects``, where all visible files are rows of objects; else it
+    has a folder of its own.
     """
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes two exports the same, by what people know it by."""
+        """Options that exports of one folder share, by the names that people know them by."""
         known = {**dataclasses.asdict(self.options), "mean_intensity": self.has_input}
         of_run = {"fingerprint": self.results.record.fingerprint, "names": self.names.digest}
         version = "2" if self.names.extension else "1"  # 2: files keep the extension of their image
         return {"export_version": version, **of_run, **{k: str(v) for k, v in known.items()}}
 
     def create_or_join(self) -> None:
-        """Say whose folder this is, or join the export that is there.
+        """Publish the identity of the export, or join the one that is there.
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
@@ -94,11 +94,11 @@ class Export:
         return self._own(f"index/{shard_id}.parquet")
 
     def _own(self, name: str) -> str:
-        """Name of what an export keeps for itself."""
+        """Name of a file that describes the export."""
         return f"_{name}" if self.is_of_run else name
 
     def masks_sha256(self, shard_id: str) -> str | None:
-        """Of the masks that a shard's index is of."""
+        """Digest of the masks that a shard's index was made of."""
         return masks_sha256(self.store, self.index(shard_id))
 
     def exported(self, shard_id: str, columns: list[str]) -> Iterator[Row]:

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -24,8 +23,8 @@ class Lanes:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._threads = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
-        self._line: deque[Stopwatch] = deque()
-        """Tickets: stopwatches of the attempts that want the device; the first one has it."""
+        self._line: dict[Stopwatch, None] = {}
+        """Tickets: stopwatches of the attempts that want the device; the first one may have it."""
         self._changed = threading.Condition()
         self._holder: Stopwatch | None = None
         """The attempt that feeds the lanes now."""
@@ -40,7 +39,7 @@ class Lanes:
         """Stand in the line for the device; yields the stopwatch of the attempt, its ticket."""
         ticket = Stopwatch()
         with self._changed:
-            self._line.append(ticket)
+            self._line[ticket] = None
         try:
             yield ticket
         finally:
@@ -50,10 +49,9 @@ class Lanes:
     def taken(self, ticket: Stopwatch) -> Iterator[None]:
         """Have the device, once all earlier tickets have had it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line[0] is ticket)
-            self._holder = ticket
+            self._changed.wait_for(lambda: next(iter(self._line)) is ticket)
             ticket.add("waiting_for_shard", self._without_shard_s)
-            self._without_shard_s = 0.0
+            self._holder, self._without_shard_s = ticket, 0.0
         try:
             yield
         finally:
@@ -61,10 +59,8 @@ class Lanes:
 
     def _leave(self, ticket: Stopwatch) -> None:
         with self._changed:
-            if ticket in self._line:
-                self._line.remove(ticket)
-            if self._holder is ticket:
-                self._holder = None
+            self._line.pop(ticket, None)
+            self._holder = None if self._holder is ticket else self._holder
             self._changed.notify_all()
 
     def submit(self, batch: Future[Batch], ticket: Stopwatch) -> Future[list[TileResult]]:

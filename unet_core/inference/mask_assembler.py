@@ -1,7 +1,7 @@
-"""A decoded image and the mask that its tiles fill, one mask window after the other.
+"""Assembles the mask of an image from its tiles, one mask window after the other.
 
-A mask window is let go as soon as its last tile is pasted, so that an image may be larger than
-memory: only the windows that tiles are working on exist.
+A mask window is handed on as soon as its last tile is pasted, so that an image may be larger than
+memory: only windows whose tiles are under way exist.
 """
 
 import functools
@@ -22,25 +22,23 @@ from unet_core.storage.spool import Spool
 from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.tiling.tile_grid import TileGrid
 
-BAND_ROWS = 256
-"""Blended windows are finished in bands, which keeps what lies beside them small."""
-SIGMA = 1 / 8
-"""Of the Gaussian importance of a blended tile, as a share of its side."""
+BAND_ROWS = 256  # blended windows are finished in bands, which keeps temporary arrays small
+SIGMA = 1 / 8  # of the Gaussian importance of a blended tile, as a share of its side
 
 
 @dataclass(frozen=True)
 class MaskWindow:
-    """One mask window; its pixels come from one tile each, unless tiles are blended."""
+    """One mask window; each pixel comes from one tile, unless tiles are blended."""
 
     box: Box
     mask_HW: Array
     confidence_sum: int
-    """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
+    """Σ round(p · 65535) of the chosen class of blended pixels; of others the tiles have it."""
     probabilities_KHW: Array | None
 
     @classmethod
     def empty(cls, box: Box, postprocessing: Postprocessing) -> "MaskWindow":
-        """PixelBudget for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        """Allocate a window: class ids are uint8, or uint16 above 256 classes."""
         mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits <= 256 else np.uint16)
         probabilities_KHW = None
         if postprocessing.probabilities != "none":
@@ -50,7 +48,7 @@ class MaskWindow:
         return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: TileResult) -> None:
-        """Take what lies here of the kept part of a tile."""
+        """Copy the part of a tile's kept part that lies in the window."""
         here, there = self.box.shared(*tile.target)
         assert result.mask_HW is not None
         self.mask_HW[here] = result.mask_HW[there]
@@ -58,12 +56,12 @@ class MaskWindow:
             self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
 
     def finished(self) -> "MaskWindow":
-        """What became of it."""
+        """The window itself: its pixels are final as pasted."""
         return self
 
 
 class MaskAssembler:
-    """One image on its way from tiles to mask windows."""
+    """A decoded image, and the mask windows that its tiles fill."""
 
     def __init__(
         self, index: int, decoded: DecodedImage, tile_grid: TileGrid, postprocessing: Postprocessing
@@ -79,7 +77,7 @@ class MaskAssembler:
         self._postprocessing = postprocessing
         self._boxes = mask_windows(*decoded.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
-        """Where the bytes of finished windows wait until the image is known to be good."""
+        """Holds the bytes of finished windows until the image is known to be good."""
         self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
         self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
@@ -89,7 +87,7 @@ class MaskAssembler:
         return not self._missing and all(window.done() for window in self.encoded)
 
     def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
-        """Take the kept part of one tile; yield the windows that it completes."""
+        """Paste the kept part of one tile; yield the windows that it completes."""
         self.confidence_sum += result.confidence_sum
         if not result.is_finite:
             reason = "the network's output is NaN or infinite here"
@@ -110,12 +108,12 @@ class MaskAssembler:
                 yield self._open.pop(box).finished()
 
     def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
-        """Let the image fail; threads may find several reasons, in any order."""
+        """Mark the image as failed; threads may find several reasons, in any order."""
         self._failures.append((rank, tile.y.start, tile.x.start, failure))
 
     @property
     def failure(self) -> ImageError | None:
-        """Why the image fails: the first reason by place, whenever it was found."""
+        """The reason that lies first in the image, whichever was found first; None if none was."""
         found = min(self._failures, key=lambda failure: failure[:3], default=None)
         return found[3] if found is not None else None
 

@@ -1,4 +1,4 @@
-"""The story of one shard: read, decode, cut, segment, stitch, encode, and commit two parts.
+"""Segments one shard: read, decode, cut into tiles, segment, stitch, encode, and commit two parts.
 
 Reading, decoding and encoding run on threads beside the device; every attempt writes the same
 bytes.
@@ -42,7 +42,7 @@ from unet_core.tiling.geometry import mask_windows
 log = logging.getLogger(__name__)
 
 NO_FAILURES: Mapping[int, ImageError] = MappingProxyType({})
-MOST_ROW_BYTES = 2**31
+MOST_ROW_BYTES = 2**31  # limit of a binary value in Arrow
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait, encoded or decoded, hold more than this."""
 
@@ -58,7 +58,7 @@ class _Attempt:
     part: MasksPart
     queue: TileQueue
     stopwatch: Stopwatch
-    """Its ticket in the line for the device, too."""
+    """Stopwatch of the attempt, and its ticket in the line for the device."""
     on_step: Callable[[], None]
     ids: set[str] = field(default_factory=set)
     running: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
@@ -100,18 +100,18 @@ class ShardSegmenter:
         self._lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
         self.steps: dict[str, int] = {}
-        """By shard under way, how often ``step`` was called; one that stays the same hangs."""
+        """Number of calls of ``step`` by shard under way; one that stays the same hangs."""
 
     def step(self, shard_id: str) -> None:
-        """Something of a shard came to an end: rows of a large image were read, an image decoded
-        or encoded, a batch done. Raises StoppedError after ``cancel``.
+        """Count progress of a shard: rows of a large image read, an image decoded or encoded, a batch
+        done. Raises StoppedError after ``cancel``.
         """
         if self._cancelled.is_set():
             raise StoppedError("stopped")
         self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
 
     def cancel(self) -> None:
-        """Let every shard under way raise StoppedError at its next step."""
+        """Make every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
     @local_space()
