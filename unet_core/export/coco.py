@@ -122,8 +122,9 @@ def document(
 ) -> BinaryIO:
     """The whole of ``annotations.json``, written as its rows come.
 
-    ``digest``: of the shards and masks that it is made of. ``images``: id, file_name, height, width. ``annotations``: rows of
-    ``schema.ANNOTATION`` with the id of their image; they are numbered here.
+    ``digest``: of the shards and masks that it is made of. ``images``: id, file_name, height,
+    width. ``annotations``: rows of ``schema.ANNOTATION`` with the id of their image; they are
+    numbered here.
     """
     file = spooled()
     named = [{"id": n, "name": name} for n, name in enumerate(class_names) if n]

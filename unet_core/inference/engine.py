@@ -117,7 +117,7 @@ def movable(values: Array, device: torch.device) -> Tensor:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Choose the memory layout of feature maps; Apple's GPUs compute some wrongly when channels come
+    """Choose the memory layout of feature maps; Apple's GPUs compute some wrongly with channels
     last (pytorch/pytorch issues 174345, 180984).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last

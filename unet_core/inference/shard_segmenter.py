@@ -103,8 +103,8 @@ class ShardSegmenter:
         """Number of calls of ``step`` by shard under way; one that stays the same hangs."""
 
     def step(self, shard_id: str) -> None:
-        """Count progress of a shard: rows of a large image read, an image decoded or encoded, a batch
-        done. Raises StoppedError after ``cancel``.
+        """Count progress of a shard: rows of a large image read, an image decoded or encoded, a
+        batch done. Raises StoppedError after ``cancel``.
         """
         if self._cancelled.is_set():
             raise StoppedError("stopped")
