@@ -82,9 +82,9 @@ class MaskAssembler:
         self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
     @property
-    def is_encoded(self) -> bool:
-        """True when every tile is pasted and every window encoded."""
-        return not self._missing and all(window.done() for window in self.encoded)
+    def is_complete(self) -> bool:
+        """True when every tile is pasted."""
+        return not self._missing
 
     def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
         """Paste the kept part of one tile; yield the windows that it completes."""

@@ -63,12 +63,12 @@ class _Attempt:
     ids: set[str] = field(default_factory=set)
     running: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
-    images: deque[MaskAssembler | Rejected] = field(default_factory=deque)
-    """Images that are not in the parts yet, in their order."""
+    encoded: dict[int, Future[tuple[Row, Iterable[Row]]]] = field(default_factory=dict)
+    """Rows of images that are not in the parts yet, by the number of the image."""
     seen: int = 0
     """Number of images that the reader gave."""
     rows: list[Row] = field(default_factory=list)
-    """Rows of the metrics part."""
+    """Rows of the metrics part, one for each image in order."""
 
 
 class ShardSegmenter:
@@ -164,6 +164,7 @@ class ShardSegmenter:
             ) as images:
                 self._compute(attempt, images)
                 self._append(attempt, waits=True)
+                assert len(attempt.rows) == attempt.seen, f"image {len(attempt.rows)} is missing"
             yield attempt
 
     def _decode(self, attempt: _Attempt, sample: Sample) -> DecodedFile:
@@ -182,17 +183,15 @@ class ShardSegmenter:
             for file in files:
                 attempt.on_step()
                 for found in file:
-                    image = self._checked(found, attempt.ids)
+                    image, index = self._checked(found, attempt.ids), attempt.seen
                     attempt.seen += 1
                     if isinstance(image, Rejected):
-                        attempt.images.append(image)
+                        self._encode(attempt, index, image)
                     else:
                         assembler = MaskAssembler(
-                            attempt.seen, image, self.replica.tile_grid, self._postprocessing
+                            index, image, self.replica.tile_grid, self._postprocessing
                         )
-                        attempt.images.append(assembler)
                         self._start(attempt, attempt.queue.add(assembler))
-                self._append(attempt)
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
 
@@ -230,13 +229,17 @@ class ShardSegmenter:
                 for window in assembler.paste(tile, result):
                     encode = encoding(self._encoder.window)
                     assembler.encoded.append(self._pool.submit(encode, assembler, window))
-            self._append(attempt)
+                if assembler.is_complete:
+                    self._encode(attempt, assembler.index, assembler)
+
+    def _encode(self, attempt: _Attempt, index: int, image: MaskAssembler | Rejected) -> None:
+        attempt.encoded[index] = self._pool.submit(self._encoder.image, image)
+        self._append(attempt)
 
     def _append(self, attempt: _Attempt, waits: bool = False) -> None:
         """Add the rows of images to the parts, in order and as far as they are encoded."""
-        images = attempt.images
-        while images and (waits or isinstance(images[0], Rejected) or images[0].is_encoded):
-            row, mask_rows = self._encoder.image(images.popleft())
+        while (image := attempt.encoded.get(len(attempt.rows))) and (waits or image.done()):
+            row, mask_rows = attempt.encoded.pop(len(attempt.rows)).result()
             attempt.on_step()
             attempt.rows.append(row)
             for mask_row in mask_rows:

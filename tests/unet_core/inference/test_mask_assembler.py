@@ -38,7 +38,7 @@ def fill(assembler, results):
     for index in order:
         tile = assembler.tiles[index]
         windows += assembler.paste(tile, results(tile))
-    assert assembler.is_encoded
+    assert assembler.is_complete
     return windows
 
 

@@ -70,7 +70,7 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
     for pieces in [*queue.add(assembler), *queue.rest()]:
         for (_, tile), result in zip(pieces, engine.run(stack_tiles(pieces)), strict=True):
             windows += assembler.paste(tile, result)
-    assert assembler.is_encoded
+    assert assembler.is_complete
     clear = np.abs(expected) > 1e-4
     assert ((expected > 0) == windows[0].mask_HW)[clear].all()
 
