@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LOADING_S = 600.0  # limit for the child to load the model, maybe from a slow store
 PR_SET_PDEATHSIG = 1  # from prctl.h
 
-Word = int | ImageError | Literal["step", "survived", "finished"]
+Message = int | ImageError | Literal["step", "survived", "finished"]
 """Messages of the child: the index of the image that it begins, a step of that, the reason why it
 cannot be segmented, the child having survived it, and at last the end of the shard.
 """
@@ -92,14 +92,14 @@ class Isolation:
             raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
         place: int | None = None
-        patience_s = LOADING_S
+        limit_s = LOADING_S
         try:
             while True:
-                if not here.poll(patience_s):
+                if not here.poll(limit_s):
                     raise TimeoutError
                 message: object = here.recv()
                 on_step()
-                patience_s = self.image_s
+                limit_s = self.image_s
                 match message:
                     case int():
                         place = message
@@ -129,30 +129,30 @@ class Isolation:
 def _child_main(isolation: Isolation, first: int, pipe: Connection) -> None:
     """Run the child: segment every image from ``first`` on, each announced before."""
     _end_with_parent()
-    room, speaking = None, threading.Lock()
+    limit, sending = None, threading.Lock()
 
-    def say(word: Word | UnetJobsError) -> None:
-        with speaking:  # steps come from threads that decode
-            pipe.send(word)
+    def send(message: Message | UnetJobsError) -> None:
+        with sending:  # steps come from threads that decode
+            pipe.send(message)
 
     try:
         segmenter = ShardSegmenter(Replica(isolation.spec), isolation.compute, isolation.footer)
-        room = _limit_memory()
-        for word in _try_images(segmenter, isolation.shard, first, room, partial(say, "step")):
-            say(word)
+        limit = _limit_memory()
+        for message in _try_images(segmenter, isolation.shard, first, limit, partial(send, "step")):
+            send(message)
     except UnetJobsError as error:
-        say(error)
+        send(error)
     except MemoryError:
-        say(ShardError(f"reading it takes more memory than {_needed(room)}"))
+        send(ShardError(f"reading it takes more memory than {_needed(limit)}"))
 
 
 def _try_images(
     segmenter: ShardSegmenter,
     shard: Shard,
     first: int,
-    room: int | None,
+    limit: int | None,
     on_step: Callable[[], None],
-) -> Iterator[Word]:
+) -> Iterator[Message]:
     for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
         if place < first:
             continue
@@ -160,18 +160,18 @@ def _try_images(
         try:
             segmenter.dry_run(sample, on_step)
         except MemoryError:
-            yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
+            yield ImageError("out_of_memory", f"it takes more memory than {_needed(limit)}")
         except WorkersError as error:  # the device has no room for one tile
             yield ImageError("out_of_memory", f"tried alone: {error}")
-        except RuntimeError as error:  # torch's device errors: a broken device stays broken, and
+        except RuntimeError as error:  # torch's device errors: a broken device stays broken,
             yield ImageError("worker_died", f"tried alone: {one_line(error)}")
-            return  # other images would be blamed for it
+            return  # and every other image would seem to be poison
         yield "survived"
     yield "finished"
 
 
-def _needed(room: int | None) -> str:
-    return f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
+def _needed(limit: int | None) -> str:
+    return f"{limit / 2**30:.1f} GiB, half of what was free" if limit else "there is"
 
 
 def _describe_exit(exit_code: int | None) -> str:
@@ -202,9 +202,9 @@ def _limit_memory() -> int | None:
         return None
     import resource
 
-    room = free_bytes() // 2
+    limit = free_bytes() // 2
     status = Path("/proc/self/status").read_text()
     used = int(status.partition("VmData:")[2].split()[0]) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + room, hard))
-    return room
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit, hard))
+    return limit
