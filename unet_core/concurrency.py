@@ -1,7 +1,6 @@
-"""Work on threads with results in order: read and decode ahead, give back as they were asked."""
+"""Work on threads, ahead of its use, with results in order."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +9,13 @@ from typing import Generic, TypeVar
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-READ_THREADS = 16
+READ_THREADS = 16  # hides the latency of object storage
 
 
 def map_in_order(
     read: Callable[[ItemT], ResultT], items: Iterable[ItemT], threads: int = READ_THREADS
 ) -> Iterator[ResultT]:
-    """What is read of each item, in their order, a few ahead: whoever has enough may stop."""
+    """Read items on threads, a few ahead; yields results in order, and may be stopped early."""
     pool = ThreadPoolExecutor(threads)
     line: deque[Future[ResultT]] = deque()
     try:
@@ -27,7 +26,7 @@ def map_in_order(
         while line:
             yield line.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the rest
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest is not awaited
 
 
 class Prefetch(Generic[ItemT, ResultT]):
@@ -60,12 +59,6 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._is_left = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
-        self.drawing_s = 0.0
-        """What the iterator took to give its items."""
-        self.waited_for_items_s = 0.0
-        """How long whoever uses the results stood still for the last one: nothing was drawn,"""
-        self.waited_for_work_s = 0.0
-        """or the work on it was not done."""
 
     def __enter__(self) -> "Prefetch[ItemT, ResultT]":
         self._thread.start()
@@ -79,19 +72,15 @@ class Prefetch(Generic[ItemT, ResultT]):
 
     def __iter__(self) -> Iterator[ResultT]:
         while True:
-            asked = time.perf_counter()
             with self._changed:
                 self._changed.wait_for(lambda: self._line)
                 item = self._line.popleft()
                 self._changed.notify_all()
-            given = time.perf_counter()
-            self.waited_for_items_s, self.waited_for_work_s = given - asked, 0.0
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
             result = item.result()
-            self.waited_for_work_s = time.perf_counter() - given
             with self._changed:
                 self._waiting -= self._weigh(result)
                 self._changed.notify_all()
@@ -99,13 +88,10 @@ class Prefetch(Generic[ItemT, ResultT]):
 
     def _read(self) -> None:
         try:
-            start = time.perf_counter()
             for item in self._items:
-                self.drawing_s += time.perf_counter() - start
                 if not self._take_room(self._weigh_item(item)):
                     return
                 self._put(self._pool.submit(self._worked, item))
-                start = time.perf_counter()
             self._put(None)
         except BaseException as error:  # raised again where the results are used
             self._put(error)
@@ -124,8 +110,8 @@ class Prefetch(Generic[ItemT, ResultT]):
                 self._changed.notify_all()
 
     def _take_room(self, weight: int) -> bool:
-        """Wait until an item, and a result as heavy as the heaviest yet, would fit, or nothing else
-        is there; False if nobody wants any more.
+        """Wait until an item, and a result as heavy as the heaviest yet, fits or is alone; False if
+        the context was left.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._is_left or self._has_room(weight))
@@ -147,37 +133,3 @@ class Prefetch(Generic[ItemT, ResultT]):
         with self._changed:
             self._line.append(item)
             self._changed.notify_all()
-
-
-class OrderedResults(Generic[ResultT]):
-    """Takes numbered futures in any order and gives their results by number."""
-
-    def __init__(self) -> None:
-        self._futures: dict[int, Future[ResultT]] = {}
-        self._next = 0
-        self.numbers = 0
-        """How many numbers were given out, whether or not their results have come."""
-
-    def number(self) -> int:
-        """The number of the next thing to be worked on, from 0; its result must be added."""
-        self.numbers += 1
-        return self.numbers - 1
-
-    def add(self, number: int, future: Future[ResultT]) -> None:
-        """The result to come of a number."""
-        self._futures[number] = future
-
-    def ready(self) -> Iterator[ResultT]:
-        """What can be given without waiting."""
-        while (future := self._futures.get(self._next)) is not None and future.done():
-            yield self._given()
-
-    def rest(self) -> Iterator[ResultT]:
-        """Everything else; every number that was given out must have been added."""
-        while self._next < self.numbers:
-            yield self._given()
-
-    def _given(self) -> ResultT:
-        assert self._next in self._futures, f"number {self._next} is missing"
-        self._next += 1
-        return self._futures.pop(self._next - 1).result()

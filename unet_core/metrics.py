@@ -1,5 +1,5 @@
-"""Counts and what follows from them. Counts are integers and add up in any order; ratios are
-derived at the end, and a ratio without a denominator is None, never 0 or 1.
+"""Counts, scores and their sums. Counts are integers and add up in any order; scores are derived at
+the end, and a score without a denominator is None, never 0 or 1.
 """
 
 import math
@@ -14,17 +14,19 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 
-BAND_PIXELS = 2**21
-MAX_CONFUSION_CLASSES = 64
+BAND_PIXELS = 2**21  # counting takes eight bytes of each pixel
+MAX_CONFUSION_CLASSES = 64  # a matrix of 64² counts takes 32 kB of a row
 RATIOS = {"dice": (2, 1, 1), "iou": (1, 1, 1), "precision": (1, 1, 0), "recall": (1, 0, 1)}
-"""Of ``Scores``: (t, p, n) for t·tp / (t·tp + p·fp + n·fn)."""
+"""Scores by key, as (t, p, n) of t·tp / (t·tp + p·fp + n·fn)."""
+SCORE_NAMES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
+"""Names of the scores for people."""
 SumT = TypeVar("SumT")
 
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
     """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index``."""
     total = np.zeros(classes * classes, dtype=np.int64)
-    for rows in _bands(mask_HW):
+    for rows in bands(mask_HW):
         truth, mask = truth_HW[rows], mask_HW[rows]
         counted = truth != ignore_index
         pairs = truth[counted].astype(np.int64) * classes + mask[counted]
@@ -34,12 +36,12 @@ def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) 
 
 def class_pixels(mask_HW: Array, classes: int) -> Array:
     """Pixels of each class, int64 (K,)."""
-    counts = (np.bincount(mask_HW[rows].ravel(), minlength=classes) for rows in _bands(mask_HW))
+    counts = (np.bincount(mask_HW[rows].ravel(), minlength=classes) for rows in bands(mask_HW))
     return sum(counts, np.zeros(classes, dtype=np.int64))
 
 
-def _bands(mask_HW: Array) -> Iterator[slice]:
-    """Rows in bands: what counts them makes eight bytes of each pixel."""
+def bands(mask_HW: Array) -> Iterator[slice]:
+    """Rows of an image in bands of about ``BAND_PIXELS``."""
     rows = max(1, BAND_PIXELS // mask_HW.shape[1])
     return (slice(start, start + rows) for start in range(0, mask_HW.shape[0], rows))
 
@@ -50,7 +52,7 @@ def ratio(part: float, whole: int) -> float | None:
 
 
 def ratios(name: str, tp: Array, fp: Array, fn: Array) -> Array:
-    """One of ``RATIOS`` of each; NaN where it is not defined."""
+    """One of ``RATIOS`` elementwise; NaN where it is not defined."""
     of_tp, of_fp, of_fn = RATIOS[name]
     part = of_tp * tp
     whole = part + of_fp * fp + of_fn * fn
@@ -72,7 +74,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """tp, fp and fn pixels of one class."""
+    """True positive, false positive and false negative pixels of one class, and their scores."""
 
     tp: int = 0
     fp: int = 0
@@ -90,12 +92,12 @@ class Scores:
 
     @property
     def precision(self) -> float | None:
-        """Of what was segmented as the class, the share that is: tp / (tp + fp)."""
+        """Share of the segmented pixels that are of the class: tp / (tp + fp)."""
         return self._ratio("precision")
 
     @property
     def recall(self) -> float | None:
-        """Of what is the class, the share that was segmented as it: tp / (tp + fn)."""
+        """Share of the pixels of the class that were segmented: tp / (tp + fn)."""
         return self._ratio("recall")
 
     def _ratio(self, name: str) -> float | None:
@@ -112,7 +114,7 @@ def scores_of(confusion_KK: Array) -> list[Scores]:
 
 
 def truth_columns(confusion_KK: Array, pixels: int) -> dict[str, Any]:
-    """What a metrics row says of an image with truth and so many pixels."""
+    """Columns of a metrics row for an image with truth; ``pixels``: height × width."""
     scores = scores_of(confusion_KK)
     row: dict[str, Any] = {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
     row["ignored_pixels"] = pixels - int(confusion_KK.sum())
@@ -138,14 +140,14 @@ class Totals:
     fp: tuple[int, ...] = ()
     fn: tuple[int, ...] = ()
     errors: dict[str, int] = field(default_factory=dict)
-    """Rows by error code; a code on an ``ok`` row speaks of its truth."""
+    """Number of rows by error code; on ``ok`` rows, codes concern the truth."""
 
     def __add__(self, other: "Totals") -> "Totals":
         return added(self, other)
 
     @property
     def is_reconciled(self) -> bool:
-        """Whether every image that a reader saw has its row."""
+        """True if every image that a reader saw has its row."""
         return self.images_seen == self.ok + self.failed
 
     @property
@@ -154,7 +156,7 @@ class Totals:
         return [Scores(*counts) for counts in zip(self.tp, self.fp, self.fn, strict=True)]
 
     def only_class(self, class_names: tuple[str, ...]) -> str | None:
-        """The class of every pixel of all images, if there are several and it is one."""
+        """The only class that occurs, in runs of several images."""
         there = [name for name, n in zip(class_names, self.class_pixels, strict=False) if n]
         return there[0] if self.ok > 1 and len(there) == 1 else None
 

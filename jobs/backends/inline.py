@@ -16,10 +16,9 @@ from unet_core.runs.timings import ShardResult
 
 log = logging.getLogger(__name__)
 
-NAME = "inline"
-WAIT_S = 0.5
-STOP_S = 30.0
-"""Seconds that a shard in flight gets to notice that the run was stopped."""
+NAME = "inline"  # of the worker, in timings and logs
+WAIT_S = 0.5  # between heartbeats
+STOP_S = 30.0  # limit for shards under way to notice that they are given up
 
 
 class InlineWorkers:

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run, through Ray's own exporter: the driver counts what it hears.
+"""Prometheus metrics of a run through Ray's exporter, counted by the driver from its events.
 
 Ray puts ``ray_`` before these names and ``_total`` behind those of counters.
 """
@@ -49,7 +49,7 @@ class PrometheusMetrics:
         self._busy.set(self._actors[actor].shares.get("busy", 0.0), {"actor": actor})
 
     def open(self, shards: int) -> None:
-        """So many shards are neither committed nor set aside."""
+        """Set the number of shards that are neither committed nor set aside."""
         self._open.set(shards)
 
     def lost(self, attempts: int) -> None:

@@ -1,4 +1,4 @@
-"""``unet-jobs export``: what a run holds, in the forms that other programs read."""
+"""``unet-jobs export``: a run's masks and objects in the formats of other programs."""
 
 import hashlib
 import json
@@ -27,20 +27,18 @@ from unet_core.runs.run import open_existing
 from unet_core.storage.spool import drop
 from unet_core.storage.store import Store, split
 
-ANNOTATIONS = "annotations.json"
-ANNOTATED_AT_ONCE = 4
-"""Shards with all their annotations."""
-HEAD_BYTES = 1024
-"""Of a document; it begins with what it is of."""
+ANNOTATIONS = "annotations.json"  # as COCO's own tools call it
+ANNOTATED_AT_ONCE = 4  # shards with all their annotations in memory
+HEAD_BYTES = 1024  # the beginning of a document, which holds its digest
 
 
 @dataclass(frozen=True)
 class Exported:
-    """How an export stands."""
+    """Outcome of an export."""
 
     task: Export
     images: Counter[str]
-    """By status: ``ok`` were written, of ``failed`` ones the run has no mask."""
+    """Number of images by status: ``ok`` were written, of ``failed`` ones the run has no mask."""
     problems: list[tuple[str, str]]
     """Images that could not be written, and why."""
     shards_refused: dict[str, str]
@@ -77,7 +75,7 @@ def require_apart(results: Results, option: str, out: str) -> None:
 
 
 def _names(results: Results, shards: list[Shard], options: Options) -> Names:
-    """What the files will be called; all ids of the run are looked at."""
+    """Names of the files, from all ids of the run."""
     if options.format not in EXTENSIONS:
         return Names("")
 
@@ -130,7 +128,7 @@ def _write_annotations(task: Export, done: list[str]) -> None:
 def _exported(
     task: Export, done: list[str], columns: list[str], threads: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What was written of each image, and its number; a shard for each thread is in memory."""
+    """Index rows of written images, numbered; a shard for each thread is in memory."""
 
     def read(shard_id: str) -> list[dict[str, Any]]:
         return [*task.exported(shard_id, ["status", *columns])]

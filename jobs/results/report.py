@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from unet_core.arrays import Array
 from unet_core.config.sections import FolderConfig, StorageConfig
-from unet_core.errors import UnetJobsError
+from unet_core.errors import ImageError, UnetJobsError
 from unet_core.export.names import Names
 from unet_core.images.decoder import DecodedImage
 from unet_core.report.facts import RunFacts
@@ -83,10 +83,16 @@ def write_previews(
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
     def write(decoded: DecodedImage, mask_HW: Array) -> None:
-        drawn = overlay(decoded, mask_HW, results.palette)
-        target.publish(names.of(decoded.sample.image_id, ""), drawn)
+        image_id = decoded.sample.image_id
+        try:
+            target.publish(names.of(image_id), overlay(decoded, mask_HW, results.palette))
+        except ImageError as refused:
+            unnamed[image_id] = str(refused)
 
+    unnamed: dict[str, str] = {}
     written, reasons = fetch(results, picks, write)
+    written = {image_id: made for image_id, made in written.items() if image_id not in unnamed}
+    reasons |= unnamed
     missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
     near = _near(results, missing)
     problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]

@@ -1,1 +1,1 @@
-"""What a run holds, in the forms that other programs read. Nothing below imports it back."""
+"""Exports of a run for other programs. Nothing else in ``unet_core`` imports this room."""

@@ -107,7 +107,7 @@ def _outlines(region_HW: Array) -> Iterator[Points]:
 
 
 def _sides(region_HW: Array) -> Iterator[tuple[tuple[int, int], int]]:
-    """Where each side of a pixel begins that has the region on one side only, and its direction."""
+    """Start and direction of each side of a pixel that has the region on one side only."""
     padded_HW = np.pad(region_HW, 1)
     for direction, (dy, dx) in enumerate(((-1, 0), (0, 1), (1, 0), (0, -1))):
         is_border = padded_HW & ~np.roll(padded_HW, (-dy, -dx), axis=(0, 1))
@@ -122,8 +122,9 @@ def document(
 ) -> BinaryIO:
     """The whole of ``annotations.json``, written as its rows come.
 
-    ``digest``: of what it is of. ``images``: id, file_name, height, width. ``annotations``: rows of
-    ``schema.ANNOTATION`` with the id of their image; they are numbered here.
+    ``digest``: of the shards and masks that it is made of. ``images``: id, file_name, height,
+    width. ``annotations``: rows of ``schema.ANNOTATION`` with the id of their image; they are
+    numbered here.
     """
     file = spooled()
     named = [{"id": n, "name": name} for n, name in enumerate(class_names) if n]

@@ -1,7 +1,7 @@
-"""Objects of a mask: connected components of each class, those that touch cut apart if asked for;
-and what they measure.
+"""Objects of a mask: connected components of each class, optionally cut where objects touch, and
+their measurements.
 
-Components are of 4 neighbours, so that what meets at a corner only is two objects. Class 0 is
+Components are of 4 neighbours, so that two that meet at a corner only are two objects. Class 0 is
 background.
 """
 
@@ -18,7 +18,7 @@ from skimage.segmentation import watershed
 
 from unet_core.arrays import Array
 from unet_core.images.decoder import Pixels
-from unet_core.metrics import BAND_PIXELS, class_pixels
+from unet_core.metrics import bands, class_pixels
 from unet_core.tiling.geometry import Box, Slices
 
 SADDLE = 0.9
@@ -38,22 +38,22 @@ class Objects:
     labels_HW: Array
     """int32; 1 to the number of objects by class, then from above, 0 elsewhere."""
     classes: list[int]
-    """Of each object."""
+    """Class id of each object."""
 
     @classmethod
     def of_classes(cls, mask_HW: Array) -> "Objects":
-        """Each class but background as one; a class that does not occur has no region."""
+        """Take each class but background as one object; absent classes have no region."""
         return cls(mask_HW, list(range(1, int(mask_HW.max()) + 1)))
 
     def regions(self) -> Iterator[tuple[int, Slices, Array]]:
-        """Class, box, and which of its pixels are of the object (HW), of each."""
+        """Class, box and pixels (HW, of the box) of each object."""
         for label, box in enumerate(ndimage.find_objects(self.labels_HW), start=1):
             if box is not None:
                 yield self.classes[label - 1], box, self.labels_HW[box] == label
 
 
 def find_objects(mask_HW: Array, splits: bool) -> Objects:
-    """The objects of class ids HW; ``splits`` cuts those apart that touch."""
+    """Find the objects of class ids HW; ``splits`` cuts those apart that touch."""
     labels_HW = np.zeros(mask_HW.shape, np.int32)
     classes: list[int] = []
     counts = class_pixels(mask_HW, int(mask_HW.max()) + 1)
@@ -69,7 +69,7 @@ def find_objects(mask_HW: Array, splits: bool) -> Objects:
 
 
 def split(is_object: Array) -> Array:
-    """Numbers (int32 HW, from 1, 0 outside) of the parts of one connected object.
+    """Cut one connected object into parts, numbered from 1 (int32 HW, 0 outside).
 
     Seeded watershed on the distance to the border, as it is in the paper of Vincent and Soille
     (1991); seeds are the h-maxima of the distance's logarithm, which makes h a ratio.
@@ -85,7 +85,7 @@ def split(is_object: Array) -> Array:
 
 
 def _seeds(distance_HW: Array) -> Array:
-    """Numbers of the summits of an object's distances."""
+    """Label the summits of an object's distances."""
     is_object = distance_HW > 0
     smooth_HW = ndimage.gaussian_filter(distance_HW, SMOOTHING * distance_HW.max())
     bottom = math.log(smooth_HW[is_object].min()) - 1
@@ -99,13 +99,13 @@ def _seeds(distance_HW: Array) -> Array:
 
 
 def place(box: Slices) -> Box:
-    """Where rows of a table have it."""
+    """Convert slices to the columns of a box."""
     rows, columns = box
     return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
 def measure_instances(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
-    """Columns of ``schema.OBJECTS`` but the image's id; intensities are null without pixels.
+    """Measure objects: columns of ``schema.OBJECTS`` but the image's id; intensities need pixels.
 
     Image and objects are walked in bands of rows; sums of integers are exact.
     """
@@ -125,13 +125,11 @@ def measure_instances(objects: Objects, pixels: Pixels | None) -> dict[str, list
 
 
 def _sums(labels_HW: Array, count: int, pixels: Pixels | None) -> Array:
-    """Pixels, y, x and values of each channel, summed over objects: float64 (3 + C, objects)."""
-    height, width = labels_HW.shape
+    """Sum pixels, y, x and the values of each channel by object: float64 (3 + C, objects)."""
     channels = pixels.channels if pixels is not None else 0
     total = np.zeros((3 + channels, count))
-    rows = max(1, BAND_PIXELS // width)
-    for start in range(0, height, rows):
-        band_HW = labels_HW[start : start + rows]
+    for rows in bands(labels_HW):
+        band_HW, start = labels_HW[rows], rows.start
         ys, xs = np.nonzero(band_HW)
         at = band_HW[ys, xs] - 1
         sum_of = functools.partial(np.bincount, at, minlength=count)
@@ -139,6 +137,6 @@ def _sums(labels_HW: Array, count: int, pixels: Pixels | None) -> Array:
         total[1] += sum_of(ys + start)
         total[2] += sum_of(xs)
         if pixels is not None and at.size:
-            for channel, plane_HW in enumerate(pixels.read(start, 0, len(band_HW), width)):
+            for channel, plane_HW in enumerate(pixels.read(start, 0, *band_HW.shape)):
                 total[3 + channel] += sum_of(plane_HW[ys, xs])
     return total

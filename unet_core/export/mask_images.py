@@ -1,4 +1,4 @@
-"""Class ids and object labels as image files: they look like something, and read back as ids."""
+"""Class ids and object labels as image files, which show their palette and read back as ids."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,9 @@ from unet_core.storage.spool import drop, local_space, spooled
 
 Palette = tuple[tuple[int, int, int], ...]
 
-TILE_SIDE = 256
-CLASSIC_BYTES = 2**32 - 2**25
-"""From here on, uncompressed, a TIFF is a BigTIFF."""
-DEFLATE_LEVEL = 6
+TILE_SIDE = 256  # as viewers of large images expect
+CLASSIC_BYTES = 2**32 - 2**25  # uncompressed size above which a TIFF is a BigTIFF
+DEFLATE_LEVEL = 6  # the default of zlib
 
 
 @local_space()

@@ -28,21 +28,18 @@ from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import drop, local_space
 from unet_core.storage.store import Store
 
-VERSION = "1"
-"""Of what an export writes."""
 EXTENSIONS = {"png": ".png", "tiff": ".tif"}
-MOST_PIXELS = 2**28
-"""Of an image that has to be in memory as a whole."""
-MOST_LABELS = 2**16 - 1
-"""That 16 bits can tell apart."""
-ROW_GROUP_BYTES = 8 * 2**20
+"""Extensions of the formats that write a file for each image."""
+MOST_PIXELS = 2**28  # of an image that has to be in memory as a whole
+MOST_LABELS = 2**16 - 1  # numbers that 16 bits can tell apart
+ROW_GROUP_BYTES = 8 * 2**20  # what a reader of the index holds at once
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is written of each image."""
+    """Format and content of the files of an export."""
 
     format: str
     """``png``, ``tiff``, ``coco``; empty: rows of objects alone."""
@@ -57,25 +54,26 @@ class Export:
 
     results: Results
     store: Store
-    """Where the export lies."""
+    """The folder of the export."""
     options: Options
     names: Names
     has_input: bool = False
-    """Whether intensities are measured: the input is still there."""
+    """True if the input is still there, so that intensities are measured."""
     is_of_run: bool = False
-    """It lies in a run's ``objects``, where only rows of objects are to be seen by who reads it as
-    a data set; else in a folder of its own.
+    """True if it lies in a run's ``objects``, where all visible files are rows of objects; else it
+    has a folder of its own.
     """
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes two exports the same, by what people know it by."""
+        """Options that exports of one folder share, by the names that people know them by."""
         known = {**dataclasses.asdict(self.options), "mean_intensity": self.has_input}
         of_run = {"fingerprint": self.results.record.fingerprint, "names": self.names.digest}
-        return {"export_version": VERSION, **of_run, **{k: str(v) for k, v in known.items()}}
+        version = "2" if self.names.extension else "1"  # 2: files keep the extension of their image
+        return {"export_version": version, **of_run, **{k: str(v) for k, v in known.items()}}
 
     def create_or_join(self) -> None:
-        """Say whose folder this is, or join the export that is there.
+        """Publish the identity of the export, or join the one that is there.
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
@@ -96,11 +94,11 @@ class Export:
         return self._own(f"index/{shard_id}.parquet")
 
     def _own(self, name: str) -> str:
-        """Name of what an export keeps for itself."""
+        """Name of a file that describes the export."""
         return f"_{name}" if self.is_of_run else name
 
     def masks_sha256(self, shard_id: str) -> str | None:
-        """Of the masks that a shard's index is of."""
+        """Digest of the masks that a shard's index was made of."""
         return masks_sha256(self.store, self.index(shard_id))
 
     def exported(self, shard_id: str, columns: list[str]) -> Iterator[Row]:
@@ -150,7 +148,7 @@ class Export:
                     yield {**row, "problem": row["error_message"]}, None
                 else:
                     mask = masks.mask(row["image_id"])
-                    made, found = self._image(shard.shard_id, mask, next(inputs))
+                    made, found = self._image(mask, next(inputs))
                     yield {**row, **made}, found
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
@@ -160,9 +158,7 @@ class Export:
                 if row["file"] and row["file"] not in files:
                     self.store.remove(row["file"])
 
-    def _image(
-        self, shard_id: str, mask: StoredMask | None, pixels: Pixels | None
-    ) -> tuple[Row, pa.Table | None]:
+    def _image(self, mask: StoredMask | None, pixels: Pixels | None) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         if mask is None:
             return {"status": "refused", "problem": "the run has no mask of it"}, None
@@ -175,21 +171,22 @@ class Export:
                     "--format tiff without --objects has no limit",
                 )
             if not self.options.objects:
-                return self._written(shard_id, mask), None
+                return self._written(mask), None
             found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(shard_id, mask, found)
+            row = self._written(mask, found)
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, pixels)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _written(self, shard_id: str, mask: StoredMask, found: Objects | None = None) -> Row:
+    def _written(self, mask: StoredMask, found: Objects | None = None) -> Row:
         """Write a mask's classes, or the objects that were found in it; what the index says of it:
         its file, or annotations.
         """
         palette = self.results.palette if found is None else None
         size = mask.height, mask.width
+        name = self.names.of(mask.image_id) if self.names.extension else ""
         match self.options.format:
             case "png":
                 if found and len(found.classes) > MOST_LABELS:
@@ -208,7 +205,6 @@ class Export:
                 return {}
             case other:
                 raise ValueError(other)
-        name = self.names.of(mask.image_id, shard_id)
         try:
             self.store.publish(name, file)
         finally:

@@ -1,4 +1,4 @@
-"""The network on its device: tiles in, class ids out. Knows nothing of images, shards or files.
+"""The network on its device: tiles in, class ids out. Independent of images, shards and files.
 
 Shapes: N tiles, C channels, H×W pixels, K logits.
 """
@@ -18,39 +18,38 @@ from torch import Tensor, nn
 from unet_core.arrays import Array
 from unet_core.config.presets import Factory
 from unet_core.errors import ConfigError, WorkersError
-from unet_core.inference.postprocessing import Postprocessing
+from unet_core.inference.postprocessing import Postprocessing, confidence_units
 from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
 from unet_core.networks.construction import origin
 from unet_core.networks.header import Header
 from unet_core.networks.unet import fold_batchnorm
 from unet_core.runs.compute import Compute
-from unet_core.runs.schema import CONFIDENCE_UNIT
 from unet_core.tiling.geometry import Tile
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH_BYTES = 16 * 2**20  # what stays in cache: larger batches are slower on a CPU
+CPU_BATCH_BYTES = 16 * 2**20  # fits into the cache: larger batches are slower on a CPU
 CPU_PIXELS = 2**20  # under way for each core
-GPU_BATCH_BYTES = 4 * 2**30
+GPU_BATCH_BYTES = 4 * 2**30  # at most, and half of the memory that is free
 FLIPS: list[tuple[int, ...]] = [(), (-1,), (-2,), (-2, -1)]
 SYMMETRIES: dict[str, list[tuple[tuple[int, ...], bool]]] = {
     "none": [((), False)],
     "flips": [(axes, False) for axes in FLIPS],
     "dihedral": [(axes, turned) for turned in (False, True) for axes in FLIPS],
 }
-"""By ``tile.tta``: the axes to flip, and whether rows and columns then change places."""
+"""Axes to flip, and whether rows and columns are then swapped, by ``tile.tta``."""
 VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "tifffile", "imagecodecs")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tiles of one shape and dtype, with what normalises each."""
+    """Tiles of one shape and dtype, with the offset and scale of each."""
 
     tiles_NCHW: Array
     offset_NC: Array
     scale_NC: Array
     keep: Sequence[Tile]
-    """Which part of each tile the mask takes."""
+    """The place of each tile, and its kept part."""
 
     @property
     def pixels(self) -> int:
@@ -59,7 +58,7 @@ class Batch:
         return int(count * height * width)
 
     def part(self, of: slice) -> "Batch":
-        """Some of its tiles."""
+        """The batch of some of its tiles."""
         return Batch(self.tiles_NCHW[of], self.offset_NC[of], self.scale_NC[of], self.keep[of])
 
 
@@ -72,13 +71,13 @@ class TileResult:
     confidence_sum: int
     """Σ round(p · 65535) of the chosen class over the kept part."""
     is_finite: bool
-    """Whether the network gave numbers everywhere in the tile."""
+    """False where the network gave NaN or infinity anywhere in the tile."""
     probabilities_KHW: Array | None = None
-    """As ``output.probabilities`` wants them, or float32 where tiles are blended."""
+    """In the type of ``output.probabilities``, or float32 where tiles are blended."""
 
 
 class PixelBudget:
-    """So many pixels may be under way at once; who finds too few left waits."""
+    """Limits the pixels under way at once; a batch waits until it fits."""
 
     def __init__(self, pixels: int) -> None:
         self._all = self._free = pixels
@@ -86,7 +85,7 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """PixelBudget for a batch; one that is larger than all there is gets all."""
+        """Reserve pixels for a batch; one larger than the budget takes all of it."""
         pixels = min(pixels, self._all)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
@@ -99,28 +98,27 @@ class PixelBudget:
                 self._changed.notify_all()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The torch device for ``model.device``; raises ConfigError if it is not there."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    there = [name for name, is_there in available.items() if is_there]
+def choose_device(wanted: str, gpus: float | str = "auto") -> torch.device:
+    """The torch device for ``model.device`` and ``workers.gpus``: ``auto`` is the CPU where no GPUs
+    are wanted. Raises ConfigError for a device that is not there.
+    """
+    found = ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())
+    there = [*(name for name, is_there in found if is_there), "cpu"]
     if wanted not in ("auto", *there):
         raise ConfigError(f"model.device: got {wanted!r}, available here: {', '.join(there)}")
-    return torch.device(there[0] if wanted == "auto" else wanted)
+    best = "cpu" if gpus == 0 else there[0]
+    return torch.device(best if wanted == "auto" else wanted)
 
 
 def movable(values: Array, device: torch.device) -> Tensor:
-    """An array as a tensor that can go to a device: Apple's GPUs take no uint16."""
+    """Convert an array to a tensor that a device takes: Apple's GPUs take no uint16."""
     tensor = torch.from_numpy(values)
     return tensor.float() if device.type == "mps" and values.dtype == np.uint16 else tensor
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How a device likes its maps laid out; Apple's GPUs compute some of them wrongly when their
-    channels come last (pytorch/pytorch issues 174345, 180984).
+    """Choose the memory layout of feature maps; Apple's GPUs compute some wrongly with channels
+    last (pytorch/pytorch issues 174345, 180984).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -137,7 +135,7 @@ class Engine:
         blends: bool = False,
         precision: str = "float32",
     ) -> None:
-        """``blends``: tiles overlap and are averaged, so their probabilities are what they give."""
+        """``blends``: tiles overlap and are averaged, and results hold probabilities only."""
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.deterministic = True
@@ -145,20 +143,19 @@ class Engine:
         self.header = header
         self.device = device
         self.postprocessing = postprocessing
-        self._probabilities_as = "float32" if blends else postprocessing.probabilities
         self._blends = blends
         self.most_pixels: int | None = None
-        """What a batch may hold since one did not fit the device's memory."""
+        """Limit of pixels in a batch, once one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
         self._format = memory_format(device)
         self.dtype: torch.dtype = getattr(torch, precision)
         self.network = folded.to(device, self.dtype, memory_format=self._format)  # type: ignore[call-overload]  # stub lacks the three
         self.lanes = 1
         """Batches that run side by side, each on a thread of its own."""
-        self._room = PixelBudget(2**62)
+        self._budget = PixelBudget(2**62)
 
     def share_cores(self, cores: int, tile_size: int) -> None:
-        """On a CPU, let lanes of one thread each share the cores; their batches together hold a
+        """Share the cores of a CPU among lanes of one thread each; their batches together hold a
         megapixel for each core, or one tile.
 
         One thread an operation, always: with more, some convolutions split their sums by threads
@@ -167,7 +164,7 @@ class Engine:
         if self.device.type == "cpu":
             affordable = usable_bytes() // 4 // self._bytes_per_pixel
             self.lanes = max(1, cores)
-            self._room = PixelBudget(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
+            self._budget = PixelBudget(max(tile_size**2, min(cores * CPU_PIXELS, affordable)))
             torch.set_num_threads(1)
             if tile_size**2 > CPU_PIXELS:
                 return_large_blocks()
@@ -189,15 +186,15 @@ class Engine:
         )
 
     def run(self, batch: Batch) -> list[TileResult]:
-        """Segment one batch. The same batch gives the same bits, whatever ran before, unless it
-        had to be split for memory.
+        """Segment one batch. The same batch gives the same bits, unless it had to be split for
+        memory.
 
         Raises WorkersError if a single tile does not fit.
         """
         count = len(batch.keep)
         if count == 1 or self.most_pixels is None or batch.pixels <= self.most_pixels:
             try:
-                with self._room.taken(batch.pixels):
+                with self._budget.taken(batch.pixels):
                     return self._segment(batch)
             except torch.OutOfMemoryError as error:
                 if count == 1:
@@ -213,7 +210,7 @@ class Engine:
         return [*self.run(batch.part(slice(half))), *self.run(batch.part(slice(half, None)))]
 
     def free_memory(self) -> None:
-        """Give back device memory that is only kept at hand."""
+        """Release device memory that torch only caches."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -222,11 +219,12 @@ class Engine:
         p_NKHW, finite_N = self._probabilities(self._normalize(batch))
         kept = [(index, *tile.kept(self.header.tiling.margin)) for index, tile in
                 enumerate(batch.keep)]  # fmt: skip
-        wanted = self._wanted(p_NKHW) if self._probabilities_as != "none" else None
+        wanted = self._wanted(p_NKHW)
         shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
         if self._blends:
             return [TileResult(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
-        ids_NHW, confidence_NHW = self._classify(p_NKHW)
+        ids_NHW, chosen_NHW = self.postprocessing.classify(p_NKHW.movedim(1, 0))
+        confidence_NHW = confidence_units(chosen_NHW).to(torch.int32)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
         kind = torch.uint8 if self.header.classes <= 256 else torch.int32  # no uint16 for Apple
         ids = ids_NHW.to(kind).cpu().numpy()
@@ -241,7 +239,7 @@ class Engine:
         return (x_NCHW.float() - offset) * scale
 
     def _probabilities(self, x_NCHW: Tensor) -> tuple[Tensor, list[bool]]:
-        """Mean over the symmetries, and which tiles gave numbers only."""
+        """Mean over the symmetries, and whether each tile's logits are finite."""
         means, is_finite_N = None, torch.ones(len(x_NCHW), dtype=torch.bool, device=self.device)
         for axes, turned in SYMMETRIES[self.postprocessing.tta]:
             seen = x_NCHW.flip(axes)
@@ -255,30 +253,22 @@ class Engine:
         assert means is not None
         return means / len(SYMMETRIES[self.postprocessing.tta]), is_finite_N.tolist()
 
-    def _wanted(self, p_NKHW: Tensor) -> Array:
-        if self._probabilities_as == "uint8":
-            p_NKHW = (p_NKHW * 255).round().to(torch.uint8)
-        elif self._probabilities_as == "float16":
-            p_NKHW = p_NKHW.half()
-        return p_NKHW.cpu().numpy()
-
-    def _classify(self, p_NKHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids NHW, and the chosen class's probability in 1/65535 as integers."""
-        if p_NKHW.shape[1] == 1:
-            p_NHW = p_NKHW[:, 0]
-            ids_NHW = p_NHW > self.postprocessing.threshold
-            chosen_NHW = torch.where(ids_NHW, p_NHW, 1 - p_NHW)
-        else:
-            chosen_NHW, ids_NHW = p_NKHW.max(dim=1)
-        return ids_NHW, (chosen_NHW * CONFIDENCE_UNIT).round_().to(torch.int32)
+    def _wanted(self, p_NKHW: Tensor) -> Array | None:
+        """The probabilities of results: all of blended tiles, else those that are kept."""
+        if self._blends:
+            return p_NKHW.cpu().numpy()
+        kind = self.postprocessing.probabilities
+        if kind == "none":
+            return None
+        return self.postprocessing.quantize(p_NKHW).to(getattr(torch, kind)).cpu().numpy()
 
     @property
     def _bytes_per_pixel(self) -> int:
-        """About four of the widest maps live at once."""
+        """Memory of activations, of which about four of the widest maps live at once."""
         return 4 * self.dtype.itemsize * self.header.tiling.channels
 
     def _affordable_pixels(self) -> int:
-        """How many pixels fit the byte budget of a batch."""
+        """Number of pixels that fit the memory budget of a batch."""
         budget = CPU_BATCH_BYTES
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -287,7 +277,7 @@ class Engine:
 
 
 def device_model(device: torch.device) -> str:
-    """The model of a device; of a CPU, the instruction set that torch uses."""
+    """The model name of a GPU, or the instruction set that torch uses on a CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     capability = torch.backends.cpu.get_cpu_capability()

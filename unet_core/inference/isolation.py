@@ -1,7 +1,7 @@
 """Finds the poison images of a shard: those that kill, hang or exhaust their process.
 
-Each image is tried by itself in a child process with limits on memory and time. The child's results
-are thrown away: the shard is then segmented as always, without its poison images.
+Each image is segmented by itself in a child process with limits on memory and time. The child's
+results are discarded: the shard is then segmented as always, without its poison images.
 """
 
 import ctypes
@@ -29,13 +29,12 @@ from unet_core.runs.manifest import with_members
 
 log = logging.getLogger(__name__)
 
-LOADING_S = 600.0
-"""For the child to load the model."""
+LOADING_S = 600.0  # limit for the child to load the model, maybe from a slow store
 PR_SET_PDEATHSIG = 1  # from prctl.h
 
-Word = int | ImageError | Literal["step", "survived", "finished"]
-"""What the child says: the place of the image that it has in hand, that a step of that is done, why
-it cannot be segmented, that the child survived it, and at last that there is no further one.
+Message = int | ImageError | Literal["step", "survived", "finished"]
+"""Messages of the child: the index of the image that it begins, a step of that, the reason why it
+cannot be segmented, the child having survived it, and at last the end of the shard.
 """
 
 
@@ -55,15 +54,15 @@ def find_poison_images(
 
 @dataclass(frozen=True)
 class Isolation:
-    """A shard whose images are tried one by one, and what its child process needs."""
+    """A shard whose images are segmented one by one, and the input of its child process."""
 
     spec: ReplicaSpec
     compute: Compute
     footer: dict[str, str]
     shard: Shard
-    """With its members."""
+    """The shard with its members."""
     image_s: float
-    """How long one image may stand still."""
+    """Limit of seconds without a step of one image."""
 
     def poison(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
         """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
@@ -83,7 +82,7 @@ class Isolation:
     def _try_from(
         self, first: int, found: dict[int, ImageError], on_step: Callable[[], None]
     ) -> int | None:
-        """One child's life; returns the place after the image that ended it, None at the end."""
+        """Run one child; returns the index after the image that ended it, None at the end."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
         child = context.Process(target=_child_main, args=(self, first, there), daemon=True)
@@ -93,14 +92,14 @@ class Isolation:
             raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
         place: int | None = None
-        patience_s = LOADING_S
+        limit_s = LOADING_S
         try:
             while True:
-                if not here.poll(patience_s):
+                if not here.poll(limit_s):
                     raise TimeoutError
                 message: object = here.recv()
                 on_step()
-                patience_s = self.image_s
+                limit_s = self.image_s
                 match message:
                     case int():
                         place = message
@@ -128,32 +127,32 @@ class Isolation:
 
 
 def _child_main(isolation: Isolation, first: int, pipe: Connection) -> None:
-    """The child: try every image from ``first`` on, and say so before each."""
+    """Run the child: segment every image from ``first`` on, each announced before."""
     _end_with_parent()
-    room, speaking = None, threading.Lock()
+    limit, sending = None, threading.Lock()
 
-    def say(word: Word | UnetJobsError) -> None:
-        with speaking:  # steps come from threads that decode
-            pipe.send(word)
+    def send(message: Message | UnetJobsError) -> None:
+        with sending:  # steps come from threads that decode
+            pipe.send(message)
 
     try:
         segmenter = ShardSegmenter(Replica(isolation.spec), isolation.compute, isolation.footer)
-        room = _limit_memory()
-        for word in _try_images(segmenter, isolation.shard, first, room, partial(say, "step")):
-            say(word)
+        limit = _limit_memory()
+        for message in _try_images(segmenter, isolation.shard, first, limit, partial(send, "step")):
+            send(message)
     except UnetJobsError as error:
-        say(error)
+        send(error)
     except MemoryError:
-        say(ShardError(f"reading it takes more memory than {_needed(room)}"))
+        send(ShardError(f"reading it takes more memory than {_needed(limit)}"))
 
 
 def _try_images(
     segmenter: ShardSegmenter,
     shard: Shard,
     first: int,
-    room: int | None,
+    limit: int | None,
     on_step: Callable[[], None],
-) -> Iterator[Word]:
+) -> Iterator[Message]:
     for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
         if place < first:
             continue
@@ -161,18 +160,18 @@ def _try_images(
         try:
             segmenter.dry_run(sample, on_step)
         except MemoryError:
-            yield ImageError("out_of_memory", f"it takes more memory than {_needed(room)}")
+            yield ImageError("out_of_memory", f"it takes more memory than {_needed(limit)}")
         except WorkersError as error:  # the device has no room for one tile
             yield ImageError("out_of_memory", f"tried alone: {error}")
-        except RuntimeError as error:  # torch's device errors: a broken device stays broken, and
+        except RuntimeError as error:  # torch's device errors: a broken device stays broken,
             yield ImageError("worker_died", f"tried alone: {one_line(error)}")
-            return  # other images would be blamed for it
+            return  # and every other image would seem to be poison
         yield "survived"
     yield "finished"
 
 
-def _needed(room: int | None) -> str:
-    return f"{room / 2**30:.1f} GiB, half of what was free" if room else "there is"
+def _needed(limit: int | None) -> str:
+    return f"{limit / 2**30:.1f} GiB, half of what was free" if limit else "there is"
 
 
 def _describe_exit(exit_code: int | None) -> str:
@@ -182,7 +181,7 @@ def _describe_exit(exit_code: int | None) -> str:
 
 
 def _end_with_parent() -> None:
-    """A child that hangs must not outlive the actor that watches it, whatever it holds."""
+    """End this process with its parent, even if it hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
@@ -196,16 +195,16 @@ def _end_with_parent() -> None:
 
 
 def _limit_memory() -> int | None:
-    """Let this process take half of the memory that is free now; returns that in bytes, None where
-    the system cannot tell (only Linux can).
+    """Limit this process to half of the memory that is free now; returns that in bytes, None where
+    the system has no such limit (only Linux has).
     """
     if sys.platform != "linux":
         return None
     import resource
 
-    room = free_bytes() // 2
+    limit = free_bytes() // 2
     status = Path("/proc/self/status").read_text()
     used = int(status.partition("VmData:")[2].split()[0]) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + room, hard))
-    return room
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit, hard))
+    return limit

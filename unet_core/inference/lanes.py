@@ -1,84 +1,98 @@
-"""The lanes of a device: batches side by side, for one shard after the other; and how long they
-stood still.
+"""Lanes of a device: batches side by side for one shard after the other, and a sampler of why lanes
+are idle.
 """
 
 import contextlib
 import threading
 import time
-from collections import deque
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from unet_core.inference.engine import Batch, Engine, TileResult
-from unet_core.runs.timings import Seconds
+from unet_core.runs.timings import Stopwatch
 
-BatchResult = tuple[list[TileResult], float]
-"""What a batch gave, and the seconds on its lane."""
+SAMPLE_S = 0.02  # 50 samples a second cost about 0.1 % of a core
 
 
 class Lanes:
-    """Shards take turns in the order in which they came: the oldest shard of an actor is the one
-    that is watched, so it must not wait for a younger one.
+    """Shards take turns in the order in which they came: the oldest shard of a worker is the one
+    whose progress is watched, so it must not wait for a younger one.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._threads = ThreadPoolExecutor(engine.lanes, thread_name_prefix="device")
-        self._line: deque[object] = deque()
-        """Shards that want the device; the first one has it."""
+        self._line: dict[Stopwatch, None] = {}
+        """Tickets: stopwatches of the attempts that want the device; the first one may have it."""
         self._changed = threading.Condition()
-        self._running = 0
-        """Lanes at work, for whatever shard."""
-        self._ended = time.perf_counter()
-        """When the last of them came to an end."""
-
-    @property
-    def idle(self) -> int:
-        """Lanes that stand still."""
-        return self._engine.lanes - self._running
+        self._holder: Stopwatch | None = None
+        """The attempt that feeds the lanes now."""
+        self._all = Stopwatch()
+        """Lanes at work for any attempt."""
+        self._without_shard_s = 0.0
+        """Idle seconds since the last shard, for the one that comes next."""
+        threading.Thread(target=_sample, args=(weakref.ref(self),), daemon=True).start()
 
     @contextlib.contextmanager
-    def ticket(self) -> Iterator[object]:
-        """A ticket in the line of those that will want the device."""
-        ticket = object()
+    def ticket(self) -> Iterator[Stopwatch]:
+        """Stand in the line for the device; yields the stopwatch of the attempt, its ticket."""
+        ticket = Stopwatch()
         with self._changed:
-            self._line.append(ticket)
+            self._line[ticket] = None
         try:
             yield ticket
         finally:
             self._leave(ticket)
 
     @contextlib.contextmanager
-    def taken(self, ticket: object, seconds: Seconds) -> Iterator[None]:
-        """The device, once all before have had it; notes how long it was free since then."""
+    def taken(self, ticket: Stopwatch) -> Iterator[None]:
+        """Have the device, once all earlier tickets have had it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line[0] is ticket)
-        if not self._running:
-            free_s = time.perf_counter() - self._ended
-            seconds.waiting_for_shard += self._engine.lanes * free_s
+            self._changed.wait_for(lambda: next(iter(self._line)) is ticket)
+            ticket.add("waiting_for_shard", self._without_shard_s)
+            self._holder, self._without_shard_s = ticket, 0.0
         try:
             yield
         finally:
             self._leave(ticket)
 
-    def _leave(self, ticket: object) -> None:
+    def _leave(self, ticket: Stopwatch) -> None:
         with self._changed:
-            if ticket in self._line:
-                self._line.remove(ticket)
+            self._line.pop(ticket, None)
+            self._holder = None if self._holder is ticket else self._holder
             self._changed.notify_all()
 
-    def submit(self, batch: Future[Batch]) -> Future[BatchResult]:
+    def submit(self, batch: Future[Batch], ticket: Stopwatch) -> Future[list[TileResult]]:
         """Run a batch once it is there, after those submitted before."""
-        return self._threads.submit(self._run, batch)
+        return self._threads.submit(self._run, batch, ticket)
 
-    def _run(self, batch: Future[Batch]) -> BatchResult:
+    def _run(self, batch: Future[Batch], ticket: Stopwatch) -> list[TileResult]:
         ready = batch.result()
-        start = time.perf_counter()
+        with self._all("device"), ticket("device"):
+            return self._engine.run(ready)
+
+    def count_idle(self, seconds: float) -> None:
+        """Charge the lanes that are idle now, for so many seconds, to what they wait for: a shard,
+        or reading and decoding by the number of threads at each.
+        """
+        idle_s = seconds * (self._engine.lanes - self._all.threads["device"])
         with self._changed:
-            self._running += 1
-        try:
-            return self._engine.run(ready), time.perf_counter() - start
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._ended = time.perf_counter()
+            if self._holder is None:
+                self._without_shard_s += idle_s
+                return
+            reading, decoding = (self._holder.threads[at] for at in ("reading", "decoding"))
+            share = reading / max(1, reading + decoding)
+            self._holder.add("waiting_for_reading", idle_s * share)
+            self._holder.add("waiting_for_decoding", idle_s * (1 - share))
+
+
+def _sample(reference: weakref.ref[Lanes]) -> None:
+    """Measure idle lanes for as long as they are used."""
+    before = time.perf_counter()
+    while (lanes := reference()) is not None:
+        now = time.perf_counter()
+        lanes.count_idle(now - before)
+        before = now
+        del lanes
+        time.sleep(SAMPLE_S)

@@ -1,7 +1,7 @@
-"""A decoded image and the mask that its tiles fill, one mask window after the other.
+"""Assembles the mask of an image from its tiles, one mask window after the other.
 
-A mask window is let go as soon as its last tile is pasted, so that an image may be larger than
-memory: only the windows that tiles are working on exist.
+A mask window is handed on as soon as its last tile is pasted, so that an image may be larger than
+memory: only windows whose tiles are under way exist.
 """
 
 import functools
@@ -17,31 +17,28 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.decoder import DecodedImage
 from unet_core.inference.engine import TileResult
-from unet_core.inference.postprocessing import Postprocessing
-from unet_core.runs.schema import CONFIDENCE_UNIT
+from unet_core.inference.postprocessing import Postprocessing, confidence_units
 from unet_core.storage.spool import Spool
 from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
 from unet_core.tiling.tile_grid import TileGrid
 
-BAND_ROWS = 256
-"""Blended windows are finished in bands, which keeps what lies beside them small."""
-SIGMA = 1 / 8
-"""Of the Gaussian importance of a blended tile, as a share of its side."""
+BAND_ROWS = 256  # blended windows are finished in bands, which keeps temporary arrays small
+SIGMA = 1 / 8  # of the Gaussian importance of a blended tile, as a share of its side
 
 
 @dataclass(frozen=True)
 class MaskWindow:
-    """One mask window; its pixels come from one tile each, unless tiles are blended."""
+    """One mask window; each pixel comes from one tile, unless tiles are blended."""
 
     box: Box
     mask_HW: Array
     confidence_sum: int
-    """Σ round(p · 65535) of the chosen class, as far as it was not known with the tiles."""
+    """Σ round(p · 65535) of the chosen class of blended pixels; of others the tiles have it."""
     probabilities_KHW: Array | None
 
     @classmethod
     def empty(cls, box: Box, postprocessing: Postprocessing) -> "MaskWindow":
-        """PixelBudget for what tiles give: class ids as uint8, or uint16 above 256 classes."""
+        """Allocate a window: class ids are uint8, or uint16 above 256 classes."""
         mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits <= 256 else np.uint16)
         probabilities_KHW = None
         if postprocessing.probabilities != "none":
@@ -51,7 +48,7 @@ class MaskWindow:
         return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: TileResult) -> None:
-        """Take what lies here of the kept part of a tile."""
+        """Copy the part of a tile's kept part that lies in the window."""
         here, there = self.box.shared(*tile.target)
         assert result.mask_HW is not None
         self.mask_HW[here] = result.mask_HW[there]
@@ -59,12 +56,12 @@ class MaskWindow:
             self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
 
     def finished(self) -> "MaskWindow":
-        """What became of it."""
+        """The window itself: its pixels are final as pasted."""
         return self
 
 
 class MaskAssembler:
-    """One image on its way from tiles to mask windows."""
+    """A decoded image, and the mask windows that its tiles fill."""
 
     def __init__(
         self, index: int, decoded: DecodedImage, tile_grid: TileGrid, postprocessing: Postprocessing
@@ -75,22 +72,22 @@ class MaskAssembler:
         self.confidence_sum = 0
         self._failures: list[tuple[int, int, int, ImageError]] = []
         self.encoded: list[Future[Any]] = []
-        """The rows to come of every window that is finished."""
+        """``EncodedWindow`` of every window that is finished."""
         self._blends, self._margin = tile_grid.blends, tile_grid.tiling.margin
         self._postprocessing = postprocessing
         self._boxes = mask_windows(*decoded.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
-        """Where the bytes of finished windows wait until the image is known to be good."""
+        """Holds the bytes of finished windows until the image is known to be good."""
         self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
         self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
     @property
     def is_complete(self) -> bool:
-        """Whether every tile was pasted."""
+        """True when every tile is pasted."""
         return not self._missing
 
     def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
-        """Take the kept part of one tile; yield the windows that it completes."""
+        """Paste the kept part of one tile; yield the windows that it completes."""
         self.confidence_sum += result.confidence_sum
         if not result.is_finite:
             reason = "the network's output is NaN or infinite here"
@@ -111,12 +108,12 @@ class MaskAssembler:
                 yield self._open.pop(box).finished()
 
     def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
-        """Let the image fail; threads may find several reasons, in any order."""
+        """Mark the image as failed; threads may find several reasons, in any order."""
         self._failures.append((rank, tile.y.start, tile.x.start, failure))
 
     @property
     def failure(self) -> ImageError | None:
-        """Why the image fails: the first reason by place, whenever it was found."""
+        """The reason that lies first in the image, whichever was found first; None if none was."""
         found = min(self._failures, key=lambda failure: failure[:3], default=None)
         return found[3] if found is not None else None
 
@@ -156,21 +153,11 @@ class _BlendedMaskWindow:
         for start in range(0, self._box.height, BAND_ROWS):
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
-            window.mask_HW[rows], chosen_HW = _classes(p_KHW, self._postprocessing)
-            confidence += int(np.rint(chosen_HW.astype(np.float64) * CONFIDENCE_UNIT).sum())
+            window.mask_HW[rows], chosen_HW = self._postprocessing.classify(p_KHW)
+            confidence += int(confidence_units(chosen_HW.astype(np.float64)).sum())
             if window.probabilities_KHW is not None:
-                is_uint8 = self._postprocessing.probabilities == "uint8"
-                window.probabilities_KHW[:, rows] = np.rint(p_KHW * 255) if is_uint8 else p_KHW
+                window.probabilities_KHW[:, rows] = self._postprocessing.quantize(p_KHW)
         return replace(window, confidence_sum=confidence)
-
-
-def _classes(p_KHW: Array, postprocessing: Postprocessing) -> tuple[Array, Array]:
-    """Class ids, and the probability of each chosen class."""
-    if postprocessing.logits == 1:
-        is_foreground = p_KHW[0] > postprocessing.threshold
-        chosen_HW = np.where(is_foreground, p_KHW[0], 1 - p_KHW[0])
-        return is_foreground, chosen_HW
-    return p_KHW.argmax(axis=0), p_KHW.max(axis=0)
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,11 +23,10 @@ class Replica:
             config.model.checkpoint, spec.model_sha256, config.storage, config.model.factory
         )
         _require_tiling(network, header)
-        wants_cpu = config.workers.gpus == 0 and config.model.device == "auto"  # also inline
         self.tile_grid = tile_grid_for(
             header.tiling, config.tile.size, config.tile.mode, config.tile.tta
         )
-        device = choose_device("cpu" if wants_cpu else config.model.device)
+        device = choose_device(config.model.device, config.workers.gpus)
         postprocessing = Postprocessing(
             header.network.classes,
             config.model.threshold,

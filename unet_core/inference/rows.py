@@ -1,6 +1,5 @@
-"""From a finished image to its rows: one in the metrics part, one for each mask window."""
+"""Rows of a finished image: one in the metrics part, one for each mask window."""
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,38 +16,27 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """One image's rows, ready to be written."""
-
-    metrics: Row
-    masks: Iterable[Row]
-    encode_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class EncodedWindow:
-    """One mask window of an image: what it counts, and its row without the bytes."""
+    """One mask window of an image: its counts, and its row without the bytes."""
 
     row: Row
     payload: Callable[[], dict[str, bytes]]
     class_pixels: Array
     confusion_KK: Array | ImageError | None
-    """Or what is wrong with the truth, if there is any."""
+    """Confusion with the truth, or why that cannot be used; None without truth."""
     confidence_sum: int
-    encode_s: float
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes rows; the same for all images of a run."""
+    """Encodes masks and makes rows; the same for all images of a run."""
 
     classes: int
     encoding: str
     ignore_index: int
 
     def window(self, assembler: MaskAssembler, window: MaskWindow) -> EncodedWindow:
-        """Encode and count one mask window; its bytes wait on disk if there are many of them."""
-        start = time.perf_counter()
+        """Encode and count one mask window; windows of a large image wait on disk."""
         box = window.box
         payload = {"mask": encode_mask(window.mask_HW, self.encoding)}
         if window.probabilities_KHW is not None:
@@ -67,7 +55,6 @@ class Encoder:
             class_pixels(window.mask_HW, self.classes),
             self._compare(assembler.decoded.truth, window),
             window.confidence_sum,
-            time.perf_counter() - start,
         )
 
     def _compare(
@@ -81,33 +68,29 @@ class Encoder:
             return failure
         return confusion(truth_HW, window.mask_HW, self.classes, self.ignore_index)
 
-    def image(self, assembler: MaskAssembler) -> EncodedImage:
-        """The rows of an image whose windows are all encoded or about to be."""
+    def image(self, image: MaskAssembler | Rejected) -> tuple[Row, Iterable[Row]]:
+        """The metrics row and the mask rows of an image; waits until its windows are encoded."""
+        if isinstance(image, Rejected):
+            return _row(image.sample, "failed", image.failure), ()
         windows = sorted(
-            (f.result() for f in assembler.encoded), key=lambda a: (a.row["y"], a.row["x"])
+            (future.result() for future in image.encoded), key=lambda w: (w.row["y"], w.row["x"])
         )
-        decoded, encode_s = assembler.decoded, sum(window.encode_s for window in windows)
-        if assembler.failure is not None:
-            return rejected(Rejected(decoded.sample, assembler.failure), encode_s)
-        truths = (window.confusion_KK for window in windows)
+        decoded = image.decoded
+        if image.failure is not None:
+            return _row(decoded.sample, "failed", image.failure), ()
+        truths = [window.confusion_KK for window in windows]
         failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = decoded.pixels.shape
         row = _row(decoded.sample, "ok", failure) | {
             "height": height,
             "width": width,
             "class_pixels": sum(window.class_pixels for window in windows).tolist(),
-            "confidence_sum": assembler.confidence_sum
+            "confidence_sum": image.confidence_sum
             + sum(window.confidence_sum for window in windows),
         }
         if decoded.truth is not None and failure is None:
-            matrix = sum(window.confusion_KK for window in windows)
-            row |= truth_columns(matrix, height * width)
-        return EncodedImage(row, (window.row | window.payload() for window in windows), encode_s)
-
-
-def rejected(image: Rejected, encode_s: float = 0.0) -> EncodedImage:
-    """The row of an image that failed."""
-    return EncodedImage(_row(image.sample, "failed", image.failure), (), encode_s)
+            row |= truth_columns(sum(truths), height * width)
+        return row, (window.row | window.payload() for window in windows)
 
 
 def _row(sample: Sample, status: str, failure: ImageError | None) -> Row:

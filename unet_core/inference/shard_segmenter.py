@@ -1,4 +1,4 @@
-"""The story of one shard: read, decode, cut, segment, stitch, encode, and commit two parts.
+"""Segments one shard: read, decode, cut into tiles, segment, stitch, encode, and commit two parts.
 
 Reading, decoding and encoding run on threads beside the device; every attempt writes the same
 bytes.
@@ -18,14 +18,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from unet_core.concurrency import OrderedResults, Prefetch
+from unet_core.concurrency import Prefetch
 from unet_core.errors import ImageError, StoppedError
 from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
 from unet_core.images.sample import Sample
-from unet_core.inference.lanes import BatchResult, Lanes
+from unet_core.inference.engine import TileResult
+from unet_core.inference.lanes import Lanes
 from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.replica import Replica
-from unet_core.inference.rows import EncodedImage, Encoder, Row, rejected
+from unet_core.inference.rows import Encoder, Row
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
@@ -33,7 +34,7 @@ from unet_core.metrics import Totals
 from unet_core.runs.compute import Compute
 from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
-from unet_core.runs.timings import Seconds, ShardResult
+from unet_core.runs.timings import ShardResult, Stopwatch
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 from unet_core.tiling.geometry import mask_windows
@@ -41,53 +42,33 @@ from unet_core.tiling.geometry import mask_windows
 log = logging.getLogger(__name__)
 
 NO_FAILURES: Mapping[int, ImageError] = MappingProxyType({})
-MOST_ROW_BYTES = 2**31
+MOST_ROW_BYTES = 2**31  # limit of a binary value in Arrow
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait, encoded or decoded, hold more than this."""
 
 
-@dataclass(frozen=True)
-class DecodedFile:
-    """What a decoding thread hands over."""
-
-    images: list[DecodedImage | Rejected]
-    read_s: float
-    """What the thread itself read: loose images."""
-    decode_s: float
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory that the pixels take."""
-        decoded_images = [image for image in self.images if isinstance(image, DecodedImage)]
-        truths = [decoded.truth for decoded in decoded_images if isinstance(decoded.truth, Pixels)]
-        return sum(held.held_bytes for held in [*truths, *(p.pixels for p in decoded_images)])
-
-    @property
-    def read_share(self) -> float:
-        """Of the thread's time, what went into reading."""
-        total = self.read_s + self.decode_s
-        return self.read_s / total if total else 0.0
-
-
-Images = Prefetch[Sample, DecodedFile]
+DecodedFile = list[DecodedImage | Rejected]
+"""The images of one file."""
 
 
 @dataclass
 class _Attempt:
-    """What one try at a shard has under way, and what came of it."""
+    """One attempt at a shard: the work under way and the rows so far."""
 
     part: MasksPart
     queue: TileQueue
-    ticket: object
-    """In the line for the device."""
+    stopwatch: Stopwatch
+    """Stopwatch of the attempt, and its ticket in the line for the device."""
     on_step: Callable[[], None]
-    seconds: Seconds = field(default_factory=Seconds)
     ids: set[str] = field(default_factory=set)
-    running: deque[tuple[list[TileRef], Future[BatchResult]]] = field(default_factory=deque)
+    running: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
-    encoded: OrderedResults[EncodedImage] = field(default_factory=OrderedResults)
+    encoded: dict[int, Future[tuple[Row, Iterable[Row]]]] = field(default_factory=dict)
+    """Rows of images that are not in the parts yet, by the number of the image."""
+    seen: int = 0
+    """Number of images that the reader gave."""
     rows: list[Row] = field(default_factory=list)
-    """Of the metrics part."""
+    """Rows of the metrics part, one for each image in order."""
 
 
 class ShardSegmenter:
@@ -119,18 +100,18 @@ class ShardSegmenter:
         self._lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
         self.steps: dict[str, int] = {}
-        """By shard under way, how often ``step`` was called; one that stays the same hangs."""
+        """Number of calls of ``step`` by shard under way; one that stays the same hangs."""
 
     def step(self, shard_id: str) -> None:
-        """Something of a shard came to an end: rows of a large image were read, an image decoded
-        or encoded, a batch done. Raises StoppedError after ``cancel``.
+        """Count progress of a shard: rows of a large image read, an image decoded or encoded, a
+        batch done. Raises StoppedError after ``cancel``.
         """
         if self._cancelled.is_set():
             raise StoppedError("stopped")
         self.steps[shard_id] = self.steps.get(shard_id, 0) + 1
 
     def cancel(self) -> None:
-        """Let every shard under way raise StoppedError at its next step."""
+        """Make every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
     @local_space()
@@ -145,70 +126,67 @@ class ShardSegmenter:
         """
         start, name = time.perf_counter(), shard.shard_id
         try:
-            with self._lanes.ticket() as ticket:
+            with self._lanes.ticket() as stopwatch:
                 found = read_shard(self.replica.spec.source, with_members(self.output, shard))
+                drawn = iter(stopwatch("reading")(partial(next, iter(found), None)), None)
                 samples = (
                     replace(sample, failure=poison.get(number, sample.failure))
-                    for number, sample in enumerate(found)
+                    for number, sample in enumerate(drawn)
                 )
-                with self._filled(samples, ticket, partial(self.step, name)) as attempt:
+                filled = self._filled(samples, stopwatch, partial(self.step, name))
+                with filled as attempt, stopwatch("writing"):
                     totals = self._commit(attempt, shard)
-            return ShardResult(name, totals, attempt.seconds, time.perf_counter() - start)
+            return ShardResult(name, totals, stopwatch.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(name, None)
 
     def dry_run(self, sample: Sample, on_step: Callable[[], None]) -> None:
-        """Everything that happens to an image, up to its rows, which are thrown away."""
-        with self._lanes.ticket() as ticket, self._filled(iter([sample]), ticket, on_step):
+        """Segment one image and discard its rows."""
+        with self._lanes.ticket() as stopwatch, self._filled(iter([sample]), stopwatch, on_step):
             pass
 
     @contextlib.contextmanager
     def _filled(
-        self, samples: Iterator[Sample], ticket: object, on_step: Callable[[], None]
+        self, samples: Iterator[Sample], stopwatch: Stopwatch, on_step: Callable[[], None]
     ) -> Iterator[_Attempt]:
-        """The masks of samples in their part, and the rows of the other one."""
+        """Segment samples; yields an attempt with its masks part and its rows complete."""
         part = MasksPart(self._encoding, self.footer, self._postprocessing.probabilities != "none")
         with contextlib.closing(part):
-            attempt = _Attempt(part, TileQueue(self.compute), ticket, on_step)
+            attempt = _Attempt(part, TileQueue(self.compute), stopwatch, on_step)
             with Prefetch(
                 self._pool,
-                partial(self._decode, on_step=on_step),
+                partial(self._decode, attempt),
                 samples,
                 2 * self._threads + 2,
-                attrgetter("held_bytes"),
+                _held_bytes,
                 DECODED_BYTES,
                 attrgetter("encoded_bytes"),
             ) as images:
                 self._compute(attempt, images)
-                attempt.seconds.reading += images.drawing_s
-                self._append(attempt, attempt.encoded.rest())
+                self._append(attempt, waits=True)
+                assert len(attempt.rows) == attempt.seen, f"image {len(attempt.rows)} is missing"
             yield attempt
 
-    def _decode(self, sample: Sample, on_step: Callable[[], None]) -> DecodedFile:
-        reads: list[float] = []
-        read_mask = sample.read_mask and _timed(sample.read_mask, reads)
-        start = time.perf_counter()
-        images = self._decoder.decode(
-            replace(sample, read=_timed(sample.read, reads), read_mask=read_mask), on_step
-        )
-        spent = time.perf_counter() - start
-        return DecodedFile(images, sum(reads), spent - sum(reads))
+    def _decode(self, attempt: _Attempt, sample: Sample) -> DecodedFile:
+        """Read and decode a file; samples of containers bring their bytes along."""
+        with attempt.stopwatch("decoding"):
+            reading = attempt.stopwatch("reading", inside="decoding")
+            read_mask = sample.read_mask and reading(sample.read_mask)
+            sample = replace(sample, read=reading(sample.read), read_mask=read_mask)
+            return self._decoder.decode(sample, attempt.on_step)
 
-    def _compute(self, attempt: _Attempt, images: Images) -> None:
-        """Run every batch. Images are numbered, and so counted, as they come from the reader,
-        before anything can happen to them. The next shard gets the device when the last batch of
-        this one is under way.
+    def _compute(self, attempt: _Attempt, files: Iterable[DecodedFile]) -> None:
+        """Run every batch. Images are counted as they come from the reader, before anything can
+        happen to them. The next shard gets the device when the last batch of this one is under way.
         """
-        with self._lanes.taken(attempt.ticket, attempt.seconds):
-            for file in self._waited_for(images, attempt.seconds):
+        with self._lanes.taken(attempt.stopwatch):
+            for file in files:
                 attempt.on_step()
-                attempt.seconds.reading += file.read_s
-                attempt.seconds.decoding += file.decode_s
-                for found in file.images:
-                    image = self._checked(found, attempt.ids)
-                    index = attempt.encoded.number()
+                for found in file:
+                    image, index = self._checked(found, attempt.ids), attempt.seen
+                    attempt.seen += 1
                     if isinstance(image, Rejected):
-                        self._add(attempt, index, self._pool.submit(rejected, image))
+                        self._encode(attempt, index, image)
                     else:
                         assembler = MaskAssembler(
                             index, image, self.replica.tile_grid, self._postprocessing
@@ -216,20 +194,6 @@ class ShardSegmenter:
                         self._start(attempt, attempt.queue.add(assembler))
             self._start(attempt, attempt.queue.rest())
         self._paste(attempt, 0)
-
-    def _waited_for(self, images: Images, seconds: Seconds) -> Iterator[DecodedFile]:
-        """Count the time in which lanes of the device are idle because no image is decoded."""
-        iterator = iter(images)
-        while True:
-            idle = self._lanes.idle
-            image = next(iterator, None)
-            items_s, work_s = images.waited_for_items_s, images.waited_for_work_s
-            reading = image.read_share if image is not None else 0.0
-            seconds.waiting_for_reading += idle * (items_s + work_s * reading)
-            seconds.waiting_for_decoding += idle * work_s * (1 - reading)
-            if image is None:
-                return
-            yield image
 
     def _checked(self, image: DecodedImage | Rejected, ids: set[str]) -> DecodedImage | Rejected:
         """The image, or its rejection if the shard has an earlier one with its id, or if a row
@@ -251,62 +215,54 @@ class ShardSegmenter:
     def _start(self, attempt: _Attempt, batches: Iterable[list[TileRef]]) -> None:
         for pieces in batches:
             batch = self._pool.submit(stack_tiles, pieces)
-            attempt.running.append((pieces, self._lanes.submit(batch)))
+            attempt.running.append((pieces, self._lanes.submit(batch, attempt.stopwatch)))
             self._paste(attempt, self.engine.lanes + 1)
 
     def _paste(self, attempt: _Attempt, keep: int) -> None:
-        """Take what is done off the device; wait until at most ``keep`` batches are under way."""
-        running = attempt.running
+        """Paste finished batches into their masks; wait until at most ``keep`` are under way."""
+        running, encoding = attempt.running, attempt.stopwatch("encoding")
         while running and (len(running) > keep or running[0][1].done()):
             pieces, future = running.popleft()
-            results, device_s = future.result()
+            results = future.result()
             attempt.on_step()
-            attempt.seconds.device += device_s
             for (assembler, tile), result in zip(pieces, results, strict=True):
                 for window in assembler.paste(tile, result):
-                    encoding = self._pool.submit(self._encoder.window, assembler, window)
-                    assembler.encoded.append(encoding)
+                    encode = encoding(self._encoder.window)
+                    assembler.encoded.append(self._pool.submit(encode, assembler, window))
                 if assembler.is_complete:
-                    rows = self._pool.submit(self._encoder.image, assembler)
-                    self._add(attempt, assembler.index, rows)
+                    self._encode(attempt, assembler.index, assembler)
 
-    def _add(self, attempt: _Attempt, index: int, image: Future[EncodedImage]) -> None:
-        attempt.encoded.add(index, image)
-        self._append(attempt, attempt.encoded.ready())
+    def _encode(self, attempt: _Attempt, index: int, image: MaskAssembler | Rejected) -> None:
+        attempt.encoded[index] = self._pool.submit(self._encoder.image, image)
+        self._append(attempt)
 
-    def _append(self, attempt: _Attempt, images: Iterable[EncodedImage]) -> None:
-        for image in images:
+    def _append(self, attempt: _Attempt, waits: bool = False) -> None:
+        """Add the rows of images to the parts, in order and as far as they are encoded."""
+        while (image := attempt.encoded.get(len(attempt.rows))) and (waits or image.done()):
+            row, mask_rows = attempt.encoded.pop(len(attempt.rows)).result()
             attempt.on_step()
-            attempt.seconds.encoding += image.encode_s
-            attempt.rows.append(image.metrics)
-            for row in image.masks:
-                attempt.part.add(row)
+            attempt.rows.append(row)
+            for mask_row in mask_rows:
+                attempt.part.add(mask_row)
             self._on_image()
 
     def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
-        start, seen = time.perf_counter(), attempt.encoded.numbers
         masks, sha256, size = attempt.part.finish()
         footer = {
             **self.footer,
-            "images_seen": str(seen),
+            "images_seen": str(attempt.seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
         counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
         totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
-        attempt.seconds.writing = time.perf_counter() - start
-        log.info("committed shard=%s images=%d failed=%d", shard.shard_id, seen, totals.failed)
+        log.info("committed shard=%s images=%d failed=%d",
+                 shard.shard_id, attempt.seen, totals.failed)  # fmt: skip
         return totals
 
 
-def _timed(read: Callable[[], bytes], spent_s: list[float]) -> Callable[[], bytes]:
-    """A reader that notes the seconds which it takes."""
-
-    def timed() -> bytes:
-        start = time.perf_counter()
-        try:
-            return read()
-        finally:
-            spent_s.append(time.perf_counter() - start)
-
-    return timed
+def _held_bytes(file: DecodedFile) -> int:
+    """Memory that the pixels and the truth of a file take."""
+    images = [image for image in file if isinstance(image, DecodedImage)]
+    held = [pixels for image in images for pixels in (image.pixels, image.truth)]
+    return sum(pixels.held_bytes for pixels in held if isinstance(pixels, Pixels))

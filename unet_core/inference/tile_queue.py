@@ -1,4 +1,4 @@
-"""Grouping tiles into batches, and cutting what a batch holds.
+"""Groups tiles into batches, and cuts them out of their images.
 
 Which tiles share a batch depends on the shard and the run's ``compute`` section alone.
 """
@@ -16,10 +16,8 @@ from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.runs.compute import Compute
 from unet_core.tiling.geometry import Span, Tile
 
-PENDING_BATCHES = 8
-"""Tiles of shapes that do not fill a batch wait for at most this many batches of pixels,"""
-PENDING_IMAGES = 64
-"""and for at most this many images: finished masks wait behind them."""
+PENDING_BATCHES = 8  # limit of pixels that wait for their batch to fill, in batches
+PENDING_IMAGES = 64  # and of images behind the oldest of them, whose finished masks wait too
 
 TileRef = tuple[MaskAssembler, Tile]
 
@@ -47,7 +45,7 @@ class TileQueue:
                 yield self._longest_waiting()
 
     def _is_late(self, assembler: MaskAssembler) -> bool:
-        """Whether the group that waits longest has waited enough."""
+        """True if the group that waits longest must go although it is not full."""
         oldest, _ = next(iter(self._groups.values()))[0]
         waiting = assembler.index - oldest.index
         pixels = sum(len(group) * math.prod(shape) for (shape, _), group in self._groups.items())
@@ -55,7 +53,7 @@ class TileQueue:
         return too_many or waiting > PENDING_IMAGES
 
     def rest(self) -> Iterator[list[TileRef]]:
-        """What is left when the shard ends."""
+        """Batches that are not full when the shard ends."""
         while self._groups:
             yield self._longest_waiting()
 
@@ -64,7 +62,7 @@ class TileQueue:
 
 
 def stack_tiles(pieces: list[TileRef]) -> Batch:
-    """The batch of some tiles of one shape and type.
+    """Cut and stack tiles of one shape and type.
 
     A tile whose pixels turn out to be damaged fails its image, and is zeros here.
     """
@@ -100,8 +98,8 @@ def cut_tile(pixels: Pixels, tile: Tile) -> Array:
 
 
 def _mirrored(span: Span, length: int) -> Array:
-    """Where each pixel of a span comes from: mirrored at both ends as often as need be, the end
-    itself not repeated; a single pixel is repeated.
+    """Indices of the pixels of a span: mirrored at both ends as often as needed, without the end
+    itself; a single pixel is repeated.
     """
     period = max(1, 2 * (length - 1))
     at = np.arange(span.start, span.stop) % period

@@ -7,12 +7,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from unet_core.metrics import SCORE_NAMES
 from unet_core.report.facts import RunFacts
 from unet_core.report.panels import ERRORS
 from unet_core.report.training_facts import TrainingFacts
 
 NAME = "report.html"
-SCORES = {"dice": "Dice", "iou": "IoU", "precision": "Precision", "recall": "Recall"}
 CELLS_WITH_TEXT = 12
 """A larger confusion matrix is colours, with its numbers for the pointer."""
 
@@ -79,7 +79,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals |= {"scores": SCORES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
+TEMPLATES.globals |= {"scores": SCORE_NAMES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
 TEMPLATES.filters |= {"text": text, "toml": toml, "score": score, "share": share, "span": span}
 TEMPLATES.filters |= {"count": "{:,}".format, "at": "{:%Y-%m-%d %H:%M} UTC".format}
 TEMPLATES.tests["nan"] = math.isnan

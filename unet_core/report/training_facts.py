@@ -4,11 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from unet_core.metrics import SCORE_NAMES
 from unet_core.report.charts import Plot, Series, lines
 from unet_core.training.training_run import BEST, Position, TrainingRun
 
 MOST_LINES = TONES = 8
-SCORES = {"iou": "IoU", "dice": "Dice"}
+SCORES = {kind: SCORE_NAMES[kind] for kind in ("iou", "dice")}
 
 Point = tuple[float, float]
 """A step, and a value."""

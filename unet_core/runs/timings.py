@@ -1,8 +1,12 @@
-"""Where the time of each attempt went, and what an attempt reports."""
+"""Timings: the stages of an attempt measured by a stopwatch, and the ``timings/`` of a run."""
 
+import contextlib
 import datetime
+import threading
 import time
 import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,21 +19,21 @@ from unet_core.metrics import Totals, added
 from unet_core.storage.parquet_files import parquet_of, table_of
 from unet_core.storage.store import Store
 
-FLUSH_S = 60.0
+FLUSH_S = 60.0  # a driver that dies loses the timings of a minute, and a day makes 1,440 files
 RECENT = 60
-"""Files that make about an hour."""
+"""Number of files that make about an hour."""
 DEVICE = {
     "busy": "device",
     "waiting for a shard": "waiting_for_shard",
     "waiting for reading": "waiting_for_reading",
     "waiting for decoding": "waiting_for_decoding",
 }
-"""What a device does, and which of ``Seconds`` that is."""
+"""States of a device, and the field of ``Seconds`` that measures each."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Seconds:
-    """Where a shard's time went, summed over threads, and over the lanes of the device."""
+    """Time of an attempt by stage, summed over threads and over the lanes of the device."""
 
     reading: float = 0.0
     decoding: float = 0.0
@@ -37,30 +41,68 @@ class Seconds:
     encoding: float = 0.0
     writing: float = 0.0
     waiting_for_shard: float = 0.0
-    """The device was free and no shard was at hand; for the first one, since the actor began."""
+    """Lanes were idle and no shard had the device; for the first one, since the actor began."""
     waiting_for_reading: float = 0.0
-    """The device was free because bytes of the next image were on their way."""
+    """Lanes were idle while images were read."""
     waiting_for_decoding: float = 0.0
-    """The device was free because the next image was being decoded."""
+    """Lanes were idle while images were decoded and cut into tiles."""
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return added(self, other)
 
     @property
     def at_device(self) -> float:
-        """Seconds in which the device worked or waited."""
+        """Seconds in which lanes worked or waited."""
         return float(sum(getattr(self, stage) for stage in DEVICE.values()))
 
     @property
     def shares(self) -> dict[str, float]:
-        """What the device did with its time, as shares; empty if there was none."""
+        """Share of each state of the device; empty if no time was measured."""
         total = self.at_device
         return {what: getattr(self, stage) / total for what, stage in DEVICE.items() if total}
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "Seconds":
-        """The sums of rows as ``TIMINGS``."""
+        """Sum of the rows of a table of ``TIMINGS``."""
         return cls(**{s.name: pc.sum(table[f"{s.name}_s"]).as_py() or 0.0 for s in fields(cls)})
+
+
+class Stopwatch:
+    """Measures the stages of an attempt on all its threads: ``with stopwatch("reading"): …``."""
+
+    def __init__(self) -> None:
+        self.threads: Counter[str] = Counter()
+        """Number of threads that are in each stage now."""
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str, inside: str = "") -> Iterator[None]:
+        """Count a block, or the calls of a function, as a stage of ``Seconds``; a stage that it
+        lies ``inside`` of is paused.
+        """
+        self._switch(inside, stage)
+        try:
+            yield
+        finally:
+            self._switch(stage, inside)
+
+    def _switch(self, before: str, after: str) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            for stage, step in ((before, -1), (after, 1)):
+                self.threads[stage] += step
+                self._spent[stage] -= step * now
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        with self._lock:
+            self._spent[stage] += seconds
+
+    @property
+    def seconds(self) -> Seconds:
+        """Sums so far; a stage must have been left by all threads."""
+        return Seconds(**{stage: spent for stage, spent in self._spent.items() if stage})
 
 
 TIMINGS = pa.schema(
@@ -75,24 +117,24 @@ TIMINGS = pa.schema(
         ("whole_s", pa.float64()),
     ]
 )
-"""``whole_s``: by the clock, from an attempt's first read to its commit; the seconds of stages are
-sums over threads, and attempts of one actor overlap.
+"""``whole_s``: wall time from an attempt's first read to its commit; the seconds of stages are sums
+over threads, and attempts of one actor overlap.
 """
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A committed shard, small enough for any wire."""
+    """Summary of a committed shard, small enough to be sent to the driver."""
 
     shard_id: str
     totals: Totals
     seconds: Seconds
     whole_s: float = 0.0
-    """By the clock, from the first read to the commit."""
+    """Wall time from the first read to the commit."""
 
 
 class TimingsLog:
-    """Collects results and writes them to ``timings/`` about once a minute, and at the end of a
+    """Collects timings and writes them to ``timings/`` about once a minute, and at the end of a
     ``with`` block.
     """
 
@@ -114,7 +156,7 @@ class TimingsLog:
             self.flush()
 
     def add(self, result: ShardResult, attempt: int, actor: str) -> None:
-        """Note one committed attempt."""
+        """Collect the timings of one committed attempt."""
         self._rows.append(
             {
                 "shard_id": result.shard_id,
@@ -131,7 +173,7 @@ class TimingsLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was collected; nothing collected writes nothing."""
+        """Write what was collected, if anything was."""
         if self._rows:
             data = parquet_of(pa.Table.from_pylist(self._rows, schema=TIMINGS))
             self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", data)
@@ -140,12 +182,12 @@ class TimingsLog:
 
 
 def read_timings(store: Store, files: int) -> pa.Table:
-    """What the newest so many files of a run's ``timings/`` say, in their order."""
+    """Rows of the newest ``files`` files of a run's ``timings/``, oldest first."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
     tables = map_in_order(lambda name: table_of(store.read(name)), names)
     return pa.concat_tables([TIMINGS.empty_table(), *tables])
 
 
 def recent_seconds(store: Store) -> Seconds:
-    """The sums of about the last hour that a run was at work."""
+    """Sum over about the last hour in which a run was at work."""
     return Seconds.of_table(read_timings(store, RECENT))

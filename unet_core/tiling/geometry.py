@@ -1,10 +1,10 @@
 """Tile and size arithmetic, one axis at a time.
 
 A network moves with its input in steps of ``stride`` pixels, loses ``margin`` pixels on each side
-(valid convolutions), and what it gives within ``halo`` pixels of a window's inner edge differs
-from what a pass over the whole image gives there. So windows begin at multiples of the stride,
-keep what lies a halo away from their inner edges, and are shifted inward at the image's edge.
-Beyond the image lies its mirror: whoever cuts a window fills that part by reflection.
+(valid convolutions), and its logits within ``halo`` pixels of a tile's inner edge differ from those
+of a pass over the whole image. So tiles begin at multiples of the stride, keep the logits that are
+a halo away from their inner edges, and are shifted inward at the image's edge. Pixels of a tile
+beyond the image are its reflection.
 """
 
 from dataclasses import dataclass, replace
@@ -46,31 +46,31 @@ class Sides:
 
 @dataclass(frozen=True)
 class Tiling:
-    """What windows a network takes, and what of their logits is as in a pass over the whole."""
+    """Sides of tiles that a network takes, and the part of their logits that is exact."""
 
     sides: Sides
     stride: int
     margin: int
-    """Pixels lost on each side of a window."""
+    """Pixels lost on each side of a tile."""
     halo: int
-    """Logits at a window's inner edge that differ; a multiple of the stride."""
+    """Logits at a tile's inner edge that differ; a multiple of the stride."""
     receptive_field: int
     """Pixels along an axis that one logit depends on, at most; 0 if on all of them."""
     is_exact: bool
-    """Whether windows can reproduce the whole-image pass at all."""
+    """True if tiles can reproduce the pass over a whole image."""
     channels: int
-    """Float values per pixel at the widest place; what memory a batch takes follows from it."""
+    """Float values per pixel at the widest place, which decide how much memory a batch takes."""
 
     @property
     def tile_sides(self) -> Sides:
-        """The sides of windows, all the same modulo the stride also where a network takes any."""
+        """The sides of tiles, all the same modulo the stride also where a network takes any."""
         if self.sides.step >= self.stride:
             return self.sides
         return Sides(round_up(self.sides.smallest, self.stride), self.stride)
 
     @property
     def smallest_tile(self) -> int:
-        """The smallest side of a window that keeps a stride of pixels between its halos."""
+        """The smallest side of a tile that keeps a stride of pixels between its halos."""
         return self.tile_sides.at_least(2 * (self.margin + self.halo) + self.stride)
 
     def aligned(self) -> "Tiling":
@@ -80,7 +80,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Span:
-    """One window along one axis, in pixels of the image: compute [start, stop), which may lie
+    """One tile along one axis, in pixels of the image: compute [start, stop), which may lie
     beyond the image, keep the logits of [keep_start, keep_stop).
     """
 
@@ -92,18 +92,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Tile:
-    """A window of one image: two spans, and the part of it that the mask takes."""
+    """The input of the network for one part of an image, as two spans."""
 
     y: Span
     x: Span
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of the window in pixels."""
+        """Height and width in pixels."""
         return self.y.stop - self.y.start, self.x.stop - self.x.start
 
     def kept(self, margin: int) -> Slices:
-        """The kept part in the coordinates of the window's logits."""
+        """The kept part in the coordinates of the tile's logits."""
         y, x = self.y.start + margin, self.x.start + margin
         rows, columns = self.target
         return slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x)
@@ -121,10 +121,10 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def exact_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
-    """Cut an axis of ``length`` pixels into windows whose kept parts cover it once: as few as with
-    windows of ``size``, and then as small as so many can be.
+    """Cut an axis of ``length`` pixels into tiles whose kept parts cover it once: as few as with
+    tiles of ``size``, and then as small as so many can be.
 
-    One window if the axis fits. Otherwise all windows have the same size; the last may be shorter
+    One tile if the axis fits. Otherwise all tiles have the same size; the last may be shorter
     where the network takes any. Raises ValueError if ``size`` leaves nothing to keep.
     """
     margin = tiling.margin
@@ -132,7 +132,7 @@ def exact_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
     if total <= size:
         return [Span(-margin, total - margin, 0, length)]
     if size not in tiling.tile_sides or size < tiling.smallest_tile:
-        raise ValueError(f"no exact windows: {length=} {size=} {tiling=}")
+        raise ValueError(f"no exact tiles: {length=} {size=} {tiling=}")
     most = len(_spans(length, size, tiling))
     shared = total + 2 * (most - 1) * (margin + tiling.halo)
     size = tiling.tile_sides.at_least(max(-(-shared // most), tiling.smallest_tile))
@@ -158,7 +158,7 @@ def _spans(length: int, size: int, tiling: Tiling) -> list[Span]:
 
 
 def overlapping_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
-    """Cut an axis into windows of ``size`` that overlap by half and keep all that they give."""
+    """Cut an axis into tiles of ``size`` that overlap by half and keep all that they give."""
     margin = tiling.margin
     total = tiling.sides.at_least(length + 2 * margin)
     size = min(size, total)
@@ -171,15 +171,8 @@ def overlapping_spans(length: int, size: int, tiling: Tiling) -> list[Span]:
     ]
 
 
-def tiles(height: int, width: int, size: int, tiling: Tiling, blends: bool = False) -> list[Tile]:
-    """TileGrid over an image of ``height`` × ``width`` pixels, row by row."""
-    cut = overlapping_spans if blends else exact_spans
-    columns = cut(width, size, tiling)
-    return [Tile(y, x) for y in cut(height, size, tiling) for x in columns]
-
-
-MASK_WINDOW_PIXELS = 64 * 2**20
-MASK_WINDOW_SIDE = 4096
+MASK_WINDOW_PIXELS = 64 * 2**20  # part of the format: larger images have several mask windows
+MASK_WINDOW_SIDE = 4096  # part of the format
 
 
 class Box(NamedTuple):
@@ -196,7 +189,7 @@ class Box(NamedTuple):
         return self.height, self.width
 
     def shared(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
-        """What it shares with rows and columns, from its corner and from theirs; may be empty."""
+        """Intersect with rows and columns: slices from its corner and from theirs, maybe empty."""
         here, there = [], []
         for at, length, other in ((self.y, self.height, rows), (self.x, self.width, columns)):
             start = max(at, other.start)
@@ -207,7 +200,7 @@ class Box(NamedTuple):
 
 
 def mask_windows(height: int, width: int) -> list[Box]:
-    """What one image is in the masks part, a row each.
+    """Cut an image into mask windows, the rows of the masks part.
 
     An image up to 64 Mpx is one window; a larger one is cut into windows of 4096² from (0, 0).
     """

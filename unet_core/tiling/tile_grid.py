@@ -1,11 +1,11 @@
-"""The grid of tiles over an image: one tile size for a run, and what is kept of each tile."""
+"""The grid of tiles over an image: one tile size for a run, and the kept part of each tile."""
 
 import logging
 from dataclasses import dataclass
 from typing import Literal
 
 from unet_core.errors import ConfigError
-from unet_core.tiling.geometry import Tile, Tiling, tiles
+from unet_core.tiling.geometry import Tile, Tiling, exact_spans, overlapping_spans
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +22,13 @@ class TileGrid:
     size: int
     tiling: Tiling
     blends: bool = False
-    """TileGrid overlap by half and are averaged, instead of keeping what is exact."""
+    """Tiles overlap by half and are averaged, instead of keeping their exact parts."""
 
     def over(self, height: int, width: int) -> list[Tile]:
         """Tiles of an image of ``height`` × ``width`` pixels, row by row."""
-        return tiles(height, width, self.size, self.tiling, self.blends)
+        cut = overlapping_spans if self.blends else exact_spans
+        columns = cut(width, self.size, self.tiling)
+        return [Tile(y, x) for y in cut(height, self.size, self.tiling) for x in columns]
 
 
 def tile_grid_for(
@@ -39,7 +41,7 @@ def tile_grid_for(
     blends = mode == "blend" or not tiling.is_exact
     if blends and mode == "exact":
         log.warning(
-            "tile.mode is exact, but this network's output depends on the window around it; images "
+            "tile.mode is exact, but this network's output depends on the tile around it; images "
             "larger than a tile are blended (tile.mode = 'blend' says so)"
         )
     if tta != "none":
@@ -62,7 +64,7 @@ def _check(size: int, smallest: int, inner: int, tiling: Tiling) -> None:
         )
     if size not in tiling.tile_sides:
         raise ConfigError(
-            f"tile.size = {size} is not possible with this network, whose windows have sides of "
+            f"tile.size = {size} is not possible with this network, whose tiles have sides of "
             f"{tiling.tile_sides}; {tiling.tile_sides.near(size)}"
         )
     kept = size - 2 * inner

@@ -18,13 +18,11 @@ from jobs.predict import predict
 from tests.support.data import pictures, reading, write_slides
 from tests.support.runs import config_of
 from unet_core import open_run
-from unet_core.config.sections import InputConfig
 from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
 from unet_core.export.task import Export, Options
 from unet_core.images.codec import decode_labels
 from unet_core.images.preprocessing import to_color
-from unet_core.inputs.formats import list_shards, open_source
 from unet_core.storage.store import Store
 from unet_core.synthetic import png
 
@@ -72,19 +70,17 @@ def annotated(out):
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("png", "png"), ("tiff", "tif")])
-def test_exported_masks_are_those_of_the_run_and_pair_with_its_images(
-    run, folder, tmp_path, run_cli, kind, extension
+def test_exported_masks_are_those_of_the_run_and_named_after_its_images(
+    run, tmp_path, run_cli, kind, extension
 ):
     out = tmp_path / "out"
     assert run_cli("export", run, "--format", kind, "--out", out)[0] == 0
     index = rows_of(out / "index")
-    assert [row["file"] for row in index] == [f"cell{n:02d}.{extension}" for n in range(12)]
+    assert [row["file"] for row in index] == [f"cell{n:02d}.png.{extension}" for n in range(12)]
     for row in index:
         mask_HW = open_run(str(run)).mask(row["image_id"])
         assert (ids_in(out / row["file"]) == mask_HW).all()
         assert mask_HW.shape == (row["height"], row["width"])
-    source = open_source(InputConfig(uri=str(folder / "images"), masks=f"{out}/"))
-    assert all(m.mask for shard in list_shards(source) for m in shard.members)
 
 
 def test_coco_has_the_pixels_of_every_class(run, tmp_path, run_cli):
@@ -108,8 +104,8 @@ def test_objects_are_the_same_as_labels_as_rows_and_as_annotations(run, tmp_path
     assert rows == rows_of(tmp_path / "png" / "objects") == rows_of(tmp_path / "coco" / "objects")
     found = annotated(tmp_path / "coco")
     for name, image_HW, _ in pictures():
-        labels_HW = ids_in(tmp_path / "png" / f"{name}.png")
-        assert (ids_in(tmp_path / "tiff" / f"{name}.tif") == labels_HW).all()
+        labels_HW = ids_in(tmp_path / "png" / f"{name}.png.png")
+        assert (ids_in(tmp_path / "tiff" / f"{name}.png.tif") == labels_HW).all()
         mine = [row for row in rows if row["image_id"] == f"{name}.png"]
         assert len(mine) == labels_HW.max() == len(found[f"{name}.png"])
         for row, annotation in list(zip(mine, found[f"{name}.png"], strict=True))[:5]:
@@ -166,10 +162,10 @@ def test_annotations_and_images_are_of_what_the_run_has_now(run, tmp_path, run_c
     pq.write_table(table.replace_schema_metadata(footer), second)
     results, names = open_run(str(copied)), Names(".png")
     task = Export(results, Store(str(tmp_path / "png")), Options("png"), names)
-    assert (tmp_path / "png" / gone).exists()
+    assert (tmp_path / "png" / f"{gone}.png").exists()
     for shard in results.shards():
         task.do(shard)
-    assert not (tmp_path / "png" / gone).exists()
+    assert not (tmp_path / "png" / f"{gone}.png").exists()
     assert len([*(tmp_path / "png").glob("*.png")]) >= 8
 
 
@@ -243,7 +239,7 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
     results = open_run(str(tmp_path / "large"))
     for number in range(3):
         mask_HW = results.mask(f"{number}.tif")
-        assert (ids_in(tmp_path / "tiff" / f"{number}.tif") == mask_HW).all()
+        assert (ids_in(tmp_path / "tiff" / f"{number}.tif.tif") == mask_HW).all()
         (annotation,) = annotations[f"{number}.tif"]
         assert (pycoco.decode(annotation["segmentation"]) == mask_HW).all()
         wanted = measure_instances(find_objects(mask_HW, splits=False), None)
@@ -257,18 +253,22 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
     assert max(row["height"] for row in rows) > 128
 
 
-def test_ids_from_elsewhere_stay_below_the_folder_and_lose_nothing(make_config, tmp_path, run_cli):
+def test_ids_from_elsewhere_stay_below_the_folder_or_are_refused(make_config, tmp_path, run_cli):
     data = png(np.arange(64, dtype=np.uint8).reshape(8, 8))
     ids = ["../x", "/etc/y.png", "a\nb", "a.png", "a.jpg", "", "x/../../z", ".h", "both.png"]
+    refused = ["both.png", "both.png"]
     (tmp_path / "in").mkdir()
     for name, some in (("a", ids), ("b", ["both.png"])):
         table = pa.table({"image": [data] * len(some), "id": some})
         pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
     predict(make_config(input={"uri": str(tmp_path / "in"), "id_column": "id", "masks": ""}))
     out = tmp_path / "far" / "out"
-    assert run_cli("export", tmp_path / "run", "--format", "png", "--out", out)[0] == 0
-    files = [row["file"] for row in rows_of(out / "index")]
-    assert len(set(files)) == len(ids) + 1
+    code, _, error = run_cli("export", tmp_path / "run", "--format", "png", "--out", out)
+    assert (code, error.count("the file of another image")) == (1, 2)
+    index = rows_of(out / "index")
+    assert [row["image_id"] for row in index if row["status"] == "refused"] == refused
+    files = [row["file"] for row in index if row["status"] == "ok"]
+    assert len(set(files)) == len(ids) - 1
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == set(files)
     assert not [p for p in tmp_path.rglob("*.png") if out not in p.parents]
     assert {"a.png.png", "a.jpg.png"} < set(files)
@@ -288,4 +288,4 @@ def test_intensities_are_null_where_the_image_is_gone(make_config, tmp_path, run
     arguments = ("--format", "png", "--out", tmp_path / "out", "--objects", "components")
     code, text, _ = run_cli("export", tmp_path / "run", *arguments)
     assert (code, "mean_intensity is null" in text) == (0, True)
-    assert ids_in(tmp_path / "out" / "cell00.png").max() > 1
+    assert ids_in(tmp_path / "out" / "cell00.png.png").max() > 1

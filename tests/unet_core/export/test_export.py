@@ -16,6 +16,7 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 from tests.support.data import reading
+from unet_core.errors import ImageError
 from unet_core.export import coco, mask_images
 from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
@@ -25,55 +26,64 @@ from unet_core.networks.header import palette_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools' own
 
-PARTS = [
-    "",
-    ".",
-    "..",
-    "a",
-    "a.png",
-    "a.jpg",
-    "A.PNG",
-    ".a",
-    "a\n",
-    "a.png\n",
-    "a\\b",
-    "%2F",
-    "%",
-    "%0A",
-    "é",
-    "e\N{COMBINING ACUTE ACCENT}",
-    "%0a",
-]
-LONG = ["x" * 300, "x" * 301, "/".join(["y" * 100] * 9), "export.json/a", "index/a.parquet/a"]
+PARTS = [".", "..", "a", "a.png", "a.jpg", "A.PNG", ".a", "a\n", "a.png\n", "a\\b", "%2F", "é",
+         "e\N{COMBINING ACUTE ACCENT}", "..a", "export.json", "x.Parquet"]  # fmt: skip
 
 
 def names_among(extension, *shards):
     return Names.among(extension, [pa.array(ids, pa.string()) for ids in shards])
 
 
-def test_every_id_has_a_name_of_its_own_that_stays_below_the_folder():
+def named(names, ids):
+    """Names by id, and why the others have none."""
+    found, refused = {}, {}
+    for image_id in ids:
+        try:
+            found[image_id] = names.of(image_id)
+        except ImageError as error:
+            refused[image_id] = str(error)
+    return found, refused
+
+
+def test_every_id_has_a_name_of_its_own_below_the_folder_or_is_refused():
     ids = ["/".join(parts) for n in (1, 2, 3) for parts in itertools.product(PARTS, repeat=n)]
-    ids = [*dict.fromkeys(ids), *LONG]
-    names = names_among(".png", ids)
-    found = [names.of(image_id, "5ha2d") for image_id in ids]
-    folded = {unicodedata.normalize("NFC", name).casefold() for name in found}
-    assert len(folded) == len(ids)  # also where neither case nor form is minded
-    folders = {name.rpartition("/")[0] for name in found}
-    assert not folders & set(found)
-    for name in found:
-        parts = name.split("/")
+    ids += ["", "/", "b/", "//b/c", "/etc//x"]
+    found, refused = named(names_among(".png", ids), ids)
+    assert len(found) + len(refused) == len(ids)
+    assert {"a", "a.jpg", "a/a.jpg", "%2F/a", "a/%2F", "b/", "//b/c", "/etc//x"} <= found.keys()
+    assert {"a.png", "A.PNG", "é", "", "/", "."} <= refused.keys()
+    assert all("would be the file of another image" in reason for reason in refused.values())
+    folded = {unicodedata.normalize("NFC", name).casefold() for name in found.values()}
+    assert len(folded) == len(found)  # also where neither case nor form is minded
+    folders = {name.rpartition("/")[0].casefold() for name in found.values()}
+    assert not {name.rpartition("/")[0] for name in folders if "." in name} & folded
+    for name in found.values():
+        *within, last = name.split("/")
         assert name.isprintable()
-        assert all(part and not part.startswith(".") for part in parts)
-        assert max(len(part.encode()) for part in parts) < 210
+        assert all(part and not part.startswith(".") for part in (*within, last))
+        assert last.endswith(".png")
+        assert not any(part.lower().endswith((".png", ".json", ".parquet")) for part in within)
 
 
-def test_names_are_those_of_the_images_where_no_two_would_be_the_same():
-    ids = ["a/b.tif", "a/c.png", "a/c.jpg", "t.tar/k", "f.parquet#3", "s.tif#1", "a/c.png.bmp"]
-    names = names_among(".png", ids, ["50% of.jpeg", "twice.png"], ["twice.png"])
-    assert [names.of(image_id, "s") for image_id in [*ids, "50% of.jpeg", "twice.png"]] == [
-        "a/b.png", "a/c.png.png", "a/c.jpg.png", "t.tar/k.png", "f.parquet#3.png", "s.tif#1.png",
-        "a/c.png.bmp.png", "50% of.png", "twice.png%+s.png",
+@pytest.mark.parametrize(
+    "image_id", ["x" * 197, "é" * 99, "x" * 300 + "/a", "/".join(["y" * 100] * 9)]
+)
+def test_ids_too_long_for_file_systems_are_refused(image_id):
+    names = names_among(".png", [image_id, "x" * 196])
+    assert len(names.of("x" * 196)) == 200
+    with pytest.raises(ImageError, match="too long for the name of a file"):
+        names.of(image_id)
+
+
+def test_names_are_the_ids_with_the_extension_of_what_is_written():
+    ids = ["a/b.tif", "a/c.png", "a/c.jpg", "t.tar/k", "f.parquet#3", "s.tif#1", "../50% of.jpeg"]
+    twice = ["twice.png", "Upper.png", "é.png", "/etc"]
+    names = names_among(".png", [*ids, *twice], ["twice.png", "upper.PNG", "e\u0301.png", "etc"])
+    assert [names.of(image_id) for image_id in ids] == [
+        "a/b.tif.png", "a/c.png.png", "a/c.jpg.png", "t.tar/k.png", "f.parquet#3.png",
+        "s.tif#1.png", "_./50% of.jpeg.png",
     ]  # fmt: skip
+    assert named(names, [*twice, "upper.PNG"])[1].keys() == {*twice, "upper.PNG"}
     assert names.digest != names_among(".png", ids).digest
 
 

@@ -20,7 +20,7 @@ from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 from unet_core.runs.schema import CONFIDENCE_UNIT
-from unet_core.tiling.geometry import tiles
+from unet_core.tiling.tile_grid import TileGrid
 
 
 def make_engine(classes=1, width=8, precision="float32", **postprocessing):
@@ -44,7 +44,7 @@ def make_batch(count=2, height=96, width=144):
         pixels,
         np.zeros((count, 1), np.float32),
         np.full((count, 1), 1 / 255, np.float32),
-        tiles(height, width, 1024, tiling_of(preset("padded"))) * count,
+        TileGrid(1024, tiling_of(preset("padded"))).over(height, width) * count,
     )
 
 

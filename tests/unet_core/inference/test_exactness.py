@@ -14,8 +14,7 @@ from unet_core.images.decoder import Pixels
 from unet_core.inference.tile_queue import cut_tile
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
-from unet_core.tiling.geometry import tiles
-from unet_core.tiling.tile_grid import tile_grid_for
+from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 pytestmark = pytest.mark.slow
 EXACT = [name for name, spec in PRESETS.items() if spec.moves_with_input]
@@ -38,7 +37,7 @@ def network_of(name: str) -> UNet:
 def tiled_logits(network, tiling, x_CHW, size, batch):
     """Logits KHW from batches of tiles of one shape."""
     height, width = x_CHW.shape[1:]
-    cut = tiles(height, width, size, tiling)
+    cut = TileGrid(size, tiling).over(height, width)
     result = np.full((2, height, width), np.nan)
     for shape in {tile.shape for tile in cut}:
         alike = [tile for tile in cut if tile.shape == shape]

@@ -1,5 +1,6 @@
 """What the device waited for, as ``timings/`` tells it."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from jobs.predict import predict
 from unet_core.images import decoder
 from unet_core.inference import shard_segmenter
 from unet_core.inference.lanes import Lanes
-from unet_core.runs.timings import Seconds, recent_seconds
+from unet_core.runs.timings import Seconds, Stopwatch, recent_seconds
 from unet_core.storage.store import Store
 
 SLOW_S = 0.1
@@ -75,7 +76,27 @@ def test_a_device_without_a_shard_waits_for_one(make_config, monkeypatch, tmp_pa
     seen = []
     monkeypatch.setattr(Lanes, "ticket", place)
     predict(make_config("workers.cpus=1"))
-    assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 1.0
+    assert recent_seconds(Store(str(tmp_path / "run"))).waiting_for_shard >= 0.95
+
+
+def test_a_stopwatch_sums_threads_and_pauses_the_stage_around():
+    stopwatch = Stopwatch()
+
+    def decode():
+        with stopwatch("decoding"):
+            time.sleep(0.2)
+            stopwatch("reading", inside="decoding")(time.sleep)(0.1)
+
+    threads = [threading.Thread(target=decode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    assert stopwatch.threads["decoding"] == 3
+    for thread in threads:
+        thread.join()
+    assert stopwatch.seconds.decoding == pytest.approx(0.6, rel=0.3)
+    assert stopwatch.seconds.reading == pytest.approx(0.3, rel=0.3)
+    assert not any(stopwatch.threads[stage] for stage in ("reading", "decoding"))
 
 
 def test_seconds_add_up():

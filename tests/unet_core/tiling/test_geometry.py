@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_core.tiling.geometry import Box, Sides, Tiling, mask_windows, overlapping_spans, tiles
+from unet_core.tiling.geometry import Box, Sides, Tiling, mask_windows, overlapping_spans
+from unet_core.tiling.tile_grid import TileGrid
 
 TILINGS = {
     "padded": Tiling(Sides(16, 16), 16, 0, 96, 204, True, 1),
@@ -22,7 +23,7 @@ def test_kept_parts_cover_the_image_once_and_keep_their_halo(name, height, width
     margin, halo = tiling.margin, tiling.halo
     size = tiling.tile_sides.at_least(tiling.smallest_tile + more)
     covered = np.zeros((height, width), dtype=int)
-    for tile in tiles(height, width, size, tiling):
+    for tile in TileGrid(size, tiling).over(height, width):
         covered[tile.target] += 1
         for span, length in ((tile.y, height), (tile.x, width)):
             start, stop = span.start + margin, span.stop - margin
@@ -36,7 +37,7 @@ def test_kept_parts_cover_the_image_once_and_keep_their_halo(name, height, width
 
 
 @given(st.sampled_from(sorted(TILINGS)), st.integers(1, 900), st.integers(0, 300))
-def test_blended_windows_cover_the_image_and_stay_inside(name, length, more):
+def test_blended_tiles_cover_the_image_and_stay_inside(name, length, more):
     tiling = TILINGS[name]
     size = tiling.tile_sides.at_least(tiling.sides.smallest + 2 * tiling.stride + more)
     covered = np.zeros(length, dtype=int)
@@ -48,16 +49,16 @@ def test_blended_windows_cover_the_image_and_stay_inside(name, length, more):
 
 
 def test_an_image_that_fits_is_one_tile():
-    (tile,) = tiles(700, 1000, 1024, TILINGS["padded"])
+    (tile,) = TileGrid(1024, TILINGS["padded"]).over(700, 1000)
     assert tile.shape == (704, 1008)
-    (tile,) = tiles(700, 832, 1020, TILINGS["valid"])
+    (tile,) = TileGrid(1020, TILINGS["valid"]).over(700, 832)
     assert tile.shape == (892, 1020)
     assert (tile.y.start, tile.y.keep_start, tile.y.keep_stop) == (-92, 0, 700)
 
 
-def test_a_window_without_room_for_its_halo_is_refused():
-    with pytest.raises(ValueError, match="no exact windows"):
-        tiles(1000, 1000, 192, TILINGS["padded"])
+def test_a_tile_without_room_for_its_halo_is_refused():
+    with pytest.raises(ValueError, match="no exact tiles"):
+        TileGrid(192, TILINGS["padded"]).over(1000, 1000)
 
 
 def test_sides_name_their_neighbours():

@@ -36,7 +36,7 @@ def test_a_size_that_cannot_be_is_refused_with_its_neighbours(preset, size, word
 def test_a_network_that_cannot_be_exact_says_so_and_blends(caplog):
     windows = tile_grid_for(tiling_of(PRESETS["bilinear"]))
     assert windows.blends
-    assert "depends on the window around it" in caplog.text
+    assert "depends on the tile around it" in caplog.text
     caplog.clear()
     assert tile_grid_for(tiling_of(PRESETS["bilinear"]), mode="blend").blends
     assert tile_grid_for(tiling_of(PRESETS["padded"]), mode="blend").blends
