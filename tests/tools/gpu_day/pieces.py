@@ -21,7 +21,7 @@ from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
 from unet_core.synthetic import nuclei
-from unet_core.tiling.geometry import tiles
+from unet_core.tiling.tile_grid import TileGrid
 
 HIGHEST = {"uint8": 255, "uint16": 4095, "float32": 1}
 
@@ -65,7 +65,7 @@ def batch_of(header: Header, count: int, side: int, dtype: str = "uint8", seed: 
         pixels.astype(dtype),
         np.zeros((count, channels), np.float32),
         np.full((count, channels), 1 / highest, np.float32),
-        tiles(kept, kept, 4096, header.tiling) * count,
+        TileGrid(4096, header.tiling).over(kept, kept) * count,
     )
 
 

@@ -16,7 +16,7 @@ from unet_core.inference.postprocessing import Postprocessing
 from unet_core.networks.header import Header, palette_of
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
-from unet_core.tiling.geometry import tiles
+from unet_core.tiling.tile_grid import TileGrid
 
 CPU = torch.device("cpu")
 POSTPROCESSING = [
@@ -53,7 +53,7 @@ def batch_of(header, dtype="uint8", count=2, side=32):
         pixels.astype(dtype),
         np.zeros((count, 1), np.float32),
         np.full((count, 1), 1 / np.iinfo(dtype).max, np.float32),
-        tiles(kept, kept, 4096, header.tiling) * count,
+        TileGrid(4096, header.tiling).over(kept, kept) * count,
     )
 
 
