@@ -136,7 +136,7 @@ def test_a_batch_waits_for_the_device_as_often_whatever_it_holds(count):
         ("folded.to(device, self.dtype,", "folded.to(self.dtype,", RuntimeError),
         ("dtype=torch.bool, device=self.device)", "dtype=torch.bool)", RuntimeError),
         ("ids_NHW.to(kind).cpu().numpy()", "ids_NHW.to(kind).numpy()", TypeError),
-        ("return p_NKHW.cpu().numpy()", "return p_NKHW.numpy()", TypeError),
+        ("kind)).cpu().numpy()", "kind)).numpy()", TypeError),
     ],
     ids=["tiles", "offset", "network", "flags", "mask", "probabilities"],
 )  # fmt: skip
