@@ -48,7 +48,7 @@ def steps_of(split, slots, ranks, epoch=0, rounds=1, skip=0):
     order = Order(FitConfig(seed=7, batch=slots, crops_per_image=rounds), split, epoch)
     drawn = [list(order.streams(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
     return [
-        [entry and (entry[0], entry[1].found.image_id) for part in parts for entry in part]
+        [entry and (entry[0], entry[1].image.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
     ]
 

@@ -17,7 +17,7 @@ from unet_core.networks import checkpoint
 from unet_core.report.training_facts import TrainingFacts
 from unet_core.synthetic import png
 from unet_core.training.fit import Epoch, Started, Step, fit
-from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.learner import Learner, learning_rate_at, new_network
 from unet_core.training.training_run import identity, open_training
 
 
@@ -324,7 +324,7 @@ def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its
         assert differing == ([key] if key else [])
         run = open_training(config)
         data = {"train": 1, "val": 1, "class_pixels": [1, 1], "val_below": 0.1, "steps": 1}
-        run.create_or_join(config, data)
+        run.create(config, data)
         shown = TrainingFacts(run).command
         assert (written.split("=")[0] in shown) == bool(key)
         shutil.rmtree(tmp_path / "m")
@@ -332,9 +332,9 @@ def test_a_key_that_counts_by_being_written_makes_another_training_and_is_in_its
 
 def test_the_learning_rate_warms_up_and_falls(folder, tmp_path):
     train = config_of(folder, tmp_path / "y", "train.warmup=0.1").train
-    rates = [rate_at(step, 100, train) for step in range(100)]
+    rates = [learning_rate_at(step, 100, train) for step in range(100)]
     assert rates[0] < rates[5] < max(rates) == pytest.approx(train.learning_rate)
     assert rates.index(max(rates)) == 10
     assert 0 < rates[-1] < 0.01 * train.learning_rate
     flat = config_of(folder, tmp_path / "y", "train.warmup=0", "train.schedule=constant").train
-    assert {rate_at(step, 100, flat) for step in range(100)} == {flat.learning_rate}
+    assert {learning_rate_at(step, 100, flat) for step in range(100)} == {flat.learning_rate}
