@@ -54,8 +54,9 @@ def load(
             network = build(header.network)  # a small file must not allocate a large network
         fill(network, tensors, assign=is_ours)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = f"its tensors do not fit its header: {one_line(error)}"
-        raise CheckpointError(f"{checkpoint}: {reason}") from error
+        raise CheckpointError(
+            f"{checkpoint}: its tensors do not fit its header: {one_line(error)}"
+        ) from error
     return network.eval(), header
 
 

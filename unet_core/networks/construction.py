@@ -37,8 +37,9 @@ def build(spec: NetworkSpec) -> nn.Module:
     try:
         network = getattr(importlib.import_module(module), function)(**arguments)
     except Exception as error:  # the function is the user's, and so are its errors
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
+        raise CheckpointError(
+            f"model.factory: {spec.factory} failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise CheckpointError(
             f"model.factory: {spec.factory} gave {type(network).__name__}, not a torch.nn.Module"

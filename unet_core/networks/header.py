@@ -107,8 +107,9 @@ def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header
         header = HEADERS.validate_json(json.dumps(table), strict=True)
         _check_sizes(header)
     except (KeyError, ValueError, RecursionError, ConfigError) as error:
-        reason = one_line(error)
-        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
+        raise CheckpointError(
+            f"{checkpoint}: its metadata is damaged: {one_line(error)}"
+        ) from error
     return header
 
 

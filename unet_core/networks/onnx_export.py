@@ -41,8 +41,9 @@ def to_onnx(network: nn.Module, header: Header) -> bytes:
             program.save(str(path), external_data=False)
             model = onnx.load(str(path))
     except Exception as error:  # exporters share no base class
-        reason = f"the network cannot be exported to ONNX: {one_line(error)}"
-        raise CheckpointError(reason) from error
+        raise CheckpointError(
+            f"the network cannot be exported to ONNX: {one_line(error)}"
+        ) from error
     onnx.helper.set_model_props(model, _metadata(header))
     data: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])

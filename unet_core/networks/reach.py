@@ -218,8 +218,8 @@ def _values_per_pixel(network: nn.Module, in_channels: int, sides: Sides) -> int
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]
     try:
-        parameter = next(network.parameters())
-        network(torch.zeros(1, in_channels, height, width, device=parameter.device))
+        device = next(network.parameters()).device
+        network(torch.zeros(1, in_channels, height, width, device=device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -45,8 +45,8 @@ class Labelled:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.decoded.pixels.held_bytes + self.labels_HW.nbytes + boundary
+        arrays = (self.labels_HW, self.boundary_HW)
+        return self.decoded.pixels.held_bytes + sum(a.nbytes for a in arrays if a is not None)
 
 
 class LabelledInput:

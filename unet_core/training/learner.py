@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
     losses: list[float]
     """Share of each piece in the loss of the global batch."""
     is_finite: bool
-    """Whether the gradient was finite, the same on all ranks; if not, the weights are unchanged."""
+    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged."""
 
 
 class Learner:
@@ -134,8 +134,9 @@ class Learner:
                 self._ema.load_state_dict(parts["mean"])
             self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            reason = f"the checkpoint does not fit this network: {one_line(error)}"
-            raise CheckpointError(reason) from error
+            raise CheckpointError(
+                f"the checkpoint does not fit this network: {one_line(error)}"
+            ) from error
         for weight, buffers in self._optimizer.state.items():
             for name, tensor in buffers.items():
                 if tensor.shape == weight.shape:  # fused steps need the memory layout of the weight

@@ -45,8 +45,7 @@ class Ranks:
         is_gpu = distributed.get_backend() == "nccl"
         tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if is_gpu else "cpu")
         distributed.all_reduce(tensor)
-        totals: list[float] = tensor.tolist()
-        return totals
+        return list(tensor.tolist())
 
     def gather(self, value: Any) -> list[Any]:
         """Collect a picklable value from every rank; the list is in the order of ranks."""

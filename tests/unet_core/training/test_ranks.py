@@ -1,4 +1,4 @@
-"""DDP without Ray: processes that meet in a file. What one process gives, any number gives."""
+"""DDP without Ray: processes with a rendezvous file train the same network as a single one."""
 
 import functools
 import io
@@ -51,7 +51,7 @@ def train(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """What those that are killed would have left."""
+    """The output folder of the same training without deaths."""
     place = tmp_path_factory.mktemp("undisturbed")
     run(folder, place, "whole", 1, *KILLED)
     return place / "whole"
