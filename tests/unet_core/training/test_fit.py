@@ -35,7 +35,7 @@ def files(folder):
 
 
 def stop_after(config, steps):
-    """Train, asking to stop after so many steps of this session."""
+    """Train, with a request to stop after this number of steps of the session."""
     taken = []
     for event in fit(config, wants_stop=lambda: len(taken) >= steps):
         if isinstance(event, Step):

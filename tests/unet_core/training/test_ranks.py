@@ -24,7 +24,7 @@ KILLED = ("train.epochs=3", "train.ema=0.5", OFTEN)
 
 
 def run(folder, place, out, ranks, *overrides, dies=""):
-    """A training on ranks to its end, or until one of them dies and all are killed."""
+    """Train on ranks to the end, or until one of them dies and the others are killed."""
     config = config_of(folder, out if "://" in str(out) else place / out, *overrides)
     meeting = place / uuid.uuid4().hex
     guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes

@@ -11,7 +11,7 @@ from unet_core.synthetic import nuclei, png
 
 @pytest.fixture
 def images(folder, tmp_path):
-    """A copy of the images that may be spoilt."""
+    """A copy of the images that tests may damage."""
     for kind in ("images", "masks"):
         shutil.copytree(folder / kind, tmp_path / kind)
     return tmp_path
