@@ -1,4 +1,4 @@
-"""The command's story: in this process, and on ranks of the suite's Ray session."""
+"""``unet-jobs train`` in this process, and on ranks of the suite's Ray session."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def rank_pids():
 
 
 def after(epochs, store, act):
-    """Do something on a thread once a training has the history of so many epochs."""
+    """Call a function on a thread once a training has the history of this number of epochs."""
 
     def watch():
         while len(store.list("history")) < epochs:
@@ -93,7 +93,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(folder, tmp_pa
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """What ranks must give too."""
+    """The output folder of a training in one process, which ranks must reproduce."""
     out = tmp_path_factory.mktemp("undisturbed") / "m"
     train(config_of(folder, out, *LONG))
     return out

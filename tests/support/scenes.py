@@ -9,7 +9,7 @@ from unet_core.config.train import TrainConfig
 from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.images.sample import Sample
 from unet_core.training import scan
-from unet_core.training.dataset import Labelled, Memory, open_splits
+from unet_core.training.dataset import ImageCache, Labelled, open_splits
 from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
 
@@ -30,7 +30,7 @@ def config_of(folder, output, *overrides):
 def opened(config, memory=2**30):
     """The splits of a config, scanned."""
     _, header = new_network(config)
-    splits = open_splits(config, header, Memory(memory))
+    splits = open_splits(config, header, ImageCache(memory))
     with ThreadPoolExecutor(2) as pool:
         found = scan.scan_dataset(splits, Ranks(), pool, lambda: False)
     return splits, found

@@ -1,4 +1,4 @@
-"""What people write for ``unet-jobs train``; as light as ``config``."""
+"""The config of ``unet-jobs train``. Imports neither torch nor Ray."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (
     "preset", "width", "depth", "arguments", "color", "normalisation", "low", "high",
 )  # fmt: skip
+"""Keys of ``[model]`` that are refused beside ``checkpoint``, whose header holds their values."""
 
 
 class LabelledConfig(InputConfig):
@@ -46,7 +47,7 @@ class DataConfig(Section):
 
     @property
     def parts(self) -> dict[str, LabelledConfig]:
-        """What there is of ``train`` and ``val``."""
+        """The configured inputs by key: ``train``, and ``val`` if it is given."""
         return {"train": self.train} | ({"val": self.val} if self.val is not None else {})
 
     @model_validator(mode="after")
@@ -61,32 +62,33 @@ class NetworkConfig(Section):
     """The network to train."""
 
     checkpoint: UriOrNone = ""
-    """Weights to begin with; they bring network, preprocessing and (unless named here) classes."""
+    """Initial weights; the file decides network, preprocessing and (unless given here) classes."""
     preset: str = "padded"
-    """See ``unet-jobs model`` for all."""
+    """Name of a U-Net variant; ``unet-jobs model`` lists all."""
     width: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
     """Channels of the first level; each pool doubles them."""
     depth: Auto | Annotated[int, Field(strict=True, ge=1, le=8)] = "auto"
-    """Pools; ``auto``: the preset's."""
+    """Number of pools; ``auto``: that of the preset."""
     factory: FactoryName = ""
     """``package.module:function`` that makes another network instead: NCHW to logits NKHW."""
     arguments: dict[str, Any] = Field(default={})
     """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
     color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
-    """What images are converted to; a number: that many channels as they are."""
+    """Color space that images are converted to; a number: that many channels, unconverted."""
     normalisation: Literal["percentile", "range", "zscore"] = "percentile"
     """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
     low: float | None = None
-    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    """Value that is mapped to 0: a percentile (1), or for ``range`` a pixel value (0)."""
     high: float | None = None
-    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    """Value that is mapped to 1: a percentile (99.8), or a pixel value (the largest of the dtype; 1
+    for floats)."""
     classes: list[str] = Field(default=["background", "foreground"], min_length=2, max_length=256)
     """Class names by id; two classes make a one-logit network."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 
     @property
     def spec(self) -> NetworkSpec:
-        """What is trained, unless a checkpoint decides; two classes make one logit."""
+        """The network to build if there is no checkpoint; two classes make one logit."""
         channels = channels_of(self.color)
         logits = 1 if len(self.classes) == 2 else len(self.classes)
         if self.factory:
@@ -115,40 +117,41 @@ class FitConfig(Section):
     epochs: Count = 40
     """Passes over the training images."""
     steps: Count | None = None
-    """Optimiser steps, instead of ``epochs``."""
+    """Optimizer steps, instead of ``epochs``."""
     batch: Count = 8
     """Crops per step, over all ranks."""
     accumulate: Count = 1
-    """Pieces in which a rank computes its share of a batch, one after the other, to save memory."""
+    """Forward and backward passes per step (gradient accumulation), to save memory."""
     crop: Annotated[int, Field(strict=True, ge=2)] = 192
-    """Side of the training crop in pixels of the mask; valid networks see a margin around it."""
+    """Side of the crop in pixels of the mask; networks without padding get a margin around it."""
     crops_per_image: Count = 1
     """Crops taken from each image in an epoch."""
     optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
-    """Its peak."""
+    """Learning rate after the warm-up."""
     momentum: Share = 0.9
-    """Of ``sgd``."""
+    """Momentum of ``sgd``."""
     weight_decay: Number = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls, to zero or not at all."""
+    """Decay of the learning rate: to zero at the end, or none."""
     warmup: Share = 0.05
-    """Share of the steps in which it first rises."""
+    """Share of the steps in which the learning rate first rises linearly."""
     clip_norm: Number = 1.0
-    """Longest gradient, as the norm over all weights; 0: any."""
+    """Largest norm of the gradient over all weights, to which it is clipped; 0: no limit."""
     ema: Share = 0.0
-    """Decay of a running mean of the weights, which is then evaluated and kept; 0: none."""
+    """Decay of an exponential moving average of the weights, which is then validated and published;
+    0: none."""
     freeze_norm: bool = False
     """Leave the statistics and weights of BatchNorm as they are."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network's activations; ``auto``: bfloat16 on a GPU that has it."""
+    """Precision of the activations (autocast); ``auto``: bfloat16 on a GPU that supports it."""
     compile: bool = False
-    """Compile the network first: minutes, for faster steps."""
+    """Compile the network with torch.compile first: takes minutes, makes steps faster."""
     best: Literal["iou", "dice", "accuracy"] = "iou"
-    """What decides which weights are kept as the best: mean over the foreground classes, or the
-    share of pixels that are right."""
+    """Validation metric that selects the best weights: mean IoU or Dice of the foreground classes,
+    or the share of correct pixels."""
     checkpoint_minutes: Number = 10.0
-    """Between checkpoints within an epoch; there is always one after it. 0: no more."""
+    """Minutes between checkpoints within an epoch, beside the one at its end; 0: none within."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
@@ -162,7 +165,7 @@ class LossConfig(Section):
     """A weighted sum of losses; 0 leaves one out. Ignored pixels count in none."""
 
     cross_entropy: Number = 1.0
-    """Of the softmax, or of the sigmoid where there is one logit."""
+    """Cross-entropy of the softmax, or of the sigmoid if there is one logit."""
     bce: Number = 0.0
     """Binary cross-entropy of each class against all others."""
     focal: Number = 0.0
@@ -170,7 +173,7 @@ class LossConfig(Section):
     dice: Number = 1.0
     """1 − Dice of the foreground classes of each crop."""
     jaccard: Number = 0.0
-    """1 − IoU of them."""
+    """1 − IoU of the foreground classes of each crop."""
     tversky: Number = 0.0
     """1 − Tversky index (Salehi et al. 2017), with the two weights below."""
     focal_gamma: Number = 2.0
@@ -179,13 +182,13 @@ class LossConfig(Section):
     tversky_beta: Number = 0.7
     """Weight of false negatives."""
     class_weights: Literal["none", "balanced"] | list[Number] = "none"
-    """Of the pixels of each class, for the losses that are sums over pixels; ``balanced``: by the
-    inverse of how often the class occurs, with a mean of 1 over all pixels."""
+    """Weights of the pixels of each class in the losses over pixels (cross-entropy, bce, focal);
+    ``balanced``: inverse class frequencies, with a mean of 1 over all pixels."""
     boundary: Number = 0.0
     """w0 of the paper's weight map (10 there), added to the class weights: pixels between objects
     that lie close together count more."""
     boundary_sigma: Annotated[float, Field(gt=0, le=50)] = 5.0
-    """Its σ in pixels."""
+    """σ of the weight map in pixels."""
 
     @model_validator(mode="after")
     def _something_is_minimised(self) -> "LossConfig":
@@ -196,35 +199,36 @@ class LossConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is varied at random in each crop; values are limits, 0 (or 1 for ratios) is off."""
+    """Random augmentation of each crop; values are limits, 0 (or 1 for ratios) is off."""
 
     flips: bool = True
     """Mirror along each axis, in half of the crops."""
     quarter_turns: bool = True
+    """Rotate by 0, 90, 180 or 270 degrees."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
-    """Degrees to either side."""
+    """Largest rotation in degrees, in either direction."""
     scale: Annotated[float, Field(ge=1, le=4)] = 1.25
-    """Ratio by which objects grow or shrink."""
+    """Largest ratio by which objects are enlarged or reduced."""
     elastic: Annotated[float, Field(ge=0, le=100)] = 0.0
     """The paper's deformation: σ in pixels (10 there) of random displacements on a 3×3 grid over
     the crop, interpolated bicubically."""
     contrast: Share = 0.3
-    """Gray values are multiplied by 1 ± this."""
+    """Gray values are multiplied by a factor within 1 ± this."""
     brightness: Number = 0.1
-    """± this is added, in units of the normalised image."""
+    """A value within ± this is added to the normalised image."""
     gamma: Annotated[float, Field(ge=1, le=4)] = 1.4
-    """Ratio of the exponent."""
+    """Normalised values are raised to an exponent between 1/this and this."""
     color: Share = 0.0
-    """``contrast`` of each channel on its own."""
+    """Like ``contrast``, drawn for each channel separately."""
     noise: Number = 0.08
     """Largest σ of Gaussian noise, in half of the crops."""
 
 
 class TrainWorkersConfig(ShareConfig):
-    """Who does the work: ranks of one DDP group; never part of a run's identity."""
+    """The ranks of the DDP group; not part of a training's identity."""
 
     count: Auto | Literal["inline"] | Count | tuple[Count, Count] = "auto"
-    """Ranks, or the fewest and the most: as many as the cluster has room for. ``inline``: this
+    """Number of ranks, or the fewest and the most if the cluster decides. ``inline``: this
     process, no Ray. ``auto``: one per GPU of the cluster, or inline where there is at most one GPU
     and no cluster."""
 
@@ -236,7 +240,7 @@ class TrainWorkersConfig(ShareConfig):
         return count
 
     max_failures: Annotated[int, Field(strict=True, ge=0)] = 10
-    """How often ranks may die; each time all begin again at the last checkpoint."""
+    """Number of times that ranks may die; each time all restart at the newest checkpoint."""
 
 
 class TrainConfig(Section):
@@ -281,6 +285,6 @@ class TrainConfig(Section):
 
     @property
     def read_paths(self) -> dict[str, str]:
-        """Where data is read: URIs by their keys."""
+        """URIs of images and masks by config key."""
         parts = (part.paths(f"data.{name}") for name, part in self.data.parts.items())
         return {key: uri for part in parts for key, uri in part.items()}

@@ -1,6 +1,6 @@
-"""Checkpoints: one safetensors file with everything that prediction needs in its metadata.
+"""Checkpoint files: safetensors with everything that prediction needs in the metadata.
 
-The only module that loads weights of this project; ``foreign.weights`` reads those of others.
+Files of this project only; ``foreign.weights`` reads weights of other projects.
 """
 
 import contextlib
@@ -13,35 +13,36 @@ from typing import TYPE_CHECKING
 from unet_core.config.presets import UNetSpec
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import CheckpointError, one_line
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 from unet_core.networks.header import (
     FORMAT,
     Header,
-    _read,
     palette_of,
+    read_bytes,
     read_header,
     require_factory,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 SHOWN = 3
+"""Tensor names that an error message lists; the others are counted."""
 
 
 def load(
     checkpoint: str, sha256: str | None = None, storage: StorageConfig | None = None,
     factory: str = "",
 ) -> tuple["nn.Module", Header]:  # fmt: skip
-    """The network in eval mode, float32 on the CPU, weights strict; and its header.
+    """Load a network in eval mode on the CPU, float32, and its header.
 
-    ``factory`` is the function that the user allows to build a network of somebody else. Raises
-    CheckpointError if the file is not the one with ``sha256``, or its tensors do not fit.
+    ``factory``: the function that the user allows to build the network, if it is not a preset.
+    Raises CheckpointError if the file's SHA-256 is not ``sha256``, or its tensors do not fit.
     """
     import torch
 
     from unet_core.networks.construction import build
 
-    data = _read(checkpoint, storage)
+    data = read_bytes(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
     header = read_header(checkpoint, storage)
@@ -50,31 +51,35 @@ def load(
     is_ours = isinstance(header.network, UNetSpec)
     try:
         with torch.device("meta") if is_ours else contextlib.nullcontext():
-            network = build(header.network)  # a small file must not bring about a large network
+            network = build(header.network)  # a small file must not allocate a large network
         fill(network, tensors, assign=is_ours)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = f"its tensors do not fit its header: {one_line(error)}"
-        raise CheckpointError(f"{checkpoint}: {reason}") from error
+        raise CheckpointError(
+            f"{checkpoint}: its tensors do not fit its header: {one_line(error)}"
+        ) from error
     return network.eval(), header
 
 
 def fill(network: "nn.Module", tensors: "dict[str, Tensor]", assign: bool = False) -> None:
-    """Give a network its weights, strictly but for counters of batches; ``assign`` puts them in
-    the place of its own.
+    """Load weights strictly, except BatchNorm's batch counters, which are set to 0; ``assign``
+    replaces the tensors of the network instead of copying into them.
 
-    Raises ValueError that names those that do not fit.
+    Raises ValueError that names the tensors that do not fit.
     """
     own = network.state_dict()
     wanted, given = ([key for key in keys if not is_counter(key)] for keys in (own, tensors))
     if different := difference(wanted, given):
         raise ValueError(f"not the weights of this network: {different}")
-    sound = {key: fitting(key, tensors[key], own[key]) for key in wanted}
-    none = {key: own[key].new_zeros((), device="cpu") for key in own if is_counter(key)}
-    network.load_state_dict(sound | none, assign=assign)
+    weights = {key: fitting(key, tensors[key], own[key]) for key in wanted}
+    counters = {key: own[key].new_zeros((), device="cpu") for key in own if is_counter(key)}
+    network.load_state_dict(weights | counters, assign=assign)
 
 
 def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
-    """A tensor in its network's type; raises ValueError for another shape or kind, or for NaN."""
+    """Convert a tensor to the dtype of ``wanted``.
+
+    Raises ValueError for another shape, floating point for integers or vice versa, or NaN.
+    """
     if tensor.shape != wanted.shape:
         got, needed = list(tensor.shape), list(wanted.shape)
         raise ValueError(f"{key} has the shape {got}, but its network needs {needed}")
@@ -87,7 +92,7 @@ def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
 
 
 def difference(wanted: Collection[str], got: Collection[str]) -> str:
-    """The first few keys on either side, and how many more there are."""
+    """Describe keys that are missing and unexpected; empty if there are none."""
     missing = [key for key in wanted if key not in got]
     unexpected = [key for key in got if key not in wanted]
     found = {"missing": missing, "unexpected": unexpected}
@@ -95,23 +100,26 @@ def difference(wanted: Collection[str], got: Collection[str]) -> str:
 
 
 def few(keys: list[str]) -> str:
-    """The first ones, and how many more there are."""
+    """Join the first keys, and say how many more there are."""
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(keys[:SHOWN]) + more
 
 
 def is_counter(key: str) -> bool:
-    """Whether a tensor counts the steps of a training, which is not kept."""
+    """Return True for BatchNorm's batch counters, which checkpoints leave out."""
     return key.endswith("num_batches_tracked")
 
 
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
-    """The network of ``builtin:NAME``, a path or a URI: normalised NCHW float32 to logits NKHW."""
+    """Load the network of ``builtin:NAME``, a path or a URI, in eval mode.
+
+    It maps normalised NCHW float32 to logits NKHW. Raises CheckpointError for an unusable file.
+    """
     return load(checkpoint, factory=factory)[0]
 
 
 def serialize(network: "nn.Module", header: Header) -> bytes:
-    """The bytes of a checkpoint file."""
+    """Encode a checkpoint file: weights as float32, and the header."""
     import torch
 
     tensors = {}
@@ -132,14 +140,14 @@ def serialize(network: "nn.Module", header: Header) -> bytes:
 
 
 def pack(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
-    """Tensors and texts in one safetensors file: what a training goes on from."""
+    """Encode tensors and metadata as a safetensors file."""
     import safetensors.torch
 
     return safetensors.torch.save(tensors, metadata)
 
 
 def unpack(data: bytes, where: str) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file; raises CheckpointError if it is damaged."""
+    """Decode the tensors of a safetensors file; raises CheckpointError if it is damaged."""
     import safetensors.torch
     from safetensors import SafetensorError
 

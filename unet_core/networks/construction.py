@@ -1,4 +1,4 @@
-"""From data to a network: our own U-Nets, and whatever a user's function makes."""
+"""Construction of networks and their headers: U-Nets of presets, and networks of user functions."""
 
 import functools
 import hashlib
@@ -23,11 +23,11 @@ from unet_core.networks.unet import UNet
 from unet_core.tiling.geometry import Tiling
 
 distributions = functools.cache(importlib.metadata.packages_distributions)
-"""By every package that is installed; looking takes a quarter of a second."""
+"""Names of the distributions of each installed package; cached, since it takes 0.25 s."""
 
 
 def build(spec: NetworkSpec) -> nn.Module:
-    """The network, with initial weights. Raises CheckpointError for a factory that gives none."""
+    """Build a network with initial weights; raises CheckpointError for a factory that fails."""
     if isinstance(spec, UNetSpec):
         return UNet(spec)
     module, _, function = spec.factory.partition(":")
@@ -35,24 +35,25 @@ def build(spec: NetworkSpec) -> nn.Module:
         sys.path.append(os.getcwd())  # a console script does not see the user's own modules
     arguments = {key: None if v == "null" else v for key, v in spec.arguments.items()}
     try:
-        made = getattr(importlib.import_module(module), function)(**arguments)
+        network = getattr(importlib.import_module(module), function)(**arguments)
     except Exception as error:  # the function is the user's, and so are its errors
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(f"model.factory: {spec.factory} failed: {reason}") from error
-    if not isinstance(made, nn.Module):
         raise CheckpointError(
-            f"model.factory: {spec.factory} gave {type(made).__name__}, not a torch.nn.Module"
+            f"model.factory: {spec.factory} failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise CheckpointError(
+            f"model.factory: {spec.factory} gave {type(network).__name__}, not a torch.nn.Module"
         )
-    return made
+    return network
 
 
 def measure_tiling(
     spec: NetworkSpec, network: nn.Module, stride: int | None = None
 ) -> tuple[NetworkSpec, Tiling]:
-    """How the network may be tiled, and its spec with the logits that it really gives.
+    """Measure the tiling of a network; return it with the spec, whose ``classes`` is measured too.
 
-    ``stride``: of a factory's network, if its author knows it. Raises CheckpointError for a network
-    whose logits are not N×K×H×W.
+    ``stride``: that of a factory's network if known, else searched. Raises CheckpointError for a
+    network whose output is not N×K×H×W.
     """
     if isinstance(spec, UNetSpec):
         return spec, tiling_of(spec)
@@ -71,7 +72,7 @@ def measure_tiling(
 def header_of(
     network: nn.Module, spec: NetworkSpec, model: ForeignConfig | NetworkConfig
 ) -> Header:
-    """What the network's checkpoint will say of itself, by the config and the measured tiling.
+    """Create the header of a network from its config and measured tiling.
 
     Raises ConfigError for class names and colours that do not fit the network.
     """
@@ -88,7 +89,7 @@ def header_of(
 
 
 def origin(spec: Factory) -> str:
-    """What code a factory is: version of its distribution, and digest of its module's source."""
+    """Identify the code of a factory: distribution, version, and digest of its module's source."""
     module = importlib.import_module(spec.factory.partition(":")[0])
     source = inspect.getsource(module).encode()
     package = module.__name__.partition(".")[0]

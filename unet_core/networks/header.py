@@ -1,5 +1,5 @@
-"""The header of a checkpoint: what its safetensors metadata say of network, tiling, classes and
-preprocessing. No torch.
+"""The header of a checkpoint: network, tiling, classes and preprocessing, stored in the safetensors
+metadata. No torch.
 """
 
 import hashlib
@@ -7,7 +7,7 @@ import importlib.resources
 import json
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
@@ -18,18 +18,17 @@ from unet_core.images.preprocessing import Preprocessing
 from unet_core.storage.store import Store
 from unet_core.tiling.geometry import Tiling
 
-if TYPE_CHECKING:
-    pass
-
 FORMAT = "unet-jobs/2"
+"""Version of the metadata; other versions are refused."""
 KEYS = {
     "network": "model", "tiling": "tiling", "class_names": "classes",
     "preprocessing": "preprocessing", "palette": "palette", "training": "training",
 }  # fmt: skip
-"""Where the metadata holds what a header says."""
+"""Metadata key of each header field."""
 MAX_HEADER_BYTES = 16 * 2**20
-MOST = 2**16
-"""Of whatever a checkpoint counts; class ids are 16 bits."""
+"""Longest safetensors header that is read: far above real ones, harmless in memory."""
+MAX_SIZE = 2**16
+"""Largest class count, channel count or length in pixels; class ids are 16 bits."""
 DEFAULT_COLORS = (
     (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115),
     (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
@@ -41,17 +40,17 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself; raises ConfigError if it contradicts itself."""
+    """Description of a checkpoint's network; raises ConfigError if fields contradict each other."""
 
     network: NetworkSpec
     tiling: Tiling
-    """Measured when the checkpoint was made."""
+    """Tile geometry, measured when the checkpoint was made."""
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
-    """RGB of each class id."""
+    """RGB of each class id; empty: default colours."""
     training: dict[str, Any] = field(default_factory=dict)
-    """How it came about: command, seed, data, scores."""
+    """Provenance: config, steps, scores or source."""
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.classes:
@@ -68,7 +67,7 @@ class Header:
 
     @property
     def classes(self) -> int:
-        """Ids that a mask may hold: two for a one-logit network."""
+        """Number of class ids in masks: 2 for a network with one logit."""
         return max(2, self.network.classes)
 
 
@@ -76,12 +75,12 @@ HEADERS = TypeAdapter(Header)
 
 
 def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Default colours for ``classes`` ids."""
+    """Return default colours for ``classes`` ids; they repeat after eight."""
     return tuple(DEFAULT_COLORS[i % len(DEFAULT_COLORS)] for i in range(classes))
 
 
 def locate(checkpoint: str) -> str:
-    """The path of a checkpoint: ``builtin:NAME`` is a file of this package."""
+    """Resolve ``builtin:NAME`` to a file of this package; raises CheckpointError if unknown."""
     if not checkpoint.startswith("builtin:"):
         return checkpoint
     folder = importlib.resources.files("unet_core") / "builtin"
@@ -94,7 +93,7 @@ def locate(checkpoint: str) -> str:
 
 
 def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
-    """What a file says of itself, without torch; raises CheckpointError if foreign or damaged."""
+    """Read a checkpoint's header, without torch; raises CheckpointError if foreign or damaged."""
     metadata = read_metadata(checkpoint, storage)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
@@ -108,18 +107,19 @@ def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header
         header = HEADERS.validate_json(json.dumps(table), strict=True)
         _check_sizes(header)
     except (KeyError, ValueError, RecursionError, ConfigError) as error:
-        reason = one_line(error)
-        raise CheckpointError(f"{checkpoint}: its metadata is damaged: {reason}") from error
+        raise CheckpointError(
+            f"{checkpoint}: its metadata is damaged: {one_line(error)}"
+        ) from error
     return header
 
 
 def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
-    """The texts in a safetensors file, by two range reads; raises CheckpointError if it is none."""
-    prefix = _read(checkpoint, storage, 0, 8)
+    """Read a safetensors file's metadata by two range reads; raises CheckpointError for others."""
+    prefix = read_bytes(checkpoint, storage, 0, 8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
-    text = _read(checkpoint, storage, 8, 8 + length)
+    text = read_bytes(checkpoint, storage, 8, 8 + length)
     try:
         header = json.loads(text)
         metadata: dict[str, str] = header.get("__metadata__", {})
@@ -131,23 +131,23 @@ def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict
 
 
 def _check_sizes(header: Header) -> None:
-    """Raise ValueError for sizes that no network has, and that memory would have to pay for."""
+    """Raise ValueError for sizes that are not plausible and would exhaust memory."""
     network, tiling, sides = header.network, header.tiling, header.tiling.sides
     counts = (
         network.classes, network.in_channels, tiling.channels, tiling.stride, sides.smallest,
         sides.step,
     )  # fmt: skip
     lengths = (tiling.margin, tiling.halo, tiling.receptive_field)
-    if min(counts) < 1 or min(lengths) < 0 or max(counts + lengths) > MOST:
-        raise ValueError(f"{network} and {tiling} hold numbers that are not from 1 to {MOST}")
+    if min(counts) < 1 or min(lengths) < 0 or max(counts + lengths) > MAX_SIZE:
+        raise ValueError(f"{network} and {tiling} hold numbers that are not from 1 to {MAX_SIZE}")
     if isinstance(network, UNetSpec) and network.sides != sides:
         raise ValueError(f"sides are {sides}, but those of its network are {network.sides}")
 
 
 def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
-    """Let a checkpoint run a function of its choice only if the user named the same one.
+    """Raise CheckpointError unless ``allowed`` is the factory that the checkpoint names.
 
-    Raises CheckpointError otherwise: a file from elsewhere must not decide what is imported.
+    The user must name it, because a downloaded file must not decide which code is imported.
     """
     network = header.network
     if isinstance(network, UNetSpec) and allowed:
@@ -161,16 +161,17 @@ def require_factory(checkpoint: str, header: Header, allowed: str) -> None:
 
 
 def checkpoint_digest(checkpoint: str, storage: StorageConfig | None = None) -> str:
-    """SHA-256 of the whole file, hex."""
-    return hashlib.sha256(_read(checkpoint, storage)).hexdigest()
+    """Compute the SHA-256 of the whole file, hex; raises CheckpointError if it cannot be read."""
+    return hashlib.sha256(read_bytes(checkpoint, storage)).hexdigest()
 
 
-def _read(
+def read_bytes(
     checkpoint: str,
     storage: StorageConfig | None,
     start: int | None = None,
     stop: int | None = None,
 ) -> bytes:
+    """Read a checkpoint file, or a range of it; raises CheckpointError if it cannot be read."""
     try:
         return Store(locate(checkpoint), storage).read("", start, stop)
     except StoreError as error:

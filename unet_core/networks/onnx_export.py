@@ -1,4 +1,4 @@
-"""A checkpoint's network as ONNX, written only if it gives the same logits there."""
+"""Export of networks to ONNX, checked by comparing the logits of onnxruntime and torch."""
 
 import json
 import tempfile
@@ -13,11 +13,12 @@ from unet_core.networks.header import Header
 from unet_core.tiling.geometry import Tiling
 
 TOLERANCE = 1e-4
+"""Largest absolute and relative difference of logits: float32 rounding over many layers."""
 
 
 def to_onnx(network: nn.Module, header: Header) -> bytes:
-    """The file: ``image`` (N×C×H×W float32, normalised) to ``logits`` (N×K×H'×W'), all sizes that
-    the network takes; class names, preprocessing and tiling are in its metadata.
+    """Export a network: ``image`` (N×C×H×W float32, normalised) to ``logits`` (N×K×H'×W'), for all
+    sizes that it accepts; class names, preprocessing and tiling are in the metadata.
 
     Raises ConfigError if the extra is not installed, CheckpointError if the network cannot be
     exported or differs under onnxruntime.
@@ -40,31 +41,32 @@ def to_onnx(network: nn.Module, header: Header) -> bytes:
             program.save(str(path), external_data=False)
             model = onnx.load(str(path))
     except Exception as error:  # exporters share no base class
-        reason = f"the network cannot be exported to ONNX: {one_line(error)}"
-        raise CheckpointError(reason) from error
-    onnx.helper.set_model_props(model, _about(header))
+        raise CheckpointError(
+            f"the network cannot be exported to ONNX: {one_line(error)}"
+        ) from error
+    onnx.helper.set_model_props(model, _metadata(header))
     data: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for count, steps in ((1, 3), (3, 1)):
         x_NCHW = _sample(count, channels, tiling, steps)
-        theirs = session.run(None, {"image": x_NCHW.numpy()})[0]
+        logits = session.run(None, {"image": x_NCHW.numpy()})[0]
         with torch.inference_mode():
-            mine = network(x_NCHW).numpy()
-        if not np.allclose(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE):
-            difference = np.abs(mine - theirs).max()
+            expected = network(x_NCHW).numpy()
+        if not np.allclose(expected, logits, atol=TOLERANCE, rtol=TOLERANCE):
+            difference = np.abs(expected - logits).max()
             raise CheckpointError(f"ONNX gives other logits: they differ by up to {difference:.2g}")
     return data
 
 
 def _sample(count: int, channels: int, tiling: Tiling, steps: int) -> torch.Tensor:
-    """Random images of a legal size, higher than wide."""
+    """Create random images N×C×H×W of a legal size, higher than wide."""
     width = tiling.sides.at_least(2 * tiling.margin + steps * tiling.stride)
     height = tiling.sides.at_least(width + 1)
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, channels, height, width, generator=generator)
 
 
-def _about(header: Header) -> dict[str, str]:
+def _metadata(header: Header) -> dict[str, str]:
     tiling = header.tiling
     return {
         "classes": json.dumps(header.class_names),

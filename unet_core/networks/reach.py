@@ -1,7 +1,7 @@
-"""How far a network sees, measured: what its tiles must carry to be exact.
+"""Measurement of receptive fields, which determine the halo that tiles need to be exact.
 
-The reach is where the gradient of a logit with respect to the input is not zero. It is found for
-all inputs of a stride at once by the response to an impulse, in a copy with positive weights.
+The reach of a logit is the range of input pixels on which it depends. It is measured for all phases
+of the stride at once by the response to an impulse, in a copy of the network with positive weights.
 """
 
 import contextlib
@@ -19,30 +19,34 @@ from unet_core.networks.unet import UNet
 from unet_core.tiling.geometry import Sides, Tiling, exact_spans, round_up
 
 LONGEST = 4096
-"""Sides of the strips on which reaches are looked for, in pixels; whoever sees farther sees all."""
+"""Longest strip for measuring, in pixels; a reach that does not fit is taken as unlimited."""
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
+"""Strides to try for networks of unknown architecture: powers of two, as pooling gives."""
 TOLERANCE = 1e-9
+"""Largest relative difference of logits in double precision that counts as equal."""
 
 Reaches = list[tuple[int, int]]
-"""For each phase of the stride: the first and the last input pixel that logit 0 depends on."""
+"""First and last input pixel, relative to a logit, for each phase of the stride."""
 
 
 @functools.cache
 def tiling_of(spec: UNetSpec) -> Tiling:
-    """The tiling of a U-Net; it does not depend on widths and channels, which are measured as 1."""
-    with torch.random.fork_rng(devices=()):  # whoever seeded something does not notice
+    """Measure the tiling of a U-Net with width 1: it does not depend on widths and channels."""
+    with torch.random.fork_rng(devices=()):  # leaves the caller's random state alone
         thin = UNet(replace(spec, in_channels=1, classes=1, width=1))
     tiling = _tiling(thin, 1, spec.sides, spec.stride, spec.margin)
     with torch.device("meta"):
-        widest = _widest(UNet(replace(spec, init="torch")).eval(), spec.in_channels, spec.sides)
+        widest = _values_per_pixel(
+            UNet(replace(spec, init="torch")).eval(), spec.in_channels, spec.sides
+        )
     return replace(tiling, is_exact=tiling.is_exact and spec.moves_with_input, channels=widest)
 
 
 def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = None) -> Tiling:
-    """The tiling of any network whose logits have its input's size, found by trying.
+    """Measure the tiling of any network whose logits have the size of its input.
 
-    ``stride``: if its author knows it. Raises CheckpointError for a network that does not give
-    logits NKHW of its input's size.
+    ``stride``: if known, else ``STRIDES`` are tried. Raises CheckpointError for a network that does
+    not give logits NKHW of its input's size.
     """
     found = None
     for candidate in [stride] if stride else STRIDES:
@@ -60,17 +64,16 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
             f"the network does not give logits N×K×H×W for N×{in_channels}×H×W with sides that are "
             f"{tried}; wrap it so that it does, or declare its stride"
         )
-    return replace(found, channels=_widest(network, in_channels, found.sides))
+    return replace(found, channels=_values_per_pixel(network, in_channels, found.sides))
 
 
 @torch.inference_mode()
 def is_exact(network: nn.Module, in_channels: int, tiling: Tiling, at_edges: bool = True) -> bool:
-    """Whether windows reproduce the pass over the whole, on random strips along both axes; without
-    ``at_edges`` one window amid the strip stands for all.
+    """Check that windows give the same logits as a whole image, on random strips along both axes;
+    without ``at_edges``, only for one window amid the strip.
 
-    Outside of the window in question the strip holds no numbers at all, so that a logit which
-    depends on anything there, however little, is found. (In single precision, convolutions let
-    such values leak into their neighbours.)
+    Outside of the window the whole strip is NaN, so that any dependence on it is detected. Computed
+    in double precision: in single precision, convolutions let NaN leak into neighbours.
     """
     network = copy.deepcopy(network).cpu().double().eval()
     window, margin = tiling.smallest_tile, tiling.margin
@@ -82,19 +85,20 @@ def is_exact(network: nn.Module, in_channels: int, tiling: Tiling, at_edges: boo
         x_NCHW = strip if axis == -1 else strip.mT
         for span in spans if at_edges else spans[1:2]:
             inside = slice(span.start + margin, span.stop + margin)
-            alone = torch.full_like(strip, torch.nan)
-            alone[..., inside] = strip[..., inside]
-            whole = network(alone if axis == -1 else alone.mT)
+            masked = torch.full_like(strip, torch.nan)
+            masked[..., inside] = strip[..., inside]
+            whole = network(masked if axis == -1 else masked.mT)
             cut = network(x_NCHW.narrow(axis, inside.start, span.stop - span.start))
             kept = span.keep_stop - span.keep_start
-            mine = cut.narrow(axis, span.keep_start - span.start - margin, kept)
-            theirs = whole.narrow(axis, span.keep_start, kept)
-            if not (mine - theirs).abs().max() <= TOLERANCE * (1 + mine.abs().max()):
+            got = cut.narrow(axis, span.keep_start - span.start - margin, kept)
+            expected = whole.narrow(axis, span.keep_start, kept)
+            if not (got - expected).abs().max() <= TOLERANCE * (1 + got.abs().max()):
                 return False
     return True
 
 
 def _tiling(network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int) -> Tiling:
+    """Compute halo and receptive field from the reaches; not exact if a reach is unlimited."""
     tiling = Tiling(sides, stride, margin, 0, 0, is_exact=False, channels=1)
     if (reaches := _reaches(network, in_channels, sides, stride, margin)) is None:
         return tiling
@@ -111,26 +115,32 @@ def _tiling(network: nn.Module, in_channels: int, sides: Sides, stride: int, mar
 def _reaches(
     network: nn.Module, in_channels: int, sides: Sides, stride: int, margin: int
 ) -> Reaches | None:
-    """Union over both axes; None if some logit depends on all that there is."""
-    lit_in = functools.partial(_lit, _positive(network), in_channels, sides.smallest, stride)
+    """Measure the reaches, united over both axes; None if one is unlimited."""
+    responses_in = functools.partial(
+        _responses, _positive(network), in_channels, sides.smallest, stride
+    )
     result = [(0, 0)] * stride
     for axis in (-1, -2):
-        length = _length(functools.partial(lit_in, axis, 1), sides, 2 * margin + 16 * stride)
+        length = _strip_length(
+            functools.partial(responses_in, axis, 1), sides, 2 * margin + 16 * stride
+        )
         if length is None:
             return None
-        for phase, at in lit_in(axis, stride, length):
+        for phase, at in responses_in(axis, stride, length):
             first, last = result[at % stride]
             result[at % stride] = min(first, phase - at), max(last, phase - at)
     return result
 
 
-def _length(
-    lit_in: Callable[[int], list[tuple[int, int]]], sides: Sides, shortest: int
+def _strip_length(
+    responses_in: Callable[[int], list[tuple[int, int]]], sides: Sides, shortest: int
 ) -> int | None:
-    """The side of a strip whose ends have no part in what an impulse at its middle does."""
+    """Find a strip length whose ends do not affect the response to an impulse at its middle; None
+    if it would exceed ``LONGEST``.
+    """
     length, before = sides.at_least(shortest), None
     while length <= LONGEST:
-        lit = lit_in(length)
+        lit = responses_in(length)
         if lit and (lit[0], lit[-1]) == before:
             return length
         before = (lit[0], lit[-1]) if lit else None
@@ -139,15 +149,15 @@ def _length(
 
 
 @torch.inference_mode()
-def _lit(
+def _responses(
     network: nn.Module, in_channels: int, width: int, stride: int, axis: int, phases: int,
     length: int,
 ) -> list[tuple[int, int]]:  # fmt: skip
-    """Pairs of an input line and a logit that depends on it, counted from the strip's middle; none
-    if an end of the strip is among them.
+    """List pairs (input line, logit that depends on it), relative to the strip's middle; empty if
+    an end of the strip is among them.
 
-    A line of ones among zeros lights up exactly the logits that depend on it: with positive
-    weights nothing cancels, and a maximum finds it.
+    A line of ones among zeros changes exactly the logits that depend on it: with positive weights
+    nothing cancels, and max pooling passes it on.
     """
     middle = length // 2 // stride * stride
     dtype = next(network.parameters()).dtype
@@ -162,10 +172,10 @@ def _lit(
 
 
 def _positive(network: nn.Module) -> nn.Module:
-    """A copy whose weights are positive, and neither fade nor explode over many layers."""
+    """Copy a network with positive weights that neither vanish nor explode over many layers."""
     network = copy.deepcopy(network).cpu().eval()
     convolutions = sum(parameter.ndim >= 2 for parameter in network.parameters())
-    # through so many, paths weigh too little for single precision
+    # through so many layers, contributions of single paths underflow single precision
     network = network.double() if convolutions > 60 else network.float()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -184,33 +194,33 @@ def _positive(network: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def _sides_of(network: nn.Module, in_channels: int, stride: int) -> Sides | None:
-    """The sides that a network takes if its stride is this one; None if it is not."""
+    """Find the sides that a network of this stride accepts; None if it fails for all."""
     network = network.eval()
     device = next(network.parameters()).device
     for smallest in (stride, 2 * stride, 4 * stride):
         shapes = [(side, side + stride) for side in (smallest, smallest + stride)]
         images = (torch.zeros(1, in_channels, *shape, device=device) for shape in shapes)
-        with contextlib.suppress(Exception):  # it says in its own way which sizes it does not take
+        with contextlib.suppress(Exception):  # networks raise anything for sizes that do not fit
             if [tuple(network(image).shape[-2:]) for image in images] == shapes:
                 return Sides(smallest, stride)
     return None
 
 
 @torch.inference_mode()
-def _widest(network: nn.Module, in_channels: int, sides: Sides) -> int:
-    """The most values per input pixel that any layer gives."""
+def _values_per_pixel(network: nn.Module, in_channels: int, sides: Sides) -> int:
+    """Measure the largest number of output values per input pixel over all layers."""
     height, width = sides.smallest, sides.smallest + sides.step
-    seen = [1]
+    counts = [1]
 
-    def look(_: nn.Module, __: object, given: object) -> None:
-        if isinstance(given, Tensor):
-            seen.append(-(-given[0].numel() // (height * width)))
+    def record(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            counts.append(-(-output[0].numel() // (height * width)))
 
-    hooks = [module.register_forward_hook(look) for module in network.modules()]
+    hooks = [module.register_forward_hook(record) for module in network.modules()]
     try:
-        parameter = next(network.parameters())
-        network(torch.zeros(1, in_channels, height, width, device=parameter.device))
+        device = next(network.parameters()).device
+        network(torch.zeros(1, in_channels, height, width, device=device))
     finally:
         for hook in hooks:
             hook.remove()
-    return max(seen)
+    return max(counts)

@@ -1,4 +1,4 @@
-"""The U-Net (Ronneberger, Fischer, Brox 2015, arXiv 1505.04597) with its variants as options.
+"""The U-Net (Ronneberger, Fischer, Brox 2015, arXiv 1505.04597) with options for its variants.
 
 Shapes: N images, C channels, H×W pixels, K logits.
 """
@@ -22,7 +22,7 @@ def _resize(x_NCHW: Tensor, like: Tensor) -> Tensor:
 
 
 def _crop(decoder: Tensor, skip: Tensor, to_even: bool) -> tuple[Tensor, Tensor]:
-    """Cut the centre of the skip; half a pixel rounds down, or to an even offset."""
+    """Crop the skip's centre to the decoder's size; offsets are rounded down, or to even ones."""
     for axis in (-2, -1):
         spare = skip.shape[axis] - decoder.shape[axis]
         half = spare // 2
@@ -32,7 +32,7 @@ def _crop(decoder: Tensor, skip: Tensor, to_even: bool) -> tuple[Tensor, Tensor]
 
 
 def _pad(decoder: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """Surround the decoder's map with zeros, half a pixel less at the left and the top."""
+    """Pad the decoder's map with zeros to the skip's size; an odd pixel goes right and below."""
     below, right = (skip.shape[axis] - decoder.shape[axis] for axis in (-2, -1))
     pads = [right // 2, right - right // 2, below // 2, below - below // 2]
     return F.pad(decoder, pads), skip
@@ -48,10 +48,10 @@ JOINS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 
 class UNet(nn.Module):
-    """Contracting path, bottom, expanding path with skips, head.
+    """U-Net: encoder, bottom block, decoder with skip connections, head.
 
-    ``forward`` maps NCHW (float, already normalised, H and W as ``spec.sides`` allows) to NKHW
-    logits, ``2 * spec.margin`` pixels smaller; softmax and sigmoid belong to the caller.
+    ``forward`` maps NCHW (float, normalised, H and W from ``spec.sides``) to logits NKHW, which are
+    smaller by ``2 * spec.margin`` pixels, without softmax or sigmoid.
     """
 
     def __init__(self, spec: UNetSpec) -> None:
@@ -66,7 +66,7 @@ class UNet(nn.Module):
             for channels, out in zip(inputs, widths, strict=True)
         )
         self.bottom = _block(spec, widths[-1], bottom, dropout=True)
-        # what leaves each decoder block; without a convolution the up-sampling halves nothing
+        # channels after each decoder block; up-sampling without a convolution does not halve them
         outputs = widths if spec.bottom == "double" else [spec.width, *widths[:-1]]
         below = [*outputs[1:], bottom]
         self.up = nn.ModuleList(map(partial(_up, spec), below, widths))
@@ -76,31 +76,31 @@ class UNet(nn.Module):
             for width, out, middle in zip(widths, outputs, middles, strict=True)
         )
         self.head = _head(spec)
-        _initialise(self, spec.init)
+        _init_weights(self, spec.init)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits NKHW of images NCHW."""
+        """Compute logits NKHW of images NCHW."""
         spec, x, skips = self.spec, x_NCHW, []
         for block in self.encoder:
-            x = _through(block, x)
+            x = _apply_layers(block, x)
             pooled = self.pool(x)
             skips.append(x if spec.skip == "encoded" else pooled)
             x = pooled
         x = self.bottom(x)
         for level in reversed(range(spec.depth)):
-            x = _through(self.decoder[level], self._joined(self.up[level](x), skips.pop()))
+            x = _apply_layers(self.decoder[level], self._joined(self.up[level](x), skips.pop()))
         logits: Tensor = self.head(x)
         return _resize(logits, x_NCHW) if spec.resize_logits else logits
 
     def _joined(self, decoder: Tensor, skip: Tensor) -> Tensor:
-        """Both maps in one; they are let go here, before the next convolution needs memory."""
+        """Concatenate two maps; a method, so that both are freed before the next convolution."""
         pair = JOINS[self.spec.join](decoder, skip)
         return torch.cat(pair[::-1] if self.spec.concat == "skip_decoder" else pair, dim=1)
 
 
-def _through(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    """One layer after the other, each input let go as soon as it was used: the widest maps decide
-    what memory a tile takes, and ``nn.Sequential`` would hold its first input to the end.
+def _apply_layers(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+    """Apply layers one by one, freeing each input after use; ``nn.Sequential`` would keep its first
+    input to the end, and the widest maps decide the peak memory of a tile.
     """
     for layer in block.children():
         x_NCHW = layer(x_NCHW)
@@ -111,7 +111,10 @@ def _block(
     spec: UNetSpec, channels: int, out: int, middle: int = 0, dilation: int = 1,
     dropout: bool = False,
 ) -> nn.Sequential:  # fmt: skip
-    """Two 3×3 convolutions, each with ReLU and (if asked for) BatchNorm."""
+    """Create two 3×3 convolutions, each with ReLU and optional BatchNorm; dropout comes last.
+
+    ``middle``: channels between the convolutions; 0: ``out``.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     padding = dilation if spec.padding == "same" else 0
     middle = middle or out
@@ -128,7 +131,7 @@ def _block(
 
 
 def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
-    """Twice the size; ``out`` channels, unless nothing is convolved."""
+    """Create an up-sampling by 2 with ``out`` channels (unchanged if it has no convolution)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if spec.up.startswith("bilinear"):
         layers["resize"] = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
@@ -144,6 +147,7 @@ def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
 
 
 def _head(spec: UNetSpec) -> nn.Sequential:
+    """Create the last convolution, from ``spec.width`` channels to the logits."""
     size = 1 if spec.head == "1x1" else 3
     conv = nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
     layers = OrderedDict[str, nn.Module](conv=conv)
@@ -153,8 +157,8 @@ def _head(spec: UNetSpec) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _initialise(network: UNet, init: str) -> None:
-    """He's normal by fan-in for every convolution with a bias of zero, or Xavier's."""
+def _init_weights(network: UNet, init: str) -> None:
+    """Initialise all convolutions: He normal by fan-in or Xavier normal, zero biases."""
     if init == "torch":
         return
     for module in network.modules():
@@ -173,8 +177,8 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
     """Merge every BatchNorm that directly follows a convolution into it, in place.
 
     For inference: w' = w·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β. The network must be in eval mode.
-    Only plain ``nn.Sequential`` is looked into, and only plain layers are merged: what else a
-    module does, as a subclass, by hooks or with its weights made anew, is its own matter.
+    Only layers of plain ``nn.Sequential`` are merged, and only if they are neither subclasses nor
+    have hooks or parametrised weights, which may compute something else.
     """
     for module in network.modules():
         if type(module) is not nn.Sequential:
@@ -188,6 +192,6 @@ def fold_batchnorm(network: nn.Module) -> nn.Module:
 
 
 def _is_plain(layer: nn.Module, kind: type[LayerT]) -> TypeGuard[LayerT]:
-    """Whether a layer does what its class does and nothing else, with statistics if it has any."""
+    """Return True for a layer of exactly this class without hooks, and with running statistics."""
     is_hooked = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is kind and not is_hooked and getattr(layer, "running_mean", 0) is not None

@@ -1,1 +1,1 @@
-"""A training (``fit``): what is trained on, in which order, by which loss, kept where."""
+"""Training (``fit``): labelled images, their order, augmentation, loss, optimizer, folder."""

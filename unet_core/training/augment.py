@@ -1,4 +1,5 @@
-"""Augmentation of a whole batch on the device: one resampling for image, labels and weights.
+"""Augmentation of crops in batches on the device: one resampling grid for images, labels and
+boundary terms.
 
 Shapes: N crops, C channels, H×W pixels.
 """
@@ -17,19 +18,22 @@ from unet_core.training.crops import Crop, CropShape
 
 @dataclass(frozen=True)
 class Examples:
-    """What a network is trained on in one piece."""
+    """One forward pass of training data: a rank's crops of a step, or a piece of them."""
 
     image_ids: list[str]
     images_NCHW: Tensor
+    """Normalised and augmented, float32; larger than the labels by the network's margin."""
     labels_NHW: Tensor
-    """int64: class ids, and ``ignore_index``."""
+    """Class ids and ``ignore_index``, int64."""
     boundary_NHW: Tensor | None
+    """Boundary terms (see ``boundary.py``), float32; None if the loss does not use them."""
 
 
 def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Examples:
-    """Resample crops as they were drawn: images and boundary terms bilinearly, labels by nearest.
+    """Apply the random choices of some crops: images and boundary terms are resampled bilinearly,
+    labels by nearest neighbour.
 
-    Beyond an image's edge lies its mirror. Without turn, scale and deformation pixels are copied.
+    Images are mirrored at their edges. Without rotation, scale and deformation pixels are copied.
     """
     grid_NHW2 = _grid(crops, shape, device)
     pixels = _stacked([crop.pixels_CHW for crop in crops], device).float()
@@ -45,14 +49,14 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
         boundary_NHW = _sample(boundary_N1HW, inner_NHW2, "bilinear")[:, 0]
     return Examples(
         image_ids=[crop.image_id for crop in crops],
-        images_NCHW=_varied(images_NCHW, crops),
+        images_NCHW=_with_gray_variation(images_NCHW, crops),
         labels_NHW=_sample(labels_N1HW, inner_NHW2, "nearest")[:, 0].long(),
         boundary_NHW=boundary_NHW,
     )
 
 
-def nothing(shape: CropShape, channels: int, device: torch.device) -> Examples:
-    """What a rank computes that has no image left: a batch of none."""
+def no_examples(shape: CropShape, channels: int, device: torch.device) -> Examples:
+    """Return a batch of size 0, for a rank that has no image left in a step."""
     side, input_side = shape.side, shape.input_side
     images_NCHW = torch.zeros(0, channels, input_side, input_side, device=device)
     return Examples(
@@ -61,12 +65,12 @@ def nothing(shape: CropShape, channels: int, device: torch.device) -> Examples:
 
 
 def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    # elsewhere than on CUDA, memory that is freed meanwhile may be what arrives
+    # asynchronous copies to other devices may read memory that was freed in the meantime
     return movable(np.stack(arrays), device).to(device, non_blocking=device.type == "cuda")
 
 
 def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tensor:
-    """Where each pixel of the input comes from: (x, y) in the window, −1 to 1, NHW2."""
+    """Compute sampling coordinates for ``F.grid_sample``: (x, y) in the window, −1 to 1, NHW2."""
     side = shape.input_side
     from_centre_H = torch.arange(side, device=device, dtype=torch.float32) - (side - 1) / 2
     matrix_N22 = _stacked([crop.matrix for crop in crops], device)
@@ -74,32 +78,33 @@ def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tens
     size_N2 = torch.tensor([crop.size for crop in crops], device=device)
     row_N2H = matrix_N22[..., :1] * from_centre_H + centre_N2[..., None]
     column_N2W = matrix_N22[..., 1:] * from_centre_H
-    at_N2HW = row_N2H[..., None] + column_N2W[..., None, :]
+    points_N2HW = row_N2H[..., None] + column_N2W[..., None, :]
     if any(crop.elastic.any() for crop in crops):
         coarse_N233 = np.stack([np.tensordot(crop.matrix, crop.elastic, 1) for crop in crops])
-        curve_H3 = _curve(side).to(device)
-        at_N2HW += curve_H3 @ torch.from_numpy(coarse_N233).to(device) @ curve_H3.T
+        weights_H3 = _bicubic_weights(side).to(device)
+        points_N2HW += weights_H3 @ torch.from_numpy(coarse_N233).to(device) @ weights_H3.T
     axes = []
     for axis in (1, 0):
         shortest = min(crop.size[axis] for crop in crops)
         folds_once = shortest - 1 >= shape.window / 2
         last_N11 = size_N2[:, axis, None, None] - 1
-        inside_NHW = _mirrored(at_N2HW[:, axis], last_N11, folds_once)
+        inside_NHW = _mirrored(points_N2HW[:, axis], last_N11, folds_once)
         axes.append(inside_NHW * (2 / (shape.window - 1)) - 1)
     return torch.stack(axes, dim=-1)
 
 
-def _curve(side: int) -> Tensor:
-    """What each of three values on a line counts in each of ``side`` pixels, bicubically; along
-    both axes of a grid it does what interpolating the grid would, many times faster.
+def _bicubic_weights(side: int) -> Tensor:
+    """Return the bicubic weights that map 3 values to ``side`` pixels, shape (side, 3); applied
+    along both axes this equals interpolating a 3×3 grid, and is many times faster.
     """
     one_of_three = torch.eye(3)[None, None]
     return F.interpolate(one_of_three, (side, 3), mode="bicubic", align_corners=True)[0, 0]
 
 
 def _mirrored(at: Tensor, last: Tensor, folds_once: bool) -> Tensor:
-    """Coordinates folded into [0, last], the ends not repeated; ``folds_once``: none lies farther
-    out than the image is long, which is much faster.
+    """Reflect coordinates into [0, last] without repeating the ends.
+
+    ``folds_once`` promises that none lies beyond [-last, 2·last], which is much faster.
     """
     if folds_once:
         return last - (last - at.abs()).abs()
@@ -117,17 +122,17 @@ def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:
     )
 
 
-def _varied(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
-    """Gamma, contrast, brightness and noise, as drawn for each crop."""
+def _with_gray_variation(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
+    """Apply each crop's gamma, contrast, brightness and noise."""
     device = images_NCHW.device
     gamma = torch.tensor([crop.gamma for crop in crops], device=device)[:, None, None, None]
     brightness = torch.tensor([crop.brightness for crop in crops], device=device)
     gain = _stacked([crop.gain for crop in crops], device)
     images_NCHW = images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
     images_NCHW = images_NCHW + brightness[:, None, None, None]
-    for at, crop in enumerate(crops):
+    for index, crop in enumerate(crops):
         if crop.noise:
             random = torch.Generator(device).manual_seed(crop.noise_seed)
             shape = images_NCHW.shape[1:]
-            images_NCHW[at] += crop.noise * torch.randn(shape, generator=random, device=device)
+            images_NCHW[index] += crop.noise * torch.randn(shape, generator=random, device=device)
     return images_NCHW.contiguous(memory_format=memory_format(device))

@@ -1,4 +1,4 @@
-"""The paper's weight map: what lies between objects that are close together weighs more."""
+"""Boundary term of the U-Net paper's weight map: large between objects that are close together."""
 
 import numpy as np
 from scipy import ndimage
@@ -6,7 +6,7 @@ from scipy import ndimage
 from unet_core.arrays import Array
 
 REACH = 6
-"""In σ: beyond this, exp(−d²/2σ²) is below 2e-8 and taken as 0."""
+"""Distance in units of σ beyond which the term, then below exp(−18) = 2e-8, is taken as 0."""
 
 
 def boundary_term(objects_HW: Array, sigma: float) -> Array:
@@ -14,8 +14,8 @@ def boundary_term(objects_HW: Array, sigma: float) -> Array:
     w0 and w_c): d1 and d2 are its distances in pixels to the border of the nearest object and to
     that of the second nearest. 0 where there are fewer than two.
 
-    ``objects_HW``: object ids, 0 is background. An object's border are its pixels with a neighbour
-    above, below, left or right that is not of it; the image's edge is no border.
+    ``objects_HW``: object ids, 0 is background. An object's border consists of its pixels with a
+    4-neighbour outside the object; the image's edge is not a border.
     """
     near_HW = np.full(objects_HW.shape, np.inf, dtype=np.float32)
     second_HW = near_HW.copy()
@@ -36,17 +36,17 @@ def boundary_term(objects_HW: Array, sigma: float) -> Array:
 
 
 def objects_of(labels_HW: Array, ignore_index: int) -> Array:
-    """Ids of the connected components (4 neighbours) of each foreground class, 0 elsewhere."""
+    """Number the connected components (4 neighbours) of each foreground class, from 1; int32 HW."""
     objects_HW = np.zeros(labels_HW.shape, dtype=np.int32)
     for label in np.unique(labels_HW):
         if label not in (0, ignore_index):
-            found_HW, _ = ndimage.label(labels_HW == label)
-            objects_HW[found_HW > 0] = found_HW[found_HW > 0] + objects_HW.max()
+            components_HW, _ = ndimage.label(labels_HW == label)
+            objects_HW[components_HW > 0] = components_HW[components_HW > 0] + objects_HW.max()
     return objects_HW
 
 
 def _to_border(is_object: Array) -> Array:
-    """Distance of each pixel to the object's border; infinite where it has none."""
+    """Compute the distance of each pixel to an object's border; infinite if it has no border."""
     border = is_object & ~ndimage.binary_erosion(is_object, border_value=1)
     if not border.any():
         return np.full(is_object.shape, np.inf, dtype=np.float32)

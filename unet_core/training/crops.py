@@ -1,6 +1,7 @@
-"""What is drawn for one crop, and the window that it needs; on threads, before the device.
+"""Random crops: the augmentation parameters, and the part of the image that they need.
 
-All randomness of a crop comes from the seed, the epoch, the image's id and the round.
+Crops are drawn on threads; ``augment.py`` applies the parameters on the device. The random numbers
+of a crop depend on the seed, the epoch, the round and the image id alone.
 """
 
 import math
@@ -15,30 +16,30 @@ from unet_core.training.dataset import Labelled, digest_of
 Random = np.random.Generator
 
 ELASTIC_LIMIT = 3.0
-"""Displacements are cut off here, in σ."""
+"""Largest displacement in units of σ, so that the window of a crop has a bounded size."""
 OVERSHOOT = 1.25
-"""How far bicubic interpolation goes beyond the values that it joins, at most."""
+"""Largest ratio of a bicubically interpolated displacement to the largest on the coarse grid."""
 
 
 @dataclass(frozen=True)
 class CropShape:
-    """Sides in pixels, and what they need of the image."""
+    """Sizes of a crop in pixels."""
 
     side: int
-    """Of the labels."""
+    """Side of the labels."""
     margin: int
-    """Around it, of the network's input."""
+    """Pixels by which the network's input is larger than the labels, on each side."""
     window: int
-    """Side of the piece of an image in which every crop finds its pixels."""
+    """Side of the part of an image that is cut out; it holds all pixels of any drawn crop."""
 
     @property
     def input_side(self) -> int:
-        """Of the network's input."""
+        """Side of the network's input."""
         return self.side + 2 * self.margin
 
     @classmethod
     def of(cls, side: int, margin: int, augment: AugmentConfig) -> "CropShape":
-        """Settle the window by the largest turn, scale and deformation."""
+        """Compute the window from the largest rotation, scale and deformation."""
         turn = math.radians(min(augment.rotation, 45))
         spread = math.cos(turn) + math.sin(turn)
         half = (side + 2 * margin - 1) / 2 + _elastic_reach(augment)
@@ -47,45 +48,47 @@ class CropShape:
 
 @dataclass(frozen=True)
 class Crop:
-    """A window of an image, and what to do with it on the device."""
+    """A window cut from an image, and the augmentation to apply to it on the device."""
 
     image_id: str
     pixels_CHW: Array
-    """Window × window, of the image's own dtype; what lies beyond the image is not read."""
+    """Window × window, dtype of the image; beyond ``size`` it is padding, never sampled."""
     labels_HW: Array
     boundary_HW: Array | None
     size: tuple[int, int]
-    """The part of the window that is image."""
+    """Height and width of the image part of the window."""
     offset: Array
+    """Normalisation of each channel: (pixels − offset) · scale."""
     scale: Array
-    """The network receives (pixels − offset) · scale, before its gray values vary."""
     matrix: Array
-    """2×2, from pixels (y, x) of the crop to pixels of the window, both from their centres."""
+    """2×2 linear map from offsets (y, x) in the crop to offsets in the window, both from the crop's
+    centre."""
     centre: tuple[float, float]
-    """Where the crop's centre lies in the window."""
+    """Position (y, x) of the crop's centre in the window."""
     elastic: Array
-    """2×3×3, displacements (y, x) in pixels of the crop on a coarse grid."""
+    """Displacements (y, x) in pixels of the crop on a coarse grid, 2×3×3."""
     gain: Array
-    """Of each channel."""
+    """Contrast factor of each channel."""
     brightness: float
     gamma: float
     noise: float
+    """σ of Gaussian noise; 0: none."""
     noise_seed: int
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
-        boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.pixels_CHW.nbytes + self.labels_HW.nbytes + boundary
+        """Bytes of the arrays that depend on the window."""
+        arrays = (self.pixels_CHW, self.labels_HW, self.boundary_HW)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
-    """Draw a crop of an image; ``seed``: of the run, the epoch and the round.
+    """Draw a random crop of an image; ``seed`` holds the seed of the run, the epoch and the round.
 
-    A new draw comes last: one in between would move all that follow.
+    The order of the draws is fixed: add new ones at the end, or all later ones change.
     """
-    own = int.from_bytes(digest_of(image.image_id)[:8], "big")
-    random = np.random.default_rng([*seed, own])
+    image_seed = int.from_bytes(digest_of(image.image_id)[:8], "big")
+    random = np.random.default_rng([*seed, image_seed])
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
     pixels_CHW = image.decoded.pixels.whole()
@@ -98,12 +101,12 @@ def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[
     common = random.uniform(1 - augment.contrast, 1 + augment.contrast)
     noisy = random.integers(2) * random.uniform(0, 1)
     gain = common * random.uniform(1 - augment.color, 1 + augment.color, len(pixels_CHW))
-    whole_HW, side = image.boundary_HW, shape.window
+    boundary_HW, side = image.boundary_HW, shape.window
     return Crop(
         image_id=image.image_id,
         pixels_CHW=_padded(pixels_CHW[:, *cut], side),
         labels_HW=_padded(image.labels_HW[cut], side),
-        boundary_HW=None if whole_HW is None else _padded(whole_HW[cut], side),
+        boundary_HW=None if boundary_HW is None else _padded(boundary_HW[cut], side),
         size=(rows[1] - rows[0], columns[1] - columns[0]),
         offset=image.decoded.offset,
         scale=image.decoded.scale,
@@ -123,41 +126,43 @@ def _elastic_reach(augment: AugmentConfig) -> float:
 
 
 def _ratio(limit: float, random: Random) -> float:
-    """A factor from 1/limit to limit, as often above 1 as below."""
+    """Draw a factor from 1/limit to limit, log-uniform."""
     return math.exp(random.uniform(-1, 1) * math.log(limit))
 
 
 def _matrix(augment: AugmentConfig, random: Random) -> Array:
-    """Flip, quarter turns, rotation and scale in one."""
+    """Draw flips, quarter turns, rotation and scale as one 2×2 matrix."""
     angle = math.radians(random.uniform(-1, 1) * augment.rotation)
     turns = int(random.integers(4)) if augment.quarter_turns else 0
-    flip = int(random.integers(2)) if augment.flips else 0
-    upside = int(random.integers(2)) if augment.flips else 0
+    flip_x, flip_y = (int(random.integers(2)) if augment.flips else 0 for _ in range(2))
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[cos, -sin], [sin, cos]])
     quarter = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), turns)
-    mirror = np.diag([1 - 2 * upside, 1 - 2 * flip])
+    mirror = np.diag([1 - 2 * flip_y, 1 - 2 * flip_x])
     return rotation @ quarter @ mirror * _ratio(augment.scale, random)
 
 
 def _place(
     length: int, spread: float, shape: CropShape, augment: AugmentConfig, random: Random
 ) -> tuple[int, int, float]:
-    """Along one axis: start and stop of the window in the image, and the crop's centre in it.
+    """Draw the position of a crop along one axis: start and stop of the window in the image, and
+    the crop's centre relative to the start.
 
-    The labels lie inside the image where it is large enough; the rest is its mirror.
+    The labels lie inside the image if it is large enough; what lies outside is mirrored.
     """
     inner = spread * (shape.side - 1) / 2
     low, high = sorted((inner, length - 1 - inner))
     half = (shape.input_side - 1) / 2
-    centre = round(random.uniform(low, high) - half) + half  # without a turn, pixel meets pixel
+    centre = (
+        round(random.uniform(low, high) - half) + half
+    )  # on the pixel grid: copied if not rotated
     reach = spread * (half + _elastic_reach(augment))
     start = min(max(math.floor(centre - reach), 0), max(length - shape.window, 0))
     return start, min(start + shape.window, length), centre - start
 
 
 def _padded(cut: Array, side: int) -> Array:
-    """A copy of the full size, so that windows stack; what is added is never looked at."""
-    whole = np.zeros((*cut.shape[:-2], side, side), dtype=cut.dtype)
-    whole[..., : cut.shape[-2], : cut.shape[-1]] = cut
-    return whole
+    """Copy an array …HW to the corner of a square of zeros, so that windows can be stacked."""
+    padded = np.zeros((*cut.shape[:-2], side, side), dtype=cut.dtype)
+    padded[..., : cut.shape[-2], : cut.shape[-1]] = cut
+    return padded

@@ -1,8 +1,8 @@
-"""Images with truth: what there is of them, and where each is found again.
+"""Labelled images: listing, splitting, decoding and caching.
 
-Every shard is looked at once before training begins: what cannot be used is told by name then,
-and the order of an epoch follows from counts alone. Decoded images stay in memory while there is
-room.
+Every shard is scanned once before the first step (``scan.py``): unusable images are reported then,
+and the order of an epoch (``feed.py``) follows from the image counts of shards alone. Decoded
+images stay in memory up to a limit.
 """
 
 import hashlib
@@ -24,41 +24,45 @@ from unet_core.networks.header import Header
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]
+"""Split, shard, and position among the images of the split in the shard."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A decoded image in memory with its truth, and what its boundaries weigh."""
+    """A decoded image in memory with its labels and boundary term."""
 
     decoded: DecodedImage
     labels_HW: Array
-    """Class ids and ``ignore_index``."""
+    """Class ids and ``ignore_index``, uint8 or uint16."""
     boundary_HW: Array | None = None
-    """float16; None where the loss has no use for it."""
+    """Boundary term (see ``boundary.py``), float16; None if the loss does not use it."""
 
     @property
     def image_id(self) -> str:
-        """Whose image it is."""
+        """Id of the image, as in the tables of a run."""
         return self.decoded.sample.image_id
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
-        boundary = 0 if self.boundary_HW is None else self.boundary_HW.nbytes
-        return self.decoded.pixels.held_bytes + self.labels_HW.nbytes + boundary
+        """Bytes in memory."""
+        arrays = (self.labels_HW, self.boundary_HW)
+        return self.decoded.pixels.held_bytes + sum(a.nbytes for a in arrays if a is not None)
 
 
 class LabelledInput:
-    """One input of ``[data]``."""
+    """The images of ``data.train`` or ``data.val``: listed when created, decoded on demand.
+
+    Creation raises ConfigError or StoreError, with the full key, for an input that cannot be used.
+    """
 
     def __init__(
         self, name: str, config: LabelledConfig, whole: TrainConfig, header: Header
     ) -> None:
         self.name = f"data.{name}"
         self.config = config
-        alone = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
+        single = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
         try:
-            self.source = open_source(alone, whole.storage)
+            self.source = open_source(single, whole.storage)
             self.shards = list(list_shards(self.source))
             if not config.instances:
                 config.require_free_ignore_index(len(header.class_names))
@@ -69,9 +73,9 @@ class LabelledInput:
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
     def decode(self, sample: Sample) -> list[Labelled]:
-        """One image, or one for each page that is expanded.
+        """Decode a sample to one image, or to one for each page if pages are expanded.
 
-        Raises ConfigError that names what cannot be used: training on what is left would hide it.
+        Raises ConfigError for an image or mask that cannot be used: skipping it would hide it.
         """
         images = []
         for image in self._decoder.decode(sample):
@@ -81,13 +85,13 @@ class LabelledInput:
                 if isinstance(image.truth, ImageError):
                     raise image.truth
                 images.append(self._in_memory(image))
-            except ImageError as error:  # also of a window that is only read now
+            except ImageError as error:  # also from pixels that are only read now
                 text = str(error).replace("input.", f"{self.name}.")
                 raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from error
         return images
 
     def _in_memory(self, image: DecodedImage) -> Labelled:
-        """The image without windows; raises ConfigError for one that is too large to be held."""
+        """Read all pixels and labels; raises ConfigError for more than ``max_pixels``."""
         config, (height, width) = self.config, image.pixels.shape
         if height * width > config.max_pixels:
             raise ConfigError(
@@ -107,14 +111,17 @@ class LabelledInput:
                 objects_HW = objects_of(labels_HW, config.ignore_index)
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels = Pixels.of(image.pixels.whole())
-        kept = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
-        return Labelled(kept, labels_HW, boundary_HW)
+        decoded = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
+        return Labelled(decoded, labels_HW, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
-        """Class ids, as small as they go; of objects, one class and what was said to be ignored."""
+        """Convert mask values to class ids, uint8 if they fit, else uint16.
+
+        Object ids become class 1, except an ``ignore_index`` that the config names explicitly.
+        """
         if self.config.instances:
-            ignored = "ignore_index" in self.config.model_fields_set
-            is_ignored = (stored_HW == self.config.ignore_index) & ignored
+            is_explicit = "ignore_index" in self.config.model_fields_set
+            is_ignored = (stored_HW == self.config.ignore_index) & is_explicit
             ignore_index = np.uint16(self.config.ignore_index)
             stored_HW = np.where(is_ignored, ignore_index, (stored_HW > 0).astype(np.uint16))
         fits = int(stored_HW.max(initial=0)) < 256
@@ -122,54 +129,58 @@ class LabelledInput:
 
 
 @dataclass
-class Memory:
-    """Decoded images that are kept until the room is used up."""
+class ImageCache:
+    """Decoded images in memory, added until the room is used up and never evicted."""
 
     room: int
-    kept: dict[Key, Labelled] = field(default_factory=dict)
+    """Bytes that are left."""
+    images: dict[Key, Labelled] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def keep(self, key: Key, image: Labelled) -> None:
-        """Keep an image if it fits."""
+    def add(self, key: Key, image: Labelled) -> None:
+        """Add an image if it fits; thread-safe."""
         with self._lock:
-            if key not in self.kept and image.nbytes <= self.room:
+            if key not in self.images and image.nbytes <= self.room:
                 self.room -= image.nbytes
-                self.kept[key] = image
+                self.images[key] = image
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image that is there to be had: decoded already, or to be decoded."""
+    """An image of a split, not decoded yet (Sample) or decoded (Labelled)."""
 
     key: Key
-    """Split, shard, and position among the images of the split in the shard."""
-    found: Sample | Labelled
+    image: Sample | Labelled
 
 
 @dataclass
 class Split:
-    """The images of an input that serve one purpose."""
+    """The images of an input that are used for training, or for validation."""
 
     name: str
+    """``train`` or ``val``."""
     input: LabelledInput
-    memory: Memory
+    cache: ImageCache
     low: float = 0.0
+    """The split holds the images whose ``share_of`` is in [low, high)."""
     high: float = 1.0
-    """Those whose ids have a share in [low, high)."""
     counts: list[int] = field(default_factory=list)
-    """Images in each shard; known once all were looked at."""
+    """Images in each shard; empty before the scan."""
 
     @property
     def images(self) -> int:
-        """Images of all shards."""
+        """Number of images in all shards."""
         return sum(self.counts)
 
     def items(self, shard: int, positions: Iterable[int]) -> Iterator[Item]:
-        """The images of a shard at some positions, in its order."""
+        """Yield the images of a shard at the given positions, in ascending order.
+
+        The shard is not read if all of them are in the cache.
+        """
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
-        kept = [self.memory.kept[key] for key in keys if key in self.memory.kept]
-        if len(kept) == len(keys):
-            yield from map(Item, keys, kept)
+        cached = [self.cache.images[key] for key in keys if key in self.cache.images]
+        if len(cached) == len(keys):
+            yield from map(Item, keys, cached)
             return
         wanted = set(keys)
         for item in read_items([self], shard):
@@ -179,31 +190,31 @@ class Split:
                 return
 
     def load(self, item: Item) -> Labelled:
-        """The decoded image; raises ConfigError if it cannot be used."""
-        image = self.memory.kept.get(item.key)
-        if image is None:
-            found = item.found
-            image = found if isinstance(found, Labelled) else self.input.decode(found)[0]
-            self.memory.keep(item.key, image)
+        """Return the decoded image and cache it; raises ConfigError if it cannot be used."""
+        image = self.cache.images.get(item.key, item.image)
+        if isinstance(image, Sample):
+            image = self.input.decode(image)[0]
+        self.cache.add(item.key, image)
         return image
 
 
 @dataclass
 class DatasetScan:
-    """What was found when all were looked at; ``a += b`` adds what another found."""
+    """Counts and problems of some or all images; ``a += b`` merges two scans."""
 
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By split and shard."""
+    """Number of images by split and shard."""
     label_pixels: Counter[int] = field(default_factory=Counter)
     """Training pixels of each class id, and of ``ignore_index``."""
     without_mask: list[str] = field(default_factory=list)
-    """Where that is refused."""
+    """Images without a mask in inputs with ``on_missing_mask = "refuse"``."""
     unusable: list[str] = field(default_factory=list)
+    """Error messages of images that cannot be used."""
     lowest_share: float = 1.0
-    """Of all images."""
+    """Lowest ``share_of`` of all images."""
 
     def of(self, split: str) -> int:
-        """Images of a split."""
+        """Count the images of a split."""
         return sum(count for (name, _), count in self.images.items() if name == split)
 
     def __iadd__(self, other: "DatasetScan") -> "DatasetScan":
@@ -216,48 +227,54 @@ class DatasetScan:
 
 
 Splits = tuple[Split, Split]
-"""For training and for validation."""
+"""The training split and the validation split."""
 
 
 def share_of(image_id: str) -> float:
-    """A number in [0, 1) that an id has for ever."""
+    """Hash an image id to a number in [0, 1), which decides its split."""
     return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
 
 
 def digest_of(image_id: str) -> bytes:
-    """What an image's fate is drawn from."""
+    """Return the SHA-256 of an image id; its split and the seed of its crops derive from it."""
     return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
 
 
 def split_at(splits: Splits, at: float) -> None:
-    """Let the images of one input whose ids have a smaller share validate, the others train."""
+    """Divide one input anew: ids with a share below ``at`` validate, the others train.
+
+    Empties the cache, because keys depend on the division.
+    """
     train, val = splits
     train.low = val.high = at
-    memory = train.memory  # of both; positions in a split are others now
-    memory.room += sum(image.nbytes for image in memory.kept.values())
-    memory.kept = {}
+    cache = train.cache  # of both splits
+    cache.room += sum(image.nbytes for image in cache.images.values())
+    cache.images = {}
 
 
-def read_items(splits: list[Split], shard: int, found: DatasetScan | None = None) -> Iterator[Item]:
-    """The images of a shard, each for the one of the splits (of one input) that holds it.
+def read_items(
+    splits: list[Split], shard: int, problems: DatasetScan | None = None
+) -> Iterator[Item]:
+    """Read a shard and yield its images that belong to any of the splits, all of one input.
 
-    Raises ConfigError for a file of pages that cannot be used, unless it is noted in ``found``.
+    Images without a mask, and files of pages that cannot be used, are added to ``problems``;
+    without it, the latter raise ConfigError.
     """
     source = splits[0].input
     expands = source.config.pages == "expand"
     positions = Counter[str]()
     for sample in read_shard(source.source, source.shards[shard]):
-        has_none = sample.read_mask is None and sample.failure is None
-        if has_none and source.config.on_missing_mask != "background":
-            if found is not None and source.config.on_missing_mask == "refuse":
-                found.without_mask.append(f"{source.name}: {sample.image_id}")
+        lacks_mask = sample.read_mask is None and sample.failure is None
+        if lacks_mask and source.config.on_missing_mask != "background":
+            if problems is not None and source.config.on_missing_mask == "refuse":
+                problems.without_mask.append(f"{source.name}: {sample.image_id}")
             continue
         try:
             images = source.decode(sample) if expands else [sample]
         except ConfigError as error:
-            if found is None:
+            if problems is None:
                 raise
-            found.unusable.append(str(error))
+            problems.unusable.append(str(error))
             continue
         for image in images:
             share = share_of(image.image_id)
@@ -267,14 +284,14 @@ def read_items(splits: list[Split], shard: int, found: DatasetScan | None = None
                     positions[split.name] += 1
 
 
-def open_splits(config: TrainConfig, header: Header, memory: Memory) -> Splits:
-    """Training and validation images, listed but not yet looked at.
+def open_splits(config: TrainConfig, header: Header, cache: ImageCache) -> Splits:
+    """List the training and validation images, without reading them.
 
-    Without ``data.val`` a share of the training images, by a hash of the id, is for validation.
+    Without ``data.val``, ``val_fraction`` of the training images, chosen by ``share_of``, validate.
     """
     inputs = {
         name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()
     }
     train, val = inputs[TRAIN], inputs.get(VAL)
     low, high = (0.0, 1.0) if val is not None else (config.data.val_fraction,) * 2
-    return Split(TRAIN, train, memory, low=low), Split(VAL, val or train, memory, high=high)
+    return Split(TRAIN, train, cache, low=low), Split(VAL, val or train, cache, high=high)

@@ -1,8 +1,8 @@
-"""Which images come when in an epoch, and their crops ahead of the device.
+"""The order of images in an epoch, and the loading of their crops ahead of the device.
 
-An epoch has as many slots as a global batch has places, each a stream of images. A slot depends on
-the seed, the epoch and its number alone. A step takes one image from each slot; ranks own slots. So
-any number of ranks sees the same images in the same steps.
+A slot is a place of the global batch: a stream of images that depends on the seed, the epoch and
+the slot's number alone. A step takes one image from each slot, and each slot belongs to one rank.
+So the images of a step do not depend on the number of ranks.
 """
 
 import itertools
@@ -20,25 +20,26 @@ from unet_core.arrays import Array
 from unet_core.concurrency import Prefetch
 from unet_core.config.train import FitConfig, TrainConfig
 from unet_core.errors import UnetJobsError
-from unet_core.training.augment import Examples, augmented, nothing
+from unet_core.training.augment import Examples, augmented, no_examples
 from unet_core.training.crops import Crop, CropShape, draw
 from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 
 AHEAD_STEPS = 4
+"""Steps whose crops are prefetched: enough to bridge a slow image."""
 AHEAD_BYTES = 2**29
-SHUFFLED = 256
-"""Images, over all slots, among which the next is drawn; fewer than an epoch, so that those of one
-shard are read soon after each other."""
+"""Memory for prefetched crops of a rank: 512 MiB, little beside the decoded images."""
+SHUFFLE_BUFFER = 256
+"""Images in the shuffle buffers of all slots; small, so that a shard is read within few steps."""
 
 Entry = tuple[int, Item]
-"""A round, and an image."""
+"""The round (from 0 to ``crops_per_image`` − 1) and the image of a crop."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """An epoch: all shards of a split in a random order, ``crops_per_image`` times, cut into equal
-    slots, one for each place of a batch.
+    """The order of images in an epoch: all shards of a split in a random order, once per round, cut
+    into equal contiguous slots.
     """
 
     config: FitConfig
@@ -47,78 +48,82 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """The length of the longest slot; the others are at most one image shorter."""
+        """Length of the longest slot; the others are at most one image shorter."""
         return -(-self._total // self.config.batch)
 
     def present(self, slots: range, step: int) -> int:
-        """How many of some slots have an image for a step."""
+        """Count the given slots that still have an image in a step."""
         return sum(self._start(slot + 1) - self._start(slot) > step for slot in slots)
 
     def streams(self, slots: range, skip: int) -> Iterator[list[Entry | None]]:
-        """Step by step, after ``skip`` of them, what slots have; None for one that has ended."""
-        there = np.flatnonzero(self.split.counts)
+        """Yield one entry per slot for each step from ``skip`` on; None if a slot has ended."""
+        nonempty = np.flatnonzero(self.split.counts)
         shards = [
             (round_, int(shard))
             for round_ in range(self.config.crops_per_image)
-            for shard in self._random(round_).permutation(there)
+            for shard in self._random(round_).permutation(nonempty)
         ]
         ends = np.cumsum([self.split.counts[shard] for _, shard in shards])
         streams = [self._slot(slot, shards, ends) for slot in slots]
         for step in range(self.steps):
-            drawn = [next(stream, None) for stream in streams]
+            entries = [next(stream, None) for stream in streams]
             if step >= skip:
-                yield drawn
+                yield entries
 
     @cached_property
-    def _total(self) -> int:  # of millions of shards, for every place of every step
+    def _total(self) -> int:  # sums over all shards, and is used for every slot of every step
         return self.split.images * self.config.crops_per_image
 
     def _start(self, slot: int) -> int:
         return self._total * slot // self.config.batch
 
-    def _random(self, *of: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.epoch, *of])
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.epoch, *key])
 
     def _slot(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One slot's images, shuffled among those that are near."""
+        """Yield a slot's entries, shuffled with a buffer."""
         random = self._random(slot, self.config.crops_per_image)
         entries = self._cut(slot, shards, ends)
-        waiting = list(itertools.islice(entries, max(1, SHUFFLED // self.config.batch)))
-        while waiting:
-            at = int(random.integers(len(waiting)))
-            waiting[at], waiting[-1] = waiting[-1], waiting[at]
-            yield waiting.pop()
-            waiting += itertools.islice(entries, 1)
+        buffer = list(itertools.islice(entries, max(1, SHUFFLE_BUFFER // self.config.batch)))
+        while buffer:
+            chosen = int(random.integers(len(buffer)))
+            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+            yield buffer.pop()
+            buffer += itertools.islice(entries, 1)
 
     def _cut(self, slot: int, shards: list[tuple[int, int]], ends: Array) -> Iterator[Entry]:
-        """One slot's part of all images by shard; of a shard that slots share, some at random."""
+        """Yield a slot's entries in the order of ``shards``; ``ends`` holds cumulated image counts.
+
+        A shard at the border of slots is divided among them at random.
+        """
         start, stop = self._start(slot), self._start(slot + 1)
-        for at in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
-            round_, shard = shards[at]
+        for index in range(int(np.searchsorted(ends, start, side="right")), len(shards)):
+            round_, shard = shards[index]
             count = self.split.counts[shard]
-            first = int(ends[at]) - count
+            first = int(ends[index]) - count
             if first >= stop:
                 return
-            here = slice(max(start - first, 0), min(stop - first, count))
-            drawn = self._random(round_, shard).permutation(count)[here]
-            for item in self.split.items(shard, drawn):
+            share = slice(max(start - first, 0), min(stop - first, count))
+            positions = self._random(round_, shard).permutation(count)[share]
+            for item in self.split.items(shard, positions):
                 yield round_, item
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's part of one step."""
+    """The training data of one step on one rank."""
 
     pieces: list[Examples]
+    """One per forward pass: ``train.accumulate``, or fewer in a small last step."""
     waiting_s: float
-    """Seconds until the last crop was drawn."""
+    """Seconds spent waiting for the last prefetched crop."""
     error: UnetJobsError | None = None
-    """Why an image of it is missing."""
+    """The error of an image that could not be loaded; its crop and later ones are missing."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Draws crops on threads, and augments them on the device."""
+    """The data loader of a rank: draws crops on threads and augments them on the device."""
 
     config: TrainConfig
     split: Split
@@ -128,11 +133,15 @@ class Feed:
     pool: ThreadPoolExecutor
 
     def steps(self, order: Order, ranks: Ranks, skip: int) -> Generator[StepBatch, None, None]:
-        """What a rank's slots give, step by step, after the first ``skip`` steps; close it."""
-        batch, everyone = order.config.batch, (replace(ranks, rank=n) for n in range(ranks.count))
-        slots, of_all = ranks.slots(batch), [one.slots(batch) for one in everyone]
-        streams = order.streams(slots, skip)
-        entries = (entry for drawn in streams for entry in drawn if entry is not None)
+        """Yield the batches of a rank's slots, step by step from ``skip`` on.
+
+        The caller must close the generator, which stops the prefetching.
+        """
+        batch = order.config.batch
+        slots_of_ranks = [replace(ranks, rank=n).slots(batch) for n in range(ranks.count)]
+        slots = slots_of_ranks[ranks.rank]
+        per_step = order.streams(slots, skip)
+        entries = (entry for step in per_step for entry in step if entry is not None)
 
         def crop(entry: Entry) -> Crop:
             round_, item = entry
@@ -143,21 +152,23 @@ class Feed:
         with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, order.steps):
-                # on every rank alike, and none is empty everywhere
-                most = max(order.present(some, step) for some in of_all)
+                # as many forward passes on every rank, since DDP synchronises each last one
+                most = max(order.present(some, step) for some in slots_of_ranks)
                 pieces = min(self.config.train.accumulate, most)
-                yield self._fed(itertools.islice(crops, order.present(slots, step)), pieces)
+                present = order.present(slots, step)
+                yield self._step_batch(itertools.islice(crops, present), pieces)
 
-    def _fed(self, crops: Iterator[Crop], pieces: int) -> StepBatch:
+    def _step_batch(self, prefetched: Iterator[Crop], pieces: int) -> StepBatch:
+        """Wait for the crops of a step; augment them in ``pieces`` parts of nearly equal size."""
         started = time.perf_counter()
-        drawn, error = list[Crop](), None
+        crops, error = list[Crop](), None
         try:
-            drawn += crops
+            crops += prefetched
         except UnetJobsError as raised:
             error = raised
         waiting_s = time.perf_counter() - started
-        ends = [len(drawn) * at // pieces for at in range(pieces + 1)]
-        cut = (drawn[start:stop] for start, stop in itertools.pairwise(ends))
-        none = nothing(self.shape, self.channels, self.device)
-        made = [augmented(some, self.shape, self.device) if some else none for some in cut]
-        return StepBatch(made, waiting_s, error)
+        ends = [len(crops) * n // pieces for n in range(pieces + 1)]
+        parts = (crops[start:stop] for start, stop in itertools.pairwise(ends))
+        empty = no_examples(self.shape, self.channels, self.device)
+        examples = [augmented(part, self.shape, self.device) if part else empty for part in parts]
+        return StepBatch(examples, waiting_s, error)

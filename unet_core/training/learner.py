@@ -1,4 +1,4 @@
-"""The network on its way: weights, optimiser, running mean; one step, and all of it as tensors."""
+"""Network and optimizer: one optimizer step, and their state as tensors for checkpoints."""
 
 import math
 from collections import defaultdict
@@ -27,17 +27,18 @@ from unet_core.training.ranks import Ranks
 
 
 class StepResult(NamedTuple):
-    """What one rank saw of an optimiser step."""
+    """Result of an optimizer step on one rank."""
 
     image_ids: list[list[str]]
+    """Image ids of each piece."""
     losses: list[float]
-    """Its part of the loss; both by piece."""
+    """Share of each piece in the loss of the global batch."""
     is_finite: bool
-    """Whether the gradient is, on every rank alike; if not, the weights stay as they are."""
+    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged."""
 
 
 class Learner:
-    """A network with its optimiser, the same on every rank."""
+    """A network with its optimizer and EMA weights, kept equal on all ranks by DDP."""
 
     def __init__(
         self, network: nn.Module, loss: Loss, config: FitConfig, device: torch.device, ranks: Ranks
@@ -45,7 +46,7 @@ class Learner:
         self._config, self.loss, self._ranks = config, loss, ranks
         self.device = device
         if ranks.count > 1 and device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # torch has no types for these
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # untyped in torch
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
         norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
         self._frozen = list(norms) if config.freeze_norm else []
@@ -53,25 +54,26 @@ class Learner:
             norm.requires_grad_(False)
         if config.compile:
             self.network.compile()
-        self._parallel = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
+        self._ddp = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
         self._optimizer = _optimizer(self.network, config)
-        self._mean: AveragedModel | None = None
+        self._ema: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-            self._mean = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+            self._ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self._autocast = precision(config, device)
 
     @property
-    def kept(self) -> nn.Module:
-        """The network that is evaluated and kept: the running mean, if there is one."""
-        return self._mean.module if self._mean is not None else self.network
+    def eval_network(self) -> nn.Module:
+        """The network that is validated and published: with EMA weights if ``train.ema`` is set."""
+        return self._ema.module if self._ema is not None else self.network
 
     def step(
         self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
     ) -> StepResult:
-        """Take one optimiser step, unless the gradient is not finite.
+        """Take one optimizer step, unless the gradient is not finite.
 
-        ``seed``: of dropout; of the run, the step and the rank, so that nothing need be kept.
+        ``counts`` are those of the global batch, ``rate`` is the learning rate, ``seed`` that of
+        dropout: derived from the step and the rank, so checkpoints need no random state.
         """
         torch.manual_seed(seed)
         self.network.train()
@@ -80,40 +82,45 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        parts = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
-        longest = self._config.clip_norm or math.inf
-        length = nn.utils.clip_grad_norm_(self.network.parameters(), longest)
-        is_finite = bool(length.isfinite())
+        losses = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
+        max_norm = self._config.clip_norm or math.inf
+        gradient_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
+        is_finite = bool(gradient_norm.isfinite())
         if is_finite:
             self._optimizer.step()
-            if self._mean is not None:
-                self._mean.update_parameters(self.network)
+            if self._ema is not None:
+                self._ema.update_parameters(self.network)
         ids = [piece.image_ids for piece in pieces]
-        return StepResult(ids, [part.item() for part in parts], is_finite)
+        return StepResult(ids, [loss.item() for loss in losses], is_finite)
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
-        """Add a piece's gradient; ranks exchange theirs with the last one."""
-        if isinstance(self._parallel, DistributedDataParallel):
-            self._parallel.require_backward_grad_sync = is_last
+        """Accumulate a piece's gradient and return its loss, a scalar.
+
+        The backward pass of the last piece synchronises the gradients of all ranks.
+        """
+        if isinstance(self._ddp, DistributedDataParallel):
+            self._ddp.require_backward_grad_sync = is_last
         # ranks with and without images exchange statistics of BatchNorm in one precision
         is_low = self._autocast is not None and len(piece.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
-            logits_NKHW = self._parallel(piece.images_NCHW)
-        part = self.loss.part(logits_NKHW, piece, counts)
-        (part * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
-        return part.detach()
+            logits_NKHW = self._ddp(piece.images_NCHW)
+        loss = self.loss.part(logits_NKHW, piece, counts)
+        (loss * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
+        return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that another process needs to go on, by name, on the CPU."""
-        found = {f"network.{name}": t for name, t in self.network.state_dict().items()}
-        if self._mean is not None:
-            found |= {f"mean.{name}": t for name, t in self._mean.state_dict().items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            found |= {f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
-        return {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
+        """Copy the state of network, EMA and optimizer to the CPU, by name."""
+        state = {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        if self._ema is not None:
+            state |= {f"mean.{name}": t for name, t in self._ema.state_dict().items()}
+        for index, buffers in self._optimizer.state_dict()["state"].items():
+            state |= {
+                f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in buffers.items()
+            }
+        return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on where ``tensors`` were taken; raises CheckpointError if they do not fit."""
+        """Load the state that ``tensors()`` returned; raises CheckpointError if it does not fit."""
         parts, state = defaultdict[str, Any](dict), defaultdict[int, Any](dict)
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
@@ -123,22 +130,24 @@ class Learner:
             state[int(index)][key] = tensor
         try:
             self.network.load_state_dict(parts["network"])
-            if self._mean is not None:
-                self._mean.load_state_dict(parts["mean"])
+            if self._ema is not None:
+                self._ema.load_state_dict(parts["mean"])
             self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            reason = f"the checkpoint does not fit this network: {one_line(error)}"
-            raise CheckpointError(reason) from error
-        for weight, kept in self._optimizer.state.items():
-            for name, tensor in kept.items():
-                if tensor.shape == weight.shape:  # laid out as before: a fused step relies on it
-                    kept[name] = torch.empty_like(weight).copy_(tensor)
+            raise CheckpointError(
+                f"the checkpoint does not fit this network: {one_line(error)}"
+            ) from error
+        for weight, buffers in self._optimizer.state.items():
+            for name, tensor in buffers.items():
+                if tensor.shape == weight.shape:  # fused steps need the memory layout of the weight
+                    buffers[name] = torch.empty_like(weight).copy_(tensor)
 
 
 def _optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    """Create the configured optimizer for the weights that are not frozen."""
     weights = [p for p in network.parameters() if p.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
-    # elsewhere torch has something fast by itself; gaps in memory are no matter to the other way
+    # on GPUs torch's default is fast; fused CPU kernels need weights without gaps in memory
     fused = True if all(p.device.type == "cpu" and _is_dense(p) for p in weights) else None
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": partial(torch.optim.SGD, momentum=config.momentum),
@@ -152,8 +161,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def rate_at(step: int, steps: int, config: FitConfig) -> float:
-    """The learning rate of a step: a linear warm-up, then the schedule down to zero at the end."""
+def learning_rate_at(step: int, steps: int, config: FitConfig) -> float:
+    """Compute the learning rate of a step (from 0): a linear warm-up, then the schedule."""
     warm = round(steps * config.warmup)
     if step < warm:
         return config.learning_rate * (step + 1) / (warm + 1)
@@ -163,17 +172,17 @@ def rate_at(step: int, steps: int, config: FitConfig) -> float:
 
 
 def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
-    """What activations are computed in, if not in float32."""
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wants = config.precision == "bfloat16" or (config.precision == "auto" and has_it)
-    return torch.bfloat16 if wants else None
+    """Return the dtype for autocast, or None for float32."""
+    is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_wanted = config.precision == "bfloat16" or (config.precision == "auto" and is_supported)
+    return torch.bfloat16 if is_wanted else None
 
 
 def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
-    """A network with initial weights, or with those of ``model.checkpoint``; the same for the same
-    seed.
+    """Create the network with initial weights or those of ``model.checkpoint``, and its header; the
+    same for the same seed.
 
-    Raises ConfigError for classes or a crop that it cannot give.
+    Raises ConfigError for classes or a crop size that the network does not support.
     """
     torch.manual_seed(config.train.seed)
     model = config.model
@@ -196,7 +205,10 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
 
 
 def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
-    """Somebody's weights; where other classes are named, the last layer begins anew."""
+    """Load ``model.checkpoint``; for another number of classes the last layer is initialised anew.
+
+    Raises ConfigError if that is not possible, CheckpointError for an unusable file.
+    """
     model = config.model
     network, header = checkpoint.load(
         model.checkpoint, storage=config.storage, factory=model.factory
@@ -213,7 +225,7 @@ def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
             f"{len(header.class_names)}, and only U-Nets of presets get a new last layer"
         )
     spec = replace(header.network, classes=1 if len(names) == 2 else len(names))
-    wider, kept = build(spec), network.state_dict()
-    fitting = {n: kept[n] for n, t in wider.state_dict().items() if kept[n].shape == t.shape}
-    wider.load_state_dict(fitting, strict=False)
-    return wider, replace(header, network=spec, class_names=names, palette=())
+    new, old = build(spec), network.state_dict()
+    fitting = {n: old[n] for n, t in new.state_dict().items() if old[n].shape == t.shape}
+    new.load_state_dict(fitting, strict=False)
+    return new, replace(header, network=spec, class_names=names, palette=())

@@ -1,8 +1,8 @@
-"""What is minimised: a weighted sum of losses on logits NKHW and class ids NHW.
+"""The loss: a weighted sum of terms on logits NKHW and class ids NHW.
 
-Losses over pixels are divided by the pixels that count, losses over crops by the crops, both of
-the whole global batch; so a batch may be computed in any number of pieces on any number of ranks,
-and the pieces add up.
+Terms over pixels are divided by the number of valid pixels (those without ``ignore_index``), terms
+over crops by the number of crops with valid pixels, both of the whole global batch. So the losses
+of its pieces add up, however a batch is split into pieces and ranks.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from unet_core.config.train import LossConfig
 from unet_core.training.augment import Examples
 
 SMOOTH = 0.5
-"""Pixels added to overlap and union of a crop, so that an absent class gives a number."""
+"""Pixels added to numerator and denominator, so that the index of an absent class is defined."""
 
 
 def cross_entropy(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
-    """−log p of the true class of each pixel, NHW; binary if there is one logit."""
+    """Compute −log p of the true class of each pixel, NHW; binary if there is one logit."""
     if logits_NKHW.shape[1] == 1:
         return bce(logits_NKHW, labels_NHW)
     return F.cross_entropy(logits_NKHW, labels_NHW, reduction="none")
 
 
 def bce(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
-    """Mean over the logits of the binary cross-entropy of each class against all others, NHW."""
+    """Compute the binary cross-entropy of each class against the others, mean over classes, NHW."""
     target_NKHW = one_hot(logits_NKHW, labels_NHW)
     each = F.binary_cross_entropy_with_logits(logits_NKHW, target_NKHW, reduction="none")
     return each.mean(dim=1)
@@ -43,15 +43,15 @@ def focal(logits_NKHW: Tensor, labels_NHW: Tensor, gamma: float) -> Tensor:
 
 
 def tversky(
-    logits_NKHW: Tensor, labels_NHW: Tensor, counted_NHW: Tensor, alpha: float, beta: float
+    logits_NKHW: Tensor, labels_NHW: Tensor, is_valid_NHW: Tensor, alpha: float, beta: float
 ) -> Tensor:
-    """1 − mean over the foreground classes of TP / (TP + α FP + β FN) with soft counts, for each
+    """Compute 1 − mean over foreground classes of TP / (TP + α FP + β FN) with soft counts for each
     crop, N (Salehi et al. 2017, arXiv 1706.05721, eq. 3). α = β = ½ is Dice, α = β = 1 is IoU.
     """
     is_one = logits_NKHW.shape[1] == 1
     p_NKHW = torch.sigmoid(logits_NKHW) if is_one else torch.softmax(logits_NKHW, dim=1)[:, 1:]
     target_NKHW = one_hot(logits_NKHW, labels_NHW)[:, 0 if is_one else 1 :]
-    p_NKHW, target_NKHW = p_NKHW * counted_NHW[:, None], target_NKHW * counted_NHW[:, None]
+    p_NKHW, target_NKHW = p_NKHW * is_valid_NHW[:, None], target_NKHW * is_valid_NHW[:, None]
     overlap_NK = (p_NKHW * target_NKHW).sum(dim=(2, 3))
     fp_NK = p_NKHW.sum(dim=(2, 3)) - overlap_NK
     fn_NK = target_NKHW.sum(dim=(2, 3)) - overlap_NK
@@ -60,42 +60,42 @@ def tversky(
 
 
 def one_hot(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
-    """1 where a logit's class is the true one, of the logits' shape; one logit is class 1."""
+    """Encode class ids as 0 or 1 per logit, NKHW; a single logit stands for class 1."""
     logits = logits_NKHW.shape[1]
     classes = torch.arange(logits, device=labels_NHW.device) + (logits == 1)
     return (labels_NHW[:, None] == classes[None, :, None, None]).to(logits_NKHW.dtype)
 
 
 class BatchCounts(NamedTuple):
-    """What a batch holds, or a piece of it."""
+    """Sizes of a batch, or of a piece of it; floats, to be summed over ranks."""
 
     pixels: float
-    """Those that count."""
+    """Valid pixels: all but ``ignore_index``."""
     crops: float
-    """Those with pixels that count."""
+    """Crops with at least one valid pixel."""
     images: float
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The configured sum."""
+    """The weighted sum of the terms that the config asks for."""
 
     config: LossConfig
     ignore_index: int
     class_weights: list[float] | None
-    """Of the pixels of each class, if they differ."""
+    """Weight of the pixels of each class; None: 1 for all."""
 
     def counts(self, examples: Examples) -> BatchCounts:
-        """Of this piece."""
-        counted_NHW = examples.labels_NHW != self.ignore_index
-        crops = float(counted_NHW.flatten(1).any(dim=1).sum())
-        return BatchCounts(float(counted_NHW.sum()), crops, float(len(counted_NHW)))
+        """Count the valid pixels, the crops with valid pixels, and all crops."""
+        is_valid_NHW = examples.labels_NHW != self.ignore_index
+        crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
+        return BatchCounts(float(is_valid_NHW.sum()), crops, float(len(is_valid_NHW)))
 
     def part(self, logits_NKHW: Tensor, examples: Examples, batch: BatchCounts) -> Tensor:
-        """This piece's part of the loss of a batch over all ranks."""
-        counted_NHW = examples.labels_NHW != self.ignore_index
-        labels_NHW = examples.labels_NHW.masked_fill(~counted_NHW, 0)
-        weights_NHW = self._weights(labels_NHW, counted_NHW, examples.boundary_NHW)
+        """Compute a piece's share of the loss, a scalar; ``batch`` holds counts over all ranks."""
+        is_valid_NHW = examples.labels_NHW != self.ignore_index
+        labels_NHW = examples.labels_NHW.masked_fill(~is_valid_NHW, 0)
+        weights_NHW = self._weights(labels_NHW, is_valid_NHW, examples.boundary_NHW)
         logits_NKHW = logits_NKHW.float()
         total, config = logits_NKHW.new_zeros(()), self.config
         for weight, pixel_loss in (
@@ -106,37 +106,40 @@ class Loss:
             if weight:
                 each_NHW = pixel_loss(logits_NKHW, labels_NHW)
                 total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.pixels, 1)
-        has_pixels_N = counted_NHW.flatten(1).any(dim=1)
+        has_valid_N = is_valid_NHW.flatten(1).any(dim=1)
         for weight, alpha, beta in (
             (config.dice, 0.5, 0.5),
             (config.jaccard, 1.0, 1.0),
             (config.tversky, config.tversky_alpha, config.tversky_beta),
         ):
             if weight:
-                each_N = tversky(logits_NKHW, labels_NHW, counted_NHW, alpha, beta)
-                total = total + weight * (each_N * has_pixels_N).sum() / max(batch.crops, 1)
+                each_N = tversky(logits_NKHW, labels_NHW, is_valid_NHW, alpha, beta)
+                total = total + weight * (each_N * has_valid_N).sum() / max(batch.crops, 1)
         return total
 
     def _weights(
-        self, labels_NHW: Tensor, counted_NHW: Tensor, boundary_NHW: Tensor | None
+        self, labels_NHW: Tensor, is_valid_NHW: Tensor, boundary_NHW: Tensor | None
     ) -> Tensor:
-        """w(x) = w_c(x) + w0 · boundary term (Ronneberger et al. 2015, eq. 2); 0 where ignored."""
-        weights_NHW = counted_NHW.float()
+        """Compute w(x) = w_c(x) + w0 · boundary term (Ronneberger et al. 2015, eq. 2), NHW; 0 where
+        ignored.
+        """
+        weights_NHW = is_valid_NHW.float()
         if self.class_weights is not None:
             of_class = torch.tensor(self.class_weights, device=labels_NHW.device)
             weights_NHW = weights_NHW * of_class[labels_NHW]
         if boundary_NHW is not None:
-            weights_NHW = weights_NHW + self.config.boundary * boundary_NHW * counted_NHW
+            weights_NHW = weights_NHW + self.config.boundary * boundary_NHW * is_valid_NHW
         return weights_NHW
 
 
 def class_weights(config: LossConfig, classes: int, pixels: list[int]) -> list[float] | None:
-    """Of the pixels of each class, if they differ; ``pixels``: how many of each the images have.
+    """Return the weight of the pixels of each class, or None if all are 1.
 
-    Balanced ones are inverse to that, 1 in the mean over pixels; 0 for a class that never occurs.
+    ``balanced`` weights are inverse to ``pixels``, the pixels of each class in the training images;
+    their mean over pixels is 1. The weight of a class that never occurs is 0.
     """
     if config.class_weights != "balanced":
         return None if config.class_weights == "none" else config.class_weights
     counts = [*pixels, *[0] * (classes - len(pixels))]
-    there = sum(n > 0 for n in counts)
-    return [sum(counts) / (there * n) if n else 0.0 for n in counts]
+    present = sum(n > 0 for n in counts)
+    return [sum(counts) / (present * n) if n else 0.0 for n in counts]

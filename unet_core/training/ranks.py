@@ -1,4 +1,4 @@
-"""The processes that train together. One process is a group of its own and talks to nobody."""
+"""Collective operations over the processes (ranks) of a training, or on one process alone."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,48 +14,50 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the group. Every method must be called by all ranks alike."""
+    """Rank of this process and size of the group.
+
+    All ranks must call the collective methods in the same order.
+    """
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def joined(cls) -> "Ranks":
-        """The group that torch.distributed has been told of, or this process alone."""
+        """Return the group of torch.distributed, or a group of one if it is not initialised."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes and speaks for all."""
+        """True on rank 0, which alone writes files and reports events."""
         return self.rank == 0
 
     def slots(self, batch: int) -> range:
-        """The places of a global batch that this rank fills."""
+        """Return the slots of a global batch that belong to this rank."""
         return range(self.rank * batch // self.count, (self.rank + 1) * batch // self.count)
 
-    def summed(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, in double precision."""
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum values over all ranks, in double precision."""
         if self.count == 1:
             return values
         is_gpu = distributed.get_backend() == "nccl"
         tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if is_gpu else "cpu")
         distributed.all_reduce(tensor)
-        summed: list[float] = tensor.tolist()
-        return summed
+        return list(tensor.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has, by rank; anything that pickles."""
+        """Collect a picklable value from every rank; the list is in the order of ranks."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
 
     def on_first(self, call: Callable[[], ResultT]) -> ResultT:
-        """What the first rank finds, so that all go by the same; its error is raised on all."""
-        box: list[Any] = [_tried(call) if self.is_first else None]
+        """Call a function on rank 0; all ranks return its result or raise its UnetJobsError."""
+        box: list[Any] = [_caught(call) if self.is_first else None]
         if self.count > 1:
             distributed.broadcast_object_list(box, src=0)
         result, raised = box[0]
@@ -64,21 +66,24 @@ class Ranks:
         return result
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by those of the first rank."""
+        """Overwrite tensors with those of rank 0, in place."""
         if self.count > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
     def on_all(self, call: Callable[[], ResultT]) -> ResultT:
-        """Do what each rank does alone; an error of ours on one is raised on all: nobody waits."""
-        result, error = _tried(call)
-        errors = [found for found in self.gather(error) if found is not None]
+        """Call a function on every rank and return each one's own result.
+
+        A UnetJobsError on one rank is raised on all, so that none waits for the others for ever.
+        """
+        result, error = _caught(call)
+        errors = [e for e in self.gather(error) if e is not None]
         if errors:
             raise errors[0] from error
         return result  # type: ignore[return-value]  # there is one if there is no error
 
 
-def _tried(call: Callable[[], ResultT]) -> tuple[ResultT | None, UnetJobsError | None]:
+def _caught(call: Callable[[], ResultT]) -> tuple[ResultT | None, UnetJobsError | None]:
     try:
         return call(), None
     except UnetJobsError as error:

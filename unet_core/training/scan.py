@@ -1,6 +1,7 @@
-"""Looking at every image once before training: how many there are, and all that is wrong."""
+"""The scan of all images before training: counts per shard, label statistics, and every problem."""
 
 import functools
+import itertools
 import math
 import operator
 from collections import Counter
@@ -21,28 +22,32 @@ from unet_core.training.ranks import Ranks
 from unet_core.training.training_run import TrainingRun
 
 AHEAD = 16
+"""Images that are decoded ahead: some for each thread."""
 SHOWN = 5
+"""Problems that an error message lists; the others are counted."""
 
 
 def scan_dataset(
     splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> DatasetScan:
-    """Look at all images, each rank at its own shards; sets the counts of the splits.
+    """Decode and check all images, each rank its share of shards; sets the counts of the splits.
 
-    Raises ConfigError that names what cannot be used, StoppedError if someone asks for it; on every
-    rank.
+    Raises, on every rank, ConfigError that lists what cannot be used, StoppedError if
+    ``wants_stop`` was true on any rank.
     """
     train, val = splits
     groups = [[train, val]] if train.input is val.input else [[train], [val]]
 
-    def mine() -> DatasetScan:
-        return _sum(_look(group, ranks, pool, wants_stop) for group in groups)
+    def scan_all() -> DatasetScan:
+        parts = ranks.on_all(lambda: [_scan(group, ranks, pool, wants_stop) for group in groups])
+        return _sum(itertools.chain(*ranks.gather(parts)))
 
-    found = _sum(ranks.gather(ranks.on_all(mine)))
+    found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
-        just_above = math.nextafter(found.lowest_share, 1)  # few images: one validates
+        # too few images for val_fraction: one validates
+        just_above = math.nextafter(found.lowest_share, 1)
         dataset.split_at(splits, just_above)
-        found = _sum(ranks.gather(ranks.on_all(mine)))
+        found = scan_all()
     for split in splits:
         shards = range(len(split.input.shards))
         split.counts = [found.images[split.name, shard] for shard in shards]
@@ -50,36 +55,36 @@ def scan_dataset(
     return found
 
 
-def _look(
+def _scan(
     splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> DatasetScan:
-    source, found, left_out = splits[0].input, DatasetScan(), DatasetScan()
+    """Scan this rank's shards of one input, which ``splits`` share."""
+    source, result, problems = splits[0].input, DatasetScan(), DatasetScan()
     by_name = {split.name: split for split in splits}
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.count):
-            yield from dataset.read_items(splits, shard, left_out)
+            yield from dataset.read_items(splits, shard, problems)
 
-    def look(item: Item) -> DatasetScan:
+    def scan_item(item: Item) -> DatasetScan:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return DatasetScan(unusable=[str(error)])
-        seen = DatasetScan(
-            Counter([item.key[:2]]), lowest_share=dataset.share_of(item.found.image_id)
-        )
+        share = dataset.share_of(item.image.image_id)
+        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_share=share)
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
-            seen.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
-        return seen
+            item_scan.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+        return item_scan
 
-    with Prefetch(pool, look, items(), AHEAD) as looked:
-        for seen in looked:
+    with Prefetch(pool, scan_item, items(), AHEAD) as scans:
+        for item_scan in scans:
             if wants_stop():
                 raise StoppedError("stopped while looking at the images")
-            found += seen
-    found += left_out
-    return found
+            result += item_scan
+    result += problems
+    return result
 
 
 def _sum(parts: Iterable[DatasetScan]) -> DatasetScan:
@@ -87,7 +92,7 @@ def _sum(parts: Iterable[DatasetScan]) -> DatasetScan:
 
 
 def _refuse_unusable(found: DatasetScan, train: Split) -> None:
-    """Raise ConfigError for anything that would train another network than was meant."""
+    """Raise ConfigError for unusable images, missing masks, an empty split or a single class."""
     problems = found.unusable[:SHOWN]
     if more := len(found.unusable) - len(problems):
         problems.append(f"and {more} more like these")
@@ -108,51 +113,51 @@ def _refuse_unusable(found: DatasetScan, train: Split) -> None:
 
 
 def _refuse_single_class(found: DatasetScan, ignore_index: int) -> None:
+    """Raise ConfigError, with a hint at ``label_map``, if fewer than two classes occur."""
     labels = [value for value in found.label_pixels if value != ignore_index]
     if len(labels) > 1:
         return
     share = found.label_pixels[ignore_index] / max(1, found.label_pixels.total())
-    way_out = "there is nothing to learn"
+    advice = "there is nothing to learn"
     if share:
-        way_out = (
+        advice = (
             f"{share:.0%} have the value {ignore_index}, which is ignored; if it means a class, "
             f"say data.train.label_map = {{{ignore_index} = 1}}"
         )
     only = labels[0] if labels else "none"
-    raise ConfigError(f"data.train: every pixel that counts is of class {only}; {way_out}")
+    raise ConfigError(f"data.train: every pixel that counts is of class {only}; {advice}")
 
 
 def scan(
     config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
     wants_stop: Callable[[], bool],
 ) -> dict[str, Any]:  # fmt: skip
-    """What ``run.json`` says of the data: looked at now, or recalled from the first session. Sets
-    the counts of the splits; the first rank publishes.
+    """Return the ``data`` of ``run.json`` and set the counts of the splits.
 
-    Raises RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
+    The first session scans the images and publishes both; later ones read them. Raises
+    RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
     """
-    was_counted = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
-    if run.record and was_counted:
+    was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
+    if run.record and was_scanned:
         data: dict[str, Any] = run.record["data"]
         if data["val_below"] < 1:
             dataset.split_at(splits, data["val_below"])
-        ranks.on_all(lambda: run.recall_counts(splits))
+        ranks.on_all(lambda: run.load_counts(splits))
         return data
     found = scan_dataset(splits, ranks, pool, wants_stop)
     train, val = splits
     classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
-    epoch = Order(config.train, train, 0)
     data = {
         TRAIN: train.images,
         VAL: val.images,
         "class_pixels": [found.label_pixels[label] for label in range(classes + 1)],
         "val_below": val.high,
-        "steps": config.train.steps or config.train.epochs * epoch.steps,
+        "steps": config.train.steps or config.train.epochs * Order(config.train, train, 0).steps,
     }
 
     def publish() -> dict[str, Any]:
         if not run.record:
-            run.create_or_join(config, data)
+            run.create(config, data)
         elif run.record["data"] != data:
             raise RunMismatchError(
                 f"{run.store.uri()}: the images changed since the training began; restore them, or "

@@ -1,8 +1,7 @@
-"""The folder of a training: what it is, its checkpoints, its history, and what came out.
+"""The output folder of a training: ``run.json``, manifest, checkpoints, history, published weights.
 
-``run.json`` is published exclusively; a checkpoint is the only record of progress, and running the
-same command again goes on from the newest. The history of the steps before a checkpoint is
-published before it.
+Checkpoints are the only record of progress: the same command continues from the newest. The history
+of the steps before a checkpoint is published before it.
 """
 
 import hashlib
@@ -31,48 +30,50 @@ from unet_core.training.dataset import Splits
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
-"""By the step."""
+"""File names of a checkpoint and of a history part, to be formatted with the step."""
 GIVEN = ".given"
-"""Of a key in the identity: that it was written counts, whatever its value."""
+"""Suffix of identity keys that record that a config key was written with its default value."""
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Position:
-    """How far a training has come."""
+    """Progress of a training; stored as JSON in checkpoints and ``_SUCCESS``."""
 
     step: int = 0
-    """Optimiser steps that were taken."""
+    """Optimizer steps taken."""
     epoch: int = 0
     step_in_epoch: int = 0
     loss_sum: float = 0.0
-    """Of the steps of this epoch."""
+    """Sum of the losses of this epoch's steps."""
     best: float | None = None
+    """Best value of ``train.best`` so far."""
     best_step: int = 0
 
 
 def identity(config: TrainConfig) -> Identity:
-    """What makes two trainings the same, by the names that people know from the config.
+    """Return the settings that determine the weights, by config key.
 
-    Whatever changes weights: not workers, not where the output lies, not how often it is saved.
-    Raises CheckpointError if the one to begin with is not there.
+    Two configs with equal identities may share a folder. Workers, output, storage, device and
+    checkpoint interval are excluded. Raises CheckpointError if ``model.checkpoint`` cannot be read.
     """
     table = config.model_dump(mode="json", exclude={"workers", "output", "storage"})
-    for name, given in config.data.parts.items():
-        part = table["data"][name]
-        part["uri"] = Store(given.uri, config.storage).uri()
-        part["masks"] = masks_at(given, config.storage)
-        del part["shard_images"]
+    for name, part in config.data.parts.items():
+        row = table["data"][name]
+        row |= {
+            "uri": Store(part.uri, config.storage).uri(),
+            "masks": masks_at(part, config.storage),
+        }
+        del row["shard_images"]
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
-    begins_with = config.model.checkpoint
-    if begins_with:
-        table["model"]["checkpoint"] = checkpoint_digest(begins_with, config.storage)
-    return _flat(table) | dict.fromkeys((key + GIVEN for key in _given(config)), True)
+    if initial := config.model.checkpoint:
+        table["model"]["checkpoint"] = checkpoint_digest(initial, config.storage)
+    return _flat(table) | dict.fromkeys((key + GIVEN for key in _given_keys(config)), True)
 
 
-def _given(config: TrainConfig) -> Iterator[str]:
-    """Keys that have their default, and mean something else than if they had not been written."""
+def _given_keys(config: TrainConfig) -> Iterator[str]:
+    """Yield config keys whose default value, if written, has another effect than if left out."""
     for name, part in config.data.parts.items():
         if part.instances and _is_written_default(part, "ignore_index"):
             yield f"data.{name}.ignore_index"
@@ -89,38 +90,39 @@ def _is_written_default(section: Section, key: str) -> bool:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
-    found: Identity = {}
+    """Flatten nested tables to dotted keys; ``label_map`` and ``arguments`` are values."""
+    flat: Identity = {}
     for key, value in table.items():
         is_section = isinstance(value, dict) and key not in ("label_map", "arguments")
-        found |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flat
 
 
 class TrainingRun:
-    """One output folder. Raises StoreError if its ``run.json`` is another's or damaged."""
+    """The output folder of a training; raises StoreError for a damaged or foreign ``run.json``."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.record = _run_json(store)
-        """``run.json``; empty before there is one."""
+        """Contents of ``run.json``; empty if it does not exist yet."""
         self.history: list[Row] = []
-        """Rows since the last checkpoint."""
+        """Rows since the last checkpoint, not published yet."""
         if self.record and self.record.get("kind") != "training":
             raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a training")
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps were taken."""
+        """True if ``_SUCCESS`` exists: all steps were taken."""
         return self.store.exists(SUCCESS)
 
-    def create_or_join(self, config: TrainConfig, data: dict[str, Any]) -> None:
+    def create(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
-        wanted = identity(config)
-        digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        settings = identity(config)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         record = {
             "kind": "training",
             "fingerprint": digest,
-            "identity": wanted,
+            "identity": settings,
             "data": data,
             "config": config.model_dump(mode="json"),
             "version": __version__,
@@ -133,7 +135,7 @@ class TrainingRun:
         self.record = record
 
     def publish_manifest(self, splits: Splits) -> None:
-        """Write down how many images each shard has."""
+        """Publish the number of images in each shard."""
         rows = [
             {"split": split.name, "shard_id": shard.shard_id, "images": count}
             for split in splits
@@ -141,8 +143,8 @@ class TrainingRun:
         ]
         self.store.publish(manifest_name(0), parquet_of(pa.Table.from_pylist(rows)))
 
-    def recall_counts(self, splits: Splits) -> None:
-        """Set the counts as they were first found; raises RunMismatchError for other shards."""
+    def load_counts(self, splits: Splits) -> None:
+        """Set the image counts from the manifest; raises RunMismatchError if the shards changed."""
         with self.store.open_parquet(manifest_name(0)) as file:
             rows = file.read().to_pylist()
         for split in splits:
@@ -159,7 +161,7 @@ class TrainingRun:
             split.counts = [then[shard.shard_id] for shard in split.input.shards]
 
     def save(self, position: Position, tensors: dict[str, Any]) -> None:
-        """Publish the history since the last checkpoint, then a checkpoint; drop older ones."""
+        """Publish the history since the last checkpoint, then a checkpoint; remove older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
             self.store.publish(HISTORY_FILE.format(position.step), parquet_of(table))
@@ -171,7 +173,9 @@ class TrainingRun:
                 self.store.remove(CHECKPOINT.format(step))
 
     def newest(self) -> int | None:
-        """The newest checkpoint's step; sweeps half-written files and history rows behind it."""
+        """Return the step of the newest checkpoint, or None; remove temporary files and the history
+        after that step.
+        """
         for folder in ("checkpoints", "history"):
             for entry in self.store.list(folder):
                 if is_temporary(entry.name):
@@ -183,25 +187,27 @@ class TrainingRun:
         return newest
 
     def load(self, step: int) -> tuple[Position, dict[str, Any]]:
-        """One checkpoint; raises StoreError if it is gone, CheckpointError if it is damaged."""
+        """Read a checkpoint: position, tensors. Raises StoreError if missing, CheckpointError if
+        damaged.
+        """
         name = CHECKPOINT.format(step)
         tensors = checkpoint.unpack(self.store.read(name), self.store.uri(name))
         return self._position_at(step), tensors
 
     def rows(self) -> list[Row]:
-        """The whole history as far as it is published, in the order of the steps."""
-        found: list[Row] = []
+        """Read the published history, in the order of the steps."""
+        rows: list[Row] = []
         for step in self._steps(HISTORY_FILE):
             with self.store.open_parquet(HISTORY_FILE.format(step)) as file:
-                found += file.read().to_pylist()
-        return found
+                rows += file.read().to_pylist()
+        return rows
 
     def finish(self, position: Position) -> None:
-        """Write ``_SUCCESS``, last of all."""
+        """Publish ``_SUCCESS``, the last file of a training."""
         self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
 
     def position(self) -> Position:
-        """How far it has come; no tensors are read."""
+        """Read the progress from ``_SUCCESS`` or the newest checkpoint, without its tensors."""
         if self.is_finished:
             return Position(**json.loads(self.store.read(SUCCESS)))
         newest = max(self._steps(CHECKPOINT), default=None)
@@ -212,19 +218,19 @@ class TrainingRun:
         metadata = read_metadata(uri, self.store.storage)
         return Position(**json.loads(metadata["position"]))
 
-    def _steps(self, kind: str) -> list[int]:
-        """Steps of the files of a kind, in order; what is still being written is none."""
-        folder = kind.partition("/")[0]
-        names = (f"{folder}/{entry.name}" for entry in self.store.list(folder))
-        found = ((name, re.search(r"\d+", name)) for name in names)
-        return sorted(int(at[0]) for name, at in found if at and kind.format(int(at[0])) == name)
+    def _steps(self, pattern: str) -> list[int]:
+        """List the steps of files named by a pattern, ascending; temporary files do not match."""
+        folder = pattern.partition("/")[0]
+        names = {f"{folder}/{entry.name}" for entry in self.store.list(folder)}
+        steps = {int(digits) for name in names for digits in re.findall(r"\d+", name)[:1]}
+        return sorted(step for step in steps if pattern.format(step) in names)
 
 
 def open_training(config: TrainConfig) -> TrainingRun:
-    """The folder that a config names.
+    """Open the output folder of a config.
 
-    Raises RunMismatchError, with the keys that differ, for that of another training, ConfigError
-    for one that holds something else.
+    Raises RunMismatchError, with the keys that differ, if it holds another training, ConfigError if
+    it holds anything else.
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
     check_identity_or_empty(run.store, run.record.get("identity"), identity(config))
@@ -232,7 +238,7 @@ def open_training(config: TrainConfig) -> TrainingRun:
 
 
 def is_training(store: Store) -> bool:
-    """Whether a folder is that of a training; raises StoreError if its ``run.json`` is no JSON."""
+    """Return True for the folder of a training; raises StoreError if ``run.json`` is no JSON."""
     return bool(_run_json(store).get("kind") == "training")
 
 

@@ -1,4 +1,4 @@
-"""How good a network is on the validation images, segmented as ``predict`` does it."""
+"""Validation: images are segmented as ``predict`` does, and compared with their labels."""
 
 import copy
 import itertools
@@ -25,34 +25,36 @@ from unet_core.training.dataset import Item, Split
 from unet_core.training.ranks import Ranks
 
 AHEAD = 8
+"""Images that are decoded ahead: enough to keep the device busy."""
 AHEAD_BYTES = 2**28
+"""Memory for them: 256 MiB, which large images reach before ``AHEAD``."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What came of it, from summed counts."""
+    """Result of a validation: pixel counts of all images, and scores derived from them."""
 
     confusion_KK: Array
-    """Pixels, truth × prediction."""
+    """Pixel counts, int64: truth × prediction."""
 
     @property
     def scores(self) -> list[Scores]:
-        """Micro scores per class."""
+        """Scores of each class from the summed counts (micro average)."""
         return scores_of(self.confusion_KK)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the pixels that are right."""
+        """Share of correctly classified pixels; None without valid pixels."""
         return ratio(int(self.confusion_KK.trace()), int(self.confusion_KK.sum()))
 
     @property
     def only_class(self) -> int | None:
-        """The class that every pixel was given, where the truth has several."""
+        """The one class that was predicted for all pixels, if the truth has several; else None."""
         predicted, true = (np.flatnonzero(self.confusion_KK.sum(axis=axis)) for axis in (0, 1))
         return int(predicted[0]) if len(predicted) == 1 < len(true) else None
 
     def of(self, metric: str) -> float:
-        """What ``train.best`` compares; 0 where it is not defined."""
+        """Return the value that ``train.best`` compares; 0 where it is undefined."""
         if metric == "accuracy":
             return self.accuracy or 0.0
         return mean(getattr(score, metric) for score in self.scores[1:]) or 0.0
@@ -62,16 +64,19 @@ def validate(
     network: nn.Module, header: Header, device: torch.device, split: Split, ranks: Ranks,
     pool: ThreadPoolExecutor, wants_stop: Callable[[], bool],
 ) -> Validation:  # fmt: skip
-    """Segment a split, each rank its share; counts, and a StoppedError, are those of all."""
+    """Segment a split, each rank its share of images; all return the counts of all.
+
+    Raises StoppedError on all ranks if ``wants_stop`` was true on any.
+    """
     tile_grid = tile_grid_for(header.tiling)
     postprocessing = Postprocessing(header.network.classes)
     classes, ignore_index = header.classes, split.input.config.ignore_index
 
     def count() -> Array:
         engine = Engine(copy.deepcopy(network), header, device, postprocessing, tile_grid.blends)
-        matrix = np.zeros((classes, classes), dtype=np.int64)
-        mine = _mine(split, ranks)
-        with Prefetch(pool, split.load, mine, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
+        confusion_KK = np.zeros((classes, classes), dtype=np.int64)
+        items = _items_of_rank(split, ranks)
+        with Prefetch(pool, split.load, items, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
             for index, image in enumerate(images):
                 if wants_stop():
                     raise StoppedError("stopped while validating")
@@ -82,17 +87,17 @@ def validate(
                     ):
                         y, x, height, width = window.box
                         truth_HW = image.labels_HW[y : y + height, x : x + width]
-                        matrix += confusion(truth_HW, window.mask_HW, classes, ignore_index)
-        return matrix
+                        confusion_KK += confusion(truth_HW, window.mask_HW, classes, ignore_index)
+        return confusion_KK
 
-    # the engine wants repeatable kernels; training does not
+    # the engine sets cudnn flags for repeatable results; this restores those of training
     with torch.backends.cudnn.flags(enabled=True):
         return Validation(sum(ranks.gather(ranks.on_all(count))))
 
 
-def _mine(split: Split, ranks: Ranks) -> Iterator[Item]:
-    """Every so many-th image of the split, each on one rank."""
+def _items_of_rank(split: Split, ranks: Ranks) -> Iterator[Item]:
+    """Yield every n-th image of the split on each of n ranks."""
     numbers = itertools.count()
     for shard, count in enumerate(split.counts):
-        wanted = [at for at in range(count) if next(numbers) % ranks.count == ranks.rank]
-        yield from split.items(shard, wanted)
+        positions = [i for i in range(count) if next(numbers) % ranks.count == ranks.rank]
+        yield from split.items(shard, positions)

@@ -1,4 +1,4 @@
-"""What is measured of a network, against the gradient and against the table of the originals."""
+"""Measured reaches of networks, compared with gradients and with the table of the originals."""
 
 from dataclasses import replace
 

@@ -31,7 +31,7 @@ def decoded(height, width, seed=0):
 
 
 def positions(image_HW, crop_HW):
-    """Where a crop lies in an image, pixel by pixel."""
+    """List the positions (y, x) at which an image holds exactly this crop."""
     height, width = crop_HW.shape
     windows = np.lib.stride_tricks.sliding_window_view(image_HW, (height, width))
     return np.argwhere((windows == crop_HW).all(axis=(2, 3)))
@@ -120,7 +120,7 @@ def test_a_crop_depends_on_its_seed_and_image_alone():
 
 @pytest.mark.parametrize("rotation", [0.0, 45.0, 180.0])
 def test_the_window_holds_all_that_a_crop_needs(rotation):
-    """A window that were too small would mirror at its own edge, inside the image."""
+    """A window that is too small would be mirrored at its own edge, inside the image."""
     x = np.tile(np.arange(400, dtype=np.float32), (400, 1))
     image = labelled(x, np.zeros((400, 400), np.uint8))
     options = {**NOTHING, "rotation": rotation, "scale": 1.5, "elastic": 6.0, "flips": True}

@@ -44,11 +44,11 @@ def split(request, folder, tars, stack, tmp_path):
 
 
 def steps_of(split, slots, ranks, epoch=0, rounds=1, skip=0):
-    """Image ids by step, in the order of the slots, as so many ranks draw them together."""
+    """Image ids of each step in the order of the slots, drawn by this number of ranks together."""
     order = Order(FitConfig(seed=7, batch=slots, crops_per_image=rounds), split, epoch)
     drawn = [list(order.streams(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
     return [
-        [entry and (entry[0], entry[1].found.image_id) for part in parts for entry in part]
+        [entry and (entry[0], entry[1].image.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from unet_core.errors import ConfigError, DivergedError, RunMismatchError, Stopp
 from unet_core.networks import checkpoint
 from unet_core.synthetic import png
 from unet_core.training.fit import Epoch, Started, Step, fit
-from unet_core.training.learner import Learner, new_network, rate_at
+from unet_core.training.learner import Learner, learning_rate_at, new_network
 from unet_core.training.training_run import identity
 
 
@@ -34,7 +34,7 @@ def files(folder):
 
 
 def stop_after(config, steps):
-    """Train, asking to stop after so many steps of this session."""
+    """Train, with a request to stop after this number of steps of the session."""
     taken = []
     for event in fit(config, wants_stop=lambda: len(taken) >= steps):
         if isinstance(event, Step):
@@ -324,9 +324,9 @@ def test_a_key_that_counts_by_being_written_makes_another_training(folder, tmp_p
 
 def test_the_learning_rate_warms_up_and_falls(folder, tmp_path):
     train = config_of(folder, tmp_path / "y", "train.warmup=0.1").train
-    rates = [rate_at(step, 100, train) for step in range(100)]
+    rates = [learning_rate_at(step, 100, train) for step in range(100)]
     assert rates[0] < rates[5] < max(rates) == pytest.approx(train.learning_rate)
     assert rates.index(max(rates)) == 10
     assert 0 < rates[-1] < 0.01 * train.learning_rate
     flat = config_of(folder, tmp_path / "y", "train.warmup=0", "train.schedule=constant").train
-    assert {rate_at(step, 100, flat) for step in range(100)} == {flat.learning_rate}
+    assert {learning_rate_at(step, 100, flat) for step in range(100)} == {flat.learning_rate}

@@ -1,4 +1,4 @@
-"""DDP without Ray: processes that meet in a file. What one process gives, any number gives."""
+"""DDP without Ray: processes with a rendezvous file train the same network as a single one."""
 
 import functools
 import io
@@ -24,7 +24,7 @@ KILLED = ("train.epochs=3", "train.ema=0.5", OFTEN)
 
 
 def run(folder, place, out, ranks, *overrides, dies=""):
-    """A training on ranks to its end, or until one of them dies and all are killed."""
+    """Train on ranks to the end, or until one of them dies and the others are killed."""
     config = config_of(folder, out if "://" in str(out) else place / out, *overrides)
     meeting = place / uuid.uuid4().hex
     guilty = 0 if ":" in dies else ranks - 1  # the first rank is the one that writes
@@ -51,7 +51,7 @@ def train(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
-    """What those that are killed would have left."""
+    """The output folder of the same training without deaths."""
     place = tmp_path_factory.mktemp("undisturbed")
     run(folder, place, "whole", 1, *KILLED)
     return place / "whole"

@@ -11,7 +11,7 @@ from unet_core.synthetic import nuclei, png
 
 @pytest.fixture
 def images(folder, tmp_path):
-    """A copy of the images that may be spoilt."""
+    """A copy of the images that tests may damage."""
     for kind in ("images", "masks"):
         shutil.copytree(folder / kind, tmp_path / kind)
     return tmp_path
@@ -86,7 +86,7 @@ def test_a_class_that_would_be_ignored_by_default_is_refused(images):
 def test_few_images_leave_one_to_validate_with(images):
     (train, val), _ = opened(config_of(images, images / "out", "data.val_fraction=0.0001"))
     assert (train.images, val.images) == (11, 1)
-    assert len(train.memory.kept) == 12
+    assert len(train.cache.images) == 12
 
 
 def test_a_split_without_images_is_refused(images):
@@ -112,9 +112,9 @@ def test_object_ids_become_one_class_with_borders_between_them(images):
 def test_decoded_images_stay_in_memory_while_there_is_room(folder, tmp_path):
     config = config_of(folder, tmp_path / "out")
     (train, val), _ = opened(config)
-    kept = train.memory.kept
+    kept = train.cache.images
     assert len(kept) == train.images + val.images
     room = sum(image.nbytes for image in kept.values()) // 2
     (train, _), _ = opened(config, memory=room)
-    assert 0 < len(train.memory.kept) < 12
-    assert sum(image.nbytes for image in train.memory.kept.values()) <= room
+    assert 0 < len(train.cache.images) < 12
+    assert sum(image.nbytes for image in train.cache.images.values()) <= room

@@ -1,7 +1,7 @@
-"""Whose weights have which names: the key tables of the U-Nets that people bring along.
+"""Key tables of published U-Nets, by which their weights are recognised and renamed.
 
-A layout is data: what is fixed of a network, and what each of our modules is called there. Depth,
-width, channels, classes and biases are read off the weights themselves.
+A layout holds the fixed properties of a network and its name for each module of ``UNet``. Depth,
+width, channels, classes and biases are derived from the weights.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from unet_core.config.presets import PRESETS, UNetSpec
 
 @dataclass(frozen=True)
 class Layout:
-    """How one source calls its modules.
+    """Names of the modules of one published U-Net.
 
     Templates may use ``{level}`` (0 is the finest), ``{next}`` and ``{below}`` (level + 1 and + 2),
     ``{rise}`` and ``{step}`` (decoder blocks from the bottom, counted from 0 and from 1).
@@ -20,24 +20,24 @@ class Layout:
 
     name: str
     spec: UNetSpec
-    """Depth, width, channels, classes and biases in it do not count."""
+    """Fixed properties; its depth, width, channels, classes and biases are ignored."""
     layers: str
-    """Inside a block: convolution and, if there is one, norm; twice."""
+    """Names inside a block: convolution and, if present, norm; twice."""
     encoder: str
     decoder: str
     head: str
     bottom: str = ""
-    """If it is not called as one encoder block more."""
+    """Empty if it is named like one more encoder block."""
     up: str = ""
-    """Empty where nothing is learnt in it."""
+    """Empty if up-sampling has no weights."""
     finest_encoder: str = ""
-    """If it is not called as the others, like the next two."""
+    """Name of the finest encoder block if it differs from the others; so for the next two."""
     finest_decoder: str = ""
     deepest_up: str = ""
     head_norm: str = ""
 
     def names(self, depth: int, bias: bool) -> dict[str, str]:
-        """Our name of every tensor, with theirs; ``bias``: that of the 3×3 convolutions."""
+        """Map ``UNet``'s tensor names to the source's; ``bias``: 3×3 convolutions have one."""
         found: dict[str, str] = {}
         for ours, theirs in self._modules(depth):
             has_bias = bias or not ours.endswith(("conv1", "conv2"))

@@ -1,7 +1,7 @@
-"""Weights from elsewhere: read, recognised by their keys, and written as a checkpoint of ours.
+"""Import of weights of other projects: reading, recognition by key, conversion to a checkpoint.
 
-A file from elsewhere runs nothing: pickles are read for their tensors alone, and a network that is
-not ours comes from a function that the user names.
+Files cannot run code: pickles are loaded with ``weights_only``, and networks that are not presets
+are built by a function that the user names.
 """
 
 import io
@@ -28,13 +28,14 @@ from unet_core.networks.unet import UNet
 from unet_core.storage.store import Store
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts save a state_dict."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before all names."""
+"""Prefixes that DataParallel and torch.compile add to all names."""
 PICKLES = (b"PK\x03\x04", b"\x80")
-"""What files of ``torch.save`` begin with, since 1.6 and before."""
+"""First bytes of files that ``torch.save`` writes, since 1.6 (ZIP) and before (pickle)."""
 
 Reading = tuple[Layout, UNetSpec, dict[str, str]]
-"""A layout with a depth and with or without biases; all names that follow, ours and theirs."""
+"""A layout, its spec with a depth and with or without biases, and the resulting names."""
 
 
 def import_weights(config: ImportConfig) -> Header:
@@ -56,13 +57,13 @@ def import_weights(config: ImportConfig) -> Header:
 
 
 def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a ``state_dict`` that ``torch.save`` wrote, under
-    their names; whatever training wrapped around them is taken off.
+    """Read the tensors of a safetensors file or of a ``state_dict`` that ``torch.save`` wrote, by
+    name, without the wrappers and prefixes that training added.
 
     Raises CheckpointError for a file that is neither, or holds something else.
     """
     data = Store(source, storage).read("")
-    is_safetensors = data[8:9] == b"{"  # behind eight bytes that say how long the header is
+    is_safetensors = data[8:9] == b"{"  # after eight bytes with the length of the header
     tensors = checkpoint.unpack(data, source) if is_safetensors else None
     with _naming(source):
         found = _unwrapped(_unpickled(data) if tensors is None else tensors)
@@ -77,7 +78,7 @@ def read_tensors(source: str, storage: StorageConfig | None = None) -> dict[str,
 
 
 def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, UNetSpec]:
-    """Whose weights these are, by their names; channels, width and classes by their shapes.
+    """Find the layout of weights by their names, and channels, width and classes by their shapes.
 
     Raises CheckpointError unless exactly one layout (of those called ``layout``, if given) has
     these names; ConfigError if there is no such layout.
@@ -105,7 +106,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
 
 
 def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> dict[str, Tensor]:
-    """Tensors under our names; raises ValueError, with the source's, for one that does not fit."""
+    """Rename tensors to those of ``UNet``; raises ValueError for one that does not fit."""
     with torch.device("meta"):  # other initial weights take seconds
         wanted = UNet(replace(spec, init="torch")).state_dict()
     names = layout.names(spec.depth, spec.bias)
@@ -113,7 +114,7 @@ def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> di
 
 
 def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
-    """Channels that leave a convolution and that enter it."""
+    """Return output and input channels of a convolution; raises CheckpointError for others."""
     tensor = tensors[key]
     if tensor.ndim != 4 or not tensor.numel():
         got = list(tensor.shape)
@@ -122,7 +123,7 @@ def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
 
 
 def _nearest(readings: list[Reading], keys: set[str]) -> str:
-    """What keeps the keys from being those of the layout with the largest share in common."""
+    """Describe the differences to the layout that has the largest share of keys in common."""
 
     def share(reading: Reading) -> float:
         wanted = set(reading[2].values())
@@ -138,7 +139,7 @@ def _nearest(readings: list[Reading], keys: set[str]) -> str:
 def _network_with(
     tensors: dict[str, Tensor], model: ForeignConfig
 ) -> tuple[nn.Module, NetworkSpec]:
-    """The network with these weights; how many classes a factory's has is not known yet."""
+    """Build the network with these weights; the spec of a factory's network lacks its classes."""
     if model.factory:
         made_by = Factory(model.factory, model.arguments, channels_of(model.color))
         foreign = construction.build(made_by)
@@ -153,7 +154,7 @@ def _network_with(
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Let errors say which file they are about."""
+    """Prefix errors with the file that they are about, as CheckpointError."""
     try:
         yield
     except ConfigError:
@@ -169,8 +170,7 @@ def _unpickled(data: bytes) -> Any:
         if zipfile.is_zipfile(io.BytesIO(data)):  # torch.save does not compress
             members = zipfile.ZipFile(io.BytesIO(data)).infolist()
             if (size := sum(member.file_size for member in members)) > len(data):
-                text = f"{len(data)} bytes that claim to hold {size}; save it again"
-                raise CheckpointError(text)
+                raise CheckpointError(f"{len(data)} bytes that claim to hold {size}; save it again")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -181,12 +181,13 @@ def _unpickled(data: bytes) -> Any:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle brings about
         first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        reason = f"damaged, or no state_dict that torch.save wrote: {first}"
-        raise CheckpointError(reason) from error
+        raise CheckpointError(
+            f"damaged, or no state_dict that torch.save wrote: {first}"
+        ) from error
 
 
 def _objects(data: bytes) -> str:
-    """What a pickle asks for and does not get, strangers first."""
+    """List the globals that a pickle needs and that are refused, those of torch last."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # too old, or too damaged to tell
@@ -196,7 +197,10 @@ def _objects(data: bytes) -> str:
 
 
 def _unwrapped(found: Any) -> dict[Any, Any]:
-    """What is in ``state_dict`` and the like, without what milesial's training adds."""
+    """Return the innermost state_dict, without the entry that milesial's training adds.
+
+    Raises CheckpointError if there is none.
+    """
     for _ in WRAPPERS:
         inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and key in found]
         found = inner[0] if inner else found
@@ -206,7 +210,9 @@ def _unwrapped(found: Any) -> dict[Any, Any]:
 
 
 def _why_not(key: object, value: object, file_bytes: int) -> str:
-    """What is wrong with an entry; a tensor that claims more than its file holds is an attack."""
+    """Describe why an entry is refused, or return an empty string; tensors larger than their file
+    may be an attack.
+    """
     if not isinstance(key, str) or not isinstance(value, Tensor):
         return f"is {type(value).__name__}, not a tensor with a name"
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():

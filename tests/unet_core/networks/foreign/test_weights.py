@@ -35,13 +35,13 @@ from unet_core.networks.unet import UNet
 
 @dataclass(frozen=True)
 class Source:
-    """A published network: what its layout is called here, and what the table says of it."""
+    """A published network: the name of its layout, and its row in the table."""
 
     layout: str
     make: Any
     parameters: int
     sizes: tuple[int, int] = (3, 1)
-    """Channels and classes that go with the number of parameters."""
+    """Channels and classes for which the number of parameters is given."""
     sides: list[tuple[int, int]] = field(default_factory=lambda: [(16, 32), (48, 32)])
     needs_layout: bool = False
     depth: int = 4
@@ -79,7 +79,7 @@ each_source = pytest.mark.parametrize("source", SOURCES, ids=str)
 
 @pytest.fixture
 def bring(tmp_path):
-    """Import a file, or what is to be saved as one; gives the network and its header."""
+    """Import a file, or an object after saving it; return the network and its header."""
 
     def bring(what, *overrides, **model):
         path = what if isinstance(what, str) else str(tmp_path / "theirs.pth")
@@ -331,7 +331,7 @@ def test_keys_of_several_networks_ask_which(make, names, bring):
 
 
 class Loud:
-    """A pickle that would run something."""
+    """A pickle that would run code."""
 
     def __reduce__(self):
         return print, ("run!",)
