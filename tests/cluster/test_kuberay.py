@@ -293,8 +293,8 @@ def test_the_shared_cluster_keeps_its_state_in_the_redis_beside_it():
     assert arguments[arguments.index("--requirepass") + 1] == f"$({variable['name']})"
     assert arguments[arguments.index("--appendonly") + 1] == "yes"
     assert arguments[arguments.index("--dir") + 1] == container["volumeMounts"][0]["mountPath"]
-    (create_or_read,) = redis["spec"]["volumeClaimTemplates"]
-    assert create_or_read["metadata"]["name"] == container["volumeMounts"][0]["name"]
+    (claim,) = redis["spec"]["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == container["volumeMounts"][0]["name"]
 
 
 def test_jobs_with_a_cluster_of_their_own_need_no_redis():

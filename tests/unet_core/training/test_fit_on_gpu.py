@@ -90,7 +90,7 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
-    [(augment, "curve_H3 = _curve(side).to(device)", "curve_H3 = _curve(side)",
+    [(augment, "weights_H3 = _bicubic_weights(side).to(device)", "weights_H3 = _bicubic_weights(side)",
       {"augmented": feed}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
       "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": feed}),
@@ -98,7 +98,7 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
       {"one_hot": losses}),
      (learner, "network.to(device, memory_format", "network.to(memory_format",
       {"Learner": fitting})],
-    ids=["curve", "centre", "classes", "network"],
+    ids=["weights", "centre", "classes", "network"],
 )  # fmt: skip
 def test_what_is_left_on_the_cpu_is_refused(
     scenes, tmp_path, monkeypatch, module, right, wrong, users
