@@ -90,7 +90,7 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
-    [(augment, "weights_H3 = _bicubic_weights(side).to(device)", "weights_H3 = _bicubic_weights(side)",
+    [(augment, "_bicubic_weights(side).to(device)", "_bicubic_weights(side)",
       {"augmented": feed}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
       "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": feed}),
