@@ -1,4 +1,4 @@
-"""How fast a run was and where its devices' time went, hour by hour, from ``timings/``.
+"""Speed of a run and use of its devices over time, from ``timings/``.
 
 Each committed attempt counts over its own time by the clock; attempts overlap, and time in which
 there was none is cut out.
@@ -13,93 +13,78 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unet_core.arrays import Array
-from unet_core.report.charts import Plot, Series, lines, stack
+from unet_core.report.charts import Plot, lines, stack
 from unet_core.runs.timings import DEVICE, Seconds
 
 BINS = 60
-CHUNK = 65536
 LEAST_SHARDS = 6
 PAUSE_S = 120.0
-"""Time without an attempt is told if it is longer."""
-SPENT = [f"{stage}_s" for stage in DEVICE.values()]
+"""Longest time without an attempt that is no pause."""
+SPREAD = ["images", *(f"{stage}_s" for stage in DEVICE.values())]
+"""Columns that are spread evenly over the time of an attempt."""
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 class Activity:
-    """The times of a run, of the rows in ``timings/``: at least one."""
+    """Times of a run, from the rows in ``timings/``: at least one."""
 
     def __init__(self, table: pa.Table) -> None:
         ends_s = table["finished"].cast(pa.int64()).to_numpy() / 1e3
         begins_s = ends_s - np.maximum(table["whole_s"].to_numpy(), 1e-3)
-        start_s, end_s, pauses = _without_pauses(begins_s, ends_s)
+        values = np.stack([table[name].to_numpy() for name in SPREAD])
+        at_work_s, done, pauses_s = _at_work(begins_s, ends_s, values)
         self.began = datetime.datetime.fromtimestamp(float(begins_s.min()), datetime.UTC)
         self.ended: datetime.datetime = pc.max(table["finished"]).as_py()
-        self.worked_s = float(end_s.max())
+        self.worked_s = float(at_work_s[-1])
         """Seconds in which any attempt was under way."""
-        self.pauses = len(pauses)
+        self.pauses = len(pauses_s)
         self.images: int = pc.sum(table["images"]).as_py()
-        self.images_per_s = self.images / self.worked_s
-        self.megapixels_per_s = pc.sum(table["pixels"]).as_py() / 1e6 / self.worked_s
+        self.pixels: int = pc.sum(table["pixels"]).as_py()
         self.shares = Seconds.of_table(table).shares
         self.actors = list(_actors(table))
-        self.rate: Plot | None = None
-        self.where: Plot | None = None
-        """Both None for a few shards."""
+        self.plots: list[Plot] = []
+        """Images per second, and the devices' states; empty for a few shards."""
         if table.num_rows >= LEAST_SHARDS:
-            self.rate, self.where = _plots(table, start_s, end_s, self.worked_s, pauses)
+            edges_s = np.linspace(0, self.worked_s, min(BINS, 2 * table.num_rows) + 1)
+            binned = [np.diff(np.interp(edges_s, at_work_s, sums)) for sums in done]
+            self.plots = list(_plots(np.stack(binned), edges_s, pauses_s))
 
 
-def _without_pauses(start_s: Array, end_s: Array) -> tuple[Array, Array, list[float]]:
-    """The same from 0, times in which nobody worked cut out; and where the long ones were."""
-    order = np.argsort(start_s)
-    busy_until = np.maximum.accumulate(end_s[order])
-    gaps = start_s[order][1:] - busy_until[:-1]
-    cut = np.flatnonzero(gaps > 0)
-    ends = busy_until[:-1][cut]
-    lengths = np.concatenate([[0.0], np.cumsum(gaps[cut])])
+def _at_work(begins_s: Array, ends_s: Array, values: Array) -> tuple[Array, Array, list[float]]:
+    """Follow attempts through time, idle times cut out: seconds at work at each begin and end, the
+    sums of ``values`` (M, N) that were done by then, and the seconds at work before each pause.
+    """
+    times_s = np.concatenate([begins_s, ends_s])
+    order = np.argsort(times_s, kind="stable")
+    rates = np.concatenate([np.ones((1, len(ends_s))), values / (ends_s - begins_s)])
+    under_way = np.concatenate([rates, -rates], axis=1)[:, order].cumsum(axis=1)[:, :-1]
+    gaps_s, is_idle = np.diff(times_s[order]), under_way[0] == 0
+    under_way[0] = 1
+    grown = (under_way * np.where(is_idle, 0, gaps_s)).cumsum(axis=1)
+    at_work_s, *done = np.pad(grown, ((0, 0), (1, 0)))
+    return at_work_s, np.stack(done), at_work_s[:-1][is_idle & (gaps_s > PAUSE_S)].tolist()
 
-    def shifted(at_s: Array) -> Array:
-        return at_s - start_s.min() - lengths[np.searchsorted(ends, at_s, side="left")]
 
-    return shifted(start_s), shifted(end_s), shifted(ends[gaps[cut] > PAUSE_S]).tolist()
-
-
-def _plots(
-    table: pa.Table, start_s: Array, end_s: Array, worked_s: float, pauses: list[float]
-) -> tuple[Plot | None, Plot]:
-    edges = np.linspace(0, worked_s, min(BINS, 2 * table.num_rows) + 1)
-    values = np.stack([table[name].to_numpy() for name in ("images", *SPENT)])
-    parts = _binned(values, start_s, end_s, edges)
-    rates = parts[0] / np.diff(edges)
+def _plots(binned: Array, edges_s: Array, pauses_s: list[float]) -> Iterator[Plot]:
+    """Plot the sums (M, B) of ``SPREAD`` in each bin."""
+    worked_s = edges_s[-1]
     size, unit = next((u for u in UNITS if worked_s >= 2 * u[0]), UNITS[-1])
-    middles = (edges[:-1] + edges[1:]) / 2 / size
-    rules = tuple((at / size, "paused") for at in pauses)
-    points = [0.0, *middles, worked_s / size], [rates[0], *rates, rates[-1]]
-    series = [Series("images per second", list(zip(*points, strict=True)))]
+    rates = binned[0] / np.diff(edges_s)
+    middles = (edges_s[:-1] + edges_s[1:]) / 2
+    xs = np.concatenate([[0.0], middles, [worked_s]]) / size
+    series = {"images per second": list(zip(xs, np.pad(rates, 1, "edge"), strict=True))}
+    rules = tuple((at / size, "paused") for at in pauses_s)
     rate = lines("Images per second", series, f"{unit} at work", rules=rules)
-    states = parts[1:].T
+    states = binned[1:].T
     totals = states.sum(axis=1, keepdims=True)
     shares = np.divide(states, totals, out=np.zeros_like(states), where=totals > 0)
-    assert rate is not None
-    return rate, stack("What the devices did", list(DEVICE), shares, rate)
-
-
-def _binned(values: Array, start_s: Array, end_s: Array, edges: Array) -> Array:
-    """Values (M, N) of attempts spread evenly over their time, summed in bins (M, B)."""
-    total = np.zeros((len(values), len(edges) - 1))
-    for at in range(0, len(start_s), CHUNK):
-        part = slice(at, at + CHUNK)
-        length_s = (end_s - start_s)[part, None]
-        reached = np.clip(edges[None] - start_s[part, None], 0, length_s)
-        total += values[:, part] @ (np.diff(reached, axis=1) / length_s)
-    return total
+    yield from (rate, stack("What the devices did", list(DEVICE), shares, rate))
 
 
 def _actors(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """What each did; ``shares`` by ``DEVICE``."""
-    sums = [("shard_id", "count"), *((column, "sum") for column in ("images", *SPENT))]
-    for row in table.group_by("actor").aggregate(sums).sort_by("actor").to_pylist():
-        spent = [row[f"{column}_sum"] for column in SPENT]
-        shares = [seconds / (sum(spent) or 1.0) for seconds in spent]
-        shards, images = row["shard_id_count"], row["images_sum"]
-        yield {"name": row["actor"], "shards": shards, "images": images, "shares": shares}
+    """Sum up the work of each actor."""
+    for name in sorted(pc.unique(table["actor"]).to_pylist()):
+        rows = table.filter(pc.field("actor") == name)
+        shards, images = rows.num_rows, pc.sum(rows["images"]).as_py()
+        shares = Seconds.of_table(rows).shares
+        yield {"name": name, "shards": shards, "images": images, "shares": shares}

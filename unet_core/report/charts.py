@@ -1,11 +1,11 @@
-"""Numbers to shapes: ticks, and paths in a square of 100 × 100 that the page stretches to fit.
+"""Charts as shapes: ticks, and paths in a square of 100 × 100 that the page stretches to fit.
 
 Texts are no part of the square, so that they keep their size at any width.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,13 +13,15 @@ from unet_core.arrays import Array
 
 BINS = 32
 GAP = 0.2
-"""On each side of a bar."""
+"""Space on each side of a bar."""
 MOST_POINTS = 400
+
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label on an axis, at so many percent of it."""
+    """A label at a percentage of an axis."""
 
     at: float
     text: str
@@ -32,9 +34,9 @@ class Mark:
     kind: str
     name: str
     d: str
-    """The path of SVG."""
+    """SVG path."""
     tone: int = 0
-    """Which of the page's colours."""
+    """Number among the page's colours."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +45,21 @@ class Plot:
 
     title: str
     text: str
-    """The same in words, for who does not see it."""
+    """Summary in words, for readers who cannot see the chart."""
     x: tuple[Tick, ...]
     y: tuple[Tick, ...]
     marks: tuple[Mark, ...]
     rules: tuple[Tick, ...] = ()
-    """Vertical lines with a text each."""
+    """Vertical lines with their texts."""
     x_name: str = ""
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points of a line."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    tone: int = 0
-
-
-def histogram(title: str, values: Array) -> Plot | None:
-    """Of images' shares between 0 and 1; None if there is no value."""
-    known = values[np.isfinite(values)]
-    if not known.size:
-        return None
-    least, greatest = float(known.min()), float(known.max())
+def histogram(title: str, values: Array) -> Plot:
+    """Plot how images spread over shares between 0 and 1; at least one finite value is needed."""
+    least, low_5, median, greatest = np.quantile(values, (0, 0.05, 0.5, 1)).tolist()
     left = min(least, 0.99)  # so that one value alone has room too, also where it is 1
-    low, high = _outward(left, max(greatest, left + 0.01), 5)
-    low, high = max(low, 0.0), min(high, 1.0)
-    counts, edges = np.histogram(known, BINS, (low, high))
+    low, high = np.clip(_outward(left, max(greatest, left + 0.01), 5), 0, 1).tolist()
+    counts, edges = np.histogram(values, BINS, (low, high))
     top = _outward(0, int(counts.max()), 3)[1]
     lefts = np.linspace(0, 100, BINS + 1) + GAP
     bars = tuple(
@@ -82,9 +71,8 @@ def histogram(title: str, values: Array) -> Plot | None:
         for n, count in enumerate(counts.tolist())
         if count
     )
-    low_5, median = (float(q) for q in np.quantile(known, (0.05, 0.5)))
     text = (
-        f"median {median:.3f}, mean {float(known.mean(dtype=np.float64)):.3f}, "
+        f"median {median:.3f}, mean {float(values.mean(dtype=np.float64)):.3f}, "
         f"5 % below {low_5:.3f}, from {least:.3f} to {greatest:.3f}"
     )
     return Plot(title, text, _axis(low, high, 5), _axis(0, top, 3, least_step=1), bars)
@@ -92,34 +80,37 @@ def histogram(title: str, values: Array) -> Plot | None:
 
 def lines(
     title: str,
-    series: list[Series],
+    series: dict[str, Points],
     x_name: str,
     y_range: tuple[float, float] | None = None,
     rules: tuple[tuple[float, str], ...] = (),
-) -> Plot | None:
-    """Lines over a common x; None if there is no point."""
-    drawn = [one for one in series if one.points]
-    if not drawn:
-        return None
-    xs, ys = np.concatenate([np.asarray(one.points, float) for one in drawn]).T
+) -> Plot:
+    """Plot lines by name over a common x, those without a point left out; one point is needed."""
+    xs, ys = np.concatenate([np.asarray(points, float) for points in series.values() if points]).T
     left, right = float(xs.min()), float(xs.max())
     low, high = y_range or _outward(min(0.0, float(ys.min())), float(ys.max()) or 1.0, 4)
-    marks = []
-    for one in drawn:
-        every, last = max(1, len(one.points) // MOST_POINTS), one.points[-1]
-        points = [*one.points[:-1:every], last] if one.points[1:] else [last, last]  # a dot
-        placed = [(_percent(x, left, right), 100 - _percent(y, low, high)) for x, y in points]
-        marks.append(Mark("line", one.name, _path(placed), one.tone))
-    ends = "; ".join(
-        f"{one.name} from {one.points[0][1]:.4g} to {one.points[-1][1]:.4g}" for one in drawn
-    )
+    marks, ends = [], []
+    for tone, (name, points) in enumerate(series.items()):
+        if points:
+            placed = [
+                (_percent(x, left, right), 100 - _percent(y, low, high))
+                for x, y in _thinned(points)
+            ]
+            marks.append(Mark("line", name, _path(placed), tone))
+            ends.append(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
     ruled = tuple(Tick(_percent(at, left, right), text) for at, text in rules)
     x, y = _axis(left, right, 6), _axis(low, high, 4)
-    return Plot(title, ends, x, y, tuple(marks), ruled, x_name)
+    return Plot(title, "; ".join(ends), x, y, tuple(marks), ruled, x_name)
+
+
+def _thinned(points: Points) -> Points:
+    """Keep about ``MOST_POINTS`` and the last one; a single point is given twice, as a dot."""
+    every = max(1, len(points) // MOST_POINTS)
+    return [*(points[:-1:every] or points), points[-1]]
 
 
 def stack(title: str, names: list[str], shares: Array, like: Plot) -> Plot:
-    """Shares (bins, parts) above each other, as steps, over the x of another plot."""
+    """Plot shares (bins, parts) above each other, as steps, over the x of another plot."""
     tops = np.pad(shares.cumsum(axis=1), ((0, 0), (1, 0)))
     depths = 100 - 100 * np.repeat(tops, 2, axis=0)
     xs = np.repeat(np.linspace(0, 100, len(shares) + 1), 2)[1:-1]
@@ -130,22 +121,22 @@ def stack(title: str, names: list[str], shares: Array, like: Plot) -> Plot:
     means = zip(names, shares.mean(axis=0), strict=True)
     text = "; ".join(f"{name} {share:.0%}" for name, share in means)
     y = tuple(Tick(at, f"{at:g} %") for at in (0, 50, 100))
-    return Plot(title, text, like.x, y, tuple(marks), like.rules, like.x_name)
+    return replace(like, title=title, text=text, y=y, marks=tuple(marks))
 
 
 def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+    return "M" + " ".join(f"{x:.2f},{y:z.2f}" for x, y in points)
 
 
 def _axis(low: float, high: float, most: int, least_step: float = 0.0) -> tuple[Tick, ...]:
-    """Round numbers from ``low`` to ``high``."""
+    """Place ticks at round numbers from ``low`` to ``high``."""
     step = max(least_step, _step(high - low, most))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return tuple(Tick(_percent(n * step, low, high), _number(n * step)) for n in numbers)
 
 
 def _outward(low: float, high: float, most: int) -> tuple[float, float]:
-    """The range widened to round numbers."""
+    """Widen a range to round numbers."""
     step = _step(high - low, most)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 

@@ -1,6 +1,6 @@
 """All rows of a run in one pass: values for distributions, summed confusion, images worth a look.
 
-Batches of rows come in, a few bytes of each image are kept, whatever the number of classes.
+A few bytes of each image are kept, whatever the number of classes.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,15 @@ from unet_core.runs.compact import COMPACTED
 from unet_core.runs.schema import CONFIDENCE_UNIT
 
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "foreground"
-ORDERS = {RANDOM: 1, LOWEST_IOU: 1, LOWEST_CONFIDENCE: 1, LARGEST: -1}
-"""By which values images are picked; -1: the largest first."""
+ORDERS = dict.fromkeys((RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE), "ascending")
+ORDERS[LARGEST] = "descending"
+"""Sort orders of the values that images are picked by."""
 NEEDED = ["shard_id", "image_id", "height", "width", "class_pixels", "confidence_sum",
           "tp", "fp", "fn", "confusion"]  # fmt: skip
 
 
 class Pick(NamedTuple):
-    """One image of a run, with where it is and what it scored; nan is undefined."""
+    """One image of a run, with its place and its scores; nan is undefined."""
 
     image_id: str
     shard_id: str
@@ -42,7 +43,7 @@ PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
 
 
 class RunScores:
-    """What the rows of a run say, gone through once; ``most`` images are picked of each kind."""
+    """Summary of a run's rows; ``most`` images are picked of each kind."""
 
     def __init__(self, tables: Iterable[pa.Table], classes: int, most: int = 8) -> None:
         random = np.random.default_rng(0)
@@ -51,36 +52,35 @@ class RunScores:
         confusion: Array | int = 0
         for table in chain([COMPACTED.empty_table()], tables):
             ok = _ok(table)
-            images = _scored(ok)
+            images = _scored(ok).append_column(RANDOM, pa.array(random.random(ok.num_rows)))
             kept.append(images.select(VALUES))
-            of_images = lists(ok["confusion"])
-            confusion = confusion + of_images.sum(axis=0) if of_images.size else confusion
-            images = images.append_column(RANDOM, pa.array(random.random(ok.num_rows)))
-            for kind, sign in ORDERS.items():
+            matrices = lists(ok["confusion"])
+            confusion = confusion + matrices.sum(axis=0) if matrices.size else confusion
+            for kind, order in ORDERS.items():
                 both = pa.concat_tables([*best[kind], images])
-                keys = sign * both[kind].to_numpy()
-                order = np.argsort(keys, kind="stable")[:most]
-                best[kind] = [both.take(pa.array(order[np.isfinite(keys[order])]))]
+                best[kind] = [both.sort_by([(kind, order)]).slice(0, most)]
         self.values = pa.concat_tables(kept)
-        """Of each image that is ``ok``, what a ``Pick`` says of it in numbers."""
-        self.confusion_KK = np.reshape(confusion, (classes,) * 2) if np.any(confusion) else None
-        """Pixels, truth × prediction, of all images with truth."""
-        self.picks = {kind: _picks(*found) for kind, found in best.items()}
-        """Images by what they were picked for, the first most so."""
+        """Numbers of a ``Pick``, of each image that is ``ok``."""
+        self.confusion_KK = np.reshape(confusion if np.any(confusion) else [], (-1, classes))
+        """Pixels, truth × prediction, of all images with truth; empty if there is none."""
+        self.picks = {
+            kind: _picks(found.filter(pc.is_finite(found[kind]))) for kind, (found,) in best.items()
+        }
+        """Images by the reason for their choice, best first."""
 
     @property
     def has_truth(self) -> bool:
-        """Whether any image has a score."""
+        """True if any image has a score."""
         return bool(np.isfinite(self.values["iou"]).any())
 
     @property
     def worst(self) -> list[Pick]:
-        """Lowest IoU, or without truth lowest confidence."""
+        """Images of the lowest IoU, or without truth of the lowest confidence."""
         return self.picks[LOWEST_IOU if self.has_truth else LOWEST_CONFIDENCE]
 
 
 def pick_ids(tables: Iterable[pa.Table], image_ids: list[str]) -> list[Pick]:
-    """The images of these ids that are ``ok``, in the order of the run."""
+    """Pick the images of these ids that are ``ok``, in the order of the run."""
     wanted = pa.array(image_ids, pa.string())
     found = (table.filter(pc.is_in(table["image_id"], value_set=wanted)) for table in tables)
     return [pick for table in found for pick in _picks(_scored(_ok(table)))]
@@ -91,7 +91,7 @@ def _ok(table: pa.Table) -> pa.Table:
 
 
 def _scored(ok: pa.Table) -> pa.Table:
-    """What a ``Pick`` says of each; scores are float32, nan where they are not defined."""
+    """Compute the fields of ``Pick``; scores are float32, nan where they are not defined."""
     pixels = ok["height"].to_numpy().astype(np.int64) * ok["width"].to_numpy()
     background = pc.list_element(ok["class_pixels"], 0).to_numpy()
     found = {

@@ -19,7 +19,8 @@ from unet_core import open_run
 from unet_core.errors import ConfigError, RunMismatchError, StoreError
 from unet_core.evaluation.truth import truth_of
 from unet_core.images import decoder
-from unet_core.report.facts import evaluations
+from unet_core.report.facts import RunFacts, evaluations
+from unet_core.report.page import render
 from unet_core.runs.parts import read_metrics
 from unet_core.runs.reader import open_masks
 from unet_core.runs.verify import verify
@@ -268,12 +269,16 @@ def test_a_report_tells_what_is_wrong_with_an_evaluation(make_run, folder, tmp_p
     results = open_run(make_run())
     evaluated(results.run.uri, f"{tmp_path}/truth/", name="a")
     evaluated(results.run.uri, f"{tmp_path}/truth/", "input.label_map={255=1}", name="b")
-    unmapped, mapped = evaluations(results.run.store, results.totals)
-    assert "input.label_map={255=1}" in unmapped.warnings[0]
-    assert (mapped.warnings, mapped.document["of"]["input.label_map"]) == ([], {"255": 1})
-    totals = replace(results.totals, confidence_sum=1)
-    *_, (told,) = (found.warnings for found in evaluations(results.run.store, totals))
-    assert "Evaluate again" in told
+    found = dict(evaluations(results.run.store, results.totals))
+    assert "input.label_map={255=1}" in found["a"]["warning"]
+    assert "warning" not in found["b"]
+    assert found["b"]["of"]["input.label_map"] == {"255": 1}
+    facts = RunFacts(results)
+    page = render(facts)
+    assert page.count(b"No pixel of truth is") == page.count(b'class="warnings"') == 1
+    assert b"Evaluate again" not in page
+    facts.evaluations = dict(evaluations(results.run.store, replace(results.totals, ok=1)))
+    assert render(facts).count(b"Evaluate again") == 2
 
 
 def test_large_images_are_compared_by_window(make_config, tmp_path, monkeypatch, small_is_large):

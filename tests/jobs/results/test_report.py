@@ -84,7 +84,7 @@ def test_a_page_streams_no_more_of_the_input_than_it_may(make_config, monkeypatc
     budget = sum(sizes.values()) - 1
     monkeypatch.setattr(facts, "MOST_BYTES", budget)
     found = facts.RunFacts(results)
-    picks = [pick for sheet in found.sheets for pick in sheet.picks]
+    picks = [pick for sheet in found.sheets.values() for pick in sheet]
     shown = {pick.shard_id for pick in picks if pick.image_id in found.panels}
     assert 0 < sum(sizes[shard_id] for shard_id in shown) <= budget
     assert len(shown) < len(sizes)
