@@ -64,10 +64,10 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
 
 def segment(job: Job, plan: ShardPlan) -> Outcome:
     """Start workers and dispatch the shards that are left; finish the run if none failed."""
-    run, errors, shards = job.run, job.config.errors, plan.shards
-    committed = run.committed() & {shard.shard_id for shard in shards}
-    totals = run.totals(committed)
-    left = [shard for shard in shards if shard.shard_id not in committed]
+    run, errors, shards, left = job.run, job.config.errors, plan.shards, plan.left
+    if run.is_finished:
+        run.reopen()  # commits were removed by hand
+    totals = run.totals({s.shard_id for s in shards} - {s.shard_id for s in left})
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()

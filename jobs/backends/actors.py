@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.backends import session
 from jobs.backends.placement import Placement, wanted
 from jobs.backends.prometheus import PrometheusMetrics
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from jobs.scheduler.dispatch import MAX_FAILED_STARTS
 from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from jobs.scheduler.scheduler import HEARTBEAT_S, PREFETCH
@@ -39,6 +39,7 @@ UNREACHABLE_S = 60.0
 JOIN, START, CONFIGURE, PING, HEARTBEAT = "join", "start", "configure", "ping", "heartbeat"
 MOST_HEARTBEATS = 50
 """Per second, over all actors: a driver of 500 actors asks each every ten seconds."""
+DEATHS = (ray.exceptions.RayError, session.CrashError)
 NODE_DIED = "its node has died"
 """Ray's message for an actor that died with its node before it reported the node."""
 
@@ -47,12 +48,11 @@ class SegmentActor:
     """The Ray actor: holds one replica."""
 
     def __init__(self, spec: ReplicaSpec, run: str) -> None:
-        self._spec = spec
-        self._run = run
-        self._replica: Replica | None = None
-        self._segmenter: ShardSegmenter | None = None
+        self._spec, self._run = spec, run
+        self._replica: Replica
+        self._segmenter: ShardSegmenter
 
-    def join(self, level: int) -> tuple[str, CodeVersion]:
+    def join(self, level: int) -> tuple[str, str]:
         """Return node id and code version, before anything is loaded; log from ``level`` on."""
         logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
         return ray.get_runtime_context().get_node_id(), code_version()
@@ -70,17 +70,15 @@ class SegmentActor:
         """Set what the run has recorded."""
         from unet_core.inference.shard_segmenter import ShardSegmenter
 
-        assert self._replica is not None
         self._segmenter = ShardSegmenter(self._replica, compute, footer)
 
     def heartbeat(self) -> dict[str, int]:
         """Steps made by each shard in flight."""
-        return dict(self._segmenter.steps) if self._segmenter is not None else {}
+        return dict(self._segmenter.steps)
 
     @session.returns_errors
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
-        assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
         poison = {}
@@ -136,15 +134,13 @@ class RayActors:
 
         Raises WorkersError if actors die while loading.
         """
-        deaths = 0
+        deaths: list[Died] = []
         while not self._computes:
-            for event in self.events():
-                if isinstance(event, Died):
-                    deaths += not event.node_lost
-                    if deaths >= MAX_FAILED_STARTS:
-                        raise WorkersError(
-                            f"{deaths} actors died while loading the model: {event.reason}"
-                        )
+            deaths += [e for e in self.events() if isinstance(e, Died) and not e.node_lost]
+            if len(deaths) >= MAX_FAILED_STARTS:
+                raise WorkersError(
+                    f"{len(deaths)} actors died while loading the model: {deaths[-1].reason}"
+                )
         return next(iter(self._computes.values()))
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
@@ -192,8 +188,7 @@ class RayActors:
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._last_answer_at = time.monotonic()
         answers = [(reference, session.get_result(reference)) for reference in ready]
-        died = ray.exceptions.RayError | session.CrashError
-        answers.sort(key=lambda found: isinstance(found[1], died))
+        answers.sort(key=lambda found: isinstance(found[1], DEATHS))
         for reference, answer in answers:  # commits count before deaths
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
@@ -237,10 +232,8 @@ class RayActors:
                 yield Heartbeat(name, answer)
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._check_unreachable(name, str(answer))
-        elif isinstance(answer, ray.exceptions.RayError):
+        elif isinstance(answer, DEATHS):
             yield self._remove(name, str(answer), getattr(answer, "preempted", False))
-        elif isinstance(answer, session.CrashError):
-            yield self._remove(name, str(answer))
         elif isinstance(answer, ShardError) and isinstance(what, Attempt):
             self._prometheus.lost(1)
             yield Refused(name, what.shard.shard_id, str(answer))
@@ -258,7 +251,7 @@ class RayActors:
         """Begin the next stage of an actor's start."""
         if step == JOIN:
             self._nodes[name], code = answer
-            code_version().require(code, f"node {self._nodes[name][:12]}")
+            require_same_code(code_version(), code, f"node {self._nodes[name][:12]}")
             self._call(name, START, "start")
         elif step == START:
             self._computes[name] = answer

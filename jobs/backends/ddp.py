@@ -20,7 +20,7 @@ from jobs.backends import session
 from jobs.backends.actors import PLACING_WARNING_S
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import Placement, resolve_placement
-from jobs.backends.version import code_version
+from jobs.backends.version import code_version, require_same_code
 from unet_core.config.predict import WorkersConfig
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -126,7 +126,7 @@ def _rank(arguments: dict[str, Any]) -> None:
     wants_stop = reporter.wants_stop if reporter is not None else lambda: False
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
-        ranks.on_all(lambda: arguments["code"].require(code_version(), node))
+        ranks.on_all(lambda: require_same_code(arguments["code"], code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
             if reporter is not None:
                 reporter.say(event)
@@ -140,41 +140,35 @@ class Reporter:
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._reply: Any = None
-        self._asked = time.monotonic()
+        self._sent_at = time.monotonic()
         self._step: Step | None = None
         """All steps since the last message, merged."""
         self._stops = False
 
     def say(self, event: Event | UnetJobsError) -> None:
         """Send an event, or merge a step with those that follow."""
-        if isinstance(event, Step):
-            self._step = _both(self._step, event)
-            if self._step.seconds < WAIT_S:
-                return
-        if self._step is not None:
-            self._ask(self._mailbox.say.remote(self._step))
-            self._step = None
         if not isinstance(event, Step):
-            self._stops = ray.get(self._mailbox.say.remote(event))
+            self._send(event)
+            return
+        self._step = _both(self._step, event) if self._step is not None else event
+        if self._step.seconds >= WAIT_S:
+            self._send()
 
     def wants_stop(self) -> bool:
-        """Return the driver's last answer without waiting. Asks when no event was sent for a while:
-        no step is taken during the dataset scan and validation.
+        """Return the driver's last answer. Ask when nothing was sent for a while: no step is taken
+        during the dataset scan and validation.
         """
-        if self._reply is None and time.monotonic() - self._asked > WAIT_S:
-            self._ask(self._mailbox.say.remote())
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stops, self._reply = ray.get(self._reply), None
+        if time.monotonic() - self._sent_at > WAIT_S:
+            self._send()
         return self._stops
 
-    def _ask(self, reply: Any) -> None:
-        self._reply, self._asked = reply, time.monotonic()
+    def _send(self, *events: Event | UnetJobsError) -> None:
+        steps = [self._step] if self._step is not None else []
+        self._stops = ray.get(self._mailbox.say.remote(*steps, *events))
+        self._sent_at, self._step = time.monotonic(), None
 
 
-def _both(before: Step | None, step: Step) -> Step:
-    if before is None:
-        return step
+def _both(before: Step, step: Step) -> Step:
     return replace(
         step,
         images=before.images + step.images,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from jobs.backends import session
 from jobs.backends.paths import require_shared
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from jobs.progress import ShardsProgress
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
@@ -118,8 +118,8 @@ def _on_cluster(
 
 
 @session.returns_errors
-def _done(driver: CodeVersion, task: Task, shard: Shard) -> int:
-    driver.require(code_version(), "a node")
+def _done(driver: str, task: Task, shard: Shard) -> int:
+    require_same_code(driver, code_version(), "a node")
     try:
         return task.do(shard)
     except (NotFoundError, ParquetDamagedError) as error:  # a part of the run

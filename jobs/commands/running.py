@@ -51,8 +51,7 @@ def predict(source: str, overrides: Words, model: str | None, out: str | None, *
     show.outcome(outcome)
     if outcome.too_many_failed:
         show.causes(outcome, config)
-    if not outcome.is_complete:
-        sys.exit(1)
+    sys.exit(0 if outcome.is_complete else 1)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -111,15 +110,13 @@ def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, *
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
-    config: PredictConfig | TrainConfig
     flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(how) if how[name])
     if flags and verb != "predict":
         raise ConfigError(f"{flags[0]} goes with predict")
-    if verb == "predict":
-        config = load(PredictConfig, path, list(overrides))
-    else:
+    if verb == "train":
         path = recipe(path)
-        config = load(TrainConfig, path, list(overrides))
+    kind: type[PredictConfig | TrainConfig] = PredictConfig if verb == "predict" else TrainConfig
+    config = load(kind, path, list(overrides))
     from jobs.submission.job_server import JobServer, run_name
     from jobs.submission.package import pack as pack_job
 
@@ -218,15 +215,15 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 
     with show.only_document(as_json):
         found = diagnose(config)
+    is_ok = all(check.is_ok for check in found)
     if as_json:
-        show.document(found)
+        show.document({"checks": found}, is_ok=is_ok)
     else:
         show.checks(found)
     sys.stdout.flush()
-    if any(check.hangs for check in found.checks):
+    if any(check.hangs for check in found):
         os._exit(1)  # what it waits for may never come
-    if not found.is_ok:
-        sys.exit(1)
+    sys.exit(0 if is_ok else 1)
 
 
 @click.command()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jobs.predict import Outcome
     from jobs.tools.bench import Bench
     from jobs.tools.cost import Cost
-    from jobs.tools.doctor import Diagnosis
+    from jobs.tools.doctor import Check
     from jobs.tools.plan import Plan
     from unet_core.metrics import Totals
 
@@ -62,15 +62,15 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def only_document(as_json: bool) -> Iterator[None]:
-    """With ``--json``, send what Ray prints for its actors meanwhile to standard error."""
+    """With ``--json``, send other output, such as that of Ray's actors, to standard error."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 
 
-def checks(diagnosis: "Diagnosis") -> None:
+def checks(checks: "list[Check]") -> None:
     """Print a line for each check."""
-    width = max(len(check.name) for check in diagnosis.checks) + 1
-    for check in diagnosis.checks:
+    width = max(len(check.name) for check in checks) + 1
+    for check in checks:
         mark = "ok   " if check.is_ok else "WRONG"
         click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
 
@@ -115,12 +115,10 @@ def cost(cost: "Cost") -> None:
         " GB",
         time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
     )
-    hours = cost.device_hours_per_million
     unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
-    money = ""
-    if cost.price is not None and cost.price_per_million is not None:
-        money = f", at {cost.price:g} each: {_span(cost.price_per_million)}"
-    lines(million=f"{_span(hours)} {unit}{money}")
+    prices = cost.price_per_million
+    money = "" if prices is None else f", at {cost.price:g} each: {_span(prices)}"
+    lines(million=f"{_span(cost.device_hours_per_million)} {unit}{money}")
 
 
 def _time(hours: tuple[float, float]) -> str:

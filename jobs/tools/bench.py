@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,7 +25,7 @@ import torch
 from jobs.backends import session
 from jobs.job import Job, prepare
 from jobs.tools.describe import count_flop
-from jobs.tools.scratch import open_shards, scratch_run
+from jobs.tools.scratch import scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.decoder import DecodedImage, Decoder
@@ -36,7 +36,7 @@ from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
-from unet_core.inputs.formats import read_shard
+from unet_core.inputs.formats import list_shards, read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.runs.compute import Compute
 from unet_core.runs.timings import Seconds, read_timings
@@ -94,8 +94,7 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     with tempfile.TemporaryDirectory() as scratch:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
-        with open_shards(job) as (found, _, with_members):
-            shards = _sample(job, map(with_members, found))
+        shards = _sample(job)
         replica = Replica(job.replica(session.local_cpus(job.config.workers)))
         engine, compute = replica.engine, replica.probe()
         turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
@@ -110,14 +109,14 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     )
 
 
-def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
+def _sample(job: Job) -> list[Shard]:
+    """Take shards until they have ``ENOUGH_IMAGES``."""
     taken, images = [], 0
-    for shard in shards:
+    for shard in list_shards(job.source):
+        taken.append(shard)
+        images += shard.count or sum(1 for _ in read_shard(job.source, shard))
         if images >= ENOUGH_IMAGES:
             break
-        taken.append(shard)
-        count = shard.count
-        images += sum(1 for _ in read_shard(job.source, shard)) if count is None else count
     return taken
 
 

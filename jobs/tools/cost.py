@@ -3,16 +3,19 @@
 import contextlib
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from jobs.backends import session
 from jobs.backends.placement import resolve_placement
 from jobs.job import prepare
-from jobs.tools.scratch import open_shards, scratch_run
+from jobs.tools.scratch import scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs.shards import Shard, images_in
+from unet_core.runs.manifest import with_members
 from unet_core.runs.run import Run
+from unet_core.runs.shard_plan import plan_shards
 from unet_core.runs.timings import read_timings
 
 SAMPLE = 6
@@ -71,11 +74,13 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
     Raises what ``predict`` raises, and ConfigError if too little is left to measure.
     """
     job, workers = prepare(config), config.workers
-    with open_shards(job) as (_, left, with_members):
+    with plan_shards(job.run, job.source) as plan:
+        left, draft = plan.left, plan.draft
+        read = draft.with_members if draft is not None else partial(with_members, job.run.store)
         by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
         count = min(SAMPLE, len(left))
         ranks = ((2 * n + 1) * len(left) // (2 * count) for n in range(count))
-        sample = [with_members(by_size[rank]) for rank in ranks]
+        sample = [read(by_size[rank]) for rank in ranks]
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(workers):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from jobs.backends import session
 from jobs.backends.paths import data_paths
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from unet_core.config.predict import PredictConfig, WorkersConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import ConfigError, StoreError, UnetJobsError, WorkersError
@@ -47,25 +47,13 @@ class Check:
     hangs: bool = False
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All checks."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def is_ok(self) -> bool:
-        """True if no check failed."""
-        return all(check.is_ok for check in self.checks)
-
-
-def diagnose(config: PredictConfig | None = None) -> Diagnosis:
+def diagnose(config: PredictConfig | None = None) -> list[Check]:
     """Check this machine, its Ray cluster, and the model and paths of a config.
 
     Raises nothing: what is wrong is part of the result.
     """
     checks = MACHINE | (_checks_of(config) if config is not None else {})
-    return Diagnosis(tuple(_isolated(name, check) for name, check in checks.items()))
+    return [_isolated(name, check) for name, check in checks.items()]
 
 
 def _isolated(name: str, check: Callable[[], str]) -> Check:
@@ -150,11 +138,9 @@ def _cluster(address: str) -> str:
             raise WorkersError(f"{address} is not reached ({error}): is it up?") from error
     with session.connected(shows_logs=False):
         nodes = session.available_resources(WorkersConfig())
-        asked = session.on_nodes(code_version, NODES_ASKED, ANSWER_S)
-    for node, answer in asked.items():
-        if not isinstance(answer, CodeVersion):
-            raise WorkersError(f"node {node} does not run unet-jobs: {answer}; install it there")
-        code_version().require(answer, f"node {node}")
+        asked = session.code_on_nodes(NODES_ASKED, ANSWER_S)
+    for node, version in asked.items():
+        require_same_code(code_version(), version, f"node {node}")
     gpus, cores = (sum(has) for has in zip(*nodes, strict=True))
     code = f"the same code on {len(asked)} of them"
     return f"{address}, {len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores; {code}"
@@ -182,15 +168,14 @@ MACHINE: dict[str, Callable[[], str]] = {
 def _checks_of(config: PredictConfig) -> dict[str, Callable[[], str]]:
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
-    chosen = config.model
     checks: dict[str, Callable[[], str]] = {
-        "model": partial(model, chosen.checkpoint, chosen.device, storage)
+        "model": partial(model, config.model.checkpoint, config.model.device, storage)
     }
-    for key, uri in data_paths(config).items():
-        check = _writable if key == "output.uri" else _readable
-        if not uri.startswith("memory://"):
-            checks[key] = partial(check, uri, storage)
-    return checks
+    paths = {key: uri for key, uri in data_paths(config).items() if not uri.startswith("memory:")}
+    return checks | {
+        key: partial(_writable if key == "output.uri" else _readable, uri, storage)
+        for key, uri in paths.items()
+    }
 
 
 def _readable(uri: str, storage: StorageConfig) -> str:
