@@ -42,8 +42,12 @@ class Job:
 
     def footer(self, record: Record) -> dict[str, str]:
         """Footer of every part."""
-        kept = self.config.output.probabilities
-        return schema.footer(self.header, self.model_sha256, record.fingerprint, kept)
+        return schema.footer(
+            self.header,
+            self.model_sha256,
+            record.fingerprint,
+            self.config.output.probabilities,
+        )
 
 
 def prepare(config: PredictConfig) -> Job:

@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every image has a row, within the error budget."""
+        """True if every image has a row and the error budget is kept."""
         return not self.set_aside and not self.too_many_failed and self.totals.is_reconciled
 
 
@@ -71,7 +71,7 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
-    if not scheduler.is_done or plan.draft is not None:
+    if scheduler.open or plan.draft is not None:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, left, totals)
         with progress, start_workers(job, len(left), progress.on_image) as backend:
@@ -89,8 +89,9 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
                     scheduler.stop()
 
             with timings:
-                busy = scheduler.in_flight
-                dispatch(scheduler, backend, on_done, lambda: progress.tick(len(busy)))
+                dispatch(
+                    scheduler, backend, on_done, lambda: progress.tick(len(scheduler.in_flight))
+                )
     is_done = totals.shards == len(shards)
     exceeded = scheduler.is_stopped
     if is_done:

@@ -62,8 +62,8 @@ def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Eve
 
 @contextlib.contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came: the first one lets the step end and a checkpoint be saved,
-    the second one interrupts at once.
+    """Yield a function that tells whether SIGINT or SIGTERM was received. The first signal lets the
+    step end and a checkpoint be saved, the second one interrupts at once.
     """
     asked = threading.Event()
 
@@ -73,10 +73,9 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         log.warning("stopping after a checkpoint; once more stops at once")
         asked.set()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # others get no signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:

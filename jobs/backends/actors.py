@@ -102,14 +102,12 @@ class RayActors:
         self._workers, self._only_here = spec.config.workers, only_here
         self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
         self._session = uuid.uuid4().hex[:4]
-        here = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._remote = ray.remote(
             num_gpus=placement.gpus,
             num_cpus=placement.cpus,
             accelerator_type=self._workers.accelerator_type or None,
-            scheduling_strategy=(
-                NodeAffinitySchedulingStrategy(here, soft=False) if only_here else "DEFAULT"
-            ),
+            scheduling_strategy=here if only_here else "DEFAULT",
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
@@ -276,13 +274,11 @@ class RayActors:
         """Kill and forget an actor; the next count of nodes places another if one is needed."""
         node = self._end(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        is_told = NODE_DIED in reason
-        reason = " ".join(reason.split())[:300]
-        if is_told or (node is not None and node not in alive):
-            node_lost, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
+        is_gone = NODE_DIED in reason or (node is not None and node not in alive)
+        reason = f"node {(node or '?')[:12]} is gone" if is_gone else " ".join(reason.split())[:300]
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
         self._last_node_count_at = 0.0
-        return Died(name, reason, node_lost)
+        return Died(name, reason, node_lost or is_gone)
 
     def _end(self, name: str) -> str | None:
         """Kill an actor and drop its state; return its node."""

@@ -54,8 +54,8 @@ def run_tasks(
     by path or id, with the reason; raises any other error of this project.
     """
     done = task.done()
-    left = [shard for shard in shards if shard.shard_id not in done]
-    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))
+    largest_first = sorted(shards, key=lambda shard: (-shard.bytes, shard.shard_id))
+    left = [shard for shard in largest_first if shard.shard_id not in done]
     if not left:
         return {}
     refused: dict[str, str] = {}

@@ -22,8 +22,10 @@ def train(source: str, overrides: Words, out: str | None) -> None:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
     at = trained.position
     value = "–" if at.best is None else f"{at.best:.4f}"
-    show.lines(steps=f"{at.step:,}, the best after {at.best_step:,}")
-    show.lines(best=f"{trained.best} (val {config.train.best} {value})")
+    show.lines(
+        steps=f"{at.step:,}, the best after {at.best_step:,}",
+        best=f"{trained.best} (val {config.train.best} {value})",
+    )
     if trained.report:
         show.lines(report=trained.report)
     show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")

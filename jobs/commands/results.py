@@ -51,9 +51,8 @@ def status(run: str, overrides: Words, as_json: bool) -> None:
         run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed"
     )
     show.totals(found.totals, found.class_names)
-    if found.seconds.shares:
-        shares = [f"{what} {share:.0%}" for what, share in found.seconds.shares.items()]
-        show.lines(device=", ".join(shares))
+    if shares := found.seconds.shares:
+        show.lines(device=show.shares(shares))
 
 
 @click.command()

@@ -131,8 +131,10 @@ def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, *
         click.echo(f"{job.id} is at work already")
     if follow:
         sys.exit(_follow(server, job.id))
-    show.lines(follow="the same command with --follow")
-    show.lines(stop=f"ray job stop --address {address} {job.id}")
+    show.lines(
+        follow="the same command with --follow",
+        stop=f"ray job stop --address {address} {job.id}",
+    )
 
 
 def _follow(server: "JobServer", job_id: str) -> int:

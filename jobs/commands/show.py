@@ -100,9 +100,14 @@ def bench(bench: "Bench") -> None:
         job=f"{bench.job:,.2f} Mpx/s ({bench.images_per_s:,.1f} images/s), "
         f"{bench.job_over_model:.2f} of the model, {bench.job_over_work:.2f} of model, decoding "
         "and encoding",
-        device=", ".join(f"{what} {share:.0%}" for what, share in bench.waited.items()),
+        device=shares(bench.waited),
         memory=f"{bench.peak_memory_bytes / 1e6:,.0f} MB at most",
     )
+
+
+def shares(shares: dict[str, float]) -> str:
+    """Return shares of a device's time as text."""
+    return ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
 
 
 def cost(cost: "Cost") -> None:
@@ -177,8 +182,9 @@ def problems(problems: Collection[tuple[str, str]], what: str, most: int | None 
 def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Print sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
-    seen = f"{totals.images_seen:,} seen"
-    lines(images=f"{seen} {balance} {totals.ok:,} ok + {totals.failed:,} failed")
+    lines(
+        images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
+    )
     for code, count in totals.errors.items():
         line("", f"{count:,} x {code}")
     warn_of_one_class(totals, class_names)
@@ -212,8 +218,10 @@ def scored(document: dict[str, Any]) -> None:
     if document["classes"]:
         _show_scores(document)
     if ignored := document["ignored_pixels"]:
-        value = document["of"]["input.ignore_index"]
-        lines(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+        lines(
+            ignored=f"{ignored:,} pixels of truth are {document['of']['input.ignore_index']} "
+            "(input.ignore_index)"
+        )
     if "warning" in document:
         click.echo(harmless(f"warning: {document['warning']}"), err=True)
     for number, image in enumerate(document["worst"][:5]):
@@ -222,8 +230,8 @@ def scored(document: dict[str, Any]) -> None:
 
 
 def _show_scores(document: dict[str, Any]) -> None:
-    rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
-    rows.append(("mean", document["mean"], ""))
+    classes = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
+    rows = [*classes, ("mean", document["mean"], "")]
     width = max(len(name) for name, _, _ in rows)
     heads = "".join(f"  {name:<14}" for name in SCORES.values())
     line("", f"{'':{width}}{heads}  images")

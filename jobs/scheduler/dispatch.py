@@ -57,7 +57,7 @@ def dispatch(
     Raises WorkersError after ``MAX_FAILED_STARTS`` workers in a row died before they were ready.
     """
     awake = scheduler.clock()
-    while not scheduler.is_done:
+    while scheduler.open:
         for event in backend.events():
             if isinstance(event, Done):
                 attempt = scheduler.done(event.worker, event.shard_id)

@@ -32,8 +32,7 @@ class Package:
     def entrypoint(self) -> str:
         """Command line of the job."""
         verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
-        words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
-        return shlex.join(words)
+        return shlex.join(["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags])
 
     def digest(self, config: PredictConfig | TrainConfig) -> str:
         """Digest of what decides the job's work: config, flags, contents of its files."""

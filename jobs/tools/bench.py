@@ -194,8 +194,7 @@ def _pieces(
 
 
 def _encode(job: Job, pieces: list[list[TileRef]], results: list[list[TileResult]]) -> None:
-    config = job.config
-    encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
+    encoder = Encoder(job.header.classes, job.config.output.encoding, job.config.input.ignore_index)
     for (assembler, tile), result in zip(chain(*pieces), chain(*results), strict=True):
         for window in assembler.paste(tile, result):
             encoder.window(assembler, window)
@@ -218,8 +217,8 @@ def _matrix_s(engine: Engine) -> float:
 
 def _gflop(engine: Engine, batches: list[Batch]) -> float:
     """Operations of one pass of all batches, two for each multiply-add."""
-    network = copy.deepcopy(engine.network).to("meta")
-    return count_flop(network, [batch.tiles_NCHW.shape for batch in batches]) / 1e9
+    shapes = [batch.tiles_NCHW.shape for batch in batches]
+    return count_flop(copy.deepcopy(engine.network).to("meta"), shapes) / 1e9
 
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:

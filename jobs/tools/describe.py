@@ -68,7 +68,7 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
 
 @torch.inference_mode()
 def count_flop(network: nn.Module, shapes: Iterable[Sequence[int]]) -> int:
-    """Operations of a network on the meta device, for one batch of each shape."""
+    """Count the operations of a network on the meta device, for one batch of each shape."""
     dtype = next(network.parameters()).dtype
     with FlopCounterMode(display=False) as counter:
         for shape in shapes:
@@ -77,7 +77,7 @@ def count_flop(network: nn.Module, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def texts(described: Description) -> dict[str, str]:
-    """The description as texts by name."""
+    """Return the description as texts by name."""
     tiling, (side, out) = described.tiling, described.sides
     axis = tiling.receptive_field
     exact = f"exact: windows from {tiling.smallest_tile}, starts at multiples of {tiling.stride}"
@@ -99,8 +99,15 @@ def presets() -> list[tuple[str, ...]]:
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides
-        channels, parameters = f"{spec.in_channels} → {spec.classes}", f"{described.parameters:,}"
-        sees = str(tiling.receptive_field or "window")
-        halo = str(tiling.halo) if tiling.is_exact else "blended"
-        rows.append((name, channels, parameters, str(tiling.sides), f"{side} → {out}", sees, halo))
+        rows.append(
+            (
+                name,
+                f"{spec.in_channels} → {spec.classes}",
+                f"{described.parameters:,}",
+                str(tiling.sides),
+                f"{side} → {out}",
+                str(tiling.receptive_field or "window"),
+                str(tiling.halo) if tiling.is_exact else "blended",
+            )
+        )
     return rows

@@ -122,9 +122,9 @@ def ray() -> str:
     version = import_module("ray").__version__
     if session.is_cluster_named():
         return f"{version}; {_cluster(os.environ['RAY_ADDRESS'])}"
-    inline = session.is_inline(WorkersConfig())
-    who = "this process does the work" if inline else "one actor on each GPU of this machine"
-    return f"{version}; RAY_ADDRESS is not set: {who}"
+    if session.is_inline(WorkersConfig()):
+        return f"{version}; RAY_ADDRESS is not set: this process does the work"
+    return f"{version}; RAY_ADDRESS is not set: one actor on each GPU of this machine"
 
 
 def _cluster(address: str) -> str:
@@ -142,8 +142,8 @@ def _cluster(address: str) -> str:
     for node, version in asked.items():
         require_same_code(code_version(), version, f"node {node}")
     gpus, cores = (sum(has) for has in zip(*nodes, strict=True))
-    code = f"the same code on {len(asked)} of them"
-    return f"{address}, {len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores; {code}"
+    has = f"{len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores"
+    return f"{address}, {has}; the same code on {len(asked)} of them"
 
 
 def model(

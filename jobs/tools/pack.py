@@ -25,13 +25,13 @@ from unet_core.storage.store import Store
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28
 UNKNOWN_BYTES = 2**18
-"""What an image is taken for in a list that does not say its size."""
+"""Assumed size of an image in a list without sizes."""
 ENDINGS = {"webdataset": "tar", "parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was done."""
+    """Counts of a packed input."""
 
     shards: int
     kept: int
@@ -83,15 +83,15 @@ def _require_distinct_keys(members: list[Member]) -> None:
 
 
 def _key(name: str) -> str:
-    """A name without its ending, dots turned to dashes: a tar's key ends at its first dot. Of a
-    URI the path, bucket and all, from no root.
+    """Return a name without its ending, with dashes for dots, since a tar's key ends at its first
+    dot; for a URI, its bucket and path.
     """
     stem = name.rpartition(".")[0] if is_image(name) else name
     return stem.replace("://", "/").lstrip("/").replace(".", "-")
 
 
 def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
-    """Neighbours in equal shares: as many shards as the bytes need, alike in bytes."""
+    """Divide members, in their order, into as few shards of about equal size as possible."""
     total = sum(member.bytes or UNKNOWN_BYTES for member in members)
     count = max(1, min(len(members), -(-total // shard_bytes)))
     groups: list[list[Member]] = [[]]
@@ -107,7 +107,7 @@ def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
 
 
 Packing = list[tuple[Sample, bytes, bytes | None]]
-"""Images with their bytes, and those of their masks."""
+"""Samples, each with the bytes of its image and mask."""
 
 
 def _contents(sample: Sample) -> tuple[Sample, bytes, bytes | None]:
@@ -115,7 +115,7 @@ def _contents(sample: Sample) -> tuple[Sample, bytes, bytes | None]:
 
 
 def _tar(packing: Packing) -> bytes:
-    """``KEY.ext`` and ``KEY.mask.ext``, with nothing of this machine or moment in the headers."""
+    """Write ``KEY.ext`` and ``KEY.mask.png``; headers hold no time or user, so bytes repeat."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample, image, mask in packing:
@@ -129,7 +129,7 @@ def _tar(packing: Packing) -> bytes:
 
 
 def _parquet(packing: Packing) -> bytes:
-    """Columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
+    """Write columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("id", pa.string()), ("image", cell), ("mask", pa.binary())])
     columns = {
