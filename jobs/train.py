@@ -47,8 +47,7 @@ def train(config: TrainConfig) -> Trained:
         from jobs.results.report import ending_report  # templates, charts
 
         report = ending_report(config.output, config.storage, not was_finished)
-    best = f"{config.output.uri.rstrip('/')}/{BEST}"
-    return Trained(best, run.position(), was_finished, report)
+    return Trained(f"{config.output.uri.rstrip('/')}/{BEST}", run.position(), was_finished, report)
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:

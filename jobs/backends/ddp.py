@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -65,19 +66,18 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
-        ended, outcome = threading.Event(), []
+        outcome: Future[Any] = Future()
 
         def run() -> None:
             try:
-                _trainer(config, ranks, each, mailbox, rays_own).fit()
-            except Exception as error:  # told below, on the thread that asked
-                outcome.append(error)
-            ended.set()
+                outcome.set_result(_trainer(config, ranks, each, mailbox, rays_own).fit())
+            except Exception as error:  # raised below, on the driver's thread
+                outcome.set_exception(error)
 
         threading.Thread(target=run, name="ray train", daemon=True).start()
         is_over, silent_since = False, time.monotonic()
         while not is_over:
-            is_over = ended.wait(WAIT_S)
+            is_over = bool(wait([outcome], WAIT_S).done)
             if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
                 silent_since = time.monotonic()
                 log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
@@ -85,12 +85,12 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             for event in ray.get(mailbox.hear.remote(wants_stop())):
                 silent_since = 0.0
                 if isinstance(event, UnetJobsError):
-                    ended.wait()
+                    wait([outcome])
                     raise event
                 yield event
-        if outcome:
-            reason = " ".join(str(outcome[0]).split())[-600:]
-            raise WorkersError(f"the ranks failed: {reason}") from outcome[0]
+        if error := outcome.exception():
+            reason = " ".join(str(error).split())[-600:]
+            raise WorkersError(f"the ranks failed: {reason}") from error
 
 
 def _trainer(

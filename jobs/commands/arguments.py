@@ -52,8 +52,10 @@ def train_config(source: str, overrides: list[str], out: str | None) -> TrainCon
     if not overrides or "=" in overrides[0] or not out:
         raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
     masks = overrides.pop(0)
-    pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
-    table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
+    table: dict[str, Any] = {
+        "data": {"train": {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}},
+        "output": {"uri": out},
+    }
     return build(TrainConfig, table, overrides, source="command line")
 
 

@@ -62,11 +62,10 @@ def import_weights(
     Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
     0..1) or others, and model.classes='["background", "cell"]'.
     """
-    chosen = {"layout": layout, "factory": factory}
     table = {
         "source": source,
         "destination": destination,
-        "model": {key: value for key, value in chosen.items() if value},
+        "model": ({"layout": layout} if layout else {}) | ({"factory": factory} if factory else {}),
     }
     config = build(ImportConfig, table, list(overrides), source="command line")
     from unet_core.networks.foreign.weights import import_weights as run_import

@@ -153,8 +153,11 @@ def _follow(server: "JobServer", job_id: str) -> int:
         except KeyboardInterrupt:
             answer = "d"
             if sys.stdin.isatty():
-                question = "\n[s]top the job, [d]etach and let it run, or [f]ollow on?"
-                answer = click.prompt(question, default="f", type=click.Choice(["s", "d", "f"]))
+                answer = click.prompt(
+                    "\n[s]top the job, [d]etach and let it run, or [f]ollow on?",
+                    default="f",
+                    type=click.Choice(["s", "d", "f"]),
+                )
             if answer == "d":
                 click.echo(f"{job_id} runs on; the same command follows it again", err=True)
                 return StoppedError.exit_code

@@ -37,7 +37,6 @@ PATIENCE_S = 600.0
 AGAIN_S = 2.0
 STOP_WAIT_S = 120
 """Seconds that a stopped job gets to end by itself: a training saves a checkpoint."""
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CHATTERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -90,17 +89,14 @@ class JobServer:
         self.client = client or self._connected()
 
     def _connected(self) -> Any:
-        """Create Ray's client, which would prefer an address of the environment to its argument."""
+        """Create Ray's client."""
         from ray.job_submission import JobSubmissionClient
 
         if not logging.getLogger().isEnabledFor(logging.INFO):
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
-        hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-        try:
-            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
-        finally:
-            os.environ.update(hidden)
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray prefers it to its argument
+        return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
 
     def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
         """Start a job for a run, or find the one that is alive.

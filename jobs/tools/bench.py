@@ -223,8 +223,8 @@ def _gflop(engine: Engine, batches: list[Batch]) -> float:
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
     """Time of the job from its first read to its last commit, without loading the model."""
-    inline = job.config.workers.model_copy(update={"count": "inline"})
-    with scratch_run(job, shards, inline) as run:
+    workers = job.config.workers.model_copy(update={"count": "inline"})
+    with scratch_run(job, shards, workers) as run:
         timings = read_timings(run.store, len(shards))
     rows = [(row["finished"].timestamp(), row["whole_s"]) for row in timings.to_pylist()]
     began = min(finished - whole_s for finished, whole_s in rows)

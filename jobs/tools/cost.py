@@ -86,8 +86,9 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
         if not session.is_inline(workers):
             stack.enter_context(session.connected())
             each = resolve_placement(workers, session.available_resources(workers))
-            one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
-            workers = workers.model_copy(update=one)
+            workers = workers.model_copy(
+                update={"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
+            )
         run = stack.enter_context(scratch_run(job, sample, workers))
         gpus = 1.0 if workers.gpus == "auto" else workers.gpus or 1.0
         return _scaled(run, sample, left, gpus, price)

@@ -118,13 +118,13 @@ def _computing(device: "torch.device") -> str:
 
 
 def ray() -> str:
-    """Describe who would do the work; a cluster that is named must answer, with the same code."""
+    """Describe the workers of a run; a cluster that is named must answer, with the same code."""
     version = import_module("ray").__version__
     if session.is_cluster_named():
         return f"{version}; {_cluster(os.environ['RAY_ADDRESS'])}"
-    if session.is_inline(WorkersConfig()):
-        return f"{version}; RAY_ADDRESS is not set: this process does the work"
-    return f"{version}; RAY_ADDRESS is not set: one actor on each GPU of this machine"
+    inline = session.is_inline(WorkersConfig())
+    who = "this process does the work" if inline else "one actor on each GPU of this machine"
+    return f"{version}; RAY_ADDRESS is not set: {who}"
 
 
 def _cluster(address: str) -> str:

@@ -65,8 +65,12 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     for name, shard in new.items():
         packing = list(map_in_order(_contents, read_shard(source, shard)))
         output.publish(name, write(packing))
-    masks = sum(member.mask is not None for member in members)
-    return Packed(len(new), len(plan) - len(new), len(members), masks)
+    return Packed(
+        shards=len(new),
+        kept=len(plan) - len(new),
+        images=len(members),
+        masks=sum(member.mask is not None for member in members),
+    )
 
 
 def _require_distinct_keys(members: list[Member]) -> None:
