@@ -93,9 +93,11 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
                     scheduler, backend, on_done, lambda: progress.tick(len(scheduler.in_flight))
                 )
     is_done = totals.shards == len(shards)
-    exceeded = scheduler.is_stopped
-    if is_done:
-        exceeded = errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
+    exceeded = (
+        errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
+        if is_done
+        else scheduler.is_stopped
+    )
     if is_done and not exceeded:
         if not run.has_all(shards):
             raise RunMismatchError(

@@ -101,7 +101,7 @@ class RayActors:
         self._spec, self._placement = spec, placement
         self._workers, self._only_here = spec.config.workers, only_here
         self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
-        self._session = uuid.uuid4().hex[:4]
+        self._dashboard_name = f"{self._run}-{uuid.uuid4().hex[:4]}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._remote = ray.remote(
             num_gpus=placement.gpus,
@@ -205,8 +205,8 @@ class RayActors:
         while len(self._handles) < min(self._capacity, self._useful):
             self._placed += 1
             name = f"actor-{self._placed}"
-            shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
-            self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
+            remote = self._remote.options(name=f"{self._dashboard_name}-{name}")
+            self._handles[name] = remote.remote(self._spec, self._run)
             self._call(name, JOIN, "join", log.getEffectiveLevel())
 
     def _ask_for_heartbeats(self) -> None:

@@ -70,8 +70,12 @@ def storage_of(overrides: Words) -> StorageConfig:
     for override in overrides:
         if not override.startswith("storage."):
             raise ConfigError(f"{override}: only storage.key=value goes here")
-    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
-    return build(PredictConfig, places, list(overrides), source="command line").storage
+    return build(
+        PredictConfig,
+        {"input": {"uri": "input"}, "output": {"uri": "output"}},
+        list(overrides),
+        source="command line",
+    ).storage
 
 
 def stored_run(run: str, overrides: Words) -> "Results":

@@ -196,8 +196,12 @@ def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> No
 )
 def pack(source: str, destination: str, overrides: Words, kind: str, shard_mb: int) -> None:
     """Pack loose images, and their masks (input.masks=...), into balanced shards."""
-    table = {"input": {"uri": source}, "output": {"uri": destination}}
-    config = build(PredictConfig, table, list(overrides), source="command line")
+    config = build(
+        PredictConfig,
+        {"input": {"uri": source}, "output": {"uri": destination}},
+        list(overrides),
+        source="command line",
+    )
     from jobs.tools.pack import pack as run_pack
 
     packed = run_pack(config, kind, shard_mb * 10**6)

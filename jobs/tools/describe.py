@@ -60,10 +60,13 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     side = side or tiling.sides.at_least(USUAL_SIDE)
     if side not in tiling.sides:
         raise ConfigError(f"side: {side} is not possible with {name}; {tiling.sides.near(side)}")
-    parameters = sum(p.numel() for p in network.parameters())
-    flop = count_flop(network.eval().to("meta"), [(1, spec.in_channels, side, side)])
-    title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
-    return Description(title, parameters, flop, tiling, (side, side - 2 * tiling.margin))
+    return Description(
+        title=f"{name}: {spec.in_channels} channels in, {spec.classes} logits out",
+        parameters=sum(p.numel() for p in network.parameters()),
+        flop=count_flop(network.eval().to("meta"), [(1, spec.in_channels, side, side)]),
+        tiling=tiling,
+        sides=(side, side - 2 * tiling.margin),
+    )
 
 
 @torch.inference_mode()

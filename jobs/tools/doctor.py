@@ -80,10 +80,11 @@ def processor() -> str:
 
     from unet_core.inference.engine import device_model
 
-    cores = session.local_cpus(WorkersConfig())
     kind = device_model(torch.device("cpu")).removeprefix("cpu ")
-    code = f"Python {platform.python_version()}, torch {torch.__version__}, {code_version()}"
-    return f"{cores:g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of memory; {code}"
+    return (
+        f"{session.local_cpus(WorkersConfig()):g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of "
+        f"memory; Python {platform.python_version()}, torch {torch.__version__}, {code_version()}"
+    )
 
 
 def gpu() -> str:

@@ -54,6 +54,8 @@ def _describe_workers(config: PredictConfig) -> str:
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
         placement = resolve_placement(config.workers, session.available_resources(config.workers))
-    count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
-    each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
-    return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"
+    at_most = "up to " if config.workers.max != "auto" else ""
+    return (
+        f"{at_most}{placement.actors} actors of {placement.gpus:g} GPU, {placement.cpus:g} CPU on "
+        f"{os.environ['RAY_ADDRESS']}"
+    )
