@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
 """Seconds between two plain lines: short runs show some, and the log of a long one stays small."""
 PATIENT_EPOCHS = 2
-"""Epochs before a single predicted class is warned of: a network may begin with one."""
+"""Epochs without a warning about a single predicted class: a network may begin with one."""
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
 """A plain line: the activity, its text, the count done and the total."""
 

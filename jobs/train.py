@@ -31,10 +31,10 @@ class Trained:
 
 
 def train(config: TrainConfig) -> Trained:
-    """Train until the end; interrupted anyhow, the same call continues at the newest checkpoint.
+    """Train to the end; after an interruption, the same call continues at the newest checkpoint.
 
-    Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
-    checkpoint, when the process is asked to stop.
+    Raises a UnetJobsError for a config, checkpoint, input or store that cannot be used, and
+    StoppedError, after a checkpoint, when the process is asked to stop.
     """
     run = open_training(config)
     was_finished = run.is_finished
@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Trained:
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
-    """Events of the training in this process, or of the first rank on a Ray cluster."""
+    """Yield the events of the training in this process, or of the first rank on a Ray cluster."""
     if session.is_inline(config.workers):
         return fit(config, wants_stop=wants_stop)
     from jobs.backends.ddp import fit_on_ranks

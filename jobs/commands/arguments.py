@@ -1,4 +1,4 @@
-"""Arguments to configs: from a file or from plain paths, or one section from overrides."""
+"""Configs from arguments: a file or plain paths, with overrides."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unet_core.runs.reader import Results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-"""A recipe's name alone means the shipped one, if there is no such file here."""
+"""Folder of the shipped recipes, found by name where no such file exists."""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 STORAGE = "[STORAGE.KEY=VALUE]..."
 Words = tuple[str, ...]

@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def only_document(as_json: bool) -> Iterator[None]:
-    """With ``--json``, send other output, such as that of Ray's actors, to standard error."""
+    """Send other output, such as that of Ray's actors, to standard error if ``as_json``."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 
@@ -88,7 +88,7 @@ def plan(plan: "Plan") -> None:
 
 
 def bench(bench: "Bench") -> None:
-    """Print the limit, the model, the stages and the job, and how near each comes to the limit."""
+    """Print the rates of the device, the model, the stages and the job."""
     lines(
         machine=f"{bench.device}, {bench.lanes} lanes",
         sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",

@@ -10,9 +10,9 @@ from unet_core.runs.compute import Compute
 from unet_core.runs.timings import ShardResult
 
 MAX_FAILED_STARTS = 3
-"""Three in a row are no accident: a model that does not load, or a node without memory."""
+"""Dead workers in a row that stop a run: a model that does not load, or a node without memory."""
 PAUSE_S = 30.0
-"""A loop that took longer was paused (a suspended laptop); no worker is overdue because of it."""
+"""Seconds after which the loop must have been paused (a suspended laptop): no worker is overdue."""
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""Which shard goes to which worker, and what a failed attempt means. Knows nothing of Ray.
+"""Assignment of shards to workers, and the handling of failed attempts. No Ray.
 
 A worker holds at most two shards: one computes while the next is read. Near the end of a run each
 gets one instead, including workers that are still starting. When a worker dies with two shards in
@@ -21,7 +21,7 @@ from unet_core.inputs.shards import Shard
 PREFETCH = 2
 """Shards in flight on a worker: one computes while the next is read."""
 MAX_ISOLATIONS = 2
-"""A second try, since the worker may have died for another reason."""
+"""Attempts to isolate a shard: the first worker may have died for another reason."""
 ISOLATION_SLACK = 10.0
 """Factor on the stall timeout while a shard is isolated: its child process loads the model first,
 and each image may take as long as a whole attempt."""
@@ -57,11 +57,11 @@ class Progress:
     """Progress of the oldest attempt of a worker."""
 
     since: float
-    """Time at which it became the oldest."""
+    """Time at which the attempt became the oldest."""
     heard: float
     """Time of its last step."""
     steps: int = 0
-    """Steps made until then."""
+    """Steps made at that time."""
 
 
 @dataclass

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 TOKEN = Path(".ray") / "auth_token"
-"""Below the home directory, where Ray keeps it."""
+"""Path of Ray's token, below the home directory."""
 PATIENCE_S = 600.0
 """Seconds that a cluster may be unreachable before its job is no longer followed."""
 AGAIN_S = 2.0
@@ -50,7 +50,7 @@ ResultT = TypeVar("ResultT")
 
 
 def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
-    """Submission id of a run's first job: verb, last part of its folder, digest of its place."""
+    """Return the id of a run's first job: verb, last part of its path, digest of its path."""
     uri = plain(config.output.uri).rstrip("/")
     place = f"{config.storage.endpoint_url}\0{uri}"
     word = re.sub(r"[^A-Za-z0-9]+", "-", uri.rpartition("/")[2]).strip("-")[:40]
@@ -77,7 +77,7 @@ class Submitted:
 
 
 class JobServer:
-    """A cluster's job server. Methods raise WorkersError if it refuses or stays out of reach."""
+    """The job server of a cluster. Methods raise WorkersError if it refuses or is unreachable."""
 
     def __init__(self, address: str, client: Any = None, patience_s: float = PATIENCE_S) -> None:
         self.address, self._patience_s = address, patience_s

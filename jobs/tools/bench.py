@@ -42,9 +42,9 @@ from unet_core.runs.compute import Compute
 from unet_core.runs.timings import Seconds, read_timings
 
 ENOUGH_IMAGES = 64
-"""Shards are taken until the sample has so many: a run of some seconds on a laptop."""
+"""Images after which no further shard is sampled: a run of some seconds on a laptop."""
 MATRIX_SIDE = 2048
-"""Large enough that the product is bound by arithmetic, not by memory."""
+"""Side of the matrices: large enough to be bound by arithmetic, not by memory."""
 ResultT = TypeVar("ResultT")
 
 
@@ -63,7 +63,7 @@ class Bench:
     """Operations of the network's convolutions, with the halos and padding of tiles."""
     model: float
     model_over_limit: float
-    """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
+    """Share of the limit that the model reaches; a median, like the next ones."""
     read: float
     decode: float
     encode: float
@@ -71,9 +71,9 @@ class Bench:
     """Measured during the job."""
     job: float
     job_over_model: float
-    """1 would be a device that never waits."""
+    """Share of the model's rate that the job reaches; at 1 the device never waits."""
     job_over_work: float
-    """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
+    """The same with decoding and encoding counted, which a CPU does beside the model."""
     images_per_s: float
     """Images a second of the job."""
     waited: dict[str, float]

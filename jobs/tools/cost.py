@@ -19,18 +19,18 @@ from unet_core.runs.shard_plan import plan_shards
 from unet_core.runs.timings import read_timings
 
 SAMPLE = 6
-"""Shards of all sizes; more cost more than they tell."""
+"""Shards in the sample, of all sizes; more take longer but hardly narrow the estimate."""
 LEAST_SPREAD = 0.1
-"""Share of an estimate that no sample makes smaller: machines and inputs vary as much."""
+"""Least relative error of an estimate: machines and inputs vary as much."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The rates of one actor in a sample, and what the rest takes at them."""
+    """Rates of one actor in a sample, and the time and size of the rest at these rates."""
 
     device: str
     images: int
-    """Number in the sample."""
+    """Images in the sample."""
     shards: int
     images_per_s: float
     """Rate of one actor once it runs."""
@@ -49,7 +49,7 @@ class Cost:
     """Price of an hour of one GPU, or of a CPU's actor."""
 
     def hours_on(self, actors: int) -> tuple[float, float]:
-        """Least and most hours for so many actors."""
+        """Return the least and the most hours for a number of actors."""
         return self._range(self.hours / actors)
 
     @property
