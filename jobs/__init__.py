@@ -1,1 +1,1 @@
-"""Where and when: the command line, the driver, and the actors on a Ray cluster."""
+"""The command line, the driver and its workers: schedule work on one machine or a Ray cluster."""

@@ -42,9 +42,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except UnetJobsError as error:
-        said = f"error: {error}"
-        if isinstance(error, StoppedError):
-            said = f"{error}; the same command continues there"
+        is_stopped = isinstance(error, StoppedError)
+        said = f"{error}; the same command continues there" if is_stopped else f"error: {error}"
         click.echo("\n".join(map(harmless, said.split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):

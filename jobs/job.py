@@ -15,7 +15,7 @@ from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 @dataclass(frozen=True)
 class Job:
-    """A resolved config: what to segment, with which network, and where results go."""
+    """A resolved config: input, network, run folder."""
 
     config: PredictConfig
     header: Header
@@ -25,7 +25,7 @@ class Job:
     tile_grid: TileGrid
 
     def record(self, compute: Compute) -> Record:
-        """Record for ``run.json``."""
+        """Return the record for ``run.json``."""
         return Record(
             identity=identity(
                 self.config, self.source, self.model_sha256, self.header, self.tile_grid
@@ -37,13 +37,17 @@ class Job:
         )
 
     def replica(self, cpus: float) -> ReplicaSpec:
-        """Everything needed to build one replica on ``cpus`` cores."""
+        """Return what is needed to build one replica on ``cpus`` cores."""
         return ReplicaSpec(self.config, self.source, self.model_sha256, max(1, int(cpus)))
 
     def footer(self, record: Record) -> dict[str, str]:
-        """Footer of every part."""
-        kept = self.config.output.probabilities
-        return schema.footer(self.header, self.model_sha256, record.fingerprint, kept)
+        """Return the footer of every part."""
+        return schema.footer(
+            self.header,
+            self.model_sha256,
+            record.fingerprint,
+            self.config.output.probabilities,
+        )
 
 
 def prepare(config: PredictConfig) -> Job:

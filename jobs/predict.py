@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every image has a row, within the error budget."""
+        """True if every image has a row and the error budget is kept."""
         return not self.set_aside and not self.too_many_failed and self.totals.is_reconciled
 
 
@@ -64,14 +64,14 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
 
 def segment(job: Job, plan: ShardPlan) -> Outcome:
     """Start workers and dispatch the shards that are left; finish the run if none failed."""
-    run, errors, shards = job.run, job.config.errors, plan.shards
-    committed = run.committed() & {shard.shard_id for shard in shards}
-    totals = run.totals(committed)
-    left = [shard for shard in shards if shard.shard_id not in committed]
+    run, errors, shards, left = job.run, job.config.errors, plan.shards, plan.left
+    if run.is_finished:
+        run.reopen()  # commits were removed by hand
+    totals = run.totals({s.shard_id for s in shards} - {s.shard_id for s in left})
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
-    if not scheduler.is_done or plan.draft is not None:
+    if scheduler.open or plan.draft is not None:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, left, totals)
         with progress, start_workers(job, len(left), progress.on_image) as backend:
@@ -89,12 +89,15 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
                     scheduler.stop()
 
             with timings:
-                busy = scheduler.in_flight
-                dispatch(scheduler, backend, on_done, lambda: progress.tick(len(busy)))
+                dispatch(
+                    scheduler, backend, on_done, lambda: progress.tick(len(scheduler.in_flight))
+                )
     is_done = totals.shards == len(shards)
-    exceeded = scheduler.is_stopped
-    if is_done:
-        exceeded = errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
+    exceeded = (
+        errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
+        if is_done
+        else scheduler.is_stopped
+    )
     if is_done and not exceeded:
         if not run.has_all(shards):
             raise RunMismatchError(

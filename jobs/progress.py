@@ -1,6 +1,6 @@
-"""Progress of runs and trainings: a bar on a terminal, a plain line now and then elsewhere.
+"""Progress of runs and trainings: a bar on a terminal, plain lines elsewhere.
 
-The plain lines of a job on a cluster become a bar again on the terminal of who follows it.
+``submit --follow`` turns the plain lines of a job on a cluster into a bar again.
 """
 
 import re
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from unet_core.training.fit import Epoch, Event, Step
 
 MOST_OFTEN_S, LEAST_OFTEN_S = 2.0, 60.0
-"""Between two plain lines: short runs show some, and the log of a long one stays small."""
+"""Seconds between two plain lines: short runs show some, and the log of a long one stays small."""
 PATIENT_EPOCHS = 2
-"""Epochs before a single predicted class is warned of: a network may begin with one."""
+"""Epochs without a warning about a single predicted class: a network may begin with one."""
 LINE = re.compile(r"(segmenting|training): (([\d,]+) of ~?([\d,?]+) .*)")
 """A plain line: the activity, its text, the count done and the total."""
 
 
 class Display:
-    """A bar, or where there is no terminal plain lines, less and less often: logs stay small."""
+    """A bar, or without a terminal plain lines at growing intervals."""
 
     def __init__(self, what: str, on_stderr: bool = True) -> None:
         self.console = Console(stderr=on_stderr, highlight=False, soft_wrap=True)
@@ -52,7 +52,7 @@ class Display:
         self.bar.stop()
 
     def show(self, what: str, share: float, text: str, is_last: bool = False) -> None:
-        """Move the bar; where there is none, say a line if it is time for one, or the last."""
+        """Move the bar; without one, print a line if one is due or it is the last."""
         self.bar.update(self._task, description=what, completed=share, text=text)
         now = time.monotonic()
         wait_s = min(max(MOST_OFTEN_S, (now - self._began) / 20), LEAST_OFTEN_S)
@@ -67,7 +67,7 @@ def rate(images: int, seconds: float) -> str:
 
 
 class FollowedProgress(Display):
-    """Shows a job's output line by line; on a terminal its progress lines move a bar."""
+    """Output of a job, line by line; on a terminal its progress lines move a bar."""
 
     def __init__(self) -> None:
         super().__init__("starting", on_stderr=False)
@@ -85,17 +85,14 @@ class FollowedProgress(Display):
 
 
 class RunProgress(Display):
-    """Counts images of this session; totals that only reading tells are estimated and get a ~."""
+    """Progress of a run, by images; a total that is not known is estimated and marked with ~."""
 
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
         super().__init__("segmenting")
-        self._bytes = sum(shard.bytes for shard in plan)
-        self._known = images_in(plan)
-        self._shards, self._done_shards = len(shards), len(shards) - len(plan)
-        self._before, self._done = before, Totals()
-        self._done_bytes = self._provisional = 0
-        self._actors = 0
-        self._started = self._began
+        self._bytes, self._known = sum(shard.bytes for shard in plan), images_in(plan)
+        self._shards, self._before, self._done = len(shards), before, Totals()
+        self._done_bytes = self._provisional = self._actors = 0
+        self._started = time.monotonic()
         self._lock = threading.Lock()
 
     def __exit__(self, *_: object) -> None:
@@ -114,38 +111,36 @@ class RunProgress(Display):
             self._provisional = max(0, self._provisional - totals.images_seen)
         self._done += totals
         self._done_bytes += shard.bytes
-        self._done_shards += 1
 
     def tick(self, actors: int, is_last: bool = False) -> None:
-        """Show how it stands, and how many actors take shards."""
+        """Show the progress, and the number of workers that take shards."""
         if not self._actors and not self._done.shards:
             self._started = time.monotonic()  # loading the model is no part of the rate
         self._actors = actors
         done = self._done.images_seen + self._provisional
         total, before = self._total(), self._before.images_seen
-        is_over = self._done_shards == self._shards
+        shards = self._before.shards + self._done.shards
+        is_over = shards == self._shards
         about = "" if is_over or self._known is not None else "~"
         of = "?" if total is None else f"{before + total:,.0f}"
         text = (
             f"{before + done:,} of {about}{of} images, "
             f"{rate(done, time.monotonic() - self._started)}, "
             f"{self._before.failed + self._done.failed} failed, "
-            f"{self._done_shards}/{self._shards} shards"
+            f"{shards}/{self._shards} shards"
             f"{'' if is_over else f', {actors} actors'}"
         )
         self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
 
     def _total(self) -> float | None:
         """Number of images of this session, estimated by bytes where it is not known."""
-        if self._known is not None:
+        if self._known is not None or not self._done_bytes:
             return self._known
-        if self._done_bytes:
-            return self._done.images_seen * self._bytes / self._done_bytes
-        return None
+        return self._done.images_seen * self._bytes / self._done_bytes
 
 
 class ShardsProgress(Display):
-    """Counts the shards of a task over a finished run."""
+    """Progress of a task over the shards of a run."""
 
     def __init__(self, what: str, shards: int, done: int) -> None:
         super().__init__(what)
@@ -162,7 +157,7 @@ class ShardsProgress(Display):
 
 
 class TrainProgress(Display):
-    """Shows the events of a training; a line for each epoch stays."""
+    """Progress of a training; the line of each epoch stays."""
 
     def __init__(self, config: "TrainConfig") -> None:
         super().__init__("looking at the images")
@@ -227,5 +222,5 @@ class TrainProgress(Display):
             )
 
     def _rate(self) -> str:
-        waiting = f", {self._waiting_s / max(self._seconds, 1e-3):.0%} waiting for data"
-        return rate(self._images, self._seconds) + waiting
+        waiting = self._waiting_s / max(self._seconds, 1e-3)
+        return f"{rate(self._images, self._seconds)}, {waiting:.0%} waiting for data"

@@ -31,10 +31,10 @@ class Trained:
 
 
 def train(config: TrainConfig) -> Trained:
-    """Train until the end; interrupted anyhow, the same call continues at the newest checkpoint.
+    """Train to the end; after an interruption, the same call continues at the newest checkpoint.
 
-    Raises an error of ``unet_core.errors`` for what cannot be used, and StoppedError, after a
-    checkpoint, when the process is asked to stop.
+    Raises a UnetJobsError for a config, checkpoint, input or store that cannot be used, and
+    StoppedError, after a checkpoint, when the process is asked to stop.
     """
     run = open_training(config)
     was_finished = run.is_finished
@@ -47,12 +47,11 @@ def train(config: TrainConfig) -> Trained:
         from jobs.results.report import ending_report  # templates, charts
 
         report = ending_report(config.output, config.storage, not was_finished)
-    best = f"{config.output.uri.rstrip('/')}/{BEST}"
-    return Trained(best, run.position(), was_finished, report)
+    return Trained(f"{config.output.uri.rstrip('/')}/{BEST}", run.position(), was_finished, report)
 
 
 def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Event]:
-    """Events of the training in this process, or of the first rank on a Ray cluster."""
+    """Yield the events of the training in this process, or of the first rank on a Ray cluster."""
     if session.is_inline(config.workers):
         return fit(config, wants_stop=wants_stop)
     from jobs.backends.ddp import fit_on_ranks
@@ -62,8 +61,8 @@ def _events(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterator[Eve
 
 @contextlib.contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came: the first one lets the step end and a checkpoint be saved,
-    the second one interrupts at once.
+    """Yield a function that tells whether SIGINT or SIGTERM was received. The first signal lets the
+    step end and a checkpoint be saved, the second one interrupts at once.
     """
     asked = threading.Event()
 
@@ -73,10 +72,9 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         log.warning("stopping after a checkpoint; once more stops at once")
         asked.set()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # others get no signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:

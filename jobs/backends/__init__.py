@@ -1,1 +1,1 @@
-"""Where shards run: threads of this process, Ray actors, Ray tasks, and the ranks of Ray Train."""
+"""Execution of shards: threads of this process, Ray actors, Ray tasks, ranks of Ray Train."""

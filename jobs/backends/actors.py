@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.backends import session
 from jobs.backends.placement import Placement, wanted
 from jobs.backends.prometheus import PrometheusMetrics
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from jobs.scheduler.dispatch import MAX_FAILED_STARTS
 from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from jobs.scheduler.scheduler import HEARTBEAT_S, PREFETCH
@@ -39,6 +39,7 @@ UNREACHABLE_S = 60.0
 JOIN, START, CONFIGURE, PING, HEARTBEAT = "join", "start", "configure", "ping", "heartbeat"
 MOST_HEARTBEATS = 50
 """Per second, over all actors: a driver of 500 actors asks each every ten seconds."""
+DEATHS = (ray.exceptions.RayError, session.CrashError)
 NODE_DIED = "its node has died"
 """Ray's message for an actor that died with its node before it reported the node."""
 
@@ -47,12 +48,11 @@ class SegmentActor:
     """The Ray actor: holds one replica."""
 
     def __init__(self, spec: ReplicaSpec, run: str) -> None:
-        self._spec = spec
-        self._run = run
-        self._replica: Replica | None = None
-        self._segmenter: ShardSegmenter | None = None
+        self._spec, self._run = spec, run
+        self._replica: Replica
+        self._segmenter: ShardSegmenter
 
-    def join(self, level: int) -> tuple[str, CodeVersion]:
+    def join(self, level: int) -> tuple[str, str]:
         """Return node id and code version, before anything is loaded; log from ``level`` on."""
         logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
         return ray.get_runtime_context().get_node_id(), code_version()
@@ -70,17 +70,15 @@ class SegmentActor:
         """Set what the run has recorded."""
         from unet_core.inference.shard_segmenter import ShardSegmenter
 
-        assert self._replica is not None
         self._segmenter = ShardSegmenter(self._replica, compute, footer)
 
     def heartbeat(self) -> dict[str, int]:
         """Steps made by each shard in flight."""
-        return dict(self._segmenter.steps) if self._segmenter is not None else {}
+        return dict(self._segmenter.steps)
 
     @session.returns_errors
     def segment(self, attempt: Attempt) -> ShardResult:
         """Segment and commit one shard."""
-        assert self._segmenter is not None
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
         poison = {}
@@ -103,15 +101,13 @@ class RayActors:
         self._spec, self._placement = spec, placement
         self._workers, self._only_here = spec.config.workers, only_here
         self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
-        self._session = uuid.uuid4().hex[:4]
-        here = ray.get_runtime_context().get_node_id()
+        self._dashboard_name = f"{self._run}-{uuid.uuid4().hex[:4]}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._remote = ray.remote(
             num_gpus=placement.gpus,
             num_cpus=placement.cpus,
             accelerator_type=self._workers.accelerator_type or None,
-            scheduling_strategy=(
-                NodeAffinitySchedulingStrategy(here, soft=False) if only_here else "DEFAULT"
-            ),
+            scheduling_strategy=here if only_here else "DEFAULT",
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
@@ -136,15 +132,13 @@ class RayActors:
 
         Raises WorkersError if actors die while loading.
         """
-        deaths = 0
+        deaths: list[Died] = []
         while not self._computes:
-            for event in self.events():
-                if isinstance(event, Died):
-                    deaths += not event.node_lost
-                    if deaths >= MAX_FAILED_STARTS:
-                        raise WorkersError(
-                            f"{deaths} actors died while loading the model: {event.reason}"
-                        )
+            deaths += [e for e in self.events() if isinstance(e, Died) and not e.node_lost]
+            if len(deaths) >= MAX_FAILED_STARTS:
+                raise WorkersError(
+                    f"{len(deaths)} actors died while loading the model: {deaths[-1].reason}"
+                )
         return next(iter(self._computes.values()))
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
@@ -192,8 +186,7 @@ class RayActors:
                         len(self._handles) - len(self._nodes), len(self._nodes))  # fmt: skip
             self._last_answer_at = time.monotonic()
         answers = [(reference, session.get_result(reference)) for reference in ready]
-        died = ray.exceptions.RayError | session.CrashError
-        answers.sort(key=lambda found: isinstance(found[1], died))
+        answers.sort(key=lambda found: isinstance(found[1], DEATHS))
         for reference, answer in answers:  # commits count before deaths
             if reference in self._calls:
                 yield from self._receive(*self._calls.pop(reference), answer)
@@ -212,8 +205,8 @@ class RayActors:
         while len(self._handles) < min(self._capacity, self._useful):
             self._placed += 1
             name = f"actor-{self._placed}"
-            shown = f"{self._run}-{self._session}-{name}"  # in the dashboard
-            self._handles[name] = self._remote.options(name=shown).remote(self._spec, self._run)
+            remote = self._remote.options(name=f"{self._dashboard_name}-{name}")
+            self._handles[name] = remote.remote(self._spec, self._run)
             self._call(name, JOIN, "join", log.getEffectiveLevel())
 
     def _ask_for_heartbeats(self) -> None:
@@ -237,10 +230,8 @@ class RayActors:
                 yield Heartbeat(name, answer)
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._check_unreachable(name, str(answer))
-        elif isinstance(answer, ray.exceptions.RayError):
+        elif isinstance(answer, DEATHS):
             yield self._remove(name, str(answer), getattr(answer, "preempted", False))
-        elif isinstance(answer, session.CrashError):
-            yield self._remove(name, str(answer))
         elif isinstance(answer, ShardError) and isinstance(what, Attempt):
             self._prometheus.lost(1)
             yield Refused(name, what.shard.shard_id, str(answer))
@@ -258,7 +249,7 @@ class RayActors:
         """Begin the next stage of an actor's start."""
         if step == JOIN:
             self._nodes[name], code = answer
-            code_version().require(code, f"node {self._nodes[name][:12]}")
+            require_same_code(code_version(), code, f"node {self._nodes[name][:12]}")
             self._call(name, START, "start")
         elif step == START:
             self._computes[name] = answer
@@ -283,13 +274,11 @@ class RayActors:
         """Kill and forget an actor; the next count of nodes places another if one is needed."""
         node = self._end(name)
         alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        is_told = NODE_DIED in reason
-        reason = " ".join(reason.split())[:300]
-        if is_told or (node is not None and node not in alive):
-            node_lost, reason = True, f"node {node[:12] if node is not None else '?'} is gone"
+        is_gone = NODE_DIED in reason or (node is not None and node not in alive)
+        reason = f"node {(node or '?')[:12]} is gone" if is_gone else " ".join(reason.split())[:300]
         log.warning("actor died run=%s actor=%s reason=%s", self._run, name, reason)
         self._last_node_count_at = 0.0
-        return Died(name, reason, node_lost)
+        return Died(name, reason, node_lost or is_gone)
 
     def _end(self, name: str) -> str | None:
         """Kill an actor and drop its state; return its node."""

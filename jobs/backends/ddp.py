@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from jobs.backends import session
 from jobs.backends.actors import PLACING_WARNING_S
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import Placement, resolve_placement
-from jobs.backends.version import code_version
+from jobs.backends.version import code_version, require_same_code
 from unet_core.config.predict import WorkersConfig
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, UnetJobsError, WorkersError
@@ -65,19 +66,18 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
-        ended, outcome = threading.Event(), []
+        outcome: Future[Any] = Future()
 
         def run() -> None:
             try:
-                _trainer(config, ranks, each, mailbox, rays_own).fit()
-            except Exception as error:  # told below, on the thread that asked
-                outcome.append(error)
-            ended.set()
+                outcome.set_result(_trainer(config, ranks, each, mailbox, rays_own).fit())
+            except Exception as error:  # raised below, on the driver's thread
+                outcome.set_exception(error)
 
         threading.Thread(target=run, name="ray train", daemon=True).start()
         is_over, silent_since = False, time.monotonic()
         while not is_over:
-            is_over = ended.wait(WAIT_S)
+            is_over = bool(wait([outcome], WAIT_S).done)
             if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
                 silent_since = time.monotonic()
                 log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
@@ -85,12 +85,12 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
             for event in ray.get(mailbox.hear.remote(wants_stop())):
                 silent_since = 0.0
                 if isinstance(event, UnetJobsError):
-                    ended.wait()
+                    wait([outcome])
                     raise event
                 yield event
-        if outcome:
-            reason = " ".join(str(outcome[0]).split())[-600:]
-            raise WorkersError(f"the ranks failed: {reason}") from outcome[0]
+        if error := outcome.exception():
+            reason = " ".join(str(error).split())[-600:]
+            raise WorkersError(f"the ranks failed: {reason}") from error
 
 
 def _trainer(
@@ -126,7 +126,7 @@ def _rank(arguments: dict[str, Any]) -> None:
     wants_stop = reporter.wants_stop if reporter is not None else lambda: False
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
-        ranks.on_all(lambda: arguments["code"].require(code_version(), node))
+        ranks.on_all(lambda: require_same_code(arguments["code"], code_version(), node))
         for event in fit(arguments["config"], ranks, get_device(), wants_stop):
             if reporter is not None:
                 reporter.say(event)
@@ -140,41 +140,35 @@ class Reporter:
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._reply: Any = None
-        self._asked = time.monotonic()
+        self._sent_at = time.monotonic()
         self._step: Step | None = None
         """All steps since the last message, merged."""
         self._stops = False
 
     def say(self, event: Event | UnetJobsError) -> None:
         """Send an event, or merge a step with those that follow."""
-        if isinstance(event, Step):
-            self._step = _both(self._step, event)
-            if self._step.seconds < WAIT_S:
-                return
-        if self._step is not None:
-            self._ask(self._mailbox.say.remote(self._step))
-            self._step = None
         if not isinstance(event, Step):
-            self._stops = ray.get(self._mailbox.say.remote(event))
+            self._send(event)
+            return
+        self._step = _both(self._step, event) if self._step is not None else event
+        if self._step.seconds >= WAIT_S:
+            self._send()
 
     def wants_stop(self) -> bool:
-        """Return the driver's last answer without waiting. Asks when no event was sent for a while:
-        no step is taken during the dataset scan and validation.
+        """Return the driver's last answer. Ask when nothing was sent for a while: no step is taken
+        during the dataset scan and validation.
         """
-        if self._reply is None and time.monotonic() - self._asked > WAIT_S:
-            self._ask(self._mailbox.say.remote())
-        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
-            self._stops, self._reply = ray.get(self._reply), None
+        if time.monotonic() - self._sent_at > WAIT_S:
+            self._send()
         return self._stops
 
-    def _ask(self, reply: Any) -> None:
-        self._reply, self._asked = reply, time.monotonic()
+    def _send(self, *events: Event | UnetJobsError) -> None:
+        steps = [self._step] if self._step is not None else []
+        self._stops = ray.get(self._mailbox.say.remote(*steps, *events))
+        self._sent_at, self._step = time.monotonic(), None
 
 
-def _both(before: Step | None, step: Step) -> Step:
-    if before is None:
-        return step
+def _both(before: Step, step: Step) -> Step:
     return replace(
         step,
         images=before.images + step.images,

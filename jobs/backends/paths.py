@@ -1,4 +1,4 @@
-"""Paths of a config by key: absolute, and checked to be visible from all nodes."""
+"""Paths of a config by key: made absolute, and checked to be visible from all nodes."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +14,13 @@ ConfigT = TypeVar("ConfigT", PredictConfig, TrainConfig)
 
 
 def data_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
-    """Data paths of a config: URIs by key."""
+    """Return the data paths of a config, by key."""
     return config.read_paths | {"output.uri": config.output.uri}
 
 
 def worker_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
-    """All that the workers of a connected cluster have to reach: data, and the checkpoint unless
-    they have it, built in or brought along with a job's files.
+    """Return the paths that workers of the connected cluster must reach: data, and the checkpoint
+    unless it is built in or among the files of a job.
     """
     named = config.model.checkpoint
     is_elsewhere = bool(named) and not named.startswith("builtin:")
@@ -30,8 +30,8 @@ def worker_paths(config: PredictConfig | TrainConfig) -> dict[str, str]:
 
 
 def with_absolute_paths(config: ConfigT) -> ConfigT:
-    """A config whose plain paths mean in every process of the connected cluster what they mean in
-    this one, wherever that process began; a checkpoint among a job's files is found by all.
+    """Return a config whose plain paths are absolute, so that they do not depend on the working
+    directory of a process; a checkpoint among the files of a job stays relative.
     """
     output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
     changed: dict[str, Section] = {"output": output}
@@ -52,10 +52,10 @@ def is_shared(uri: str, storage: StorageConfig) -> bool:
 
 
 def require_shared(found: dict[str, str], storage: StorageConfig, nodes: int | None = None) -> None:
-    """Refuse paths, by their keys, that workers cannot see: those of the connected cluster, which
-    has so many nodes, or else of any.
+    """Refuse paths that workers cannot see: those of the connected cluster of ``nodes`` nodes, or
+    without ``nodes`` those of any cluster.
 
-    Raises ConfigError that names the first one.
+    Raises ConfigError with the key of the first one.
     """
     for key, uri in found.items():
         if uri.startswith("memory://"):

@@ -22,13 +22,13 @@ class Placement:
     cpus: float
 
     def room(self, nodes: Nodes) -> int:
-        """How many actors nodes can hold, each on one node, a fraction of a GPU on one GPU."""
+        """Count the actors that nodes can hold, each on one node, a fraction of a GPU on one."""
         return sum(_fitting(self.gpus, self.cpus, node) for node in nodes)
 
 
 def resolve_placement(workers: WorkersConfig, nodes: Nodes, may_wait: bool = False) -> Placement:
-    """Actors, and GPUs and CPUs for each. With ``workers.max``, or if they ``may_wait``, nodes may
-    be yet to come.
+    """Resolve ``auto`` to a number of actors, and GPUs and CPUs for each. With ``workers.max``, or
+    if actors ``may_wait``, they need not fit on the present nodes.
 
     Raises WorkersError if the actors that were asked for do not fit.
     """
@@ -55,21 +55,20 @@ def resolve_placement(workers: WorkersConfig, nodes: Nodes, may_wait: bool = Fal
 
 
 def wanted(workers: WorkersConfig, room: int) -> int:
-    """How many actors there should be when nodes have room for so many."""
+    """Return the number of actors to run when nodes have room for ``room``."""
     if workers.count not in ("auto", "inline"):
         return int(workers.count)
     return max(1, room) if workers.max == "auto" else workers.max
 
 
 def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
-    """A fair share of a node's cores: by its GPUs, or by the number of actors asked for."""
+    """Share a node's cores between its actors: by its GPUs, or by the number asked for."""
     if gpus:
         shares = [c // (g / gpus) for g, c in nodes if g >= gpus]
         return max(1.0, min(shares, default=1.0))
-    if workers.count in ("auto", "inline"):
-        return max(1.0, min((c for _, c in nodes if c), default=1.0))
-    each = -(-int(workers.count) // max(1, len(nodes)))
-    return max(1.0, min((c for _, c in nodes), default=1.0) // each)
+    count = 1 if workers.count in ("auto", "inline") else int(workers.count)
+    actors_per_node = -(-count // max(1, len(nodes)))
+    return max(1.0, min((c for _, c in nodes if c), default=1.0) // actors_per_node)
 
 
 def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
@@ -80,5 +79,5 @@ def _fitting(gpus: float, cpus: float, node: tuple[float, float]) -> int:
 
 
 def _times(whole: float, part: float) -> int:
-    """How often a part goes into a whole; 1 / 0.1 is 10, whatever floats make of it."""
+    """Divide and round down, but tolerate rounding errors: 1 / 0.1 is 10."""
     return int(whole / part + 1e-6)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a run through Ray's exporter, counted by the driver from its events.
+"""Prometheus metrics of a run, counted by the driver and exported by Ray.
 
 Ray puts ``ray_`` before these names and ``_total`` behind those of counters.
 """
@@ -32,12 +32,12 @@ class PrometheusMetrics:
         self._actors: dict[str, Seconds] = defaultdict(Seconds)
 
     def ready(self, actor: str) -> None:
-        """An actor can take shards."""
+        """Count a ready actor."""
         self._actors[actor] = Seconds()
         self._ready.set(len(self._actors))
 
     def done(self, actor: str, attempt: Attempt, result: ShardResult) -> None:
-        """A shard was committed."""
+        """Count a committed shard."""
         _add(self._attempts, 1, outcome="committed")
         _add(self._bytes, attempt.shard.bytes)
         _add(self._images, result.totals.ok, status="ok")
@@ -53,11 +53,11 @@ class PrometheusMetrics:
         self._open.set(shards)
 
     def lost(self, attempts: int) -> None:
-        """Attempts ended with their actor."""
+        """Count attempts that ended with their actor."""
         _add(self._attempts, attempts, outcome="lost")
 
     def gone(self, actor: str) -> None:
-        """An actor ended."""
+        """Remove an actor that ended."""
         if self._actors.pop(actor, None) is not None:
             self._busy.set(0, {"actor": actor})
         self._ready.set(len(self._actors))

@@ -10,17 +10,24 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from jobs.backends.placement import Nodes
+from jobs.backends.version import code_version
 from unet_core.config.predict import WorkersConfig
 from unet_core.config.train import TrainWorkersConfig
 from unet_core.errors import UnetJobsError, WorkersError
 
 log = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 100 * 2**20
+LOCAL: dict[str, Any] = {
+    "address": "local",
+    "_node_ip_address": "127.0.0.1",  # not reachable from the network
+    "include_dashboard": False,
+    "object_store_memory": 100 * 2**20,
+}
+"""Arguments of ``ray.init`` for a cluster of this process."""
 Given = ParamSpec("Given")
 ResultT = TypeVar("ResultT")
 LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
-"""Of drivers and actors alike."""
+"""Log format of drivers and actors."""
 
 
 def is_cluster_named() -> bool:
@@ -58,7 +65,7 @@ def is_inline(workers: WorkersConfig | TrainWorkersConfig) -> bool:
 
 @contextlib.contextmanager
 def connected(shows_logs: bool = True) -> Iterator[None]:
-    """Be a driver of a Ray cluster; a session of this process that exists already is used.
+    """Connect this process to a Ray cluster as a driver; an existing connection is used.
 
     ``shows_logs``: print what other processes of this driver log. Arrays never enter the object
     store, so a local one is small.
@@ -72,14 +79,7 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    place: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
-    if not is_cluster_named():
-        place = {
-            "address": "local",
-            "_node_ip_address": "127.0.0.1",  # nobody else's business
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
+    place = {"address": os.environ["RAY_ADDRESS"]} if is_cluster_named() else LOCAL
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**place, logging_level=logging.WARNING, log_to_driver=shows_logs)
@@ -95,7 +95,7 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
 
 
 def available_resources(workers: WorkersConfig, only_here: bool = False) -> Nodes:
-    """What the nodes of the cluster have now for actors; ``only_here``: this one alone."""
+    """Return the resources of each node for actors; ``only_here``: of the driver's node alone."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -110,47 +110,49 @@ def available_resources(workers: WorkersConfig, only_here: bool = False) -> Node
 
 
 def has_working_dir() -> bool:
-    """Whether this is a job whose files every process of it has in its working directory."""
+    """Whether Ray has put files of a job into the working directory of each process."""
     import ray
 
     return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
 
-def on_nodes(call: Callable[[], ResultT], most: int, within_s: float) -> dict[str, ResultT | str]:
-    """What a function returns on so many of the nodes that take work, by node; of one that gives no
-    answer, why.
+def code_on_nodes(most: int, within_s: float) -> dict[str, str]:
+    """Return the code version of so many of the nodes that take work, by node.
+
+    Raises WorkersError for a node that does not answer in time or does not run unet-jobs.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def ask() -> ResultT:
-        return call()
+    def version() -> str:
+        return code_version()
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(ask)
-    asked = {}
-    for node in _working_nodes()[:most]:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[remote.options(scheduling_strategy=there).remote()] = node["NodeID"][:12]
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=within_s)
-    found: dict[str, ResultT | str] = {asked[r]: f"no answer in {within_s:g} s" for r in late}
-    for reference in ready:
+    remote = ray.remote(num_cpus=0, max_retries=0)(version)
+    nodes = [node["NodeID"] for node in _working_nodes()[:most]]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    calls = [remote.options(scheduling_strategy=place).remote() for place in places]
+    found = {}
+    for node, call in zip(nodes, calls, strict=True):
         try:
-            found[asked[reference]] = ray.get(reference)
+            found[node[:12]] = ray.get(call, timeout=within_s)
         except ray.exceptions.RayError as error:
-            found[asked[reference]] = str(error).strip().splitlines()[-1]
+            why = str(error).strip().splitlines()[-1]
+            raise WorkersError(
+                f"node {node[:12]} does not run unet-jobs: {why}; install it there"
+            ) from error
     return found
 
 
 class CrashError(Exception):
-    """Something went wrong with the process rather than with the run: memory, or the device."""
+    """The process failed rather than the run: its memory, or its device."""
 
 
 Problem = UnetJobsError | CrashError
 
 
 def returns_errors(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
-    """A function that returns what goes wrong, since what Ray raises again may lose its class; bugs
-    are raised.
+    """Decorate a function to return expected errors, since an exception that Ray raises again may
+    lose its class; bugs are raised.
     """
 
     @functools.wraps(call)
@@ -167,7 +169,7 @@ def returns_errors(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | 
 
 
 def get_result(reference: Any) -> Any:
-    """What a call of Ray gave, or the error that says what became of its process."""
+    """Return the result of a Ray call, or the error that tells how its process ended."""
     import ray
 
     try:
@@ -179,7 +181,7 @@ def get_result(reference: Any) -> Any:
 
 
 def node_count() -> int:
-    """Nodes of the cluster that take work."""
+    """Number of nodes that take work."""
     return len(_working_nodes())
 
 

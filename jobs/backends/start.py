@@ -22,8 +22,8 @@ def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterat
     if session.is_inline(config.workers):
         from jobs.backends.inline import InlineWorkers  # torch
 
-        spec = job.replica(session.local_cpus(config.workers))
-        with closing(InlineWorkers(spec, on_image)) as inline:
+        replica = job.replica(session.local_cpus(config.workers))
+        with closing(InlineWorkers(replica, on_image)) as inline:
             yield inline
         return
     from jobs.backends.actors import RayActors  # Ray

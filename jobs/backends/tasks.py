@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from jobs.backends import session
 from jobs.backends.paths import require_shared
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from jobs.progress import ShardsProgress
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
@@ -54,8 +54,8 @@ def run_tasks(
     by path or id, with the reason; raises any other error of this project.
     """
     done = task.done()
-    left = [shard for shard in shards if shard.shard_id not in done]
-    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))
+    largest_first = sorted(shards, key=lambda shard: (-shard.bytes, shard.shard_id))
+    left = [shard for shard in largest_first if shard.shard_id not in done]
     if not left:
         return {}
     refused: dict[str, str] = {}
@@ -118,8 +118,8 @@ def _on_cluster(
 
 
 @session.returns_errors
-def _done(driver: CodeVersion, task: Task, shard: Shard) -> int:
-    driver.require(code_version(), "a node")
+def _done(driver: str, task: Task, shard: Shard) -> int:
+    require_same_code(driver, code_version(), "a node")
     try:
         return task.do(shard)
     except (NotFoundError, ParquetDamagedError) as error:  # a part of the run

@@ -1,4 +1,4 @@
-"""Arguments to configs: from a file or from plain paths, or one section from overrides."""
+"""Configs from arguments: a file or plain paths, with overrides."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unet_core.runs.reader import Results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-"""A recipe's name alone means the shipped one, if there is no such file here."""
+"""Folder of the shipped recipes, found by name where no such file exists."""
 OVERRIDES = "[SECTION.KEY=VALUE]..."
 STORAGE = "[STORAGE.KEY=VALUE]..."
 Words = tuple[str, ...]
@@ -52,8 +52,10 @@ def train_config(source: str, overrides: list[str], out: str | None) -> TrainCon
     if not overrides or "=" in overrides[0] or not out:
         raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
     masks = overrides.pop(0)
-    pair = {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}
-    table: dict[str, Any] = {"data": {"train": pair}, "output": {"uri": out}}
+    table: dict[str, Any] = {
+        "data": {"train": {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}},
+        "output": {"uri": out},
+    }
     return build(TrainConfig, table, overrides, source="command line")
 
 
@@ -68,8 +70,12 @@ def storage_of(overrides: Words) -> StorageConfig:
     for override in overrides:
         if not override.startswith("storage."):
             raise ConfigError(f"{override}: only storage.key=value goes here")
-    places = {"input": {"uri": "input"}, "output": {"uri": "output"}}
-    return build(PredictConfig, places, list(overrides), source="command line").storage
+    return build(
+        PredictConfig,
+        {"input": {"uri": "input"}, "output": {"uri": "output"}},
+        list(overrides),
+        source="command line",
+    ).storage
 
 
 def stored_run(run: str, overrides: Words) -> "Results":

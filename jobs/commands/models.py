@@ -22,8 +22,10 @@ def train(source: str, overrides: Words, out: str | None) -> None:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
     at = trained.position
     value = "–" if at.best is None else f"{at.best:.4f}"
-    show.lines(steps=f"{at.step:,}, the best after {at.best_step:,}")
-    show.lines(best=f"{trained.best} (val {config.train.best} {value})")
+    show.lines(
+        steps=f"{at.step:,}, the best after {at.best_step:,}",
+        best=f"{trained.best} (val {config.train.best} {value})",
+    )
     if trained.report:
         show.lines(report=trained.report)
     show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
@@ -60,11 +62,10 @@ def import_weights(
     Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
     0..1) or others, and model.classes='["background", "cell"]'.
     """
-    chosen = {"layout": layout, "factory": factory}
     table = {
         "source": source,
         "destination": destination,
-        "model": {key: value for key, value in chosen.items() if value},
+        "model": ({"layout": layout} if layout else {}) | ({"factory": factory} if factory else {}),
     }
     config = build(ImportConfig, table, list(overrides), source="command line")
     from unet_core.networks.foreign.weights import import_weights as run_import

@@ -51,9 +51,8 @@ def status(run: str, overrides: Words, as_json: bool) -> None:
         run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed"
     )
     show.totals(found.totals, found.class_names)
-    if found.seconds.shares:
-        shares = [f"{what} {share:.0%}" for what, share in found.seconds.shares.items()]
-        show.lines(device=", ".join(shares))
+    if shares := found.seconds.shares:
+        show.lines(device=show.shares(shares))
 
 
 @click.command()
@@ -80,15 +79,14 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
     else:
         show.lines(run=run, shards=f"{findings.committed:,} of {findings.shards:,} committed")
         show.totals(findings.totals, findings.class_names)
-        told = [f"note: {note}" for note in findings.notes]
-        told += [f"problem: {problem}" for problem in findings.problems]
-        for line in told:
-            click.echo(show.harmless(line))
+        for note in findings.notes:
+            click.echo(show.harmless(f"note: {note}"))
+        for problem in findings.problems:
+            click.echo(show.harmless(f"problem: {problem}"))
         if not findings.problems:
             again = "; every mask was counted again" if deep else ""
             click.echo(f"verified: nothing is off{again}")
-    if findings.problems:
-        sys.exit(1)
+    sys.exit(1 if findings.problems else 0)
 
 
 @click.command()
@@ -124,10 +122,9 @@ def evaluate(
     else:
         show.scored(outcome.document)
     show.problems(outcome.set_aside.items(), "not evaluated: shard", most=None)
-    if outcome.set_aside:
-        sys.exit(1)
-    if not as_json:
+    if not (as_json or outcome.set_aside):
         show.lines(report=f"unet-jobs report {run} shows it too")
+    sys.exit(1 if outcome.set_aside else 0)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -155,8 +152,7 @@ def report(run: str, overrides: Words, previews: str | None, ids: Words, worst: 
     written, problems = write_previews(run, previews, list(ids), worst or 0, storage)
     show.lines(previews=f"{previews}, {written:,} images")
     show.problems(problems, "not drawn")
-    if problems:
-        sys.exit(1)
+    sys.exit(1 if problems else 0)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -214,8 +210,7 @@ def export(
     show.lines(wrote=f"{where} ({what}, {written:,} images{without})")
     show.problems(exported.problems, "not written")
     show.problems(exported.shards_refused.items(), "not done: shard")
-    if exported.problems or exported.shards_refused:
-        sys.exit(1)
+    sys.exit(1 if exported.problems or exported.shards_refused else 0)
 
 
 def _onnx(source: str, out: str, overrides: Words, factory: str) -> None:

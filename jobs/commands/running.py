@@ -51,8 +51,7 @@ def predict(source: str, overrides: Words, model: str | None, out: str | None, *
     show.outcome(outcome)
     if outcome.too_many_failed:
         show.causes(outcome, config)
-    if not outcome.is_complete:
-        sys.exit(1)
+    sys.exit(0 if outcome.is_complete else 1)
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -111,15 +110,13 @@ def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, *
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
-    config: PredictConfig | TrainConfig
     flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(how) if how[name])
     if flags and verb != "predict":
         raise ConfigError(f"{flags[0]} goes with predict")
-    if verb == "predict":
-        config = load(PredictConfig, path, list(overrides))
-    else:
+    if verb == "train":
         path = recipe(path)
-        config = load(TrainConfig, path, list(overrides))
+    kind: type[PredictConfig | TrainConfig] = PredictConfig if verb == "predict" else TrainConfig
+    config = load(kind, path, list(overrides))
     from jobs.submission.job_server import JobServer, run_name
     from jobs.submission.package import pack as pack_job
 
@@ -134,8 +131,10 @@ def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, *
         click.echo(f"{job.id} is at work already")
     if follow:
         sys.exit(_follow(server, job.id))
-    show.lines(follow="the same command with --follow")
-    show.lines(stop=f"ray job stop --address {address} {job.id}")
+    show.lines(
+        follow="the same command with --follow",
+        stop=f"ray job stop --address {address} {job.id}",
+    )
 
 
 def _follow(server: "JobServer", job_id: str) -> int:
@@ -154,8 +153,11 @@ def _follow(server: "JobServer", job_id: str) -> int:
         except KeyboardInterrupt:
             answer = "d"
             if sys.stdin.isatty():
-                question = "\n[s]top the job, [d]etach and let it run, or [f]ollow on?"
-                answer = click.prompt(question, default="f", type=click.Choice(["s", "d", "f"]))
+                answer = click.prompt(
+                    "\n[s]top the job, [d]etach and let it run, or [f]ollow on?",
+                    default="f",
+                    type=click.Choice(["s", "d", "f"]),
+                )
             if answer == "d":
                 click.echo(f"{job_id} runs on; the same command follows it again", err=True)
                 return StoppedError.exit_code
@@ -194,8 +196,12 @@ def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> No
 )
 def pack(source: str, destination: str, overrides: Words, kind: str, shard_mb: int) -> None:
     """Pack loose images, and their masks (input.masks=...), into balanced shards."""
-    table = {"input": {"uri": source}, "output": {"uri": destination}}
-    config = build(PredictConfig, table, list(overrides), source="command line")
+    config = build(
+        PredictConfig,
+        {"input": {"uri": source}, "output": {"uri": destination}},
+        list(overrides),
+        source="command line",
+    )
     from jobs.tools.pack import pack as run_pack
 
     packed = run_pack(config, kind, shard_mb * 10**6)
@@ -218,15 +224,15 @@ def doctor(source: str, overrides: Words, as_json: bool) -> None:
 
     with show.only_document(as_json):
         found = diagnose(config)
+    is_ok = all(check.is_ok for check in found)
     if as_json:
-        show.document(found)
+        show.document({"checks": found}, is_ok=is_ok)
     else:
         show.checks(found)
     sys.stdout.flush()
-    if any(check.hangs for check in found.checks):
+    if any(check.hangs for check in found):
         os._exit(1)  # what it waits for may never come
-    if not found.is_ok:
-        sys.exit(1)
+    sys.exit(0 if is_ok else 1)
 
 
 @click.command()

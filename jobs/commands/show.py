@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jobs.predict import Outcome
     from jobs.tools.bench import Bench
     from jobs.tools.cost import Cost
-    from jobs.tools.doctor import Diagnosis
+    from jobs.tools.doctor import Check
     from jobs.tools.plan import Plan
     from unet_core.metrics import Totals
 
@@ -62,15 +62,15 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def only_document(as_json: bool) -> Iterator[None]:
-    """With ``--json``, send what Ray prints for its actors meanwhile to standard error."""
+    """Send other output, such as that of Ray's actors, to standard error if ``as_json``."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 
 
-def checks(diagnosis: "Diagnosis") -> None:
+def checks(checks: "list[Check]") -> None:
     """Print a line for each check."""
-    width = max(len(check.name) for check in diagnosis.checks) + 1
-    for check in diagnosis.checks:
+    width = max(len(check.name) for check in checks) + 1
+    for check in checks:
         mark = "ok   " if check.is_ok else "WRONG"
         click.echo(f"{mark} {check.name + ':':<{width}} {harmless(check.says)}")
 
@@ -88,7 +88,7 @@ def plan(plan: "Plan") -> None:
 
 
 def bench(bench: "Bench") -> None:
-    """Print the limit, the model, the stages and the job, and how near each comes to the limit."""
+    """Print the rates of the device, the model, the stages and the job."""
     lines(
         machine=f"{bench.device}, {bench.lanes} lanes",
         sample=f"{bench.images:,} images, {bench.megapixels:,.2f} Mpx in {bench.shards} shards",
@@ -100,9 +100,14 @@ def bench(bench: "Bench") -> None:
         job=f"{bench.job:,.2f} Mpx/s ({bench.images_per_s:,.1f} images/s), "
         f"{bench.job_over_model:.2f} of the model, {bench.job_over_work:.2f} of model, decoding "
         "and encoding",
-        device=", ".join(f"{what} {share:.0%}" for what, share in bench.waited.items()),
+        device=shares(bench.waited),
         memory=f"{bench.peak_memory_bytes / 1e6:,.0f} MB at most",
     )
+
+
+def shares(shares: dict[str, float]) -> str:
+    """Return shares of a device's time as text."""
+    return ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
 
 
 def cost(cost: "Cost") -> None:
@@ -115,12 +120,10 @@ def cost(cost: "Cost") -> None:
         " GB",
         time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
     )
-    hours = cost.device_hours_per_million
     unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
-    money = ""
-    if cost.price is not None and cost.price_per_million is not None:
-        money = f", at {cost.price:g} each: {_span(cost.price_per_million)}"
-    lines(million=f"{_span(hours)} {unit}{money}")
+    prices = cost.price_per_million
+    money = "" if prices is None else f", at {cost.price:g} each: {_span(prices)}"
+    lines(million=f"{_span(cost.device_hours_per_million)} {unit}{money}")
 
 
 def _time(hours: tuple[float, float]) -> str:
@@ -179,8 +182,9 @@ def problems(problems: Collection[tuple[str, str]], what: str, most: int | None 
 def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     """Print sums, failures by code, and scores where there is truth."""
     balance = "=" if totals.is_reconciled else "≠"
-    seen = f"{totals.images_seen:,} seen"
-    lines(images=f"{seen} {balance} {totals.ok:,} ok + {totals.failed:,} failed")
+    lines(
+        images=f"{totals.images_seen:,} seen {balance} {totals.ok:,} ok + {totals.failed:,} failed"
+    )
     for code, count in totals.errors.items():
         line("", f"{count:,} x {code}")
     warn_of_one_class(totals, class_names)
@@ -214,8 +218,10 @@ def scored(document: dict[str, Any]) -> None:
     if document["classes"]:
         _show_scores(document)
     if ignored := document["ignored_pixels"]:
-        value = document["of"]["input.ignore_index"]
-        lines(ignored=f"{ignored:,} pixels of truth are {value} (input.ignore_index)")
+        lines(
+            ignored=f"{ignored:,} pixels of truth are {document['of']['input.ignore_index']} "
+            "(input.ignore_index)"
+        )
     if "warning" in document:
         click.echo(harmless(f"warning: {document['warning']}"), err=True)
     for number, image in enumerate(document["worst"][:5]):
@@ -224,8 +230,8 @@ def scored(document: dict[str, Any]) -> None:
 
 
 def _show_scores(document: dict[str, Any]) -> None:
-    rows = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
-    rows.append(("mean", document["mean"], ""))
+    classes = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
+    rows = [*classes, ("mean", document["mean"], "")]
     width = max(len(name) for name, _, _ in rows)
     heads = "".join(f"  {name:<14}" for name in SCORES.values())
     line("", f"{'':{width}}{heads}  images")

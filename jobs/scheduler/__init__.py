@@ -1,1 +1,1 @@
-"""Which shard goes to which worker, and what the death of a worker means. No Ray."""
+"""Assignment of shards to workers, and the handling of workers that die. No Ray."""

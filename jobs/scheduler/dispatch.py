@@ -10,9 +10,9 @@ from unet_core.runs.compute import Compute
 from unet_core.runs.timings import ShardResult
 
 MAX_FAILED_STARTS = 3
-"""Three in a row are no accident: a model that does not load, or a node without memory."""
+"""Dead workers in a row that stop a run: a model that does not load, or a node without memory."""
 PAUSE_S = 30.0
-"""A loop that took longer was paused (a suspended laptop); no worker is overdue because of it."""
+"""Seconds after which the loop must have been paused (a suspended laptop): no worker is overdue."""
 
 
 class Backend(Protocol):
@@ -57,7 +57,7 @@ def dispatch(
     Raises WorkersError after ``MAX_FAILED_STARTS`` workers in a row died before they were ready.
     """
     awake = scheduler.clock()
-    while not scheduler.is_done:
+    while scheduler.open:
         for event in backend.events():
             if isinstance(event, Done):
                 attempt = scheduler.done(event.worker, event.shard_id)

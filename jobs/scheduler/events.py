@@ -12,7 +12,7 @@ class Attempt:
 
     shard: Shard
     number: int
-    """From 1."""
+    """Number of the attempt at this shard, from 1."""
     alone: bool
     """No other shard may be in flight on the worker."""
     isolation_timeout_s: float | None = None
@@ -42,9 +42,9 @@ class Died:
     worker: str
     reason: str
     node_lost: bool = False
-    """Its node was lost, so the failure counts for no shard."""
+    """The node was lost, so no failure is counted."""
     is_overdue: bool = False
-    """It was ended because its attempt made no step."""
+    """The worker was ended because its attempt made no step."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Heartbeat:
 
     worker: str
     steps: dict[str, int]
-    """By id of each shard in flight: images decoded and batches done so far."""
+    """Images decoded and batches done so far, by id of each shard in flight."""
 
 
 @dataclass(frozen=True)

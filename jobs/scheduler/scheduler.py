@@ -1,4 +1,4 @@
-"""Which shard goes to which worker, and what a failed attempt means. Knows nothing of Ray.
+"""Assignment of shards to workers, and the handling of failed attempts. No Ray.
 
 A worker holds at most two shards: one computes while the next is read. Near the end of a run each
 gets one instead, including workers that are still starting. When a worker dies with two shards in
@@ -21,7 +21,7 @@ from unet_core.inputs.shards import Shard
 PREFETCH = 2
 """Shards in flight on a worker: one computes while the next is read."""
 MAX_ISOLATIONS = 2
-"""A second try, since the worker may have died for another reason."""
+"""Attempts to isolate a shard: the first worker may have died for another reason."""
 ISOLATION_SLACK = 10.0
 """Factor on the stall timeout while a shard is isolated: its child process loads the model first,
 and each image may take as long as a whole attempt."""
@@ -57,11 +57,11 @@ class Progress:
     """Progress of the oldest attempt of a worker."""
 
     since: float
-    """Time at which it became the oldest."""
+    """Time at which the attempt became the oldest."""
     heard: float
     """Time of its last step."""
     steps: int = 0
-    """Steps made until then."""
+    """Steps made at that time."""
 
 
 @dataclass
@@ -94,11 +94,6 @@ class Scheduler:
         return cls(waiting, errors.max_attempts, StallTimeout(least_s))
 
     @property
-    def is_done(self) -> bool:
-        """Whether no shard is open."""
-        return not self.open
-
-    @property
     def open(self) -> int:
         """Shards that are neither committed nor set aside."""
         return self._left + sum(map(len, self.in_flight.values()))
@@ -119,8 +114,8 @@ class Scheduler:
     def stop(self) -> None:
         """Begin no further shard; those in flight are completed."""
         self.is_stopped = True
-        for line in (self.waiting, self.retry_alone, self.isolating):
-            line.clear()
+        for queue in (self.waiting, self.retry_alone, self.isolating):
+            queue.clear()
 
     def next_for(self, worker: str, workers: int = 0) -> Attempt | None:
         """Take the next attempt for a ready worker; ``workers`` counts starting ones too."""
@@ -129,12 +124,9 @@ class Scheduler:
             return None
         if held and len(self.waiting) < max(workers, len(self.in_flight)):
             return None
-        if not held and self.isolating:
-            return self._begin(worker, self.isolating.popleft(), alone=True, isolating=True)
-        if not held and self.retry_alone:
-            return self._begin(worker, self.retry_alone.popleft(), alone=True)
-        if self.waiting:
-            return self._begin(worker, self.waiting.popleft(), alone=False)
+        for queue in (self.waiting,) if held else (self.isolating, self.retry_alone, self.waiting):
+            if queue:
+                return self._begin(worker, queue)
         return None
 
     def note(self, event: Ready | Refused | Heartbeat | Died) -> None:
@@ -178,8 +170,11 @@ class Scheduler:
             limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
             if self.clock() - self._progress[worker].heard > limit_s:
                 self._progress[worker].heard = self.clock()
-                name = held[0].shard.uri or held[0].shard.shard_id
-                yield worker, f"shard {name} has made no step for {limit_s:.0f} s"
+                shard = held[0].shard
+                yield (
+                    worker,
+                    (f"shard {shard.uri or shard.shard_id} has made no step for {limit_s:.0f} s"),
+                )
 
     def died(self, event: Died) -> None:
         """Take back the shards of a dead worker and decide how each is retried."""
@@ -211,10 +206,12 @@ class Scheduler:
         else:
             self.retry_alone.append(shard)
 
-    def _begin(self, worker: str, shard: Shard, alone: bool, isolating: bool = False) -> Attempt:
+    def _begin(self, worker: str, queue: deque[Shard]) -> Attempt:
+        shard = queue.popleft()
         self.attempts[shard.shard_id] += 1
-        isolation_timeout_s = self.stall_timeout.limit_s(shard) if isolating else None
-        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, isolation_timeout_s)
+        timeout_s = self.stall_timeout.limit_s(shard) if queue is self.isolating else None
+        alone = queue is not self.waiting
+        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, timeout_s)
         if not self.in_flight[worker]:
             self._progress[worker] = Progress(self.clock(), self.clock())
         self.in_flight[worker].append(attempt)

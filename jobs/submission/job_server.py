@@ -1,8 +1,7 @@
 """``unet-jobs submit``: the same command on a cluster, under one name for each run folder.
 
-The name is a digest of where the run lies, so the same run never gets two drivers by mistake: who
-submits it again is led to the one that is at work. One that ended is followed by the next, which
-continues.
+The name is a digest of the path of the run, so a run never gets two drivers by mistake: submitted
+again, it is followed if its job is alive, and continued by a new job if that one has ended.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,14 +29,14 @@ from unet_core.errors import ConfigError, StoppedError, WorkersError
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo
 
+TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 TOKEN = Path(".ray") / "auth_token"
-"""Below the home directory, where Ray keeps it."""
+"""Path of Ray's token, below the home directory."""
 PATIENCE_S = 600.0
 """Seconds that a cluster may be unreachable before its job is no longer followed."""
 AGAIN_S = 2.0
 STOP_WAIT_S = 120
 """Seconds that a stopped job gets to end by itself: a training saves a checkpoint."""
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CHATTERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -45,13 +44,13 @@ CHATTERS = (
 )
 BROKEN = (aiohttp.ClientError, requests.RequestException, ConnectionError)
 SILENCE_S = 120.0
-"""A connection without a line for so long is looked after: progress comes every minute."""
+"""Seconds without a line after which a connection is opened again: progress comes every minute."""
 
 ResultT = TypeVar("ResultT")
 
 
 def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
-    """Submission id of a run's first job: verb, last part of its folder, digest of its place."""
+    """Return the id of a run's first job: verb, last part of its path, digest of its path."""
     uri = plain(config.output.uri).rstrip("/")
     place = f"{config.storage.endpoint_url}\0{uri}"
     word = re.sub(r"[^A-Za-z0-9]+", "-", uri.rpartition("/")[2]).strip("-")[:40]
@@ -72,41 +71,37 @@ class Submitted:
 
     id: str
     is_new: bool
-    """False: it was at work already."""
+    """False if the job was alive already."""
     before: str = ""
-    """End state of the job before it."""
+    """End state of the previous job of the run."""
 
 
 class JobServer:
-    """A cluster's job server. Methods raise WorkersError if it refuses or stays out of reach."""
+    """The job server of a cluster. Methods raise WorkersError if it refuses or is unreachable."""
 
     def __init__(self, address: str, client: Any = None, patience_s: float = PATIENCE_S) -> None:
         self.address, self._patience_s = address, patience_s
-        given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
-        if given or (Path.home() / TOKEN).exists():  # only ray.init shows it by itself
+        if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():  # only ray.init reads it
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.exceptions import AuthenticationError  # reads the environment when it comes
 
         self._refusal = AuthenticationError
-        self._client = client or self._connected()
+        self.client = client or self._connected()
 
     def _connected(self) -> Any:
-        """Ray's client; it prefers addresses of the environment to the one that it is given."""
+        """Create Ray's client."""
         from ray.job_submission import JobSubmissionClient
 
         if not logging.getLogger().isEnabledFor(logging.INFO):
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
-        hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-        try:
-            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
-        finally:
-            os.environ.update(hidden)
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray prefers it to its argument
+        return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
 
     def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
-        """Start a job for a run, or find the one that is at work on it.
+        """Start a job for a run, or find the one that is alive.
 
-        Raises ConfigError if that one has another config or took other files along.
+        Raises ConfigError if that one has another config or other files.
         """
         digest = package.digest(config)
         jobs = self._jobs_of(name)
@@ -129,42 +124,32 @@ class JobServer:
         return Submitted(found.submission_id, is_new=False)
 
     def _jobs_of(self, name: str) -> dict[int, Any]:
-        """All jobs of a run that the cluster knows, by their numbers from 1."""
-        found = {}
-        for job in self._ask(self._client.list_jobs):
-            match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
-            if match is not None:
-                found[int(match[1] or 1)] = job
-        return found
+        """Return all jobs of a run that the cluster knows, by their numbers from 1."""
+        pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+        jobs = self._ask(self.client.list_jobs)
+        found = ((pattern.fullmatch(job.submission_id or ""), job) for job in jobs)
+        return {int(match[1] or 1): job for match, job in found if match is not None}
 
     def info(self, job_id: str) -> "JobInfo":
-        """State of a job."""
+        """Return the state of a job."""
         try:
-            return self._ask(lambda: self._client.get_job_info(job_id))
+            return self._ask(lambda: self.client.get_job_info(job_id))
         except UnknownError as error:
             raise WorkersError(
                 f"{self.address} knows no job {job_id}: its head was restarted; the same command "
                 "submits the run again, and it continues"
             ) from error
 
-    def logs(self, job_id: str) -> str:
-        """All that a job has written; raises what breaks."""
-        return str(self._client.get_job_logs(job_id))
-
-    def tail(self, job_id: str) -> AsyncIterator[str]:
-        """Stream the output of a job in chunks; connection errors are raised as they are."""
-        return self._client.tail_job_logs(job_id)
-
     def stop(self, job_id: str) -> None:
         """Ask a job to end; it has ``STOP_WAIT_S`` to do so by itself."""
-        self._ask(lambda: self._client.stop_job(job_id))
+        self._ask(lambda: self.client.stop_job(job_id))
 
     def _start(self, job_id: str, package: Package, metadata: dict[str, str]) -> None:
         """Upload and start; raises TakenError if the id has just been taken."""
         with tempfile.TemporaryDirectory() as folder:
             package.write(Path(folder))
             self._ask(
-                lambda: self._client.submit_job(
+                lambda: self.client.submit_job(
                     entrypoint=package.entrypoint,
                     submission_id=job_id,
                     runtime_env={
@@ -205,7 +190,7 @@ class JobServer:
 
 
 class Follower:
-    """Shows a job's output once, whatever breaks on the way."""
+    """Shows each line of a job's output once, across broken connections."""
 
     def __init__(self, server: JobServer, job_id: str, show: Callable[[str], None]) -> None:
         self._server, self._id, self._show = server, job_id, show
@@ -213,25 +198,25 @@ class Follower:
         self._line = ""
 
     def follow(self) -> tuple[int, str]:
-        """Until the job ends; returns its exit code and how it ended. May be called again after
-        an interruption.
+        """Show the output until the job ends; return its exit code and end state. May be called
+        again after an interruption.
 
         Raises WorkersError if the cluster stays out of reach or has forgotten the job.
         """
         while True:
-            with contextlib.suppress(*BROKEN, RuntimeError):  # asked below what became of it
+            with contextlib.suppress(*BROKEN, RuntimeError):  # the state is asked for below
                 asyncio.run(self._tail())
             info = self._server.info(self._id)
             if info.status.is_terminal():
                 with contextlib.suppress(*BROKEN, RuntimeError):  # what was lost is only text
-                    self._take(0, self._server.logs(self._id))
+                    self._take(0, self._server.client.get_job_logs(self._id))
                 self._take(self._seen, "\n" if self._line else "")  # a last line may not end
                 return _exit_code(info), f"{self._id} ended as {info.status}"
             time.sleep(AGAIN_S)
 
     async def _tail(self) -> None:
-        """Every connection begins at the job's first line: skip what was shown."""
-        position, chunks = 0, self._server.tail(self._id)
+        """Stream the output; each connection begins at the first line, so skip what was shown."""
+        position, chunks = 0, self._server.client.tail_job_logs(self._id)
         with contextlib.suppress(StopAsyncIteration, TimeoutError):
             while True:
                 chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
@@ -249,17 +234,17 @@ class Follower:
 
 
 def _alive(jobs: dict[int, Any]) -> Any | None:
-    """The job that is at work or about to be."""
+    """Return the job that has not ended."""
     return next((job for job in jobs.values() if not job.status.is_terminal()), None)
 
 
 def _exit_code(info: "JobInfo") -> int:
-    """A job that was stopped is no success; one killed by a signal has no code of its own."""
+    """Return the exit code of an ended job: 130 if stopped, 1 if it was killed by a signal."""
     codes = {"SUCCEEDED": 0, "STOPPED": StoppedError.exit_code}
     return codes.get(info.status, max(1, info.driver_exit_code or 1))
 
 
 def _short(error: BaseException) -> str:
-    """The last line of a message that may be a traceback."""
+    """Return the last line of a message that may be a traceback."""
     lines = [line for line in str(error).replace("\\n", "\n").splitlines() if line.strip(" .'\"}")]
     return lines[-1].strip(" .'\"}")[:300] if lines else type(error).__name__

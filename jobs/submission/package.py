@@ -20,7 +20,7 @@ CONFIG = "job.toml"
 
 @dataclass(frozen=True)
 class Package:
-    """Files by the names that they get in the job's working directory, and the command."""
+    """Files of a job, by their names in its working directory, and its command."""
 
     verb: str
     files: dict[str, Path]
@@ -30,13 +30,12 @@ class Package:
 
     @property
     def entrypoint(self) -> str:
-        """Command line of the job."""
+        """Return the command line of the job."""
         verbose = ["-v"] if logging.getLogger().isEnabledFor(logging.INFO) else []
-        words = ["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags]
-        return shlex.join(words)
+        return shlex.join(["unet-jobs", *verbose, self.verb, CONFIG, *self.overrides, *self.flags])
 
     def digest(self, config: PredictConfig | TrainConfig) -> str:
-        """Digest of what decides the job's work: config, flags, contents of its files."""
+        """Return a digest of config, flags and contents of files."""
         digest = hashlib.sha256(config.model_dump_json().encode())
         digest.update("\0".join(self.flags).encode())
         for name, path in sorted(self.files.items()):
@@ -46,7 +45,7 @@ class Package:
         return digest.hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Lay the files out, as links."""
+        """Write links to the files."""
         for name, path in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.symlink(path, folder / name)
@@ -88,7 +87,7 @@ def pack(
 
 
 def _module(factory: str) -> dict[str, Path]:
-    """The factory's top module or package, if it lies in this directory."""
+    """Return the files of the factory's top module or package, if it is in this directory."""
     top = re.split("[.:]", factory)[0]
     found = [Path(f"{top}.py"), *Path(top).rglob("*")] if top else []
     return {

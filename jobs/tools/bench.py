@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,7 +25,7 @@ import torch
 from jobs.backends import session
 from jobs.job import Job, prepare
 from jobs.tools.describe import count_flop
-from jobs.tools.scratch import open_shards, scratch_run
+from jobs.tools.scratch import scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.decoder import DecodedImage, Decoder
@@ -36,15 +36,15 @@ from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
 from unet_core.inference.rows import Encoder
 from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
-from unet_core.inputs.formats import read_shard
+from unet_core.inputs.formats import list_shards, read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.runs.compute import Compute
 from unet_core.runs.timings import Seconds, read_timings
 
 ENOUGH_IMAGES = 64
-"""Shards are taken until the sample has so many: a run of some seconds on a laptop."""
+"""Images after which no further shard is sampled: a run of some seconds on a laptop."""
 MATRIX_SIDE = 2048
-"""Large enough that the product is bound by arithmetic, not by memory."""
+"""Side of the matrices: large enough to be bound by arithmetic, not by memory."""
 ResultT = TypeVar("ResultT")
 
 
@@ -63,7 +63,7 @@ class Bench:
     """Operations of the network's convolutions, with the halos and padding of tiles."""
     model: float
     model_over_limit: float
-    """1 would be a device that does nothing but multiply; as the next one, median of the rounds."""
+    """Share of the limit that the model reaches; a median, like the next ones."""
     read: float
     decode: float
     encode: float
@@ -71,9 +71,9 @@ class Bench:
     """Measured during the job."""
     job: float
     job_over_model: float
-    """1 would be a device that never waits."""
+    """Share of the model's rate that the job reaches; at 1 the device never waits."""
     job_over_work: float
-    """1 would be lanes that never wait, where a CPU decodes and encodes beside the model."""
+    """The same with decoding and encoding counted, which a CPU does beside the model."""
     images_per_s: float
     """Images a second of the job."""
     waited: dict[str, float]
@@ -94,8 +94,7 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     with tempfile.TemporaryDirectory() as scratch:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
-        with open_shards(job) as (found, _, with_members):
-            shards = _sample(job, map(with_members, found))
+        shards = _sample(job)
         replica = Replica(job.replica(session.local_cpus(job.config.workers)))
         engine, compute = replica.engine, replica.probe()
         turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
@@ -110,13 +109,14 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
     )
 
 
-def _sample(job: Job, shards: Iterable[Shard]) -> list[Shard]:
+def _sample(job: Job) -> list[Shard]:
+    """Take shards until they have ``ENOUGH_IMAGES``."""
     taken, images = [], 0
-    for shard in shards:
-        if images >= ENOUGH_IMAGES:
-            break
+    for shard in list_shards(job.source):
         taken.append(shard)
         images += shard.count or sum(1 for _ in read_shard(job.source, shard))
+        if images >= ENOUGH_IMAGES:
+            break
     return taken
 
 
@@ -194,8 +194,7 @@ def _pieces(
 
 
 def _encode(job: Job, pieces: list[list[TileRef]], results: list[list[TileResult]]) -> None:
-    config = job.config
-    encoder = Encoder(job.header.classes, config.output.encoding, config.input.ignore_index)
+    encoder = Encoder(job.header.classes, job.config.output.encoding, job.config.input.ignore_index)
     for (assembler, tile), result in zip(chain(*pieces), chain(*results), strict=True):
         for window in assembler.paste(tile, result):
             encoder.window(assembler, window)
@@ -218,14 +217,14 @@ def _matrix_s(engine: Engine) -> float:
 
 def _gflop(engine: Engine, batches: list[Batch]) -> float:
     """Operations of one pass of all batches, two for each multiply-add."""
-    network = copy.deepcopy(engine.network).to("meta")
-    return count_flop(network, [batch.tiles_NCHW.shape for batch in batches]) / 1e9
+    shapes = [batch.tiles_NCHW.shape for batch in batches]
+    return count_flop(copy.deepcopy(engine.network).to("meta"), shapes) / 1e9
 
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:
     """Time of the job from its first read to its last commit, without loading the model."""
-    inline = job.config.workers.model_copy(update={"count": "inline"})
-    with scratch_run(job, shards, inline) as run:
+    workers = job.config.workers.model_copy(update={"count": "inline"})
+    with scratch_run(job, shards, workers) as run:
         timings = read_timings(run.store, len(shards))
     rows = [(row["finished"].timestamp(), row["whole_s"]) for row in timings.to_pylist()]
     began = min(finished - whole_s for finished, whole_s in rows)

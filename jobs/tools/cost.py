@@ -3,31 +3,34 @@
 import contextlib
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from jobs.backends import session
 from jobs.backends.placement import resolve_placement
 from jobs.job import prepare
-from jobs.tools.scratch import open_shards, scratch_run
+from jobs.tools.scratch import scratch_run
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.inputs.shards import Shard, images_in
+from unet_core.runs.manifest import with_members
 from unet_core.runs.run import Run
+from unet_core.runs.shard_plan import plan_shards
 from unet_core.runs.timings import read_timings
 
 SAMPLE = 6
-"""Shards of all sizes; more cost more than they tell."""
+"""Shards in the sample, of all sizes; more take longer but hardly narrow the estimate."""
 LEAST_SPREAD = 0.1
-"""Share of an estimate that no sample makes smaller: machines and inputs vary as much."""
+"""Least relative error of an estimate: machines and inputs vary as much."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The rates of one actor in a sample, and what the rest takes at them."""
+    """Rates of one actor in a sample, and the time and size of the rest at these rates."""
 
     device: str
     images: int
-    """Number in the sample."""
+    """Images in the sample."""
     shards: int
     images_per_s: float
     """Rate of one actor once it runs."""
@@ -46,7 +49,7 @@ class Cost:
     """Price of an hour of one GPU, or of a CPU's actor."""
 
     def hours_on(self, actors: int) -> tuple[float, float]:
-        """Least and most hours for so many actors."""
+        """Return the least and the most hours for a number of actors."""
         return self._range(self.hours / actors)
 
     @property
@@ -71,18 +74,21 @@ def estimate(config: PredictConfig, price: float | None = None) -> Cost:
     Raises what ``predict`` raises, and ConfigError if too little is left to measure.
     """
     job, workers = prepare(config), config.workers
-    with open_shards(job) as (_, left, with_members):
+    with plan_shards(job.run, job.source) as plan:
+        left, draft = plan.left, plan.draft
+        read = draft.with_members if draft is not None else partial(with_members, job.run.store)
         by_size = sorted(left, key=lambda shard: (shard.bytes, shard.shard_id))
         count = min(SAMPLE, len(left))
         ranks = ((2 * n + 1) * len(left) // (2 * count) for n in range(count))
-        sample = [with_members(by_size[rank]) for rank in ranks]
+        sample = [read(by_size[rank]) for rank in ranks]
     _require_several(len(sample), "are left")
     with contextlib.ExitStack() as stack:
         if not session.is_inline(workers):
             stack.enter_context(session.connected())
             each = resolve_placement(workers, session.available_resources(workers))
-            one = {"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
-            workers = workers.model_copy(update=one)
+            workers = workers.model_copy(
+                update={"count": "auto", "max": 1, "gpus": each.gpus, "cpus": each.cpus}
+            )
         run = stack.enter_context(scratch_run(job, sample, workers))
         gpus = 1.0 if workers.gpus == "auto" else workers.gpus or 1.0
         return _scaled(run, sample, left, gpus, price)

@@ -60,15 +60,18 @@ def describe(name: str, overrides: list[str], factory: str = "") -> Description:
     side = side or tiling.sides.at_least(USUAL_SIDE)
     if side not in tiling.sides:
         raise ConfigError(f"side: {side} is not possible with {name}; {tiling.sides.near(side)}")
-    parameters = sum(p.numel() for p in network.parameters())
-    flop = count_flop(network.eval().to("meta"), [(1, spec.in_channels, side, side)])
-    title = f"{name}: {spec.in_channels} channels in, {spec.classes} logits out"
-    return Description(title, parameters, flop, tiling, (side, side - 2 * tiling.margin))
+    return Description(
+        title=f"{name}: {spec.in_channels} channels in, {spec.classes} logits out",
+        parameters=sum(p.numel() for p in network.parameters()),
+        flop=count_flop(network.eval().to("meta"), [(1, spec.in_channels, side, side)]),
+        tiling=tiling,
+        sides=(side, side - 2 * tiling.margin),
+    )
 
 
 @torch.inference_mode()
 def count_flop(network: nn.Module, shapes: Iterable[Sequence[int]]) -> int:
-    """Operations of a network on the meta device, for one batch of each shape."""
+    """Count the operations of a network on the meta device, for one batch of each shape."""
     dtype = next(network.parameters()).dtype
     with FlopCounterMode(display=False) as counter:
         for shape in shapes:
@@ -77,7 +80,7 @@ def count_flop(network: nn.Module, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def texts(described: Description) -> dict[str, str]:
-    """The description as texts by name."""
+    """Return the description as texts by name."""
     tiling, (side, out) = described.tiling, described.sides
     axis = tiling.receptive_field
     exact = f"exact: windows from {tiling.smallest_tile}, starts at multiples of {tiling.stride}"
@@ -99,8 +102,15 @@ def presets() -> list[tuple[str, ...]]:
     for name, spec in PRESETS.items():
         described = describe(name, [])
         tiling, (side, out) = described.tiling, described.sides
-        channels, parameters = f"{spec.in_channels} → {spec.classes}", f"{described.parameters:,}"
-        sees = str(tiling.receptive_field or "window")
-        halo = str(tiling.halo) if tiling.is_exact else "blended"
-        rows.append((name, channels, parameters, str(tiling.sides), f"{side} → {out}", sees, halo))
+        rows.append(
+            (
+                name,
+                f"{spec.in_channels} → {spec.classes}",
+                f"{described.parameters:,}",
+                str(tiling.sides),
+                f"{side} → {out}",
+                str(tiling.receptive_field or "window"),
+                str(tiling.halo) if tiling.is_exact else "blended",
+            )
+        )
     return rows

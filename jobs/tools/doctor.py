@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from jobs.backends import session
 from jobs.backends.paths import data_paths
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version, require_same_code
 from unet_core.config.predict import PredictConfig, WorkersConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import ConfigError, StoreError, UnetJobsError, WorkersError
@@ -43,25 +43,13 @@ class Check:
     hangs: bool = False
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All checks."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def is_ok(self) -> bool:
-        """True if no check failed."""
-        return all(check.is_ok for check in self.checks)
-
-
-def diagnose(config: PredictConfig | None = None) -> Diagnosis:
+def diagnose(config: PredictConfig | None = None) -> list[Check]:
     """Check this machine, its Ray cluster, and the model and paths of a config.
 
     Raises nothing: what is wrong is part of the result.
     """
     checks = MACHINE | (_checks_of(config) if config is not None else {})
-    return Diagnosis(tuple(_isolated(name, check) for name, check in checks.items()))
+    return [_isolated(name, check) for name, check in checks.items()]
 
 
 def _isolated(name: str, check: Callable[[], str]) -> Check:
@@ -88,10 +76,11 @@ def processor() -> str:
 
     from unet_core.inference.engine import device_model
 
-    cores = session.local_cpus(WorkersConfig())
     kind = device_model(torch.device("cpu")).removeprefix("cpu ")
-    code = f"Python {platform.python_version()}, torch {torch.__version__}, {code_version()}"
-    return f"{cores:g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of memory; {code}"
+    return (
+        f"{session.local_cpus(WorkersConfig()):g} cores, {kind}, {usable_bytes() / 1e9:.1f} GB of "
+        f"memory; Python {platform.python_version()}, torch {torch.__version__}, {code_version()}"
+    )
 
 
 def gpu() -> str:
@@ -123,7 +112,7 @@ def gpu() -> str:
 
 
 def ray() -> str:
-    """Describe who would do the work; a cluster that is named must answer, with the same code."""
+    """Describe the workers of a run; a cluster that is named must answer, with the same code."""
     version = import_module("ray").__version__
     if session.is_cluster_named():
         return f"{version}; {_cluster(os.environ['RAY_ADDRESS'])}"
@@ -143,14 +132,12 @@ def _cluster(address: str) -> str:
             raise WorkersError(f"{address} is not reached ({error}): is it up?") from error
     with session.connected(shows_logs=False):
         nodes = session.available_resources(WorkersConfig())
-        asked = session.on_nodes(code_version, NODES_ASKED, ANSWER_S)
-    for node, answer in asked.items():
-        if not isinstance(answer, CodeVersion):
-            raise WorkersError(f"node {node} does not run unet-jobs: {answer}; install it there")
-        code_version().require(answer, f"node {node}")
+        asked = session.code_on_nodes(NODES_ASKED, ANSWER_S)
+    for node, version in asked.items():
+        require_same_code(code_version(), version, f"node {node}")
     gpus, cores = (sum(has) for has in zip(*nodes, strict=True))
-    code = f"the same code on {len(asked)} of them"
-    return f"{address}, {len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores; {code}"
+    has = f"{len(nodes)} nodes with {gpus:g} GPUs and {cores:g} CPU cores"
+    return f"{address}, {has}; the same code on {len(asked)} of them"
 
 
 def model(
@@ -175,15 +162,14 @@ MACHINE: dict[str, Callable[[], str]] = {
 def _checks_of(config: PredictConfig) -> dict[str, Callable[[], str]]:
     deadline_s = min(STORE_S, config.storage.deadline_s)
     storage = config.storage.model_copy(update={"deadline_s": deadline_s})
-    chosen = config.model
     checks: dict[str, Callable[[], str]] = {
-        "model": partial(model, chosen.checkpoint, chosen.device, storage)
+        "model": partial(model, config.model.checkpoint, config.model.device, storage)
     }
-    for key, uri in data_paths(config).items():
-        check = _writable if key == "output.uri" else _readable
-        if not uri.startswith("memory://"):
-            checks[key] = partial(check, uri, storage)
-    return checks
+    paths = {key: uri for key, uri in data_paths(config).items() if not uri.startswith("memory:")}
+    return checks | {
+        key: partial(_writable if key == "output.uri" else _readable, uri, storage)
+        for key, uri in paths.items()
+    }
 
 
 def _readable(uri: str, storage: StorageConfig) -> str:

@@ -25,7 +25,7 @@ from unet_core.storage.store import Store
 ROW_GROUP_ROWS = 64
 ROW_GROUP_BYTES = 2**28
 UNKNOWN_BYTES = 2**18
-"""Assumed size of an image in a list that does not say it."""
+"""Assumed size of an image in a list without sizes."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ def pack(config: PredictConfig, kind: str, shard_bytes: int) -> Packed:
     for name, shard in new.items():
         packing = list(map_in_order(_contents, read_shard(source, shard)))
         output.publish(name, WRITERS[kind](packing))
-    masks = sum(member.mask is not None for member in members)
-    return Packed(len(new), len(plan) - len(new), len(members), masks)
+    return Packed(
+        shards=len(new),
+        kept=len(plan) - len(new),
+        images=len(members),
+        masks=sum(member.mask is not None for member in members),
+    )
 
 
 def _require_distinct_keys(members: list[Member]) -> None:
@@ -82,15 +86,15 @@ def _require_distinct_keys(members: list[Member]) -> None:
 
 
 def _key(name: str) -> str:
-    """A name without its ending, dots turned to dashes: a tar's key ends at its first dot. Of a
-    URI the path, bucket and all, from no root.
+    """Return a name without its ending, with dashes for dots, since a tar's key ends at its first
+    dot; for a URI, its bucket and path.
     """
     stem = name.rpartition(".")[0] if is_image(name) else name
     return stem.replace("://", "/").lstrip("/").replace(".", "-")
 
 
 def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
-    """Neighbours in equal shares: as many shards as the bytes need, alike in bytes."""
+    """Divide members, in their order, into as few shards of about equal size as possible."""
     total = sum(member.bytes or UNKNOWN_BYTES for member in members)
     count = max(1, min(len(members), -(-total // shard_bytes)))
     groups: list[list[Member]] = [[]]
@@ -106,7 +110,7 @@ def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
 
 
 Packing = list[tuple[Sample, bytes, bytes | None]]
-"""Images with their bytes, and those of their masks."""
+"""Samples, each with the bytes of its image and mask."""
 
 
 def _contents(sample: Sample) -> tuple[Sample, bytes, bytes | None]:
@@ -114,7 +118,7 @@ def _contents(sample: Sample) -> tuple[Sample, bytes, bytes | None]:
 
 
 def _tar(packing: Packing) -> bytes:
-    """``KEY.ext`` and ``KEY.mask.ext``, with nothing of this machine or moment in the headers."""
+    """Write ``KEY.ext`` and ``KEY.mask.png``; headers hold no time or user, so bytes repeat."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample, image, mask in packing:
@@ -128,7 +132,7 @@ def _tar(packing: Packing) -> bytes:
 
 
 def _parquet(packing: Packing) -> bytes:
-    """Columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
+    """Write columns ``id``, ``image`` and ``mask``; images as ``struct<bytes, path>``."""
     cell = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("id", pa.string()), ("image", cell), ("mask", pa.binary())])
     columns = {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from jobs.backends import session
 from jobs.backends.placement import resolve_placement
 from jobs.job import prepare
-from jobs.tools.scratch import open_shards
 from unet_core.config.predict import PredictConfig
 from unet_core.inputs.shards import images_in
+from unet_core.runs.shard_plan import plan_shards
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Plan:
 def plan(config: PredictConfig) -> Plan:
     """Look at input, run folder and cluster; raises what ``predict`` would raise."""
     job = prepare(config)
-    with open_shards(job) as (shards, left, _):
+    with plan_shards(job.run, job.source) as made:
         return Plan(
             uri=job.run.uri,
             input=config.input.uri,
             format=job.source.format,
-            shards=len(shards),
-            shards_left=len(left),
-            images=images_in(shards),
-            bytes=sum(shard.bytes for shard in shards),
-            bytes_left=sum(shard.bytes for shard in left),
-            is_finished=job.run.is_finished,
+            shards=len(made.shards),
+            shards_left=len(made.left),
+            images=images_in(made.shards),
+            bytes=sum(shard.bytes for shard in made.shards),
+            bytes_left=sum(shard.bytes for shard in made.left),
+            is_finished=made.is_finished,
             workers=_describe_workers(config),
         )
 
@@ -54,6 +54,8 @@ def _describe_workers(config: PredictConfig) -> str:
         return f"{config.workers.count} actors on a local Ray cluster"
     with session.connected():
         placement = resolve_placement(config.workers, session.available_resources(config.workers))
-    count = f"{'up to ' if config.workers.max != 'auto' else ''}{placement.actors} actors"
-    each = f"{placement.gpus:g} GPU, {placement.cpus:g} CPU"
-    return f"{count} of {each} on {os.environ['RAY_ADDRESS']}"
+    at_most = "up to " if config.workers.max != "auto" else ""
+    return (
+        f"{at_most}{placement.actors} actors of {placement.gpus:g} GPU, {placement.cpus:g} CPU on "
+        f"{os.environ['RAY_ADDRESS']}"
+    )

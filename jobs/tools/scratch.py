@@ -1,35 +1,21 @@
-"""The shards of an input, and a run of some of them that is measured and removed."""
+"""A run of a few shards that is measured and removed."""
 
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from jobs.job import Job
 from jobs.predict import segment
 from unet_core.config.predict import WorkersConfig
 from unet_core.errors import ConfigError, StoreError
-from unet_core.inputs.formats import list_shards
 from unet_core.inputs.shards import Shard
-from unet_core.runs.manifest import draft, with_members
+from unet_core.runs.manifest import draft
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def open_shards(job: Job) -> Iterator[tuple[list[Shard], list[Shard], Callable[[Shard], Shard]]]:
-    """Give all shards of a run, those that are not committed, and a function that adds the members
-    of a shard; without a manifest the input is listed.
-    """
-    known = job.run.manifest()
-    with draft(list_shards(job.source) if known is None else iter(())) as found:
-        read = found.with_members if known is None else partial(with_members, job.run.store)
-        shards, committed = known or found.heads, job.run.committed()
-        yield shards, [shard for shard in shards if shard.shard_id not in committed], read
 
 
 @contextlib.contextmanager
@@ -46,7 +32,9 @@ def scratch_run(job: Job, sample: list[Shard], workers: WorkersConfig) -> Iterat
     run = Run(output.uri, config.storage)
     try:
         with draft(iter(sample)) as found:
-            segment(replace(job, config=changed, run=run), ShardPlan(found.heads, found))
+            segment(
+                replace(job, config=changed, run=run), ShardPlan(found.heads, found.heads, found)
+            )
         yield run
     finally:
         try:

@@ -20,7 +20,7 @@ import ray
 from jobs.backends import session
 from jobs.backends.actors import JOIN, RayActors
 from jobs.backends.placement import Placement
-from jobs.backends.version import CodeVersion, code_version
+from jobs.backends.version import code_version
 from jobs.scheduler.dispatch import dispatch
 from jobs.scheduler.events import Attempt, Event, Ready
 from jobs.scheduler.scheduler import Scheduler
@@ -45,7 +45,7 @@ class Host:
     def __init__(self) -> None:
         self._lanes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def join(self, lane: str, level: int) -> tuple[str, CodeVersion]:
+    async def join(self, lane: str, level: int) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), code_version()
 
     async def start(self, lane: str) -> Compute:

@@ -17,6 +17,8 @@ class ShardPlan:
     """All shards of a run, without their members."""
 
     shards: list[Shard]
+    left: list[Shard]
+    """Shards that are not committed."""
     draft: Draft | None = None
     """The manifest of a new run, not published yet."""
     is_finished: bool = False
@@ -34,23 +36,23 @@ def plan_shards(
     """List the input of a new run, or read the manifest of an earlier one.
 
     ``retry_failed`` removes the commits of shards with failed images; ``refresh`` adds objects that
-    are new in the input to the manifest. ``_SUCCESS`` is removed where shards are left.
+    are new in the input to the manifest. Without either, nothing is written.
     """
     known = run.manifest()
     if known is None:
-        if run.is_finished:
-            run.reopen()
         with manifest.draft(list_shards(source)) as draft:
-            yield ShardPlan(draft.heads, draft)
+            yield ShardPlan(draft.heads, _left(run, draft.heads), draft)
         return
     retried = run.forget_failed(known, partial(is_there, source)) if retry_failed else 0
     new = _add_new_shards(run, source, known) if refresh else []
     shards = [*known, *new]
-    was_finished = run.is_finished
-    is_finished = was_finished and run.has_all(shards)
-    if was_finished and not is_finished:
-        run.reopen()  # commits were removed by hand
-    yield ShardPlan(shards, None, is_finished, retried, len(new))
+    left = _left(run, shards)
+    yield ShardPlan(shards, left, None, not left and run.is_finished, retried, len(new))
+
+
+def _left(run: Run, shards: list[Shard]) -> list[Shard]:
+    committed = run.committed()
+    return [shard for shard in shards if shard.shard_id not in committed]
 
 
 def _add_new_shards(run: Run, source: Source, known: list[Shard]) -> list[Shard]:

@@ -16,7 +16,6 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobs.backends.version import CodeVersion
 from jobs.predict import predict
 from tests.support import poison
 from tests.support.data import digests, write_checkpoint, write_many_tars, write_tar
@@ -157,7 +156,7 @@ def test_images_that_kill_or_hang_their_actors_become_failed_rows(make_config, t
 
 
 def test_actors_of_other_code_are_refused(make_config, monkeypatch):
-    monkeypatch.setattr("jobs.backends.actors.code_version", lambda: CodeVersion("9.9", "abc"))
+    monkeypatch.setattr("jobs.backends.actors.code_version", lambda: "unet-jobs 9.9 (sources abc)")
     workers = {"count": 1, "gpus": 1, "cpus": 1}
     with pytest.raises(
         WorkersError, match=r"node \w+ runs unet-jobs .*, the driver unet-jobs 9\.9 \(sources"

@@ -75,9 +75,9 @@ def test_a_stopped_board_begins_nothing_and_keeps_what_is_under_way():
     assert scheduler.next_for("first") is not None
     scheduler.stop()
     assert scheduler.next_for("first") is None
-    assert (scheduler.is_done, scheduler.open) == (False, 1)
+    assert scheduler.open == 1
     scheduler.died(Died("first", "died"))
-    assert scheduler.is_done
+    assert not scheduler.open
     assert scheduler.set_aside == {}
 
 
@@ -86,7 +86,7 @@ def test_a_refused_shard_is_set_aside_at_once():
     scheduler.in_flight = {"first": []}
     scheduler.next_for("first")
     scheduler.note(Refused("first", "a", "it is gone"))
-    assert scheduler.is_done
+    assert not scheduler.open
     assert (scheduler.set_aside, scheduler.failure_count) == ({"a": "it is gone"}, {})
 
 

@@ -4,7 +4,6 @@ import threading
 import pytest
 from s3fs import S3FileSystem
 
-from jobs.backends.version import CodeVersion
 from jobs.tools import doctor
 from jobs.tools.doctor import diagnose
 from tests.support.runs import write_toml
@@ -37,13 +36,13 @@ def test_each_wrong_is_a_line_and_the_others_are_looked_at(
     (tmp_path / "file").write_text("")
     found = diagnose(make_config(output={"uri": str(tmp_path / "file" / "run")},
                                  model={"checkpoint": "nowhere.safetensors"}))  # fmt: skip
-    says = {check.name: check.says for check in found.checks if not check.is_ok}
+    says = {check.name: check.says for check in found if not check.is_ok}
     assert says["broken"] == "ImportError: no such library"
     assert says["hangs"] == "no answer in 0.5 s"
     assert "127.0.0.1:1 is not reached" in says["Ray"]
     assert "nowhere.safetensors" in says["model"]
     assert "cannot write" in says["output.uri"]
-    assert {check.name for check in found.checks if check.is_ok} == {"fine", "input.uri"}
+    assert {check.name for check in found if check.is_ok} == {"fine", "input.uri"}
     del machine["hangs"]
     monkeypatch.delenv("RAY_ADDRESS")
     code, out, _ = run_cli("doctor", tmp_path / "nothing")
@@ -58,13 +57,13 @@ def test_a_bucket_is_read_and_written_and_left_as_it_was(make_config, s3, tars, 
     places = {"input": {"uri": s3.upload(tars, "doctor/in")},
               "output": {"uri": f"s3://{BUCKET}/doctor/out"}}  # fmt: skip
     found = diagnose(make_config(**places, storage={"endpoint_url": s3.url}))
-    says = {check.name: check.says for check in found.checks}
-    assert found.is_ok, says
+    says = {check.name: check.says for check in found}
+    assert all(check.is_ok for check in found), says
     assert s3.objects("doctor/out") == {}
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     S3FileSystem.clear_instance_cache()
     found = diagnose(make_config(**places, storage={"endpoint_url": s3.url}))
-    wrong = {check.name for check in found.checks if not check.is_ok}
+    wrong = {check.name for check in found if not check.is_ok}
     assert wrong == {"input.uri", "output.uri"}
     assert s3.secret not in str(found)
     S3FileSystem.clear_instance_cache()
@@ -75,7 +74,8 @@ def test_a_cluster_is_told_by_its_nodes_and_their_code(ray_session, monkeypatch)
     monkeypatch.setattr(doctor, "MACHINE", {"Ray": doctor.ray})
     monkeypatch.setenv("RAY_ADDRESS", ray_session.address)
     found = diagnose()
-    assert found.is_ok, found
+    assert found[0].is_ok, found
     assert "2 nodes with 4 GPUs and 4 CPU cores; the same code on 2 of them" in str(found)
-    monkeypatch.setattr(doctor.session, "on_nodes", lambda *_: {"n1": CodeVersion("0", "other")})
-    assert "runs unet-jobs 0 (sources other), the driver" in diagnose().checks[0].says
+    other = {"n1": "unet-jobs 0 (sources other)"}
+    monkeypatch.setattr(doctor.session, "code_on_nodes", lambda *_: other)
+    assert "runs unet-jobs 0 (sources other), the driver" in diagnose()[0].says
