@@ -86,10 +86,9 @@ class LargeTiff:
                 segment_HWS = self._cache.get((plane, i, j))
                 segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
                 here, there = box.shared(*segment)
-                if segment_HWS is None:
-                    window_HWS[here] = self._segments.nodata
-                else:
-                    window_HWS[here] = segment_HWS[there]
+                window_HWS[here] = (
+                    self._segments.nodata if segment_HWS is None else segment_HWS[there]
+                )
 
     def _finished(self, stored_PHWS: Array) -> Array:
         """Convert stored values to the pixels or labels that decoding the whole image gives:
@@ -154,8 +153,8 @@ def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
 
 
 def _is_extra(series: Any) -> bool:
-    kind = (series.name or "").lower().removesuffix(" image")
-    return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
+    is_named = (series.name or "").lower().removesuffix(" image") in EXTRAS
+    return is_named and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
 
 
 def _metered(file: Ranged) -> Ranged:

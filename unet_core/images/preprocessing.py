@@ -67,8 +67,8 @@ def _luma(pixels_HWC: Array) -> Array:
     red, green, blue = (pixels_HWC[..., channel] for channel in range(3))
     if pixels_HWC.dtype.kind == "f":
         return red * np.float32(0.299) + green * np.float32(0.587) + blue * np.float32(0.114)
-    total = red * np.uint32(19595) + green * np.uint32(38470) + blue * np.uint32(7471)
-    return (total + np.uint32(0x8000) >> np.uint32(16)).astype(pixels_HWC.dtype)
+    total: Array = red * np.uint32(19595) + green * np.uint32(38470) + blue * np.uint32(7471)
+    return ((total + 0x8000) >> 16).astype(pixels_HWC.dtype)
 
 
 def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, Array]:

@@ -166,11 +166,11 @@ class Cache:
 
     def get(self, key: Key) -> Array | None:
         """Return a segment HWS, not to be written to; None where the file stores none."""
+        mine: Future[Array | None] = Future()
         with self._lock:
-            is_new = key not in self._held
-            future = self._held.setdefault(key, Future())
+            future = self._held.setdefault(key, mine)
             self._held.move_to_end(key)
-        if is_new:
+        if future is mine:
             self._fulfil(key, future)
         return future.result()
 
@@ -182,14 +182,11 @@ class Cache:
                 del self._held[key]
             future.set_exception(error)
         else:
-            self._make_room(_cost(future))
-
-    def _make_room(self, needed_bytes: int) -> None:
-        with self._lock:
-            self._left -= needed_bytes
-            while self._left < 0:
-                oldest = next(key for key, held in self._held.items() if held.done())
-                self._left += _cost(self._held.pop(oldest))
+            with self._lock:
+                self._left -= _cost(future)
+                while self._left < 0:
+                    oldest = next(key for key, held in self._held.items() if held.done())
+                    self._left += _cost(self._held.pop(oldest))
 
 
 def _cost(held: "Future[Array | None]") -> int:
