@@ -29,30 +29,32 @@ from unet_core.storage.ranges import Ranged
 
 @dataclass(frozen=True)
 class Pixels:
-    """The pixels of an image in the network's colours, in memory or not."""
+    """The pixels of an image in the network's colors, in memory or not."""
 
     channels: int
     shape: tuple[int, int]
     """Height and width."""
     dtype: np.dtype[Any]
-    """The image's own: uint8, uint16 or float32."""
+    """Type of the stored image: uint8, uint16 or float32."""
     read: Callable[[int, int, int, int], Array]
     """CHW of a window (y, x, height, width) inside the image; raises ImageError."""
     held_bytes: int = 0
-    """Memory that they take."""
+    """Bytes of memory held while the pixels are in use."""
 
     @classmethod
     def of(cls, pixels_CHW: Array) -> "Pixels":
         """Pixels in memory."""
-
-        def read(y: int, x: int, height: int, width: int) -> Array:
-            return pixels_CHW[:, y : y + height, x : x + width]
-
-        channels, *shape = pixels_CHW.shape
-        return cls(channels, (shape[0], shape[1]), pixels_CHW.dtype, read, pixels_CHW.nbytes)
+        channels, height, width = pixels_CHW.shape
+        return cls(
+            channels,
+            (height, width),
+            pixels_CHW.dtype,
+            lambda y, x, height, width: pixels_CHW[:, y : y + height, x : x + width],
+            pixels_CHW.nbytes,
+        )
 
     def whole(self) -> Array:
-        """All of them, CHW."""
+        """Read the whole image, CHW."""
         return self.read(0, 0, *self.shape)
 
 
@@ -87,8 +89,9 @@ class TruthDecoder:
     def decode(
         self, sample: Sample, pages: Sequence[int], is_large: bool
     ) -> list[Pixels | ImageError | None]:
-        """One for each page of its image; why not, where it cannot be used. ``is_large``: the image
-        is, so a file of its own is not read whole.
+        """Decode the truth of each page of an image; an ImageError where it cannot be used.
+
+        ``is_large``: the image is large, so a label file of its own is not read whole.
         """
         if sample.read_mask is None:
             return [None] * len(pages)
@@ -102,10 +105,9 @@ class TruthDecoder:
         return [there[page] if page < len(there) else others for page in pages]
 
     def _whole(self, data: bytes) -> list[Pixels | ImageError]:
-        pages = decode_labels(data, self.config, self.classes)
         return [
             unusable(page) if isinstance(page, ImageError) else Pixels.of(page[None])
-            for page in pages
+            for page in decode_labels(data, self.config, self.classes)
         ]
 
     def _by_window(self, large: LargeTiff) -> Pixels:
@@ -147,8 +149,9 @@ class Decoder:
         bare = sample.bare  # many small images wait for a batch, and not their files
         ends = [f"#{page}" for page in range(len(images))] if len(images) > 1 else [""]
         samples = [replace(bare, image_id=bare.image_id + end, key=bare.key + end) for end in ends]
-        decoder = TruthDecoder(self.classes, self.config)
-        truths = decoder.decode(sample, range(len(images)), not isinstance(found, bytes))
+        truths = TruthDecoder(self.classes, self.config).decode(
+            sample, range(len(images)), not isinstance(found, bytes)
+        )
         return list(map(partial(self._picture, on_step), samples, images, truths))
 
     def _picture(
@@ -185,19 +188,19 @@ class Decoder:
             return read(start, 0, stop - start, columns)
 
         offset, scale = offset_and_scale_by_rows(read_rows, rows, columns, self.wanted)
-        channels, dtype = self.wanted.channels, image.dtype
-        return Pixels(channels, image.shape, dtype, read, image.held_bytes), offset, scale
+        pixels = Pixels(self.wanted.channels, image.shape, image.dtype, read, image.held_bytes)
+        return pixels, offset, scale
 
 
 def unusable(why: object) -> ImageError:
-    """Error of a truth that cannot be used; the image itself is still segmented."""
+    """Make the error of a truth that cannot be used; the image itself is still segmented."""
     return ImageError("truth", f"the mask cannot be used: {why}")
 
 
 def fitting(
     truth: Pixels | ImageError | None, shape: tuple[int, int]
 ) -> Pixels | ImageError | None:
-    """The truth, or an ImageError if its shape is not that of the image."""
+    """Return the truth, or an ImageError if its shape is not that of the image."""
     if isinstance(truth, Pixels) and truth.shape != shape:
         return unusable(f"it has shape {truth.shape}, the image {shape}")
     return truth
@@ -207,12 +210,11 @@ def _opened(
     read: Callable[[], bytes], open_ranged: Callable[[], Ranged] | None, config: InputConfig,
     as_labels: bool,
 ) -> LargeTiff | bytes:  # fmt: skip
-    """A file that is read by window, or else all its bytes."""
-    if open_ranged is not None:
-        ranged = open_ranged()
-        is_large = ranged.size > sample_module.LARGE_FILE_BYTES
-        if is_large and (large := open_large(ranged, config, as_labels)):
-            return large
+    """Open a file to be read by window, or read all its bytes."""
+    ranged = open_ranged() if open_ranged else None
+    is_large = ranged and ranged.size > sample_module.LARGE_FILE_BYTES
+    if ranged and is_large and (large := open_large(ranged, config, as_labels)):
+        return large
     data = read()
     in_memory = Ranged(len(data), lambda start, stop: data[start:stop])
     if large := open_large(in_memory, config, as_labels):

@@ -1,8 +1,8 @@
-"""TileGrid of TIFFs that are too large to decode whole.
+"""Windows of TIFFs that are too large to decode whole.
 
-The header is read once. A window then takes the strips and tiles that it touches and nothing else,
-and is what decoding the whole image gives there. The image may be of any size: whoever opens it
-limits its pixels.
+The header is read once. Reading a window then fetches only the strips and tiles that it touches,
+and returns what decoding the whole image gives there. Images may be of any size: the caller limits
+their pixels.
 
 P planes (pages, or separate samples of one) · H W a window · S samples of a plane.
 """
@@ -26,11 +26,13 @@ from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
 SMALL_PIXELS = MASK_WINDOW_PIXELS
 """Files whose first image has at most this many are decoded whole."""
 CACHE_BYTES = 192 * 2**20
+"""Decoded segments kept for one image: the rows of a window at the width of a large image."""
 HEADER_BYTES = 256 * 2**20
-"""Bytes that may be fetched to parse the headers of a file,"""
+"""Most bytes that are fetched to parse the headers of a file."""
 TAG_BYTES = 32 * 2**20
-"""and for one of its values, so that there are at most 8 million segments."""
+"""Most bytes of one header value, so that there are at most 8 million segments."""
 READ_BYTES = 2**18
+"""Size of the requests for a header: small, but few are needed."""
 EXTRAS = {"thumbnail", "label", "macro", "map", "overview"}
 """Names of images that slide scanners store beside the slide."""
 
@@ -38,8 +40,8 @@ EXTRAS = {"thumbnail", "label", "macro", "map", "overview"}
 class LargeTiff:
     """An image that is read by window; threads may share it.
 
-    Keeps decoded segments of ``cache_bytes``. Strips are as wide as the image: walk row by row, and
-    let the cache hold the rows of a window at that width, or each window decodes them again.
+    Keeps ``cache_bytes`` of decoded segments. Strips are as wide as the image: read windows row by
+    row, with a cache that holds the rows of a window at that width, or strips are decoded again.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class LargeTiff:
         self.dtype: np.dtype[Any] = self._finished(self._blank(1, 1)).dtype
 
     def read(self, y: int, x: int, height: int, width: int) -> Array:
-        """A window inside the image: HWC as decoded images have it, or stored labels HW or HWC.
+        """Read a window inside the image: HWC like decoded images, or stored labels HW or HWC.
 
         Raises ImageError with code ``decode`` for segments that are damaged or missing and values
-        that have no colour, and ``not_finite`` for NaN and infinity in this window.
+        that have no color, and ``not_finite`` for NaN and infinity in this window.
         """
         if not (0 <= y < y + height <= self.shape[0] and 0 <= x < x + width <= self.shape[1]):
             raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
@@ -73,7 +75,7 @@ class LargeTiff:
             return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
-        """Zeros; planes that nobody wants stay untouched and take no memory."""
+        """Make an array of zeros; planes that are never written to take no memory."""
         segments = self._segments
         return np.zeros((segments.planes, height, width, segments.samples), segments.dtype)
 
@@ -84,12 +86,13 @@ class LargeTiff:
                 segment_HWS = self._cache.get((plane, i, j))
                 segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
                 here, there = box.shared(*segment)
-                nodata = self._segments.nodata
-                window_HWS[here] = nodata if segment_HWS is None else segment_HWS[there]
+                window_HWS[here] = (
+                    self._segments.nodata if segment_HWS is None else segment_HWS[there]
+                )
 
     def _finished(self, stored_PHWS: Array) -> Array:
-        """Stored values as decoding the whole makes an image or labels of them: planes and their
-        samples side by side, in the colours that the page declares.
+        """Convert stored values to the pixels or labels that decoding the whole image gives:
+        planes and their samples side by side, in the colors that the page declares.
         """
         height, width = stored_PHWS.shape[1:3]
         pixels = stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
@@ -104,11 +107,11 @@ class LargeTiff:
 def open_large(
     file: Ranged, config: InputConfig, as_labels: bool = False, cache_bytes: int = CACHE_BYTES
 ) -> LargeTiff | None:
-    """A TIFF to be read by window; None for what is better decoded whole: small images, other
-    formats, several images in a file, and layouts that have no small segments.
+    """Open a TIFF to be read by window; None for what is better decoded whole: small images,
+    other formats, several images in a file, and layouts that have no small segments.
 
-    Raises ImageError as decoding the whole does for several pages, axes, channels and colours, and
-    for headers that lie.
+    Raises ImageError like decoding the whole for several pages, axes, channels and colors, and
+    for lying headers.
     """
     with _Header(Ranges(_metered(file), "the TIFF"), READ_BYTES) as header:
         if not header.read(4).startswith(TIFF_MAGICS):
@@ -125,7 +128,7 @@ def open_large(
 
 
 def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:
-    """The page of a large image, or those of its channels and True; none for anything else."""
+    """Find the page of a large image, or those of its channels and True; else none."""
     first = opened.pages.first
     tiff.require_numbers(first)
     if first.imagewidth * first.imagelength <= SMALL_PIXELS:
@@ -140,7 +143,7 @@ def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:
 
 
 def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
-    """The pages of a stack, if each is a channel of the same image."""
+    """Return the pages of a stack if each is a channel of the same image."""
     axes = [tiff.stack_axes(one, len(images), config) for one in images]
     count = sum(tiff.planes(one.shape, a, "YXCS") for one, a in zip(images, axes, strict=True))
     tiff.require_allowed(count, config)
@@ -150,8 +153,8 @@ def _channels_of(images: list[Any], config: InputConfig) -> list[Any]:
 
 
 def _is_extra(series: Any) -> bool:
-    kind = (series.name or "").lower().removesuffix(" image")
-    return kind in EXTRAS and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
+    is_named = (series.name or "").lower().removesuffix(" image") in EXTRAS
+    return is_named and math.prod(series.keyframe.shape[:2]) <= SMALL_PIXELS
 
 
 def _metered(file: Ranged) -> Ranged:
@@ -168,10 +171,10 @@ def _metered(file: Ranged) -> Ranged:
 
 
 class _Header(io.BufferedReader):
-    """Refuses to bring large pieces: a header's values are small."""
+    """A buffered file that refuses large reads: values of a header are small."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most ``TAG_BYTES``."""
+        """Read at most ``TAG_BYTES``."""
         if size is None or not 0 <= size <= TAG_BYTES:
             raise ImageError("too_large", f"a header value of {size} bytes, allowed: {TAG_BYTES}")
         return super().read(size)

@@ -18,10 +18,11 @@ from unet_core.config.sections import Section, require_span
 from unet_core.errors import ImageError
 
 BAND_ROWS = 256
-"""An image too large for memory is counted in bands of so many rows,"""
+"""Largest number of rows that are read at once from an image too large for memory."""
 BAND_BYTES = 64 * 2**20
-"""fewer where they take more than this."""
+"""Most bytes of such a band; wide images are read in fewer rows."""
 PIECE = 2**20
+"""Values that are counted at once, which bounds the copies made of them."""
 
 
 class Preprocessing(Section):
@@ -32,9 +33,10 @@ class Preprocessing(Section):
     repeated three times; a number: that many channels as they are. Alpha is dropped before."""
     normalisation: Literal["percentile", "range", "zscore"]
     low: float | None = None
-    """What becomes 0: a percentile (1), or a pixel value (0)."""
+    """Percentile (default 1) or pixel value (default 0) that becomes 0."""
     high: float | None = None
-    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    """Percentile (default 99.8) or pixel value (default the type's largest; 1 for floats) that
+    becomes 1."""
 
     _span = model_validator(mode="after")(require_span)
 
@@ -45,7 +47,7 @@ class Preprocessing(Section):
 
 
 def to_color(pixels_HWC: Array, color: str | int) -> Array:
-    """Pixels CHW in the colours that a network wants, of the image's own dtype."""
+    """Convert pixels to CHW in the colors that a network takes; the dtype stays."""
     channels = pixels_HWC.shape[2]
     if channels == channels_of(color):
         return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
@@ -65,36 +67,31 @@ def _luma(pixels_HWC: Array) -> Array:
     red, green, blue = (pixels_HWC[..., channel] for channel in range(3))
     if pixels_HWC.dtype.kind == "f":
         return red * np.float32(0.299) + green * np.float32(0.587) + blue * np.float32(0.114)
-    total = red.astype(np.uint32) * 19595
-    total += green.astype(np.uint32) * 38470
-    total += blue.astype(np.uint32) * 7471
-    total += 0x8000
-    total >>= 16
-    return total.astype(pixels_HWC.dtype)
+    total: Array = red * np.uint32(19595) + green * np.uint32(38470) + blue * np.uint32(7471)
+    return ((total + 0x8000) >> 16).astype(pixels_HWC.dtype)
 
 
 def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, Array]:
-    """Per channel: what to subtract from the pixels, then what to multiply with; float32 (C,).
+    """Compute the offset and the scale of each channel, float32 (C,).
 
-    From integer counts, so the same on every machine. A constant channel becomes all zeros.
+    Made from integer counts, so equal on every machine. A constant channel becomes all zeros.
     """
     if wanted.normalisation == "zscore" and pixels_CHW.dtype.kind == "f":
         wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
         return _as_arrays([(float(values.mean()), float(values.std())) for values in wide])
-    height, width = pixels_CHW.shape[1:]
-    return offset_and_scale_by_rows(
-        lambda start, stop: pixels_CHW[:, start:stop], height, width, wanted
-    )
+    _, height, width = pixels_CHW.shape
+    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
 
 
 def offset_and_scale_by_rows(
     read_CHW: Callable[[int, int], Array], height: int, width: int, wanted: Preprocessing
 ) -> tuple[Array, Array]:
-    """The same for an image too large for memory, whose rows [start, stop) are read in bands: once
-    for integers and ``zscore``, twice for percentiles of floats, only the first for ``range``.
+    """Compute offsets and scales of an image too large for memory, read in bands of rows.
 
-    Equal to the last bit, but for ``zscore`` of floats: its sums are those of the rows, so they
-    are rounded otherwise, though always alike.
+    ``read_CHW`` returns rows [start, stop). The image is read once for integers and ``zscore``,
+    twice for percentiles of floats; ``range`` reads the first row only. Equal to
+    ``offset_and_scale`` to the last bit except for ``zscore`` of floats, which adds sums of rows
+    and so rounds differently, but always in the same way.
     """
     first_CHW = read_CHW(0, 1)
     row_bytes = width * max(3, len(first_CHW)) * first_CHW.itemsize
@@ -102,8 +99,7 @@ def offset_and_scale_by_rows(
     rows = 2 ** (rows.bit_length() - 1)  # as the sides of tiles
 
     def bands() -> Iterator[Array]:
-        for start in range(0, height, rows):
-            yield read_CHW(start, min(start + rows, height))
+        return (read_CHW(a, min(a + rows, height)) for a in range(0, height, rows))
 
     if wanted.normalisation == "range":
         largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
@@ -112,17 +108,17 @@ def offset_and_scale_by_rows(
         pairs = [(low, high - low)] * len(first_CHW)
     elif first_CHW.dtype.kind == "u":
         counts = _total([_counts(plane) for plane in band] for band in bands())
-        pairs = [_of_counts(of_channel, wanted) for of_channel in counts]
+        pairs = [_offset_and_span(of_channel, wanted) for of_channel in counts]
     elif wanted.normalisation == "percentile":
         pairs = _percentiles_by_bits(bands, _ranks(height * width, wanted))
     else:
         moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
-        pairs = [_of_rows(of_channel, width) for of_channel in moments]
+        pairs = [_mean_and_deviation(of_channel, width) for of_channel in moments]
     return _as_arrays(pairs)
 
 
 def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
-    """Offsets and scales of channels from their offsets and spans."""
+    """Convert offset and span of each channel to arrays of offsets and scales."""
     offset = np.array([offset for offset, _ in pairs], dtype=np.float32)
     with np.errstate(over="ignore"):  # the network's output then tells that this is no image
         scale = np.array([1 / span if span > 0 else 0.0 for _, span in pairs], dtype=np.float32)
@@ -130,14 +126,14 @@ def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
 
 
 def _ranks(values: int, wanted: Preprocessing) -> list[int]:
-    """The low and the high percentile among so many ordered values, counted from 1."""
+    """Find the ranks (from 1) of the low and the high percentile among ``values`` values."""
     low = 1.0 if wanted.low is None else wanted.low
     high = 99.8 if wanted.high is None else wanted.high
     return [max(1, int(np.ceil(values * q / 100))) for q in (low, high)]
 
 
 def _counts(plane_HW: Array) -> Array:
-    """Histogram over all values of the integer type."""
+    """Count each value of the integer type."""
     bins = int(np.iinfo(plane_HW.dtype).max) + 1
     return _total(np.bincount(piece, minlength=bins) for piece in _pieces(plane_HW))
 
@@ -147,13 +143,13 @@ def _total(arrays: Iterable[Any]) -> Array:
 
 
 def _pieces(plane_HW: Array) -> Iterator[Array]:
-    """Values in pieces small enough for copies eight times as wide."""
+    """Split values into pieces small enough for copies eight times as wide."""
     flat = plane_HW.ravel()
     return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
 
 
-def _of_counts(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
-    """Offset and span of integers, from exact sums."""
+def _offset_and_span(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
+    """Compute offset and span of integers from exact sums over their histogram."""
     size = int(counts.sum())
     if wanted.normalisation == "percentile":
         bottom, top = (float(_at_rank(counts, rank)[0]) for rank in _ranks(size, wanted))
@@ -165,7 +161,7 @@ def _of_counts(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
 
 
 def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
-    """The value at a rank, and the rank among the equal ones."""
+    """Find the value at a rank, and the rank among values equal to it."""
     cumulative = np.cumsum(counts)
     value = int(np.searchsorted(cumulative, rank))
     return value, rank - int(cumulative[value] - counts[value])
@@ -174,9 +170,10 @@ def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
 def _percentiles_by_bits(
     bands: Callable[[], Iterator[Array]], ranks: list[int]
 ) -> list[tuple[float, float]]:
-    """The value at the low rank and the distance to the high one, of each channel, by counting:
-    first the upper 16 bits of all values, then the lower ones of those that share their upper bits
-    with the value at a rank.
+    """Find the value at the low rank and its distance to the high one, for each channel.
+
+    Counts the upper 16 bits of all values first, then the lower 16 bits of those that share their
+    upper bits with the value at a rank.
     """
     upper = _total([_key_counts(plane) for plane in band] for band in bands())
     found = [[_at_rank(counts, rank) for rank in ranks] for counts in upper]
@@ -186,9 +183,11 @@ def _percentiles_by_bits(
         return [[_key_counts(plane, top) for top, _ in tops] for plane, tops in planes]
 
     pairs = []
-    for tops, counts_of_tops in zip(found, _total(map(lower_of, bands())), strict=True):
-        chosen = zip(tops, counts_of_tops, strict=True)
-        keys = [(top << 16) + _at_rank(counts, rank)[0] for (top, rank), counts in chosen]
+    for tops, lower in zip(found, _total(map(lower_of, bands())), strict=True):
+        keys = [
+            (top << 16) + _at_rank(counts, rank)[0]
+            for (top, rank), counts in zip(tops, lower, strict=True)
+        ]
         bits = [key ^ 0x80000000 if key >> 31 else key ^ 0xFFFFFFFF for key in keys]
         low, high = map(float, np.array(bits, dtype=np.uint32).view(np.float32))
         pairs.append((low, high - low))
@@ -196,30 +195,25 @@ def _percentiles_by_bits(
 
 
 def _key_counts(plane_HW: Array, top: int | None = None) -> Array:
-    """Histogram of the upper halves of keys, or of the lower halves of keys with one upper half."""
+    """Count the upper halves of keys, or the lower halves of keys whose upper half is ``top``."""
     counts = np.zeros(2**16, dtype=np.int64)
     for values in _pieces(plane_HW):
-        keys = _keys(values)
+        bits = (values + np.float32(0)).view(np.uint32)  # both zeros become one
+        keys = np.where(bits >> 31, ~bits, bits | 0x80000000)  # in the order of the values
         chosen = keys >> 16 if top is None else keys[keys >> 16 == top] & 0xFFFF
         counts += np.bincount(chosen, minlength=counts.size)
     return counts
 
 
-def _keys(values: Array) -> Array:
-    """Unsigned integers in the order of float32 values; both zeros are one."""
-    bits = (values + np.float32(0)).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | 0x80000000)
-
-
 def _row_moments(band_CHW: Array) -> Array:
-    """Means and sums of squared distances from them, of each row: (C, H, 2)."""
+    """Compute mean and sum of squared deviations of each row: (C, H, 2)."""
     rows = (row.astype(np.float64) for plane in band_CHW for row in plane)
     moments = [(row.mean(), row.var() * row.size) for row in rows]
     return np.array(moments).reshape(*band_CHW.shape[:2], 2)
 
 
-def _of_rows(moments: Array, width: int) -> tuple[float, float]:
-    """Mean and standard deviation of rows of one width, after Chan, Golub and LeVeque (1979)."""
+def _mean_and_deviation(moments: Array, width: int) -> tuple[float, float]:
+    """Combine rows of one width into mean and deviation, after Chan, Golub and LeVeque (1979)."""
     means, squares = moments.T
     mean = math.fsum(means) / means.size
     between = width * math.fsum((means - mean) ** 2)

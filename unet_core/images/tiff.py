@@ -1,4 +1,4 @@
-"""TIFF in its many shapes: pages, channels, axes and colours, through tifffile.
+"""TIFF in its many shapes: pages, channels, axes and colors, through tifffile.
 
 Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others are pages.
 """
@@ -20,24 +20,25 @@ from unet_core.errors import ImageError, UnetJobsError, one_line
 ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
-"""A file's pages and channels together hold at most this many times ``max_pixels`` values."""
+"""Largest number of values in all pages and channels, as a multiple of ``max_pixels``."""
 MAX_PLANES = 2**20
-"""OME metadata may claim at most this many planes: their list alone takes memory."""
+"""Largest number of planes that OME metadata may claim: their list alone takes memory."""
 MAX_PAGES = 2**15
-"""A page takes about 16 kB as soon as it is listed."""
+"""Largest number of pages; a page takes about 16 kB as soon as it is listed."""
 NUMBERS = (
     "imagewidth", "imagelength", "imagedepth", "tilewidth", "tilelength", "tiledepth",
     "rowsperstrip", "samplesperpixel",
 )  # fmt: skip
+"""Properties of a page that tifffile multiplies, and that must be integers."""
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
-"""Codecs that believe their own stream about sizes, and that Pillow can ask for them."""
+"""Codecs that take sizes from their own stream, which Pillow can read without decoding."""
 
 
 @contextmanager
 def decoding(what: str = "") -> Iterator[None]:
-    """Around decoders: what they raise becomes an ImageError (``decode``), for they share no base
-    class, and a bad file is only a failed row. Memory is a matter of this moment, not of the image:
-    another attempt may have more.
+    """Turn errors of decoders into an ImageError (``decode``): they share no base class.
+
+    A MemoryError passes, because it says nothing of the image: another attempt may have more.
     """
     try:
         yield
@@ -75,7 +76,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, for each page; raises ImageError for what is refused."""
+    """Decode each page to an array HW or HWC, or an ImageError; raises it for refused files."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         tiff.pages._offsets = Chain(tiff.pages._offsets)
         pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
@@ -88,8 +89,9 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
         values = max(by_pages, sum(math.prod(s.shape) for s in series))
         if values > (allowed := VALUES_PER_PIXEL * config.max_pixels):
-            text = f"{values} values in all pages and channels, allowed: {allowed}"
-            raise ImageError("too_large", text)
+            raise ImageError(
+                "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
+            )
         if is_stack(tiff, len(pages), series, config):
             stacks = [_stack(one, len(series), config, as_labels) for one in series]
             require_allowed(sum(map(len, stacks)), config)
@@ -139,7 +141,7 @@ def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
 
 
 def side_of(page: Any) -> tuple[int, int]:
-    """Rows and columns of the strips or tiles of a page."""
+    """Return rows and columns of the strips or tiles of a page."""
     if page.is_tiled:
         return page.tilelength, page.tilewidth
     return page.rowsperstrip, page.imagewidth
@@ -157,8 +159,9 @@ def check_sniffed(data: bytes, side: tuple[int, int]) -> None:
 
 
 def full_series(tiff: Any) -> list[Any]:
-    """The series of a file, without those that repeat another one at a smaller size. Raises
-    ImageError for metadata that claims more planes than memory has room to list.
+    """List the series of a file, without those that repeat another one at a smaller size.
+
+    Raises ImageError for metadata that claims more planes than memory has room to list.
     """
     ome_xml = (tiff.is_ome and tiff.ome_metadata) or ""
     sizes = [
@@ -174,15 +177,14 @@ def full_series(tiff: Any) -> list[Any]:
 
 def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputConfig) -> bool:
     """Whether pages are planes of something whose axes are declared, or lie behind one page."""
-    is_declared = bool(config.axes or tiff.is_ome or tiff.is_imagej)
-    is_many = number_of_pages > 1 and is_declared
-    return is_many or sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
+    if number_of_pages > 1 and (config.axes or tiff.is_ome or tiff.is_imagej):
+        return True
+    return sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
 
 
 def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
-    """Number of planes of an image with these axes."""
-    sizes = zip(shape, axes, strict=True)
-    return math.prod(size for size, axis in sizes if axis not in axes_of_a_plane)
+    """Count the planes of an image with these axes."""
+    return math.prod(n for n, axis in zip(shape, axes, strict=True) if axis not in axes_of_a_plane)
 
 
 def require_allowed(pages: int, config: InputConfig) -> None:
@@ -196,29 +198,28 @@ def require_allowed(pages: int, config: InputConfig) -> None:
 
 
 def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Planes whose meaning is declared: channels are joined, every other axis is pages."""
+    """Decode planes whose axes are declared: channels are joined, every other axis is pages."""
     axes, shape = stack_axes(series, number_of_series, config), series.shape
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
-    order = [*others, axes.index("Y"), axes.index("X"), *channels]
-    pixels = np.transpose(series.asarray(), order)
-    height, width = pixels.shape[len(others) : len(others) + 2]
+    y, x = axes.index("Y"), axes.index("X")
+    pixels = np.transpose(series.asarray(), [*others, y, x, *channels])
     depth = math.prod(shape[i] for i in channels)
-    pages_NHWC = pixels.reshape(-1, height, width, depth)
+    pages_NHWC = pixels.reshape(-1, shape[y], shape[x], depth)
     if "S" in axes and "C" not in axes:
         pages_NHWC = _without_alpha(series.keyframe, pages_NHWC, config)
     return list(from_bits(pages_NHWC, as_labels))
 
 
 def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
-    """The declared axes of a stack; raises ImageError for impossible ones, odd colours and gaps."""
+    """Return the axes of a stack; raises ImageError for impossible ones, odd colors and gaps."""
     axes, shape = config.axes or series.axes, series.shape
     is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
     if is_wrong or (config.axes and number_of_series > 1):
         found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
         raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
     page = series.keyframe
-    if not is_plain(page) or page.bitspersample in (2, 4):  # colours that only single pages have
+    if not is_plain(page) or page.bitspersample in (2, 4):  # colors that only single pages have
         colors = f"{_name(page.photometric)} at {page.bitspersample} bits"
         raise ImageError("mode", f"a stack of {colors} is not supported")
     if any(plane is None for plane in series.pages):
@@ -232,24 +233,23 @@ def is_plain(page: Any) -> bool:
 
 
 def _without_alpha(page: Any, pixels: Any, config: InputConfig) -> Any:
-    """Pixels without the samples that the page declares as alpha, unless channels are chosen."""
+    """Drop the samples that the page declares as alpha, unless channels are chosen."""
     extras = enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
     alpha = [at for at, kind in extras if at > 0 and _name(kind) in ("ASSOCALPHA", "UNASSALPHA")]
     return pixels if config.channels or not alpha else np.delete(pixels, alpha, axis=-1)
 
 
 def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
-    """One page that is one image, in the colours that it declares."""
+    """Decode a page that is one image, in the colors that it declares."""
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("axes", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
-    pixels = page.asarray()
-    if page.axes == "SYX":
-        pixels = np.moveaxis(pixels, 0, -1)
+    stored = page.asarray()
+    pixels = np.moveaxis(stored, 0, -1) if page.axes == "SYX" else stored
     return page_pixels(page, pixels, config, as_labels)
 
 
 def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) -> Any:
-    """Stored values of a page, HW or HWC, all or a window, in the colours that it declares."""
+    """Convert stored values of a page, HW or HWC, all or a window, to the colors it declares."""
     pixels = _without_alpha(page, pixels, config)
     pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
     if as_labels:
@@ -269,16 +269,15 @@ def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) ->
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
             raise ImageError("mode", f"TIFF colours {other} at {bits} bits are not supported")
-    if bits in (2, 4):
-        pixels = pixels * (85 if bits == 2 else 17)  # stretched to 8 bits, as PNG gray is
-    return pixels
+    stretch = {2: 85, 4: 17}.get(bits, 1)  # to 8 bits, as PNG gray is
+    return pixels * stretch if stretch > 1 else pixels
 
 
 def from_bits(pixels: Any, as_labels: bool) -> Any:
-    """1-bit pixels as 0 and 1, or 0 and 255; others as they are."""
+    """Convert 1-bit pixels to 0 and 1, or 0 and 255; others are returned unchanged."""
     return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
 
 
 def _name(tag: Any) -> str:
-    """Name of a TIFF tag's value; tifffile leaves a number where the tag is absent or unknown."""
+    """Name the value of a TIFF tag; tifffile leaves a number where it is absent or unknown."""
     return str(getattr(tag, "name", tag))

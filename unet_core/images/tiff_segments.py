@@ -1,7 +1,7 @@
-"""Strips and tiles of TIFFs as ranges of a file: where they lie, what they hold, which are kept.
+"""Strips and tiles of TIFFs as ranges of a file: their positions, decoding and cache.
 
-Nothing here has a position in the file, so threads may load segments side by side. What headers
-claim is checked before it is believed: a segment is never read or decoded to more than its limit.
+Nothing here keeps a position in the file, so threads may load segments side by side. Header values
+are checked before use: a segment is never read or decoded to more than its limit.
 """
 
 import math
@@ -20,17 +20,18 @@ from unet_core.images.tiff import check_sniffed, decoding, require_numbers, side
 from unet_core.storage.ranges import Ranged
 
 Key = tuple[int, int, int]
-"""A segment: its plane, and its row and column among the plane's segments."""
+"""Key of a segment: plane, row and column among the segments of the plane."""
 
 STRIP_BYTES = 64 * 2**20
-"""Compressed strips are segments if they decode to at most this,"""
+"""Largest decoded size of a compressed strip; images with larger ones are decoded whole."""
 SEGMENT_BYTES = 256 * 2**20
-"""and tiles to at most this; encoded segments are no longer either."""
+"""Largest size of a decoded tile, and of any encoded segment."""
 BAND_ROWS = 4096
-"""Uncompressed rows are read whole where the cache holds this many, else in pieces"""
+"""Uncompressed rows are read whole where the cache holds this many of them."""
 PIECE_COLUMNS = 4096
-"""of this many pixels, which costs one read a row."""
+"""Else rows are read in pieces of this many pixels, one request for each row."""
 BLOCK_BYTES = 2**20
+"""Size of the blocks of uncompressed rows, which makes requests few and small."""
 
 
 class Segments:
@@ -49,10 +50,12 @@ class Segments:
         self._pages, self._file = pages, file
 
     def _read(self, start: int, stop: int) -> bytes:
-        """Raises ImageError for what the file never had, or has no more."""
+        """Read bytes [start, stop); raises ImageError beyond the file or if it became shorter."""
         if not 0 <= start <= stop <= self._file.size:
-            where = f"a segment lies at bytes {start} to {stop}"
-            raise ImageError("decode", f"{where}, the file ends at {self._file.size}")
+            raise ImageError(
+                "decode",
+                f"a segment lies at bytes {start} to {stop}, the file ends at {self._file.size}",
+            )
         data = self._file.read(start, stop)
         if len(data) != stop - start:
             raise ImageError(
@@ -77,11 +80,12 @@ class RawSegments(Segments):
         for page in pages:
             stop = page.dataoffsets[0] + self.separate * self.shape[0] * self._row_bytes
             if stop > file.size:
-                where = f"the pixels end at byte {stop}"
-                raise ImageError("decode", f"{where}, the file at {file.size}")
+                raise ImageError(
+                    "decode", f"the pixels end at byte {stop}, the file at {file.size}"
+                )
 
     def load(self, key: Key) -> Array:
-        """A segment HWS: one read, or one for each row where it is narrower than the image."""
+        """Load a segment HWS by one read, or one for each row if it is narrower than the image."""
         plane, y, x = key[0], key[1] * self.side[0], key[2] * self.side[1]
         height, width = min(self.side[0], self.shape[0] - y), min(self.side[1], self.shape[1] - x)
         page, sample = divmod(plane, self.separate)
@@ -97,7 +101,7 @@ class RawSegments(Segments):
 
 
 class EncodedSegments(Segments):
-    """Strips or tiles as the file has them, decoded by tifffile."""
+    """Strips or tiles as stored, decoded by tifffile."""
 
     def __init__(self, pages: list[Any], file: Ranged) -> None:
         super().__init__(pages, file)
@@ -114,7 +118,7 @@ class EncodedSegments(Segments):
         self._is_sniffed = layout.compression in tifffile.TIFF.IMAGE_COMPRESSIONS
 
     def load(self, key: Key) -> Array | None:
-        """A segment HWS; None where the file stores none. Raises ImageError."""
+        """Decode a segment HWS; None where the file stores none. Raises ImageError."""
         page, sample = divmod(key[0], self.separate)
         index = (sample * self._down + key[1]) * self._across + key[2]
         start = self._pages[page].dataoffsets[index]
@@ -135,7 +139,7 @@ class EncodedSegments(Segments):
 def segments_of(
     pages: list[Any], file: Ranged, cache_bytes: int
 ) -> RawSegments | EncodedSegments | None:
-    """Segments of pages of one layout, None if large or odd; ImageError for headers that lie."""
+    """Make segments of pages of one layout; None if large or odd. ImageError for lying headers."""
     for one in pages:
         require_numbers(one)
     page = pages[0].keyframe
@@ -153,7 +157,7 @@ def segments_of(
 
 
 class Cache:
-    """Decoded segments, those used last; one thread decodes a segment while others wait for it."""
+    """Least-recently-used cache of segments; each is decoded by one thread while others wait."""
 
     def __init__(self, load: Callable[[Key], Array | None], budget_bytes: int) -> None:
         self._load, self._left = load, budget_bytes
@@ -161,12 +165,12 @@ class Cache:
         self._held: OrderedDict[Key, Future[Array | None]] = OrderedDict()
 
     def get(self, key: Key) -> Array | None:
-        """A segment HWS, not to be written to; None where the file stores none."""
+        """Return a segment HWS, not to be written to; None where the file stores none."""
+        mine: Future[Array | None] = Future()
         with self._lock:
-            is_new = key not in self._held
-            future = self._held.setdefault(key, Future())
+            future = self._held.setdefault(key, mine)
             self._held.move_to_end(key)
-        if is_new:
+        if future is mine:
             self._fulfil(key, future)
         return future.result()
 
@@ -177,15 +181,14 @@ class Cache:
             with self._lock:
                 del self._held[key]
             future.set_exception(error)
-            return
-        with self._lock:
-            self._left -= _cost(future)
-            while self._left < 0:
-                oldest = next(key for key, held in self._held.items() if held.done())
-                self._left += _cost(self._held.pop(oldest))
+        else:
+            with self._lock:
+                self._left -= _cost(future)
+                while self._left < 0:
+                    oldest = next(key for key, held in self._held.items() if held.done())
+                    self._left += _cost(self._held.pop(oldest))
 
 
 def _cost(held: "Future[Array | None]") -> int:
-    """Bytes that a segment takes in the cache, with its entry."""
-    segment_HWS = held.result()
-    return 512 + (0 if segment_HWS is None else segment_HWS.nbytes)
+    """Count the bytes of a segment in the cache, with its entry."""
+    return 512 + getattr(held.result(), "nbytes", 0)

@@ -1,6 +1,6 @@
 """``metrics.parquet``: the rows of all metrics parts in one file, with the shard of each.
 
-Its footer says of which parts it was made. Where the run has others by now, readers take the parts.
+Its footer records the parts it was made from. If the run has other parts now, those are read.
 """
 
 import hashlib
@@ -24,19 +24,23 @@ GROUP_BYTES = 128 * 2**20
 """Bytes in memory per row group, plus at most one part."""
 PARTS = "parts"
 BATCH_ROWS = 8192
+"""Rows read at a time: a few megabytes."""
 
 
 @local_space()
 def compact(store: Store, record: Record) -> None:
-    """Write ``metrics.parquet`` unless it is there and tells of all parts of a run.
+    """Write ``metrics.parquet`` unless it exists and was made from all parts of the run.
 
     One row group is in memory at a time.
     """
     ids, digest = _parts(store)
     if not ids or _is_current(store, digest):
         return
-    names = json.dumps(record.class_names)
-    footer = {"fingerprint": record.fingerprint, "class_names": names, PARTS: digest}
+    footer = {
+        "fingerprint": record.fingerprint,
+        "class_names": json.dumps(record.class_names),
+        PARTS: digest,
+    }
     with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
         for rows in _tables(store, ids):
             file.append(rows)
@@ -44,16 +48,17 @@ def compact(store: Store, record: Record) -> None:
 
 
 def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.Table]:
-    """The rows of all committed shards, by shard id and then in the order of the shard, a few at a
-    time; ``columns`` of ``COMPACTED``.
+    """Read the rows of all committed shards in batches, by shard id and in the order of the shard.
+
+    ``columns``: columns of ``COMPACTED``.
     """
     ids, digest = _parts(store)
-    if not _is_current(store, digest):
+    if _is_current(store, digest):
+        with store.open_parquet(FILE) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+    else:
         yield from (table.select(columns) for table in _tables(store, ids))
-        return
-    with store.open_parquet(FILE) as file:
-        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-            yield pa.Table.from_batches([batch]).replace_schema_metadata()
 
 
 def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
@@ -66,7 +71,7 @@ def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
 
 
 def _parts(store: Store) -> tuple[list[str], str]:
-    """Ids of the shards that have a metrics part, and a digest of them with sizes and etags."""
+    """List the ids of committed shards, and compute a digest of them with sizes and etags."""
     state = [
         (entry.name.removesuffix(".parquet"), entry.bytes, entry.etag)
         for entry in store.list("metrics")

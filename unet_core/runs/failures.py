@@ -12,7 +12,9 @@ from unet_core.runs.compact import batches
 from unet_core.runs.run import Run
 
 MOST_CAUSES = 5
+"""Causes shown: few have more, and all fit on a screen."""
 MOST_EXAMPLES = 3
+"""Examples shown of each cause."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class Cause:
     code: str
     images: int
     examples: tuple[tuple[str, str], ...]
-    """Image ids, and what was wrong."""
+    """Image ids and error messages."""
 
 
 def causes(run: Run, totals: Totals) -> list[Cause]:
-    """The most frequent causes with examples; reads rows until it has them."""
+    """Find the most frequent causes with examples; reads rows until it has them."""
     counts = {code: n for code, n in totals.errors.items() if code != "truth"}
     codes = sorted(counts, key=lambda code: (-counts[code], code))[:MOST_CAUSES]
     wanted = {code: min(counts[code], MOST_EXAMPLES) for code in codes}

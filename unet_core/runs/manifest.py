@@ -1,14 +1,14 @@
 """The manifest: every shard of a run, on disk. Members are many, so the driver keeps only heads.
 
-Written once into a file of its own, row group by row group; read again without members by the
-driver, and the members of one shard by the actor that segments it.
+Each listing writes one file, row group by row group. The driver reads it without members; the
+worker that segments a shard reads the members of that shard.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain, islice
 from typing import BinaryIO
 
@@ -23,14 +23,15 @@ from unet_core.storage.spool import drop, local_space, spooled
 from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
-"""Per row group where shards have members: a worker reads a whole group for one shard."""
+"""Shards per row group if they have members: a worker reads a whole group for one shard."""
 HEADS_PER_GROUP = 4096
+"""Shards per row group if they have none."""
 FOLDER = "manifest"
 HEADS = [name for name in MANIFEST.names if name != "members"]
 
 
 def manifest_name(generation: int) -> str:
-    """Path of the manifest file of the ``generation``-th listing; 0 is the first."""
+    """Return the path of the file of the ``generation``-th listing; 0 is the first."""
     return f"{FOLDER}/{generation:05d}.parquet"
 
 
@@ -43,7 +44,7 @@ class Draft:
     generation: int = 0
 
     def with_members(self, head: Shard) -> Shard:
-        """A shard with its members; one of none as it is."""
+        """Add the members of a shard; a shard without members is returned unchanged."""
         return _with_members(head, lambda group: _group(pq.ParquetFile(self.file), group))
 
 
@@ -80,14 +81,18 @@ def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Sha
                         "twice, in the same order; take them out of the list"
                     )
                 ids.add(shard.shard_id)
-                row = len(heads)
-                heads.append(dataclasses.replace(shard, members=(), generation=generation, row=row))
+                heads.append(
+                    dataclasses.replace(shard, members=(), generation=generation, row=len(heads))
+                )
     return heads
 
 
 def _batch(shards: list[Shard]) -> pa.RecordBatch:
-    """Rows of the manifest, built by column: members may be fifty million."""
-    columns = [pa.array([getattr(shard, name) for shard in shards]) for name in HEADS]
+    """Build rows of the manifest by column: members may be fifty million."""
+    columns = [
+        pa.array([getattr(shard, name) for shard in shards], MANIFEST.field(name).type)
+        for name in HEADS
+    ]
     members = [member for shard in shards for member in shard.members]
     values = zip(*members, strict=True) if members else [()] * len(MEMBER.fields)
     fields = [pa.array(v, f.type) for v, f in zip(values, MEMBER.fields, strict=True)]
@@ -95,27 +100,23 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     lists = pa.ListArray.from_arrays(
         pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(fields, fields=MEMBER.fields)
     )
-    arrays = [c.cast(MANIFEST.field(n).type) for c, n in zip(columns, HEADS, strict=True)]
-    return pa.RecordBatch.from_arrays([*arrays, lists], schema=MANIFEST)
+    return pa.RecordBatch.from_arrays([*columns, lists], schema=MANIFEST)
 
 
 def read_heads(store: Store, generation: int) -> list[Shard]:
-    """The shards that came with a listing, without their members.
+    """Read the shards of a listing, without their members.
 
     Raises ParquetDamagedError if the file is damaged.
     """
-    heads: list[Shard] = []
     with store.open_parquet(manifest_name(generation)) as file:
-        for batch in file.iter_batches(columns=HEADS):
-            for row, head in enumerate(batch.to_pylist(), start=len(heads)):
-                heads.append(Shard(**head, generation=generation, row=row))
-    return heads
+        batches = (batch.to_pylist() for batch in file.iter_batches(columns=HEADS))
+        heads = enumerate(chain.from_iterable(batches))
+        return [Shard(**head, generation=generation, row=row) for row, head in heads]
 
 
 def with_members(store: Store, shard: Shard) -> Shard:
-    """The shard with its members, read from the manifest of a run; one of none as it is."""
-    name = manifest_name(shard.generation)
-    return _with_members(shard, lambda group: _members(store, name, group))
+    """Add the members of a shard from the manifest; one without members is returned unchanged."""
+    return _with_members(shard, partial(_members, store, manifest_name(shard.generation)))
 
 
 def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]]) -> Shard:
@@ -126,7 +127,7 @@ def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]])
 
 
 def names(store: Store, heads: list[Shard]) -> Known:
-    """Names of every tar, Parquet file and loose image in the shards of a run."""
+    """Collect the names of every tar, Parquet file and loose image in the shards of a run."""
     found: set[str | tuple[str, str]] = {shard.uri for shard in heads if shard.uri}
     for generation in sorted({shard.generation for shard in heads if shard.has_members}):
         with store.open_parquet(manifest_name(generation)) as file:
@@ -140,14 +141,14 @@ def names(store: Store, heads: list[Shard]) -> Known:
 
 @lru_cache(maxsize=4)
 def _members(store: Store, name: str, group: int) -> list[tuple[Member, ...]]:
-    """The members of every shard in one row group."""
+    """Read the members of every shard in one row group."""
     with store.open_parquet(name, metadata=_metadata(store, name)) as file:
         return _group(file, group)
 
 
 @lru_cache(maxsize=4)
 def _metadata(store: Store, name: str) -> pq.FileMetaData:
-    """The footer of a manifest's file, which has a kilobyte for every row group."""
+    """Read the footer of a manifest file, which has a kilobyte for every row group."""
     with store.open_parquet(name) as file:
         return file.metadata
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any, BinaryIO, cast, get_args
 
 import pyarrow as pa
@@ -21,8 +22,11 @@ from unet_core.storage.parquet_files import (
 from unet_core.storage.store import Store
 
 ROW_GROUP_BYTES = 32 * 2**20
+"""Bytes of masks per row group: what a reader holds in memory for one image."""
 CIRCUMSTANTIAL = frozenset(get_args(Circumstance))
+"""Error codes of failures that may differ between attempts."""
 SETTLED = ("image_id", "status", "error_code", "height", "width")
+"""Columns that must be equal in two attempts of which one had such failures."""
 
 
 def masks_name(shard_id: str) -> str:
@@ -68,23 +72,23 @@ class MasksPart(RowGroups):
 def metrics_part(
     rows: list[dict[str, Any]], footer: Mapping[str, str], columns: pa.Schema = schema.METRICS
 ) -> bytes:
-    """The bytes of a metrics part."""
-    table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
-    return parquet_of(table, **COMPRESSION)
+    """Encode a metrics part."""
+    schema_of_part = columns.with_metadata(dict(footer))
+    return parquet_of(pa.Table.from_pylist(rows, schema=schema_of_part), **COMPRESSION)
 
 
 def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:
-    """Publish both parts, masks first; the metrics part, exclusive and last, is the commit. Returns
-    the metrics part that counts.
+    """Publish both parts, masks first; the metrics part, exclusive and last, is the commit.
 
-    A shard that is committed already is left alone. Raises CommitConflictError if its commit has
-    other bytes than this one, unless they speak of failures that may differ.
+    Returns the metrics part that counts: a committed shard is left unchanged. Raises
+    CommitConflictError if its commit has other bytes than this one, unless they differ only in
+    failures that may differ.
     """
     name = metrics_name(shard_id)
     if not store.exists(name):
         is_first = store.publish_exclusively(masks_name(shard_id), masks)
         if not is_first and not store.exists(name):
-            store.publish(masks_name(shard_id), masks)  # those of an attempt that came to no commit
+            store.publish(masks_name(shard_id), masks)  # left by an attempt that was not committed
         if store.publish_exclusively(name, metrics):
             return metrics
     kept = store.read(name)
@@ -100,9 +104,9 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> byte
 
 
 def _require_its_masks(store: Store, shard_id: str) -> None:
-    """Take a commit back whose masks another attempt has replaced just before it.
+    """Remove a commit whose masks another attempt replaced just before it.
 
-    Raises CommitConflictError if so; the same command does the shard again.
+    Raises CommitConflictError if so; the same command segments the shard again.
     """
     _, footer = read_metrics(store, shard_id)
     sha256 = hashlib.sha256(store.read(masks_name(shard_id))).hexdigest()
@@ -130,7 +134,7 @@ def _differ_only_by_failures(kept: bytes, metrics: bytes) -> bool:
 
 
 def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]:
-    """Rows and footer of a metrics part.
+    """Read rows and footer of a metrics part.
 
     Raises ParquetDamagedError if it is not a whole Parquet file.
     """
@@ -149,25 +153,25 @@ def _footer(columns: pa.Schema) -> dict[str, str]:
 
 
 def read_footer(store: Store, name: str) -> dict[str, str]:
-    """Key-value metadata in the footer of a Parquet file."""
+    """Read the key-value metadata in the footer of a Parquet file."""
     with store.open_parquet(name) as file:
         return _footer(file.schema_arrow)
 
 
 def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
-    """Some columns of a metrics part."""
+    """Read some columns of a metrics part."""
     with store.open_parquet(metrics_name(shard_id)) as file:
         return file.read(columns=list(columns))
 
 
 def ids_in(store: Store, folder: str) -> set[str]:
-    """Ids of the shards that have their part in a folder. One listing."""
-    names = (entry.name for entry in store.list(folder))
-    return {name.removesuffix(".parquet") for name in names if not name.startswith("_")}
+    """List the ids of shards that have their part in a folder. One listing."""
+    entries = [entry for entry in store.list(folder) if not entry.name.startswith("_")]
+    return {entry.name.removesuffix(".parquet") for entry in entries}
 
 
 def current_ids(run: Store, store: Store, folder: str) -> set[str]:
-    """Ids of shards whose file in ``folder`` was made from the masks that the run has now.
+    """List the ids of shards whose file in ``folder`` was made from the run's present masks.
 
     A shard with failed images may have been segmented again since.
     """
@@ -177,24 +181,24 @@ def current_ids(run: Store, store: Store, folder: str) -> set[str]:
         return now is not None and now == masks_sha256(store, f"{folder}/{shard_id}.parquet")
 
     ids = ids_in(store, folder)
-    return {i for i, yes in zip(ids, map_in_order(is_current, ids), strict=True) if yes}
+    return set(compress(ids, map_in_order(is_current, ids)))
 
 
 def masks_sha256(store: Store, name: str) -> str | None:
-    """Digest of the masks part that a file was made from, by its footer; None without one."""
+    """Read from a file's footer the digest of the masks part it was made from; None without one."""
     with contextlib.suppress(NotFoundError, ParquetDamagedError):
         return read_footer(store, name).get("masks_sha256")
     return None
 
 
 def read_totals(store: Store, shard_id: str) -> Totals:
-    """Totals of a committed shard."""
+    """Read the totals of a committed shard."""
     name = metrics_name(shard_id)
     return totals_of(store.read(name), store.uri(name))
 
 
 def totals_of(part: bytes, uri: str) -> Totals:
-    """Totals of a metrics part."""
+    """Compute the totals of a metrics part."""
     rows, footer = _opened(part, uri)
     if "images_seen" not in footer:
         raise ParquetDamagedError(f"{uri}: not a metrics part: it counts no images")

@@ -1,4 +1,4 @@
-"""Reading a run back: its totals, its masks by image or by shard, and its images."""
+"""Reading a run: its totals, its masks by image or by shard, and its images."""
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -35,28 +35,29 @@ PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width",
 
 @dataclass(frozen=True)
 class StoredMask:
-    """The mask of one image in a masks part that is open."""
+    """The mask of one image in an open masks part."""
 
     image_id: str
     height: int
     width: int
     windows: Mapping[Box, Callable[[], Array]]
-    """Class ids HW by place, read when they are called; they cover the image."""
+    """Functions that read class ids HW of each mask window; the windows cover the image."""
 
     def whole(self) -> Array:
-        """Class ids HW of the image."""
+        """Read class ids HW of the image."""
         return self.cut(Box(0, 0, self.height, self.width))
 
     def cut(self, wanted: Box) -> Array:
-        """Class ids HW of a part of the image; windows that do not meet it are not read.
+        """Read class ids HW of a window of the image; only mask windows that meet it are read.
 
         Raises ValueError if it leaves the image.
         """
         below, right = wanted.y + wanted.height, wanted.x + wanted.width
         is_inside = min(wanted.y, wanted.x) >= 0 and min(wanted.shape) > 0
         if not is_inside or below > self.height or right > self.width:
-            size = f"{self.height} × {self.width} pixels"
-            raise ValueError(f"window {tuple(wanted)} leaves the image of {size}")
+            raise ValueError(
+                f"window {tuple(wanted)} leaves the image of {self.height} × {self.width} pixels"
+            )
         if wanted in self.windows:
             return self.windows[wanted]()
         cut_HW: Array | None = None
@@ -74,8 +75,9 @@ class StoredMask:
 
 
 class OpenMasks:
-    """A masks part that is open: masks by image, one row group in memory at a time. Images that are
-    asked for in the order of the shard let each group be read once.
+    """An open masks part: masks by image, one row group in memory at a time.
+
+    Each group is read once if images are asked for in the order of the shard.
     """
 
     def __init__(self, file: pq.ParquetFile, uri: str) -> None:
@@ -89,9 +91,8 @@ class OpenMasks:
         self._held: tuple[int, Any] = (-1, None)
 
     def mask(self, image_id: str) -> StoredMask | None:
-        """The mask of one image; None if there is none."""
-        rows = self._rows.get(image_id)
-        if rows is None:
+        """Return the mask of one image; None if there is none."""
+        if (rows := self._rows.get(image_id)) is None:
             return None
         windows = {
             Box(*(row[side] for side in Box._fields)): partial(self._read, group, number, row)
@@ -103,7 +104,7 @@ class OpenMasks:
     def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
         if self._held[0] != group:
             self._held = (-1, None)
-            with whole_parquet(self._uri):  # whoever reads a mask is not where the file was opened
+            with whole_parquet(self._uri):  # the caller has left the one of open_parquet
                 self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
         mask = self._held[1][number].as_py()
         payload = mask if isinstance(mask, bytes) else mask["bytes"]
@@ -111,55 +112,53 @@ class OpenMasks:
 
 
 class Results:
-    """A run, read back."""
+    """A run to read from."""
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         """Raises StoreError if there is no run at ``uri``."""
         self.run, self.record = open_existing(uri, storage)
         self.class_names = self.record.class_names
-        """By class id."""
+        """Names of the classes, by class id."""
         self.palette = self.record.palette
-        """RGB by class id."""
+        """RGB colors of the classes, by class id."""
 
     @cached_property
     def config(self) -> PredictConfig:
-        """What the run was made with; storage as it is reached now."""
+        """Config that the run was made with, but with the storage settings given now."""
         made_with = PredictConfig.model_validate(self.record.config)
         return made_with.model_copy(update={"storage": self.run.store.storage})
 
     @cached_property
     def source(self) -> Source:
-        """The input of the run, where it was; nothing is listed."""
+        """Input of the run, where it was then; nothing is listed."""
         identity = self.record.identity
         root = Store(identity["input.uri"], self.run.store.storage)
         config = self.config.input.model_copy(update={"masks": identity["input.masks"]})
         return Source(config, identity["input.format"], root, tuple(identity["input.names"]))
 
     def shards(self) -> list[Shard]:
-        """The committed shards, by the order of the manifest, without their members."""
+        """List the committed shards in the order of the manifest, without their members."""
         committed = self.run.committed()
         return [s for s in self.run.manifest() or [] if s.shard_id in committed]
 
     @cached_property
     def totals(self) -> Totals:
-        """The sums of all committed shards, with micro scores where there is truth."""
+        """Sums over all committed shards, with micro scores where there is truth."""
         if self.run.is_finished:
             return self.run.finished_totals()
         return self.run.totals(self.run.committed())
 
     @cached_property
     def metrics(self) -> pa.Table:
-        """A row for each image of all committed shards: columns of the metrics parts after the
-        ``shard_id``.
-        """
+        """One row per image of all committed shards: ``shard_id`` and the columns of the parts."""
         return pa.concat_tables([COMPACTED.empty_table(), *batches(self.run.store)])
 
     def mask(self, image_id: str, window: tuple[int, int, int, int] | None = None) -> Array:
-        """Class ids HW of one image, or of a window (y, x, height, width) of it.
+        """Read class ids HW of one image, or of a window (y, x, height, width) of it.
 
-        Only the mask windows that are asked for are decoded; the first call looks where all images
-        are. Raises NotFoundError if the run has no
-        mask of that image, with the reason, and ValueError for a window that leaves the image.
+        Decodes only the mask windows that meet it; the first call reads the shards of all images.
+        Raises NotFoundError with the reason if the run has no mask of that image, and ValueError
+        for a window that leaves the image.
         """
         with open_masks(self.run.store, self._shard_of(image_id)) as masks:
             mask = masks.mask(image_id)
@@ -169,34 +168,39 @@ class Results:
 
     @cached_property
     def _places(self) -> pa.Table:
-        """The shard of each image, and what became of it there."""
+        """Shard and status of each image."""
         columns = ["shard_id", "image_id", "status", "error_message"]
         none = COMPACTED.empty_table().select(columns)
         return pa.concat_tables([none, *batches(self.run.store, columns)])
 
     def _shard_of(self, image_id: str) -> str:
-        """The committed shard with an image."""
+        """Find the committed shard with the mask of an image; raises NotFoundError."""
         rows = self._places.filter(pc.field("image_id") == image_id).to_pylist()
         for row in rows:
             if row["status"] == "ok":
                 return str(row["shard_id"])
         if rows:
-            reason = f"it failed: {rows[0]['error_message']}"
-            raise NotFoundError(f"{self.run.uri} has no mask of {image_id}: {reason}")
-        among = f"among the {self._places.num_rows:,} of its committed shards"
-        raise NotFoundError(f"{self.run.uri} has no image {image_id} {among}")
+            raise NotFoundError(
+                f"{self.run.uri} has no mask of {image_id}: it failed: {rows[0]['error_message']}"
+            )
+        raise NotFoundError(
+            f"{self.run.uri} has no image {image_id} among the {self._places.num_rows:,} of its "
+            "committed shards"
+        )
 
 
 def open_run(uri: str, storage: StorageConfig | None = None) -> Results:
-    """The results of a run folder; raises StoreError if it is none."""
+    """Open a run folder to read its results; raises StoreError if it is none."""
     return Results(uri, storage)
 
 
 def decoded_images(
     results: Results, shard: Shard, ids: Set[str], source: Source, has_truth: bool
 ) -> Iterator[DecodedImage | Rejected]:
-    """The images of a shard with these ids, decoded again: in the network's colours and their own
-    values, in the order of the shard. The others are let alone: they may have killed a worker.
+    """Decode the images of a shard with these ids again, in the order of the shard.
+
+    They have the network's colors and their own values. Other images are not decoded: they may
+    have killed a worker.
     """
     color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
     wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
@@ -211,7 +215,7 @@ def decoded_images(
 
 @contextmanager
 def open_masks(store: Store, shard_id: str) -> Iterator[OpenMasks]:
-    """The masks of a committed shard, for one thread."""
+    """Open the masks of a committed shard, for one thread."""
     name = masks_name(shard_id)
     with store.open_parquet(name) as file:
         yield OpenMasks(file, store.uri(name))

@@ -1,4 +1,4 @@
-"""The run folder: what a run is, what it has to do, what it has done.
+"""The run folder: identity, manifest and progress of a run.
 
 ``run.json`` and the manifest are published exclusively; the metrics parts are the only record of
 progress. Running the same command again is the resume.
@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, compress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 RUN_JSON = "run.json"
 SUCCESS = "_SUCCESS"
 METRICS = "metrics.parquet"
-"""All rows in one file, made from the parts (``compact``)."""
+"""File with the rows of all metrics parts, made by ``compact``."""
 
 
 def identity(
     config: PredictConfig, source: Source, model_sha256: str, header: Header, tile_grid: TileGrid
 ) -> Identity:
-    """Identity of a run: resolved values by config key.
+    """Resolve the identity of a run: values by config key.
 
-    It holds whatever changes the bytes of a part or the list of shards, and nothing else: neither
-    workers nor the path of the output.
+    It holds everything that changes the bytes of a part or the list of shards, and nothing else:
+    neither workers nor the path of the output.
     """
     settings = config.input.model_dump(exclude={"uri"}) | {
         "format": source.format,
@@ -71,7 +71,7 @@ def identity(
 
 
 class Record(BaseModel):
-    """``run.json``."""
+    """Contents of ``run.json``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -104,12 +104,13 @@ class Run:
         self.record = self._read_record() if self.store.exists(RUN_JSON) else None
 
     def _read_record(self) -> Record:
-        """Raises StoreError if it is damaged or from another version."""
+        """Read ``run.json``; raises StoreError if it is damaged or from another version."""
         try:
             return Record.model_validate_json(self.store.read(RUN_JSON))
         except ValueError as error:
-            where = self.store.uri(RUN_JSON)
-            raise StoreError(f"{where}: not the run.json of a run: {error}") from error
+            raise StoreError(
+                f"{self.store.uri(RUN_JSON)}: not the run.json of a run: {error}"
+            ) from error
 
     @property
     def is_finished(self) -> bool:
@@ -117,7 +118,7 @@ class Run:
         return self.store.exists(SUCCESS)
 
     def create_or_join(self, record: Record) -> Record:
-        """Publish ``run.json``, or join the run of another driver that was first.
+        """Publish ``run.json``, or join the run of another driver that published it first.
 
         Raises RunMismatchError if that run has another identity.
         """
@@ -135,11 +136,12 @@ class Run:
         return self.record
 
     def manifest(self) -> list[Shard] | None:
-        """All shards of the run as they were found when it began and at each refresh, without their
-        members; None before that.
+        """Read all shards found when the run began and at each refresh, without their members.
+
+        None before the run began.
         """
-        names = (f"{FOLDER}/{entry.name}" for entry in self.store.list(FOLDER))
-        files = [name for name in names if name.endswith(".parquet")]
+        entries = self.store.list(FOLDER)
+        files = [f"{FOLDER}/{e.name}" for e in entries if e.name.endswith(".parquet")]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
@@ -147,27 +149,25 @@ class Run:
         return [*chain.from_iterable(heads)] or None
 
     def publish_manifest(self, draft: Draft) -> None:
-        """Publish the manifest, or what a refresh adds to it, unless it is there.
+        """Publish the manifest, or what a refresh adds to it, unless it exists.
 
-        Raises RunMismatchError if another driver has just made one of other shards.
+        Raises RunMismatchError if another driver has just published one of other shards.
         """
-        name = manifest_name(draft.generation)
-        if self.store.publish_exclusively(name, draft.file):
-            return
-        if read_heads(self.store, draft.generation) != draft.heads:
+        is_first = self.store.publish_exclusively(manifest_name(draft.generation), draft.file)
+        if not is_first and read_heads(self.store, draft.generation) != draft.heads:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver made this run of another state of the input; "
                 "run the command again to join it"
             )
 
     def committed(self) -> set[str]:
-        """Ids of the shards whose metrics part is there. One listing."""
+        """List the ids of committed shards, which have a metrics part. One listing."""
         return ids_in(self.store, "metrics")
 
     def totals(self, shard_ids: set[str]) -> Totals:
-        """Sum over committed shards, read from their metrics parts."""
-        ids = sorted(shard_ids)
-        return sum(map_in_order(lambda name: read_totals(self.store, name), ids), Totals())
+        """Sum the totals of committed shards, read from their metrics parts."""
+        totals = map_in_order(partial(read_totals, self.store), sorted(shard_ids))
+        return sum(totals, Totals())
 
     def reopen(self) -> None:
         """Remove ``_SUCCESS`` and ``metrics.parquet``."""
@@ -179,15 +179,17 @@ class Run:
 
         Returns their number. A shard whose file changed or is gone keeps its commit.
         """
+
+        def is_forgotten(shard: Shard) -> bool:
+            return bool(read_totals(self.store, shard.shard_id).failed) and is_there(shard)
+
         committed = self.committed()
         heads = [shard for shard in shards if shard.shard_id in committed]
-        totals = map_in_order(lambda shard: read_totals(self.store, shard.shard_id), heads)
-        failed = [shard for shard, found in zip(heads, totals, strict=True) if found.failed]
-        there = map_in_order(is_there, failed)
-        again = [shard.shard_id for shard, yes in zip(failed, there, strict=True) if yes]
+        again = list(compress(heads, map_in_order(is_forgotten, heads)))
         if again:
             self.reopen()
-        list(map_in_order(lambda name: self.store.remove(metrics_name(name)), again))
+        names = [metrics_name(shard.shard_id) for shard in again]
+        list(map_in_order(self.store.remove, names))
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:
@@ -197,8 +199,9 @@ class Run:
         """
         generations = 1 + max((shard.generation for shard in shards), default=0)
         files = [entry for entry in self.store.list(FOLDER) if not is_temporary(entry.name)]
-        are_all = len(files) == generations
-        return are_all and {shard.shard_id for shard in shards} <= self.committed()
+        return (
+            len(files) == generations and {shard.shard_id for shard in shards} <= self.committed()
+        )
 
     def finish(self, totals: Totals) -> None:
         """Remove leftovers of killed attempts, then write ``_SUCCESS``, last of all."""
@@ -209,12 +212,12 @@ class Run:
         self.store.publish(SUCCESS, text.encode() + b"\n")
 
     def finished_totals(self) -> Totals:
-        """The totals in ``_SUCCESS``."""
+        """Read the totals in ``_SUCCESS``."""
         return TypeAdapter(Totals).validate_json(self.store.read(SUCCESS))
 
 
 def open_existing(uri: str, storage: StorageConfig | None = None) -> tuple[Run, Record]:
-    """A run folder that must already be one; raises StoreError if it is not."""
+    """Open an existing run folder; raises StoreError if it is none."""
     run = Run(uri, storage)
     if run.record is None:
         raise StoreError(f"{uri} is not a run folder: it has no {RUN_JSON}")

@@ -58,7 +58,7 @@ METRICS = pa.schema(
 )
 
 EVALUATION = METRICS.append(pa.field("truth", pa.string()))
-"""Rows of a run's metrics with another truth, and which it is."""
+"""Metrics of a run against another truth, with the name of the truth."""
 
 HISTORY = pa.schema(
     [
@@ -104,7 +104,7 @@ EXPORTED = pa.schema(
 
 
 def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
-    """Columns of a masks part; PNG masks are marked as images for dataset viewers."""
+    """Return the columns of a masks part; PNG masks are marked as images for dataset viewers."""
     mask, metadata = pa.binary(), {}
     if encoding == "png":
         mask = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -126,7 +126,7 @@ def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
 def footer(
     header: Header, model_sha256: str, fingerprint: str, probabilities: str
 ) -> dict[str, str]:
-    """Key-value metadata that every part carries."""
+    """Make the key-value metadata that every part carries."""
     return {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,

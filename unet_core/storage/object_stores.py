@@ -1,4 +1,4 @@
-"""How object stores are reached, and what their errors mean. Only ``store`` uses this.
+"""Connections to object stores, and the meaning of their errors. Only ``store`` uses this.
 
 Credentials are found by the store's own library; nothing here reads, keeps or prints one.
 """
@@ -22,9 +22,11 @@ from unet_core.storage.spool import FULL
 ResultT = TypeVar("ResultT")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+"""Pauses between tries: short enough for a hiccup, long enough to spare a busy store."""
 LARGE_BYTES = 64 * 2**20
+"""Larger files are uploaded from disk in parts; smaller ones need one request."""
 SLOWEST_BYTES_PER_S = 2**16
-"""A write that takes longer than this would need is one that gets nowhere."""
+"""Slowest write that counts as progress; slower ones are given up and tried again."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
 LIBRARIES = ("aiohttp", "azure", "botocore", "requests", "urllib3")
 BUSY_ANSWERS = {"408", "429", "500", "502", "503", "504"}
@@ -59,7 +61,8 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
 
 
 def _s3_options(storage: StorageConfig) -> dict[str, Any]:
-    options = {
+    role = {"session": _role_session(storage)} if storage.role else None
+    return {
         "anon": storage.anonymous,
         "requester_pays": storage.requester_pays,
         "use_listings_cache": False,
@@ -73,23 +76,21 @@ def _s3_options(storage: StorageConfig) -> dict[str, Any]:
         "s3_additional_kwargs": _said(
             ServerSideEncryption=storage.encryption, SSEKMSKeyId=storage.kms_key
         ),
+        **(role or _said(profile=storage.profile)),
     }
-    if storage.role:
-        return options | {"session": _role_session(storage)}
-    return options | _said(profile=storage.profile)
 
 
 def _said(**options: str) -> dict[str, str]:
-    """Options that are not empty."""
+    """Drop empty options."""
     return {name: value for name, value in options.items() if value}
 
 
 def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -> None:
-    """Put an object whole; ``mode="create"``: raises FileExistsError if there is one.
+    """Write an object whole; ``mode="create"``: raises FileExistsError if there is one.
 
-    A large file on disk goes to S3 piece by piece; anything else is in memory meanwhile. Raises
-    TimeoutError if that gets nowhere: time limits of the libraries begin when all is sent, so a
-    store that takes nothing would hold them for ever.
+    A large file on disk is uploaded to S3 in parts; anything else is held in memory. Raises
+    TimeoutError without progress: time limits of the libraries begin when all is sent, so a
+    store that accepts nothing would block them for ever.
     """
     size = source.seek(0, os.SEEK_END)
     source.seek(0)
@@ -112,22 +113,23 @@ def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -
 
 
 def _cut_off_s(deadline_s: float, most_s: float) -> float:
-    """When silence ends a request, in seconds: early enough to ask again before the deadline."""
+    """Compute the seconds without an answer that end a request, so that another fits before the
+    deadline.
+    """
     return min(most_s, max(1.0, deadline_s / 4))
 
 
 def _role_session(storage: StorageConfig) -> Any:
-    """A session whose credentials are those of a role, renewed before they expire."""
+    """Make a session with the credentials of a role, renewed before they expire."""
     from aiobotocore import credentials
     from aiobotocore.session import AioSession
 
     own = AioSession(profile=storage.profile or None)
-    options = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
-
+    endpoint = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
     role = {"RoleArn": storage.role, "RoleSessionName": "unet-jobs"}
 
     async def assume() -> Any:
-        client = own.create_client("sts", **options)  # can be entered once
+        client = own.create_client("sts", **endpoint)  # can be entered once
         return await credentials.create_assume_role_refresher(client, role)()
 
     session = AioSession()
@@ -136,7 +138,7 @@ def _role_session(storage: StorageConfig) -> Any:
 
 
 def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag: str) -> bytes:
-    """Bytes [start, stop) of an S3 object, one request; raises ChangedError for another ETag."""
+    """Read bytes [start, stop) of an S3 object at once; raises ChangedError for another ETag."""
 
     async def read() -> bytes:
         bucket, key, _ = fs.split_path(path)
@@ -156,7 +158,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: busy, away, or cut off."""
+    """Whether the same request may succeed a little later: store busy, unreachable or cut off."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
         return False
     if isinstance(error, TimeoutError | ConnectionError):
@@ -167,9 +169,8 @@ def is_transient(error: BaseException) -> bool:
     if type(error).__module__.partition(".")[0] in LIBRARIES:
         # some of these are OSErrors without a number
         return "SSLError" not in type(error).__name__ and not _is_about_credentials(error)
-    if isinstance(error, OSError):
-        return error.errno in BUSY or isinstance(error.__cause__, ConnectionError)
-    return False
+    is_cut_off = isinstance(error.__cause__, ConnectionError)
+    return isinstance(error, OSError) and (error.errno in BUSY or is_cut_off)
 
 
 def _is_about_credentials(error: BaseException) -> bool:
@@ -188,7 +189,7 @@ def _is_about_credentials(error: BaseException) -> bool:
 
 
 def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: float) -> ResultT:
-    """Call; while the store is busy or away try again, with growing pauses, until the deadline.
+    """Call, and try again with growing pauses while the error is transient, until the deadline.
 
     Raises NotFoundError, FileExistsError and ChangedError, StoreError for the rest.
     """
@@ -211,9 +212,9 @@ def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: floa
 
 
 def refused(verb: str, where: str, error: BaseException) -> StoreError:
-    """What a permanent refusal means, and what to do next."""
-    is_no_folder = verb == "list" and isinstance(error, NotADirectoryError)
-    if is_no_folder or isinstance(error, FileNotFoundError):
+    """Convert a permanent error to a StoreError that tells the next step."""
+    missing = (FileNotFoundError, NotADirectoryError) if verb == "list" else FileNotFoundError
+    if isinstance(error, missing):
         kind = StoreError if verb == "write" else NotFoundError  # to write, a bucket is missing
         return kind(f"cannot {verb} {where}: there is no such file, folder or bucket")
     return StoreError(f"cannot {verb} {where}: {_reason(error)}{_advice(verb, where, error)}")
@@ -240,7 +241,7 @@ def _advice(verb: str, where: str, error: BaseException) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """What S3 calls a refusal, if it is one."""
+    """Return the error code of S3; empty for other errors."""
     response = getattr(error.__cause__, "response", None)
     return str(response["Error"].get("Code", "")) if isinstance(response, dict) else ""
 

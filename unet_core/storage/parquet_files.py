@@ -1,4 +1,4 @@
-"""Parquet files as bytes and row groups: how they are written, and what is said of damaged ones."""
+"""Writing Parquet files as bytes and row groups, and errors of damaged ones."""
 
 import contextlib
 import io
@@ -16,10 +16,10 @@ COMPRESSION = {"compression": "zstd", "compression_level": 3, "write_page_index"
 
 @contextlib.contextmanager
 def whole_parquet(uri: str) -> Iterator[None]:
-    """Around whatever reads a Parquet file; raises ParquetDamagedError where it is not whole."""
+    """Turn errors while a Parquet file is read into ParquetDamagedError."""
     try:
         yield
-    except MemoryError:  # also Arrow's: it says nothing of the file
+    except MemoryError:  # also Arrow's: it says nothing about the file
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow calls bad pages I/O errors, and names need not be UTF-8
@@ -28,14 +28,16 @@ def whole_parquet(uri: str) -> Iterator[None]:
 
 
 def table_of(data: bytes) -> pa.Table:
-    """The rows of a Parquet file. ``pq.read_table`` has threads that may still hold Python objects
-    when it returns, and abort a process that ends just then.
+    """Read the rows of a Parquet file.
+
+    ``pq.read_table`` has threads that may still hold Python objects when it returns, and abort a
+    process that ends just then.
     """
     return pq.ParquetFile(io.BytesIO(data)).read()
 
 
 def parquet_of(table: pa.Table, **how: Any) -> bytes:
-    """The bytes of a Parquet file with these rows; zstd, unless it is said how."""
+    """Encode rows as a Parquet file; zstd unless ``how`` names another compression."""
     sink = io.BytesIO()
     pq.write_table(table, sink, **{"compression": "zstd", **how})
     return sink.getvalue()
@@ -59,7 +61,7 @@ class RowGroups:
         self._hold(rows, rows.nbytes)
 
     def complete(self) -> BinaryIO:
-        """The whole file, which is gone once this is closed."""
+        """Finish the file and return it; ``close`` deletes it."""
         self._flush()
         self._writer.close()
         return self._file

@@ -19,7 +19,7 @@ class Ranged:
 
 
 class Ranges(io.RawIOBase):
-    """It as a read-only file: seeking is free, every read is one request."""
+    """A ranged object as a read-only file: seeking is free, every read is one request."""
 
     def __init__(self, ranged: Ranged, where: str) -> None:
         self._ranged, self._where, self._at = ranged, where, 0

@@ -1,4 +1,4 @@
-"""Bytes that wait on local disk."""
+"""Temporary files on local disk."""
 
 import contextlib
 import errno
@@ -13,11 +13,12 @@ from unet_core.errors import StoreError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IN_MEMORY_BYTES = 8 * 2**20
+"""Smaller temporary files stay in memory, which spares a disk access for each small part."""
 
 
 @contextlib.contextmanager
 def local_space() -> Iterator[None]:
-    """Around what writes temporary files; raises StoreError that names a folder without room."""
+    """Turn errors for want of temporary space into a StoreError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -32,18 +33,18 @@ def local_space() -> Iterator[None]:
 
 
 def spooled() -> BinaryIO:
-    """A temporary file, in memory while it is small."""
+    """Open a temporary file that stays in memory while it is small."""
     return cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES))
 
 
 def drop(file: IO[Any]) -> None:
-    """Close a temporary file; what it could not write for want of room is no longer wanted."""
+    """Close a temporary file; errors of its last write for want of space are ignored."""
     with contextlib.suppress(OSError):
         file.close()
 
 
 class Spool:
-    """Bytes that wait on local disk until the image that they belong to is known to be good."""
+    """Bytes kept on local disk until the image that they belong to is known to be good."""
 
     def __init__(self) -> None:
         self._file = spooled()
@@ -51,7 +52,7 @@ class Spool:
         self._lock = threading.Lock()
 
     def keep(self, payload: dict[str, bytes]) -> Callable[[], dict[str, bytes]]:
-        """Put bytes away; the result brings them back."""
+        """Store bytes; returns a function that reads them back."""
         with self._lock:
             self._file.seek(0, 2)
             places = {}

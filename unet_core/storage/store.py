@@ -30,13 +30,14 @@ from unet_core.storage.ranges import Ranged, Ranges
 ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
+"""Bytes per request of streams: large enough that latency does not count."""
 TEMPORARY = ".tmp"
 """Suffix of files that are not published yet; their names begin with ``_``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One object below a root: its relative name, size in bytes, and what changes with it."""
+    """One object below a root: its relative name, size in bytes, and etag."""
 
     name: str
     bytes: int
@@ -46,8 +47,8 @@ class Entry:
 class Store:
     """A folder or prefix; names are relative to it and use ``/``.
 
-    Every method raises StoreError for what storage refuses; what it may grant later is tried again
-    until ``storage.deadline_s``. Travels to other processes as its URI and connects again there.
+    Every method raises StoreError for permanent errors; transient ones are retried until
+    ``storage.deadline_s``. Pickled as its URI; connects again in the other process.
     """
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
@@ -61,24 +62,23 @@ class Store:
         return Store, (self.root if self.is_local else self._given, self.storage)
 
     def uri(self, name: str = "") -> str:
-        """URI of an object, in the form that other programs accept."""
+        """Return the URI of an object, in the form that other programs accept."""
         path = self._path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
     @cached_property
     def size(self) -> int | None:
-        """Bytes of the root, if it is itself one object; None for a folder or nothing."""
+        """Size in bytes of the root if it is itself an object; None for a folder or nothing."""
         with contextlib.suppress(NotFoundError):
             info = self._info("")
             return int(info["size"]) if info["type"] == "file" else None
         return None
 
     def entry(self, name: str) -> Entry:
-        """One object as a listing would give it. Raises NotFoundError if it is not there."""
+        """Look one object up, as a listing would give it. Raises NotFoundError if it is missing."""
         if self.is_local:
             return _local_entry(name, self._try("look at", name, lambda: os.stat(self._path(name))))
-        info = self._info(name)
-        return Entry(name, int(info["size"]), _etag_of(info))
+        return _object_entry(name, self._info(name))
 
     def exists(self, name: str = "") -> bool:
         """Whether an object or folder of this name exists."""
@@ -92,11 +92,10 @@ class Store:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """All bytes of an object, or [start, stop); raises NotFoundError and ChangedError."""
+        """Read an object, or its bytes [start, stop); raises NotFoundError and ChangedError."""
         path = self._path(name)
-        call: Callable[[], bytes]
         if self.is_local:
-            call = partial(self._read_locally, name, start, stop, etag)
+            call: Callable[[], bytes] = partial(self._read_locally, name, start, stop, etag)
         elif etag and self._is_s3:
             call = partial(object_stores.read_if_match, self.fs, path, start, stop, etag)
         else:
@@ -104,19 +103,18 @@ class Store:
         return bytes(self._try("read", name, call))
 
     def open(self, name: str, size: int | None = None, etag: str | None = None) -> BinaryIO:
-        """An object as a stream, read once from front to back in large pieces."""
+        """Open an object as a stream to be read once from front to back in large pieces."""
         return cast(BinaryIO, io.BufferedReader(self.open_raw(name, size, etag), COPY_BYTES))
 
     def open_raw(self, name: str, size: int | None = None, etag: str | None = None) -> io.RawIOBase:
-        """An object as a file without a buffer: each read is one request.
+        """Open an object as a file without a buffer: each read is one request.
 
-        Raises NotFoundError and ChangedError as ``read``; local files as they are opened.
+        Raises NotFoundError and ChangedError like ``read``; for local files when they are opened.
         """
         if self.is_local:
             self.require_etag(name, etag)
             return self._try("open", name, lambda: open(self._path(name), "rb", buffering=0))
-        if size is None:
-            size = self.entry(name).bytes
+        size = self.entry(name).bytes if size is None else size
         ranged = Ranged(size, lambda start, stop: self.read(name, start, stop, etag))
         return Ranges(ranged, self.uri(name))
 
@@ -128,11 +126,10 @@ class Store:
         etag: str | None = None,
         metadata: pq.FileMetaData | None = None,
     ) -> Iterator[pq.ParquetFile]:
-        """A Parquet file, its column chunks read in few requests; its footer is not read where it
-        is known (``metadata``).
+        """Open a Parquet file whose column chunks are read in few requests.
 
-        Raises ParquetDamagedError where it is none, or no longer; NotFoundError and ChangedError as
-        ``read``.
+        ``metadata``: its footer, if it is known. Raises ParquetDamagedError if it is not a whole
+        Parquet file, NotFoundError and ChangedError like ``read``.
         """
         with (
             self.open_raw(name, size, etag) as raw,
@@ -142,14 +139,14 @@ class Store:
             yield file
 
     def list(self, folder: str = "") -> list[Entry]:
-        """All objects below a folder at any depth, by name; hidden ones (``.name``) are skipped."""
+        """List objects below a folder at any depth, by name; skips hidden ones (``.name``)."""
         try:
             return sorted(self._entries(folder), key=lambda entry: entry.name)
         except NotFoundError:
             return []
 
     def first(self) -> Entry | None:
-        """Some object below the root; None if there is none. Lists no more than it has to."""
+        """Return some object below the root; None if there is none. Lists only what it needs."""
         return next(self._entries(), None)
 
     def _entries(self, folder: str = "") -> Iterator[Entry]:
@@ -166,8 +163,8 @@ class Store:
     def publish_exclusively(self, name: str, source: bytes | BinaryIO) -> bool:
         """Make an object appear whole if there is none; False if there was one.
 
-        False too where an earlier try of this very call got through and only its answer was lost:
-        whoever cares compares the bytes.
+        Also False if an earlier try of this call succeeded and only its answer was lost: callers
+        to whom that matters compare the bytes.
         """
         with contextlib.suppress(FileExistsError):
             self._publish(name, source, os.link, mode="create")
@@ -179,14 +176,14 @@ class Store:
     ) -> None:
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         if self.is_local:
-            self._try("write", name, lambda: self._locally(name, stream, settle))
-            return
-        where, deadline_s = self._path(name), self.storage.deadline_s
-        write = partial(object_stores.write, self.fs, where, stream, deadline_s, **how)
+            write: Callable[[], None] = partial(self._locally, name, stream, settle)
+        else:
+            where, deadline_s = self._path(name), self.storage.deadline_s
+            write = partial(object_stores.write, self.fs, where, stream, deadline_s, **how)
         self._try("write", name, write)
 
     def require_writable(self) -> None:
-        """Make and remove a small object, locally a file near by; raises StoreError if refused."""
+        """Make and remove a small object, locally in the nearest folder; StoreError if refused."""
         name = f"_probe-{uuid.uuid4().hex}"
         if not self.is_local:
             self.publish(name, b"probe")
@@ -201,15 +198,6 @@ class Store:
         except OSError as error:
             raise object_stores.refused("write", folder, error) from error
 
-    def credentials(self) -> str:
-        """Source of an S3 store's credentials, as botocore names it; empty if there are none."""
-        if not self._is_s3:
-            return ""
-        from botocore.session import Session
-
-        found = Session(profile=self.storage.profile or None).get_credentials()
-        return "" if found is None else str(found.method)
-
     def has_one_winner(self) -> bool:
         """Whether the store refuses a second object of one name, as ``publish_exclusively`` needs.
 
@@ -222,11 +210,11 @@ class Store:
         try:
             return not self.publish_exclusively(name, b"second")
         finally:
-            with contextlib.suppress(StoreError):  # who may write need not be let remove
+            with contextlib.suppress(StoreError):  # a policy may allow writing only
                 self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Delete one object, and a local folder that it leaves empty; none there is fine."""
+        """Delete one object, and a local folder that becomes empty; a missing one is ignored."""
         path = self._path(name)
         with contextlib.suppress(NotFoundError):
             if self.exists(name):
@@ -236,7 +224,7 @@ class Store:
                 os.rmdir(os.path.dirname(path))
 
     def remove_all(self) -> None:
-        """Delete the folder with all that is in it; one that is not there is fine."""
+        """Delete the folder with all its contents; a missing one is ignored."""
         with contextlib.suppress(NotFoundError):
             self._try("remove", "", lambda: self.fs.rm(self._path(""), recursive=True))
 
@@ -247,7 +235,7 @@ class Store:
         return self._try("look at", name, lambda: self.fs.info(self._path(name)))
 
     def _try(self, verb: str, name: str, call: Callable[[], ResultT]) -> ResultT:
-        """Persist on an object store; on local disk once is enough."""
+        """Call with retries on an object store, once on local disk."""
         if self.is_local:
             try:
                 return call()
@@ -296,12 +284,12 @@ class Store:
                         if info["type"] == "directory":
                             pending.add(pool.submit(self._level, info["name"], path))
                         elif not name.endswith("/"):
-                            yield Entry(name, int(info["size"]), _etag_of(info))
+                            yield _object_entry(name, info)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
-        """Entries directly below a prefix; none if it is gone. Raises if the whole root is gone."""
+        """List entries directly below a prefix; none if it is gone. Raises if the root is gone."""
         where = str(self.fs.unstrip_protocol(path))
         try:
             found: list[dict[str, Any]] = object_stores.persist(
@@ -359,14 +347,14 @@ def is_temporary(name: str) -> bool:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """A file's URI as its folder and its name."""
+    """Split the URI of a file into its folder and its name."""
     folder, _, name = uri.rstrip("/").rpartition("/")
     return (folder or ("/" if uri.startswith("/") else "."), name)
 
 
-def _etag_of(info: dict[str, Any]) -> str:
+def _object_entry(name: str, info: dict[str, Any]) -> Entry:
     etag = info.get("ETag") or f"{info.get('created', '')}-{info['size']}"
-    return str(etag).strip('"')
+    return Entry(name, int(info["size"]), str(etag).strip('"'))
 
 
 def _local_entry(name: str, stat: os.stat_result) -> Entry:
