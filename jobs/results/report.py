@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def write_report(uri: str, storage: StorageConfig | None = None) -> str:
     """Write ``report.html`` into the folder of a run or a training, and ``metrics.parquet`` into
-    that of a run; returns where the report is.
+    that of a run; return the URI of the report.
 
     Raises StoreError if it is neither, or cannot be written to.
     """
@@ -43,10 +43,9 @@ def write_report(uri: str, storage: StorageConfig | None = None) -> str:
 
 
 def ending_report(output: FolderConfig, storage: StorageConfig, was_done: bool) -> str:
-    """The report that comes with the end of a run or a training; empty if there is none.
+    """Write the report at the end of a run or a training; return its URI, or "" if that failed.
 
-    Where nothing ``was_done`` and it is there, it is left alone. What keeps it from being written
-    is told, and spoils nothing.
+    If nothing ``was_done``, a report that is there stays. Errors are logged, never raised.
     """
     uri = output.uri
     try:
@@ -66,7 +65,7 @@ def write_previews(
     uri: str, to: str, image_ids: list[str], worst: int, storage: StorageConfig | None = None
 ) -> tuple[int, list[tuple[str, str]]]:
     """Write overlays of these images, or of the worst ones, or of some at random, as PNG files that
-    are named after the image ids. Returns how many, and which could not be drawn and why.
+    are named after the image ids. Return their number, and ids and reasons of those that failed.
 
     Raises ConfigError for a folder in the input, which would read them as images.
     """
@@ -95,17 +94,18 @@ def write_previews(
     reasons |= unnamed
     missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
     near = _near(results, missing)
-    problems = [(image_id, f"the run has no mask of it{near[image_id]}") for image_id in missing]
+    problems = [(name, f"the run has no mask of it{near.get(name, '')}") for name in missing]
     return len(written), [*problems, *reasons.items()]
 
 
 def _near(results: Results, missing: list[str]) -> dict[str, str]:
-    """For each unknown id, a known one that contains its stem."""
-    found = dict.fromkeys(missing, "")
-    for table in batches(results.run.store) if missing else ():
+    """Suggest, for an unknown id, the first known one that contains its stem."""
+    found: dict[str, str] = {}
+    for table in batches(results.run.store, ["image_id"]) if missing else ():
+        known = table["image_id"]
         for image_id in missing:
             stem = PurePosixPath(image_id).stem
-            like = pc.match_substring(table["image_id"], stem, ignore_case=True)
-            if not found[image_id] and pc.any(like).as_py():
-                found[image_id] = f"; did you mean {table['image_id'].filter(like)[0].as_py()}?"
+            like = known.filter(pc.match_substring(known, stem, ignore_case=True))
+            if len(like):
+                found.setdefault(image_id, f"; did you mean {like[0]}?")
     return found

@@ -1,4 +1,4 @@
-"""``unet-jobs status``: how a run or a training stands. Writes nothing."""
+"""``unet-jobs status``: the state of a run or a training. Writes nothing."""
 
 from dataclasses import dataclass
 

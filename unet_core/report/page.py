@@ -14,11 +14,12 @@ from unet_core.report.training_facts import TrainingFacts
 
 NAME = "report.html"
 CELLS_WITH_TEXT = 12
-"""A larger confusion matrix is colours, with its numbers for the pointer."""
+"""Classes of the largest confusion matrix with numbers in it; a larger one is colours, and shows
+its numbers to the pointer."""
 
 
 def render(facts: RunFacts | TrainingFacts) -> bytes:
-    """The page of a run or a training."""
+    """Render the page of a run or a training."""
     template = "run.html" if isinstance(facts, RunFacts) else "training.html"
     title = facts.uri.rstrip("/").rpartition("/")[2] or facts.uri
     written = datetime.datetime.now(datetime.UTC)
@@ -27,14 +28,14 @@ def render(facts: RunFacts | TrainingFacts) -> bytes:
 
 
 def text(value: object) -> str:
-    """A value of a config."""
+    """Format a value of a config."""
     if isinstance(value, dict):
         value = [f"{k} = {v}" for k, v in value.items() if v is not None]
     return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "–"
 
 
 def toml(config: dict[str, Any], name: str = "") -> str:
-    """Every key that has a value, in sections; maps whose keys are no names are values."""
+    """Format every key that has a value, in sections; maps whose keys are no names are values."""
     sections = {
         key: value
         for key, value in config.items()
@@ -55,17 +56,17 @@ def _literal(value: Any) -> str:
 
 
 def score(value: float | None) -> str:
-    """Four decimals, or a dash where it is undefined."""
+    """Format with four decimals, or as a dash where it is undefined."""
     return "–" if value is None else f"{value:.4f}"
 
 
 def share(value: float | None, decimals: int = 1) -> str:
-    """Percent, or a dash."""
+    """Format as percent, or a dash."""
     return "–" if value is None else f"{100 * value:.{decimals}f} %"
 
 
 def span(seconds: float) -> str:
-    """A duration in the unit that fits."""
+    """Format a duration in the unit that fits."""
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     if hours:
         return f"{hours:,} h {minutes} min"

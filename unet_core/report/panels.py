@@ -15,7 +15,7 @@ from unet_core.images.decoder import DecodedImage, Pixels
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
-"""So that four panels of two dozen images stay below 4 MB, whatever they show."""
+"""Limit that keeps four panels of two dozen images below 4 MB, whatever they show."""
 OVERLAY = 4096
 OPACITY = 0.35
 QUALITIES = (85, 70, 50, 30, 10)
@@ -28,7 +28,7 @@ ERRORS = {
     "other class": (240, 228, 66),
     "ignored": (70, 60, 80),
 }
-"""What a pixel may be, with its colour."""
+"""Kinds of pixels, with their colours."""
 RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(len(ERRORS))
 CROSS = ndimage.generate_binary_structure(2, 1)
 
@@ -47,17 +47,15 @@ class Panel:
 
 
 def _view(decoded: DecodedImage, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
-    """An image (RGB, uint8 HWC), its mask and its truth (HW), no longer than ``side``; ids are of
-    the nearest pixels. A truth that cannot be read is left out.
+    """Shrink an image (RGB, uint8 HWC), its mask and its truth (HW) to at most ``side``; ids are
+    those of the nearest pixels. A truth that cannot be read is left out.
     """
     factor = min(1.0, side / max(decoded.pixels.shape))
     shape = [max(1, round(old * factor)) for old in decoded.pixels.shape]
     sides = zip(decoded.pixels.shape, shape, strict=True)
     near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
-    image_HWC = _visible(decoded.pixels.whole(), 2 * side)
-    if image_HWC.shape[:2] != tuple(shape):
-        small = Image.fromarray(image_HWC).resize(shape[::-1], Image.Resampling.BOX)
-        image_HWC = np.asarray(small)
+    image = Image.fromarray(_visible(decoded.pixels.whole(), 2 * side))
+    image_HWC = np.asarray(image.resize(shape[::-1], Image.Resampling.BOX))
     truth_HW = None
     if isinstance(decoded.truth, Pixels):
         with suppress(ImageError):
@@ -66,8 +64,10 @@ def _view(decoded: DecodedImage, mask_HW: Array, side: int) -> tuple[Array, Arra
 
 
 def _visible(pixels_CHW: Array, most: int) -> Array:
-    """RGB uint8 of every so many-th pixel, so that no side is much longer than ``most``: 8-bit RGB
-    as it is, all else from the 0.5th to the 99.8th percentile; the first channel or three.
+    """Convert to RGB uint8 (HWC), leaving pixels out where a side is much longer than ``most``.
+
+    8-bit RGB stays as it is, all else is stretched from the 0.5th to the 99.8th percentile; the
+    first channel or three are shown.
     """
     every = max(1, max(pixels_CHW.shape[1:]) // most)
     few_CHW = pixels_CHW[: 3 if len(pixels_CHW) >= 3 else 1, ::every, ::every]
@@ -79,14 +79,14 @@ def _visible(pixels_CHW: Array, most: int) -> Array:
 
 
 def _outline(mask_HW: Array) -> Array:
-    """Pixels of a class other than 0 that touch another class."""
+    """Find the pixels of a class other than 0 that touch another class."""
     return (ndimage.morphological_gradient(mask_HW, footprint=CROSS) > 0) & (mask_HW > 0)
 
 
 def panels(
     decoded: DecodedImage, mask_HW: Array, palette: Palette, ignore_index: int
 ) -> tuple[Panel, ...]:
-    """Image, truth, the mask's outline and errors; without truth image, mask and outline."""
+    """Draw image, truth, outline of the mask and errors; without truth image, mask and outline."""
     image_HWC, mask_HW, truth_HW = _view(decoded, mask_HW, PANEL)
     colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
     image = _panel("image", Image.fromarray(image_HWC))
@@ -105,14 +105,14 @@ def panels(
 
 
 def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
-    """Which of ``ERRORS`` each pixel is."""
+    """Number each pixel as in ``ERRORS``."""
     is_right, is_ignored = truth_HW == mask_HW, truth_HW == ignore_index
     cases = [is_ignored, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
     return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
 
 
 def overlay(decoded: DecodedImage, mask_HW: Array, palette: Palette) -> bytes:
-    """PNG of an image with its classes blended in and outlined."""
+    """Draw an image with its classes blended in and outlined, as PNG."""
     drawn_HWC, mask_HW, _ = _view(decoded, mask_HW, OVERLAY)
     colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
     inside, edge = mask_HW > 0, _outline(mask_HW)
@@ -129,14 +129,14 @@ def _stretched(plane_HW: Array) -> Array:
 
 
 def _lit(colors: Array) -> Array:
-    """Colours to draw on images: those that are nearly black would not be seen."""
+    """Replace colours that are nearly black, which would not be seen on images, by white."""
     lit = colors.copy()
     lit[1:][colors[1:].max(axis=1) < 64] = (255, 255, 255)
     return lit
 
 
 def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
-    """Ids in their colours; a palette image where there are few enough."""
+    """Draw ids in their colours; a palette image where there are few enough."""
     if len(colors) > 256:
         return _panel(title, Image.fromarray(colors[ids_HW]))
     image = Image.fromarray(ids_HW.astype(np.uint8))
@@ -145,7 +145,7 @@ def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
 
 
 def _panel(title: str, image: Image.Image) -> Panel:
-    """As the best JPEG that is not too large; flat colours as PNG, unless that is."""
+    """Encode as the best JPEG that is not too large; flat colours as PNG, unless that is."""
     data, kind = (_encoded(image, "png"), "png") if image.mode == "P" else (b"", "")
     for quality in QUALITIES:
         if not data or len(data) > MOST_PANEL_BYTES:

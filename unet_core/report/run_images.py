@@ -19,9 +19,9 @@ from unet_core.runs.reader import Results, decoded_images, open_masks
 from unet_core.storage.store import Store
 
 MOST_PIXELS = 64 * 2**20
-"""Larger images are not fetched."""
+"""Largest image that is fetched."""
 PATIENCE_S = 30.0
-"""Storage that is away keeps a report waiting no longer."""
+"""Longest wait for storage that is away."""
 THREADS = 4
 
 MadeT = TypeVar("MadeT")
@@ -33,11 +33,12 @@ def fetch(
     make: Callable[[DecodedImage, Array], MadeT],
     most_bytes: float = math.inf,
 ) -> tuple[dict[str, MadeT], dict[str, str]]:
-    """Make something of each image and its mask (HW), by id; on a few threads, and one image of a
-    thread at a time.
+    """Make something of each image and its mask (HW), by id, on a few threads; a thread holds one
+    image at a time.
 
-    Returns too what cannot be had, with the reason: the input is gone or changed, the image is too
-    large, or more than ``most_bytes`` of tars and the like would be streamed; first come first.
+    The second result has the reasons for images that cannot be had: the input is gone or changed,
+    the image is too large, or more than ``most_bytes`` of tars and the like would be streamed for
+    it and those before it.
     """
     made: dict[str, MadeT] = {}
     heads = {shard.shard_id: shard for shard in results.run.manifest() or []}
@@ -67,7 +68,7 @@ def fetch(
 def _wanted(
     picks: list[Pick], heads: dict[str, Shard], most_bytes: float
 ) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """The images that can be had, by shard, and why each of the others cannot."""
+    """Group the images that can be had by shard; give the reasons for the others by id."""
     wanted: dict[str, set[str]] = defaultdict(set)
     reasons = {}
     for pick in picks:
@@ -93,7 +94,7 @@ def _wanted(
 def _found(
     results: Results, source: Source, shard: Shard, ids: set[str]
 ) -> Iterator[tuple[str, tuple[DecodedImage, Array] | str]]:
-    """The images that are there, in the order of the shard, or why one could not be taken."""
+    """Read images and masks in the order of the shard, or reasons why one cannot be taken."""
     missing = set(ids)
     with open_masks(results.run.store, shard.shard_id) as masks:
         for decoded in decoded_images(results, shard, ids, source, has_truth=True):
@@ -109,5 +110,5 @@ def _found(
                 else:
                     yield image_id, (decoded, mask.whole())
                 missing.remove(image_id)
-                if not missing:
-                    return
+            if not missing:
+                return

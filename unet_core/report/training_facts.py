@@ -22,8 +22,9 @@ class TrainingFacts:
         data, self.config = run.record["data"], run.record["config"]
         curves: Curves = defaultdict(list)
         for row in run.rows():
-            value = [] if row["value"] is None else [(row["step"], row["value"])]
-            curves[row["name"], row["class"]] += value
+            points = curves[row["name"], row["class"]]
+            if row["value"] is not None:
+                points.append((row["step"], row["value"]))
         losses = curves["loss", None]
         # by class id; a checkpoint to begin with may have brought its own
         names = [n for kind, n in curves if kind == "iou" and n] or self.config["model"]["classes"]

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import datetime
 import html
 import itertools
@@ -248,6 +249,36 @@ def test_what_cannot_be_shown_says_so_in_its_place(folder, tiny_model, tmp_path)
     assert "it was there when the run began" in reasons["cell02.png"]
     assert "cell03.png" in reasons["cell03.png"]
     assert (len(found.panels), len(reasons)) == (4, 2)
+
+
+def warnings_of(facts):
+    """The warnings at the head of a page, as text."""
+    (found,) = re.findall(r'(?s)aria-label="Warnings">(.*?)</ul>', render(facts).decode())
+    lines = re.findall(r"(?s)<li>(.*?)</li>", found)
+    return [html.unescape(re.sub(r"\s+", " ", line).strip()) for line in lines]
+
+
+def test_warnings_tell_what_is_wrong_and_what_to_do(facts):
+    assert warnings_of(facts) == [
+        f"Not finished: {facts.shards} of {facts.shards} shards are committed; more images failed "
+        "than errors.max_failed_images = 0 lets pass.",
+        "1 images failed (7.14%); see failures below.",
+    ]
+    totals = dataclasses.replace(facts.totals, failed=0, errors={"truth": 1200})
+    name = "<a long name> 'b'" * 9
+    committed = f"Not finished: {facts.shards} of {facts.shards} shards are committed; "
+    assert warnings_of(other(facts, totals=totals, only_class=name)) == [
+        f"{committed}run predict again to see what keeps it from ending.",
+        "Not reconciled: 14 images were seen, but 13 + 0 have a row; run verify to see where.",
+        "The truth of 1,200 images could not be used; they have no scores.",
+        f"Every pixel of all 13 images is {name!r}: is this the model for these "
+        "images? See model.threshold, and what the model was trained on.",
+    ]
+    told = warnings_of(other(facts, totals=totals, shards=1200))
+    assert told[0].endswith("of 1,200 shards are committed; run predict again to continue.")
+    fine = dataclasses.replace(facts.totals, failed=0, images_seen=13)
+    page = render(other(facts, totals=fine, is_finished=True))
+    assert b'class="warnings"' not in page
 
 
 def test_a_run_without_any_result_has_a_page(folder, tiny_model, tmp_path):
