@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
 import fsspec.asyn
 
 from unet_core.config.sections import StorageConfig
