@@ -95,8 +95,10 @@ class RawSegments(Segments):
         if width == self.shape[1]:
             data = self._read(start, start + height * length)
         else:
-            starts = (start + row * self._row_bytes for row in range(height))
-            data = b"".join(self._read(at, at + length) for at in starts)
+            data = b"".join(
+                self._read(at, at + length)
+                for at in range(start, start + height * self._row_bytes, self._row_bytes)
+            )
         return np.frombuffer(data, self._stored).reshape(height, width, self.samples)
 
 
@@ -128,8 +130,9 @@ class EncodedSegments(Segments):
         if count > SEGMENT_BYTES:
             raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
         data = self._read(start, start + count)
-        y, x = key[1] * self.side[0], key[2] * self.side[1]
-        with decoding(f"the segment at row {y}, column {x}: "):
+        with decoding(
+            f"the segment at row {key[1] * self.side[0]}, column {key[2] * self.side[1]}: "
+        ):
             if self._is_sniffed:
                 check_sniffed(data, self.side)
             segment_DHWS, *_ = self._decode(data, index, jpegtables=self._pages[page].jpegtables)

@@ -125,16 +125,20 @@ class Results:
     @cached_property
     def config(self) -> PredictConfig:
         """Config that the run was made with, but with the storage settings given now."""
-        config = PredictConfig.model_validate(self.record.config)
-        return config.model_copy(update={"storage": self.run.store.storage})
+        return PredictConfig.model_validate(self.record.config).model_copy(
+            update={"storage": self.run.store.storage}
+        )
 
     @cached_property
     def source(self) -> Source:
         """Input of the run, where it was then; nothing is listed."""
         identity = self.record.identity
-        root = Store(identity["input.uri"], self.run.store.storage)
-        config = self.config.input.model_copy(update={"masks": identity["input.masks"]})
-        return Source(config, identity["input.format"], root, tuple(identity["input.names"]))
+        return Source(
+            self.config.input.model_copy(update={"masks": identity["input.masks"]}),
+            identity["input.format"],
+            Store(identity["input.uri"], self.run.store.storage),
+            tuple(identity["input.names"]),
+        )
 
     def shards(self) -> list[Shard]:
         """List the committed shards in the order of the manifest, without their members."""
