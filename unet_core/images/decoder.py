@@ -5,7 +5,6 @@ Large TIFFs are not decoded whole: their pixels and their truth are read by wind
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,8 +95,12 @@ class TruthDecoder:
         if sample.read_mask is None:
             return [None] * len(pages)
         try:
-            ranged = sample.open_mask if is_large else None
-            found = _opened(sample.read_mask, ranged, self.config, as_labels=True)
+            found = _opened(
+                sample.read_mask,
+                sample.open_mask if is_large else None,
+                self.config,
+                as_labels=True,
+            )
             there = self._whole(found) if isinstance(found, bytes) else [self._by_window(found)]
         except ImageError as failure:
             return [unusable(failure)] * len(pages)
@@ -142,8 +145,9 @@ class Decoder:
             if sample.failure is not None:
                 raise sample.failure
             found = _opened(sample.read, sample.open, self.config, as_labels=False)
-            images: Sequence[Array | ImageError | LargeTiff]
-            images = decode_images(found, self.config) if isinstance(found, bytes) else [found]
+            images: Sequence[Array | ImageError | LargeTiff] = (
+                decode_images(found, self.config) if isinstance(found, bytes) else [found]
+            )
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         bare = sample.bare  # many small images wait for a batch, and not their files
@@ -152,14 +156,14 @@ class Decoder:
         truths = TruthDecoder(self.classes, self.config).decode(
             sample, range(len(images)), not isinstance(found, bytes)
         )
-        return list(map(partial(self._picture, on_step), samples, images, truths))
+        return [self._decoded(*one, on_step) for one in zip(samples, images, truths, strict=True)]
 
-    def _picture(
+    def _decoded(
         self,
-        on_step: Callable[[], None],
         sample: Sample,
         image: Array | ImageError | LargeTiff,
         truth: Pixels | ImageError | None,
+        on_step: Callable[[], None],
     ) -> DecodedImage | Rejected:
         try:
             if isinstance(image, ImageError):

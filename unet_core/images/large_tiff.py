@@ -120,11 +120,10 @@ def open_large(
         with tiff.decoding("the TIFF's header: "), tifffile.TiffFile(header) as opened:
             opened.pages._offsets = tiff.Chain(opened.pages._offsets)
             pages, is_stacked = _pages_of(opened, config)
-            if not pages or pages[0].keyframe.axes not in ("YX", "YXS", "SYX"):
-                return None
-            if (segments := segments_of(pages, file, cache_bytes)) is None:
-                return None
-            return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
+            is_image = pages and pages[0].keyframe.axes in ("YX", "YXS", "SYX")
+            if is_image and (segments := segments_of(pages, file, cache_bytes)):
+                return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
+            return None
 
 
 def _pages_of(opened: Any, config: InputConfig) -> tuple[list[Any], bool]:

@@ -4,7 +4,6 @@ The checkpoint says what it wants. Nothing here rounds or clips the pixels: a ne
 ``(pixels - offset) * scale`` in float32, computed on the device from the image's own integers.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
@@ -139,13 +138,13 @@ def _counts(plane_HW: Array) -> Array:
 
 
 def _total(arrays: Iterable[Any]) -> Array:
-    return functools.reduce(np.add, arrays, np.zeros((), dtype=np.int64))
+    """Sum arrays, or nested lists of arrays, of one shape."""
+    return sum(arrays, np.zeros((), dtype=np.int64))
 
 
-def _pieces(plane_HW: Array) -> Iterator[Array]:
+def _pieces(plane_HW: Array) -> list[Array]:
     """Split values into pieces small enough for copies eight times as wide."""
-    flat = plane_HW.ravel()
-    return (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
+    return np.split(plane_HW.ravel(), range(PIECE, plane_HW.size, PIECE))
 
 
 def _offset_and_span(counts: Array, wanted: Preprocessing) -> tuple[float, float]:

@@ -79,8 +79,8 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     """Decode each page to an array HW or HWC, or an ImageError; raises it for refused files."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         tiff.pages._offsets = Chain(tiff.pages._offsets)
-        pages: list[Any] = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
-        pages = pages or [tiff.pages.first]
+        full_size = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
+        pages: list[Any] = full_size or [tiff.pages.first]
         for page in pages:
             require_numbers(page)
             check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
@@ -168,8 +168,8 @@ def full_series(tiff: Any) -> list[Any]:
         math.prod(int(size) for size in re.findall(r"Size[CZT]\s*=\s*[\"'](\d+)", pixels))
         for pixels in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", ome_xml)
     ]
-    counts = map(int, re.findall(r"(?:PlaneCount|NumPlanes)\s*=\s*[\"'](\d+)", ome_xml))
-    most = max([*sizes, *counts], default=0)
+    sizes += map(int, re.findall(r"(?:PlaneCount|NumPlanes)\s*=\s*[\"'](\d+)", ome_xml))
+    most = max(sizes, default=0)
     if most > MAX_PLANES:
         raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
     return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
@@ -220,8 +220,10 @@ def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
         raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
     page = series.keyframe
     if not is_plain(page) or page.bitspersample in (2, 4):  # colors that only single pages have
-        colors = f"{_name(page.photometric)} at {page.bitspersample} bits"
-        raise ImageError("mode", f"a stack of {colors} is not supported")
+        raise ImageError(
+            "mode",
+            f"a stack of {_name(page.photometric)} at {page.bitspersample} bits is not supported",
+        )
     if any(plane is None for plane in series.pages):
         raise ImageError("frames", "planes of the stack are missing; they lie in other files")
     return str(axes)

@@ -90,13 +90,15 @@ class RawSegments(Segments):
         height, width = min(self.side[0], self.shape[0] - y), min(self.side[1], self.shape[1] - x)
         page, sample = divmod(plane, self.separate)
         length = width * self._pixel_bytes
-        start = self._pages[page].dataoffsets[0] + x * self._pixel_bytes
-        start += (sample * self.shape[0] + y) * self._row_bytes
+        below = (sample * self.shape[0] + y) * self._row_bytes
+        start = self._pages[page].dataoffsets[0] + below + x * self._pixel_bytes
         if width == self.shape[1]:
             data = self._read(start, start + height * length)
         else:
-            starts = (start + row * self._row_bytes for row in range(height))
-            data = b"".join(self._read(at, at + length) for at in starts)
+            data = b"".join(
+                self._read(at, at + length)
+                for at in range(start, start + height * self._row_bytes, self._row_bytes)
+            )
         return np.frombuffer(data, self._stored).reshape(height, width, self.samples)
 
 
@@ -128,8 +130,9 @@ class EncodedSegments(Segments):
         if count > SEGMENT_BYTES:
             raise ImageError("too_large", f"a segment of {count} bytes, allowed: {SEGMENT_BYTES}")
         data = self._read(start, start + count)
-        where = f"row {key[1] * self.side[0]}, column {key[2] * self.side[1]}"
-        with decoding(f"the segment at {where}: "):
+        with decoding(
+            f"the segment at row {key[1] * self.side[0]}, column {key[2] * self.side[1]}: "
+        ):
             if self._is_sniffed:
                 check_sniffed(data, self.side)
             segment_DHWS, *_ = self._decode(data, index, jpegtables=self._pages[page].jpegtables)

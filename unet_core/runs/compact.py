@@ -11,15 +11,14 @@ from contextlib import closing
 import pyarrow as pa
 
 from unet_core.concurrency import map_in_order
+from unet_core.runs import schema
 from unet_core.runs.parts import read_footer, read_metrics
-from unet_core.runs.run import METRICS as FILE
-from unet_core.runs.run import Record
-from unet_core.runs.schema import METRICS
+from unet_core.runs.run import METRICS, Record
 from unet_core.storage.parquet_files import RowGroups
 from unet_core.storage.spool import local_space
 from unet_core.storage.store import Store
 
-COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *METRICS])
+COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *schema.METRICS])
 GROUP_BYTES = 128 * 2**20
 """Bytes in memory per row group, plus at most one part."""
 PARTS = "parts"
@@ -44,7 +43,7 @@ def compact(store: Store, record: Record) -> None:
     with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
         for rows in _tables(store, ids):
             file.append(rows)
-        store.publish(FILE, file.complete())
+        store.publish(METRICS, file.complete())
 
 
 def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.Table]:
@@ -54,7 +53,7 @@ def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.T
     """
     ids, digest = _parts(store)
     if _is_current(store, digest):
-        with store.open_parquet(FILE) as file:
+        with store.open_parquet(METRICS) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 yield pa.Table.from_batches([batch]).replace_schema_metadata()
     else:
@@ -65,7 +64,7 @@ def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
     def rows(shard_id: str) -> pa.Table:
         table, _ = read_metrics(store, shard_id)
         names = pa.array([shard_id] * table.num_rows, pa.string())
-        return pa.table([names, *table.select(METRICS.names).columns], schema=COMPACTED)
+        return pa.table([names, *table.select(schema.METRICS.names).columns], schema=COMPACTED)
 
     return map_in_order(rows, ids)
 
@@ -81,4 +80,4 @@ def _parts(store: Store) -> tuple[list[str], str]:
 
 
 def _is_current(store: Store, digest: str) -> bool:
-    return store.exists(FILE) and read_footer(store, FILE).get(PARTS) == digest
+    return store.exists(METRICS) and read_footer(store, METRICS).get(PARTS) == digest

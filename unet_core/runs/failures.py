@@ -1,9 +1,8 @@
 """Failed images by cause, with examples: shown when too many failed."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import pyarrow.compute as pc
 
@@ -33,15 +32,12 @@ def causes(run: Run, totals: Totals) -> list[Cause]:
     codes = sorted(counts, key=lambda code: (-counts[code], code))[:MOST_CAUSES]
     wanted = {code: min(counts[code], MOST_EXAMPLES) for code in codes}
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for row in _failed(run):
+    tables = batches(run.store, ["image_id", "status", "error_code", "error_message"])
+    failed = (table.filter(pc.field("status") == "failed") for table in tables)
+    for row in chain.from_iterable(table.to_pylist() for table in failed):
         code = row["error_code"]
         if len(found[code]) < wanted.get(code, 0):
             found[code].append((row["image_id"], row["error_message"]))
         if all(len(found[code]) == n for code, n in wanted.items()):
             break
     return [Cause(code, counts[code], tuple(found[code])) for code in codes]
-
-
-def _failed(run: Run) -> Iterator[dict[str, Any]]:
-    for rows in batches(run.store, ["image_id", "status", "error_code", "error_message"]):
-        yield from rows.filter(pc.field("status") == "failed").to_pylist()

@@ -4,10 +4,9 @@ Each listing writes one file, row group by row group. The driver reads it withou
 worker that segments a shard reads the members of that shard.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, chain, islice
 from typing import BinaryIO
@@ -66,8 +65,7 @@ def draft(shards: Iterable[Shard], generation: int = 0) -> Iterator[Draft]:
 
 def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Shard]:
     """Write all shards; returns their heads."""
-    heads: list[Shard] = []
-    ids: set[str] = set()
+    heads: dict[str, Shard] = {}
     with pq.ParquetWriter(file, MANIFEST, compression="zstd", use_dictionary=False) as writer:
         first = next(shards, None)
         shards = chain([first] if first is not None else [], shards)
@@ -75,16 +73,15 @@ def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Sha
         while group := list(islice(shards, size)):
             writer.write_batch(_batch(group))
             for shard in group:
-                if shard.shard_id in ids:
+                if shard.shard_id in heads:
                     raise ConfigError(
                         f"input: shard {shard.shard_id} comes twice: the same objects are named "
                         "twice, in the same order; take them out of the list"
                     )
-                ids.add(shard.shard_id)
-                heads.append(
-                    dataclasses.replace(shard, members=(), generation=generation, row=len(heads))
+                heads[shard.shard_id] = replace(
+                    shard, members=(), generation=generation, row=len(heads)
                 )
-    return heads
+    return list(heads.values())
 
 
 def _batch(shards: list[Shard]) -> pa.RecordBatch:
@@ -123,7 +120,7 @@ def _with_members(shard: Shard, read: Callable[[int], list[tuple[Member, ...]]])
     if not shard.has_members:
         return shard
     group, index = divmod(shard.row, SHARDS_PER_GROUP)
-    return dataclasses.replace(shard, members=read(group)[index])
+    return replace(shard, members=read(group)[index])
 
 
 def names(store: Store, heads: list[Shard]) -> Known:
@@ -133,8 +130,8 @@ def names(store: Store, heads: list[Shard]) -> Known:
         with store.open_parquet(manifest_name(generation)) as file:
             for batch in file.iter_batches(SHARDS_PER_GROUP, columns=["members"]):
                 members = pc.list_flatten(batch["members"])
-                pairs = zip(*(members.field(n).to_pylist() for n in ("key", "uri")), strict=True)
-                for key, uri in pairs:
+                keys, uris = (members.field(name).to_pylist() for name in ("key", "uri"))
+                for key, uri in zip(keys, uris, strict=True):
                     found.update([key] if uri is None else [uri, (key, uri)])
     return found
 

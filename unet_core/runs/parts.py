@@ -56,7 +56,7 @@ class MasksPart(RowGroups):
         size = len(row["mask"]) + len(row.get("probabilities", b""))
         if self._is_png:
             row = {**row, "mask": {"bytes": row["mask"], "path": None}}
-        self._hold(row, size)
+        self.append(row, size)
 
     def finish(self) -> tuple[BinaryIO, str, int]:
         """The complete file with its SHA-256 and its size in bytes."""
@@ -73,8 +73,8 @@ def metrics_part(
     rows: list[dict[str, Any]], footer: Mapping[str, str], columns: pa.Schema = schema.METRICS
 ) -> bytes:
     """Encode a metrics part."""
-    schema_of_part = columns.with_metadata(dict(footer))
-    return parquet_of(pa.Table.from_pylist(rows, schema=schema_of_part), **COMPRESSION)
+    table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
+    return parquet_of(table, **COMPRESSION)
 
 
 def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:
@@ -92,14 +92,13 @@ def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> byte
         if store.publish_exclusively(name, metrics):
             return metrics
     kept = store.read(name)
-    if kept == metrics:
-        return kept
-    _require_its_masks(store, shard_id)
-    if not _differ_only_by_failures(kept, metrics):
-        raise CommitConflictError(
-            f"shard {shard_id} is committed with other bytes than this attempt made; the input or "
-            f"the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
-        )
+    if kept != metrics:
+        _require_its_masks(store, shard_id)
+        if not _differ_only_by_failures(kept, metrics):
+            raise CommitConflictError(
+                f"shard {shard_id} is committed with other bytes than this attempt made; the input "
+                f"or the environment changed: look at {store.uri(name)}, and run `unet-jobs verify`"
+            )
     return kept
 
 
@@ -166,8 +165,8 @@ def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
 
 def ids_in(store: Store, folder: str) -> set[str]:
     """List the ids of shards that have their part in a folder. One listing."""
-    entries = [entry for entry in store.list(folder) if not entry.name.startswith("_")]
-    return {entry.name.removesuffix(".parquet") for entry in entries}
+    entries = store.list(folder)
+    return {e.name.removesuffix(".parquet") for e in entries if not e.name.startswith("_")}
 
 
 def current_ids(run: Store, store: Store, folder: str) -> set[str]:

@@ -62,8 +62,9 @@ class StoredMask:
             return self.windows[wanted]()
         cut_HW: Array | None = None
         for box, read in self.windows.items():
-            rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
-            here, there = wanted.shared(rows, columns)
+            here, there = wanted.shared(
+                slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+            )
             if any(side.start == side.stop for side in here):
                 continue
             window_HW = read()
@@ -85,8 +86,7 @@ class OpenMasks:
         self._rows: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
         places = iter(file.read(columns=PLACE).to_pylist())
         for group in range(file.num_row_groups):
-            rows = islice(places, file.metadata.row_group(group).num_rows)
-            for number, row in enumerate(rows):
+            for number, row in enumerate(islice(places, file.metadata.row_group(group).num_rows)):
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
         self._held: tuple[int, Any] = (-1, None)
 
@@ -125,16 +125,20 @@ class Results:
     @cached_property
     def config(self) -> PredictConfig:
         """Config that the run was made with, but with the storage settings given now."""
-        made_with = PredictConfig.model_validate(self.record.config)
-        return made_with.model_copy(update={"storage": self.run.store.storage})
+        return PredictConfig.model_validate(self.record.config).model_copy(
+            update={"storage": self.run.store.storage}
+        )
 
     @cached_property
     def source(self) -> Source:
         """Input of the run, where it was then; nothing is listed."""
         identity = self.record.identity
-        root = Store(identity["input.uri"], self.run.store.storage)
-        config = self.config.input.model_copy(update={"masks": identity["input.masks"]})
-        return Source(config, identity["input.format"], root, tuple(identity["input.names"]))
+        return Source(
+            self.config.input.model_copy(update={"masks": identity["input.masks"]}),
+            identity["input.format"],
+            Store(identity["input.uri"], self.run.store.storage),
+            tuple(identity["input.names"]),
+        )
 
     def shards(self) -> list[Shard]:
         """List the committed shards in the order of the manifest, without their members."""
@@ -144,9 +148,8 @@ class Results:
     @cached_property
     def totals(self) -> Totals:
         """Sums over all committed shards, with micro scores where there is truth."""
-        if self.run.is_finished:
-            return self.run.finished_totals()
-        return self.run.totals(self.run.committed())
+        run = self.run
+        return run.finished_totals() if run.is_finished else run.totals(run.committed())
 
     @cached_property
     def metrics(self) -> pa.Table:
@@ -161,8 +164,7 @@ class Results:
         for a window that leaves the image.
         """
         with open_masks(self.run.store, self._shard_of(image_id)) as masks:
-            mask = masks.mask(image_id)
-            if mask is None:
+            if (mask := masks.mask(image_id)) is None:
                 raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
             return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
 

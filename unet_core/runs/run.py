@@ -4,13 +4,13 @@
 progress. Running the same command again is the resume.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property, partial
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -145,8 +145,7 @@ class Run:
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")
-        heads = (read_heads(self.store, number) for number in range(len(files)))
-        return [*chain.from_iterable(heads)] or None
+        return [h for number in range(len(files)) for h in read_heads(self.store, number)] or None
 
     def publish_manifest(self, draft: Draft) -> None:
         """Publish the manifest, or what a refresh adds to it, unless it exists.
@@ -166,8 +165,7 @@ class Run:
 
     def totals(self, shard_ids: set[str]) -> Totals:
         """Sum the totals of committed shards, read from their metrics parts."""
-        totals = map_in_order(partial(read_totals, self.store), sorted(shard_ids))
-        return sum(totals, Totals())
+        return sum(map_in_order(partial(read_totals, self.store), sorted(shard_ids)), Totals())
 
     def reopen(self) -> None:
         """Remove ``_SUCCESS`` and ``metrics.parquet``."""
@@ -188,8 +186,7 @@ class Run:
         again = list(compress(heads, map_in_order(is_forgotten, heads)))
         if again:
             self.reopen()
-        names = [metrics_name(shard.shard_id) for shard in again]
-        list(map_in_order(self.store.remove, names))
+        list(map_in_order(lambda shard: self.store.remove(metrics_name(shard.shard_id)), again))
         return len(again)
 
     def has_all(self, shards: list[Shard]) -> bool:
@@ -208,8 +205,7 @@ class Run:
         for entry in self.store.list():
             if is_temporary(entry.name):
                 self.store.remove(entry.name)
-        text = json.dumps(dataclasses.asdict(totals), indent=1)
-        self.store.publish(SUCCESS, text.encode() + b"\n")
+        self.store.publish(SUCCESS, json.dumps(asdict(totals), indent=1).encode() + b"\n")
 
     def finished_totals(self) -> Totals:
         """Read the totals in ``_SUCCESS``."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
 import fsspec.asyn
 
 from unet_core.config.sections import StorageConfig
@@ -97,8 +96,14 @@ def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -
     limit_s = _cut_off_s(deadline_s, 60) + size / SLOWEST_BYTES_PER_S
     try:
         if "s3" in fs.protocol and size > LARGE_BYTES and not isinstance(source, io.BytesIO):
-            name = f"/dev/fd/{source.fileno()}"  # temporary files have no other
-            fsspec.asyn.sync(fs.loop, fs._put_file, name, path, timeout=limit_s, **how)
+            fsspec.asyn.sync(
+                fs.loop,
+                fs._put_file,
+                f"/dev/fd/{source.fileno()}",  # temporary files have no other name
+                path,
+                timeout=limit_s,
+                **how,
+            )
         elif getattr(fs, "async_impl", False):
             fsspec.asyn.sync(fs.loop, fs._pipe_file, path, source.read(), timeout=limit_s, **how)
         else:
@@ -126,11 +131,12 @@ def _role_session(storage: StorageConfig) -> Any:
 
     own = AioSession(profile=storage.profile or None)
     endpoint = _said(endpoint_url=storage.endpoint_url, region_name=storage.region)
-    role = {"RoleArn": storage.role, "RoleSessionName": "unet-jobs"}
 
     async def assume() -> Any:
         client = own.create_client("sts", **endpoint)  # can be entered once
-        return await credentials.create_assume_role_refresher(client, role)()
+        return await credentials.create_assume_role_refresher(
+            client, {"RoleArn": storage.role, "RoleSessionName": "unet-jobs"}
+        )()
 
     session = AioSession()
     session._credentials = credentials.AioDeferredRefreshableCredentials(assume, "assume-role")

@@ -23,8 +23,9 @@ def whole_parquet(uri: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow calls bad pages I/O errors, and names need not be UTF-8
-        reason = one_line(error)
-        raise ParquetDamagedError(f"{uri} is not a whole Parquet file: {reason}") from error
+        raise ParquetDamagedError(
+            f"{uri} is not a whole Parquet file: {one_line(error)}"
+        ) from error
 
 
 def table_of(data: bytes) -> pa.Table:
@@ -56,9 +57,12 @@ class RowGroups:
         self._held: list[Any] = []
         self._held_bytes = 0
 
-    def append(self, rows: pa.Table) -> None:
-        """Add rows of these columns."""
-        self._hold(rows, rows.nbytes)
+    def append(self, rows: Any, size: int | None = None) -> None:
+        """Add a table of these columns; ``size``: its bytes, if they are not those in memory."""
+        self._held.append(rows)
+        self._held_bytes += rows.nbytes if size is None else size
+        if self._held_bytes >= self._group_bytes:
+            self._flush()
 
     def complete(self) -> BinaryIO:
         """Finish the file and return it; ``close`` deletes it."""
@@ -72,12 +76,6 @@ class RowGroups:
             self._writer.close()
         drop(self._file)
         self._file.write = len  # type: ignore[method-assign, assignment]  # what C++ tries in the end
-
-    def _hold(self, rows: Any, size: int) -> None:
-        self._held.append(rows)
-        self._held_bytes += size
-        if self._held_bytes >= self._group_bytes:
-            self._flush()
 
     def _flush(self) -> None:
         if self._held:

@@ -1,7 +1,6 @@
 """An object that is read in pieces, each by one ranged request."""
 
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,18 +31,16 @@ class Ranges(io.RawIOBase):
         """Always."""
         return True
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move without a request."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ranged.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ranged.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer by one request. Raises ChangedError if the object has become shorter."""
-        stop = min(self._at + len(buffer), self._ranged.size)
-        if stop <= self._at:
-            return 0
-        data = self._ranged.read(self._at, stop)
+        stop = max(self._at, min(self._at + len(buffer), self._ranged.size))
+        data = self._ranged.read(self._at, stop) if stop > self._at else b""
         if len(data) != stop - self._at:
             raise ChangedError(
                 f"{self._where} changed while it was read: {stop - self._at} bytes were asked for, "

@@ -55,9 +55,9 @@ class Spool:
         """Store bytes; returns a function that reads them back."""
         with self._lock:
             self._file.seek(0, 2)
-            places = {}
-            for name, data in payload.items():
-                places[name] = self._file.tell(), self._file.write(data)
+            places = {
+                name: (self._file.tell(), self._file.write(data)) for name, data in payload.items()
+            }
         return lambda: {name: self._at(*place) for name, place in places.items()}
 
     def _at(self, start: int, length: int) -> bytes:

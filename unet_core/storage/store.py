@@ -178,25 +178,25 @@ class Store:
         if self.is_local:
             write: Callable[[], None] = partial(self._locally, name, stream, settle)
         else:
-            where, deadline_s = self._path(name), self.storage.deadline_s
-            write = partial(object_stores.write, self.fs, where, stream, deadline_s, **how)
+            limit_s = self.storage.deadline_s
+            write = partial(object_stores.write, self.fs, self._path(name), stream, limit_s, **how)
         self._try("write", name, write)
 
     def require_writable(self) -> None:
         """Make and remove a small object, locally in the nearest folder; StoreError if refused."""
-        name = f"_probe-{uuid.uuid4().hex}"
         if not self.is_local:
+            name = f"_probe-{uuid.uuid4().hex}"
             self.publish(name, b"probe")
             self.remove(name)
-            return
-        folder = self.root
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"probe")
-        except OSError as error:
-            raise object_stores.refused("write", folder, error) from error
+        else:
+            folder = self.root
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            try:
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(b"probe")
+            except OSError as error:
+                raise object_stores.refused("write", folder, error) from error
 
     def has_one_winner(self) -> bool:
         """Whether the store refuses a second object of one name, as ``publish_exclusively`` needs.
@@ -342,8 +342,7 @@ def is_hidden(part: str) -> bool:
 
 def is_temporary(name: str) -> bool:
     """Whether a file is not published yet, or was left by a killed process."""
-    base = name.rpartition("/")[2]
-    return base.startswith("_") and base.endswith(TEMPORARY)
+    return name.rpartition("/")[2].startswith("_") and name.endswith(TEMPORARY)
 
 
 def split(uri: str) -> tuple[str, str]:
