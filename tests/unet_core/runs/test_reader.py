@@ -8,6 +8,7 @@ from unet_core.runs import compact
 from unet_core.runs.compact import COMPACTED
 from unet_core.runs.parts import masks_name
 from unet_core.runs.reader import open_masks
+from unet_core.runs.run import METRICS
 
 
 @pytest.fixture
@@ -28,16 +29,16 @@ def test_all_rows_of_a_run_are_one_table_with_the_shard_of_each(run):
 def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, monkeypatch):
     before = open_run(run.uri).metrics
     compact.compact(run.store, run.record)
-    made = run.store.read(compact.FILE)
+    made = run.store.read(METRICS)
     compact.compact(run.store, run.record)
-    assert run.store.read(compact.FILE) == made
+    assert run.store.read(METRICS) == made
     with monkeypatch.context() as patch:
         patch.setattr(compact, "_tables", None)  # the parts are not read
         assert open_run(run.uri).metrics.equals(before)
     part = f"metrics/{before['shard_id'][0]}.parquet"
     run.store.publish(part, run.store.read(part))  # as large as before, and perhaps another
     compact.compact(run.store, run.record)
-    assert run.store.read(compact.FILE) != made
+    assert run.store.read(METRICS) != made
     run.store.remove(part)
     assert open_run(run.uri).metrics.num_rows == 10
 
@@ -45,7 +46,7 @@ def test_one_file_tells_all_rows_while_the_parts_are_those_it_was_made_of(run, m
 def test_rows_taken_back_take_the_one_file_along(run):
     compact.compact(run.store, run.record)
     run.reopen()
-    assert not run.store.exists(compact.FILE)
+    assert not run.store.exists(METRICS)
 
 
 def test_masks_of_a_shard_are_those_of_the_run(make_config):
@@ -95,5 +96,5 @@ def test_a_damaged_mask_is_told_by_its_file_wherever_it_is_read(run):
 def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
     monkeypatch.setattr(compact, "GROUP_BYTES", 1)
     compact.compact(run.store, run.record)
-    with run.store.open_parquet(compact.FILE) as file:
+    with run.store.open_parquet(METRICS) as file:
         assert file.num_row_groups == 6
