@@ -1,4 +1,4 @@
-"""A resolved config: checked against its checkpoint, input and run folder. No torch, no Ray."""
+"""A checked config with its checkpoint header, input, run folder and tile grid. No torch or Ray."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, checkpoint_digest, read_header, require_factory
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.runs.identity import check_identity_or_empty
+from unet_core.runs.identity import Identity, check_identity_or_empty
 from unet_core.runs.run import Record, Run, identity
 from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 
 @dataclass(frozen=True)
 class Job:
-    """A resolved config: input, network, run folder."""
+    """A checked config, and what it was resolved to: computed once, handed down."""
 
     config: PredictConfig
     header: Header
@@ -23,22 +23,22 @@ class Job:
     source: Source
     run: Run
     tile_grid: TileGrid
+    identity: Identity
 
     def record(self, compute: Compute) -> Record:
         """Return the record for ``run.json``."""
         return Record(
-            identity=identity(
-                self.config, self.source, self.model_sha256, self.header, self.tile_grid
-            ),
+            identity=self.identity,
             compute=compute,
             config=self.config.model_dump(mode="json"),
             class_names=self.header.class_names,
             palette=self.header.palette,
         )
 
-    def replica(self, cpus: float) -> ReplicaSpec:
+    def replica_spec(self, cpus: float) -> ReplicaSpec:
         """Return what is needed to build one replica on ``cpus`` cores."""
-        return ReplicaSpec(self.config, self.source, self.model_sha256, max(1, int(cpus)))
+        threads = max(1, int(cpus))
+        return ReplicaSpec(self.config, self.source, self.model_sha256, self.tile_grid, threads)
 
     def footer(self, record: Record) -> dict[str, str]:
         """Return the footer of every part."""
@@ -61,5 +61,6 @@ def prepare(config: PredictConfig) -> Job:
     mine = run.record.identity if run.record is not None else None
     known = mine["input.format"] if mine and config.input.format == "auto" else ""
     source = open_source(config.input, config.storage, known)
-    check_identity_or_empty(run.store, mine, identity(config, source, sha256, header, tile_grid))
-    return Job(config, header, sha256, source, run, tile_grid)
+    wanted = identity(config, source, sha256, header, tile_grid)
+    check_identity_or_empty(run.store, mine, wanted)
+    return Job(config, header, sha256, source, run, tile_grid, wanted)

@@ -42,7 +42,7 @@ class Outcome:
 
 
 def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = False) -> Outcome:
-    """Segment every shard that is not committed; when none is left, finish the run and report.
+    """Segment every shard that is not committed; finish the run if all are, and write its report.
 
     ``retry_failed`` first removes the commits of shards with failed images; ``refresh`` adds
     objects that are new in the input. After an interruption the same call continues the run.
@@ -63,7 +63,7 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
 
 
 def segment(job: Job, plan: ShardPlan) -> Outcome:
-    """Start workers and dispatch the shards that are left; finish the run if none failed."""
+    """Dispatch the uncommitted shards to workers; finish the run if all of it is committed."""
     run, errors, shards, left = job.run, job.config.errors, plan.shards, plan.left
     if run.is_finished:
         run.reopen()  # commits were removed by hand

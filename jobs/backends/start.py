@@ -22,8 +22,8 @@ def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterat
     if session.is_inline(config.workers):
         from jobs.backends.inline import InlineWorkers  # torch
 
-        replica = job.replica(session.local_cpus(config.workers))
-        with closing(InlineWorkers(replica, on_image)) as inline:
+        spec = job.replica_spec(session.local_cpus(config.workers))
+        with closing(InlineWorkers(spec, on_image)) as inline:
             yield inline
         return
     from jobs.backends.actors import RayActors  # Ray
@@ -34,6 +34,6 @@ def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterat
         only_here = not config.storage.shared and not all(map(is_remote, paths.values()))
         nodes = session.available_resources(config.workers, only_here)
         placement = resolve_placement(config.workers, nodes)
-        spec = replace(job.replica(placement.cpus), config=with_absolute_paths(config))
+        spec = replace(job.replica_spec(placement.cpus), config=with_absolute_paths(config))
         with closing(RayActors(spec, placement, shards, only_here)) as actors:
             yield actors

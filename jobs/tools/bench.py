@@ -95,7 +95,7 @@ def bench(config: PredictConfig, rounds: int = 5) -> Bench:
         output = config.output.model_copy(update={"uri": f"{scratch}/run"})
         job = prepare(config.model_copy(update={"output": output}))
         shards = _sample(job)
-        replica = Replica(job.replica(session.local_cpus(job.config.workers)))
+        replica = Replica(job.replica_spec(session.local_cpus(job.config.workers)))
         engine, compute = replica.engine, replica.probe()
         turns = [_round(job, shards, engine, compute) for _ in range(rounds)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -71,7 +71,7 @@ class Lanes(RayActors):
         self.ready, self.started, self.cpu = 0, 0.0, 0.0
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
-        spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", 1)
+        spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", None, 1)
         super().__init__(spec, Placement(lanes, 0, 0), lanes, only_here=False)
 
     def _grow(self) -> None:

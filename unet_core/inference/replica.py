@@ -1,4 +1,4 @@
-"""One replica of the model, on its device and with the windows that it is shown."""
+"""A loaded network with its device and tile grid."""
 
 from torch import nn
 
@@ -10,11 +10,10 @@ from unet_core.networks import checkpoint
 from unet_core.networks.header import Header
 from unet_core.networks.reach import is_exact
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.tiling.tile_grid import tile_grid_for
 
 
 class Replica:
-    """Loads the network and says what it computes with."""
+    """A network loaded on its device; reports its ``compute`` section."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
@@ -23,9 +22,7 @@ class Replica:
             config.model.checkpoint, spec.model_sha256, config.storage, config.model.factory
         )
         _require_tiling(network, header)
-        self.tile_grid = tile_grid_for(
-            header.tiling, config.tile.size, config.tile.mode, config.tile.tta
-        )
+        self.tile_grid = spec.tile_grid
         device = choose_device(config.model.device, config.workers.gpus)
         postprocessing = Postprocessing(
             header.network.classes,
@@ -38,12 +35,12 @@ class Replica:
         self.engine.share_cores(spec.threads, self.tile_grid.size)
 
     def probe(self) -> Compute:
-        """This replica's ``compute`` section."""
+        """Return the ``compute`` section of this replica."""
         return self.engine.probe(self.tile_grid.size, self.spec.config.tile.batch)
 
 
 def _require_tiling(network: nn.Module, header: Header) -> None:
-    """Hold a network of somebody else to what was measured when its weights were imported."""
+    """Check that a factory's network still has the tiling that was measured at its import."""
     if not isinstance(header.network, Factory) or not header.tiling.is_exact:
         return
     if not is_exact(network, header.network.in_channels, header.tiling, at_edges=False):

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.inputs.shards import Source
+from unet_core.tiling.tile_grid import TileGrid
 
 
 class Compute(BaseModel):
@@ -49,5 +50,6 @@ class ReplicaSpec:
     config: PredictConfig
     source: Source
     model_sha256: str
+    tile_grid: TileGrid
     threads: int
     """CPU cores for decoding, encoding and, without a GPU, the network."""

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 
 from jobs.backends import session
+from jobs.job import prepare
 from jobs.predict import predict
 from jobs.tools.bench import bench
 from tests.benchmarks.bare_training import bare, ours
@@ -26,8 +27,6 @@ from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
-from unet_core.networks.header import checkpoint_digest
-from unet_core.runs.compute import ReplicaSpec
 
 
 def config_of(setup: Setup, images: Path, model: str, *overrides: str) -> PredictConfig:
@@ -92,7 +91,7 @@ def _isolation(setup: Setup) -> int:
     model = checkpoint_of(setup, 2, 1)
     config = config_of(setup, images, model)
     source = open_source(config.input)
-    replica = Replica(ReplicaSpec(config, source, checkpoint_digest(model), 1))
+    replica = Replica(prepare(config).replica_spec(1))
     segmenter = ShardSegmenter(replica, replica.probe(), {})
     shard = next(iter(list_shards(source)))
     found = Isolation(

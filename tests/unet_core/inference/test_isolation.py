@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.job import prepare
 from tests.support import poison
 from tests.support.data import write_checkpoint, write_tar
 from unet_core.errors import ShardError
@@ -12,8 +13,6 @@ from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
-from unet_core.networks.header import checkpoint_digest
-from unet_core.runs.compute import ReplicaSpec
 from unet_core.synthetic import nuclei, png
 
 pytestmark = pytest.mark.slow
@@ -34,7 +33,7 @@ def segmenter(make_config, tmp_path, monkeypatch):
         model={"checkpoint": model, "factory": "tests.support.poison:network"},
     )
     source = open_source(config.input)
-    spec = ReplicaSpec(config, source, checkpoint_digest(model), 1)
+    spec = prepare(config).replica_spec(1)
     replica = Replica(spec)
     made = ShardSegmenter(replica, replica.probe(), {})
     monkeypatch.setattr(Decoder, "decode", poison.harmless)
