@@ -380,7 +380,7 @@ def test_a_job_is_followed_killed_and_continued_from_another_directory(
     for person in people:
         person.join()
     assert codes == [130, 130]
-    assert "stopped; the same command continues" in server.logs(name)
+    assert "stopped; the same command continues" in server.client.get_job_logs(name)
     assert not (tmp_path / "run" / "_SUCCESS").exists()
     again = CliRunner().invoke(cli.cli, command)
     assert again.exit_code == 0
