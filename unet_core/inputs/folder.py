@@ -72,7 +72,10 @@ def grouped(source: Source, members: Iterable[Member], known: Known) -> Iterator
 
 
 def _pair(source: Source) -> list[Member]:
-    """Give every image its mask by exactly equal stems, and take the masks out of the images."""
+    """Pair every image with its mask by equal stems, and remove the masks from the images.
+
+    A mask may also be named after the whole image, as exports are: ``a.tif.png`` of ``a.tif``.
+    """
     masks = source.config.masks
     entries = [entry for entry in source.entries() if is_image(entry.name)]
     if not masks:
@@ -91,7 +94,7 @@ def _pair(source: Source) -> list[Member]:
         entries = [entry for entry in entries if entry not in labels]
     members = []
     for entry in entries:
-        label = by_stem.get(stem_of(entry.name))
+        label = by_stem.get(stem_of(entry.name)) or by_stem.get(entry.name)  # an exported mask
         truth = (label.name, label.etag) if label is not None else ()
         members.append(Member(entry.name, entry.bytes, entry.etag, *truth))
     _say_unmatched(members, [label.name for label in by_stem.values()], masks)

@@ -58,6 +58,13 @@ def test_masks_are_found_by_exactly_equal_stems(tmp_path, caplog):
     assert found == {"a1": MASK, "a10": MASK, "b": MASK, "lonely": None}
 
 
+def test_masks_may_be_named_after_whole_images_as_exports_are(tmp_path):
+    write(tmp_path, "im/a.tif", "im/sub/b.jpg")
+    write(tmp_path, "truth/a.tif.png", "truth/sub/b.jpg.png", data=MASK)
+    _, (samples,) = read_all(uri=tmp_path / "im", masks=f"{tmp_path}/truth")
+    assert [sample.read_mask() for sample in samples] == [MASK, MASK]
+
+
 def test_masks_below_the_input_or_with_a_suffix_are_not_images(tmp_path):
     write(tmp_path / "x", "a.png", "b.png", "masks/a.png", "masks/b.png")
     _, (samples,) = read_all(uri=tmp_path / "x", masks=f"{tmp_path}/x/masks/")
