@@ -26,7 +26,7 @@ class Outcome:
     """An earlier session had finished the run; nothing was done."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Shards that could not be committed, by path or id, with the reason."""
-    done_again: int = 0
+    retried: int = 0
     """Shards whose commits were removed because images in them had failed."""
     added: int = 0
     """Shards of objects that were new in the input."""

@@ -36,7 +36,7 @@ def free_bytes() -> int:
     return max(free, LEAST_BYTES)
 
 
-def keep_freed() -> None:
+def retain_freed_memory() -> None:
     """Keep what the maps of one batch leave for those of the next, in one heap for all threads
     that begin from now on.
 

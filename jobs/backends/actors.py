@@ -19,7 +19,7 @@ from jobs.backends.prometheus import PrometheusMetrics
 from jobs.backends.version import code_version, require_same_code
 from jobs.scheduler.dispatch import MAX_FAILED_STARTS
 from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
-from jobs.scheduler.scheduler import HEARTBEAT_S, PREFETCH
+from jobs.scheduler.scheduler import HEARTBEAT_S, MAX_SHARDS_PER_WORKER
 from unet_core.errors import ShardError, UnetJobsError, WorkersError
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.timings import ShardResult
@@ -110,7 +110,7 @@ class RayActors:
             scheduling_strategy=here if only_here else "DEFAULT",
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=PREFETCH + 1,  # and one thread to say how far they are
+            max_concurrency=MAX_SHARDS_PER_WORKER + 1,  # and one thread to say how far they are
         )(SegmentActor)
         self._prometheus = PrometheusMetrics(self._run)
         self._placed = 0

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import torch
 
 from jobs.scheduler.events import Attempt, Done, Event, Heartbeat, Ready, Refused
-from jobs.scheduler.scheduler import PREFETCH
+from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
@@ -29,7 +29,7 @@ class InlineWorkers:
         self._replica = Replica(spec)
         self._on_image = on_image
         self._segmenter: ShardSegmenter | None = None
-        self._threads = ThreadPoolExecutor(PREFETCH, thread_name_prefix="shard")
+        self._threads = ThreadPoolExecutor(MAX_SHARDS_PER_WORKER, thread_name_prefix="shard")
         self._futures: dict[Future[ShardResult], Attempt] = {}
         self._is_new = True
 
@@ -41,7 +41,7 @@ class InlineWorkers:
         """Set what the run has recorded."""
         self._segmenter = ShardSegmenter(self._replica, compute, footer, self._on_image)
 
-    def submit(self, actor: str, attempt: Attempt) -> None:
+    def submit(self, worker: str, attempt: Attempt) -> None:
         """Begin a shard on a thread of its own."""
         assert self._segmenter is not None
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
@@ -50,10 +50,10 @@ class InlineWorkers:
         """Return 1: there is one worker."""
         return 1
 
-    def release(self, actor: str) -> None:
+    def release(self, worker: str) -> None:
         """Do nothing: the worker ends with the run."""
 
-    def give_up(self, actor: str, reason: str) -> None:
+    def give_up(self, worker: str, reason: str) -> None:
         """Warn: a thread cannot be ended, but a worker process can."""
         log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
                     "gives it a process that can be ended", reason)  # fmt: skip

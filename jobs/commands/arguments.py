@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Folder of the shipped recipes, found by name where no such file exists."""
-OVERRIDES = "[SECTION.KEY=VALUE]..."
-STORAGE = "[STORAGE.KEY=VALUE]..."
-Words = tuple[str, ...]
-REACH = ("storage.", "workers.")
+OVERRIDES_METAVAR = "[SECTION.KEY=VALUE]..."
+STORAGE_METAVAR = "[STORAGE.KEY=VALUE]..."
+Arguments = tuple[str, ...]
+ENVIRONMENT_KEYS = ("storage.", "workers.")
 """Keys that any command on a run may override."""
 
 
 def predict_config(
-    source: str, overrides: Words, model: str | None, out: str | None, else_out: str = ""
+    source: str, overrides: Arguments, model: str | None, out: str | None, default_output: str = ""
 ) -> PredictConfig:
     """Build the config of ``predict`` from a TOML or a folder of images.
 
@@ -32,7 +32,7 @@ def predict_config(
         if model or out:
             raise ConfigError(f"--model and --out go with IMAGES; {source} has keys for both")
         return load(PredictConfig, source, list(overrides))
-    out = out or else_out
+    out = out or default_output
     if not out and not any(o.startswith("output.uri=") for o in overrides):
         raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
     table = {
@@ -65,7 +65,7 @@ def recipe(path: str) -> str:
     return str(shipped) if not Path(path).exists() and shipped.is_file() else path
 
 
-def storage_of(overrides: Words) -> StorageConfig:
+def storage_of(overrides: Arguments) -> StorageConfig:
     """Build the storage section from overrides."""
     for override in overrides:
         if not override.startswith("storage."):
@@ -78,14 +78,14 @@ def storage_of(overrides: Words) -> StorageConfig:
     ).storage
 
 
-def stored_run(run: str, overrides: Words) -> "Results":
+def stored_run(run: str, overrides: Arguments) -> "Results":
     """Open a run with the ``storage`` overrides among others."""
     from unet_core.runs.reader import open_run
 
     return open_run(run, storage_of(tuple(o for o in overrides if o.startswith("storage."))))
 
 
-def run_config(results: "Results", overrides: Words, allowed: Words) -> PredictConfig:
+def run_config(results: "Results", overrides: Arguments, allowed: Arguments) -> PredictConfig:
     """Return the config of a run, with overrides of the keys, or sections (``workers.``), that are
     ``allowed``. ``[workers]`` begins at its defaults: the run may have been made elsewhere.
 

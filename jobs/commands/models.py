@@ -3,16 +3,16 @@
 import click
 
 from jobs.commands import show
-from jobs.commands.arguments import OVERRIDES, Words, train_config
+from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, train_config
 from unet_core.config.import_weights import ImportConfig
 from unet_core.config.loading import build
 
 
 @click.command()
 @click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
-def train(source: str, overrides: Words, out: str | None) -> None:
+def train(source: str, overrides: Arguments, out: str | None) -> None:
     """Train a network on images with masks. Run it again to continue."""
     config = train_config(source, list(overrides), out)
     from jobs.train import train as run_train
@@ -35,7 +35,7 @@ def train(source: str, overrides: Words, out: str | None) -> None:
 @click.argument("name", metavar="[PRESET|CHECKPOINT]", default="")
 @click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--factory", help="The function that a checkpoint names, if you trust it.")
-def model(name: str, options: Words, factory: str | None) -> None:
+def model(name: str, options: Arguments, factory: str | None) -> None:
     """Show all presets, or one network: parameters, GFLOP, sides, what it sees.
 
     Options are those of a preset (width=32 depth=3 in_channels=1 classes=2 ...) and side=PIXELS.
@@ -55,7 +55,7 @@ def model(name: str, options: Words, factory: str | None) -> None:
 @click.option("--layout", help="Which published U-Net, where the keys fit several.")
 @click.option("--factory", help="package.module:function that makes another network.")
 def import_weights(
-    source: str, destination: str, overrides: Words, layout: str | None, factory: str | None
+    source: str, destination: str, overrides: Arguments, layout: str | None, factory: str | None
 ) -> None:
     """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
 

@@ -7,10 +7,10 @@ import click
 
 from jobs.commands import show
 from jobs.commands.arguments import (
-    OVERRIDES,
-    REACH,
-    STORAGE,
-    Words,
+    ENVIRONMENT_KEYS,
+    OVERRIDES_METAVAR,
+    STORAGE_METAVAR,
+    Arguments,
     run_config,
     storage_of,
     stored_run,
@@ -23,9 +23,9 @@ TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
 
 @click.command()
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
 @show.json_option
-def status(run: str, overrides: Words, as_json: bool) -> None:
+def status(run: str, overrides: Arguments, as_json: bool) -> None:
     """Show how a run stands."""
     storage = storage_of(overrides)
     from jobs.results.status import TrainingStatus
@@ -57,10 +57,10 @@ def status(run: str, overrides: Words, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
 @click.option("--deep", is_flag=True, help="Also count every mask and the images of tars again.")
 @show.json_option
-def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
+def verify(run: str, overrides: Arguments, deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
     storage = storage_of(overrides)
     from unet_core.runs.verify import verify as check
@@ -91,13 +91,13 @@ def verify(run: str, overrides: Words, deep: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--truth", metavar="WHERE", help="As input.masks: truth/, mask.png, _mask, a column.")
 @click.option("--against", metavar="RUN2", help="An earlier run of the same images.")
 @click.option("--name", default="", help="Of the folder RUN/evaluation/NAME.")
 @show.json_option
 def evaluate(
-    run: str, overrides: Words, truth: str | None, against: str | None, name: str, as_json: bool
+    run: str, overrides: Arguments, truth: str | None, against: str | None, name: str, as_json: bool
 ) -> None:
     """Compare a run with truth, or with an earlier run. Run it again to continue."""
     for override in overrides:
@@ -110,11 +110,13 @@ def evaluate(
 
     with show.only_document(as_json):
         if against:
-            config = run_config(results, overrides, REACH)
+            config = run_config(results, overrides, ENVIRONMENT_KEYS)
             outcome = task.compare(results, stored_run(against, overrides), config, name)
         else:
             given = (*overrides, f"input.masks={json.dumps(truth)}")
-            outcome = task.evaluate(results, run_config(results, given, REACH + TRUTH), name)
+            outcome = task.evaluate(
+                results, run_config(results, given, ENVIRONMENT_KEYS + TRUTH), name
+            )
     if as_json:
         show.document(outcome.document)
     elif against:
@@ -129,7 +131,7 @@ def evaluate(
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE)
+@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
 @click.option("--previews", metavar="DIR", help="Write PNG overlays of images there instead.")
 @click.option("--ids", metavar="ID", multiple=True, help="With --previews: this image; repeatable.")
 @click.option(
@@ -137,7 +139,9 @@ def evaluate(
     type=click.IntRange(min=1),
     help="With --previews: so many, lowest IoU (or confidence) first; else 20 by chance.",
 )
-def report(run: str, overrides: Words, previews: str | None, ids: Words, worst: int | None) -> None:
+def report(
+    run: str, overrides: Arguments, previews: str | None, ids: Arguments, worst: int | None
+) -> None:
     """Write RUN/report.html: a run or a training on one page."""
     storage = storage_of(overrides)
     if (ids or worst) and not previews:
@@ -157,7 +161,7 @@ def report(run: str, overrides: Words, previews: str | None, ids: Words, worst: 
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("source", metavar="RUN|CHECKPOINT")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--format", "kind", type=click.Choice(["png", "tiff", "coco", "onnx"]))
 @click.option("--out", default="", help="The folder to write; with onnx, the file.")
 @click.option(
@@ -169,7 +173,7 @@ def report(run: str, overrides: Words, previews: str | None, ids: Words, worst: 
 @click.option("--factory", help="With onnx: the function that a checkpoint names, if you trust it.")
 def export(
     source: str,
-    overrides: Words,
+    overrides: Arguments,
     kind: str | None,
     out: str,
     objects: str | None,
@@ -194,7 +198,7 @@ def export(
         _onnx(source, out, overrides, factory or "")
         return
     results = stored_run(source, overrides)
-    config = run_config(results, overrides, REACH)
+    config = run_config(results, overrides, ENVIRONMENT_KEYS)
     from jobs.results.export import export_run
     from unet_core.export.task import Options
 
@@ -213,7 +217,7 @@ def export(
     sys.exit(1 if exported.problems or exported.shards_refused else 0)
 
 
-def _onnx(source: str, out: str, overrides: Words, factory: str) -> None:
+def _onnx(source: str, out: str, overrides: Arguments, factory: str) -> None:
     storage = storage_of(overrides)
     from jobs.results.export import export_onnx
 

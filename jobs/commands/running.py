@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.commands import show
-from jobs.commands.arguments import OVERRIDES, Words, predict_config, recipe
+from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, predict_config, recipe
 from unet_core.config.loading import build, load
 from unet_core.config.predict import PredictConfig
 from unet_core.config.train import TrainConfig
@@ -17,7 +17,7 @@ from unet_core.errors import ConfigError, StoppedError
 if TYPE_CHECKING:
     from jobs.submission.job_server import JobServer
 
-NOWHERE = "memory://nowhere"
+DISCARDED_OUTPUT = "memory://nowhere"
 DEMO = """\
 [input]
 uri = "{folder}/images"
@@ -37,17 +37,19 @@ cpus = 1
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("source", metavar="CONFIG.toml|IMAGES")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--model", help="Checkpoint, where IMAGES is given.  [default: builtin:nuclei]")
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--retry-failed", is_flag=True, help="Do shards with failed images again.")
 @click.option("--refresh", is_flag=True, help="Add images that are new in the input.")
-def predict(source: str, overrides: Words, model: str | None, out: str | None, **how: bool) -> None:
+def predict(
+    source: str, overrides: Arguments, model: str | None, out: str | None, **flags: bool
+) -> None:
     """Segment everything that is not committed yet. Run it again to continue."""
     config = predict_config(source, overrides, model, out)
     from jobs.predict import predict as run_predict
 
-    outcome = run_predict(config, **how)
+    outcome = run_predict(config, **flags)
     show.outcome(outcome)
     if outcome.too_many_failed:
         show.causes(outcome, config)
@@ -56,7 +58,7 @@ def predict(source: str, overrides: Words, model: str | None, out: str | None, *
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("source", metavar="CONFIG.toml|IMAGES")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--model", help="Checkpoint, where IMAGES is given.")
 @click.option("--out", help="Run folder, where IMAGES is given.")
 @click.option("--cost", is_flag=True, help="Segment a few shards to tell what the rest will take.")
@@ -64,7 +66,7 @@ def predict(source: str, overrides: Words, model: str | None, out: str | None, *
 @show.json_option
 def plan(
     source: str,
-    overrides: Words,
+    overrides: Arguments,
     model: str | None,
     out: str | None,
     cost: bool,
@@ -95,7 +97,7 @@ def plan(
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("verb", type=click.Choice(["predict", "train"]), metavar="predict|train")
 @click.argument("path", metavar="CONFIG.toml")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option(
     "--address",
     envvar="RAY_API_SERVER_ADDRESS",
@@ -105,12 +107,14 @@ def plan(
 @click.option("--follow", is_flag=True, help="Show its progress until it ends, and exit as it did.")
 @click.option("--retry-failed", is_flag=True, help="As for predict.")
 @click.option("--refresh", is_flag=True, help="As for predict.")
-def submit(verb: str, path: str, overrides: Words, address: str, follow: bool, **how: bool) -> None:
+def submit(
+    verb: str, path: str, overrides: Arguments, address: str, follow: bool, **given: bool
+) -> None:
     """Run predict or train as a job on a Ray cluster.
 
     Submitted again, a run is followed where it is at work, and continued where it ended.
     """
-    flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(how) if how[name])
+    flags = tuple(f"--{name.replace('_', '-')}" for name in sorted(given) if given[name])
     if flags and verb != "predict":
         raise ConfigError(f"{flags[0]} goes with predict")
     if verb == "train":
@@ -167,12 +171,12 @@ def _follow(server: "JobServer", job_id: str) -> int:
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("source", metavar="CONFIG.toml|IMAGES")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--model", help="Checkpoint, where IMAGES is given.")
 @show.json_option
-def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> None:
+def bench(source: str, overrides: Arguments, model: str | None, as_json: bool) -> None:
     """Measure what this machine allows, its model and the whole job. Keeps nothing."""
-    config = predict_config(source, overrides, model, None, NOWHERE)
+    config = predict_config(source, overrides, model, None, DISCARDED_OUTPUT)
     from jobs.tools.bench import bench as measure
 
     measured = measure(config)
@@ -185,7 +189,7 @@ def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> No
 @click.command()
 @click.argument("source")
 @click.argument("destination")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @click.option("--format", "kind", type=click.Choice(["webdataset", "parquet"]), required=True)
 @click.option(
     "--shard-mb",
@@ -194,7 +198,7 @@ def bench(source: str, overrides: Words, model: str | None, as_json: bool) -> No
     show_default=True,
     help="Size of a shard in megabytes.",
 )
-def pack(source: str, destination: str, overrides: Words, kind: str, shard_mb: int) -> None:
+def pack(source: str, destination: str, overrides: Arguments, kind: str, shard_mb: int) -> None:
     """Pack loose images, and their masks (input.masks=...), into balanced shards."""
     config = build(
         PredictConfig,
@@ -211,15 +215,15 @@ def pack(source: str, destination: str, overrides: Words, kind: str, shard_mb: i
 
 @click.command()
 @click.argument("source", metavar="[CONFIG.toml|IMAGES]", default="")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES)
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
 @show.json_option
-def doctor(source: str, overrides: Words, as_json: bool) -> None:
+def doctor(source: str, overrides: Arguments, as_json: bool) -> None:
     """Check this machine, its cluster, and with a config or a place of images whether they can be
     reached. Exit code 1 if anything is wrong.
 
     With IMAGES, output.uri=RUN checks that a run could be written there.
     """
-    config = predict_config(source, overrides, None, None, NOWHERE) if source else None
+    config = predict_config(source, overrides, None, None, DISCARDED_OUTPUT) if source else None
     from jobs.tools.doctor import diagnose
 
     with show.only_document(as_json):

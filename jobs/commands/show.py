@@ -141,8 +141,8 @@ def outcome(outcome: "Outcome") -> None:
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
-    if outcome.done_again:
-        lines(again=f"{outcome.done_again:,} shards with failed images")
+    if outcome.retried:
+        lines(again=f"{outcome.retried:,} shards with failed images")
     if outcome.added:
         lines(added=f"{outcome.added:,} shards of new objects")
     totals(outcome.totals, record.class_names if record else ())

@@ -63,7 +63,7 @@ def dispatch(
                 attempt = scheduler.done(event.worker, event.shard_id)
                 on_done(event.result, attempt, event.worker)
             else:
-                scheduler.note(event)
+                scheduler.handle(event)
             if scheduler.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
                 raise WorkersError(
                     f"{scheduler.failed_starts} workers died while starting: {event.reason}"
@@ -75,7 +75,7 @@ def dispatch(
             if (died := backend.give_up(worker, reason)) is not None:
                 scheduler.died(died)
         on_tick()
-        workers = backend.want(scheduler.useful, scheduler.open)
+        workers = backend.want(scheduler.max_useful_workers, scheduler.open)
         for worker in list(scheduler.in_flight):
             while (next_attempt := scheduler.next_for(worker, workers)) is not None:
                 backend.submit(worker, next_attempt)

@@ -18,7 +18,7 @@ from unet_core.config.predict import ErrorsConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
 
-PREFETCH = 2
+MAX_SHARDS_PER_WORKER = 2
 """Shards in flight on a worker: one computes while the next is read."""
 MAX_ISOLATIONS = 2
 """Attempts to isolate a shard: the first worker may have died for another reason."""
@@ -46,19 +46,19 @@ class StallTimeout:
         rate = self.seconds / self.bytes if self.bytes else 0.0
         return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
 
-    def learn(self, shard: Shard, seconds: float) -> None:
+    def record_duration(self, shard: Shard, seconds: float) -> None:
         """Add a completed attempt to the rate."""
         self.seconds += seconds
         self.bytes += shard.bytes + OVERHEAD_BYTES
 
 
 @dataclass
-class Progress:
+class AttemptProgress:
     """Progress of the oldest attempt of a worker."""
 
-    since: float
+    started_at: float
     """Time at which the attempt became the oldest."""
-    heard: float
+    last_step_at: float
     """Time of its last step."""
     steps: int = 0
     """Steps made at that time."""
@@ -84,7 +84,7 @@ class Scheduler:
     failed_starts: int = 0
     """Workers in a row that died before they were ready, while no other was ready."""
     _isolation_counts: Counter[str] = field(default_factory=Counter)
-    _progress: dict[str, Progress] = field(default_factory=dict)
+    _progress: dict[str, AttemptProgress] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
@@ -99,7 +99,7 @@ class Scheduler:
         return self._left + sum(map(len, self.in_flight.values()))
 
     @property
-    def useful(self) -> int:
+    def max_useful_workers(self) -> int:
         """Number of workers that hold a shard or could get one."""
         return self._left + sum(map(bool, self.in_flight.values()))
 
@@ -120,7 +120,7 @@ class Scheduler:
     def next_for(self, worker: str, workers: int = 0) -> Attempt | None:
         """Take the next attempt for a ready worker; ``workers`` counts starting ones too."""
         held = self.in_flight[worker]
-        if any(attempt.alone for attempt in held) or len(held) >= PREFETCH:
+        if any(attempt.alone for attempt in held) or len(held) >= MAX_SHARDS_PER_WORKER:
             return None
         if held and len(self.waiting) < max(workers, len(self.in_flight)):
             return None
@@ -129,7 +129,7 @@ class Scheduler:
                 return self._begin(worker, queue)
         return None
 
-    def note(self, event: Ready | Refused | Heartbeat | Died) -> None:
+    def handle(self, event: Ready | Refused | Heartbeat | Died) -> None:
         """Handle an event other than ``Done``."""
         match event:
             case Ready(worker):
@@ -138,28 +138,28 @@ class Scheduler:
             case Refused(
                 worker, shard_id, reason
             ):  # the input changed, or its images cannot be isolated
-                self._take_back(worker, shard_id)
+                self._remove_attempt(worker, shard_id)
                 self.set_aside[shard_id] = reason
             case Heartbeat(worker, steps) if held := self.in_flight.get(worker):
                 progress, now = self._progress[worker], steps.get(held[0].shard.shard_id, 0)
                 if now != progress.steps:
-                    progress.steps, progress.heard = now, self.clock()
+                    progress.steps, progress.last_step_at = now, self.clock()
             case Died():
                 self.died(event)
 
     def done(self, worker: str, shard_id: str) -> Attempt:
         """Record a commit; return the attempt that made it."""
-        since = self._progress[worker].since
-        attempt, was_oldest = self._take_back(worker, shard_id)
+        started_at = self._progress[worker].started_at
+        attempt, was_oldest = self._remove_attempt(worker, shard_id)
         if was_oldest and attempt.isolation_timeout_s is None:
-            self.stall_timeout.learn(attempt.shard, self.clock() - since)
+            self.stall_timeout.record_duration(attempt.shard, self.clock() - started_at)
         return attempt
 
     def exclude_pause(self, seconds: float) -> None:
         """Exclude a pause of the loop, during which no event was received, from all timeouts."""
         for progress in self._progress.values():
-            progress.since += seconds
-            progress.heard += seconds
+            progress.started_at += seconds
+            progress.last_step_at += seconds
 
     def overdue(self) -> Iterator[tuple[str, str]]:
         """Yield each worker whose oldest attempt has made no step for too long, with the reason."""
@@ -168,8 +168,8 @@ class Scheduler:
                 continue
             limit_s = self.stall_timeout.limit_s(held[0].shard)
             limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
-            if self.clock() - self._progress[worker].heard > limit_s:
-                self._progress[worker].heard = self.clock()
+            if self.clock() - self._progress[worker].last_step_at > limit_s:
+                self._progress[worker].last_step_at = self.clock()
                 shard = held[0].shard
                 yield (
                     worker,
@@ -213,14 +213,14 @@ class Scheduler:
         alone = queue is not self.waiting
         attempt = Attempt(shard, self.attempts[shard.shard_id], alone, timeout_s)
         if not self.in_flight[worker]:
-            self._progress[worker] = Progress(self.clock(), self.clock())
+            self._progress[worker] = AttemptProgress(self.clock(), self.clock())
         self.in_flight[worker].append(attempt)
         return attempt
 
-    def _take_back(self, worker: str, shard_id: str) -> tuple[Attempt, bool]:
+    def _remove_attempt(self, worker: str, shard_id: str) -> tuple[Attempt, bool]:
         """Remove an attempt of a worker; return it, and whether it was the oldest."""
         held = self.in_flight[worker]
         place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
         if place == 0:
-            self._progress[worker] = Progress(self.clock(), self.clock())
+            self._progress[worker] = AttemptProgress(self.clock(), self.clock())
         return held.pop(place), place == 0

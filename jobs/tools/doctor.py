@@ -192,6 +192,6 @@ def _writable(uri: str, storage: StorageConfig) -> str:
 
     store = Store(uri, storage)
     store.require_writable()
-    if not store.has_one_winner():
+    if not store.supports_exclusive_create():
         return f"{uri} can be written, but nothing keeps two drivers of a run apart: start one only"
     return f"{uri} can be written"

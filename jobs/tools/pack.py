@@ -19,7 +19,7 @@ from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.formats import FORMATS, list_shards, open_source, read_shard
 from unet_core.inputs.shards import Member, Shard, make_shard
-from unet_core.storage.parquet_files import parquet_of
+from unet_core.storage.parquet_files import encode_parquet
 from unet_core.storage.store import Store
 
 ROW_GROUP_ROWS = 64
@@ -141,7 +141,7 @@ def _parquet(packing: Packing) -> bytes:
         "mask": [mask for _, _, mask in packing],
     }
     largest = max(len(image) + len(mask or b"") for _, image, mask in packing)
-    return parquet_of(
+    return encode_parquet(
         pa.table(columns, schema=schema),
         compression="none",  # images are compressed already
         row_group_size=max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // max(1, largest))),

@@ -161,7 +161,7 @@ def test_no_room_for_temporary_files_stops_the_run_and_is_not_blamed_on_the_outp
 def test_what_waits_on_disk_for_a_large_image_needs_room_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
-    keep = spool.local_space()(spool.Spool().keep)
+    keep = spool.reports_full_disk()(spool.Spool().keep)
     with small_files(tmp_path, 100):
         keep({"few": bytes(90)})
         keep({"many": bytes(3_000)})  # which waits in a buffer

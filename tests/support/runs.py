@@ -13,7 +13,7 @@ from unet_core.config.predict import ErrorsConfig, PredictConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
 from unet_core.runs.parts import masks_name, read_metrics
-from unet_core.storage.parquet_files import table_of
+from unet_core.storage.parquet_files import decode_parquet
 
 
 def config_of(uri, model, out, /, *overrides, **tables):
@@ -70,6 +70,6 @@ def masks_by_key(run):
     found = {}
     for shard_id in run.committed():
         keys = {r["image_id"]: r["key"] for r in read_metrics(run.store, shard_id)[0].to_pylist()}
-        for window in table_of(run.store.read(masks_name(shard_id))).to_pylist():
+        for window in decode_parquet(run.store.read(masks_name(shard_id))).to_pylist():
             found[keys[window["image_id"]]] = window["mask"]
     return found

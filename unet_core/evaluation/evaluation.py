@@ -12,7 +12,7 @@ from unet_core.errors import ImageError, ShardError
 from unet_core.evaluation.aggregate import Aggregate, Row
 from unet_core.evaluation.other_run import OtherRun
 from unet_core.evaluation.truth import BesideImages, Found, LabelImages
-from unet_core.images.decoder import Pixels, fitting
+from unet_core.images.decoder import Pixels, check_truth_shape
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
 from unet_core.runs.identity import Identity, check_identity, create_or_read
@@ -79,7 +79,7 @@ class Evaluation:
         """Columns of a row that compare it with its truth; a failed image keeps its reason."""
         if mask is None:
             return {}
-        labels = fitting(found.labels, (mask.height, mask.width))
+        labels = check_truth_shape(found.labels, (mask.height, mask.width))
         if labels is None:
             return NO_ERROR
         try:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from unet_core.arrays import Array
 from unet_core.errors import ConfigError
 from unet_core.export.instances import EVERYWHERE, place
-from unet_core.storage.spool import local_space, spooled
+from unet_core.storage.spool import reports_full_disk, spooled
 from unet_core.tiling.geometry import Slices
 
 Row = dict[str, Any]
@@ -116,7 +116,7 @@ def _sides(region_HW: Array) -> Iterator[tuple[tuple[int, int], int]]:
             yield (y + y0, x + x0), direction
 
 
-@local_space()
+@reports_full_disk()
 def document(
     class_names: tuple[str, ...], digest: str, images: Iterable[Row], annotations: Iterable[Row]
 ) -> BinaryIO:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unet_core.arrays import Array
 from unet_core.runs.reader import StoredMask
-from unet_core.storage.spool import drop, local_space, spooled
+from unet_core.storage.spool import drop, reports_full_disk, spooled
 
 Palette = tuple[tuple[int, int, int], ...]
 
@@ -20,7 +20,7 @@ CLASSIC_BYTES = 2**32 - 2**25  # uncompressed size above which a TIFF is a BigTI
 DEFLATE_LEVEL = 6  # the default of zlib
 
 
-@local_space()
+@reports_full_disk()
 def encode_png(values_HW: Array, palette: Palette | None) -> BinaryIO:
     """8 bits with a palette, or else 16-bit gray; values read back as they are."""
     file = spooled()
@@ -33,7 +33,7 @@ def encode_png(values_HW: Array, palette: Palette | None) -> BinaryIO:
     return file
 
 
-@local_space()
+@reports_full_disk()
 def encode_tiff(
     shape: tuple[int, ...], bands: Iterable[Array], palette: Palette | None
 ) -> BinaryIO:

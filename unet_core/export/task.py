@@ -24,8 +24,8 @@ from unet_core.runs import schema
 from unet_core.runs.identity import check_identity, create_or_read, require_empty
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
 from unet_core.runs.reader import Results, StoredMask, decoded_images, open_masks
-from unet_core.storage.parquet_files import RowGroups
-from unet_core.storage.spool import drop, local_space
+from unet_core.storage.parquet_files import RowGroupWriter
+from unet_core.storage.spool import drop, reports_full_disk
 from unet_core.storage.store import Store
 
 EXTENSIONS = {"png": ".png", "tiff": ".tif"}
@@ -107,7 +107,7 @@ class Export:
             for group in range(file.num_row_groups):
                 yield from file.read_row_group(group, columns).to_pylist()
 
-    @local_space()
+    @reports_full_disk()
     def do(self, shard: Shard) -> int:
         """Export one shard; raises NotFoundError or ParquetDamagedError if its parts are not what
         they should be.
@@ -119,8 +119,10 @@ class Export:
         if self.options.format == "coco":
             columns = columns.append(pa.field("annotations", pa.list_(schema.ANNOTATION)))
         with (
-            closing(RowGroups(columns.with_metadata(footer), ROW_GROUP_BYTES)) as index,
-            closing(RowGroups(schema.OBJECTS.with_metadata(footer), ROW_GROUP_BYTES)) as objects,
+            closing(RowGroupWriter(columns.with_metadata(footer), ROW_GROUP_BYTES)) as index,
+            closing(
+                RowGroupWriter(schema.OBJECTS.with_metadata(footer), ROW_GROUP_BYTES)
+            ) as objects,
         ):
             index.append(columns.empty_table())  # no rows are a group too
             objects.append(schema.OBJECTS.empty_table())

@@ -176,7 +176,7 @@ class Decoder:
                     offset, scale = offset_and_scale(pixels.whole(), self.wanted)
         except ImageError as failure:
             return Rejected(sample, failure)
-        return DecodedImage(sample, pixels, offset, scale, fitting(truth, pixels.shape))
+        return DecodedImage(sample, pixels, offset, scale, check_truth_shape(truth, pixels.shape))
 
     def _by_window(
         self, image: LargeTiff, on_step: Callable[[], None]
@@ -201,7 +201,7 @@ def unusable(why: object) -> ImageError:
     return ImageError("truth", f"the mask cannot be used: {why}")
 
 
-def fitting(
+def check_truth_shape(
     truth: Pixels | ImageError | None, shape: tuple[int, int]
 ) -> Pixels | ImageError | None:
     """Return the truth, or an ImageError if its shape is not that of the image."""

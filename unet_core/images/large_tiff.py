@@ -20,7 +20,7 @@ from unet_core.errors import ImageError
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
 from unet_core.images.tiff_segments import Cache, EncodedSegments, RawSegments, segments_of
-from unet_core.storage.ranges import Ranged, Ranges
+from unet_core.storage.ranges import Ranged, RangeFile
 from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
 
 SMALL_PIXELS = MASK_WINDOW_PIXELS
@@ -85,7 +85,7 @@ class LargeTiff:
             for j in range(box.x // columns, -(-(box.x + box.width) // columns)):
                 segment_HWS = self._cache.get((plane, i, j))
                 segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
-                here, there = box.shared(*segment)
+                here, there = box.intersection(*segment)
                 window_HWS[here] = (
                     self._segments.nodata if segment_HWS is None else segment_HWS[there]
                 )
@@ -113,7 +113,7 @@ def open_large(
     Raises ImageError like decoding the whole for several pages, axes, channels and colors, and
     for lying headers.
     """
-    with _Header(Ranges(_metered(file), "the TIFF"), READ_BYTES) as header:
+    with _Header(RangeFile(_metered(file), "the TIFF"), READ_BYTES) as header:
         if not header.read(4).startswith(TIFF_MAGICS):
             return None
         header.seek(0)

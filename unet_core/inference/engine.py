@@ -19,7 +19,7 @@ from unet_core.arrays import Array
 from unet_core.config.presets import Factory
 from unet_core.errors import ConfigError, WorkersError
 from unet_core.inference.postprocessing import Postprocessing, confidence_units
-from unet_core.memory import keep_freed, return_large_blocks, usable_bytes
+from unet_core.memory import retain_freed_memory, return_large_blocks, usable_bytes
 from unet_core.networks.construction import origin
 from unet_core.networks.header import Header
 from unet_core.networks.unet import fold_batchnorm
@@ -110,7 +110,7 @@ def choose_device(wanted: str, gpus: float | str = "auto") -> torch.device:
     return torch.device(best if wanted == "auto" else wanted)
 
 
-def movable(values: Array, device: torch.device) -> Tensor:
+def to_tensor(values: Array, device: torch.device) -> Tensor:
     """Convert an array to a tensor that a device takes: Apple's GPUs take no uint16."""
     tensor = torch.from_numpy(values)
     return tensor.float() if device.type == "mps" and values.dtype == np.uint16 else tensor
@@ -144,7 +144,7 @@ class Engine:
         self.device = device
         self.postprocessing = postprocessing
         self._blends = blends
-        self.most_pixels: int | None = None
+        self.max_batch_pixels: int | None = None
         """Limit of pixels in a batch, once one did not fit the device's memory."""
         folded = fold_batchnorm(network.eval())
         self._format = memory_format(device)
@@ -169,7 +169,7 @@ class Engine:
             if tile_size**2 > CPU_PIXELS:
                 return_large_blocks()
             else:
-                keep_freed()
+                retain_freed_memory()
 
     def probe(self, tile_size: int, batch: int | str) -> Compute:
         """This device's ``compute`` section; ``batch`` is a number of full tiles, or ``auto``."""
@@ -192,7 +192,7 @@ class Engine:
         Raises WorkersError if a single tile does not fit.
         """
         count = len(batch.keep)
-        if count == 1 or self.most_pixels is None or batch.pixels <= self.most_pixels:
+        if count == 1 or self.max_batch_pixels is None or batch.pixels <= self.max_batch_pixels:
             try:
                 with self._budget.taken(batch.pixels):
                     return self._segment(batch)
@@ -203,8 +203,8 @@ class Engine:
                         f"{self.device} runs out of memory with a single tile of {height} × "
                         f"{width} pixels; lower tile.size"
                     ) from error
-            self.most_pixels = batch.pixels // 2
-            log.warning("batch split for memory: most_pixels=%d", self.most_pixels)
+            self.max_batch_pixels = batch.pixels // 2
+            log.warning("batch split for memory: max_batch_pixels=%d", self.max_batch_pixels)
             self.free_memory()
         half = (count + 1) // 2
         return [*self.run(batch.part(slice(half))), *self.run(batch.part(slice(half, None)))]
@@ -233,7 +233,7 @@ class Engine:
         ]
 
     def _normalize(self, batch: Batch) -> Tensor:
-        x_NCHW = movable(batch.tiles_NCHW, self.device).to(self.device)
+        x_NCHW = to_tensor(batch.tiles_NCHW, self.device).to(self.device)
         offset = torch.from_numpy(batch.offset_NC).to(self.device)[..., None, None]
         scale = torch.from_numpy(batch.scale_NC).to(self.device)[..., None, None]
         return (x_NCHW.float() - offset) * scale

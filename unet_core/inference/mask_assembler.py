@@ -49,7 +49,7 @@ class MaskWindow:
 
     def paste(self, tile: Tile, result: TileResult) -> None:
         """Copy the part of a tile's kept part that lies in the window."""
-        here, there = self.box.shared(*tile.target)
+        here, there = self.box.intersection(*tile.target)
         assert result.mask_HW is not None
         self.mask_HW[here] = result.mask_HW[there]
         if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
@@ -78,13 +78,15 @@ class MaskAssembler:
         self._boxes = mask_windows(*decoded.pixels.shape)
         self.spool = Spool() if len(self._boxes) > 1 else None
         """Holds the bytes of finished windows until the image is known to be good."""
-        self._missing = Counter(box for tile in self.tiles for box in self._under(tile))
+        self._remaining_tiles = Counter(
+            box for tile in self.tiles for box in self._windows_of(tile)
+        )
         self._open: dict[Box, MaskWindow | _BlendedMaskWindow] = {}
 
     @property
     def is_complete(self) -> bool:
         """True when every tile is pasted."""
-        return not self._missing
+        return not self._remaining_tiles
 
     def paste(self, tile: Tile, result: TileResult) -> Iterator[MaskWindow]:
         """Paste the kept part of one tile; yield the windows that it completes."""
@@ -92,7 +94,7 @@ class MaskAssembler:
         if not result.is_finite:
             reason = "the network's output is NaN or infinite here"
             self.fail(tile, ImageError("not_finite", reason), rank=1)
-        for box in self._under(tile):
+        for box in self._windows_of(tile):
             if box not in self._open:
                 self._open[box] = (
                     _BlendedMaskWindow(
@@ -102,9 +104,9 @@ class MaskAssembler:
                     else MaskWindow.empty(box, self._postprocessing)
                 )
             self._open[box].paste(tile, result)
-            self._missing[box] -= 1
-            if not self._missing[box]:
-                del self._missing[box]
+            self._remaining_tiles[box] -= 1
+            if not self._remaining_tiles[box]:
+                del self._remaining_tiles[box]
                 yield self._open.pop(box).finished()
 
     def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
@@ -117,7 +119,7 @@ class MaskAssembler:
         found = min(self._failures, key=lambda failure: failure[:3], default=None)
         return found[3] if found is not None else None
 
-    def _under(self, tile: Tile) -> list[Box]:
+    def _windows_of(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""
         if len(self._boxes) == 1:
             return self._boxes
@@ -141,7 +143,7 @@ class _BlendedMaskWindow:
         self._weight_HW = np.zeros(box.shape, dtype=np.float32)
 
     def paste(self, tile: Tile, result: TileResult) -> None:
-        here, there = self._box.shared(*tile.target)
+        here, there = self._box.intersection(*tile.target)
         assert result.probabilities_KHW is not None
         logits = (side - 2 * self._margin for side in tile.shape)
         weight_HW = np.float32(1) if self._is_alone else importance(*logits)[there]

@@ -33,9 +33,9 @@ from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
 from unet_core.runs.compute import Compute
 from unet_core.runs.manifest import with_members
-from unet_core.runs.parts import MasksPart, commit, metrics_name, metrics_part, totals_of
+from unet_core.runs.parts import MasksPart, commit, compute_totals, metrics_name, metrics_part
 from unet_core.runs.timings import ShardResult, Stopwatch
-from unet_core.storage.spool import local_space
+from unet_core.storage.spool import reports_full_disk
 from unet_core.storage.store import Store
 from unet_core.tiling.geometry import mask_windows
 
@@ -52,7 +52,7 @@ DecodedFile = list[DecodedImage | Rejected]
 
 
 @dataclass
-class _Attempt:
+class _ShardState:
     """One attempt at a shard: the work under way and the rows so far."""
 
     part: MasksPart
@@ -61,7 +61,7 @@ class _Attempt:
     """Stopwatch of the attempt, and its ticket in the line for the device."""
     on_step: Callable[[], None]
     ids: set[str] = field(default_factory=set)
-    running: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
+    pending: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
     """Batches on the device's lanes, in the order in which they were submitted."""
     encoded: dict[int, Future[tuple[Row, Iterable[Row]]]] = field(default_factory=dict)
     """Rows of images that are not in the parts yet, by the number of the image."""
@@ -114,7 +114,7 @@ class ShardSegmenter:
         """Make every shard under way raise StoppedError at its next step."""
         self._cancelled.set()
 
-    @local_space()
+    @reports_full_disk()
     def segment(self, shard: Shard, poison: Mapping[int, ImageError] = NO_FAILURES) -> ShardResult:
         """Segment one shard and commit its parts. ``poison``: failures of images that are not
         touched, by their position in the shard; they become failed rows.
@@ -133,7 +133,7 @@ class ShardSegmenter:
                     replace(sample, failure=poison.get(number, sample.failure))
                     for number, sample in enumerate(drawn)
                 )
-                filled = self._filled(samples, stopwatch, partial(self.step, name))
+                filled = self._segment_samples(samples, stopwatch, partial(self.step, name))
                 with filled as attempt, stopwatch("writing"):
                     totals = self._commit(attempt, shard)
             return ShardResult(name, totals, stopwatch.seconds, time.perf_counter() - start)
@@ -142,17 +142,20 @@ class ShardSegmenter:
 
     def dry_run(self, sample: Sample, on_step: Callable[[], None]) -> None:
         """Segment one image and discard its rows."""
-        with self._lanes.ticket() as stopwatch, self._filled(iter([sample]), stopwatch, on_step):
+        with (
+            self._lanes.ticket() as stopwatch,
+            self._segment_samples(iter([sample]), stopwatch, on_step),
+        ):
             pass
 
     @contextlib.contextmanager
-    def _filled(
+    def _segment_samples(
         self, samples: Iterator[Sample], stopwatch: Stopwatch, on_step: Callable[[], None]
-    ) -> Iterator[_Attempt]:
+    ) -> Iterator[_ShardState]:
         """Segment samples; yields an attempt with its masks part and its rows complete."""
         part = MasksPart(self._encoding, self.footer, self._postprocessing.probabilities != "none")
         with contextlib.closing(part):
-            attempt = _Attempt(part, TileQueue(self.compute), stopwatch, on_step)
+            attempt = _ShardState(part, TileQueue(self.compute), stopwatch, on_step)
             with Prefetch(
                 self._pool,
                 partial(self._decode, attempt),
@@ -162,12 +165,12 @@ class ShardSegmenter:
                 DECODED_BYTES,
                 attrgetter("encoded_bytes"),
             ) as images:
-                self._compute(attempt, images)
-                self._append(attempt, waits=True)
+                self._process_images(attempt, images)
+                self._flush_rows(attempt, waits=True)
                 assert len(attempt.rows) == attempt.seen, f"image {len(attempt.rows)} is missing"
             yield attempt
 
-    def _decode(self, attempt: _Attempt, sample: Sample) -> DecodedFile:
+    def _decode(self, attempt: _ShardState, sample: Sample) -> DecodedFile:
         """Read and decode a file; samples of containers bring their bytes along."""
         with attempt.stopwatch("decoding"):
             reading = attempt.stopwatch("reading", inside="decoding")
@@ -175,7 +178,7 @@ class ShardSegmenter:
             sample = replace(sample, read=reading(sample.read), read_mask=read_mask)
             return self._decoder.decode(sample, attempt.on_step)
 
-    def _compute(self, attempt: _Attempt, files: Iterable[DecodedFile]) -> None:
+    def _process_images(self, attempt: _ShardState, files: Iterable[DecodedFile]) -> None:
         """Run every batch. Images are counted as they come from the reader, before anything can
         happen to them. The next shard gets the device when the last batch of this one is under way.
         """
@@ -183,19 +186,21 @@ class ShardSegmenter:
             for file in files:
                 attempt.on_step()
                 for found in file:
-                    image, index = self._checked(found, attempt.ids), attempt.seen
+                    image, index = self._reject_invalid(found, attempt.ids), attempt.seen
                     attempt.seen += 1
                     if isinstance(image, Rejected):
-                        self._encode(attempt, index, image)
+                        self._submit_rows(attempt, index, image)
                     else:
                         assembler = MaskAssembler(
                             index, image, self.replica.tile_grid, self._postprocessing
                         )
-                        self._start(attempt, attempt.queue.add(assembler))
-            self._start(attempt, attempt.queue.rest())
-        self._paste(attempt, 0)
+                        self._submit_batches(attempt, attempt.queue.add(assembler))
+            self._submit_batches(attempt, attempt.queue.rest())
+        self._collect_batches(attempt, 0)
 
-    def _checked(self, image: DecodedImage | Rejected, ids: set[str]) -> DecodedImage | Rejected:
+    def _reject_invalid(
+        self, image: DecodedImage | Rejected, ids: set[str]
+    ) -> DecodedImage | Rejected:
         """The image, or its rejection if the shard has an earlier one with its id, or if a row
         cannot hold the probabilities of a mask window.
         """
@@ -212,17 +217,17 @@ class ShardSegmenter:
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 
-    def _start(self, attempt: _Attempt, batches: Iterable[list[TileRef]]) -> None:
+    def _submit_batches(self, attempt: _ShardState, batches: Iterable[list[TileRef]]) -> None:
         for pieces in batches:
             batch = self._pool.submit(stack_tiles, pieces)
-            attempt.running.append((pieces, self._lanes.submit(batch, attempt.stopwatch)))
-            self._paste(attempt, self.engine.lanes + 1)
+            attempt.pending.append((pieces, self._lanes.submit(batch, attempt.stopwatch)))
+            self._collect_batches(attempt, self.engine.lanes + 1)
 
-    def _paste(self, attempt: _Attempt, keep: int) -> None:
+    def _collect_batches(self, attempt: _ShardState, keep: int) -> None:
         """Paste finished batches into their masks; wait until at most ``keep`` are under way."""
-        running, encoding = attempt.running, attempt.stopwatch("encoding")
-        while running and (len(running) > keep or running[0][1].done()):
-            pieces, future = running.popleft()
+        pending, encoding = attempt.pending, attempt.stopwatch("encoding")
+        while pending and (len(pending) > keep or pending[0][1].done()):
+            pieces, future = pending.popleft()
             results = future.result()
             attempt.on_step()
             for (assembler, tile), result in zip(pieces, results, strict=True):
@@ -230,13 +235,15 @@ class ShardSegmenter:
                     encode = encoding(self._encoder.window)
                     assembler.encoded.append(self._pool.submit(encode, assembler, window))
                 if assembler.is_complete:
-                    self._encode(attempt, assembler.index, assembler)
+                    self._submit_rows(attempt, assembler.index, assembler)
 
-    def _encode(self, attempt: _Attempt, index: int, image: MaskAssembler | Rejected) -> None:
+    def _submit_rows(
+        self, attempt: _ShardState, index: int, image: MaskAssembler | Rejected
+    ) -> None:
         attempt.encoded[index] = self._pool.submit(self._encoder.image, image)
-        self._append(attempt)
+        self._flush_rows(attempt)
 
-    def _append(self, attempt: _Attempt, waits: bool = False) -> None:
+    def _flush_rows(self, attempt: _ShardState, waits: bool = False) -> None:
         """Add the rows of images to the parts, in order and as far as they are encoded."""
         while (image := attempt.encoded.get(len(attempt.rows))) and (waits or image.done()):
             row, mask_rows = attempt.encoded.pop(len(attempt.rows)).result()
@@ -246,7 +253,7 @@ class ShardSegmenter:
                 attempt.part.add(mask_row)
             self._on_image()
 
-    def _commit(self, attempt: _Attempt, shard: Shard) -> Totals:
+    def _commit(self, attempt: _ShardState, shard: Shard) -> Totals:
         masks, sha256, size = attempt.part.finish()
         footer = {
             **self.footer,
@@ -255,7 +262,7 @@ class ShardSegmenter:
             "masks_bytes": str(size),
         }
         counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
-        totals = totals_of(counts, self.output.uri(metrics_name(shard.shard_id)))
+        totals = compute_totals(counts, self.output.uri(metrics_name(shard.shard_id)))
         log.info("committed shard=%s images=%d failed=%d",
                  shard.shard_id, attempt.seen, totals.failed)  # fmt: skip
         return totals

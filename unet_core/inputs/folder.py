@@ -34,19 +34,21 @@ SHOWN = 3
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """Groups of ``input.shard_images`` images, by name; raises ConfigError if no mask fits any."""
-    yield from grouped(source, _pair(source), known)
+    yield from group_into_shards(source, _pair_masks(source), known)
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
     root, masks = source.root, source.mask_root
     for member in shard.members:
-        image = File(root, member.key, member.etag)
-        mask = File(masks, member.mask, member.mask_etag) if member.mask else None
+        image = ListedFile(root, member.key, member.etag)
+        mask = ListedFile(masks, member.mask, member.mask_etag) if member.mask else None
         yield sample_of(member, root.uri(member.key), image, mask)
 
 
-def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None") -> Sample:
+def sample_of(
+    member: Member, source_uri: str, image: "ListedFile", mask: "ListedFile | None"
+) -> Sample:
     """A loose image with its truth; lists may not know how large it is."""
     may_be_large = member.bytes > sample_module.LARGE_FILE_BYTES or (
         not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
@@ -62,7 +64,7 @@ def sample_of(member: Member, source_uri: str, image: "File", mask: "File | None
     )
 
 
-def grouped(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
+def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
     """Shards of ``input.shard_images`` loose images, without those that are known."""
     new = (member for member in members if not is_known(member, known))
     first = 0
@@ -71,7 +73,7 @@ def grouped(source: Source, members: Iterable[Member], known: Known) -> Iterator
         first += len(some)
 
 
-def _pair(source: Source) -> list[Member]:
+def _pair_masks(source: Source) -> list[Member]:
     """Pair every image with its mask by equal stems, and remove the masks from the images.
 
     A mask may also be named after the whole image, as exports are: ``a.tif.png`` of ``a.tif``.
@@ -97,7 +99,7 @@ def _pair(source: Source) -> list[Member]:
         label = by_stem.get(stem_of(entry.name)) or by_stem.get(entry.name)  # an exported mask
         truth = (label.name, label.etag) if label is not None else ()
         members.append(Member(entry.name, entry.bytes, entry.etag, *truth))
-    _say_unmatched(members, [label.name for label in by_stem.values()], masks)
+    _report_unmatched(members, [label.name for label in by_stem.values()], masks)
     return members
 
 
@@ -122,10 +124,10 @@ def label_keys(shard: Shard, image_id: str) -> Iterator[str]:
 
 def open_label(source: Source, name: str, etag: str | None) -> Sample:
     """A label image below ``source.mask_root``."""
-    return label_sample(name, File(source.mask_root, name, etag))
+    return label_sample(name, ListedFile(source.mask_root, name, etag))
 
 
-def label_sample(name: str, mask: "File") -> Sample:
+def label_sample(name: str, mask: "ListedFile") -> Sample:
     """A sample of a label image alone."""
     return Sample(name, "", "", bytes, read_mask=mask.read, open_mask=mask.open)
 
@@ -149,7 +151,7 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
     return by_stem
 
 
-def _say_unmatched(members: list[Member], labels: list[str], masks: str) -> None:
+def _report_unmatched(members: list[Member], labels: list[str], masks: str) -> None:
     lonely, images = [member.key for member in members if member.mask is None], len(members)
     if not lonely:
         return
@@ -164,7 +166,7 @@ def _say_unmatched(members: list[Member], labels: list[str], masks: str) -> None
 
 
 @dataclass(frozen=True)
-class File:
+class ListedFile:
     """A loose object, to be read whole or in pieces, as it was when it was listed.
 
     Reading raises StoreError, and ImageError (``missing``, ``changed``) if it is only this object.
@@ -176,24 +178,24 @@ class File:
 
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
         """All bytes, or those in [start, stop)."""
-        return self._held(lambda: self.store.read(self.name, start, stop, self.etag))
+        return self._translate_errors(lambda: self.store.read(self.name, start, stop, self.etag))
 
     def open(self) -> Ranged:
         """Return its size and a reader of byte ranges."""
-        size = self._held(lambda: self.store.entry(self.name).bytes)
+        size = self._translate_errors(lambda: self.store.entry(self.name).bytes)
         return Ranged(size, self.read)
 
-    def _held(self, look: Callable[[], ResultT]) -> ResultT:
+    def _translate_errors(self, look: Callable[[], ResultT]) -> ResultT:
         try:
             return look()
         except ChangedError as error:
             raise ImageError("changed", str(error)) from error
         except NotFoundError as error:
-            require_there(self.store)
+            require_root_exists(self.store)
             raise ImageError("missing", f"{error}; it was there when the run began") from error
 
 
-def require_there(root: Store) -> None:
+def require_root_exists(root: Store) -> None:
     """Raises StoreError if it is not one object of the input that is gone, but all of it."""
     if not root.exists():
         raise StoreError(f"{root.uri()} is gone; was it unmounted, or deleted?")

@@ -73,7 +73,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
         if shard.uri and source.root.is_local:  # objects are held to their etag by each request
             source.root.require_etag(shard.uri, shard.etag)
     except (ChangedError, NotFoundError) as error:
-        folder.require_there(source.root)
+        folder.require_root_exists(source.root)
         raise ShardError(f"{error}; restore it, or begin a new run") from error
 
 
@@ -89,7 +89,7 @@ def is_there(source: Source, shard: Shard) -> bool:
     try:
         return source.root.entry(shard.uri).etag == shard.etag
     except NotFoundError:
-        folder.require_there(source.root)
+        folder.require_root_exists(source.root)
         return False
 
 

@@ -22,7 +22,7 @@ from unet_core.errors import ConfigError, NotFoundError
 from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
-from unet_core.inputs.folder import File, grouped, label_sample, sample_of
+from unet_core.inputs.folder import ListedFile, group_into_shards, label_sample, sample_of
 from unet_core.inputs.parquet import EXTENSIONS
 from unet_core.inputs.shards import Known, Member, Shard, Source, member_ids
 from unet_core.storage.store import Store, split
@@ -52,7 +52,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """
-    yield from grouped(source, all_members(source), known)
+    yield from group_into_shards(source, all_members(source), known)
 
 
 def all_members(source: Source) -> Iterator[Member]:
@@ -70,12 +70,12 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
         yield sample_of(member, member.uri, image, mask)
 
 
-def file_of(source: Source, uri: str, etag: str | None) -> File:
+def file_of(source: Source, uri: str, etag: str | None) -> ListedFile:
     """One listed object, below the prefix that allows it."""
     prefix = Allowed.of(source).prefix_of(uri)
     store = _store_of(prefix, source.root)
     # what lists call an etag is that of object stores: on local disk it says nothing
-    return File(store, uri[len(prefix) :], None if store.is_local else etag)
+    return ListedFile(store, uri[len(prefix) :], None if store.is_local else etag)
 
 
 def list_labels(source: Source) -> dict[str, tuple[str, str | None]]:

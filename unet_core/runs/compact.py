@@ -14,8 +14,8 @@ from unet_core.concurrency import map_in_order
 from unet_core.runs import schema
 from unet_core.runs.parts import read_footer, read_metrics
 from unet_core.runs.run import METRICS, Record
-from unet_core.storage.parquet_files import RowGroups
-from unet_core.storage.spool import local_space
+from unet_core.storage.parquet_files import RowGroupWriter
+from unet_core.storage.spool import reports_full_disk
 from unet_core.storage.store import Store
 
 COMPACTED = pa.schema([pa.field("shard_id", pa.string()), *schema.METRICS])
@@ -26,7 +26,7 @@ BATCH_ROWS = 8192
 """Rows read at a time: a few megabytes."""
 
 
-@local_space()
+@reports_full_disk()
 def compact(store: Store, record: Record) -> None:
     """Write ``metrics.parquet`` unless it exists and was made from all parts of the run.
 
@@ -40,7 +40,7 @@ def compact(store: Store, record: Record) -> None:
         "class_names": json.dumps(record.class_names),
         PARTS: digest,
     }
-    with closing(RowGroups(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
+    with closing(RowGroupWriter(COMPACTED.with_metadata(footer), GROUP_BYTES)) as file:
         for rows in _tables(store, ids):
             file.append(rows)
         store.publish(METRICS, file.complete())

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from unet_core.errors import ConfigError
 from unet_core.inputs.shards import Known, Member, Shard
 from unet_core.runs.schema import MANIFEST, MEMBER
-from unet_core.storage.spool import drop, local_space, spooled
+from unet_core.storage.spool import drop, reports_full_disk, spooled
 from unet_core.storage.store import Store
 
 SHARDS_PER_GROUP = 16
@@ -55,7 +55,7 @@ def draft(shards: Iterable[Shard], generation: int = 0) -> Iterator[Draft]:
     """
     file = spooled()
     try:
-        with local_space():
+        with reports_full_disk():
             heads = _write(iter(shards), file, generation)
             file.flush()
         yield Draft(heads, file, generation)

@@ -14,9 +14,9 @@ from unet_core.metrics import Totals
 from unet_core.runs import schema
 from unet_core.storage.parquet_files import (
     COMPRESSION,
-    RowGroups,
-    parquet_of,
-    table_of,
+    RowGroupWriter,
+    decode_parquet,
+    encode_parquet,
     whole_parquet,
 )
 from unet_core.storage.store import Store
@@ -39,7 +39,7 @@ def metrics_name(shard_id: str) -> str:
     return f"metrics/{shard_id}.parquet"
 
 
-class MasksPart(RowGroups):
+class MasksPart(RowGroupWriter):
     """A masks part while it is being built."""
 
     def __init__(
@@ -74,7 +74,7 @@ def metrics_part(
 ) -> bytes:
     """Encode a metrics part."""
     table = pa.Table.from_pylist(rows, schema=columns.with_metadata(dict(footer)))
-    return parquet_of(table, **COMPRESSION)
+    return encode_parquet(table, **COMPRESSION)
 
 
 def commit(store: Store, shard_id: str, masks: BinaryIO, metrics: bytes) -> bytes:
@@ -119,7 +119,7 @@ def _require_its_masks(store: Store, shard_id: str) -> None:
 
 def _differ_only_by_failures(kept: bytes, metrics: bytes) -> bool:
     """Whether two metrics parts differ only in images that circumstances failed in one of them."""
-    both = [table_of(part).to_pylist() for part in (kept, metrics)]
+    both = [decode_parquet(part).to_pylist() for part in (kept, metrics)]
     uncertain = {
         row["image_id"] for rows in both for row in rows if row["error_code"] in CIRCUMSTANTIAL
     }
@@ -143,7 +143,7 @@ def read_metrics(store: Store, shard_id: str) -> tuple[pa.Table, dict[str, str]]
 
 def _opened(part: bytes, uri: str) -> tuple[pa.Table, dict[str, str]]:
     with whole_parquet(uri):
-        table = table_of(part)
+        table = decode_parquet(part)
     return table, _footer(table.schema)
 
 
@@ -163,7 +163,7 @@ def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
         return file.read(columns=list(columns))
 
 
-def ids_in(store: Store, folder: str) -> set[str]:
+def list_shard_ids(store: Store, folder: str) -> set[str]:
     """List the ids of shards that have their part in a folder. One listing."""
     entries = store.list(folder)
     return {e.name.removesuffix(".parquet") for e in entries if not e.name.startswith("_")}
@@ -179,7 +179,7 @@ def current_ids(run: Store, store: Store, folder: str) -> set[str]:
         now = masks_sha256(run, metrics_name(shard_id))
         return now is not None and now == masks_sha256(store, f"{folder}/{shard_id}.parquet")
 
-    ids = ids_in(store, folder)
+    ids = list_shard_ids(store, folder)
     return set(compress(ids, map_in_order(is_current, ids)))
 
 
@@ -193,10 +193,10 @@ def masks_sha256(store: Store, name: str) -> str | None:
 def read_totals(store: Store, shard_id: str) -> Totals:
     """Read the totals of a committed shard."""
     name = metrics_name(shard_id)
-    return totals_of(store.read(name), store.uri(name))
+    return compute_totals(store.read(name), store.uri(name))
 
 
-def totals_of(part: bytes, uri: str) -> Totals:
+def compute_totals(part: bytes, uri: str) -> Totals:
     """Compute the totals of a metrics part."""
     rows, footer = _opened(part, uri)
     if "images_seen" not in footer:

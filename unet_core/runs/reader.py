@@ -62,7 +62,7 @@ class StoredMask:
             return self.windows[wanted]()
         cut_HW: Array | None = None
         for box, read in self.windows.items():
-            here, there = wanted.shared(
+            here, there = wanted.intersection(
                 slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
             )
             if any(side.start == side.stop for side in here):

@@ -27,7 +27,7 @@ from unet_core.runs import schema
 from unet_core.runs.compute import Compute
 from unet_core.runs.identity import Identity, check_identity_or_empty, create_or_read
 from unet_core.runs.manifest import FOLDER, Draft, manifest_name, read_heads
-from unet_core.runs.parts import ids_in, metrics_name, read_totals
+from unet_core.runs.parts import list_shard_ids, metrics_name, read_totals
 from unet_core.storage.store import Store, is_temporary
 from unet_core.tiling.tile_grid import TileGrid
 
@@ -123,7 +123,7 @@ class Run:
         Raises RunMismatchError if that run has another identity.
         """
         assert self.record is None
-        if not self.store.has_one_winner():
+        if not self.store.supports_exclusive_create():
             log.warning(
                 "%s: this store overwrites what is to be created once, so nothing keeps two "
                 "drivers of this run apart; start only one at a time",
@@ -161,7 +161,7 @@ class Run:
 
     def committed(self) -> set[str]:
         """List the ids of committed shards, which have a metrics part. One listing."""
-        return ids_in(self.store, "metrics")
+        return list_shard_ids(self.store, "metrics")
 
     def totals(self, shard_ids: set[str]) -> Totals:
         """Sum the totals of committed shards, read from their metrics parts."""
@@ -172,7 +172,7 @@ class Run:
         self.store.remove(SUCCESS)
         self.store.remove(METRICS)
 
-    def forget_failed(self, shards: list[Shard], is_there: Callable[[Shard], bool]) -> int:
+    def uncommit_failed(self, shards: list[Shard], is_there: Callable[[Shard], bool]) -> int:
         """Remove the commits of shards with failed images, so that they are segmented again.
 
         Returns their number. A shard whose file changed or is gone keeps its commit.

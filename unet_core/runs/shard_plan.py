@@ -43,7 +43,7 @@ def plan_shards(
         with manifest.draft(list_shards(source)) as draft:
             yield ShardPlan(draft.heads, _left(run, draft.heads), draft)
         return
-    retried = run.forget_failed(known, partial(is_there, source)) if retry_failed else 0
+    retried = run.uncommit_failed(known, partial(is_there, source)) if retry_failed else 0
     new = _add_new_shards(run, source, known) if refresh else []
     shards = [*known, *new]
     left = _left(run, shards)

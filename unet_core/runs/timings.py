@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from unet_core.concurrency import map_in_order
 from unet_core.errors import StoreError
 from unet_core.metrics import Totals, added
-from unet_core.storage.parquet_files import parquet_of, table_of
+from unet_core.storage.parquet_files import decode_parquet, encode_parquet
 from unet_core.storage.store import Store
 
 FLUSH_S = 60.0  # a driver that dies loses the timings of a minute, and a day makes 1,440 files
@@ -175,7 +175,7 @@ class TimingsLog:
     def flush(self) -> None:
         """Write what was collected, if anything was."""
         if self._rows:
-            data = parquet_of(pa.Table.from_pylist(self._rows, schema=TIMINGS))
+            data = encode_parquet(pa.Table.from_pylist(self._rows, schema=TIMINGS))
             self._store.publish(f"timings/{self._start}-{self._files:05d}.parquet", data)
             self._files += 1
         self._rows, self._flushed = [], time.monotonic()
@@ -184,7 +184,7 @@ class TimingsLog:
 def read_timings(store: Store, files: int) -> pa.Table:
     """Rows of the newest ``files`` files of a run's ``timings/``, oldest first."""
     names = [f"timings/{entry.name}" for entry in store.list("timings")][-files:]
-    tables = map_in_order(lambda name: table_of(store.read(name)), names)
+    tables = map_in_order(lambda name: decode_parquet(store.read(name)), names)
     return pa.concat_tables([TIMINGS.empty_table(), *tables])
 
 

@@ -22,7 +22,7 @@ from unet_core.inputs.formats import FORMATS
 from unet_core.inputs.shards import Shard, Source
 from unet_core.metrics import Totals
 from unet_core.runs.manifest import with_members
-from unet_core.runs.parts import ids_in, masks_name, read_metrics
+from unet_core.runs.parts import list_shard_ids, masks_name, read_metrics
 from unet_core.runs.reader import OpenMasks, open_run
 from unet_core.runs.run import Record, Run
 from unet_core.storage.store import is_temporary
@@ -99,7 +99,7 @@ def _check_input_unchanged(
 
 
 def _check_orphans(run: Run, expected: set[str], committed: set[str], findings: Findings) -> None:
-    found = {"metrics": committed, "masks": ids_in(run.store, "masks") - committed}
+    found = {"metrics": committed, "masks": list_shard_ids(run.store, "masks") - committed}
     findings.problems += [
         f"{folder}/{shard_id}.parquet belongs to no shard of the manifest"
         for folder, ids in found.items()

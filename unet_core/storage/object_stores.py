@@ -194,7 +194,9 @@ def _is_about_credentials(error: BaseException) -> bool:
     )
 
 
-def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: float) -> ResultT:
+def retry_transient(
+    call: Callable[[], ResultT], verb: str, where: str, deadline_s: float
+) -> ResultT:
     """Call, and try again with growing pauses while the error is transient, until the deadline.
 
     Raises NotFoundError, FileExistsError and ChangedError, StoreError for the rest.
@@ -207,7 +209,7 @@ def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: floa
             raise
         except Exception as error:  # the libraries of the stores share no base class
             if not is_transient(error):
-                raise refused(verb, where, error) from error
+                raise as_store_error(verb, where, error) from error
             if time.monotonic() + pause > end:
                 raise StoreError(
                     f"cannot {verb} {where}: tried for {deadline_s:g} s, last: {_reason(error)}; "
@@ -217,7 +219,7 @@ def persist(call: Callable[[], ResultT], verb: str, where: str, deadline_s: floa
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def refused(verb: str, where: str, error: BaseException) -> StoreError:
+def as_store_error(verb: str, where: str, error: BaseException) -> StoreError:
     """Convert a permanent error to a StoreError that tells the next step."""
     missing = (FileNotFoundError, NotADirectoryError) if verb == "list" else FileNotFoundError
     if isinstance(error, missing):

@@ -28,7 +28,7 @@ def whole_parquet(uri: str) -> Iterator[None]:
         ) from error
 
 
-def table_of(data: bytes) -> pa.Table:
+def decode_parquet(data: bytes) -> pa.Table:
     """Read the rows of a Parquet file.
 
     ``pq.read_table`` has threads that may still hold Python objects when it returns, and abort a
@@ -37,14 +37,14 @@ def table_of(data: bytes) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read()
 
 
-def parquet_of(table: pa.Table, **how: Any) -> bytes:
+def encode_parquet(table: pa.Table, **how: Any) -> bytes:
     """Encode rows as a Parquet file; zstd unless ``how`` names another compression."""
     sink = io.BytesIO()
     pq.write_table(table, sink, **{"compression": "zstd", **how})
     return sink.getvalue()
 
 
-class RowGroups:
+class RowGroupWriter:
     """A Parquet file while it is being built, spooled to local disk once it is large.
     Row groups are cut by bytes, so the file depends on its rows alone.
     """

@@ -17,7 +17,7 @@ class Ranged:
     """Bytes [start, stop); raises StoreError."""
 
 
-class Ranges(io.RawIOBase):
+class RangeFile(io.RawIOBase):
     """A ranged object as a read-only file: seeking is free, every read is one request."""
 
     def __init__(self, ranged: Ranged, where: str) -> None:

@@ -17,7 +17,7 @@ IN_MEMORY_BYTES = 8 * 2**20
 
 
 @contextlib.contextmanager
-def local_space() -> Iterator[None]:
+def reports_full_disk() -> Iterator[None]:
     """Turn errors for want of temporary space into a StoreError that names the folder."""
     try:
         yield

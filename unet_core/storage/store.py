@@ -25,7 +25,7 @@ from unet_core.config.sections import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage import object_stores
 from unet_core.storage.parquet_files import whole_parquet
-from unet_core.storage.ranges import Ranged, Ranges
+from unet_core.storage.ranges import Ranged, RangeFile
 
 ResultT = TypeVar("ResultT")
 
@@ -116,7 +116,7 @@ class Store:
             return self._try("open", name, lambda: open(self._path(name), "rb", buffering=0))
         size = self.entry(name).bytes if size is None else size
         ranged = Ranged(size, lambda start, stop: self.read(name, start, stop, etag))
-        return Ranges(ranged, self.uri(name))
+        return RangeFile(ranged, self.uri(name))
 
     @contextlib.contextmanager
     def open_parquet(
@@ -154,7 +154,7 @@ class Store:
         try:
             yield from self._walk(path) if self.is_local else self._find(path)
         except OSError as error:
-            raise object_stores.refused("list", self.uri(folder), error) from error
+            raise object_stores.as_store_error("list", self.uri(folder), error) from error
 
     def publish(self, name: str, source: bytes | BinaryIO) -> None:
         """Make an object appear whole, replacing any earlier one."""
@@ -196,9 +196,9 @@ class Store:
                 with tempfile.TemporaryFile(dir=folder) as file:
                     file.write(b"probe")
             except OSError as error:
-                raise object_stores.refused("write", folder, error) from error
+                raise object_stores.as_store_error("write", folder, error) from error
 
-    def has_one_winner(self) -> bool:
+    def supports_exclusive_create(self) -> bool:
         """Whether the store refuses a second object of one name, as ``publish_exclusively`` needs.
 
         Local disks do. On others a small object is created twice, and removed.
@@ -242,8 +242,8 @@ class Store:
             except FileExistsError:
                 raise
             except OSError as error:
-                raise object_stores.refused(verb, self.uri(name), error) from error
-        return object_stores.persist(call, verb, self.uri(name), self.storage.deadline_s)
+                raise object_stores.as_store_error(verb, self.uri(name), error) from error
+        return object_stores.retry_transient(call, verb, self.uri(name), self.storage.deadline_s)
 
     def _read_locally(
         self, name: str, start: int | None, stop: int | None, etag: str | None
@@ -292,7 +292,7 @@ class Store:
         """List entries directly below a prefix; none if it is gone. Raises if the root is gone."""
         where = str(self.fs.unstrip_protocol(path))
         try:
-            found: list[dict[str, Any]] = object_stores.persist(
+            found: list[dict[str, Any]] = object_stores.retry_transient(
                 lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
             )
         except NotFoundError:

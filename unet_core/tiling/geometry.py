@@ -188,7 +188,7 @@ class Box(NamedTuple):
         """Height and width."""
         return self.height, self.width
 
-    def shared(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
+    def intersection(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
         """Intersect with rows and columns: slices from its corner and from theirs, maybe empty."""
         here, there = [], []
         for at, length, other in ((self.y, self.height, rows), (self.x, self.width, columns)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unet_core.inference.engine import memory_format, movable
+from unet_core.inference.engine import memory_format, to_tensor
 from unet_core.training.crops import Crop, CropShape
 
 
@@ -66,7 +66,7 @@ def no_examples(shape: CropShape, channels: int, device: torch.device) -> Exampl
 
 def _stacked(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
     # asynchronous copies to other devices may read memory that was freed in the meantime
-    return movable(np.stack(arrays), device).to(device, non_blocking=device.type == "cuda")
+    return to_tensor(np.stack(arrays), device).to(device, non_blocking=device.type == "cuda")
 
 
 def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tensor:

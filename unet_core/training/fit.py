@@ -18,7 +18,7 @@ import torch
 from unet_core.config.train import TrainConfig
 from unet_core.errors import DivergedError, StoppedError
 from unet_core.inference.engine import choose_device
-from unet_core.memory import keep_freed, usable_bytes
+from unet_core.memory import retain_freed_memory, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, ImageCache, open_splits
@@ -119,7 +119,7 @@ def fit(
         torch.cuda.set_device(device)  # for NCCL, which uses the current device
         torch.backends.cudnn.benchmark = True  # all crops have one shape
     if device.type == "cpu":
-        keep_freed()
+        retain_freed_memory()
     run = ranks.on_all(lambda: open_training(config))
     run.record = ranks.on_first(lambda: run.record)
     if ranks.on_first(lambda: run.is_finished):

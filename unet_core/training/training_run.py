@@ -24,7 +24,7 @@ from unet_core.runs.identity import Identity, check_identity_or_empty, create_or
 from unet_core.runs.manifest import manifest_name
 from unet_core.runs.run import RUN_JSON, SUCCESS
 from unet_core.runs.schema import HISTORY
-from unet_core.storage.parquet_files import parquet_of
+from unet_core.storage.parquet_files import encode_parquet
 from unet_core.storage.store import Store, is_temporary
 from unet_core.training.dataset import Splits
 
@@ -141,7 +141,7 @@ class TrainingRun:
             for split in splits
             for shard, count in zip(split.input.shards, split.counts, strict=True)
         ]
-        self.store.publish(manifest_name(0), parquet_of(pa.Table.from_pylist(rows)))
+        self.store.publish(manifest_name(0), encode_parquet(pa.Table.from_pylist(rows)))
 
     def load_counts(self, splits: Splits) -> None:
         """Set the image counts from the manifest; raises RunMismatchError if the shards changed."""
@@ -164,7 +164,7 @@ class TrainingRun:
         """Publish the history since the last checkpoint, then a checkpoint; remove older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
-            self.store.publish(HISTORY_FILE.format(position.step), parquet_of(table))
+            self.store.publish(HISTORY_FILE.format(position.step), encode_parquet(table))
             self.history = []
         data = checkpoint.pack(tensors, {"position": json.dumps(vars(position))})
         self.store.publish(CHECKPOINT.format(position.step), data)

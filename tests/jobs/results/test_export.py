@@ -52,7 +52,7 @@ def digests(folder):
     }
 
 
-def ids_in(path):
+def list_shard_ids(path):
     return decode_labels(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)[0]
 
 
@@ -79,7 +79,7 @@ def test_exported_masks_are_those_of_the_run_and_named_after_its_images(
     assert [row["file"] for row in index] == [f"cell{n:02d}.png.{extension}" for n in range(12)]
     for row in index:
         mask_HW = open_run(str(run)).mask(row["image_id"])
-        assert (ids_in(out / row["file"]) == mask_HW).all()
+        assert (list_shard_ids(out / row["file"]) == mask_HW).all()
         assert mask_HW.shape == (row["height"], row["width"])
 
 
@@ -104,8 +104,8 @@ def test_objects_are_the_same_as_labels_as_rows_and_as_annotations(run, tmp_path
     assert rows == rows_of(tmp_path / "png" / "objects") == rows_of(tmp_path / "coco" / "objects")
     found = annotated(tmp_path / "coco")
     for name, image_HW, _ in pictures():
-        labels_HW = ids_in(tmp_path / "png" / f"{name}.png.png")
-        assert (ids_in(tmp_path / "tiff" / f"{name}.png.tif") == labels_HW).all()
+        labels_HW = list_shard_ids(tmp_path / "png" / f"{name}.png.png")
+        assert (list_shard_ids(tmp_path / "tiff" / f"{name}.png.tif") == labels_HW).all()
         mine = [row for row in rows if row["image_id"] == f"{name}.png"]
         assert len(mine) == labels_HW.max() == len(found[f"{name}.png"])
         for row, annotation in list(zip(mine, found[f"{name}.png"], strict=True))[:5]:
@@ -239,7 +239,7 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
     results = open_run(str(tmp_path / "large"))
     for number in range(3):
         mask_HW = results.mask(f"{number}.tif")
-        assert (ids_in(tmp_path / "tiff" / f"{number}.tif.tif") == mask_HW).all()
+        assert (list_shard_ids(tmp_path / "tiff" / f"{number}.tif.tif") == mask_HW).all()
         (annotation,) = annotations[f"{number}.tif"]
         assert (pycoco.decode(annotation["segmentation"]) == mask_HW).all()
         wanted = measure_instances(find_objects(mask_HW, splits=False), None)
@@ -288,4 +288,4 @@ def test_intensities_are_null_where_the_image_is_gone(make_config, tmp_path, run
     arguments = ("--format", "png", "--out", tmp_path / "out", "--objects", "components")
     code, text, _ = run_cli("export", tmp_path / "run", *arguments)
     assert (code, "mean_intensity is null" in text) == (0, True)
-    assert ids_in(tmp_path / "out" / "cell00.png.png").max() > 1
+    assert list_shard_ids(tmp_path / "out" / "cell00.png.png").max() > 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jobs.scheduler.dispatch import dispatch
 from jobs.scheduler.events import Died, Done, Ready
-from jobs.scheduler.scheduler import PREFETCH
+from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
 from tests.support.runs import board_of, shard
 from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import WorkersError
@@ -46,7 +46,7 @@ class ScriptedWorkers:
         self.held[actor].append(attempt)
         self.started.append((attempt.shard.shard_id, attempt.alone))
         assert attempt.alone or attempt.isolation_timeout_s is None
-        assert len(self.held[actor]) <= PREFETCH
+        assert len(self.held[actor]) <= MAX_SHARDS_PER_WORKER
         assert not (attempt.alone and len(self.held[actor]) > 1)
 
     def want(self, actors, shards) -> int:

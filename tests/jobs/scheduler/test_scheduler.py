@@ -11,8 +11,8 @@ from unet_core.config.predict import ErrorsConfig
 def test_patience_follows_the_size_of_a_shard_and_the_rate_of_the_run():
     stall_timeout, small, large = StallTimeout(100.0), shard("s", 10), shard("l", 10**9)
     assert stall_timeout.limit_s(large) == 100
-    stall_timeout.learn(shard("m", 10**7), 10.0)
-    stall_timeout.learn(shard("m", 10**7), 2.0)
+    stall_timeout.record_duration(shard("m", 10**7), 10.0)
+    stall_timeout.record_duration(shard("m", 10**7), 2.0)
     assert stall_timeout.limit_s(small) == pytest.approx(100, abs=1)
     assert stall_timeout.limit_s(large) == pytest.approx(100 + 6 * 100, rel=0.15)
 
@@ -21,7 +21,7 @@ def board_of_one():
     now = [0.0]
     scheduler = board_of([shard("a"), shard("b")], deadline_s=1e-6)
     scheduler.clock = lambda: now[0]
-    scheduler.note(Ready("first"))
+    scheduler.handle(Ready("first"))
     scheduler.next_for("first"), scheduler.next_for("first")
     return scheduler, now
 
@@ -30,10 +30,10 @@ def test_slow_work_that_makes_steps_is_never_given_up():
     scheduler, now = board_of_one()
     for step in range(50):
         now[0] += 100
-        scheduler.note(Heartbeat("first", {"a": step + 1, "b": 7}))
+        scheduler.handle(Heartbeat("first", {"a": step + 1, "b": 7}))
         assert list(scheduler.overdue()) == []
     now[0] += 121
-    scheduler.note(
+    scheduler.handle(
         Heartbeat("first", {"a": 50, "b": 8})
     )  # the next one is read, this one stands still
     ((actor, reason),) = scheduler.overdue()
@@ -59,11 +59,11 @@ def test_a_trial_that_comes_to_no_end_is_held_once_more_and_a_lost_node_does_not
     scheduler = board_of([shard("a")], ErrorsConfig(max_attempts=1))
     deaths = [False, True, True, False, False]  # alone; nodes lost on trial; deaths on trial
     for number, node_lost in enumerate(deaths):
-        scheduler.note(Ready(f"actor-{number}"))
+        scheduler.handle(Ready(f"actor-{number}"))
         attempt = scheduler.next_for(f"actor-{number}")
         assert (attempt.isolation_timeout_s is not None) == (number > 0)
         assert not scheduler.set_aside
-        scheduler.note(Died(f"actor-{number}", "it died", node_lost))
+        scheduler.handle(Died(f"actor-{number}", "it died", node_lost))
     assert scheduler.set_aside == {
         "a": "it still crashes workers after its images were isolated: it died"
     }
@@ -85,7 +85,7 @@ def test_a_refused_shard_is_set_aside_at_once():
     scheduler = board_of([shard("a")])
     scheduler.in_flight = {"first": []}
     scheduler.next_for("first")
-    scheduler.note(Refused("first", "a", "it is gone"))
+    scheduler.handle(Refused("first", "a", "it is gone"))
     assert not scheduler.open
     assert (scheduler.set_aside, scheduler.failure_count) == ({"a": "it is gone"}, {})
 
@@ -125,6 +125,6 @@ def test_what_an_actor_holds_makes_no_other_useful():
         pass
     scheduler.in_flight["second"] = []
     assert scheduler.next_for("second") is not None
-    assert (scheduler.open, scheduler.useful) == (3, 2)
+    assert (scheduler.open, scheduler.max_useful_workers) == (3, 2)
     scheduler.died(Died("first", "died"))
-    assert (scheduler.open, scheduler.useful) == (3, 3)
+    assert (scheduler.open, scheduler.max_useful_workers) == (3, 3)

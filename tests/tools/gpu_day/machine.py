@@ -11,7 +11,7 @@ import torch
 
 from tests.tools.gpu_day.day import Measurement, Setup
 from tests.tools.gpu_day.pieces import matrix_tflops
-from unet_core.inference.engine import movable
+from unet_core.inference.engine import to_tensor
 
 LIBRARIES = ("torch", "triton", "numpy", "pillow", "pyarrow", "ray")
 COPIED_BYTES = (2**23, 2**26)
@@ -102,7 +102,7 @@ def casts(setup: Setup) -> Iterator[Measurement]:
 
 def _uint16(setup: Setup) -> bool:
     values = np.arange(65536, dtype=np.uint16)
-    there = movable(values, setup.device).to(setup.device).float()
+    there = to_tensor(values, setup.device).to(setup.device).float()
     return bool(np.array_equal(there.cpu().numpy(), values.astype(np.float32)))
 
 

@@ -121,7 +121,7 @@ def _confined(setup: Setup, share: float) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return {
         "peak GiB": peak / 2**30,
-        "most pixels": engine.most_pixels,
+        "most pixels": engine.max_batch_pixels,
         "same bits": digest(got) == want,
     }
 

@@ -193,7 +193,7 @@ def test_a_slide_is_its_first_page():
     np.testing.assert_array_equal(opened(slide()).read(0, 0, HEIGHT, WIDTH), RGB8)
 
 
-class Ranges:
+class RangeFile:
     """Remembers what was read of a file."""
 
     def __init__(self, data):
@@ -206,7 +206,7 @@ class Ranges:
 
 def test_only_touched_segments_are_read_and_each_once(monkeypatch):
     monkeypatch.setattr(large_tiff, "READ_BYTES", 512)
-    ranges = Ranges(FILES["tiles, deflate"])
+    ranges = RangeFile(FILES["tiles, deflate"])
     image = open_large(Ranged(len(ranges.data), ranges), RULES)
     assert sum(stop - start for start, stop in ranges.reads) < len(ranges.data) / 3
     ranges.reads.clear()
@@ -218,7 +218,7 @@ def test_only_touched_segments_are_read_and_each_once(monkeypatch):
 
 
 def test_only_chosen_channels_are_read():
-    ranges = Ranges(FILES["OME"])
+    ranges = RangeFile(FILES["OME"])
     file = Ranged(len(ranges.data), ranges)
     image = open_large(file, reading(10**6, channels=(2, 4)))
     ranges.reads.clear()
@@ -228,7 +228,7 @@ def test_only_chosen_channels_are_read():
 
 def test_threads_share_segments_and_failures():
     data = FILES["tiles, zstd"]
-    ranges = Ranges(data)
+    ranges = RangeFile(data)
     image = open_large(Ranged(len(data), ranges), RULES)
     ranges.reads.clear()
     start = threading.Barrier(8)

@@ -13,7 +13,7 @@ from unet_core.inference.engine import (
     Engine,
     choose_device,
     memory_format,
-    movable,
+    to_tensor,
 )
 from unet_core.inference.postprocessing import Postprocessing
 from unet_core.networks.header import Header, palette_of
@@ -172,7 +172,7 @@ def test_a_batch_that_does_not_fit_is_split_and_the_size_remembered():
 def test_apples_gpus_get_what_they_take(kind):
     device, is_apple = torch.device(kind), kind == "mps"
     wide, values = np.array([0, 65535], np.uint16), np.array([0, 255], np.uint8)
-    assert movable(wide, device).dtype == (torch.float32 if is_apple else torch.uint16)
-    assert movable(wide, device).tolist() == [0, 65535]
-    assert movable(values, device).dtype == torch.uint8
+    assert to_tensor(wide, device).dtype == (torch.float32 if is_apple else torch.uint16)
+    assert to_tensor(wide, device).tolist() == [0, 65535]
+    assert to_tensor(values, device).dtype == torch.uint8
     assert (memory_format(device) == torch.channels_last) == (not is_apple)

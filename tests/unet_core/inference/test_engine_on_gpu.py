@@ -129,8 +129,8 @@ def test_a_batch_waits_for_the_device_as_often_whatever_it_holds(count):
 @pytest.mark.parametrize(
     ("right", "wrong", "refusal"),
     [
-        ("movable(batch.tiles_NCHW, self.device).to(self.device)",
-         "movable(batch.tiles_NCHW, self.device)", RuntimeError),
+        ("to_tensor(batch.tiles_NCHW, self.device).to(self.device)",
+         "to_tensor(batch.tiles_NCHW, self.device)", RuntimeError),
         ("torch.from_numpy(batch.offset_NC).to(self.device)",
          "torch.from_numpy(batch.offset_NC)", RuntimeError),
         ("folded.to(device, self.dtype,", "folded.to(self.dtype,", RuntimeError),

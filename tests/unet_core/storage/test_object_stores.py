@@ -11,7 +11,7 @@ from botocore.exceptions import (
 
 from unet_core.errors import StoreError
 from unet_core.storage import object_stores
-from unet_core.storage.object_stores import is_transient, persist
+from unet_core.storage.object_stores import is_transient, retry_transient
 
 
 @pytest.fixture(autouse=True)
@@ -77,19 +77,19 @@ def test_what_may_pass_is_told_from_what_will_not(error, transient):
 
 
 def test_a_store_that_is_busy_for_a_while_is_asked_again(no_waiting):
-    assert persist(failing([BUSY, AWAY, BUSY]), "read", "s3://b/x", 60) == "answer"
+    assert retry_transient(failing([BUSY, AWAY, BUSY]), "read", "s3://b/x", 60) == "answer"
     assert 0 < no_waiting[0] < 60
 
 
 def test_a_store_that_stays_away_ends_at_the_deadline(no_waiting):
     with pytest.raises(StoreError, match=r"tried for 60 s, last: Please reduce.*same command"):
-        persist(failing([BUSY] * 1000), "read", "s3://b/x", 60)
+        retry_transient(failing([BUSY] * 1000), "read", "s3://b/x", 60)
     assert 30 < no_waiting[0] <= 60
 
 
 def test_what_will_not_pass_is_asked_once(no_waiting):
     with pytest.raises(StoreError, match=r"cannot read s3://b/x: ExpiredToken; check the cred"):
-        persist(failing([PermissionError("ExpiredToken"), BUSY]), "read", "s3://b/x", 60)
+        retry_transient(failing([PermissionError("ExpiredToken"), BUSY]), "read", "s3://b/x", 60)
     assert no_waiting[0] == 0
 
 
@@ -106,4 +106,4 @@ def test_a_refusal_is_told_by_its_code_where_the_store_says_no_more(number, code
     error = OSError(number, message)
     error.__cause__ = ClientError({"Error": {"Code": code}}, "HeadObject")
     with pytest.raises(StoreError, match=told):
-        persist(failing([error]), "look at", "s3://b/x", 0)
+        retry_transient(failing([error]), "look at", "s3://b/x", 0)

@@ -78,6 +78,6 @@ def test_mask_windows_cover_a_large_image_in_fixed_steps():
 
 
 def test_what_a_box_shares_is_told_in_both_coordinates():
-    here, there = Box(10, 20, 30, 40).shared(slice(0, 15), slice(50, 100))
+    here, there = Box(10, 20, 30, 40).intersection(slice(0, 15), slice(50, 100))
     assert here == (slice(0, 5), slice(30, 40))
     assert there == (slice(10, 15), slice(0, 10))
