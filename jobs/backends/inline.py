@@ -59,7 +59,7 @@ class InlineWorkers:
                     "gives it a process that can be ended", reason)  # fmt: skip
 
     def events(self) -> Iterator[Event]:
-        """Yield Ready once, then heartbeats and commits; errors are raised as they are."""
+        """Yield Ready once, then heartbeats, commits and refusals; other errors are raised."""
         if self._is_new:
             self._is_new = False
             yield Ready(NAME)

@@ -26,7 +26,7 @@ def predict_config(
 ) -> PredictConfig:
     """Build the config of ``predict`` from a TOML or a folder of images.
 
-    ``else_out``: the output of commands that keep none.
+    ``default_output``: used where ``out`` is empty.
     """
     if source.endswith(".toml"):
         if model or out:

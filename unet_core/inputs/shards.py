@@ -1,4 +1,4 @@
-"""The words of the input: shard, member, sample, and the source that they come from.
+"""Shards, their members, and the source that they come from.
 
 A shard's id is a digest of its path below the root, size (of Parquet: of the columns read), etag,
 row range and members with their masks: never of a rank, a position or an attempt.
@@ -38,7 +38,7 @@ class Shard:
     bytes: int
     etag: str | None
     first: int | None
-    """Position of the first loose image among all of them, or the first row."""
+    """Position of the first loose image within its listing, or the first row of a range."""
     count: int | None
     """Images; None where only reading tells."""
     members: tuple[Member, ...] = ()
