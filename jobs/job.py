@@ -58,9 +58,10 @@ def prepare(config: PredictConfig) -> Job:
     config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint_digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
-    mine = run.record.identity if run.record is not None else None
-    known = mine["input.format"] if mine and config.input.format == "auto" else ""
-    source = open_source(config.input, config.storage, known)
-    wanted = identity(config, source, sha256, header, tile_grid)
-    check_identity_or_empty(run.store, mine, wanted)
-    return Job(config, header, sha256, source, run, tile_grid, wanted)
+    recorded = run.record.identity if run.record is not None else None
+    is_auto = config.input.format == "auto"
+    known_format = recorded["input.format"] if recorded and is_auto else ""
+    source = open_source(config.input, config.storage, known_format)
+    requested = identity(config, source, sha256, header, tile_grid)
+    check_identity_or_empty(run.store, recorded, requested)
+    return Job(config, header, sha256, source, run, tile_grid, requested)

@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> Trained:
     """Train to the end; after an interruption, the same call continues at the newest checkpoint.
 
     Raises a UnetJobsError for a config, checkpoint, input or store that cannot be used, and
-    StoppedError, after a checkpoint, when the process is asked to stop.
+    StoppedError when the process is asked to stop, after a checkpoint once steps were taken.
     """
     run = open_training(config)
     was_finished = run.is_finished

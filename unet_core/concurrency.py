@@ -30,13 +30,13 @@ def map_in_order(
 
 
 class Prefetch(Generic[ItemT, ResultT]):
-    """Draws items from an iterator on a thread of its own, works on them in a pool, and gives the
-    results in the order of the items. At most ``ahead`` results wait, and what waits and is under
-    way weighs about ``budget`` at most, if each is as heavy as the heaviest yet; until it is worked
-    on, an item weighs something itself.
+    """Draws items from an iterator on a thread of its own, works on them in a pool, and yields the
+    results in order.
 
-    A context manager: the reading begins when it is entered and ends when it is left. Errors of
-    the iterator or of the work are raised where the results are used.
+    Draws no item while more than ``ahead`` are queued, or while the weight of items and results
+    that are held, with an estimate for those under way, exceeds ``budget``; the estimate is the
+    heaviest result so far, and one item is always allowed. As a context manager it draws items
+    while it is entered. Errors of the iterator or of the work are raised where results are used.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ STOP_S = 30.0  # limit for shards under way to notice that they are given up
 
 
 class InlineWorkers:
-    """A single worker, which lives as long as this process."""
+    """A single worker in this process, closed at the end of the run."""
 
     def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
         self._threads_before = torch.get_num_threads()
@@ -34,7 +34,7 @@ class InlineWorkers:
         self._is_new = True
 
     def probe(self) -> Compute:
-        """The ``compute`` section of this machine."""
+        """Return the ``compute`` section of the replica."""
         return self._replica.probe()
 
     def configure(self, compute: Compute, footer: dict[str, str]) -> None:
@@ -46,7 +46,7 @@ class InlineWorkers:
         assert self._segmenter is not None
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
-    def want(self, actors: int, shards: int) -> int:
+    def want(self, workers: int, shards: int) -> int:
         """Return 1: there is one worker."""
         return 1
 

@@ -66,7 +66,7 @@ class AttemptProgress:
 
 @dataclass
 class Scheduler:
-    """State of all shards of a plan, from waiting to committed."""
+    """State of the uncommitted shards of a run, until each is committed or set aside."""
 
     waiting: deque[Shard]
     max_attempts: int
@@ -87,9 +87,9 @@ class Scheduler:
     _progress: dict[str, AttemptProgress] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
+    def of(cls, left: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
         """Create a scheduler with all shards waiting, the largest first."""
-        waiting = deque(sorted(plan, key=lambda shard: (-shard.bytes, shard.shard_id)))
+        waiting = deque(sorted(left, key=lambda shard: (-shard.bytes, shard.shard_id)))
         least_s = max(storage.deadline_s + errors.stall_s, 3 * HEARTBEAT_S)
         return cls(waiting, errors.max_attempts, StallTimeout(least_s))
 
@@ -135,9 +135,7 @@ class Scheduler:
             case Ready(worker):
                 self.in_flight[worker] = []
                 self.failed_starts = 0
-            case Refused(
-                worker, shard_id, reason
-            ):  # the input changed, or its images cannot be isolated
+            case Refused(worker, shard_id, reason):
                 self._remove_attempt(worker, shard_id)
                 self.set_aside[shard_id] = reason
             case Heartbeat(worker, steps) if held := self.in_flight.get(worker):
@@ -170,11 +168,8 @@ class Scheduler:
             limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
             if self.clock() - self._progress[worker].last_step_at > limit_s:
                 self._progress[worker].last_step_at = self.clock()
-                shard = held[0].shard
-                yield (
-                    worker,
-                    (f"shard {shard.uri or shard.shard_id} has made no step for {limit_s:.0f} s"),
-                )
+                name = held[0].shard.uri or held[0].shard.shard_id
+                yield worker, f"shard {name} has made no step for {limit_s:.0f} s"
 
     def died(self, event: Died) -> None:
         """Take back the shards of a dead worker and decide how each is retried."""

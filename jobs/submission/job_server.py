@@ -29,6 +29,7 @@ from unet_core.errors import ConfigError, StoppedError, WorkersError
 if TYPE_CHECKING:
     from ray.job_submission import JobInfo
 
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 TOKEN = Path(".ray") / "auth_token"
 """Path of Ray's token, below the home directory."""
@@ -89,14 +90,17 @@ class JobServer:
         self.client = client or self._connected()
 
     def _connected(self) -> Any:
-        """Create Ray's client."""
+        """Create Ray's client; it prefers addresses of the environment to its argument."""
         from ray.job_submission import JobSubmissionClient
 
         if not logging.getLogger().isEnabledFor(logging.INFO):
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray prefers it to its argument
-        return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
+        hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+        try:
+            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
+        finally:
+            os.environ.update(hidden)
 
     def submit(self, name: str, package: Package, config: PredictConfig | TrainConfig) -> Submitted:
         """Start a job for a run, or find the one that is alive.

@@ -33,7 +33,7 @@ class MaskWindow:
     box: Box
     mask_HW: Array
     confidence_sum: int
-    """Σ round(p · 65535) of the chosen class of blended pixels; of others the tiles have it."""
+    """Σ round(p · 65535) of the chosen class of a blended window; else 0: tiles have summed it."""
     probabilities_KHW: Array | None
 
     @classmethod
@@ -48,7 +48,7 @@ class MaskWindow:
         return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: TileResult) -> None:
-        """Copy the part of a tile's kept part that lies in the window."""
+        """Copy the pixels that a tile keeps and that lie in the window."""
         here, there = self.box.intersection(*tile.target)
         assert result.mask_HW is not None
         self.mask_HW[here] = result.mask_HW[there]
@@ -56,7 +56,7 @@ class MaskWindow:
             self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
 
     def finished(self) -> "MaskWindow":
-        """The window itself: its pixels are final as pasted."""
+        """Return the window: its pixels are final as pasted; blended ones are divided first."""
         return self
 
 
@@ -72,7 +72,7 @@ class MaskAssembler:
         self.confidence_sum = 0
         self._failures: list[tuple[int, int, int, ImageError]] = []
         self.encoded: list[Future[Any]] = []
-        """``EncodedWindow`` of every window that is finished."""
+        """Rows to come, an ``EncodedWindow`` each, of the windows that are finished."""
         self._blends, self._margin = tile_grid.blends, tile_grid.tiling.margin
         self._postprocessing = postprocessing
         self._boxes = mask_windows(*decoded.pixels.shape)

@@ -66,7 +66,7 @@ class _ShardState:
     encoded: dict[int, Future[tuple[Row, Iterable[Row]]]] = field(default_factory=dict)
     """Rows of images that are not in the parts yet, by the number of the image."""
     seen: int = 0
-    """Number of images that the reader gave."""
+    """Number of images so far, failed ones included."""
     rows: list[Row] = field(default_factory=list)
     """Rows of the metrics part, one for each image in order."""
 
@@ -116,8 +116,8 @@ class ShardSegmenter:
 
     @reports_full_disk()
     def segment(self, shard: Shard, poison: Mapping[int, ImageError] = NO_FAILURES) -> ShardResult:
-        """Segment one shard and commit its parts. ``poison``: failures of images that are not
-        touched, by their position in the shard; they become failed rows.
+        """Segment one shard and commit its parts. ``poison``: failures of samples that are not
+        read, by position in the shard; they become failed rows.
 
         Raises StoreError when storage or local temporary space fails, ShardError when the shard's
         file is not the one that was listed, CommitConflictError when another attempt wrote other
@@ -128,14 +128,13 @@ class ShardSegmenter:
         try:
             with self._lanes.ticket() as stopwatch:
                 found = read_shard(self.replica.spec.source, with_members(self.output, shard))
-                drawn = iter(stopwatch("reading")(partial(next, iter(found), None)), None)
                 samples = (
                     replace(sample, failure=poison.get(number, sample.failure))
-                    for number, sample in enumerate(drawn)
+                    for number, sample in enumerate(_timed(found, stopwatch))
                 )
-                filled = self._segment_samples(samples, stopwatch, partial(self.step, name))
-                with filled as attempt, stopwatch("writing"):
-                    totals = self._commit(attempt, shard)
+                segmented = self._segment_samples(samples, stopwatch, partial(self.step, name))
+                with segmented as state, stopwatch("writing"):
+                    totals = self._commit(state, shard)
             return ShardResult(name, totals, stopwatch.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(name, None)
@@ -152,51 +151,51 @@ class ShardSegmenter:
     def _segment_samples(
         self, samples: Iterator[Sample], stopwatch: Stopwatch, on_step: Callable[[], None]
     ) -> Iterator[_ShardState]:
-        """Segment samples; yields an attempt with its masks part and its rows complete."""
+        """Segment samples; yields the state with its masks part and its rows complete."""
         part = MasksPart(self._encoding, self.footer, self._postprocessing.probabilities != "none")
         with contextlib.closing(part):
-            attempt = _ShardState(part, TileQueue(self.compute), stopwatch, on_step)
+            state = _ShardState(part, TileQueue(self.compute), stopwatch, on_step)
             with Prefetch(
                 self._pool,
-                partial(self._decode, attempt),
+                partial(self._decode, state),
                 samples,
                 2 * self._threads + 2,
                 _held_bytes,
                 DECODED_BYTES,
                 attrgetter("encoded_bytes"),
             ) as images:
-                self._process_images(attempt, images)
-                self._flush_rows(attempt, waits=True)
-                assert len(attempt.rows) == attempt.seen, f"image {len(attempt.rows)} is missing"
-            yield attempt
+                self._process_images(state, images)
+                self._flush_rows(state, waits=True)
+                assert len(state.rows) == state.seen, f"image {len(state.rows)} is missing"
+            yield state
 
-    def _decode(self, attempt: _ShardState, sample: Sample) -> DecodedFile:
+    def _decode(self, state: _ShardState, sample: Sample) -> DecodedFile:
         """Read and decode a file; samples of containers bring their bytes along."""
-        with attempt.stopwatch("decoding"):
-            reading = attempt.stopwatch("reading", inside="decoding")
+        with state.stopwatch("decoding"):
+            reading = state.stopwatch("reading", inside="decoding")
             read_mask = sample.read_mask and reading(sample.read_mask)
             sample = replace(sample, read=reading(sample.read), read_mask=read_mask)
-            return self._decoder.decode(sample, attempt.on_step)
+            return self._decoder.decode(sample, state.on_step)
 
-    def _process_images(self, attempt: _ShardState, files: Iterable[DecodedFile]) -> None:
-        """Run every batch. Images are counted as they come from the reader, before anything can
-        happen to them. The next shard gets the device when the last batch of this one is under way.
+    def _process_images(self, state: _ShardState, files: Iterable[DecodedFile]) -> None:
+        """Run every batch. Images are counted in the order of the shard, failed ones too. The next
+        shard gets the device when the last batch of this one is under way.
         """
-        with self._lanes.taken(attempt.stopwatch):
+        with self._lanes.taken(state.stopwatch):
             for file in files:
-                attempt.on_step()
+                state.on_step()
                 for found in file:
-                    image, index = self._reject_invalid(found, attempt.ids), attempt.seen
-                    attempt.seen += 1
+                    image, index = self._reject_invalid(found, state.ids), state.seen
+                    state.seen += 1
                     if isinstance(image, Rejected):
-                        self._submit_rows(attempt, index, image)
+                        self._submit_rows(state, index, image)
                     else:
                         assembler = MaskAssembler(
                             index, image, self.replica.tile_grid, self._postprocessing
                         )
-                        self._submit_batches(attempt, attempt.queue.add(assembler))
-            self._submit_batches(attempt, attempt.queue.rest())
-        self._collect_batches(attempt, 0)
+                        self._submit_batches(state, state.queue.add(assembler))
+            self._submit_batches(state, state.queue.rest())
+        self._collect_batches(state, 0)
 
     def _reject_invalid(
         self, image: DecodedImage | Rejected, ids: set[str]
@@ -217,55 +216,64 @@ class ShardSegmenter:
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 
-    def _submit_batches(self, attempt: _ShardState, batches: Iterable[list[TileRef]]) -> None:
+    def _submit_batches(self, state: _ShardState, batches: Iterable[list[TileRef]]) -> None:
         for pieces in batches:
             batch = self._pool.submit(stack_tiles, pieces)
-            attempt.pending.append((pieces, self._lanes.submit(batch, attempt.stopwatch)))
-            self._collect_batches(attempt, self.engine.lanes + 1)
+            state.pending.append((pieces, self._lanes.submit(batch, state.stopwatch)))
+            self._collect_batches(state, self.engine.lanes + 1)
 
-    def _collect_batches(self, attempt: _ShardState, keep: int) -> None:
+    def _collect_batches(self, state: _ShardState, keep: int) -> None:
         """Paste finished batches into their masks; wait until at most ``keep`` are under way."""
-        pending, encoding = attempt.pending, attempt.stopwatch("encoding")
+        pending, encoding = state.pending, state.stopwatch("encoding")
         while pending and (len(pending) > keep or pending[0][1].done()):
             pieces, future = pending.popleft()
             results = future.result()
-            attempt.on_step()
+            state.on_step()
             for (assembler, tile), result in zip(pieces, results, strict=True):
                 for window in assembler.paste(tile, result):
                     encode = encoding(self._encoder.window)
                     assembler.encoded.append(self._pool.submit(encode, assembler, window))
                 if assembler.is_complete:
-                    self._submit_rows(attempt, assembler.index, assembler)
+                    self._submit_rows(state, assembler.index, assembler)
 
-    def _submit_rows(
-        self, attempt: _ShardState, index: int, image: MaskAssembler | Rejected
-    ) -> None:
-        attempt.encoded[index] = self._pool.submit(self._encoder.image, image)
-        self._flush_rows(attempt)
+    def _submit_rows(self, state: _ShardState, index: int, image: MaskAssembler | Rejected) -> None:
+        state.encoded[index] = self._pool.submit(self._encoder.image, image)
+        self._flush_rows(state)
 
-    def _flush_rows(self, attempt: _ShardState, waits: bool = False) -> None:
+    def _flush_rows(self, state: _ShardState, waits: bool = False) -> None:
         """Add the rows of images to the parts, in order and as far as they are encoded."""
-        while (image := attempt.encoded.get(len(attempt.rows))) and (waits or image.done()):
-            row, mask_rows = attempt.encoded.pop(len(attempt.rows)).result()
-            attempt.on_step()
-            attempt.rows.append(row)
+        while (image := state.encoded.get(len(state.rows))) and (waits or image.done()):
+            row, mask_rows = state.encoded.pop(len(state.rows)).result()
+            state.on_step()
+            state.rows.append(row)
             for mask_row in mask_rows:
-                attempt.part.add(mask_row)
+                state.part.add(mask_row)
             self._on_image()
 
-    def _commit(self, attempt: _ShardState, shard: Shard) -> Totals:
-        masks, sha256, size = attempt.part.finish()
+    def _commit(self, state: _ShardState, shard: Shard) -> Totals:
+        masks, sha256, size = state.part.finish()
         footer = {
             **self.footer,
-            "images_seen": str(attempt.seen),
+            "images_seen": str(state.seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        counts = commit(self.output, shard.shard_id, masks, metrics_part(attempt.rows, footer))
-        totals = compute_totals(counts, self.output.uri(metrics_name(shard.shard_id)))
+        rows = metrics_part(state.rows, footer)
+        committed = commit(self.output, shard.shard_id, masks, rows)
+        totals = compute_totals(committed, self.output.uri(metrics_name(shard.shard_id)))
         log.info("committed shard=%s images=%d failed=%d",
-                 shard.shard_id, attempt.seen, totals.failed)  # fmt: skip
+                 shard.shard_id, state.seen, totals.failed)  # fmt: skip
         return totals
+
+
+def _timed(samples: Iterator[Sample], stopwatch: Stopwatch) -> Iterator[Sample]:
+    """Measure the time that the reader takes for each sample."""
+    while True:
+        with stopwatch("reading"):
+            sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample
 
 
 def _held_bytes(file: DecodedFile) -> int:

@@ -22,10 +22,10 @@ FORMATS: dict[str, Container] = {
 
 
 def open_source(
-    config: InputConfig, storage: StorageConfig | None = None, known: str = ""
+    config: InputConfig, storage: StorageConfig | None = None, known_format: str = ""
 ) -> Source:
-    """Find out what the input is; ``format = "auto"`` looks at the names below the root, unless the
-    format is ``known`` of an earlier session.
+    """Find out what the input is; ``format = "auto"`` looks at the names below the root, unless an
+    earlier session has recorded ``known_format``.
 
     Raises StoreError if nothing is there, ConfigError if images and tars are mixed.
     """
@@ -37,8 +37,8 @@ def open_source(
     elif not root.exists():
         hint = "; check the bucket's name and the prefix" if "://" in config.uri else ""
         raise StoreError(f"input.uri: there is nothing at {config.uri}{hint}")
-    if known or config.format != "auto":
-        return Source(config, known or config.format, root, names)
+    if known_format or config.format != "auto":
+        return Source(config, known_format or config.format, root, names)
     listing = [] if names else root.list()
     found = _detect(config, names or tuple(entry.name for entry in listing))
     return Source(config, found, root, names, listing)

@@ -28,7 +28,7 @@ class Compute(BaseModel):
         return max(1, self.batch_pixels // (height * width))
 
     def require(self, other: "Compute") -> None:
-        """Check that device and versions are equal; RunMismatchError names the differences."""
+        """Check that device, precision, back end and versions are equal; else RunMismatchError."""
         mine, theirs = self.model_dump(), other.model_dump()
         differing = [
             f"compute.{key}: the run has {mine[key]}, this actor {theirs[key]}"

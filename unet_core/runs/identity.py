@@ -27,25 +27,31 @@ def create_or_read(store: Store, name: str, document: dict[str, Any]) -> dict[st
         raise StoreError(f"{store.uri(name)} is damaged: {error}") from error
 
 
-def check_identity_or_empty(store: Store, mine: Identity | None, wanted: Identity) -> None:
-    """Check that a folder is empty or has the ``wanted`` identity; ``mine`` is None if it has none.
+def check_identity_or_empty(store: Store, recorded: Identity | None, requested: Identity) -> None:
+    """Check that a folder is empty or has the ``requested`` identity; without one, ``recorded`` is
+    None.
 
     Raises RunMismatchError with the keys that differ, ConfigError if it holds other files.
     """
-    if mine is None:
+    if recorded is None:
         require_empty(store)
     else:
-        check_identity(store.uri(), mine, wanted)
+        check_identity(store.uri(), recorded, requested)
 
 
 def check_identity(
-    where: str, mine: Identity, wanted: Identity, what: str = "run", advice: str = ANOTHER_FOLDER
+    where: str,
+    recorded: Identity,
+    requested: Identity,
+    what: str = "run",
+    advice: str = ANOTHER_FOLDER,
 ) -> None:
     """Check that two identities are equal; raises RunMismatchError with the keys that differ."""
     differing = [
-        f"  {key}: the {what} has {_short(mine.get(key))}, this config {_short(wanted.get(key))}"
-        for key in sorted({*mine, *wanted})
-        if mine.get(key) != wanted.get(key)
+        f"  {key}: the {what} has {_short(recorded.get(key))}, "
+        f"this config {_short(requested.get(key))}"
+        for key in sorted({*recorded, *requested})
+        if recorded.get(key) != requested.get(key)
     ]
     if differing:
         raise RunMismatchError(

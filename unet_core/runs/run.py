@@ -44,8 +44,8 @@ def identity(
 ) -> Identity:
     """Resolve the identity of a run: values by config key.
 
-    It holds everything that changes the bytes of a part or the list of shards, and nothing else:
-    neither workers nor the path of the output.
+    It holds all settings that may change the bytes of a part or the list of shards: neither workers
+    nor the path of the output. The device is in ``compute``.
     """
     settings = config.input.model_dump(exclude={"uri"}) | {
         "format": source.format,
@@ -84,7 +84,7 @@ class Record(BaseModel):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of everything that changes masks."""
+        """Digest of the identity, and of precision, back end and pixels per batch."""
         parts = {
             **self.identity,
             "compute.precision": self.compute.precision,
@@ -160,7 +160,7 @@ class Run:
             )
 
     def committed(self) -> set[str]:
-        """List the ids of committed shards, which have a metrics part. One listing."""
+        """List the ids of committed shards, which have a metrics part. Uses one list request."""
         return list_shard_ids(self.store, "metrics")
 
     def totals(self, shard_ids: set[str]) -> Totals:

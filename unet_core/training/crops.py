@@ -61,8 +61,8 @@ class Crop:
     """Normalisation of each channel: (pixels − offset) · scale."""
     scale: Array
     matrix: Array
-    """2×2 linear map from offsets (y, x) in the crop to offsets in the window, both from the crop's
-    centre."""
+    """2×2 linear map from coordinates (y, x) in the crop to those in the window, both relative to
+    the crop's centre."""
     centre: tuple[float, float]
     """Position (y, x) of the crop's centre in the window."""
     elastic: Array
@@ -148,7 +148,8 @@ def _place(
     """Draw the position of a crop along one axis: start and stop of the window in the image, and
     the crop's centre relative to the start.
 
-    The labels lie inside the image if it is large enough; what lies outside is mirrored.
+    But for elastic displacement, the labels lie inside an image that is large enough; ``augment``
+    mirrors the rest.
     """
     inner = spread * (shape.side - 1) / 2
     low, high = sorted((inner, length - 1 - inner))

@@ -48,7 +48,7 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Length of the longest slot; the others are at most one image shorter."""
+        """Optimizer steps of the epoch: the length of the longest slot; others may be one less."""
         return -(-self._total // self.config.batch)
 
     def present(self, slots: range, step: int) -> int:
@@ -116,7 +116,7 @@ class StepBatch:
     pieces: list[Examples]
     """One per forward pass: ``train.accumulate``, or fewer in a small last step."""
     waiting_s: float
-    """Seconds spent waiting for the last prefetched crop."""
+    """Seconds that this rank waited for the crops of the step."""
     error: UnetJobsError | None = None
     """The error of an image that could not be loaded; its crop and later ones are missing."""
 

@@ -39,7 +39,7 @@ NO_STEP = StepResult([], [], is_finite=True)
 
 @dataclass(frozen=True)
 class Started:
-    """Event: the images were scanned, and the newest checkpoint, if any, was loaded."""
+    """Event: the images are counted, and the newest checkpoint, if any, is loaded."""
 
     class_names: tuple[str, ...]
     train_images: int
@@ -61,7 +61,7 @@ class Step:
     images: int
     """Crops of the step, over all ranks."""
     loss: float
-    """Loss of the previous step, over all ranks: the sum travels with the counts of this one."""
+    """Loss of the previous step, over all ranks; 0 in the first step of an epoch or session."""
     seconds: float
     waiting_s: float
     """Part of ``seconds`` in which this rank waited for crops."""
@@ -111,7 +111,8 @@ def fit(
 
     Every rank must call it. Raises, on all ranks, ConfigError for unusable data, RunMismatchError
     for the folder of another training, DivergedError if the loss or gradient is not finite, and
-    StoppedError, after a checkpoint, soon after ``wants_stop`` was true on any rank.
+    StoppedError soon after ``wants_stop`` was true on any rank, after a checkpoint once steps were
+    taken.
     """
     ranks = ranks or Ranks.joined()
     device = device or choose_device(config.model.device)
@@ -133,7 +134,9 @@ def fit(
 
 
 class TrainingLoop:
-    """Network, data and progress of a training on one rank. Creation scans the images."""
+    """Network, data and progress of a training on one rank. Creation scans the images, or on
+    a resume reads their counts.
+    """
 
     def __init__(
         self, config: TrainConfig, run: TrainingRun, ranks: Ranks, device: torch.device,
@@ -159,7 +162,9 @@ class TrainingLoop:
         """Result of the last step on this rank, until ``_reduce`` has summed it over all ranks."""
 
     def restore(self) -> Started:
-        """Load the newest checkpoint; publish the best weights if the process died before that."""
+        """Load the newest checkpoint; publish its weights again if they are the best, in case
+        that was interrupted.
+        """
         newest = self.ranks.on_first(self.run.newest)
         if newest is not None:
             self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
@@ -214,8 +219,8 @@ class TrainingLoop:
         return Epoch(number, position.step, loss, validation, is_best, seconds)
 
     def _reduce(self, batch: StepBatch) -> ReducedStats:
-        """Sum the counts of a batch and the loss of the previous step over all ranks, and save a
-        checkpoint if one is due.
+        """Sum the counts of a batch, the loss of the previous step and requests to stop or save
+        over all ranks; save if asked. Called before each step, and once after the last of an epoch.
 
         Raises, on all ranks, an error of any rank's batch, DivergedError, or StoppedError.
         """

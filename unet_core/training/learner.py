@@ -179,8 +179,7 @@ def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
 
 
 def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
-    """Create the network with initial weights or those of ``model.checkpoint``, and its header; the
-    same for the same seed.
+    """Create the network, initialized from ``train.seed`` or ``model.checkpoint``, and its header.
 
     Raises ConfigError for classes or a crop size that the network does not support.
     """

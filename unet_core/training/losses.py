@@ -74,6 +74,7 @@ class BatchCounts(NamedTuple):
     crops: float
     """Crops with at least one valid pixel."""
     images: float
+    """All crops."""
 
 
 @dataclass(frozen=True)

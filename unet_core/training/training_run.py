@@ -1,7 +1,7 @@
 """The output folder of a training: ``run.json``, manifest, checkpoints, history, published weights.
 
-Checkpoints are the only record of progress: the same command continues from the newest. The history
-of the steps before a checkpoint is published before it.
+The same command continues from the newest checkpoint; ``_SUCCESS`` has the final position. The
+history of the steps before a checkpoint is published before it.
 """
 
 import hashlib
