@@ -4,6 +4,7 @@ The children come from a fork server that has imported everything once, so a cal
 milliseconds and begins with the same memory.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 MIB = 2**20
@@ -58,10 +61,16 @@ def confined(
 
 
 def fork_server() -> Any:
-    """Where children come from."""
+    """Return the context whose children come from the fork server, and start it if need be.
+
+    It starts in the project's folder: Python 3.11 does not hand ``sys.path`` on to it, and passes
+    over in silence what it cannot import, so every child would import everything again.
+    """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # others take 1 GiB beforehand
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with contextlib.chdir(Path(__file__).parents[2]):
+        forkserver.ensure_running()
     return context
 
 

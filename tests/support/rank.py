@@ -16,7 +16,6 @@ from unet_core.config.train import TrainConfig
 from unet_core.storage.store import Store
 from unet_core.training.fit import Step, fit
 
-PROCESSES = fork_server()
 STAGES = {
     "history": lambda name: name.startswith("history"),
     "checkpoint": lambda name: name.startswith("checkpoints"),
@@ -30,7 +29,7 @@ def start(rank, ranks, meeting, config, errors, when=""):
     """A rank; what it says on standard error goes to the file ``errors``."""
     arguments = (dict(os.environ), rank, ranks, str(meeting), config.model_dump_json(
         exclude_unset=True), str(errors), when)  # fmt: skip
-    process = PROCESSES.Process(target=main, args=arguments)
+    process = fork_server().Process(target=main, args=arguments)
     process.start()
     return process
 

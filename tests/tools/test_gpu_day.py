@@ -38,6 +38,7 @@ def dry_run(out, *words, **environment):
     return json.loads((out / "gpu_day.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_in_every_section_without_what_only_tests_need(tmp_path):
     record = dry_run(tmp_path)
     assert record.keys() == SECTIONS.keys()
