@@ -53,8 +53,7 @@ class Prefetch(Generic[ItemT, ResultT]):
         self._weigh, self._weigh_item, self._budget = weigh, weigh_item, budget
         self._ahead = ahead
         self._line: deque[Future[ResultT] | BaseException | None] = deque()
-        self._waiting = 0
-        self._under_way = 0
+        self._waiting = self._under_way = 0
         self._heaviest: int | None = None
         self._is_left = False
         self._changed = threading.Condition()
@@ -124,10 +123,9 @@ class Prefetch(Generic[ItemT, ResultT]):
             return False
         if not self._under_way and not self._waiting:
             return True
-        if self._heaviest is None:
-            return False
-        results = (self._under_way + 1) * self._heaviest
-        return self._waiting + weight + results <= self._budget
+        return self._heaviest is not None and (
+            self._waiting + weight + (self._under_way + 1) * self._heaviest <= self._budget
+        )
 
     def _put(self, item: Future[ResultT] | BaseException | None) -> None:
         with self._changed:

@@ -25,13 +25,11 @@ def free_bytes() -> int:
     """Memory that can be had now, of the machine, or of the container if that has less; Linux
     only.
     """
-    memory = Path("/proc/meminfo").read_text()
-    free = int(memory.partition("MemAvailable:")[2].split()[0]) * 1024
+    free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError, IndexError):
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
-        statistics = (CGROUP / "memory.stat").read_text()
-        cached = int(statistics.partition("inactive_file ")[2].split()[0])
+        cached = int((CGROUP / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])
         free = min(free, limit - used + cached)
     return max(free, LEAST_BYTES)
 

@@ -62,8 +62,7 @@ def ratios(name: str, tp: Array, fp: Array, fn: Array) -> Array:
 def means(values_nK: Array) -> Array:
     """Mean of the defined values of each row; NaN where there is none."""
     with np.errstate(invalid="ignore"):
-        means_n: Array = np.nansum(values_nK, axis=1) / np.sum(~np.isnan(values_nK), axis=1)
-        return means_n
+        return np.nansum(values_nK, axis=1) / np.sum(~np.isnan(values_nK), axis=1)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -163,8 +162,7 @@ class Totals:
     @classmethod
     def of_rows(cls, rows: pa.Table, images_seen: int) -> "Totals":
         """Totals of one metrics part."""
-        is_ok = pc.equal(rows["status"], "ok")
-        ok = rows.select(["height", "width"]).filter(is_ok)
+        ok = rows.select(["height", "width"]).filter(pc.equal(rows["status"], "ok"))
         pixels = pc.sum(pc.multiply(ok["height"].cast("int64"), ok["width"].cast("int64")))
         errors = Counter(code for code in rows["error_code"].to_pylist() if code)
         return cls(

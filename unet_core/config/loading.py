@@ -39,8 +39,7 @@ def build(
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        problems = sentences(kind, error)
-        raise ConfigError("\n".join(f"{source}: {p}" for p in problems)) from error
+        raise ConfigError("\n".join(f"{source}: {p}" for p in sentences(kind, error))) from error
 
 
 def override_values(overrides: list[str]) -> dict[str, Any]:

@@ -286,5 +286,8 @@ class TrainConfig(Section):
     @property
     def read_paths(self) -> dict[str, str]:
         """URIs of images and masks by config key."""
-        parts = (part.paths(f"data.{name}") for name, part in self.data.parts.items())
-        return {key: uri for part in parts for key, uri in part.items()}
+        return {
+            key: uri
+            for name, part in self.data.parts.items()
+            for key, uri in part.paths(f"data.{name}").items()
+        }

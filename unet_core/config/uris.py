@@ -37,8 +37,7 @@ def allowed_uri(uri: str) -> str:
 
 
 def _allowed_or_known(name: str) -> str:
-    is_uri = name and not name.startswith("builtin:")
-    return allowed_uri(name) if is_uri else name
+    return allowed_uri(name) if name and not name.startswith("builtin:") else name
 
 
 Uri = Annotated[str, AfterValidator(allowed_uri)]
