@@ -81,8 +81,9 @@ def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
     Raises ValueError for another shape, floating point for integers or vice versa, or NaN.
     """
     if tensor.shape != wanted.shape:
-        got, needed = list(tensor.shape), list(wanted.shape)
-        raise ValueError(f"{key} has the shape {got}, but its network needs {needed}")
+        raise ValueError(
+            f"{key} has the shape {list(tensor.shape)}, but its network needs {list(wanted.shape)}"
+        )
     if tensor.is_floating_point() != wanted.is_floating_point():
         raise ValueError(f"{key} holds {tensor.dtype}, but its network needs {wanted.dtype}")
     tensor = tensor.to(wanted.dtype)
@@ -93,16 +94,17 @@ def fitting(key: str, tensor: "Tensor", wanted: "Tensor") -> "Tensor":
 
 def difference(wanted: Collection[str], got: Collection[str]) -> str:
     """Describe keys that are missing and unexpected; empty if there are none."""
-    missing = [key for key in wanted if key not in got]
-    unexpected = [key for key in got if key not in wanted]
-    found = {"missing": missing, "unexpected": unexpected}
+    found = {
+        "missing": [key for key in wanted if key not in got],
+        "unexpected": [key for key in got if key not in wanted],
+    }
     return ", ".join(f"{what} {few(keys)}" for what, keys in found.items() if keys)
 
 
-def few(keys: list[str]) -> str:
-    """Join the first keys, and say how many more there are."""
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
+def few(names: list[str], shown: int = SHOWN) -> str:
+    """Join the first names, and say how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def is_counter(key: str) -> bool:
@@ -122,11 +124,13 @@ def serialize(network: "nn.Module", header: Header) -> bytes:
     """Encode a checkpoint file: weights as float32, and the header."""
     import torch
 
-    tensors = {}
-    for name, value in network.state_dict().items():
-        if not is_counter(name):
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            tensors[name] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    tensors = {
+        name: value.detach()
+        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        .contiguous()
+        for name, value in network.state_dict().items()
+        if not is_counter(name)
+    }
     metadata = {
         "format": FORMAT,
         "model": json.dumps(dataclasses.asdict(header.network)),
