@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import inspect
 import os
@@ -91,8 +90,7 @@ def header_of(
 def origin(spec: Factory) -> str:
     """Identify the code of a factory: distribution, version, and digest of its module's source."""
     module = importlib.import_module(spec.factory.partition(":")[0])
-    source = inspect.getsource(module).encode()
-    package = module.__name__.partition(".")[0]
-    names = distributions().get(package, [])
+    digest = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    names = distributions().get(module.__name__.partition(".")[0], [])
     versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))]
-    return " ".join([*versions, hashlib.sha256(source).hexdigest()[:16]])
+    return " ".join([*versions, digest])

@@ -53,8 +53,10 @@ def to_onnx(network: nn.Module, header: Header) -> bytes:
         with torch.inference_mode():
             expected = network(x_NCHW).numpy()
         if not np.allclose(expected, logits, atol=TOLERANCE, rtol=TOLERANCE):
-            difference = np.abs(expected - logits).max()
-            raise CheckpointError(f"ONNX gives other logits: they differ by up to {difference:.2g}")
+            raise CheckpointError(
+                "ONNX gives other logits: they differ by up to "
+                f"{np.abs(expected - logits).max():.2g}"
+            )
     return data
 
 
@@ -62,8 +64,7 @@ def _sample(count: int, channels: int, tiling: Tiling, steps: int) -> torch.Tens
     """Create random images N×C×H×W of a legal size, higher than wide."""
     width = tiling.sides.at_least(2 * tiling.margin + steps * tiling.stride)
     height = tiling.sides.at_least(width + 1)
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, channels, height, width, generator=generator)
+    return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def _metadata(header: Header) -> dict[str, str]:

@@ -50,8 +50,7 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
     """
     found = None
     for candidate in [stride] if stride else STRIDES:
-        sides = _sides_of(network, in_channels, candidate)
-        if sides is None:
+        if (sides := _sides_of(network, in_channels, candidate)) is None:
             continue
         tiling = _tiling(network, in_channels, sides, candidate, margin=0)
         if tiling.is_exact and is_exact(network, in_channels, tiling):
@@ -59,10 +58,9 @@ def tiling_of_module(network: nn.Module, in_channels: int, stride: int | None = 
             break
         found = found or replace(tiling, is_exact=False)
     if found is None:
-        tried = f"multiples of {stride or STRIDES[-1]}"
         raise CheckpointError(
             f"the network does not give logits N×K×H×W for N×{in_channels}×H×W with sides that are "
-            f"{tried}; wrap it so that it does, or declare its stride"
+            f"multiples of {stride or STRIDES[-1]}; wrap it so that it does, or declare its stride"
         )
     return replace(found, channels=_values_per_pixel(network, in_channels, found.sides))
 
@@ -216,11 +214,9 @@ def _values_per_pixel(network: nn.Module, in_channels: int, sides: Sides) -> int
         if isinstance(output, Tensor):
             counts.append(-(-output[0].numel() // (height * width)))
 
-    hooks = [module.register_forward_hook(record) for module in network.modules()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in network.modules():
+            hooks.enter_context(module.register_forward_hook(record))
         device = next(network.parameters()).device
         network(torch.zeros(1, in_channels, height, width, device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return max(counts)

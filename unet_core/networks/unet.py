@@ -119,8 +119,9 @@ def _block(
     padding = dilation if spec.padding == "same" else 0
     middle = middle or out
     for number, (before, after) in enumerate(((channels, middle), (middle, out)), start=1):
-        conv = nn.Conv2d(before, after, 3, padding=padding, dilation=dilation, bias=spec.bias)
-        layers[f"conv{number}"] = conv
+        layers[f"conv{number}"] = nn.Conv2d(
+            before, after, 3, padding=padding, dilation=dilation, bias=spec.bias
+        )
         norm: tuple[str, nn.Module] = f"norm{number}", nn.BatchNorm2d(after)
         relu: tuple[str, nn.Module] = f"relu{number}", nn.ReLU(inplace=True)
         order = {"none": [relu], "before_relu": [norm, relu], "after_relu": [relu, norm]}
@@ -149,8 +150,9 @@ def _up(spec: UNetSpec, channels: int, out: int) -> nn.Sequential:
 def _head(spec: UNetSpec) -> nn.Sequential:
     """Create the last convolution, from ``spec.width`` channels to the logits."""
     size = 1 if spec.head == "1x1" else 3
-    conv = nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
-    layers = OrderedDict[str, nn.Module](conv=conv)
+    layers = OrderedDict[str, nn.Module](
+        conv=nn.Conv2d(spec.width, spec.classes, size, padding=size // 2)
+    )
     if spec.head == "3x3_relu_norm":
         layers["relu"] = nn.ReLU(inplace=True)
         layers["norm"] = nn.BatchNorm2d(spec.classes)

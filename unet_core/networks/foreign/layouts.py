@@ -47,8 +47,7 @@ class Layout:
         return found
 
     def _modules(self, depth: int) -> Iterator[tuple[str, str]]:
-        below = self.bottom or self.encoder
-        blocks = {"bottom": below.format(level=depth, next=depth + 1)}
+        blocks = {"bottom": (self.bottom or self.encoder).format(level=depth, next=depth + 1)}
         others = {"head.conv": self.head, "head.norm": self.head_norm}
         for level in range(depth):
             rise = depth - 1 - level

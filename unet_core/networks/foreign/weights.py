@@ -117,8 +117,9 @@ def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
     """Return output and input channels of a convolution; raises CheckpointError for others."""
     tensor = tensors[key]
     if tensor.ndim != 4 or not tensor.numel():
-        got = list(tensor.shape)
-        raise CheckpointError(f"{key} has the shape {got}, which is none of a convolution")
+        raise CheckpointError(
+            f"{key} has the shape {list(tensor.shape)}, which is none of a convolution"
+        )
     return tensor.shape[0], tensor.shape[1]
 
 
