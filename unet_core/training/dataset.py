@@ -98,8 +98,11 @@ class LabelledInput:
                 f"{self.name}: {image.sample.image_id} has {height} × {width} pixels, too large to "
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
-        background_HW = np.zeros((height, width), dtype=np.uint8)
-        stored_HW = image.truth.whole()[0] if isinstance(image.truth, Pixels) else background_HW
+        stored_HW = (
+            image.truth.whole()[0]
+            if isinstance(image.truth, Pixels)
+            else np.zeros((height, width), dtype=np.uint8)
+        )
         labels_HW = self._classes_of(stored_HW)
         boundary_HW = None
         if self._sigma is not None:
@@ -124,8 +127,7 @@ class LabelledInput:
             is_ignored = (stored_HW == self.config.ignore_index) & is_explicit
             ignore_index = np.uint16(self.config.ignore_index)
             stored_HW = np.where(is_ignored, ignore_index, (stored_HW > 0).astype(np.uint16))
-        fits = int(stored_HW.max(initial=0)) < 256
-        return stored_HW.astype(np.uint8) if fits else stored_HW
+        return stored_HW.astype(np.uint8) if int(stored_HW.max(initial=0)) < 256 else stored_HW
 
 
 @dataclass
@@ -178,12 +180,9 @@ class Split:
         The shard is not read if all of them are in the cache.
         """
         keys = [(self.name, shard, position) for position in sorted(map(int, positions))]
-        cached = [self.cache.images[key] for key in keys if key in self.cache.images]
-        if len(cached) == len(keys):
-            yield from map(Item, keys, cached)
-            return
+        cached = [Item(key, self.cache.images[key]) for key in keys if key in self.cache.images]
         wanted = set(keys)
-        for item in read_items([self], shard):
+        for item in cached if len(cached) == len(keys) else read_items([self], shard):
             if item.key in wanted:
                 yield item
             if item.key == keys[-1]:
@@ -261,7 +260,6 @@ def read_items(
     without it, the latter raise ConfigError.
     """
     source = splits[0].input
-    expands = source.config.pages == "expand"
     positions = Counter[str]()
     for sample in read_shard(source.source, source.shards[shard]):
         lacks_mask = sample.read_mask is None and sample.failure is None
@@ -270,7 +268,7 @@ def read_items(
                 problems.without_mask.append(f"{source.name}: {sample.image_id}")
             continue
         try:
-            images = source.decode(sample) if expands else [sample]
+            images = source.decode(sample) if source.config.pages == "expand" else [sample]
         except ConfigError as error:
             if problems is None:
                 raise

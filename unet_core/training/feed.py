@@ -103,9 +103,8 @@ class Order:
             first = int(ends[index]) - count
             if first >= stop:
                 return
-            share = slice(max(start - first, 0), min(stop - first, count))
-            positions = self._random(round_, shard).permutation(count)[share]
-            for item in self.split.items(shard, positions):
+            shuffled = self._random(round_, shard).permutation(count)
+            for item in self.split.items(shard, shuffled[max(start - first, 0) : stop - first]):
                 yield round_, item
 
 
@@ -140,8 +139,7 @@ class Feed:
         batch = order.config.batch
         slots_of_ranks = [replace(ranks, rank=n).slots(batch) for n in range(ranks.count)]
         slots = slots_of_ranks[ranks.rank]
-        per_step = order.streams(slots, skip)
-        entries = (entry for step in per_step for entry in step if entry is not None)
+        entries = filter(None, itertools.chain.from_iterable(order.streams(slots, skip)))
 
         def crop(entry: Entry) -> Crop:
             round_, item = entry
@@ -155,8 +153,7 @@ class Feed:
                 # as many forward passes on every rank, since DDP synchronises each last one
                 most = max(order.present(some, step) for some in slots_of_ranks)
                 pieces = min(self.config.train.accumulate, most)
-                present = order.present(slots, step)
-                yield self._step_batch(itertools.islice(crops, present), pieces)
+                yield self._step_batch(itertools.islice(crops, order.present(slots, step)), pieces)
 
     def _step_batch(self, prefetched: Iterator[Crop], pieces: int) -> StepBatch:
         """Wait for the crops of a step; augment them in ``pieces`` parts of nearly equal size."""

@@ -5,7 +5,7 @@ import itertools
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,17 +40,15 @@ def scan_dataset(
 
     def scan_all() -> DatasetScan:
         parts = ranks.on_all(lambda: [_scan(group, ranks, pool, wants_stop) for group in groups])
-        return _sum(itertools.chain(*ranks.gather(parts)))
+        return functools.reduce(operator.iadd, itertools.chain(*ranks.gather(parts)), DatasetScan())
 
     found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         # too few images for val_fraction: one validates
-        just_above = math.nextafter(found.lowest_share, 1)
-        dataset.split_at(splits, just_above)
+        dataset.split_at(splits, math.nextafter(found.lowest_share, 1))
         found = scan_all()
     for split in splits:
-        shards = range(len(split.input.shards))
-        split.counts = [found.images[split.name, shard] for shard in shards]
+        split.counts = [found.images[split.name, shard] for shard in range(len(split.input.shards))]
     _refuse_unusable(found, train)
     return found
 
@@ -85,10 +83,6 @@ def _scan(
             result += item_scan
     result += problems
     return result
-
-
-def _sum(parts: Iterable[DatasetScan]) -> DatasetScan:
-    return functools.reduce(operator.iadd, parts, DatasetScan())
 
 
 def _refuse_unusable(found: DatasetScan, train: Split) -> None:
