@@ -78,10 +78,12 @@ def _given_keys(config: TrainConfig) -> Iterator[str]:
         if part.instances and _is_written_default(part, "ignore_index"):
             yield f"data.{name}.ignore_index"
     model = config.model
-    if model.checkpoint and _is_written_default(model, "classes"):
-        header = read_header(model.checkpoint, config.storage)
-        if header.class_names != tuple(model.classes):
-            yield "model.classes"
+    if (
+        model.checkpoint
+        and _is_written_default(model, "classes")
+        and read_header(model.checkpoint, config.storage).class_names != tuple(model.classes)
+    ):
+        yield "model.classes"
 
 
 def _is_written_default(section: Section, key: str) -> bool:
@@ -145,8 +147,7 @@ class TrainingRun:
 
     def load_counts(self, splits: Splits) -> None:
         """Set the image counts from the manifest; raises RunMismatchError if the shards changed."""
-        with self.store.open_parquet(manifest_name(0)) as file:
-            rows = file.read().to_pylist()
+        rows = self._rows_of(manifest_name(0))
         for split in splits:
             then = {row["shard_id"]: row["images"] for row in rows if row["split"] == split.name}
             now = {shard.shard_id: shard for shard in split.input.shards}
@@ -196,11 +197,8 @@ class TrainingRun:
 
     def rows(self) -> list[Row]:
         """Read the published history, in the order of the steps."""
-        rows: list[Row] = []
-        for step in self._steps(HISTORY_FILE):
-            with self.store.open_parquet(HISTORY_FILE.format(step)) as file:
-                rows += file.read().to_pylist()
-        return rows
+        names = map(HISTORY_FILE.format, self._steps(HISTORY_FILE))
+        return [row for name in names for row in self._rows_of(name)]
 
     def finish(self, position: Position) -> None:
         """Publish ``_SUCCESS``, the last file of a training."""
@@ -213,9 +211,12 @@ class TrainingRun:
         newest = max(self._steps(CHECKPOINT), default=None)
         return Position() if newest is None else self._position_at(newest)
 
+    def _rows_of(self, name: str) -> list[Row]:
+        with self.store.open_parquet(name) as file:
+            return file.read().to_pylist()
+
     def _position_at(self, step: int) -> Position:
-        uri = self.store.uri(CHECKPOINT.format(step))
-        metadata = read_metadata(uri, self.store.storage)
+        metadata = read_metadata(self.store.uri(CHECKPOINT.format(step)), self.store.storage)
         return Position(**json.loads(metadata["position"]))
 
     def _steps(self, pattern: str) -> list[int]:
