@@ -85,8 +85,7 @@ def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tens
         points_N2HW += weights_H3 @ torch.from_numpy(coarse_N233).to(device) @ weights_H3.T
     axes = []
     for axis in (1, 0):
-        shortest = min(crop.size[axis] for crop in crops)
-        folds_once = shortest - 1 >= shape.window / 2
+        folds_once = min(crop.size[axis] for crop in crops) - 1 >= shape.window / 2
         last_N11 = size_N2[:, axis, None, None] - 1
         inside_NHW = _mirrored(points_N2HW[:, axis], last_N11, folds_once)
         axes.append(inside_NHW * (2 / (shape.window - 1)) - 1)

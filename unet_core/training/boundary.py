@@ -31,8 +31,7 @@ def boundary_term(objects_HW: Array, sigma: float) -> Array:
         near, second = near_HW[around], second_HW[around]
         np.minimum(second, np.maximum(near, distance), out=second)
         np.minimum(near, distance, out=near)
-    term: Array = np.exp(-((near_HW + second_HW) ** 2) / (2 * sigma**2))
-    return term
+    return np.exp(-((near_HW + second_HW) ** 2) / (2 * sigma**2))
 
 
 def objects_of(labels_HW: Array, ignore_index: int) -> Array:
@@ -50,5 +49,4 @@ def _to_border(is_object: Array) -> Array:
     border = is_object & ~ndimage.binary_erosion(is_object, border_value=1)
     if not border.any():
         return np.full(is_object.shape, np.inf, dtype=np.float32)
-    distance: Array = ndimage.distance_transform_edt(~border).astype(np.float32)
-    return distance
+    return ndimage.distance_transform_edt(~border).astype(np.float32)

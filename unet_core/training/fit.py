@@ -262,13 +262,11 @@ class TrainingLoop:
         local = [(i, not math.isfinite(loss)) for piece, loss in pieces for i in piece]
         images = [image for part in self.ranks.gather(local) for image in part]
         suspects = [i for i, is_bad in images if is_bad] or [i for i, _ in images]
-        named = list(dict.fromkeys(suspects))
-        more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        named = checkpoint.few(list(dict.fromkeys(suspects)), SHOWN)
         return DivergedError(
             f"the loss or its gradient is no number at step {self.position.step}; images: "
-            f"{', '.join(named[:SHOWN])}{more}; the last good checkpoint is kept in "
-            f"{self.run.store.uri()}: look at these images, or train into a new folder with a "
-            "lower train.learning_rate"
+            f"{named}; the last good checkpoint is kept in {self.run.store.uri()}: look at these "
+            "images, or train into a new folder with a lower train.learning_rate"
         )
 
     def _take_step(self, batch: StepBatch, counts: BatchCounts) -> None:
@@ -312,13 +310,16 @@ class TrainingLoop:
         """Add rows to the history; without times, so that two runs of a config give equal files."""
         position = self.position
         rate = learning_rate_at(position.step - 1, self.steps, self.config.train)
-        rows: list[tuple[str, str, str | None, float | None]] = [
+        rows = [
             (TRAIN, "loss", None, loss),
             (TRAIN, "learning_rate", None, rate),
+            *(
+                (VAL, metric, name, getattr(score, metric))
+                for name, score in zip(self.header.class_names, validation.scores, strict=True)
+                for metric in ("iou", "dice")
+            ),
+            (VAL, "accuracy", None, validation.accuracy),
         ]
-        for name, score in zip(self.header.class_names, validation.scores, strict=True):
-            rows += [(VAL, "iou", name, score.iou), (VAL, "dice", name, score.dice)]
-        rows.append((VAL, "accuracy", None, validation.accuracy))
         columns = ("step", "epoch", "split", "name", "class", "value")
         at = (position.step, position.epoch)
         self.run.history += [dict(zip(columns, at + row, strict=True)) for row in rows]

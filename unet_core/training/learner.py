@@ -90,8 +90,9 @@ class Learner:
             self._optimizer.step()
             if self._ema is not None:
                 self._ema.update_parameters(self.network)
-        ids = [piece.image_ids for piece in pieces]
-        return StepResult(ids, [loss.item() for loss in losses], is_finite)
+        return StepResult(
+            [piece.image_ids for piece in pieces], [loss.item() for loss in losses], is_finite
+        )
 
     def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
         """Accumulate a piece's gradient and return its loss, a scalar.
@@ -146,7 +147,6 @@ class Learner:
 def _optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     """Create the configured optimizer for the weights that are not frozen."""
     weights = [p for p in network.parameters() if p.requires_grad]
-    rate, decay = config.learning_rate, config.weight_decay
     # on GPUs torch's default is fast; fused CPU kernels need weights without gaps in memory
     fused = True if all(p.device.type == "cpu" and _is_dense(p) for p in weights) else None
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -154,7 +154,9 @@ def _optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
-    return kinds[config.optimiser](weights, lr=rate, weight_decay=decay, fused=fused)
+    return kinds[config.optimiser](
+        weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
+    )
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -212,12 +214,9 @@ def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
     network, header = checkpoint.load(
         model.checkpoint, storage=config.storage, factory=model.factory
     )
-    header = replace(header, training={})
-    names = tuple(model.classes)
-    if "classes" not in model.model_fields_set or names == header.class_names:
-        return network, header
+    names = tuple(model.classes) if "classes" in model.model_fields_set else header.class_names
     if len(names) == len(header.class_names):
-        return network, replace(header, class_names=names)
+        return network, replace(header, class_names=names, training={})
     if not isinstance(header.network, UNetSpec):
         raise ConfigError(
             f"model.classes names {len(names)}, but {model.checkpoint} has "
@@ -227,4 +226,4 @@ def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
     new, old = build(spec), network.state_dict()
     fitting = {n: old[n] for n, t in new.state_dict().items() if old[n].shape == t.shape}
     new.load_state_dict(fitting, strict=False)
-    return new, replace(header, network=spec, class_names=names, palette=())
+    return new, replace(header, network=spec, class_names=names, palette=(), training={})
