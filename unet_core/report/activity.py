@@ -85,6 +85,9 @@ def _actors(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Sum up the work of each actor."""
     for name in sorted(pc.unique(table["actor"]).to_pylist()):
         rows = table.filter(pc.field("actor") == name)
-        shards, images = rows.num_rows, pc.sum(rows["images"]).as_py()
-        shares = Seconds.of_table(rows).shares
-        yield {"name": name, "shards": shards, "images": images, "shares": shares}
+        yield {
+            "name": name,
+            "shards": rows.num_rows,
+            "images": pc.sum(rows["images"]).as_py(),
+            "shares": Seconds.of_table(rows).shares,
+        }

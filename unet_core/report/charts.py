@@ -92,15 +92,21 @@ def lines(
     marks, ends = [], []
     for tone, (name, points) in enumerate(series.items()):
         if points:
-            placed = [
+            placed = (
                 (_percent(x, left, right), 100 - _percent(y, low, high))
                 for x, y in _thinned(points)
-            ]
+            )
             marks.append(Mark("line", name, _path(placed), tone))
             ends.append(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
-    ruled = tuple(Tick(_percent(at, left, right), text) for at, text in rules)
-    x, y = _axis(left, right, 6), _axis(low, high, 4)
-    return Plot(title, "; ".join(ends), x, y, tuple(marks), ruled, x_name)
+    return Plot(
+        title,
+        "; ".join(ends),
+        _axis(left, right, 6),
+        _axis(low, high, 4),
+        tuple(marks),
+        tuple(Tick(_percent(at, left, right), text) for at, text in rules),
+        x_name,
+    )
 
 
 def _thinned(points: Points) -> Points:
@@ -114,14 +120,15 @@ def stack(title: str, names: list[str], shares: Array, like: Plot) -> Plot:
     tops = np.pad(shares.cumsum(axis=1), ((0, 0), (1, 0)))
     depths = 100 - 100 * np.repeat(tops, 2, axis=0)
     xs = np.repeat(np.linspace(0, 100, len(shares) + 1), 2)[1:-1]
-    marks = []
-    for part, name in enumerate(names):
-        lower, upper = (np.stack([xs, depths[:, n]], axis=1) for n in (part, part + 1))
-        marks.append(Mark("area", name, _path([*upper, *lower[::-1]]) + "Z", part))
+    borders = [np.stack([xs, depth], axis=1) for depth in depths.T]
+    marks = tuple(
+        Mark("area", name, _path([*borders[part + 1], *borders[part][::-1]]) + "Z", part)
+        for part, name in enumerate(names)
+    )
     means = zip(names, shares.mean(axis=0), strict=True)
     text = "; ".join(f"{name} {share:.0%}" for name, share in means)
     y = tuple(Tick(at, f"{at:g} %") for at in (0, 50, 100))
-    return replace(like, title=title, text=text, y=y, marks=tuple(marks))
+    return replace(like, title=title, text=text, y=y, marks=marks)
 
 
 def _path(points: Iterable[tuple[float, float]]) -> str:

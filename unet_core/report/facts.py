@@ -71,8 +71,11 @@ class RunFacts:
         self.activity = Activity(timings) if timings.num_rows else None
         self.only_class = totals.only_class(results.class_names)
         self.errors, self.config = results.config.errors, record.config
-        compute = record.compute.model_dump(exclude={"versions"})
-        self.versions = {"unet-jobs": record.version, **compute, **record.compute.versions}
+        self.versions = {
+            "unet-jobs": record.version,
+            **record.compute.model_dump(exclude={"versions"}),
+            **record.compute.versions,
+        }
         self.identity = {"fingerprint": record.fingerprint, **record.identity}
 
 
@@ -124,10 +127,9 @@ def _panels(
     """Draw the panels of all images by id, or say why not; the first ones of each sheet first."""
     by_rank = chain(*zip_longest(*sheets.values()))
     picks = {pick.image_id: pick for pick in by_rank if pick is not None}
-    ignore_index = results.config.input.ignore_index
 
     def draw(decoded: DecodedImage, mask_HW: Array) -> tuple[Panel, ...]:
-        return panels(decoded, mask_HW, results.palette, ignore_index)
+        return panels(decoded, mask_HW, results.palette, results.config.input.ignore_index)
 
     return fetch(results, list(picks.values()), draw, MOST_BYTES)
 

@@ -21,9 +21,11 @@ its numbers to the pointer."""
 def render(facts: RunFacts | TrainingFacts) -> bytes:
     """Render the page of a run or a training."""
     template = "run.html" if isinstance(facts, RunFacts) else "training.html"
-    title = facts.uri.rstrip("/").rpartition("/")[2] or facts.uri
-    written = datetime.datetime.now(datetime.UTC)
-    page = TEMPLATES.get_template(template).render(f=facts, title=title, written=written)
+    page = TEMPLATES.get_template(template).render(
+        f=facts,
+        title=facts.uri.rstrip("/").rpartition("/")[2] or facts.uri,
+        written=datetime.datetime.now(datetime.UTC),
+    )
     return page.encode("utf-8", "backslashreplace")
 
 

@@ -60,8 +60,7 @@ def fetch(
         for image_id in wanted[shard_id]:
             reasons.setdefault(image_id, reason)
 
-    for _ in map_in_order(of_shard, wanted, THREADS):
-        pass
+    list(map_in_order(of_shard, wanted, THREADS))
     return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
 
@@ -73,13 +72,14 @@ def _wanted(
     reasons = {}
     for pick in picks:
         head = heads.get(pick.shard_id)
-        is_streamed = head and not head.has_members and head.shard_id not in wanted
-        stream_bytes = head.bytes if head and is_streamed else 0
         if head is None:
             reasons[pick.image_id] = f"the manifest has no shard {pick.shard_id}"
-        elif pick.height * pick.width > MOST_PIXELS:
-            size = f"{pick.height:,} × {pick.width:,}"
-            reasons[pick.image_id] = f"its {size} pixels are too many to show here"
+            continue
+        stream_bytes = 0 if head.has_members or head.shard_id in wanted else head.bytes
+        if pick.height * pick.width > MOST_PIXELS:
+            reasons[pick.image_id] = (
+                f"its {pick.height:,} × {pick.width:,} pixels are too many to show here"
+            )
         elif stream_bytes > most_bytes:
             reasons[pick.image_id] = (
                 f"its shard of {stream_bytes / 1e9:,.3g} GB is too much to read for a page; see "

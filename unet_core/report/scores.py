@@ -17,8 +17,12 @@ from unet_core.runs.compact import COMPACTED
 from unet_core.runs.schema import CONFIDENCE_UNIT
 
 RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE, LARGEST = "random", "iou", "confidence", "foreground"
-ORDERS = dict.fromkeys((RANDOM, LOWEST_IOU, LOWEST_CONFIDENCE), "ascending")
-ORDERS[LARGEST] = "descending"
+ORDERS = {
+    RANDOM: "ascending",
+    LOWEST_IOU: "ascending",
+    LOWEST_CONFIDENCE: "ascending",
+    LARGEST: "descending",
+}
 """Sort orders of the values that images are picked by."""
 NEEDED = ["shard_id", "image_id", "height", "width", "class_pixels", "confidence_sum",
           "tp", "fp", "fn", "confusion"]  # fmt: skip

@@ -37,8 +37,9 @@ class TrainingFacts:
         self.plots = list(_plots(curves, names, position))
         self.absent = [name for name, count in pixels.items() if not count]
         """Classes without a pixel in the training images."""
-        is_best_last = len(losses) > 2 and position.best_step >= losses[-1][0]
-        self.is_best_last = run.is_finished and is_best_last
+        self.is_best_last = (
+            run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0]
+        )
         """True where more epochs may help."""
         self.best = f"{self.uri}/{BEST}"
 
