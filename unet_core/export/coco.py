@@ -39,8 +39,10 @@ def annotation(
     rows, columns = box
     segmentation: Any = rle(region_HW, rows.start, columns.start, *shape)
     if as_polygons:
-        corners = polygons(region_HW, rows.start, columns.start)
-        segmentation = [[value for y, x in points for value in (x, y)] for points in corners]
+        segmentation = [
+            [value for y, x in points for value in (x, y)]
+            for points in polygons(region_HW, rows.start, columns.start)
+        ]
     return {
         "class": class_id,
         "area": int(region_HW.sum()),
@@ -61,9 +63,9 @@ def rle(region_HW: Array, y: int, x: int, height: int, width: int) -> Row:
     runs = np.stack([starts[is_new], np.append(stops[:-1][is_new[1:]], stops[-1:])], axis=1)
     counts = np.diff(runs.ravel(), prepend=0, append=height * width)
     counts = counts[: counts.size - (counts[-1] == 0)]  # as pycocotools' own
-    library = require_library()
-    found = library.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": [height, width], "counts": found["counts"].decode("ascii")}
+    size = [height, width]
+    found = require_library().frPyObjects({"size": size, "counts": counts.tolist()}, *size)
+    return {"size": size, "counts": found["counts"].decode("ascii")}
 
 
 def polygons(region_HW: Array, y: int, x: int) -> list[Points]:
@@ -130,8 +132,7 @@ def document(
     named = [{"id": n, "name": name} for n, name in enumerate(class_names) if n]
     info = {"description": "made by unet-jobs", "shards": digest}
     head = json.dumps({"info": info, "licenses": [], "categories": named})
-    file.write(head.removesuffix("}").encode())
-    file.write(b',\n"images":[')
+    file.write(head.removesuffix("}").encode() + b',\n"images":[')
     _write(file, map(json.dumps, images))
     file.write(b'],\n"annotations":[')
     _write(file, (_entry(number, row) for number, row in enumerate(annotations, start=1)))
@@ -145,7 +146,12 @@ def _write(file: BinaryIO, entries: Iterable[str]) -> None:
 
 
 def _entry(number: int, row: Row) -> str:
-    bbox = [row[side] for side in ("x", "y", "width", "height")]
-    told = {"id": number, "image_id": row["image"], "category_id": row["class"]}
-    told |= {"area": row["area"], "bbox": bbox, "iscrowd": 0}
+    told = {
+        "id": number,
+        "image_id": row["image"],
+        "category_id": row["class"],
+        "area": row["area"],
+        "bbox": [row[side] for side in ("x", "y", "width", "height")],
+        "iscrowd": 0,
+    }
     return f'{json.dumps(told)[:-1]}, "segmentation": {row["segmentation"]}}}'

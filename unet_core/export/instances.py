@@ -80,8 +80,7 @@ def split(is_object: Array) -> Array:
     seeds_HW[::step, ::step] = _seeds(distance_HW[::step, ::step] / step)
     if seeds_HW.max() < 2:
         return is_object.astype(np.int32)
-    parts_HW = watershed(-distance_HW, seeds_HW, mask=is_object)
-    return parts_HW.astype(np.int32)
+    return watershed(-distance_HW, seeds_HW, mask=is_object).astype(np.int32)
 
 
 def _seeds(distance_HW: Array) -> Array:

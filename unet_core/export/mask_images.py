@@ -83,5 +83,4 @@ def _tiles(bands: Iterable[Array]) -> Iterator[Array]:
         for y in range(0, band_HW.shape[0], TILE_SIDE):
             for x in range(0, band_HW.shape[1], TILE_SIDE):
                 tile_HW = band_HW[y : y + TILE_SIDE, x : x + TILE_SIDE]
-                missing = ((0, TILE_SIDE - side) for side in tile_HW.shape)
-                yield np.pad(tile_HW, tuple(missing))
+                yield np.pad(tile_HW, [(0, TILE_SIDE - side) for side in tile_HW.shape])

@@ -68,9 +68,13 @@ class Export:
     def identity(self) -> dict[str, str]:
         """Options that exports of one folder share, by the names that people know them by."""
         known = {**dataclasses.asdict(self.options), "mean_intensity": self.has_input}
-        of_run = {"fingerprint": self.results.record.fingerprint, "names": self.names.digest}
-        version = "2" if self.names.extension else "1"  # 2: files keep the extension of their image
-        return {"export_version": version, **of_run, **{k: str(v) for k, v in known.items()}}
+        return {
+            # 2: files keep the extension of their image
+            "export_version": "2" if self.names.extension else "1",
+            "fingerprint": self.results.record.fingerprint,
+            "names": self.names.digest,
+            **{key: str(value) for key, value in known.items()},
+        }
 
     def create_or_join(self) -> None:
         """Publish the identity of the export, or join the one that is there.
@@ -82,8 +86,13 @@ class Export:
             require_empty(store, "export", "--out")
         told = {"class_names": self.results.class_names, "palette": self.results.palette}
         there = create_or_read(store, name, {"options": self.identity, **told}).get("options", {})
-        advice = "give --out a new folder, or the same options"
-        check_identity(store.uri(), there, self.identity, "export", advice)
+        check_identity(
+            store.uri(),
+            there,
+            self.identity,
+            what="export",
+            advice="give --out a new folder, or the same options",
+        )
 
     def done(self) -> set[str]:
         """Shards whose index is of the masks that the run has now."""
@@ -192,8 +201,11 @@ class Export:
         match self.options.format:
             case "png":
                 if found and len(found.classes) > MOST_LABELS:
-                    objects = f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,}"
-                    raise ImageError("too_large", f"{objects} apart; use --format tiff")
+                    raise ImageError(
+                        "too_large",
+                        f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,} "
+                        "apart; use --format tiff",
+                    )
                 file = encode_png(mask.whole() if found is None else found.labels_HW, palette)
             case "tiff":
                 kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
