@@ -41,8 +41,7 @@ class Images:
     examples: tuple[str, ...] = ()
 
     def __add__(self, other: "Images") -> "Images":
-        examples = (*self.examples, *other.examples)[:MOST_EXAMPLES]
-        return Images(self.count + other.count, examples)
+        return Images(self.count + other.count, (*self.examples, *other.examples)[:MOST_EXAMPLES])
 
     @classmethod
     def of(cls, examples: Iterable[str]) -> "Images":
@@ -118,8 +117,7 @@ class Aggregate:
         """Micro and macro scores per class; None where they are not defined."""
         if not self.totals.with_truth:
             return []
-        sums_KR, counts_KR = (np.transpose(of).tolist() for of in (self.sums, self.counts))
-        columns = zip(class_names, self.totals.scores, sums_KR, counts_KR, strict=True)
+        of_images = (np.transpose(of).tolist() for of in (self.sums, self.counts))
         return [
             {
                 "class": class_name,
@@ -128,7 +126,9 @@ class Aggregate:
                 "images": counts[[*RATIOS].index("iou")],
                 "pixels": vars(score),
             }
-            for class_name, score, sums, counts in columns
+            for class_name, score, sums, counts in zip(
+                class_names, self.totals.scores, *of_images, strict=True
+            )
         ]
 
 
@@ -208,7 +208,6 @@ def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:
     columns = ["image_id", "status", "truth", "error_code", "error_message"]
     left = rows.filter(pc.is_null(rows["tp"])).select(columns).to_pylist()
     ok = [row for row in left if row["status"] == "ok"]
-    failed = [row for row in left if row["status"] != "ok"]
     found = [row for row in ok if not (of_runs and row["truth"] == "failed")]
     lost = [row for row in ok if of_runs and row["truth"] == "failed"]
     return {
@@ -216,7 +215,9 @@ def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:
         "unusable": Images.of(_reason(row) for row in found if row["error_code"]),
         "only_ok_here": Images.of(map(_reason, lost)),
         "only_ok_there": Images.of(
-            _reason(row) for row in failed if of_runs and row["truth"] == "ok"
+            _reason(row)
+            for row in left
+            if of_runs and row["status"] != "ok" and row["truth"] == "ok"
         ),
     }
 

@@ -50,8 +50,13 @@ class Evaluation:
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
         there = create_or_read(self.store, TRUTH_JSON, self.identity)
-        advice = "give another --name, or none"
-        check_identity(self.store.uri(), there, self.identity, "evaluation", advice)
+        check_identity(
+            self.store.uri(),
+            there,
+            self.identity,
+            what="evaluation",
+            advice="give another --name, or none",
+        )
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""
@@ -71,8 +76,7 @@ class Evaluation:
                     )
                 told = {"truth": found.name} | self._judge(mask, found)
                 judged.append(row | WITHOUT_TRUTH | told)
-        part = metrics_part(judged, footer, EVALUATION)
-        self.store.publish(metrics_name(shard.shard_id), part)
+        self.store.publish(metrics_name(shard.shard_id), metrics_part(judged, footer, EVALUATION))
         return len(rows)
 
     def _judge(self, mask: StoredMask | None, found: Found) -> Row:
@@ -92,8 +96,7 @@ class Evaluation:
     def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
         matrix_KK = np.zeros((self.classes, self.classes), np.int64)
         for box, read in mask.windows.items():
-            truth_HW = truth.read(*box)[0]
-            matrix_KK += confusion(truth_HW, read(), self.classes, self.ignore_index)
+            matrix_KK += confusion(truth.read(*box)[0], read(), self.classes, self.ignore_index)
         return matrix_KK
 
     def aggregate(self, shard_ids: set[str]) -> Aggregate:

@@ -80,11 +80,15 @@ class OtherRun:
 def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     def read(shard_id: str) -> pa.Table:
         ids = read_columns(store, shard_id, "image_id")
-        return ids.append_column("shard_id", pa.array([shard_id] * ids.num_rows, pa.string()))
+        return ids.append_column("shard_id", pa.repeat(shard_id, ids.num_rows))
 
     return pa.concat_tables([IDS.empty_table(), *map_in_order(read, sorted(shard_ids))])
 
 
 def _pixels(mask: StoredMask) -> Pixels:
-    size, kind = (mask.height, mask.width), np.dtype(np.uint16)
-    return Pixels(1, size, kind, lambda *window: mask.cut(Box(*window))[None])
+    return Pixels(
+        channels=1,
+        shape=(mask.height, mask.width),
+        dtype=np.dtype(np.uint16),
+        read=lambda *window: mask.cut(Box(*window))[None],
+    )

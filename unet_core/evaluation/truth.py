@@ -164,7 +164,8 @@ def _decoded(decoder: TruthDecoder, pairs: Iterable[FoundIn]) -> Iterator[Found]
         found = list(group)
         ok = [(row, page) for _, _, page, row in found if row["status"] == "ok"]
         is_large = any(len(mask_windows(row["height"], row["width"])) > 1 for row, _ in ok)
-        pages = [page for _, page in ok]
-        labels = iter(decoder.decode(sample, pages, is_large) if sample and ok else [])
+        labels = iter(
+            decoder.decode(sample, [page for _, page in ok], is_large) if sample and ok else []
+        )
         for _, name, _, row in found:
             yield Found(name, next(labels, None) if row["status"] == "ok" else None)
