@@ -63,8 +63,8 @@ def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.T
 def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
     def rows(shard_id: str) -> pa.Table:
         table, _ = read_metrics(store, shard_id)
-        names = pa.array([shard_id] * table.num_rows, pa.string())
-        return pa.table([names, *table.select(schema.METRICS.names).columns], schema=COMPACTED)
+        ids = pa.repeat(shard_id, table.num_rows)
+        return pa.table([ids, *table.select(schema.METRICS.names).columns], schema=COMPACTED)
 
     return map_in_order(rows, ids)
 

@@ -93,9 +93,9 @@ def _batch(shards: list[Shard]) -> pa.RecordBatch:
     members = [member for shard in shards for member in shard.members]
     values = zip(*members, strict=True) if members else [()] * len(MEMBER.fields)
     fields = [pa.array(v, f.type) for v, f in zip(values, MEMBER.fields, strict=True)]
-    offsets = [0, *accumulate(len(shard.members) for shard in shards)]
     lists = pa.ListArray.from_arrays(
-        pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(fields, fields=MEMBER.fields)
+        pa.array([0, *accumulate(len(shard.members) for shard in shards)], pa.int32()),
+        pa.StructArray.from_arrays(fields, fields=MEMBER.fields),
     )
     return pa.RecordBatch.from_arrays([*columns, lists], schema=MANIFEST)
 

@@ -165,8 +165,11 @@ def read_columns(store: Store, shard_id: str, *columns: str) -> pa.Table:
 
 def list_shard_ids(store: Store, folder: str) -> set[str]:
     """List the ids of shards that have their part in a folder. One listing."""
-    entries = store.list(folder)
-    return {e.name.removesuffix(".parquet") for e in entries if not e.name.startswith("_")}
+    return {
+        entry.name.removesuffix(".parquet")
+        for entry in store.list(folder)
+        if not entry.name.startswith("_")
+    }
 
 
 def current_ids(run: Store, store: Store, folder: str) -> set[str]:

@@ -172,8 +172,9 @@ class Results:
     def _places(self) -> pa.Table:
         """Shard and status of each image."""
         columns = ["shard_id", "image_id", "status", "error_message"]
-        none = COMPACTED.empty_table().select(columns)
-        return pa.concat_tables([none, *batches(self.run.store, columns)])
+        return pa.concat_tables(
+            [COMPACTED.empty_table().select(columns), *batches(self.run.store, columns)]
+        )
 
     def _shard_of(self, image_id: str) -> str:
         """Find the committed shard with the mask of an image; raises NotFoundError."""

@@ -140,8 +140,11 @@ class Run:
 
         None before the run began.
         """
-        entries = self.store.list(FOLDER)
-        files = [f"{FOLDER}/{e.name}" for e in entries if e.name.endswith(".parquet")]
+        files = [
+            f"{FOLDER}/{entry.name}"
+            for entry in self.store.list(FOLDER)
+            if entry.name.endswith(".parquet")
+        ]
         wanted = [manifest_name(number) for number in range(len(files))]
         if files != wanted:
             raise StoreError(f"{self.store.uri(FOLDER)} holds {files}, expected: {wanted}")

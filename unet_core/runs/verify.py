@@ -191,9 +191,11 @@ def _recount_input(source: Source, shard: Shard, rows: pa.Table) -> list[str]:
 
 def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
     if not run.is_finished:
-        left = f"{len(missing)} shards are not committed"
-        if not missing:
-            left = "all shards are committed, but perhaps too many images failed; predict says it"
+        left = (
+            f"{len(missing)} shards are not committed"
+            if missing
+            else "all shards are committed, but perhaps too many images failed; predict says it"
+        )
         findings.notes.append(f"not finished: {left}")
         return
     findings.problems += [f"finished, but shard {s} is not committed" for s in sorted(missing)]
