@@ -54,8 +54,7 @@ class Batch:
     @property
     def pixels(self) -> int:
         """N·H·W."""
-        count, _, height, width = self.tiles_NCHW.shape
-        return int(count * height * width)
+        return self.tiles_NCHW[:, 0].size
 
     def part(self, of: slice) -> "Batch":
         """The batch of some of its tiles."""
@@ -176,12 +175,13 @@ class Engine:
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
         if isinstance(self.header.network, Factory):
             versions["model.factory"] = origin(self.header.network)
-        pixels = self._affordable_pixels() if batch == "auto" else int(batch) * tile_size**2
         return Compute(
             device=device_model(self.device),
             precision=str(self.dtype).removeprefix("torch."),
             backend="eager",
-            batch_pixels=pixels,
+            batch_pixels=(
+                self._affordable_pixels() if batch == "auto" else int(batch) * tile_size**2
+            ),
             versions=versions,
         )
 
@@ -280,5 +280,4 @@ def device_model(device: torch.device) -> str:
     """The model name of a GPU, or the instruction set that torch uses on a CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device.type} {platform.machine()} {capability}"
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
@@ -47,8 +48,13 @@ def find_poison_images(
     Raises ShardError if the child dies or hangs while it reads.
     """
     segmenter.engine.free_memory()
-    shard, spec = with_members(segmenter.output, shard), segmenter.replica.spec
-    isolation = Isolation(spec, segmenter.compute, segmenter.footer, shard, image_s)
+    isolation = Isolation(
+        segmenter.replica.spec,
+        segmenter.compute,
+        segmenter.footer,
+        with_members(segmenter.output, shard),
+        image_s,
+    )
     return isolation.poison(partial(segmenter.step, shard.shard_id))
 
 
@@ -153,9 +159,8 @@ def _try_images(
     limit: int | None,
     on_step: Callable[[], None],
 ) -> Iterator[Message]:
-    for place, sample in enumerate(read_shard(segmenter.replica.spec.source, shard)):
-        if place < first:
-            continue
+    samples = read_shard(segmenter.replica.spec.source, shard)
+    for place, sample in islice(enumerate(samples), first, None):
         yield place
         try:
             segmenter.dry_run(sample, on_step)

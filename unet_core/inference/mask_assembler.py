@@ -40,11 +40,11 @@ class MaskWindow:
     def empty(cls, box: Box, postprocessing: Postprocessing) -> "MaskWindow":
         """Allocate a window: class ids are uint8, or uint16 above 256 classes."""
         mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits <= 256 else np.uint16)
-        probabilities_KHW = None
-        if postprocessing.probabilities != "none":
-            probabilities_KHW = np.empty(
-                (postprocessing.logits, *box.shape), postprocessing.probabilities
-            )
+        probabilities_KHW = (
+            np.empty((postprocessing.logits, *box.shape), postprocessing.probabilities)
+            if postprocessing.probabilities != "none"
+            else None
+        )
         return cls(box, mask_HW, 0, probabilities_KHW)
 
     def paste(self, tile: Tile, result: TileResult) -> None:

@@ -23,15 +23,20 @@ class Replica:
         )
         _require_tiling(network, header)
         self.tile_grid = spec.tile_grid
-        device = choose_device(config.model.device, config.workers.gpus)
         postprocessing = Postprocessing(
             header.network.classes,
             config.model.threshold,
             config.tile.tta,
             config.output.probabilities,
         )
-        blends, precision = self.tile_grid.blends, config.model.precision
-        self.engine = Engine(network, header, device, postprocessing, blends, precision)
+        self.engine = Engine(
+            network,
+            header,
+            choose_device(config.model.device, config.workers.gpus),
+            postprocessing,
+            self.tile_grid.blends,
+            config.model.precision,
+        )
         self.engine.share_cores(spec.threads, self.tile_grid.size)
 
     def probe(self) -> Compute:
@@ -41,9 +46,11 @@ class Replica:
 
 def _require_tiling(network: nn.Module, header: Header) -> None:
     """Check that a factory's network still has the tiling that was measured at its import."""
-    if not isinstance(header.network, Factory) or not header.tiling.is_exact:
-        return
-    if not is_exact(network, header.network.in_channels, header.tiling, at_edges=False):
+    if (
+        isinstance(header.network, Factory)
+        and header.tiling.is_exact
+        and not is_exact(network, header.network.in_channels, header.tiling, at_edges=False)
+    ):
         raise CheckpointError(
             f"model.factory: {header.network.factory} now builds a network whose tiles are not "
             "exact; import its weights again"

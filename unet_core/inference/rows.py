@@ -37,14 +37,13 @@ class Encoder:
 
     def window(self, assembler: MaskAssembler, window: MaskWindow) -> EncodedWindow:
         """Encode and count one mask window; windows of a large image wait on disk."""
-        box = window.box
         payload = {"mask": encode_mask(window.mask_HW, self.encoding)}
         if window.probabilities_KHW is not None:
             payload["probabilities"] = window.probabilities_KHW.tobytes()
         height, width = assembler.decoded.pixels.shape
         row = {
             "image_id": assembler.decoded.sample.image_id,
-            **box._asdict(),
+            **window.box._asdict(),
             "image_height": height,
             "image_width": width,
             "encoding": self.encoding,

@@ -204,8 +204,10 @@ class ShardSegmenter:
         cannot hold the probabilities of a mask window.
         """
         if image.sample.image_id in ids:
-            failure = ImageError("duplicate_id", "the shard has an earlier image of this id")
-            return Rejected(image.sample, failure)
+            return Rejected(
+                image.sample,
+                ImageError("duplicate_id", "the shard has an earlier image of this id"),
+            )
         ids.add(image.sample.image_id)
         if isinstance(image, Rejected) or self._postprocessing.probabilities == "none":
             return image
@@ -224,14 +226,13 @@ class ShardSegmenter:
 
     def _collect_batches(self, state: _ShardState, keep: int) -> None:
         """Paste finished batches into their masks; wait until at most ``keep`` are under way."""
-        pending, encoding = state.pending, state.stopwatch("encoding")
+        pending, encode = state.pending, state.stopwatch("encoding")(self._encoder.window)
         while pending and (len(pending) > keep or pending[0][1].done()):
             pieces, future = pending.popleft()
             results = future.result()
             state.on_step()
             for (assembler, tile), result in zip(pieces, results, strict=True):
                 for window in assembler.paste(tile, result):
-                    encode = encoding(self._encoder.window)
                     assembler.encoded.append(self._pool.submit(encode, assembler, window))
                 if assembler.is_complete:
                     self._submit_rows(state, assembler.index, assembler)
@@ -258,8 +259,7 @@ class ShardSegmenter:
             "masks_sha256": sha256,
             "masks_bytes": str(size),
         }
-        rows = metrics_part(state.rows, footer)
-        committed = commit(self.output, shard.shard_id, masks, rows)
+        committed = commit(self.output, shard.shard_id, masks, metrics_part(state.rows, footer))
         totals = compute_totals(committed, self.output.uri(metrics_name(shard.shard_id)))
         log.info("committed shard=%s images=%d failed=%d",
                  shard.shard_id, state.seen, totals.failed)  # fmt: skip

@@ -47,10 +47,9 @@ class TileQueue:
     def _is_late(self, assembler: MaskAssembler) -> bool:
         """True if the group that waits longest must go although it is not full."""
         oldest, _ = next(iter(self._groups.values()))[0]
-        waiting = assembler.index - oldest.index
         pixels = sum(len(group) * math.prod(shape) for (shape, _), group in self._groups.items())
         too_many = pixels > PENDING_BATCHES * self._compute.batch_pixels
-        return too_many or waiting > PENDING_IMAGES
+        return too_many or assembler.index - oldest.index > PENDING_IMAGES
 
     def rest(self) -> Iterator[list[TileRef]]:
         """Batches that are not full when the shard ends."""
