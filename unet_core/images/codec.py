@@ -79,8 +79,9 @@ def decode_labels(data: bytes, config: InputConfig, classes: int) -> list[Array 
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
-    pages = _decode(data, config, as_labels=True)
-    return of_each(pages, lambda page: class_ids(page, config, classes))
+    return of_each(
+        _decode(data, config, as_labels=True), lambda page: class_ids(page, config, classes)
+    )
 
 
 def class_ids(labels: Array, config: InputConfig, classes: int) -> Array:

@@ -44,6 +44,10 @@ class Preprocessing(Section):
         """Input channels of the network."""
         return channels_of(self.color)
 
+    def limits(self, low: float, high: float) -> tuple[float, float]:
+        """``low`` and ``high``, or these defaults where the checkpoint does not give them."""
+        return low if self.low is None else self.low, high if self.high is None else self.high
+
 
 def to_color(pixels_HWC: Array, color: str | int) -> Array:
     """Convert pixels to CHW in the colors that a network takes; the dtype stays."""
@@ -102,8 +106,7 @@ def offset_and_scale_by_rows(
 
     if wanted.normalisation == "range":
         largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
-        low = 0.0 if wanted.low is None else wanted.low
-        high = largest if wanted.high is None else wanted.high
+        low, high = wanted.limits(0.0, largest)
         pairs = [(low, high - low)] * len(first_CHW)
     elif first_CHW.dtype.kind == "u":
         counts = _total([_counts(plane) for plane in band] for band in bands())
@@ -126,9 +129,7 @@ def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
 
 def _ranks(values: int, wanted: Preprocessing) -> list[int]:
     """Find the ranks (from 1) of the low and the high percentile among ``values`` values."""
-    low = 1.0 if wanted.low is None else wanted.low
-    high = 99.8 if wanted.high is None else wanted.high
-    return [max(1, int(np.ceil(values * q / 100))) for q in (low, high)]
+    return [max(1, int(np.ceil(values * q / 100))) for q in wanted.limits(1.0, 99.8)]
 
 
 def _counts(plane_HW: Array) -> Array:

@@ -94,11 +94,12 @@ def _pair_masks(source: Source) -> list[Member]:
         by_stem = labels_by_stem(of_images, masks)
         labels = set(by_stem.values())
         entries = [entry for entry in entries if entry not in labels]
-    members = []
-    for entry in entries:
-        label = by_stem.get(stem_of(entry.name)) or by_stem.get(entry.name)  # an exported mask
-        truth = (label.name, label.etag) if label is not None else ()
-        members.append(Member(entry.name, entry.bytes, entry.etag, *truth))
+    # or the mask as it is exported
+    truths = (by_stem.get(stem_of(entry.name)) or by_stem.get(entry.name) for entry in entries)
+    members = [
+        Member(entry.name, entry.bytes, entry.etag, *((label.name, label.etag) if label else ()))
+        for entry, label in zip(entries, truths, strict=True)
+    ]
     _report_unmatched(members, [label.name for label in by_stem.values()], masks)
     return members
 
@@ -146,8 +147,9 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
             continue
         other = by_stem.setdefault(stem.removesuffix(suffix), entry)
         if other is not entry:
-            both = f"{other.name}, {entry.name}"
-            raise ConfigError(f"input.masks: {masks} holds two masks of one name: {both}")
+            raise ConfigError(
+                f"input.masks: {masks} holds two masks of one name: {other.name}, {entry.name}"
+            )
     return by_stem
 
 

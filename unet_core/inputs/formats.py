@@ -95,11 +95,11 @@ def is_there(source: Source, shard: Shard) -> bool:
 
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
     """The format whose files are there, if it is only one."""
-    found = {
-        kind: [name for name in names if name.lower().endswith(container.extensions)]
+    there = {
+        kind: matching
         for kind, container in FORMATS.items()
+        if (matching := [name for name in names if name.lower().endswith(container.extensions)])
     }
-    there = {kind: matching for kind, matching in found.items() if matching}
     if len(there) > 1:
         shown = ", ".join(f"{len(m)} for {kind!r} ({m[0]})" for kind, m in there.items())
         raise ConfigError(f"input.format: {config.uri} holds files {shown}; say which to read")

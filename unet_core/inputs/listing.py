@@ -57,8 +57,7 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def all_members(source: Source) -> Iterator[Member]:
     """Every row of the list, with its truth if ``input.masks`` names its column."""
-    allowed = Allowed.of(source)
-    return (allowed.member(line) for line in _lines(source))
+    return map(Allowed.of(source).member, _lines(source))
 
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -134,8 +133,7 @@ class Allowed:
         mask = self._absolute(line.mask) if line.mask else None
         if mask is not None:
             self.prefix_of(mask)
-        etag = (line.etag or "").strip('"')
-        return Member(image_id, line.bytes or 0, etag, mask, uri=uri)
+        return Member(image_id, line.bytes or 0, (line.etag or "").strip('"'), mask, uri=uri)
 
     def prefix_of(self, uri: str) -> str:
         """The allowed prefix above a URI; raises ConfigError if there is none."""

@@ -156,7 +156,6 @@ def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> S
     config = source.config
     data, path = _payload(values[config.image_column])
     given = _text(values.get(config.id_column))
-    nothing = ImageError("empty", "the row has no bytes; paths inside data are not followed")
     mask = _payload(values[config.masks])[0] if config.masks else None
     name = path or (given if given is not None else str(row))
     return Sample(
@@ -165,7 +164,11 @@ def _sample(source: Source, shard: Shard, row: int, values: dict[str, Any]) -> S
         source_uri=source.root.uri(shard.uri),
         read=lambda: data or b"",
         read_mask=(lambda: mask) if mask is not None else None,
-        failure=nothing if data is None else None,
+        failure=(
+            ImageError("empty", "the row has no bytes; paths inside data are not followed")
+            if data is None
+            else None
+        ),
         encoded_bytes=len(data or b"") + len(mask or b""),
     )
 

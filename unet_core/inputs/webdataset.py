@@ -171,8 +171,7 @@ def _members(stream: BinaryIO, uri: str, is_kept: bool = True) -> Iterator[tuple
     except Exception as error:  # tarfile raises whatever a hostile header leads to
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise StoreError(f"cannot read {uri}: {error.strerror or error}") from error
-        reason = f"the tar is cut short or damaged: {one_line(error)}"
-        raise ImageError("tar", reason) from error
+        raise ImageError("tar", f"the tar is cut short or damaged: {one_line(error)}") from error
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, is_kept: bool) -> Content:
