@@ -74,8 +74,9 @@ class Evaluation:
                     raise ShardError(
                         f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
                     )
-                told = {"truth": found.name} | self._judge(mask, found)
-                judged.append(row | WITHOUT_TRUTH | told)
+                judged.append(
+                    row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found)
+                )
         self.store.publish(metrics_name(shard.shard_id), metrics_part(judged, footer, EVALUATION))
         return len(rows)
 

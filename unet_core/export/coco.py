@@ -129,10 +129,12 @@ def document(
     numbered here.
     """
     file = spooled()
-    named = [{"id": n, "name": name} for n, name in enumerate(class_names) if n]
-    info = {"description": "made by unet-jobs", "shards": digest}
-    head = json.dumps({"info": info, "licenses": [], "categories": named})
-    file.write(head.removesuffix("}").encode() + b',\n"images":[')
+    head = {
+        "info": {"description": "made by unet-jobs", "shards": digest},
+        "licenses": [],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(class_names) if n],
+    }
+    file.write(json.dumps(head).removesuffix("}").encode() + b',\n"images":[')
     _write(file, map(json.dumps, images))
     file.write(b'],\n"annotations":[')
     _write(file, (_entry(number, row) for number, row in enumerate(annotations, start=1)))

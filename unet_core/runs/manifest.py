@@ -106,9 +106,8 @@ def read_heads(store: Store, generation: int) -> list[Shard]:
     Raises ParquetDamagedError if the file is damaged.
     """
     with store.open_parquet(manifest_name(generation)) as file:
-        batches = (batch.to_pylist() for batch in file.iter_batches(columns=HEADS))
-        heads = enumerate(chain.from_iterable(batches))
-        return [Shard(**head, generation=generation, row=row) for row, head in heads]
+        heads = chain.from_iterable(b.to_pylist() for b in file.iter_batches(columns=HEADS))
+        return [Shard(**head, generation=generation, row=row) for row, head in enumerate(heads)]
 
 
 def with_members(store: Store, shard: Shard) -> Shard:
