@@ -18,18 +18,20 @@ from unet_core import __version__
 from unet_core.errors import StoppedError, UnetJobsError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    commands=[
+        verb
+        for room in (running, results, models)
+        for verb in vars(room).values()
+        if isinstance(verb, click.Command)
+    ],
+)
 @click.version_option(__version__, prog_name="unet-jobs")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens to shards and actors.")
 def cli(verbose: bool) -> None:
     """Segment images with a U-Net, on this machine or on a Ray cluster, into Parquet."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=LOG_FORMAT)
-
-
-for room in (running, results, models):
-    for verb in vars(room).values():
-        if isinstance(verb, click.Command):
-            cli.add_command(verb)
 
 
 def main() -> None:
