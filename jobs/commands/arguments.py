@@ -1,11 +1,12 @@
 """Configs from arguments: a file or plain paths, with overrides."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_core.config.loading import build, load
 from unet_core.config.predict import PredictConfig
-from unet_core.config.sections import StorageConfig
+from unet_core.config.sections import ConfigT, StorageConfig
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Folder of the shipped recipes, found by name where no such file exists."""
 OVERRIDES_METAVAR = "[SECTION.KEY=VALUE]..."
-STORAGE_METAVAR = "[STORAGE.KEY=VALUE]..."
 Arguments = tuple[str, ...]
 ENVIRONMENT_KEYS = ("storage.", "workers.")
 """Keys that any command on a run may override."""
@@ -35,12 +35,13 @@ def predict_config(
     out = out or default_output
     if not out and not any(o.startswith("output.uri=") for o in overrides):
         raise ConfigError(f"predict {source}: say where the run goes with --out RUN")
-    table = {
-        "input": {"uri": source},
-        "model": {"checkpoint": model} if model else {},
-        "output": {"uri": out} if out else {},
-    }
-    return build(PredictConfig, table, list(overrides), source="command line")
+    return from_arguments(
+        PredictConfig,
+        overrides,
+        input={"uri": source},
+        model={"checkpoint": model} if model else {},
+        output={"uri": out} if out else {},
+    )
 
 
 def train_config(source: str, overrides: list[str], out: str | None) -> TrainConfig:
@@ -52,11 +53,17 @@ def train_config(source: str, overrides: list[str], out: str | None) -> TrainCon
     if not overrides or "=" in overrides[0] or not out:
         raise ConfigError("write: train IMAGES MASKS --out FOLDER, or: train CONFIG.toml")
     masks = overrides.pop(0)
-    table: dict[str, Any] = {
-        "data": {"train": {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}},
-        "output": {"uri": out},
-    }
-    return build(TrainConfig, table, overrides, source="command line")
+    return from_arguments(
+        TrainConfig,
+        overrides,
+        data={"train": {"uri": source, "masks": masks if "/" in masks else f"./{masks}"}},
+        output={"uri": out},
+    )
+
+
+def from_arguments(kind: type[ConfigT], overrides: Sequence[str], **table: Any) -> ConfigT:
+    """Build a config from a table of what plain arguments say, and overrides."""
+    return build(kind, table, list(overrides), source="command line")
 
 
 def recipe(path: str) -> str:
@@ -70,11 +77,8 @@ def storage_of(overrides: Arguments) -> StorageConfig:
     for override in overrides:
         if not override.startswith("storage."):
             raise ConfigError(f"{override}: only storage.key=value goes here")
-    return build(
-        PredictConfig,
-        {"input": {"uri": "input"}, "output": {"uri": "output"}},
-        list(overrides),
-        source="command line",
+    return from_arguments(
+        PredictConfig, overrides, input={"uri": "input"}, output={"uri": "output"}
     ).storage
 
 
@@ -101,4 +105,4 @@ def run_config(results: "Results", overrides: Arguments, allowed: Arguments) -> 
             raise ConfigError(f"{key} is as the run was made; what can be said here: {names}")
     table = results.config.model_dump(mode="json", exclude={"workers"})
     table["output"]["uri"] = results.run.uri
-    return build(PredictConfig, table, list(overrides), source="command line")
+    return from_arguments(PredictConfig, overrides, **table)

@@ -3,9 +3,8 @@
 import click
 
 from jobs.commands import show
-from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, train_config
+from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, from_arguments, train_config
 from unet_core.config.import_weights import ImportConfig
-from unet_core.config.loading import build
 
 
 @click.command()
@@ -25,10 +24,9 @@ def train(source: str, overrides: Arguments, out: str | None) -> None:
     show.lines(
         steps=f"{at.step:,}, the best after {at.best_step:,}",
         best=f"{trained.best} (val {config.train.best} {value})",
+        report=trained.report,
+        predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN",
     )
-    if trained.report:
-        show.lines(report=trained.report)
-    show.lines(predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN")
 
 
 @click.command(options_metavar="[OPTIONS]")
@@ -62,20 +60,22 @@ def import_weights(
     Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
     0..1) or others, and model.classes='["background", "cell"]'.
     """
-    table = {
-        "source": source,
-        "destination": destination,
-        "model": ({"layout": layout} if layout else {}) | ({"factory": factory} if factory else {}),
-    }
-    config = build(ImportConfig, table, list(overrides), source="command line")
+    given = {"layout": layout, "factory": factory}
+    config = from_arguments(
+        ImportConfig,
+        overrides,
+        source=source,
+        destination=destination,
+        model={key: value for key, value in given.items() if value},
+    )
     from unet_core.networks.foreign.weights import import_weights as run_import
 
     header = run_import(config)
     wanted, tiling = header.preprocessing, header.tiling
-    kind = "exact tiles" if tiling.is_exact else "blended tiles"
     show.lines(
         wrote=destination,
         network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
         images=f"{wanted.color}, {wanted.normalisation}",
-        tiles=f"{kind}, halo {tiling.halo}, sides {tiling.sides}",
+        tiles=f"{'exact' if tiling.is_exact else 'blended'} tiles, halo {tiling.halo}, "
+        f"sides {tiling.sides}",
     )

@@ -9,40 +9,51 @@ from jobs.commands import show
 from jobs.commands.arguments import (
     ENVIRONMENT_KEYS,
     OVERRIDES_METAVAR,
-    STORAGE_METAVAR,
     Arguments,
     run_config,
     storage_of,
     stored_run,
 )
+from unet_core.config.sections import StorageConfig
 from unet_core.errors import ConfigError
 
 TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
 """Keys that ``evaluate`` may override."""
+storage_argument = click.argument(
+    "storage",
+    nargs=-1,
+    metavar="[STORAGE.KEY=VALUE]...",
+    callback=lambda _context, _parameter, overrides: storage_of(overrides),
+)
 
 
 @click.command()
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
+@storage_argument
 @show.json_option
-def status(run: str, overrides: Arguments, as_json: bool) -> None:
+def status(run: str, storage: StorageConfig, as_json: bool) -> None:
     """Show how a run stands."""
-    storage = storage_of(overrides)
-    from jobs.results.status import TrainingStatus
-    from jobs.results.status import status as read_status
+    from jobs.results import status as task
 
-    found = read_status(run, storage)
+    found = task.status(run, storage)
     if as_json:
         show.document(found)
-        if not isinstance(found, TrainingStatus):
+        if not isinstance(found, task.TrainingStatus):
             show.warn_of_one_class(found.totals, found.class_names)
         return
-    if isinstance(found, TrainingStatus):
+    if isinstance(found, task.TrainingStatus):
         state = "finished" if found.is_finished else "not finished: run train again to continue"
         at = found.position
-        show.lines(training=found.uri, state=state, saved=f"{at.step:,} of {found.steps:,} steps")
-        if at.best is not None:
-            show.lines(best=f"val {found.metric} {at.best:.4f} after step {at.best_step:,}")
+        show.lines(
+            training=found.uri,
+            state=state,
+            saved=f"{at.step:,} of {found.steps:,} steps",
+            best=(
+                f"val {found.metric} {at.best:.4f} after step {at.best_step:,}"
+                if at.best is not None
+                else ""
+            ),
+        )
         return
     state = "finished" if found.is_finished else "not finished: run predict again to continue"
     if not found.is_finished and found.committed == found.shards:
@@ -51,18 +62,16 @@ def status(run: str, overrides: Arguments, as_json: bool) -> None:
         run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed"
     )
     show.totals(found.totals, found.class_names)
-    if shares := found.seconds.shares:
-        show.lines(device=show.shares(shares))
+    show.lines(device=show.shares(found.seconds.shares))
 
 
 @click.command()
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
+@storage_argument
 @click.option("--deep", is_flag=True, help="Also count every mask and the images of tars again.")
 @show.json_option
-def verify(run: str, overrides: Arguments, deep: bool, as_json: bool) -> None:
+def verify(run: str, storage: StorageConfig, deep: bool, as_json: bool) -> None:
     """Check digests, reconciliation and orphans. Exit code 1 if anything is off."""
-    storage = storage_of(overrides)
     from unet_core.runs.verify import verify as check
     from unet_core.storage.store import Store
     from unet_core.training.training_run import is_training
@@ -131,7 +140,7 @@ def evaluate(
 
 @click.command(options_metavar="[OPTIONS]")
 @click.argument("run")
-@click.argument("overrides", nargs=-1, metavar=STORAGE_METAVAR)
+@storage_argument
 @click.option("--previews", metavar="DIR", help="Write PNG overlays of images there instead.")
 @click.option("--ids", metavar="ID", multiple=True, help="With --previews: this image; repeatable.")
 @click.option(
@@ -140,10 +149,9 @@ def evaluate(
     help="With --previews: so many, lowest IoU (or confidence) first; else 20 by chance.",
 )
 def report(
-    run: str, overrides: Arguments, previews: str | None, ids: Arguments, worst: int | None
+    run: str, storage: StorageConfig, previews: str | None, ids: Arguments, worst: int | None
 ) -> None:
     """Write RUN/report.html: a run or a training on one page."""
-    storage = storage_of(overrides)
     if (ids or worst) and not previews:
         raise ConfigError("--ids and --worst go with --previews DIR")
     if ids and worst:
@@ -195,31 +203,26 @@ def export(
         if value and option not in fitting.get(kind or "", ["--objects"]):
             raise ConfigError(f"{option} does not go with --format {kind}")
     if kind == "onnx":
-        _onnx(source, out, overrides, factory or "")
+        storage = storage_of(overrides)
+        from jobs.results.export import export_onnx
+
+        size = export_onnx(source, out, storage, factory or "")
+        show.lines(wrote=f"{out} (onnx, {size / 1e6:.1f} MB); the same logits under onnxruntime")
         return
     results = stored_run(source, overrides)
     config = run_config(results, overrides, ENVIRONMENT_KEYS)
     from jobs.results.export import export_run
     from unet_core.export.task import Options
 
-    options = Options(kind or "", objects or "", polygons)
-    exported = export_run(results, config, options, out)
+    exported = export_run(results, config, Options(kind or "", objects or "", polygons), out)
     if objects and not exported.task.has_input:
         click.echo("note: the run's input is gone, so mean_intensity is null")
     if not results.run.is_finished:
         click.echo("note: the run is not finished; export again for what is still to come")
     written, failed = exported.images["ok"], exported.images["failed"]
     without = f", {failed:,} have no mask" if failed else ""
-    where, what = exported.task.store.uri(), kind or "rows of objects"
-    show.lines(wrote=f"{where} ({what}, {written:,} images{without})")
+    what = f"{kind or 'rows of objects'}, {written:,} images{without}"
+    show.lines(wrote=f"{exported.task.store.uri()} ({what})")
     show.problems(exported.problems, "not written")
     show.problems(exported.shards_refused.items(), "not done: shard")
     sys.exit(1 if exported.problems or exported.shards_refused else 0)
-
-
-def _onnx(source: str, out: str, overrides: Arguments, factory: str) -> None:
-    storage = storage_of(overrides)
-    from jobs.results.export import export_onnx
-
-    size = export_onnx(source, out, storage, factory)
-    show.lines(wrote=f"{out} (onnx, {size / 1e6:.1f} MB); the same logits under onnxruntime")

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.commands import show
-from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, predict_config, recipe
-from unet_core.config.loading import build, load
+from jobs.commands.arguments import (
+    OVERRIDES_METAVAR,
+    Arguments,
+    from_arguments,
+    predict_config,
+    recipe,
+)
+from unet_core.config.loading import load
 from unet_core.config.predict import PredictConfig
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, StoppedError
@@ -77,17 +83,14 @@ def plan(
     if price is not None and not cost:
         raise ConfigError("--price goes with --cost")
     config = predict_config(source, overrides, model, out)
+    from jobs.tools.cost import estimate
     from jobs.tools.plan import plan as make_plan
 
     with show.only_document(as_json):
         made = make_plan(config)
         if not as_json:
             show.plan(made)
-        found = None
-        if cost:
-            from jobs.tools.cost import estimate
-
-            found = estimate(config, price)
+        found = estimate(config, price) if cost else None
     if as_json:
         show.document(made, cost=found)
     elif found is not None:
@@ -200,17 +203,17 @@ def bench(source: str, overrides: Arguments, model: str | None, as_json: bool) -
 )
 def pack(source: str, destination: str, overrides: Arguments, kind: str, shard_mb: int) -> None:
     """Pack loose images, and their masks (input.masks=...), into balanced shards."""
-    config = build(
-        PredictConfig,
-        {"input": {"uri": source}, "output": {"uri": destination}},
-        list(overrides),
-        source="command line",
+    config = from_arguments(
+        PredictConfig, overrides, input={"uri": source}, output={"uri": destination}
     )
     from jobs.tools.pack import pack as run_pack
 
     packed = run_pack(config, kind, shard_mb * 10**6)
-    show.lines(shards=f"{packed.shards:,} new, {packed.kept:,} were there already")
-    show.lines(images=f"{packed.images:,}, {packed.masks:,} with a mask", packed_into=destination)
+    show.lines(
+        shards=f"{packed.shards:,} new, {packed.kept:,} were there already",
+        images=f"{packed.images:,}, {packed.masks:,} with a mask",
+        packed_into=destination,
+    )
 
 
 @click.command()

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +30,11 @@ go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or 
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+WITHOUT_SCORE = {
+    "without_truth": "without truth",
+    "failed": "failed when they were segmented",
+    "unusable_truth": "whose truth is of no use",
+}
 NOT_COMPARED = {
     "only_here": "only in this run",
     "only_there": "only in the other",
@@ -113,17 +117,17 @@ def shares(shares: dict[str, float]) -> str:
 def cost(cost: "Cost") -> None:
     """Print time and size of the rest of a run, and the hours of a million images."""
     about = "" if cost.is_counted else "about "
+    unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
+    prices = cost.price_per_million
+    money = "" if prices is None else f", at {cost.price:g} each: {_span(prices)}"
     lines(
         measured=f"{cost.images:,} images in {cost.shards} shards, {cost.images_per_s:,.1f} "
         f"images/s (± {cost.spread:.0%}) on one actor, {cost.device}",
         left=f"{about}{cost.images_left:,} images; masks and metrics {cost.output_bytes / 1e9:,.3g}"
         " GB",
         time="; ".join(f"{n} actor{'s' * (n > 1)} {_time(cost.hours_on(n))}" for n in ACTORS_SHOWN),
+        million=f"{_span(cost.device_hours_per_million)} {unit}{money}",
     )
-    unit = "actor-hours" if cost.device.startswith("cpu") else "GPU-hours"
-    prices = cost.price_per_million
-    money = "" if prices is None else f", at {cost.price:g} each: {_span(prices)}"
-    lines(million=f"{_span(cost.device_hours_per_million)} {unit}{money}")
 
 
 def _time(hours: tuple[float, float]) -> str:
@@ -141,14 +145,16 @@ def outcome(outcome: "Outcome") -> None:
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
-    if outcome.retried:
-        lines(again=f"{outcome.retried:,} shards with failed images")
-    if outcome.added:
-        lines(added=f"{outcome.added:,} shards of new objects")
+    lines(
+        again=f"{outcome.retried:,} shards with failed images" if outcome.retried else "",
+        added=f"{outcome.added:,} shards of new objects" if outcome.added else "",
+    )
     totals(outcome.totals, record.class_names if record else ())
-    lines(masks=f"{run}/masks/*.parquet", metrics=f"{run}/metrics/*.parquet")
-    if outcome.report:
-        lines(report=outcome.report)
+    lines(
+        masks=f"{run}/masks/*.parquet",
+        metrics=f"{run}/metrics/*.parquet",
+        report=outcome.report,
+    )
     problems(outcome.set_aside.items(), "not committed: shard", most=None)
 
 
@@ -173,7 +179,7 @@ def causes(outcome: "Outcome", config: PredictConfig) -> None:
 
 def problems(problems: Collection[tuple[str, str]], what: str, most: int | None = 10) -> None:
     """Print the first problems, each a name and a reason, and the number of the others."""
-    for name, reason in islice(problems, most):
+    for name, reason in list(problems)[:most]:
         click.echo(harmless(f"{what}: {name}: {reason}"), err=True)
     if most is not None and len(problems) > most:
         click.echo(f"{what}: {len(problems) - most:,} more", err=True)
@@ -212,9 +218,7 @@ def scored(document: dict[str, Any]) -> None:
         images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
         f"{document['of']['truth']}"
     )
-    _show_images(counts["without_truth"], "without truth", document["without_truth"])
-    _show_images(counts["failed"], "failed when they were segmented", [])
-    _show_images(counts["unusable_truth"], "whose truth is of no use", document["unusable_truth"])
+    _show_left_out(document, WITHOUT_SCORE)
     if document["classes"]:
         _show_scores(document)
     if ignored := document["ignored_pixels"]:
@@ -230,8 +234,10 @@ def scored(document: dict[str, Any]) -> None:
 
 
 def _show_scores(document: dict[str, Any]) -> None:
-    classes = [(score["class"], score, f"{score['images']:,}") for score in document["classes"]]
-    rows = [*classes, ("mean", document["mean"], "")]
+    rows = [
+        *((score["class"], score, f"{score['images']:,}") for score in document["classes"]),
+        ("mean", document["mean"], ""),
+    ]
     width = max(len(name) for name, _, _ in rows)
     heads = "".join(f"  {name:<14}" for name in SCORES.values())
     line("", f"{'':{width}}{heads}  images")
@@ -247,10 +253,8 @@ def _score(value: float | None) -> str:
 
 def changed(document: dict[str, Any]) -> None:
     """Print a comparison with an earlier run."""
-    counts = document["images"]
-    lines(images=f"{counts['compared']:,} compared with {document['of']['against']}")
-    for key, what in NOT_COMPARED.items():
-        _show_images(counts[key], what, document[key])
+    lines(images=f"{document['images']['compared']:,} compared with {document['of']['against']}")
+    _show_left_out(document, NOT_COMPARED)
     if document["classes"]:
         lines(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
         width = max(len(score["class"]) for score in document["classes"])
@@ -269,11 +273,13 @@ def _show_state(document: dict[str, Any]) -> None:
         click.echo("the run is not finished; this is of the shards that are committed", err=True)
 
 
-def _show_images(count: int, what: str, examples: list[str]) -> None:
-    if count:
-        line("", f"{count:,} {what}")
-    for example in examples:
-        line("", f"  {example}")
+def _show_left_out(document: dict[str, Any], reasons: dict[str, str]) -> None:
+    """Print numbers of images by the reason, and the examples that the document has."""
+    for key, what in reasons.items():
+        if count := document["images"][key]:
+            line("", f"{count:,} {what}")
+        for example in document.get(key, ()):
+            line("", f"  {example}")
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -285,9 +291,10 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def lines(**texts: str) -> None:
-    """Print lines of a name and a text each."""
+    """Print lines of a name and a text each; none where the text is empty."""
     for name, text in texts.items():
-        line(f"{name.replace('_', ' ')}:", text)
+        if text:
+            line(f"{name.replace('_', ' ')}:", text)
 
 
 def line(name: str, text: str) -> None:
