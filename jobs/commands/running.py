@@ -133,7 +133,7 @@ def submit(
     server = JobServer(address)
     job = server.submit(name, package, config)
     if job.before:
-        click.echo(f"{job.before} as {job.id}")
+        click.echo(f"{job.before}; the same run goes on as {job.id}")
     if not job.is_new:
         click.echo(f"{job.id} is at work already")
     if follow:

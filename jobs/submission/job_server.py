@@ -84,9 +84,6 @@ class JobServer:
         self.address, self._patience_s = address, patience_s
         if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():  # only ray.init reads it
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        from ray.exceptions import AuthenticationError  # reads the environment when it comes
-
-        self._refusal = AuthenticationError
         self.client = client or self._connected()
 
     def _connected(self) -> Any:
@@ -115,7 +112,7 @@ class JobServer:
             with contextlib.suppress(TakenError):
                 self._start(job_id, package, {"run": config.output.uri, "config": digest})
                 ended = f"{jobs[last].submission_id} ended as {jobs[last].status}" if last else ""
-                return Submitted(job_id, True, ended and f"{ended}; the same run goes on")
+                return Submitted(job_id, True, ended)
             found = _alive(self._jobs_of(name))  # somebody else did, just now
         if found is None:
             raise WorkersError(f"{name}: another job of this run has just ended; submit it again")
@@ -165,11 +162,13 @@ class JobServer:
             )
 
     def _ask(self, call: Callable[[], ResultT], patience_s: float | None = None) -> ResultT:
+        from ray.exceptions import AuthenticationError  # reads the environment when it comes
+
         deadline = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         while True:
             try:
                 return call()
-            except self._refusal as error:
+            except AuthenticationError as error:
                 raise WorkersError(
                     f"{self.address} wants another token: set RAY_AUTH_TOKEN or "
                     f"RAY_AUTH_TOKEN_PATH to the one of the cluster, or write it to ~/{TOKEN}"

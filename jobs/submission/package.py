@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Package:
         """Write links to the files."""
         for name, path in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(path, folder / name)
+            (folder / name).symlink_to(path)
 
 
 def pack(
