@@ -56,11 +56,11 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Evaluat
 
     evaluation = _prepared(results, truth, config.input.ignore_index, about, where, name)
     paths = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
-    outcome, aggregate = _run_tasks(evaluation, results, config, paths)
-    _require_some(outcome, aggregate, _without_truth(results, truth, aggregate))
+    set_aside, aggregate = _run_tasks(evaluation, results, config, paths)
+    _require_some(set_aside, aggregate, _without_truth(results, truth, aggregate))
     found = scored(aggregate, results.class_names)
-    outcome.document.update(found | _hint(found, config.input.ignore_index))
-    return _published(evaluation, outcome)
+    found |= _hint(found, config.input.ignore_index)
+    return _outcome(evaluation, results, set_aside, aggregate, found)
 
 
 def compare(
@@ -84,10 +84,10 @@ def compare(
     }
     label = f"against-{other.run.store.uri()}"
     evaluation = _prepared(results, truth, NOTHING_IGNORED, about, label, name)
-    outcome, aggregate = _run_tasks(evaluation, results, config, {"--against": other.run.uri})
-    _require_some(outcome, aggregate, _without_other(results, other, aggregate, only_there))
-    outcome.document.update(changed(aggregate, results.class_names, only_there))
-    return _published(evaluation, outcome)
+    set_aside, aggregate = _run_tasks(evaluation, results, config, {"--against": other.run.uri})
+    _require_some(set_aside, aggregate, _without_other(results, other, aggregate, only_there))
+    found = changed(aggregate, results.class_names, only_there)
+    return _outcome(evaluation, results, set_aside, aggregate, found)
 
 
 def _prepared(
@@ -112,35 +112,42 @@ def _digest(text: str) -> str:
 
 def _run_tasks(
     evaluation: Evaluation, results: Results, config: PredictConfig, paths: dict[str, str]
-) -> tuple[EvaluationOutcome, Aggregate]:
-    """Evaluate shards that have no current part; the document starts with what was compared."""
+) -> tuple[dict[str, str], Aggregate]:
+    """Evaluate shards that have no current part; return those set aside, and the sum of all."""
     evaluation.begin()
     paths = {"RUN": results.run.uri, **paths}
     set_aside = run_tasks(evaluation, results.shards(), config, paths, "evaluating")
-    aggregate = evaluation.aggregate(evaluation.done())
+    return set_aside, evaluation.aggregate(evaluation.done())
+
+
+def _outcome(
+    evaluation: Evaluation,
+    results: Results,
+    set_aside: dict[str, str],
+    aggregate: Aggregate,
+    found: dict[str, Any],
+) -> EvaluationOutcome:
+    """Compose the document, and publish it if all shards are done."""
     document = {
         "run": results.run.store.uri(),
         "evaluation": evaluation.store.uri(),
         "of": evaluation.identity,
         "is_finished": results.run.is_finished,
         "counted": counted(aggregate.totals),
+        **found,
     }
-    return EvaluationOutcome(document, set_aside), aggregate
-
-
-def _published(evaluation: Evaluation, outcome: EvaluationOutcome) -> EvaluationOutcome:
-    if not outcome.set_aside:
-        data = json.dumps(outcome.document, indent=1, ensure_ascii=False).encode() + b"\n"
+    if not set_aside:
+        data = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
         evaluation.store.publish(EVALUATION_JSON, data)
-    return outcome
+    return EvaluationOutcome(document, set_aside)
 
 
-def _require_some(outcome: EvaluationOutcome, aggregate: Aggregate, without: str) -> None:
+def _require_some(set_aside: dict[str, str], aggregate: Aggregate, without: str) -> None:
     """Raises ConfigError where all is done, images are there and none was compared: with the first
     reason, or as is said where all images are ``without`` a truth.
     """
     reasons = (*aggregate.unusable.examples, *aggregate.only_ok_here.examples)
-    if outcome.set_aside or aggregate.totals.with_truth or not aggregate.totals.ok:
+    if set_aside or aggregate.totals.with_truth or not aggregate.totals.ok:
         return
     if not reasons:
         raise ConfigError(without)
@@ -153,9 +160,11 @@ def _without_truth(
 ) -> str:
     where = truth.source.config.masks
     hint = "" if "/" in where else f" (a folder is written with a slash: {where}/)"
-    there = ""
-    if isinstance(truth, LabelImages):  # else only reading tells
-        there = f"; label images: {', '.join(truth.names)}; they need the paths of their images"
+    there = (  # of truth beside images only reading tells
+        f"; label images: {', '.join(truth.names)}; they need the paths of their images"
+        if isinstance(truth, LabelImages)
+        else ""
+    )
     return (
         f"--truth: none of {aggregate.totals.ok} images of {results.run.uri} has its truth in "
         f"{where!r}{hint}; images: {', '.join(aggregate.without.examples)}{there}"
