@@ -87,15 +87,11 @@ def _names(results: Results, shards: list[Shard], options: Options) -> Names:
 
 
 def _outcome(task: Export, done: list[str], shards_refused: dict[str, str]) -> Exported:
-    def look(shard_id: str) -> tuple[Counter[str], list[tuple[str, str]]]:
-        rows = [*task.exported(shard_id, ["image_id", "status", "problem"])]
-        refused = [(r["image_id"], r["problem"]) for r in rows if r["status"] == "refused"]
-        return Counter(row["status"] for row in rows), refused
-
     images, problems = Counter[str](), []
-    for counts, refused in map_in_order(look, done):
-        images += counts
-        problems += refused
+    for row in _rows(task, done, ["image_id", "status", "problem"]):
+        images[row["status"]] += 1
+        if row["status"] == "refused":
+            problems.append((row["image_id"], row["problem"]))
     return Exported(task, images, problems, shards_refused)
 
 
@@ -128,13 +124,17 @@ def _write_annotations(task: Export, done: list[str]) -> None:
 def _exported(
     task: Export, done: list[str], columns: list[str], threads: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Index rows of written images, numbered; a shard for each thread is in memory."""
-
-    def read(shard_id: str) -> list[dict[str, Any]]:
-        return [*task.exported(shard_id, ["status", *columns])]
-
-    rows = chain.from_iterable(map_in_order(read, done, threads))
+    """Index rows of written images, numbered."""
+    rows = _rows(task, done, ["status", *columns], threads)
     return enumerate((row for row in rows if row.pop("status") == "ok"), start=1)
+
+
+def _rows(
+    task: Export, done: list[str], columns: list[str], threads: int = READ_THREADS
+) -> Iterator[dict[str, Any]]:
+    """Index rows of shards, in their order; a shard for each thread is in memory."""
+    shards = map_in_order(lambda shard_id: [*task.exported(shard_id, columns)], done, threads)
+    return chain.from_iterable(shards)
 
 
 def export_onnx(source: str, out: str, storage: StorageConfig, factory: str = "") -> int:
