@@ -81,21 +81,21 @@ def write_previews(
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 
-    def write(decoded: DecodedImage, mask_HW: Array) -> None:
-        image_id = decoded.sample.image_id
+    def write(decoded: DecodedImage, mask_HW: Array) -> str:
+        """Return why it cannot be written, or ""."""
         try:
-            target.publish(names.of(image_id), overlay(decoded, mask_HW, results.palette))
-        except ImageError as refused:
-            unnamed[image_id] = str(refused)
+            name = names.of(decoded.sample.image_id)
+            target.publish(name, overlay(decoded, mask_HW, results.palette))
+        except ImageError as error:
+            return str(error)
+        return ""
 
-    unnamed: dict[str, str] = {}
-    written, reasons = fetch(results, picks, write)
-    written = {image_id: made for image_id, made in written.items() if image_id not in unnamed}
-    reasons |= unnamed
-    missing = [image_id for image_id in image_ids if image_id not in {**written, **reasons}]
+    tried, reasons = fetch(results, picks, write)
+    missing = [image_id for image_id in image_ids if image_id not in {**tried, **reasons}]
     near = _near(results, missing)
     problems = [(name, f"the run has no mask of it{near.get(name, '')}") for name in missing]
-    return len(written), [*problems, *reasons.items()]
+    refused = {image_id: why for image_id, why in tried.items() if why}
+    return len(tried) - len(refused), [*problems, *reasons.items(), *refused.items()]
 
 
 def _near(results: Results, missing: list[str]) -> dict[str, str]:
