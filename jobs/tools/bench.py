@@ -30,7 +30,7 @@ from unet_core.config.predict import PredictConfig
 from unet_core.errors import ConfigError
 from unet_core.images.decoder import DecodedImage, Decoder
 from unet_core.images.sample import Sample
-from unet_core.inference.engine import Batch, Engine, TileResult
+from unet_core.inference.engine import Engine, TileResult
 from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.inference.postprocessing import Postprocessing
 from unet_core.inference.replica import Replica
@@ -124,8 +124,7 @@ def _round(
     job: Job, shards: list[Shard], engine: Engine, compute: Compute
 ) -> tuple[dict[str, Any], Seconds]:
     """Measure everything once, in turn; also return the seconds of the job by stage."""
-    header, config = job.header, job.config
-    decoder = Decoder(header.preprocessing, header.classes, config.input)
+    decoder = Decoder(job.header.preprocessing, job.header.classes, job.config.input)
     matrix_s = _matrix_s(engine)
     read_s, read = _timed(lambda: [list(map(_in_memory, read_shard(job.source, shard)))
                                    for shard in shards])  # fmt: skip
@@ -138,7 +137,7 @@ def _round(
         for group in _pieces(job, engine.postprocessing, compute, decoded_images)
     ]
     if not pieces:
-        raise ConfigError(f"no image of {config.input.uri} can be segmented; try predict")
+        raise ConfigError(f"no image of {job.config.input.uri} can be segmented; try predict")
     batches = list(map(stack_tiles, pieces))
     with ThreadPoolExecutor(engine.lanes) as pool:
         model_s, results = _timed(lambda: list(pool.map(engine.run, batches)))
@@ -146,7 +145,9 @@ def _round(
     job_s, spent = _job_s(job, shards)
     decoded_images = list(chain(*shown))
     megapixels = sum(math.prod(decoded.pixels.shape) for decoded in decoded_images) / 1e6
-    gflop, matrix_gflop = _gflop(engine, batches), 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
+    shapes = [batch.tiles_NCHW.shape for batch in batches]
+    gflop = count_flop(copy.deepcopy(engine.network).to("meta"), shapes) / 1e9
+    matrix_gflop = 2 * MATRIX_SIDE**3 * engine.lanes / 1e9
     return {
         "images": len(decoded_images),
         "megapixels": megapixels,
@@ -213,12 +214,6 @@ def _matrix_s(engine: Engine) -> float:
     with ThreadPoolExecutor(engine.lanes) as pool:
         spans = [_timed(lambda: list(pool.map(multiply, range(engine.lanes)))) for _ in range(5)]
     return statistics.median(seconds for seconds, _ in spans)
-
-
-def _gflop(engine: Engine, batches: list[Batch]) -> float:
-    """Operations of one pass of all batches, two for each multiply-add."""
-    shapes = [batch.tiles_NCHW.shape for batch in batches]
-    return count_flop(copy.deepcopy(engine.network).to("meta"), shapes) / 1e9
 
 
 def _job_s(job: Job, shards: list[Shard]) -> tuple[float, Seconds]:

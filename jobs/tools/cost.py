@@ -113,8 +113,10 @@ def _scaled(
         raise ConfigError("the shards of the sample hold no images: nothing to measure by")
     has_sizes = all(shard.bytes for shard in left)  # some lists have none
     weights = {s.shard_id: s.bytes if has_sizes else s.count or 1 for s in left}
-    gaps = [later["finished"] - earlier["finished"] for earlier, later in pairwise(rows)]
-    spans = [max(gap.total_seconds(), 1e-3) for gap in gaps]
+    spans = [
+        max((later["finished"] - earlier["finished"]).total_seconds(), 1e-3)
+        for earlier, later in pairwise(rows)
+    ]
     done = [weights[row["shard_id"]] for row in rows[1:]]
     rates = [span / weight for span, weight in zip(spans, done, strict=True)]
     s_per_weight, still = sum(spans) / sum(done), sum(weights.values())

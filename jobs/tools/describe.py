@@ -15,8 +15,6 @@ from unet_core.networks.construction import build
 from unet_core.networks.reach import tiling_of
 from unet_core.tiling.geometry import Tiling
 
-COLUMNS = ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo")
-"""Columns of the list of presets."""
 USUAL_SIDE = 512
 """Side of the image, in pixels, where none is given."""
 
@@ -98,19 +96,20 @@ def texts(described: Description) -> dict[str, str]:
 
 def presets() -> list[tuple[str, ...]]:
     """Return the names of columns, then a row for each preset as it is without options."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
-    for name, spec in PRESETS.items():
-        described = describe(name, [])
-        tiling, (side, out) = described.tiling, described.sides
-        rows.append(
-            (
-                name,
-                f"{spec.in_channels} → {spec.classes}",
-                f"{described.parameters:,}",
-                str(tiling.sides),
-                f"{side} → {out}",
-                str(tiling.receptive_field or "window"),
-                str(tiling.halo) if tiling.is_exact else "blended",
-            )
-        )
-    return rows
+    return [
+        ("preset", "in → out", "parameters", "sides", "e.g.", "sees", "halo"),
+        *(_row(name, spec, describe(name, [])) for name, spec in PRESETS.items()),
+    ]
+
+
+def _row(name: str, spec: NetworkSpec, described: Description) -> tuple[str, ...]:
+    tiling, (side, out) = described.tiling, described.sides
+    return (
+        name,
+        f"{spec.in_channels} → {spec.classes}",
+        f"{described.parameters:,}",
+        str(tiling.sides),
+        f"{side} → {out}",
+        str(tiling.receptive_field or "window"),
+        str(tiling.halo) if tiling.is_exact else "blended",
+    )

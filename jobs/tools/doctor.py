@@ -160,15 +160,16 @@ MACHINE: dict[str, Callable[[], str]] = {
 
 
 def _checks_of(config: PredictConfig) -> dict[str, Callable[[], str]]:
-    deadline_s = min(STORE_S, config.storage.deadline_s)
-    storage = config.storage.model_copy(update={"deadline_s": deadline_s})
-    checks: dict[str, Callable[[], str]] = {
-        "model": partial(model, config.model.checkpoint, config.model.device, storage)
-    }
-    paths = {key: uri for key, uri in data_paths(config).items() if not uri.startswith("memory:")}
-    return checks | {
-        key: partial(_writable if key == "output.uri" else _readable, uri, storage)
-        for key, uri in paths.items()
+    storage = config.storage.model_copy(
+        update={"deadline_s": min(STORE_S, config.storage.deadline_s)}
+    )
+    return {
+        "model": partial(model, config.model.checkpoint, config.model.device, storage),
+        **{
+            key: partial(_writable if key == "output.uri" else _readable, uri, storage)
+            for key, uri in data_paths(config).items()
+            if not uri.startswith("memory:")
+        },
     }
 
 

@@ -105,8 +105,7 @@ def _balanced(members: list[Member], shard_bytes: int) -> Iterator[Shard]:
         if done * count >= total * len(groups) and len(groups) < count:
             groups.append([])
     for group in filter(None, groups):
-        size = sum(member.bytes for member in group)
-        yield make_shard("", size, None, 0, len(group), tuple(group))
+        yield make_shard("", sum(m.bytes for m in group), None, 0, len(group), tuple(group))
 
 
 Packing = list[tuple[Sample, bytes, bytes | None]]
