@@ -85,7 +85,9 @@ class FollowedProgress(Display):
 
 
 class RunProgress(Display):
-    """Progress of a run, by images; a total that is not known is estimated and marked with ~."""
+    """Progress of a run, by images; a total that is not known is estimated by bytes, and marked
+    with ~.
+    """
 
     def __init__(self, shards: list[Shard], plan: list[Shard], before: Totals) -> None:
         super().__init__("segmenting")
@@ -118,7 +120,10 @@ class RunProgress(Display):
             self._started = time.monotonic()  # loading the model is no part of the rate
         self._actors = actors
         done = self._done.images_seen + self._provisional
-        total, before = self._total(), self._before.images_seen
+        total: float | None = self._known
+        if total is None and self._done_bytes:
+            total = self._done.images_seen * self._bytes / self._done_bytes
+        before = self._before.images_seen
         shards = self._before.shards + self._done.shards
         is_over = shards == self._shards
         about = "" if is_over or self._known is not None else "~"
@@ -131,12 +136,6 @@ class RunProgress(Display):
             f"{'' if is_over else f', {actors} actors'}"
         )
         self.show("segmenting", min(1.0, done / total) if total else 0.0, text, is_last)
-
-    def _total(self) -> float | None:
-        """Number of images of this session, estimated by bytes where it is not known."""
-        if self._known is not None or not self._done_bytes:
-            return self._known
-        return self._done.images_seen * self._bytes / self._done_bytes
 
 
 class ShardsProgress(Display):
@@ -151,9 +150,12 @@ class ShardsProgress(Display):
         """Count a shard and its images."""
         self._done += 1
         self._images += images
-        speed = rate(self._images, time.monotonic() - self._began)
-        text = f"{self._done:,}/{self._shards:,} shards, {speed}"
-        self.show(self._what, self._done / self._shards, text)
+        self.show(
+            self._what,
+            self._done / self._shards,
+            f"{self._done:,}/{self._shards:,} shards, "
+            f"{rate(self._images, time.monotonic() - self._began)}",
+        )
 
 
 class TrainProgress(Display):

@@ -73,8 +73,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         asked.set()
 
     is_main = threading.current_thread() is threading.main_thread()  # others get no signals
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
         yield asked.is_set
     finally:
