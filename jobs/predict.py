@@ -6,14 +6,15 @@ from jobs.backends.start import start_workers
 from jobs.job import Job, prepare
 from jobs.progress import RunProgress
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.events import Attempt
+from jobs.scheduler.events import Done
 from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.metrics import Totals
+from unet_core.runs.compute import Compute
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan, plan_shards
-from unet_core.runs.timings import ShardResult, TimingsLog
+from unet_core.runs.timings import TimingsLog
 
 
 @dataclass(frozen=True)
@@ -71,27 +72,37 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
-    if scheduler.open or plan.draft is not None:
+    if scheduler.open:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, left, totals)
-        with progress, start_workers(job, len(left), progress.on_image) as backend:
-            record = run.record or run.create_or_join(job.record(backend.probe()))
-            if plan.draft is not None:
-                run.publish_manifest(plan.draft)
-            backend.configure(record.compute, job.footer(record))
 
-            def on_done(result: ShardResult, attempt: Attempt, worker: str) -> None:
-                nonlocal totals
-                totals += result.totals
-                timings.add(result, attempt.number, worker)
-                progress.on_done(attempt.shard, result.totals)
-                if errors.are_too_many(totals.failed, totals.images_seen):
-                    scheduler.stop()
+        draft = plan.draft
 
-            with timings:
-                dispatch(
-                    scheduler, backend, on_done, lambda: progress.tick(len(scheduler.in_flight))
-                )
+        def record_run(compute: Compute) -> tuple[Compute, dict[str, str]]:
+            nonlocal draft
+            record = run.record or run.create_or_join(job.record(compute))
+            if draft is not None:
+                run.publish_manifest(draft)
+                draft = None
+            return record.compute, job.footer(record)
+
+        def on_done(done: Done) -> None:
+            nonlocal totals
+            totals += done.result.totals
+            timings.add(done.result, done.attempt.number, done.worker)
+            progress.on_done(done.attempt.shard, done.result.totals)
+            if errors.are_too_many(totals.failed, totals.images_seen):
+                scheduler.stop()
+
+        def on_tick() -> None:
+            progress.tick(len(scheduler.workers))
+
+        with (
+            progress,
+            start_workers(job, len(left), progress.on_image, record_run) as backend,
+            timings,
+        ):
+            dispatch(scheduler, backend, on_done, on_tick)
     is_done = totals.shards == len(shards)
     exceeded = (
         errors.are_too_many(totals.failed, totals.images_seen, at_end=True)

@@ -73,6 +73,7 @@ def test_unet_core_knows_nothing_of_ray_or_jobs():
                 "jobs.backends.actors",
                 "jobs.backends.ddp",
                 "jobs.backends.prometheus",
+                "jobs.backends.segment_actor",
                 "jobs.backends.tasks",
                 "jobs.submission.job_server",
             },

@@ -6,12 +6,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
+from jobs.scheduler.dispatch import RecordRun
 from jobs.scheduler.events import Attempt, Done, Event, Heartbeat, Ready, Refused
 from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
-from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.compute import ReplicaSpec
 from unet_core.runs.timings import ShardResult
 
 log = logging.getLogger(__name__)
@@ -21,29 +22,36 @@ WAIT_S = 0.5  # between heartbeats
 STOP_S = 30.0  # limit for shards under way to notice that they are given up
 
 
-class InlineWorkers:
+class InlineWorker:
     """A single worker in this process, closed at the end of the run."""
 
-    def __init__(self, spec: ReplicaSpec, on_image: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: ReplicaSpec, on_image: Callable[[], None], record_run: RecordRun
+    ) -> None:
         self._threads_before = torch.get_num_threads()
-        self._replica = Replica(spec)
-        self._on_image = on_image
-        self._segmenter: ShardSegmenter | None = None
+        replica = Replica(spec)
+        self._segmenter = ShardSegmenter(replica, *record_run(replica.probe()), on_image)
         self._threads = ThreadPoolExecutor(MAX_SHARDS_PER_WORKER, thread_name_prefix="shard")
         self._futures: dict[Future[ShardResult], Attempt] = {}
         self._is_new = True
 
-    def probe(self) -> Compute:
-        """Return the ``compute`` section of the replica."""
-        return self._replica.probe()
-
-    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Set what the run has recorded."""
-        self._segmenter = ShardSegmenter(self._replica, compute, footer, self._on_image)
+    def events(self) -> Iterator[Event]:
+        """Yield Ready once, then heartbeats, commits and refusals; other errors are raised."""
+        if self._is_new:
+            self._is_new = False
+            yield Ready(NAME)
+            return
+        yield Heartbeat(NAME, dict(self._segmenter.steps))
+        done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+        for future in done:
+            attempt = self._futures.pop(future)
+            try:
+                yield Done(NAME, attempt, future.result())
+            except ShardError as error:
+                yield Refused(NAME, attempt, str(error))
 
     def submit(self, worker: str, attempt: Attempt) -> None:
         """Begin a shard on a thread of its own."""
-        assert self._segmenter is not None
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
     def want(self, workers: int, shards: int) -> int:
@@ -58,26 +66,9 @@ class InlineWorkers:
         log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
                     "gives it a process that can be ended", reason)  # fmt: skip
 
-    def events(self) -> Iterator[Event]:
-        """Yield Ready once, then heartbeats, commits and refusals; other errors are raised."""
-        if self._is_new:
-            self._is_new = False
-            yield Ready(NAME)
-            return
-        assert self._segmenter is not None
-        yield Heartbeat(NAME, dict(self._segmenter.steps))
-        done, _ = wait(self._futures, timeout=WAIT_S, return_when=FIRST_COMPLETED)
-        for future in done:
-            attempt = self._futures.pop(future)
-            try:
-                yield Done(NAME, attempt.shard.shard_id, future.result())
-            except ShardError as error:
-                yield Refused(NAME, attempt.shard.shard_id, str(error))
-
     def close(self) -> None:
         """Cancel shards that have not begun and wait ``STOP_S`` for those in flight."""
-        if self._segmenter is not None:
-            self._segmenter.cancel()
+        self._segmenter.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         _, hanging = wait(self._futures, timeout=STOP_S)
         for future in hanging:

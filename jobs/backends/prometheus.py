@@ -3,8 +3,6 @@
 Ray puts ``ray_`` before these names and ``_total`` behind those of counters.
 """
 
-from collections import defaultdict
-
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from jobs.scheduler.events import Attempt
@@ -29,15 +27,13 @@ class PrometheusMetrics:
         )
         for metric in vars(self).values():
             metric.set_default_tags({"run": run})
-        self._actors: dict[str, Seconds] = defaultdict(Seconds)
 
-    def ready(self, actor: str) -> None:
-        """Count a ready actor."""
-        self._actors[actor] = Seconds()
-        self._ready.set(len(self._actors))
+    def ready(self, actors: int) -> None:
+        """Set the number of ready actors."""
+        self._ready.set(actors)
 
-    def done(self, actor: str, attempt: Attempt, result: ShardResult) -> None:
-        """Count a committed shard."""
+    def done(self, actor: str, total: Seconds, attempt: Attempt, result: ShardResult) -> None:
+        """Count a committed shard; ``total`` is the time that all shards of the actor took."""
         _add(self._attempts, 1, outcome="committed")
         _add(self._bytes, attempt.shard.bytes)
         _add(self._images, result.totals.ok, status="ok")
@@ -45,8 +41,7 @@ class PrometheusMetrics:
         for stage, seconds in vars(result.seconds).items():
             _add(self._stages, seconds, stage=stage)
         self._shards.observe(result.seconds.at_device)
-        self._actors[actor] += result.seconds
-        self._busy.set(self._actors[actor].shares.get("busy", 0.0), {"actor": actor})
+        self._busy.set(total.shares.get("busy", 0.0), {"actor": actor})
 
     def open(self, shards: int) -> None:
         """Set the number of shards that are neither committed nor set aside."""
@@ -56,11 +51,10 @@ class PrometheusMetrics:
         """Count attempts that ended with their actor."""
         _add(self._attempts, attempts, outcome="lost")
 
-    def gone(self, actor: str) -> None:
-        """Remove an actor that ended."""
-        if self._actors.pop(actor, None) is not None:
-            self._busy.set(0, {"actor": actor})
-        self._ready.set(len(self._actors))
+    def gone(self, actor: str, ready: int) -> None:
+        """Set an actor that ended to idle; ``ready`` others are left."""
+        self._busy.set(0, {"actor": actor})
+        self.ready(ready)
 
 
 def _add(counter: Counter, value: float, **tags: str) -> None:

@@ -8,23 +8,26 @@ from jobs.backends import session
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import resolve_placement
 from jobs.job import Job
-from jobs.scheduler.dispatch import Backend
+from jobs.scheduler.dispatch import Backend, RecordRun
 from unet_core.config.uris import is_remote
 
 
 @contextmanager
-def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterator[Backend]:
+def start_workers(
+    job: Job, shards: int, on_image: Callable[[], None], record_run: RecordRun
+) -> Iterator[Backend]:
     """Start workers for so many shards; they end with the ``with`` block.
 
-    ``on_image`` is called for every image that an inline worker completes.
+    ``on_image`` is called for every image that an inline worker completes, ``record_run`` for every
+    worker that is loaded.
     """
     config = job.config
     if session.is_inline(config.workers):
-        from jobs.backends.inline import InlineWorkers  # torch
+        from jobs.backends.inline import InlineWorker  # torch
 
         spec = job.replica_spec(session.local_cpus(config.workers))
-        with closing(InlineWorkers(spec, on_image)) as inline:
-            yield inline
+        with closing(InlineWorker(spec, on_image, record_run)) as worker:
+            yield worker
         return
     from jobs.backends.actors import RayActors  # Ray
 
@@ -35,5 +38,5 @@ def start_workers(job: Job, shards: int, on_image: Callable[[], None]) -> Iterat
         nodes = session.available_resources(config.workers, only_here)
         placement = resolve_placement(config.workers, nodes)
         spec = replace(job.replica_spec(placement.cpus), config=with_absolute_paths(config))
-        with closing(RayActors(spec, placement, shards, only_here)) as actors:
-            yield actors
+        with closing(RayActors(spec, placement, shards, only_here, record_run)) as backend:
+            yield backend

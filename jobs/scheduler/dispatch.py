@@ -7,7 +7,6 @@ from jobs.scheduler.events import Attempt, Died, Done, Event
 from jobs.scheduler.scheduler import Scheduler
 from unet_core.errors import WorkersError
 from unet_core.runs.compute import Compute
-from unet_core.runs.timings import ShardResult
 
 MAX_FAILED_STARTS = 3
 """Dead workers in a row that stop a run: a model that does not load, or a node without memory."""
@@ -15,14 +14,19 @@ PAUSE_S = 30.0
 """Seconds after which the loop must have been paused (a suspended laptop): no worker is overdue."""
 
 
+RecordRun = Callable[[Compute], tuple[Compute, dict[str, str]]]
+"""Called with the ``compute`` section of each worker that is loaded; the first one creates or joins
+the run. Returns what the worker must use: the recorded section, and the footer of the parts."""
+
+
 class Backend(Protocol):
     """Workers of one kind."""
 
-    def probe(self) -> Compute:
-        """Return the ``compute`` section of the first worker that is loaded."""
+    def events(self) -> Iterator[Event]:
+        """Wait up to a second and yield what happened; called in a loop.
 
-    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
-        """Set what the run has recorded; only then does a worker become ready."""
+        Raises any UnetJobsError that a worker raised: such errors stop the run.
+        """
 
     def submit(self, worker: str, attempt: Attempt) -> None:
         """Begin a shard on a ready worker."""
@@ -39,17 +43,11 @@ class Backend(Protocol):
     def give_up(self, worker: str, reason: str) -> Died | None:
         """End a worker whose attempt makes no step; None where that is impossible."""
 
-    def events(self) -> Iterator[Event]:
-        """Wait up to a second and yield what happened; called in a loop.
-
-        Raises any UnetJobsError that a worker raised: such errors stop the run.
-        """
-
 
 def dispatch(
     scheduler: Scheduler,
     backend: Backend,
-    on_done: Callable[[ShardResult, Attempt, str], None],
+    on_done: Callable[[Done], None],
     on_tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the loop until no shard is open; ``on_tick`` is called about once a second.
@@ -59,12 +57,10 @@ def dispatch(
     awake = scheduler.clock()
     while scheduler.open:
         for event in backend.events():
+            scheduler.handle(event)
             if isinstance(event, Done):
-                attempt = scheduler.done(event.worker, event.shard_id)
-                on_done(event.result, attempt, event.worker)
-            else:
-                scheduler.handle(event)
-            if scheduler.failed_starts >= MAX_FAILED_STARTS and isinstance(event, Died):
+                on_done(event)
+            if isinstance(event, Died) and scheduler.failed_starts >= MAX_FAILED_STARTS:
                 raise WorkersError(
                     f"{scheduler.failed_starts} workers died while starting: {event.reason}"
                 )
@@ -73,12 +69,11 @@ def dispatch(
             scheduler.exclude_pause(slept)
         for worker, reason in scheduler.overdue():
             if (died := backend.give_up(worker, reason)) is not None:
-                scheduler.died(died)
+                scheduler.handle(died)
         on_tick()
-        workers = backend.want(scheduler.max_useful_workers, scheduler.open)
-        for worker in list(scheduler.in_flight):
-            while (next_attempt := scheduler.next_for(worker, workers)) is not None:
-                backend.submit(worker, next_attempt)
-            if not scheduler.has_use_for(worker):
-                del scheduler.in_flight[worker]
-                backend.release(worker)
+        for worker, attempt in scheduler.assign(
+            backend.want(scheduler.max_useful_workers, scheduler.open)
+        ):
+            backend.submit(worker, attempt)
+        for worker in scheduler.release_idle():
+            backend.release(worker)

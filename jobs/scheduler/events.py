@@ -31,7 +31,7 @@ class Done:
     """A worker committed a shard."""
 
     worker: str
-    shard_id: str
+    attempt: Attempt
     result: ShardResult
 
 
@@ -61,7 +61,7 @@ class Refused:
     """A shard cannot be committed; the worker lives."""
 
     worker: str
-    shard_id: str
+    attempt: Attempt
     reason: str
 
 

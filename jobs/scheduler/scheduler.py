@@ -9,11 +9,11 @@ the poison images become failed rows. A shard that still crashes workers is set 
 """
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from jobs.scheduler.events import Attempt, Died, Heartbeat, Ready, Refused
+from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
 from unet_core.config.predict import ErrorsConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
@@ -53,20 +53,64 @@ class StallTimeout:
 
 
 @dataclass
-class AttemptProgress:
-    """Progress of the oldest attempt of a worker."""
+class Worker:
+    """A ready worker: its attempts in flight, and the progress of the oldest of them."""
 
-    started_at: float
-    """Time at which the attempt became the oldest."""
-    last_step_at: float
+    held: list[Attempt] = field(default_factory=list)
+    """Attempts in flight, the oldest first."""
+    oldest_since: float = 0.0
+    """Time at which the oldest attempt became the oldest."""
+    last_step_at: float = 0.0
     """Time of its last step."""
     steps: int = 0
     """Steps made at that time."""
 
+    @property
+    def can_hold_another(self) -> bool:
+        """True if a further shard may be in flight besides those held."""
+        return len(self.held) < MAX_SHARDS_PER_WORKER and not any(a.alone for a in self.held)
+
+    def add(self, attempt: Attempt, now: float) -> None:
+        """Hold a further attempt."""
+        self.held.append(attempt)
+        if len(self.held) == 1:
+            self._watch_oldest(now)
+
+    def remove(self, attempt: Attempt, now: float) -> None:
+        """Forget an attempt that ended."""
+        was_oldest = attempt == self.held[0]
+        self.held.remove(attempt)
+        if was_oldest:
+            self._watch_oldest(now)
+
+    def record_steps(self, steps: dict[str, int], now: float) -> None:
+        """Note whether the oldest attempt has made a step; ``steps`` are counted by shard id."""
+        found = steps.get(self.held[0].shard.shard_id, 0) if self.held else self.steps
+        if found != self.steps:
+            self.steps, self.last_step_at = found, now
+
+    def _watch_oldest(self, now: float) -> None:
+        self.oldest_since, self.last_step_at, self.steps = now, now, 0
+
+
+@dataclass
+class ShardHistory:
+    """Number of attempts at a shard, and how they ended."""
+
+    attempts: int = 0
+    failures: int = 0
+    """Deaths of workers that held this shard alone."""
+    isolations: int = 0
+    """Deaths of workers while the shard's images were isolated."""
+
 
 @dataclass
 class Scheduler:
-    """State of the uncommitted shards of a run, until each is committed or set aside."""
+    """State of the uncommitted shards of a run, until each is committed or set aside.
+
+    ``handle`` takes every event; ``overdue``, ``assign`` and ``release_idle`` say what to do next,
+    and record it as done.
+    """
 
     waiting: deque[Shard]
     max_attempts: int
@@ -74,17 +118,16 @@ class Scheduler:
     clock: Callable[[], float] = time.monotonic
     retry_alone: deque[Shard] = field(default_factory=deque)
     isolating: deque[Shard] = field(default_factory=deque)
-    in_flight: dict[str, list[Attempt]] = field(default_factory=dict)
-    """Attempts by ready worker, the oldest first."""
+    workers: dict[str, Worker] = field(default_factory=dict)
+    """Ready workers by name."""
     set_aside: dict[str, str] = field(default_factory=dict)
     """Reason by id of each shard that this session will not try again."""
-    failure_count: Counter[str] = field(default_factory=Counter)
-    attempts: Counter[str] = field(default_factory=Counter)
+    history: defaultdict[str, ShardHistory] = field(
+        default_factory=lambda: defaultdict(ShardHistory)
+    )
     is_stopped: bool = False
     failed_starts: int = 0
     """Workers in a row that died before they were ready, while no other was ready."""
-    _isolation_counts: Counter[str] = field(default_factory=Counter)
-    _progress: dict[str, AttemptProgress] = field(default_factory=dict)
 
     @classmethod
     def of(cls, left: list[Shard], errors: ErrorsConfig, storage: StorageConfig) -> "Scheduler":
@@ -96,20 +139,16 @@ class Scheduler:
     @property
     def open(self) -> int:
         """Shards that are neither committed nor set aside."""
-        return self._left + sum(map(len, self.in_flight.values()))
+        return self._left + sum(len(worker.held) for worker in self.workers.values())
 
     @property
     def max_useful_workers(self) -> int:
         """Number of workers that hold a shard or could get one."""
-        return self._left + sum(map(bool, self.in_flight.values()))
+        return self._left + sum(bool(worker.held) for worker in self.workers.values())
 
     @property
     def _left(self) -> int:
         return len(self.waiting) + len(self.retry_alone) + len(self.isolating)
-
-    def has_use_for(self, worker: str) -> bool:
-        """Whether a worker holds a shard or may get one."""
-        return bool(self._left or self.in_flight[worker])
 
     def stop(self) -> None:
         """Begin no further shard; those in flight are completed."""
@@ -117,105 +156,102 @@ class Scheduler:
         for queue in (self.waiting, self.retry_alone, self.isolating):
             queue.clear()
 
-    def next_for(self, worker: str, workers: int = 0) -> Attempt | None:
-        """Take the next attempt for a ready worker; ``workers`` counts starting ones too."""
-        held = self.in_flight[worker]
-        if any(attempt.alone for attempt in held) or len(held) >= MAX_SHARDS_PER_WORKER:
-            return None
-        if held and len(self.waiting) < max(workers, len(self.in_flight)):
-            return None
-        for queue in (self.waiting,) if held else (self.isolating, self.retry_alone, self.waiting):
-            if queue:
-                return self._begin(worker, queue)
-        return None
-
-    def handle(self, event: Ready | Refused | Heartbeat | Died) -> None:
-        """Handle an event other than ``Done``."""
+    def handle(self, event: Event) -> None:
+        """Update the state for one event."""
         match event:
-            case Ready(worker):
-                self.in_flight[worker] = []
+            case Ready(name):
+                self.workers[name] = Worker()
                 self.failed_starts = 0
-            case Refused(worker, shard_id, reason):
-                self._remove_attempt(worker, shard_id)
-                self.set_aside[shard_id] = reason
-            case Heartbeat(worker, steps) if held := self.in_flight.get(worker):
-                progress, now = self._progress[worker], steps.get(held[0].shard.shard_id, 0)
-                if now != progress.steps:
-                    progress.steps, progress.last_step_at = now, self.clock()
-            case Died():
-                self.died(event)
-
-    def done(self, worker: str, shard_id: str) -> Attempt:
-        """Record a commit; return the attempt that made it."""
-        started_at = self._progress[worker].started_at
-        attempt, was_oldest = self._remove_attempt(worker, shard_id)
-        if was_oldest and attempt.isolation_timeout_s is None:
-            self.stall_timeout.record_duration(attempt.shard, self.clock() - started_at)
-        return attempt
+            case Heartbeat(name, steps) if worker := self.workers.get(name):
+                worker.record_steps(steps, self.clock())
+            case Done(name, attempt):
+                self._record_duration(self.workers[name], attempt)
+                self.workers[name].remove(attempt, self.clock())
+            case Refused(name, attempt, reason):
+                self.workers[name].remove(attempt, self.clock())
+                self.set_aside[attempt.shard.shard_id] = reason
+            case Died(name) if worker := self.workers.pop(name, None):
+                for attempt in worker.held if not self.is_stopped else ():
+                    self._retry_or_isolate(attempt, event, was_alone=len(worker.held) == 1)
+            case Died() if not event.node_lost and not self.workers:
+                self.failed_starts += 1
 
     def exclude_pause(self, seconds: float) -> None:
         """Exclude a pause of the loop, during which no event was received, from all timeouts."""
-        for progress in self._progress.values():
-            progress.started_at += seconds
-            progress.last_step_at += seconds
+        for worker in self.workers.values():
+            worker.oldest_since += seconds
+            worker.last_step_at += seconds
 
     def overdue(self) -> Iterator[tuple[str, str]]:
-        """Yield each worker whose oldest attempt has made no step for too long, with the reason."""
-        for worker, held in list(self.in_flight.items()):
-            if not held:
+        """Yield each worker whose oldest attempt has made no step for too long, with the reason;
+        the same one again only after another timeout.
+        """
+        for name, worker in list(self.workers.items()):
+            if not worker.held:
                 continue
-            limit_s = self.stall_timeout.limit_s(held[0].shard)
-            limit_s *= ISOLATION_SLACK if held[0].isolation_timeout_s is not None else 1.0
-            if self.clock() - self._progress[worker].last_step_at > limit_s:
-                self._progress[worker].last_step_at = self.clock()
-                name = held[0].shard.uri or held[0].shard.shard_id
-                yield worker, f"shard {name} has made no step for {limit_s:.0f} s"
+            oldest = worker.held[0]
+            limit_s = self.stall_timeout.limit_s(oldest.shard)
+            limit_s *= ISOLATION_SLACK if oldest.isolation_timeout_s is not None else 1.0
+            if self.clock() - worker.last_step_at > limit_s:
+                worker.last_step_at = self.clock()
+                shard = oldest.shard.uri or oldest.shard.shard_id
+                yield name, f"shard {shard} has made no step for {limit_s:.0f} s"
 
-    def died(self, event: Died) -> None:
-        """Take back the shards of a dead worker and decide how each is retried."""
-        is_failed_start = event.worker not in self.in_flight and not event.node_lost
-        held = self.in_flight.pop(event.worker, [])
-        if is_failed_start and not self.in_flight:
-            self.failed_starts += 1
-        for attempt in held if not self.is_stopped else ():
-            self._retry_or_isolate(attempt, event, was_alone=len(held) == 1)
+    def assign(self, workers: int = 0) -> Iterator[tuple[str, Attempt]]:
+        """Begin attempts on ready workers, as many as each may hold; yields worker and attempt.
+        ``workers`` is the number of workers, those that are still starting included.
+        """
+        for name, worker in self.workers.items():
+            while (queue := self._queue_for(worker, workers)) is not None:
+                yield name, self._begin(worker, queue)
+
+    def release_idle(self) -> list[str]:
+        """Remove the ready workers that no shard is left for; returns their names."""
+        idle = [] if self._left else [name for name, w in self.workers.items() if not w.held]
+        for name in idle:
+            del self.workers[name]
+        return idle
+
+    def _queue_for(self, worker: Worker, workers: int) -> deque[Shard] | None:
+        """Return the queue of the next shard for a worker; None if it shall not get one."""
+        if not worker.can_hold_another:
+            return None
+        if not worker.held:
+            return next(filter(None, (self.isolating, self.retry_alone, self.waiting)), None)
+        is_near_end = len(self.waiting) < max(workers, len(self.workers))
+        return None if is_near_end else self.waiting
+
+    def _begin(self, worker: Worker, queue: deque[Shard]) -> Attempt:
+        shard = queue.popleft()
+        history = self.history[shard.shard_id]
+        history.attempts += 1
+        timeout_s = self.stall_timeout.limit_s(shard) if queue is self.isolating else None
+        attempt = Attempt(shard, history.attempts, queue is not self.waiting, timeout_s)
+        worker.add(attempt, self.clock())
+        return attempt
+
+    def _record_duration(self, worker: Worker, attempt: Attempt) -> None:
+        if attempt == worker.held[0] and attempt.isolation_timeout_s is None:
+            duration_s = self.clock() - worker.oldest_since
+            self.stall_timeout.record_duration(attempt.shard, duration_s)
 
     def _retry_or_isolate(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
         """Count a failure only if the shard was alone in flight; one that stalls alone is isolated
         at once. While isolated, the worker itself may have died for another reason.
         """
-        shard, name = attempt.shard, attempt.shard.shard_id
+        shard, history = attempt.shard, self.history[attempt.shard.shard_id]
         if attempt.isolation_timeout_s is not None:
-            self._isolation_counts[name] += not event.node_lost
-            if self._isolation_counts[name] < MAX_ISOLATIONS:
+            history.isolations += not event.node_lost
+            if history.isolations < MAX_ISOLATIONS:
                 self.isolating.append(shard)
             else:
                 reason = f"it still crashes workers after its images were isolated: {event.reason}"
-                self.set_aside[name] = reason
+                self.set_aside[shard.shard_id] = reason
         elif event.node_lost:
             self.waiting.appendleft(shard)
         elif was_alone:
-            self.failure_count[name] += self.max_attempts if event.is_overdue else 1
-            is_due = self.failure_count[name] >= self.max_attempts
+            history.failures += self.max_attempts if event.is_overdue else 1
+            is_due = history.failures >= self.max_attempts
             (self.isolating if is_due else self.retry_alone).append(shard)
         else:
             self.retry_alone.append(shard)
-
-    def _begin(self, worker: str, queue: deque[Shard]) -> Attempt:
-        shard = queue.popleft()
-        self.attempts[shard.shard_id] += 1
-        timeout_s = self.stall_timeout.limit_s(shard) if queue is self.isolating else None
-        alone = queue is not self.waiting
-        attempt = Attempt(shard, self.attempts[shard.shard_id], alone, timeout_s)
-        if not self.in_flight[worker]:
-            self._progress[worker] = AttemptProgress(self.clock(), self.clock())
-        self.in_flight[worker].append(attempt)
-        return attempt
-
-    def _remove_attempt(self, worker: str, shard_id: str) -> tuple[Attempt, bool]:
-        """Remove an attempt of a worker; return it, and whether it was the oldest."""
-        held = self.in_flight[worker]
-        place = next(n for n, a in enumerate(held) if a.shard.shard_id == shard_id)
-        if place == 0:
-            self._progress[worker] = AttemptProgress(self.clock(), self.clock())
-        return held.pop(place), place == 0

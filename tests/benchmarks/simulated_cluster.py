@@ -13,16 +13,18 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 
 from jobs.backends import session
-from jobs.backends.actors import JOIN, RayActors
+from jobs.backends.actors import JOIN, Actor, RayActors
 from jobs.backends.placement import Placement
 from jobs.backends.version import code_version
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.events import Attempt, Event, Ready
+from jobs.scheduler.events import Attempt, Done, Event, Ready
 from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.loading import build
 from unet_core.config.predict import ErrorsConfig, PredictConfig
@@ -48,7 +50,7 @@ class Host:
     async def join(self, lane: str, level: int) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), code_version()
 
-    async def start(self, lane: str) -> Compute:
+    async def load(self, lane: str) -> Compute:
         return COMPUTE
 
     async def configure(self, lane: str, compute: Compute, footer: dict[str, str]) -> None:
@@ -72,27 +74,35 @@ class Lanes(RayActors):
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
         spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", None, 1)
-        super().__init__(spec, Placement(lanes, 0, 0), lanes, only_here=False)
+        super().__init__(spec, Placement(lanes, 0, 0), lanes, False, lambda found: (found, {}))
 
     def _grow(self) -> None:
         while self._placed < self._placement.actors:
-            name = f"actor-{self._placed}"
-            self._handles[name] = self._hosts[self._placed % len(self._hosts)]
+            lane = f"actor-{self._placed}"
+            self._actors[lane] = Actor(lane, Lane(self._hosts[self._placed % HOSTS], lane))
             self._placed += 1
-            self._call(name, JOIN, "join", 30)
-
-    def _call(self, name: str, what: Any, method: str, *arguments: Any) -> None:
-        super()._call(name, what, method, name, *arguments)
+            self._call(self._actors[lane], JOIN, 30)
 
     def events(self) -> Iterator[Event]:
         for event in super().events():
             self.ready += isinstance(event, Ready)
-            if not self.started:
+            if self.ready and not self.started:
                 self.started, self.cpu = time.perf_counter(), time.process_time()
             yield event
 
-    def release(self, actor: str) -> None:
-        del self._handles[actor]
+    def release(self, worker: str) -> None:
+        del self._actors[worker]
+
+
+class Lane:
+    """The handle of an actor: calls of the host, with the lane's name."""
+
+    def __init__(self, host: Any, lane: str) -> None:
+        self._host, self._lane = host, lane
+
+    def __getattr__(self, method: str) -> Any:
+        remote = getattr(self._host, method).remote
+        return SimpleNamespace(remote=partial(remote, self._lane))
 
 
 def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
@@ -101,13 +111,12 @@ def run(lanes: int, hosts: list[Any]) -> tuple[float, float]:
     shards = [Shard(f"shard-{n:06d}", f"{n}.tar", 1, "", None, None) for n in range(count)]
     scheduler = Scheduler.of(shards, ErrorsConfig(), StorageConfig())
     workers = Lanes(lanes, hosts)
-    workers.configure(workers.probe(), {})
     timings, totals = TimingsLog(Store("memory://simulated")), Totals()
 
-    def on_done(result: ShardResult, attempt: Attempt, actor: str) -> None:
+    def on_done(done: Done) -> None:
         nonlocal totals
-        totals += result.totals
-        timings.add(result, attempt.number, actor)
+        totals += done.result.totals
+        timings.add(done.result, done.attempt.number, done.worker)
 
     dispatch(scheduler, workers, on_done)
     seconds, cpu = time.perf_counter() - workers.started, time.process_time() - workers.cpu
@@ -125,7 +134,7 @@ def main() -> None:
     found = []
     with session.connected():
         hosts = [ray.remote(num_cpus=0, max_concurrency=128)(Host).remote() for _ in range(HOSTS)]
-        ray.get([host.start.remote("") for host in hosts])
+        ray.get([host.load.remote("") for host in hosts])
         print(f"{'lanes':>6} {'shards':>7} {'efficiency':>11} {'driver CPU per shard':>21}")
         for lanes in arguments.lanes:
             efficiency, cpu = run(lanes, hosts)

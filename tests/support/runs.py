@@ -33,8 +33,13 @@ def shard(name: str, size: int = 1) -> Shard:
     return Shard(name, name, size, None, None, None)
 
 
-def board_of(plan, errors=None, deadline_s=300):
+def scheduler_of(plan, errors=None, deadline_s=300):
     return Scheduler.of(plan, errors or ErrorsConfig(), StorageConfig(deadline_s=deadline_s))
+
+
+def failures(scheduler):
+    """Failures that were counted, by shard."""
+    return {name: h.failures for name, h in scheduler.history.items() if h.failures}
 
 
 def write_toml(config, path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobs.scheduler.dispatch import dispatch
 from jobs.scheduler.events import Died, Done, Ready
 from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
-from tests.support.runs import board_of, shard
+from tests.support.runs import failures, scheduler_of, shard
 from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import WorkersError
 from unet_core.metrics import Totals
@@ -101,21 +101,23 @@ class ScriptedWorkers:
             self.replace()
             yield Died(actor, f"killed by {killer.shard.shard_id}")
         elif self.held[actor]:
-            name = self.held[actor].pop(0).shard.shard_id
-            yield Done(actor, name, ShardResult(name, Totals(), Seconds()))
+            attempt = self.held[actor].pop(0)
+            yield Done(actor, attempt, ShardResult(attempt.shard.shard_id, Totals(), Seconds()))
 
 
 def run(names, actors=2, killers=None, **script):
     workers = ScriptedWorkers(actors, killers or {}, **script)
-    scheduler = board_of([shard(name) for name in names], ErrorsConfig(stall_s=50), deadline_s=50)
+    scheduler = scheduler_of(
+        [shard(name) for name in names], ErrorsConfig(stall_s=50), deadline_s=50
+    )
     scheduler.clock = lambda: workers.now
     done: list[str] = []
-    dispatch(scheduler, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    dispatch(scheduler, workers, lambda event: done.append(event.result.shard_id))
     return scheduler, workers, done
 
 
 def test_every_shard_is_done_once_the_largest_first():
-    scheduler = board_of([shard("small", 1), shard("large", 9), shard("middle", 5)])
+    scheduler = scheduler_of([shard("small", 1), shard("large", 9), shard("middle", 5)])
     assert [s.shard_id for s in scheduler.waiting] == ["large", "middle", "small"]
     _, workers, done = run("abcdefgh", actors=3)
     assert sorted(done) == list("abcdefgh")
@@ -125,7 +127,7 @@ def test_every_shard_is_done_once_the_largest_first():
 def test_a_single_death_charges_nobody_and_suspects_run_alone():
     scheduler, workers, done = run("abcdef", actors=1, killers={"b": 1})
     assert sorted(done) == list("abcdef")
-    assert scheduler.failure_count == {}
+    assert failures(scheduler) == {}
     again = Counter(name for name, _ in workers.started)
     assert {name for name, count in again.items() if count == 2} == {"a", "b"}
     assert all(alone for name, alone in workers.started[2:4])
@@ -134,7 +136,7 @@ def test_a_single_death_charges_nobody_and_suspects_run_alone():
 def test_a_poisoned_shard_goes_on_trial_after_two_deaths_alone_and_its_neighbour_does_not():
     scheduler, workers, done = run("abcdef", actors=2, killers={"c": 99})
     assert sorted(done) == list("abcdef")
-    assert (scheduler.set_aside, scheduler.failure_count) == ({}, {"c": 2})
+    assert (scheduler.set_aside, failures(scheduler)) == ({}, {"c": 2})
     assert Counter(name for name, _ in workers.started)["c"] == 4
 
 
@@ -150,7 +152,7 @@ def test_a_shard_that_kills_even_on_trial_is_set_aside():
 def test_what_does_not_come_to_an_end_goes_on_trial_after_hanging_once_alone():
     scheduler, workers, done = run("abcdef", actors=2, hanging=frozenset("c"))
     assert sorted(done) == list("abcdef")
-    assert (set(scheduler.failure_count), scheduler.set_aside) == ({"c"}, {})
+    assert (set(failures(scheduler)), scheduler.set_aside) == ({"c"}, {})
     assert len(workers.given_up) == 2
     assert workers.now > 2 * 100
     assert "shard c has made no step for" in workers.given_up[0]
@@ -164,12 +166,12 @@ def test_actors_that_never_become_ready_stop_the_run():
 
 
 def test_actors_lost_with_their_node_while_starting_stop_nothing():
-    scheduler, workers = board_of([shard("a")]), ScriptedWorkers(1, {})
+    scheduler, workers = scheduler_of([shard("a")]), ScriptedWorkers(1, {})
     deaths = [Died(f"lost-{n}", "node lost", node_lost=True) for n in range(5)]
     events = workers.events
     workers.events = lambda: iter([deaths.pop()]) if deaths else events()
     done: list[str] = []
-    dispatch(scheduler, workers, lambda result, attempt, actor: done.append(result.shard_id))
+    dispatch(scheduler, workers, lambda event: done.append(event.result.shard_id))
     assert done == ["a"]
 
 
@@ -199,7 +201,7 @@ def test_whatever_kills_or_stalls_actors_every_shard_is_done_or_set_aside(
     }
     scheduler, _, done = run(names, actors, scripted, **script)
     assert sorted([*done, *scheduler.set_aside]) == names
-    assert set(scheduler.failure_count) <= set(scripted) | script["hanging"]
+    assert set(failures(scheduler)) <= set(scripted) | script["hanging"]
     forever = {name for name, times in scripted.items() if times == 99}
     assert forever & script["incurable"] <= set(scheduler.set_aside)
     assert set(scheduler.set_aside) <= set(scripted) & script["incurable"]

@@ -1,0 +1,71 @@
+"""The Ray actor that segments shards.
+
+Expected errors are returned, so that Ray does not wrap them; only bugs are raised.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import ray
+
+from jobs.backends import session
+from jobs.backends.version import code_version
+from jobs.scheduler.events import Attempt
+from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.timings import ShardResult
+
+if TYPE_CHECKING:
+    from unet_core.inference.replica import Replica
+    from unet_core.inference.shard_segmenter import ShardSegmenter
+
+log = logging.getLogger(__name__)
+
+
+class SegmentActor:
+    """Holds one replica. Called in the order ``join``, ``load``, ``configure``, then ``segment``
+    and ``heartbeat``, on threads.
+    """
+
+    def __init__(self, spec: ReplicaSpec, run: str) -> None:
+        self._spec, self._run = spec, run
+        self._replica: Replica
+        self._segmenter: ShardSegmenter
+
+    def join(self, level: int) -> tuple[str, str]:
+        """Return node id and code version, before anything is loaded; log from ``level`` on."""
+        logging.basicConfig(level=level, format=session.LOG_FORMAT, force=True)
+        return ray.get_runtime_context().get_node_id(), code_version()
+
+    @session.returns_errors
+    def load(self) -> Compute:
+        """Load the model; return its ``compute`` section."""
+        from unet_core.inference.replica import Replica  # torch: for the actor, not for the driver
+
+        self._replica = Replica(self._spec)
+        return self._replica.probe()
+
+    @session.returns_errors
+    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+        """Set what the run has recorded."""
+        from unet_core.inference.shard_segmenter import ShardSegmenter
+
+        self._segmenter = ShardSegmenter(self._replica, compute, footer)
+
+    def ping(self) -> None:
+        """Return, which shows that the actor lives."""
+
+    def heartbeat(self) -> dict[str, int]:
+        """Steps made by each shard in flight."""
+        return dict(self._segmenter.steps)
+
+    @session.returns_errors
+    def segment(self, attempt: Attempt) -> ShardResult:
+        """Segment and commit one shard."""
+        log.info("begin run=%s shard=%s attempt=%d",
+                 self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
+        poison = {}
+        if attempt.isolation_timeout_s is not None:
+            from unet_core.inference.isolation import find_poison_images  # torch, again
+
+            poison = find_poison_images(self._segmenter, attempt.shard, attempt.isolation_timeout_s)
+        return self._segmenter.segment(attempt.shard, poison)
