@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +25,12 @@ LOCAL: dict[str, Any] = {
     "object_store_memory": 100 * 2**20,
 }
 """Arguments of ``ray.init`` for a cluster of this process."""
+CONNECT_S = 10.0  # enough for a head on another continent that is busy
+HTTP2_SETTINGS = b"\x04"
+"""Type of the first frame of either side of an HTTP/2 connection (RFC 9113, 6.5); Ray's head speaks
+gRPC, which is HTTP/2, and silence or another answer tells that it is no head."""
+HTTP2_OPENING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + bytes(5)
+"""What a client sends first (RFC 9113, 3.4): a fixed text, and settings without an entry."""
 Given = ParamSpec("Given")
 ResultT = TypeVar("ResultT")
 LOG_FORMAT = "%(levelname)s %(name)s %(message)s"
@@ -79,7 +86,10 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    place = {"address": os.environ["RAY_ADDRESS"]} if is_cluster_named() else LOCAL
+    place = LOCAL
+    if is_cluster_named():
+        place = {"address": os.environ["RAY_ADDRESS"]}
+        require_reachable(os.environ["RAY_ADDRESS"])
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**place, logging_level=logging.WARNING, log_to_driver=shows_logs)
@@ -92,6 +102,37 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def require_reachable(address: str) -> None:
+    """Check that a cluster's head answers at ``address``; ``ray.init`` tries a dead one for a
+    quarter of an hour.
+
+    Raises WorkersError after ``CONNECT_S`` at most. ``auto`` and ``local`` are left to Ray, and so
+    are clusters with TLS, of which only the port is tried.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith(("http://", "https://")):
+        raise WorkersError(
+            f"RAY_ADDRESS: {address} is the address of a job server; give it to `unet-jobs submit "
+            "--address`, or set RAY_ADDRESS to that of the head, e.g. 10.0.0.1:6379"
+        )
+    if not host or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                connection.sendall(HTTP2_OPENING)
+                if connection.recv(4)[3:] != HTTP2_SETTINGS:
+                    raise WorkersError(
+                        f"RAY_ADDRESS: what answers at {address} is not the head of a Ray cluster, "
+                        "whose port is 6379 by default"
+                    )
+    except OSError as error:
+        raise WorkersError(
+            f"RAY_ADDRESS: no Ray cluster at {address}: {error}; start one there, or unset "
+            "RAY_ADDRESS to work on this machine"
+        ) from error
 
 
 def available_resources(workers: WorkersConfig, only_here: bool = False) -> Nodes:
