@@ -42,9 +42,9 @@ def is_cluster_named() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-if not is_cluster_named():
-    # Read when Ray is imported; without it, Ray takes this machine's address for 127.0.0.1 and
-    # listens to the network.
+if os.environ.get("RAY_ADDRESS", "127.").startswith(("127.", "localhost:")):
+    # Read when Ray is imported; without it, Ray takes this machine's address for 127.0.0.1: it
+    # listens to the network, and looks there for a cluster on loopback, as `make up` starts.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
