@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from jobs.backends.placement import Nodes
@@ -25,6 +26,11 @@ LOCAL: dict[str, Any] = {
     "object_store_memory": 100 * 2**20,
 }
 """Arguments of ``ray.init`` for a cluster of this process."""
+HOME = Path(__file__).parents[2]
+"""The folder that holds ``jobs`` and ``unet_core``."""
+TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+TOKEN = Path(".ray") / "auth_token"
+"""Path of Ray's token, below the home directory."""
 CONNECT_S = 10.0  # enough for a head on another continent that is busy
 HTTP2_SETTINGS = b"\x04"
 """Type of the first frame of either side of an HTTP/2 connection (RFC 9113, 6.5); Ray's head speaks
@@ -70,6 +76,14 @@ def is_inline(workers: WorkersConfig | TrainWorkersConfig) -> bool:
     return torch.cuda.device_count() <= 1
 
 
+def use_auth_token() -> None:
+    """Turn on token authentication if this machine has a token; Ray does so by itself only for
+    clusters that it starts. To be called before Ray is imported.
+    """
+    if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 @contextlib.contextmanager
 def connected(shows_logs: bool = True) -> Iterator[None]:
     """Connect this process to a Ray cluster as a driver; an existing connection is used.
@@ -80,6 +94,8 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a busy machine
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean what they meant
+    if is_cluster_named():
+        use_auth_token()
     import ray
 
     if ray.is_initialized():
@@ -91,8 +107,13 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         place = {"address": os.environ["RAY_ADDRESS"]}
         require_reachable(os.environ["RAY_ADDRESS"])
     terminate = signal.getsignal(signal.SIGTERM)
+    folder = Path.cwd()
+    job = ray.job_config.JobConfig(_py_driver_sys_path=[str(folder), str(HOME)])
     try:
-        ray.init(**place, logging_level=logging.WARNING, log_to_driver=shows_logs)
+        with contextlib.chdir(HOME if shadows_our_code(folder) else folder):
+            ray.init(
+                **place, job_config=job, logging_level=logging.WARNING, log_to_driver=shows_logs
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise WorkersError(f"no Ray cluster at {where}: {error}") from error
@@ -102,6 +123,15 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def shadows_our_code(folder: Path) -> bool:
+    """Whether workers that import from ``folder`` first would find other packages under our names.
+
+    Ray puts the driver's working directory in front of their ``sys.path``, and in front of the
+    folders that a JobConfig names.
+    """
+    return folder != HOME and any((folder / name).exists() for name in ("jobs", "unet_core"))
 
 
 def require_reachable(address: str) -> None:

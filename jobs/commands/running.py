@@ -124,7 +124,7 @@ def submit(
         path = recipe(path)
     kind: type[PredictConfig | TrainConfig] = PredictConfig if verb == "predict" else TrainConfig
     config = load(kind, path, list(overrides))
-    from jobs.submission.job_server import JobServer, run_name
+    from jobs.submission.job_server import JobServer, run_name, stop_command
     from jobs.submission.package import pack as pack_job
 
     package = pack_job(verb, path, list(overrides), config, flags)
@@ -140,7 +140,7 @@ def submit(
         sys.exit(_follow(server, job.id))
     show.lines(
         follow="the same command with --follow",
-        stop=f"ray job stop --address {address} {job.id}",
+        stop=stop_command(address, job.id),
     )
 
 

@@ -14,12 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 import requests
 
+from jobs.backends import session
 from jobs.submission.package import Package
 from unet_core.config.predict import PredictConfig
 from unet_core.config.train import TrainConfig
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
     from ray.job_submission import JobInfo
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-TOKEN = Path(".ray") / "auth_token"
-"""Path of Ray's token, below the home directory."""
 PATIENCE_S = 600.0
 """Seconds that a cluster may be unreachable before its job is no longer followed."""
 AGAIN_S = 2.0
+REQUEST_S = (5.0, 20.0)
+"""Seconds to connect, and seconds of silence, after which a request has failed: a job server with
+many jobs takes some seconds to answer."""
 STOP_WAIT_S = 120
 """Seconds that a stopped job gets to end by itself: a training saves a checkpoint."""
 CHATTERS = (
@@ -47,7 +49,15 @@ BROKEN = (aiohttp.ClientError, requests.RequestException, ConnectionError)
 SILENCE_S = 120.0
 """Seconds without a line after which a connection is opened again: progress comes every minute."""
 
+log = logging.getLogger(__name__)
+
 ResultT = TypeVar("ResultT")
+
+
+def stop_command(address: str, job_id: str) -> str:
+    """Return the command line that asks a job to end, for a shell like that of this process."""
+    has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+    return f"{'RAY_AUTH_MODE=token ' * has_token}ray job stop --address {address} {job_id}"
 
 
 def run_name(verb: str, config: PredictConfig | TrainConfig) -> str:
@@ -82,20 +92,24 @@ class JobServer:
 
     def __init__(self, address: str, client: Any = None, patience_s: float = PATIENCE_S) -> None:
         self.address, self._patience_s = address, patience_s
-        if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():  # only ray.init reads it
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        session.use_auth_token()
         self.client = client or self._connected()
 
     def _connected(self) -> Any:
-        """Create Ray's client; it prefers addresses of the environment to its argument."""
+        """Create Ray's client; it prefers addresses of the environment to its argument, and waits
+        for ever for an answer unless its requests are given a limit.
+        """
         from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):  # type: ignore[misc]
+            _do_request = partialmethod(JobSubmissionClient._do_request, timeout=REQUEST_S)
 
         if not logging.getLogger().isEnabledFor(logging.INFO):
             for name in CHATTERS:
                 logging.getLogger(name).setLevel(logging.WARNING)
         hidden = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
         try:
-            return self._ask(lambda: JobSubmissionClient(self.address), patience_s=0)
+            return self._ask(lambda: Client(self.address), patience_s=0)
         finally:
             os.environ.update(hidden)
 
@@ -119,8 +133,8 @@ class JobServer:
         if (found.metadata or {}).get("config") != digest:
             raise ConfigError(
                 f"job {found.submission_id} is at work on {config.output.uri} with another config "
-                f"or other files; wait for it, or stop it: ray job stop --address {self.address} "
-                f"{found.submission_id}"
+                "or other files; wait for it, or stop it: "
+                + stop_command(self.address, found.submission_id)
             )
         return Submitted(found.submission_id, is_new=False)
 
@@ -164,31 +178,37 @@ class JobServer:
     def _ask(self, call: Callable[[], ResultT], patience_s: float | None = None) -> ResultT:
         from ray.exceptions import AuthenticationError  # reads the environment when it comes
 
-        deadline = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
+        patience_s = self._patience_s if patience_s is None else patience_s
+        deadline, is_told = time.monotonic() + patience_s, False
         while True:
             try:
                 return call()
             except AuthenticationError as error:
                 raise WorkersError(
                     f"{self.address} wants another token: set RAY_AUTH_TOKEN or "
-                    f"RAY_AUTH_TOKEN_PATH to the one of the cluster, or write it to ~/{TOKEN}"
+                    "RAY_AUTH_TOKEN_PATH to the one of the cluster, or write it to "
+                    f"~/{session.TOKEN}"
                 ) from error
             except BROKEN as error:
-                if time.monotonic() >= deadline:
-                    raise WorkersError(
-                        f"no Ray job server at {self.address}: {_short(error)}; it is the address "
-                        "of the dashboard, e.g. http://localhost:8265"
-                    ) from error
+                failure = WorkersError(
+                    f"no Ray job server at {self.address}: {_short(error)}; it is the address of "
+                    "the dashboard, e.g. http://localhost:8265"
+                )
             except RuntimeError as error:  # Ray's for any answer that is not 200
-                said = str(error)
+                said, failure = str(error), WorkersError(f"{self.address}: {_short(error)}")
                 status = re.search(r"status code (\d{3})", said)
                 code = int(status[1]) if status else 0
                 if "already exists" in said:
                     raise TakenError(said) from error
                 if code == 404:
-                    raise UnknownError(f"{self.address}: {_short(error)}") from error
-                if code < 500 or time.monotonic() >= deadline:
-                    raise WorkersError(f"{self.address}: {_short(error)}") from error
+                    raise UnknownError(str(failure)) from error
+                if code < 500:
+                    raise failure from error
+            if time.monotonic() >= deadline:
+                raise failure
+            if not is_told:
+                log.warning("%s; trying again for %.0f s", failure, deadline - time.monotonic())
+                is_told = True
             time.sleep(AGAIN_S)
 
 

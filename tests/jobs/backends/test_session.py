@@ -1,13 +1,17 @@
-"""Addresses that name no cluster end a command within seconds, in one sentence."""
+"""Connecting to a cluster: addresses that name none, and folders that have our names."""
 
 import contextlib
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from jobs.backends import session
+from tests.support.runs import write_toml
 from unet_core.errors import WorkersError
 
 
@@ -46,10 +50,8 @@ def web_server():
 )
 def test_an_address_without_a_cluster_is_told_within_seconds(at, said, monkeypatch):
     monkeypatch.setattr(session, "CONNECT_S", 0.3)
-    with at() as port:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        with pytest.raises(WorkersError, match=f"RAY_ADDRESS: .*{said}"), session.connected():
-            pass
+    with at() as port, pytest.raises(WorkersError, match=f"RAY_ADDRESS: .*{said}"):
+        session.require_reachable(f"127.0.0.1:{port}")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,30 @@ def test_an_address_without_a_cluster_is_told_within_seconds(at, said, monkeypat
         ("http://127.0.0.1:8265", "is the address of a job server; give it to `unet-jobs submit"),
     ],
 )
-def test_an_address_of_something_else_is_told(address, said, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(WorkersError, match=f"RAY_ADDRESS: .*{said}"), session.connected():
-        pass
+def test_an_address_of_something_else_is_told(address, said):
+    with pytest.raises(WorkersError, match=f"RAY_ADDRESS: .*{said}"):
+        session.require_reachable(address)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_folders_of_the_user_with_our_names_do_not_reach_workers(make_config, tmp_path):
+    """A cluster of its own, started and left from a folder with ``jobs`` and ``unet_core``."""
+    for name in ("jobs", "unet_core"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").write_text("raise RuntimeError('of the user')")
+    workers = {"count": 1, "gpus": 0, "cpus": 1}
+    toml = write_toml(make_config(workers=workers), tmp_path / "job.toml")
+    paths = [os.environ.get("PYTHONPATH"), str(session.HOME)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "jobs", "predict", toml],
+        cwd=tmp_path / "here",
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 seen = 12 ok + 0 failed" in done.stdout

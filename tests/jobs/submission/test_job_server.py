@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import socket
 import threading
 import time
 from functools import partial
@@ -306,6 +307,36 @@ def test_a_cluster_that_forgot_the_job_or_is_away_says_so(server):
     away.get_job_info = lambda _: (_ for _ in ()).throw(ConnectionError("refused"))
     with pytest.raises(WorkersError, match=r"no Ray job server at http://head:8265: refused"):
         server(away, patience_s=0.05).info("j")
+
+
+def test_a_server_that_is_silent_is_told_and_one_that_is_away_for_a_while_is_waited_for(
+    server, monkeypatch, caplog
+):
+    monkeypatch.setattr(job_server, "REQUEST_S", (0.2, 0.2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(WorkersError, match=f"no Ray job server at {address}: .*timed out"):
+            JobServer(address)
+    assert not caplog.messages
+    away, refusals = FakeClient(), [ConnectionError("refused"), ConnectionError("refused")]
+
+    def get_job_info(_):
+        if refusals:
+            raise refusals.pop()
+        return job("RUNNING")
+
+    away.get_job_info = get_job_info
+    assert server(away).info("j").status == "RUNNING"
+    (told,) = caplog.messages
+    assert "no Ray job server at http://head:8265: refused" in told
+    assert told.endswith("trying again for 5 s")
+
+
+@pytest.mark.parametrize(("mode", "prefix"), [("token", "RAY_AUTH_MODE=token "), ("disabled", "")])
+def test_the_command_that_stops_a_job_works_as_printed(mode, prefix, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    printed = job_server.stop_command("http://head:8265", "j-2")
+    assert printed == f"{prefix}ray job stop --address http://head:8265 j-2"
 
 
 def test_progress_lines_of_a_job_move_a_bar_on_a_terminal(monkeypatch):
