@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 WAIT_S = 1.0  # for an answer: the progress display moves once a second
 NODE_COUNT_S = 5.0
 """Seconds between two counts of the cluster's nodes: fast enough for autoscaling."""
-PLACING_WARNING_S = 30.0  # most models are loaded by then
+PLACING_WARNINGS_S = (10.0, 30.0)
+"""Seconds until the first warning that no worker is ready, and between further ones."""
 UNREACHABLE_S = 60.0
 """Seconds that an actor may be unreachable before it is removed."""
 MOST_HEARTBEATS = 50
@@ -89,7 +90,8 @@ class RayActors:
         """Number of actors so far, for their names."""
         self._calls: dict[Any, tuple[Actor, str | Attempt]] = {}
         """Calls without an answer, by Ray's reference: the actor, and the method or the attempt."""
-        self._last_answer_at = self._last_node_count_at = self._last_heartbeat_at = time.monotonic()
+        self._last_node_count_at = self._last_heartbeat_at = time.monotonic()
+        self._warn_at = time.monotonic() + PLACING_WARNINGS_S[0]
         self._capacity, self._useful = placement.actors, shards
         self._grow()
 
@@ -101,11 +103,11 @@ class RayActors:
         ready, _ = ray.wait(calls, num_returns=1, timeout=WAIT_S)
         if ready:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-            self._last_answer_at = time.monotonic()
-        elif not self._ready and time.monotonic() - self._last_answer_at > PLACING_WARNING_S:
+            self._warn_at = time.monotonic() + PLACING_WARNINGS_S[0]
+        elif not self._ready and time.monotonic() > self._warn_at:
             log.warning("no actor is ready: %d wait for room on the cluster, %d load the model",
                         len(self._actors) - self._with_node, self._with_node)  # fmt: skip
-            self._last_answer_at = time.monotonic()
+            self._warn_at = time.monotonic() + PLACING_WARNINGS_S[1]
         answers = [(reference, session.get_result(reference)) for reference in ready]
         answers.sort(key=lambda found: isinstance(found[1], DEATHS))
         for reference, answer in answers:

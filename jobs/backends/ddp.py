@@ -5,6 +5,7 @@ sent to the driver.
 """
 
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -18,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.backends import session
-from jobs.backends.actors import PLACING_WARNING_S
+from jobs.backends.actors import PLACING_WARNINGS_S
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import Placement, resolve_placement
 from jobs.backends.version import code_version, require_same_code
@@ -75,15 +76,15 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                 outcome.set_exception(error)
 
         threading.Thread(target=run, name="ray train", daemon=True).start()
-        is_over, silent_since = False, time.monotonic()
+        is_over, warn_at = False, time.monotonic() + PLACING_WARNINGS_S[0]
         while not is_over:
             is_over = bool(wait([outcome], WAIT_S).done)
-            if silent_since and time.monotonic() - silent_since > PLACING_WARNING_S:
-                silent_since = time.monotonic()
+            if time.monotonic() > warn_at:
+                warn_at = time.monotonic() + PLACING_WARNINGS_S[1]
                 log.warning("no rank has begun: %s of %g GPU and %g CPU each are to be placed",
                             ranks, each.gpus, each.cpus)  # fmt: skip
             for event in ray.get(mailbox.hear.remote(wants_stop())):
-                silent_since = 0.0
+                warn_at = math.inf
                 if isinstance(event, UnetJobsError):
                     wait([outcome])
                     raise event

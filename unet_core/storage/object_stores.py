@@ -6,6 +6,7 @@ Credentials are found by the store's own library; nothing here reads, keeps or p
 import contextlib
 import errno
 import io
+import logging
 import os
 import random
 import time
@@ -20,7 +21,13 @@ from unet_core.storage.spool import FULL
 
 ResultT = TypeVar("ResultT")
 
+log = logging.getLogger(__name__)
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+WAIT_UNTOLD_S = 3.0  # most stores answer at the second or third try; the next is within 10 s
+WARNINGS_S = 30.0
+"""Seconds between two warnings of a process that it waits for a store."""
+_last_warning = {"at": -WARNINGS_S}
 """Pauses between tries: short enough for a hiccup, long enough to spare a busy store."""
 LARGE_BYTES = 64 * 2**20
 """Larger files are uploaded from disk in parts; smaller ones need one request."""
@@ -201,7 +208,7 @@ def retry_transient(
 
     Raises NotFoundError, FileExistsError and ChangedError, StoreError for the rest.
     """
-    end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
+    began, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
         try:
             return call()
@@ -210,13 +217,23 @@ def retry_transient(
         except Exception as error:  # the libraries of the stores share no base class
             if not is_transient(error):
                 raise as_store_error(verb, where, error) from error
-            if time.monotonic() + pause > end:
+            waited_s = time.monotonic() - began
+            if waited_s + pause > deadline_s:
                 raise StoreError(
                     f"cannot {verb} {where}: tried for {deadline_s:g} s, last: {_reason(error)}; "
                     "the same command continues once the store answers"
                 ) from error
+            if waited_s > WAIT_UNTOLD_S:
+                _warn_of_waiting(f"cannot {verb} {where}: {_reason(error)}", deadline_s - waited_s)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _warn_of_waiting(problem: str, left_s: float) -> None:
+    """Log what is waited for; one warning for all threads in ``WARNINGS_S``."""
+    if time.monotonic() - _last_warning["at"] > WARNINGS_S:
+        _last_warning["at"] = time.monotonic()
+        log.warning("%s; trying again for %.0f s", problem, left_s)
 
 
 def as_store_error(verb: str, where: str, error: BaseException) -> StoreError:

@@ -87,6 +87,18 @@ def test_a_store_that_stays_away_ends_at_the_deadline(no_waiting):
     assert 30 < no_waiting[0] <= 60
 
 
+def test_a_wait_for_a_store_is_said_within_ten_seconds_and_not_at_every_try(
+    no_waiting, caplog, monkeypatch
+):
+    monkeypatch.setitem(object_stores._last_warning, "at", -1000.0)
+    with pytest.raises(StoreError):
+        retry_transient(failing([BUSY] * 1000), "read", "s3://b/x", 300)
+    first, *others = caplog.messages
+    assert "cannot read s3://b/x: Please reduce" in first
+    assert int(first.removesuffix(" s").rpartition(" ")[2]) > 290
+    assert 3 < len(others) < 11
+
+
 def test_what_will_not_pass_is_asked_once(no_waiting):
     with pytest.raises(StoreError, match=r"cannot read s3://b/x: ExpiredToken; check the cred"):
         retry_transient(failing([PermissionError("ExpiredToken"), BUSY]), "read", "s3://b/x", 60)
