@@ -25,7 +25,7 @@ class Job:
     tile_grid: TileGrid
     identity: Identity
 
-    def record(self, compute: Compute) -> Record:
+    def make_record(self, compute: Compute) -> Record:
         """Return the record for ``run.json``."""
         return Record(
             identity=self.identity,

@@ -11,7 +11,7 @@ from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.metrics import Totals
-from unet_core.runs.compute import Compute
+from unet_core.runs.compute import Compute, RunSettings
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan, plan_shards
 from unet_core.runs.timings import TimingsLog
@@ -26,7 +26,7 @@ class Outcome:
     was_finished: bool = False
     """An earlier session had finished the run; nothing was done."""
     set_aside: dict[str, str] = field(default_factory=dict)
-    """Shards that could not be committed, by path or id, with the reason."""
+    """Shards that could not be committed, by name, with the reason."""
     retried: int = 0
     """Shards whose commits were removed because images in them had failed."""
     added: int = 0
@@ -72,19 +72,21 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
-    if scheduler.open:
+    if scheduler.open_shards:
         timings = TimingsLog(run.store)
         progress = RunProgress(shards, left, totals)
 
         draft = plan.draft
 
-        def record_run(compute: Compute) -> tuple[Compute, dict[str, str]]:
+        def record_run(compute: Compute) -> RunSettings:
             nonlocal draft
-            record = run.record or run.create_or_join(job.record(compute))
+            record = run.record or run.create_or_join(job.make_record(compute))
+            if not job.config.workers.mixed_devices:
+                record.compute.require(compute)
             if draft is not None:
                 run.publish_manifest(draft)
                 draft = None
-            return record.compute, job.footer(record)
+            return RunSettings(record.compute, job.footer(record))
 
         def on_done(done: Done) -> None:
             nonlocal totals
@@ -117,5 +119,12 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
             )
         run.finish(totals)
     why = scheduler.set_aside
-    set_aside = {s.uri or s.shard_id: why[s.shard_id] for s in left if s.shard_id in why}
-    return Outcome(run, totals, False, set_aside, plan.retried, plan.added, exceeded)
+    set_aside = {shard.name: why[shard.shard_id] for shard in left if shard.shard_id in why}
+    return Outcome(
+        run,
+        totals,
+        set_aside=set_aside,
+        retried=plan.retried,
+        added=plan.added,
+        too_many_failed=exceeded,
+    )

@@ -1,4 +1,6 @@
-"""What goes wrong. Decisions go by class, never by the words of a message."""
+"""What goes wrong. Decisions go by class, not by the words of a message (but for
+``actors.NODE_DIED``: Ray has no class for it).
+"""
 
 import re
 from typing import Literal
@@ -33,7 +35,7 @@ class CheckpointError(UnetJobsError):
 
 
 class RunMismatchError(UnetJobsError):
-    """The run folder was made with another fingerprint or on another device."""
+    """The folder has another identity, manifest, device or versions."""
 
     exit_code = 2
 
@@ -69,7 +71,9 @@ class DivergedError(UnetJobsError):
 
 
 class WorkersError(UnetJobsError):
-    """The actors asked for cannot be placed, or die whatever is tried."""
+    """Workers cannot do the work: no cluster, no room, other code, too little memory, or they die
+    while starting.
+    """
 
 
 class StoppedError(UnetJobsError):

@@ -16,11 +16,19 @@ from jobs.backends.placement import Placement, wanted
 from jobs.backends.prometheus import PrometheusMetrics
 from jobs.backends.segment_actor import SegmentActor
 from jobs.backends.version import code_version, require_same_code
-from jobs.scheduler.dispatch import RecordRun
-from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
-from jobs.scheduler.scheduler import HEARTBEAT_S, MAX_SHARDS_PER_WORKER
+from jobs.scheduler.events import (
+    HEARTBEAT_S,
+    MAX_SHARDS_PER_WORKER,
+    Attempt,
+    Died,
+    Done,
+    Event,
+    Heartbeat,
+    Ready,
+    Refused,
+)
 from unet_core.errors import ShardError, UnetJobsError
-from unet_core.runs.compute import ReplicaSpec
+from unet_core.runs.compute import RecordRun, ReplicaSpec
 from unet_core.runs.timings import Seconds
 
 log = logging.getLogger(__name__)
@@ -121,24 +129,26 @@ class RayActors:
         actor = self._actors[worker]
         self._calls[actor.handle.segment.remote(attempt)] = (actor, attempt)
 
-    def want(self, workers: int, shards: int) -> int:
+    def scale(self, useful_workers: int, open_shards: int) -> int:
         """Place actors as far as nodes have room and shards are open."""
-        self._prometheus.open(shards)
-        self._useful = workers
+        self._prometheus.open(open_shards)
+        self._useful = useful_workers
         for actor in [a for a in self._actors.values() if not a.node]:
-            if len(self._actors) > workers:  # its pending placement would add a node for nothing
+            if (
+                len(self._actors) > useful_workers
+            ):  # its pending placement would add a node for nothing
                 self._end(actor)
         self._grow()
         return self._with_node
 
-    def release(self, worker: str) -> None:
+    def stop_idle(self, worker: str) -> None:
         """End an actor that no shard is left for."""
         log.info("release run=%s actor=%s", self._run, worker)
         self._end(self._actors[worker])
 
-    def give_up(self, worker: str, reason: str) -> Died:
+    def kill_stalled(self, worker: str, reason: str) -> Died:
         """End an actor whose attempt makes no step."""
-        return replace(self._remove(self._actors[worker], reason), is_overdue=True)
+        return replace(self._report_death(self._actors[worker], reason), is_overdue=True)
 
     def close(self) -> None:
         """End all actors; shards in flight are abandoned."""
@@ -188,7 +198,7 @@ class RayActors:
         elif isinstance(answer, ray.exceptions.ActorUnavailableError):
             yield from self._check_unreachable(actor, str(answer))
         elif isinstance(answer, DEATHS):
-            yield self._remove(actor, str(answer), getattr(answer, "preempted", False))
+            yield self._report_death(actor, str(answer), getattr(answer, "preempted", False))
         elif isinstance(answer, ShardError) and isinstance(call, Attempt):
             self._prometheus.lost(1)
             yield Refused(actor.name, call, str(answer))
@@ -203,27 +213,29 @@ class RayActors:
             require_same_code(code_version(), code, f"node {actor.node[:12]}")
             self._call(actor, LOAD)
         elif call == LOAD:
-            self._call(actor, CONFIGURE, *self._record_run(answer))
+            self._call(actor, CONFIGURE, self._record_run(answer))
         elif call == CONFIGURE:
             actor.is_ready = True
             self._prometheus.ready(self._ready)
             yield Ready(actor.name)
         elif call == PING:
-            yield self._remove(actor, "it was out of reach for a while", node_lost=True)
+            yield self._report_death(actor, "it was out of reach for a while", node_lost=True)
 
     def _check_unreachable(self, actor: Actor, reason: str) -> Iterator[Died]:
-        """Ping an unreachable actor until it is known whether the actor or its node died: only the
-        death of an actor may count as a failure of a shard.
+        """Ping an unreachable actor until Ray tells that it died, it answers, or ``UNREACHABLE_S``
+        have passed: only a death that is known may count as a failure of a shard.
         """
         actor.unreachable_since = min(actor.unreachable_since, time.monotonic())
         self._drop_calls(actor)
         if time.monotonic() - actor.unreachable_since < UNREACHABLE_S:
             self._call(actor, PING)
         else:
-            yield self._remove(actor, reason, node_lost=True)
+            yield self._report_death(actor, reason, node_lost=True)
 
-    def _remove(self, actor: Actor, reason: str, node_lost: bool = False) -> Died:
-        """Kill and forget an actor; the next count of nodes places another if one is needed."""
+    def _report_death(self, actor: Actor, reason: str, node_lost: bool = False) -> Died:
+        """Kill an actor; return its death, and whether its node is gone. The next count of nodes
+        places another if one is needed.
+        """
         self._end(actor)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         is_gone = NODE_DIED in reason or bool(actor.node and actor.node not in alive)

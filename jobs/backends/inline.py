@@ -6,13 +6,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from jobs.scheduler.dispatch import RecordRun
-from jobs.scheduler.events import Attempt, Done, Event, Heartbeat, Ready, Refused
-from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
+from jobs.scheduler.events import (
+    MAX_SHARDS_PER_WORKER,
+    Attempt,
+    Done,
+    Event,
+    Heartbeat,
+    Ready,
+    Refused,
+)
 from unet_core.errors import ShardError
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
-from unet_core.runs.compute import ReplicaSpec
+from unet_core.runs.compute import RecordRun, ReplicaSpec
 from unet_core.runs.timings import ShardResult
 
 log = logging.getLogger(__name__)
@@ -28,9 +34,9 @@ class InlineWorker:
     def __init__(
         self, spec: ReplicaSpec, on_image: Callable[[], None], record_run: RecordRun
     ) -> None:
-        self._threads_before = torch.get_num_threads()
+        self._torch_threads = torch.get_num_threads()  # Engine.share_cores sets 1
         replica = Replica(spec)
-        self._segmenter = ShardSegmenter(replica, *record_run(replica.probe()), on_image)
+        self._segmenter = ShardSegmenter(replica, record_run(replica.probe()), on_image)
         self._threads = ThreadPoolExecutor(MAX_SHARDS_PER_WORKER, thread_name_prefix="shard")
         self._futures: dict[Future[ShardResult], Attempt] = {}
         self._is_new = True
@@ -54,14 +60,14 @@ class InlineWorker:
         """Begin a shard on a thread of its own."""
         self._futures[self._threads.submit(self._segmenter.segment, attempt.shard)] = attempt
 
-    def want(self, workers: int, shards: int) -> int:
+    def scale(self, useful_workers: int, open_shards: int) -> int:
         """Return 1: there is one worker."""
         return 1
 
-    def release(self, worker: str) -> None:
+    def stop_idle(self, worker: str) -> None:
         """Do nothing: the worker ends with the run."""
 
-    def give_up(self, worker: str, reason: str) -> None:
+    def kill_stalled(self, worker: str, reason: str) -> None:
         """Warn: a thread cannot be ended, but a worker process can."""
         log.warning("%s; where it hangs for ever, stop, and continue with workers.count=1, which "
                     "gives it a process that can be ended", reason)  # fmt: skip
@@ -72,6 +78,5 @@ class InlineWorker:
         self._threads.shutdown(wait=False, cancel_futures=True)
         _, hanging = wait(self._futures, timeout=STOP_S)
         for future in hanging:
-            shard = self._futures[future].shard
-            log.warning("shard %s does not stop", shard.uri or shard.shard_id)
-        torch.set_num_threads(self._threads_before)
+            log.warning("shard %s does not stop", self._futures[future].shard.name)
+        torch.set_num_threads(self._torch_threads)

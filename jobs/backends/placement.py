@@ -56,7 +56,7 @@ def resolve_placement(workers: WorkersConfig, nodes: Nodes, may_wait: bool = Fal
 
 def wanted(workers: WorkersConfig, room: int) -> int:
     """Return the number of actors to run when nodes have room for ``room``."""
-    if workers.count not in ("auto", "inline"):
+    if workers.count != "auto":
         return int(workers.count)
     return max(1, room) if workers.max == "auto" else workers.max
 
@@ -66,7 +66,7 @@ def _cpus_each(workers: WorkersConfig, gpus: float, nodes: Nodes) -> float:
     if gpus:
         shares = [c // (g / gpus) for g, c in nodes if g >= gpus]
         return max(1.0, min(shares, default=1.0))
-    count = 1 if workers.count in ("auto", "inline") else int(workers.count)
+    count = 1 if workers.count == "auto" else int(workers.count)
     actors_per_node = -(-count // max(1, len(nodes)))
     return max(1.0, min((c for _, c in nodes if c), default=1.0) // actors_per_node)
 

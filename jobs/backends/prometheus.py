@@ -48,7 +48,7 @@ class PrometheusMetrics:
         self._open.set(shards)
 
     def lost(self, attempts: int) -> None:
-        """Count attempts that ended with their actor."""
+        """Count attempts without a commit: their actor died, or the shard was refused."""
         _add(self._attempts, attempts, outcome="lost")
 
     def gone(self, actor: str, ready: int) -> None:

@@ -1,6 +1,7 @@
 """The Ray actor that segments shards.
 
-Expected errors are returned, so that Ray does not wrap them; only bugs are raised.
+Expected errors are returned, so that Ray does not wrap them; errors of memory and device are
+returned as CrashError, which counts as a death. Others are bugs, and raised.
 """
 
 import logging
@@ -11,7 +12,7 @@ import ray
 from jobs.backends import session
 from jobs.backends.version import code_version
 from jobs.scheduler.events import Attempt
-from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
 from unet_core.runs.timings import ShardResult
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ class SegmentActor:
         return self._replica.probe()
 
     @session.returns_errors
-    def configure(self, compute: Compute, footer: dict[str, str]) -> None:
+    def configure(self, settings: RunSettings) -> None:
         """Set what the run has recorded."""
         from unet_core.inference.shard_segmenter import ShardSegmenter
 
-        self._segmenter = ShardSegmenter(self._replica, compute, footer)
+        self._segmenter = ShardSegmenter(self._replica, settings)
 
     def ping(self) -> None:
         """Return, which shows that the actor lives."""
@@ -64,8 +65,8 @@ class SegmentActor:
         log.info("begin run=%s shard=%s attempt=%d",
                  self._run, attempt.shard.shard_id, attempt.number)  # fmt: skip
         poison = {}
-        if attempt.isolation_timeout_s is not None:
+        if attempt.image_timeout_s is not None:
             from unet_core.inference.isolation import find_poison_images  # torch, again
 
-            poison = find_poison_images(self._segmenter, attempt.shard, attempt.isolation_timeout_s)
+            poison = find_poison_images(self._segmenter, attempt.shard, attempt.image_timeout_s)
         return self._segmenter.segment(attempt.shard, poison)

@@ -223,7 +223,7 @@ Problem = UnetJobsError | CrashError
 
 def returns_errors(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | Problem]:
     """Decorate a function to return expected errors, since an exception that Ray raises again may
-    lose its class; bugs are raised.
+    lose its class; errors of memory and device become CrashError, others are raised.
     """
 
     @functools.wraps(call)
@@ -232,6 +232,8 @@ def returns_errors(call: Callable[Given, ResultT]) -> Callable[Given, ResultT | 
             return call(*given, **named)
         except UnetJobsError as error:
             return error
+        except (NotImplementedError, RecursionError):
+            raise
         except (MemoryError, RuntimeError) as error:  # torch's device errors are RuntimeErrors
             log.exception("the actor cannot go on")
             return CrashError(f"{type(error).__name__}: {error}")

@@ -8,8 +8,9 @@ from jobs.backends import session
 from jobs.backends.paths import require_shared, with_absolute_paths, worker_paths
 from jobs.backends.placement import resolve_placement
 from jobs.job import Job
-from jobs.scheduler.dispatch import Backend, RecordRun
+from jobs.scheduler.dispatch import Backend
 from unet_core.config.uris import is_remote
+from unet_core.runs.compute import RecordRun
 
 
 @contextmanager
@@ -37,6 +38,8 @@ def start_workers(
         only_here = not config.storage.shared and not all(map(is_remote, paths.values()))
         nodes = session.available_resources(config.workers, only_here)
         placement = resolve_placement(config.workers, nodes)
-        spec = replace(job.replica_spec(placement.cpus), config=with_absolute_paths(config))
+        workers = config.workers.model_copy(update={"gpus": placement.gpus})
+        config = with_absolute_paths(config.model_copy(update={"workers": workers}))
+        spec = replace(job.replica_spec(placement.cpus), config=config)
         with closing(RayActors(spec, placement, shards, only_here, record_run)) as backend:
             yield backend

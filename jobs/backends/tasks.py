@@ -70,7 +70,7 @@ def run_tasks(
             if isinstance(answer, int):
                 progress.on_done(answer)
             elif isinstance(answer, session.CrashError | ShardError):
-                refused[shard.uri or shard.shard_id] = str(answer)
+                refused[shard.name] = str(answer)
             else:
                 raise answer
     return refused

@@ -6,17 +6,11 @@ from typing import Protocol
 from jobs.scheduler.events import Attempt, Died, Done, Event
 from jobs.scheduler.scheduler import Scheduler
 from unet_core.errors import WorkersError
-from unet_core.runs.compute import Compute
 
 MAX_FAILED_STARTS = 3
 """Dead workers in a row that stop a run: a model that does not load, or a node without memory."""
 PAUSE_S = 30.0
 """Seconds after which the loop must have been paused (a suspended laptop): no worker is overdue."""
-
-
-RecordRun = Callable[[Compute], tuple[Compute, dict[str, str]]]
-"""Called with the ``compute`` section of each worker that is loaded; the first one creates or joins
-the run. Returns what the worker must use: the recorded section, and the footer of the parts."""
 
 
 class Backend(Protocol):
@@ -31,16 +25,15 @@ class Backend(Protocol):
     def submit(self, worker: str, attempt: Attempt) -> None:
         """Begin a shard on a ready worker."""
 
-    def want(self, workers: int, shards: int) -> int:
-        """Adjust to ``shards`` open shards, of which at most ``workers`` workers can have one.
-
-        Returns the number of workers that have a process, ready or starting.
+    def scale(self, useful_workers: int, open_shards: int) -> int:
+        """Start or end workers, so that as many as can be had of ``useful_workers`` share the open
+        shards; return how many have a process, ready or starting.
         """
 
-    def release(self, worker: str) -> None:
+    def stop_idle(self, worker: str) -> None:
         """End a worker that no shard is left for, which frees its GPU."""
 
-    def give_up(self, worker: str, reason: str) -> Died | None:
+    def kill_stalled(self, worker: str, reason: str) -> Died | None:
         """End a worker whose attempt makes no step; None where that is impossible."""
 
 
@@ -55,7 +48,7 @@ def dispatch(
     Raises WorkersError after ``MAX_FAILED_STARTS`` workers in a row died before they were ready.
     """
     awake = scheduler.clock()
-    while scheduler.open:
+    while scheduler.open_shards:
         for event in backend.events():
             scheduler.handle(event)
             if isinstance(event, Done):
@@ -68,12 +61,12 @@ def dispatch(
         if slept > PAUSE_S:
             scheduler.exclude_pause(slept)
         for worker, reason in scheduler.overdue():
-            if (died := backend.give_up(worker, reason)) is not None:
+            if (died := backend.kill_stalled(worker, reason)) is not None:
                 scheduler.handle(died)
         on_tick()
         for worker, attempt in scheduler.assign(
-            backend.want(scheduler.max_useful_workers, scheduler.open)
+            backend.scale(scheduler.max_useful_workers, scheduler.open_shards)
         ):
             backend.submit(worker, attempt)
         for worker in scheduler.release_idle():
-            backend.release(worker)
+            backend.stop_idle(worker)

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from unet_core.inputs.shards import Shard
 from unet_core.runs.timings import ShardResult
 
+MAX_SHARDS_PER_WORKER = 2
+"""Shards in flight on a worker: one computes while the next is read."""
+HEARTBEAT_S = 2.0
+"""Seconds between two requests for the progress of busy workers."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -13,10 +18,15 @@ class Attempt:
     shard: Shard
     number: int
     """Number of the attempt at this shard, from 1."""
-    alone: bool
+    is_alone: bool
     """No other shard may be in flight on the worker."""
-    isolation_timeout_s: float | None = None
-    """Set while the shard is isolated: seconds that one image may take without a step."""
+    image_timeout_s: float | None = None
+    """While the shard is isolated: seconds that one image may take without a step; else None."""
+
+    @property
+    def is_isolation(self) -> bool:
+        """True if the shard's images are to be tried one by one first."""
+        return self.image_timeout_s is not None
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class Heartbeat:
 
     worker: str
     steps: dict[str, int]
-    """Images decoded and batches done so far, by id of each shard in flight."""
+    """Steps so far (``ShardSegmenter.step``: rows of a large image read, an image decoded or
+    encoded, a batch done), by id of each shard in flight."""
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,26 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from jobs.scheduler.events import Attempt, Died, Done, Event, Heartbeat, Ready, Refused
+from jobs.scheduler.events import (
+    HEARTBEAT_S,
+    MAX_SHARDS_PER_WORKER,
+    Attempt,
+    Died,
+    Done,
+    Event,
+    Heartbeat,
+    Ready,
+    Refused,
+)
 from unet_core.config.predict import ErrorsConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard
 
-MAX_SHARDS_PER_WORKER = 2
-"""Shards in flight on a worker: one computes while the next is read."""
 MAX_ISOLATIONS = 2
 """Attempts to isolate a shard: the first worker may have died for another reason."""
 ISOLATION_SLACK = 10.0
 """Factor on the stall timeout while a shard is isolated: its child process loads the model first,
 and each image may take as long as a whole attempt."""
-HEARTBEAT_S = 2.0
-"""Seconds between two requests for the progress of busy workers."""
 OVERHEAD_BYTES = 2**20
 """Cost of a shard besides its bytes, so that the rate of tiny shards is not absurd."""
 
@@ -68,7 +74,7 @@ class Worker:
     @property
     def can_hold_another(self) -> bool:
         """True if a further shard may be in flight besides those held."""
-        return len(self.held) < MAX_SHARDS_PER_WORKER and not any(a.alone for a in self.held)
+        return len(self.held) < MAX_SHARDS_PER_WORKER and not any(a.is_alone for a in self.held)
 
     def add(self, attempt: Attempt, now: float) -> None:
         """Hold a further attempt."""
@@ -137,17 +143,17 @@ class Scheduler:
         return cls(waiting, errors.max_attempts, StallTimeout(least_s))
 
     @property
-    def open(self) -> int:
+    def open_shards(self) -> int:
         """Shards that are neither committed nor set aside."""
-        return self._left + sum(len(worker.held) for worker in self.workers.values())
+        return self._queued + sum(len(worker.held) for worker in self.workers.values())
 
     @property
     def max_useful_workers(self) -> int:
         """Number of workers that hold a shard or could get one."""
-        return self._left + sum(bool(worker.held) for worker in self.workers.values())
+        return self._queued + sum(bool(worker.held) for worker in self.workers.values())
 
     @property
-    def _left(self) -> int:
+    def _queued(self) -> int:
         return len(self.waiting) + len(self.retry_alone) + len(self.isolating)
 
     def stop(self) -> None:
@@ -170,10 +176,11 @@ class Scheduler:
             case Refused(name, attempt, reason):
                 self.workers[name].remove(attempt, self.clock())
                 self.set_aside[attempt.shard.shard_id] = reason
-            case Died(name) if worker := self.workers.pop(name, None):
-                for attempt in worker.held if not self.is_stopped else ():
-                    self._retry_or_isolate(attempt, event, was_alone=len(worker.held) == 1)
-            case Died() if not event.node_lost and not self.workers:
+            case Died(name) if name in self.workers:
+                held = self.workers.pop(name).held
+                for attempt in held if not self.is_stopped else ():
+                    self._retry_or_isolate(attempt, event, was_alone=len(held) == 1)
+            case Died(node_lost=False) if not self.workers:
                 self.failed_starts += 1
 
     def exclude_pause(self, seconds: float) -> None:
@@ -191,34 +198,33 @@ class Scheduler:
                 continue
             oldest = worker.held[0]
             limit_s = self.stall_timeout.limit_s(oldest.shard)
-            limit_s *= ISOLATION_SLACK if oldest.isolation_timeout_s is not None else 1.0
+            limit_s *= ISOLATION_SLACK if oldest.is_isolation else 1.0
             if self.clock() - worker.last_step_at > limit_s:
                 worker.last_step_at = self.clock()
-                shard = oldest.shard.uri or oldest.shard.shard_id
-                yield name, f"shard {shard} has made no step for {limit_s:.0f} s"
+                yield name, f"shard {oldest.shard.name} has made no step for {limit_s:.0f} s"
 
-    def assign(self, workers: int = 0) -> Iterator[tuple[str, Attempt]]:
+    def assign(self, started_workers: int = 0) -> Iterator[tuple[str, Attempt]]:
         """Begin attempts on ready workers, as many as each may hold; yields worker and attempt.
-        ``workers`` is the number of workers, those that are still starting included.
+        ``started_workers`` counts those that are not ready yet, too.
         """
         for name, worker in self.workers.items():
-            while (queue := self._queue_for(worker, workers)) is not None:
+            while (queue := self._queue_for(worker, started_workers)) is not None:
                 yield name, self._begin(worker, queue)
 
     def release_idle(self) -> list[str]:
         """Remove the ready workers that no shard is left for; returns their names."""
-        idle = [] if self._left else [name for name, w in self.workers.items() if not w.held]
+        idle = [] if self._queued else [name for name, w in self.workers.items() if not w.held]
         for name in idle:
             del self.workers[name]
         return idle
 
-    def _queue_for(self, worker: Worker, workers: int) -> deque[Shard] | None:
+    def _queue_for(self, worker: Worker, started_workers: int) -> deque[Shard] | None:
         """Return the queue of the next shard for a worker; None if it shall not get one."""
         if not worker.can_hold_another:
             return None
         if not worker.held:
             return next(filter(None, (self.isolating, self.retry_alone, self.waiting)), None)
-        is_near_end = len(self.waiting) < max(workers, len(self.workers))
+        is_near_end = len(self.waiting) < max(started_workers, len(self.workers))
         return None if is_near_end else self.waiting
 
     def _begin(self, worker: Worker, queue: deque[Shard]) -> Attempt:
@@ -231,7 +237,7 @@ class Scheduler:
         return attempt
 
     def _record_duration(self, worker: Worker, attempt: Attempt) -> None:
-        if attempt == worker.held[0] and attempt.isolation_timeout_s is None:
+        if attempt == worker.held[0] and not attempt.is_isolation:
             duration_s = self.clock() - worker.oldest_since
             self.stall_timeout.record_duration(attempt.shard, duration_s)
 
@@ -240,7 +246,7 @@ class Scheduler:
         at once. While isolated, the worker itself may have died for another reason.
         """
         shard, history = attempt.shard, self.history[attempt.shard.shard_id]
-        if attempt.isolation_timeout_s is not None:
+        if attempt.is_isolation:
             history.isolations += not event.node_lost
             if history.isolations < MAX_ISOLATIONS:
                 self.isolating.append(shard)
@@ -250,8 +256,8 @@ class Scheduler:
         elif event.node_lost:
             self.waiting.appendleft(shard)
         elif was_alone:
-            history.failures += self.max_attempts if event.is_overdue else 1
-            is_due = history.failures >= self.max_attempts
+            history.failures += 1
+            is_due = event.is_overdue or history.failures >= self.max_attempts
             (self.isolating if is_due else self.retry_alone).append(shard)
         else:
             self.retry_alone.append(shard)

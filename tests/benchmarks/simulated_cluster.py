@@ -31,7 +31,7 @@ from unet_core.config.predict import ErrorsConfig, PredictConfig
 from unet_core.config.sections import StorageConfig
 from unet_core.inputs.shards import Shard, Source
 from unet_core.metrics import Totals
-from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
 from unet_core.runs.timings import Seconds, ShardResult, TimingsLog
 from unet_core.storage.store import Store
 
@@ -53,7 +53,7 @@ class Host:
     async def load(self, lane: str) -> Compute:
         return COMPUTE
 
-    async def configure(self, lane: str, compute: Compute, footer: dict[str, str]) -> None:
+    async def configure(self, lane: str, settings: RunSettings) -> None:
         return None
 
     async def heartbeat(self, lane: str) -> dict[str, int]:
@@ -74,7 +74,9 @@ class Lanes(RayActors):
         places = {"input": {"uri": "in"}, "output": {"uri": "simulated"}}
         config = build(PredictConfig, places, [])
         spec = ReplicaSpec(config, Source(config.input, "webdataset", Store("in")), "", None, 1)
-        super().__init__(spec, Placement(lanes, 0, 0), lanes, False, lambda found: (found, {}))
+        super().__init__(
+            spec, Placement(lanes, 0, 0), lanes, False, lambda found: RunSettings(found, {})
+        )
 
     def _grow(self) -> None:
         while self._placed < self._placement.actors:
@@ -90,7 +92,7 @@ class Lanes(RayActors):
                 self.started, self.cpu = time.perf_counter(), time.process_time()
             yield event
 
-    def release(self, worker: str) -> None:
+    def stop_idle(self, worker: str) -> None:
         del self._actors[worker]
 
 

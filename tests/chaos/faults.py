@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 import unet_core.inference.shard_segmenter
+from jobs.scheduler.events import Died
 from jobs.scheduler.scheduler import Scheduler
 from tests.support.foreign import small
 from unet_core.images.decoder import Decoder
@@ -293,15 +294,15 @@ def _no_rename() -> None:
 
 def _charge_innocent() -> None:
     """Whatever was in flight when an actor died is charged."""
-    died = Scheduler.died
+    handle = Scheduler.handle
 
-    def judge(board: Scheduler, event: Any) -> None:
-        for attempt in board.in_flight.get(event.worker, [])[:-1]:
-            shard_id = attempt.shard.shard_id
-            board.failure_count[shard_id] = board.failure_count.get(shard_id, 0) + 1
-        died(board, event)
+    def charging(scheduler: Scheduler, event: Any) -> None:
+        if isinstance(event, Died) and event.worker in scheduler.workers:
+            for attempt in scheduler.workers[event.worker].held[:-1]:
+                scheduler.history[attempt.shard.shard_id].failures += 1
+        handle(scheduler, event)
 
-    Scheduler.died = judge
+    Scheduler.handle = charging
 
 
 def _count_twice() -> None:

@@ -25,8 +25,8 @@ import pandas
 
 from jobs import cli, predict
 from jobs.backends import inline
-from jobs.scheduler.events import Died
-from jobs.scheduler.scheduler import Scheduler
+from jobs.scheduler.events import Died, Event
+from jobs.scheduler.scheduler import Scheduler, Worker
 from tests.chaos.faults import PLAN, PLANTS, Plan
 from unet_core.config.loading import build
 from unet_core.config.predict import PredictConfig
@@ -303,18 +303,19 @@ def _predict(table: dict) -> dict[str, Any]:
 
 def _watch_deaths(deaths: list[dict[str, Any]]) -> None:
     """Note what each dead actor held, and which shards were charged for it."""
-    judge = Scheduler.died
+    handle = Scheduler.handle
 
-    def died(board: Scheduler, event: Died) -> None:
-        held = [attempt.shard.shard_id for attempt in board.in_flight.get(event.worker, [])]
-        before = dict(board.failure_count)
-        judge(board, event)
-        failure_count = [
-            shard for shard, n in board.failure_count.items() if n != before.get(shard, 0)
-        ]
-        deaths.append({"held": held, "failure_count": failure_count, "node_lost": event.node_lost})
+    def watched(scheduler: Scheduler, event: Event) -> None:
+        worker = scheduler.workers.get(event.worker, Worker())
+        held = [attempt.shard.shard_id for attempt in worker.held]
+        before = {name: history.failures for name, history in scheduler.history.items()}
+        handle(scheduler, event)
+        if isinstance(event, Died):
+            after = {name: history.failures for name, history in scheduler.history.items()}
+            counted = [name for name, count in after.items() if count != before.get(name, 0)]
+            deaths.append({"held": held, "failure_count": counted, "node_lost": event.node_lost})
 
-    Scheduler.died = died
+    Scheduler.handle = watched
 
 
 def _remove(cluster: Any, node: Any, plan: Plan, deaths: list[dict[str, Any]]) -> None:

@@ -123,7 +123,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 class Engine:
-    """One replica of a network, ready for batches; BatchNorm folded, channels last."""
+    """One replica of a network, ready for batches; BatchNorm folded into convolutions."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.memory import free_bytes
-from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs.compute import ReplicaSpec, RunSettings
 from unet_core.runs.manifest import with_members
 
 log = logging.getLogger(__name__)
@@ -34,28 +34,24 @@ LOADING_S = 600.0  # limit for the child to load the model, maybe from a slow st
 PR_SET_PDEATHSIG = 1  # from prctl.h
 
 Message = int | ImageError | Literal["step", "survived", "finished"]
-"""Messages of the child: the index of the image that it begins, a step of that, the reason why it
-cannot be segmented, the child having survived it, and at last the end of the shard.
+"""Messages of the child: the position of the sample that it begins, a step of that, the reason why
+it cannot be segmented, the child having survived it, and at last the end of the shard.
 """
 
 
 def find_poison_images(
-    segmenter: ShardSegmenter, shard: Shard, image_s: float
+    segmenter: ShardSegmenter, shard: Shard, image_timeout_s: float
 ) -> dict[int, ImageError]:
-    """Failures of a shard's images by their place in it: of those that, alone, could not be
-    segmented, stood still for ``image_s`` seconds, or took their process along.
+    """Segment each sample of a shard alone in a child process; return the failures of those that
+    cannot be segmented, make no step for ``image_timeout_s`` seconds, or kill the process, by
+    position in the shard.
 
     Raises ShardError if the child dies or hangs while it reads.
     """
     segmenter.engine.free_memory()
-    isolation = Isolation(
-        segmenter.replica.spec,
-        segmenter.compute,
-        segmenter.footer,
-        with_members(segmenter.output, shard),
-        image_s,
-    )
-    return isolation.poison(partial(segmenter.step, shard.shard_id))
+    spec, shard = segmenter.replica.spec, with_members(segmenter.output, shard)
+    isolation = Isolation(spec, segmenter.settings, shard, image_timeout_s)
+    return isolation.find_poison(partial(segmenter.step, shard.shard_id))
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,13 @@ class Isolation:
     """A shard whose images are segmented one by one, and the input of its child process."""
 
     spec: ReplicaSpec
-    compute: Compute
-    footer: dict[str, str]
+    settings: RunSettings
     shard: Shard
     """The shard with its members."""
-    image_s: float
+    image_timeout_s: float
     """Limit of seconds without a step of one image."""
 
-    def poison(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
+    def find_poison(self, on_step: Callable[[], None] = lambda: None) -> dict[int, ImageError]:
         """Failures by the image's place in the shard: ``worker_died``, ``timeout`` or
         ``out_of_memory``. ``on_step`` is called whenever the child was heard.
 
@@ -82,7 +77,7 @@ class Isolation:
         while first is not None:
             first = self._try_from(first, found, on_step)
             on_step()
-        log.warning("tried alone shard=%s poison=%d", self.shard.shard_id, len(found))
+        log.warning("isolated shard=%s poison=%d", self.shard.shard_id, len(found))
         return found
 
     def _try_from(
@@ -105,7 +100,7 @@ class Isolation:
                     raise TimeoutError
                 message: object = here.recv()
                 on_step()
-                limit_s = self.image_s
+                limit_s = self.image_timeout_s
                 match message:
                     case int():
                         place = message
@@ -142,7 +137,7 @@ def _child_main(isolation: Isolation, first: int, pipe: Connection) -> None:
             pipe.send(message)
 
     try:
-        segmenter = ShardSegmenter(Replica(isolation.spec), isolation.compute, isolation.footer)
+        segmenter = ShardSegmenter(Replica(isolation.spec), isolation.settings)
         limit = _limit_memory()
         for message in _try_images(segmenter, isolation.shard, first, limit, partial(send, "step")):
             send(message)

@@ -16,8 +16,9 @@ SAMPLE_S = 0.02  # 50 samples a second take 0.3 % of a core
 
 
 class Lanes:
-    """Shards take turns in the order in which they came: the oldest shard of a worker is the one
-    whose progress is watched, so it must not wait for a younger one.
+    """Threads that run batches on the device. Shards get it in the order of ``ticket()``, as with a
+    ticket lock: the oldest shard of a worker is watched for progress, so it must not wait for a
+    younger one. The stopwatch of an attempt serves as its ticket.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -110,7 +110,10 @@ class MaskAssembler:
                 yield self._open.pop(box).finished()
 
     def fail(self, tile: Tile, failure: ImageError, rank: int = 0) -> None:
-        """Mark the image as failed; threads may find several reasons, in any order."""
+        """Mark the image as failed. Of several failures the lowest ``rank`` counts (0: damaged
+        pixels, 1: the network's output), then the first in the image: threads find them in any
+        order.
+        """
         self._failures.append((rank, tile.y.start, tile.x.start, failure))
 
     @property

@@ -68,7 +68,9 @@ class Encoder:
         return confusion(truth_HW, window.mask_HW, self.classes, self.ignore_index)
 
     def image(self, image: MaskAssembler | Rejected) -> tuple[Row, Iterable[Row]]:
-        """The metrics row and the mask rows of an image; waits until its windows are encoded."""
+        """The metrics row and the mask rows of an image. Waits until its windows are encoded; they
+        were submitted to the pool before it, so they never wait for it.
+        """
         if isinstance(image, Rejected):
             return _row(image.sample, "failed", image.failure), ()
         windows = sorted(
@@ -78,16 +80,16 @@ class Encoder:
         if image.failure is not None:
             return _row(decoded.sample, "failed", image.failure), ()
         truths = [window.confusion_KK for window in windows]
-        failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
+        truth_failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = decoded.pixels.shape
-        row = _row(decoded.sample, "ok", failure) | {
+        row = _row(decoded.sample, "ok", truth_failure) | {
             "height": height,
             "width": width,
             "class_pixels": sum(window.class_pixels for window in windows).tolist(),
             "confidence_sum": image.confidence_sum
             + sum(window.confidence_sum for window in windows),
         }
-        if decoded.truth is not None and failure is None:
+        if decoded.truth is not None and truth_failure is None:
             row |= truth_columns(sum(truths), height * width)
         return row, (window.row | window.payload() for window in windows)
 

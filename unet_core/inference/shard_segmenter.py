@@ -31,7 +31,7 @@ from unet_core.inference.tile_queue import TileQueue, TileRef, stack_tiles
 from unet_core.inputs.formats import read_shard
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import Totals
-from unet_core.runs.compute import Compute
+from unet_core.runs.compute import RunSettings
 from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import MasksPart, commit, compute_totals, metrics_name, metrics_part
 from unet_core.runs.timings import ShardResult, Stopwatch
@@ -79,18 +79,12 @@ class ShardSegmenter:
     def __init__(
         self,
         replica: Replica,
-        compute: Compute,
-        footer: dict[str, str],
+        settings: RunSettings,
         on_image: Callable[[], None] = lambda: None,
     ) -> None:
-        """``compute`` and ``footer`` are what the run has decided. Raises RunMismatchError if the
-        replica differs.
-        """
         spec, config, header = replica.spec, replica.spec.config, replica.engine.header
-        if not config.workers.mixed_devices:
-            compute.require(replica.probe())
         self.replica, self.engine, self._on_image = replica, replica.engine, on_image
-        self.compute, self.footer = compute, footer
+        self.settings = settings
         self.output = Store(config.output.uri, config.storage)
         self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
         self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
@@ -116,8 +110,8 @@ class ShardSegmenter:
 
     @reports_full_disk()
     def segment(self, shard: Shard, poison: Mapping[int, ImageError] = NO_FAILURES) -> ShardResult:
-        """Segment one shard and commit its parts. ``poison``: failures of samples that are not
-        read, by position in the shard; they become failed rows.
+        """Segment one shard and commit its parts. ``poison``: failures of samples that must not
+        be decoded, by position in the shard; they become failed rows.
 
         Raises StoreError when storage or local temporary space fails, ShardError when the shard's
         file is not the one that was listed, CommitConflictError when another attempt wrote other
@@ -152,9 +146,11 @@ class ShardSegmenter:
         self, samples: Iterator[Sample], stopwatch: Stopwatch, on_step: Callable[[], None]
     ) -> Iterator[_ShardState]:
         """Segment samples; yields the state with its masks part and its rows complete."""
-        part = MasksPart(self._encoding, self.footer, self._postprocessing.probabilities != "none")
+        part = MasksPart(
+            self._encoding, self.settings.footer, self._postprocessing.probabilities != "none"
+        )
         with contextlib.closing(part):
-            state = _ShardState(part, TileQueue(self.compute), stopwatch, on_step)
+            state = _ShardState(part, TileQueue(self.settings.compute), stopwatch, on_step)
             with Prefetch(
                 self._pool,
                 partial(self._decode, state),
@@ -254,7 +250,7 @@ class ShardSegmenter:
     def _commit(self, state: _ShardState, shard: Shard) -> Totals:
         masks, sha256, size = state.part.finish()
         footer = {
-            **self.footer,
+            **self.settings.footer,
             "images_seen": str(state.seen),
             "masks_sha256": sha256,
             "masks_bytes": str(size),

@@ -48,6 +48,13 @@ class Shard:
     """Its row in the manifest's file of that generation; no part of its identity."""
 
     @property
+    def name(self) -> str:
+        """Name for people: its file and rows, or its id if it has loose images."""
+        if self.uri and self.first is not None and self.count is not None:
+            return f"{self.uri}, rows {self.first} to {self.first + self.count - 1}"
+        return self.uri or self.shard_id
+
+    @property
     def has_members(self) -> bool:
         """Whether its images are loose objects that the manifest names."""
         return not self.uri

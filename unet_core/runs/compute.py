@@ -1,5 +1,6 @@
 """Inputs of a replica, and the ``compute`` section of ``run.json``. No torch, for the driver."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +42,21 @@ class Compute(BaseModel):
                 + "\nuse the same machines and versions (workers.accelerator_type chooses among "
                 "GPUs), or set workers.mixed_devices = true"
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every worker of a run must use."""
+
+    compute: Compute
+    """The ``compute`` section that the run has recorded."""
+    footer: dict[str, str]
+    """Key-value metadata of the parts."""
+
+
+RecordRun = Callable[[Compute], RunSettings]
+"""Called with the ``compute`` section of each worker that is loaded; the first one creates or joins
+the run. Raises RunMismatchError if a worker differs from what is recorded."""
 
 
 @dataclass(frozen=True)

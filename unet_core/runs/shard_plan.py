@@ -14,7 +14,7 @@ from unet_core.runs.run import Run
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All shards of a run, without their members."""
+    """All shards of a run without their members, and what this session has done to them."""
 
     shards: list[Shard]
     left: list[Shard]

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.scheduler.dispatch import dispatch
-from jobs.scheduler.events import Died, Done, Ready
-from jobs.scheduler.scheduler import MAX_SHARDS_PER_WORKER
+from jobs.scheduler.events import MAX_SHARDS_PER_WORKER, Died, Done, Ready
 from tests.support.runs import failures, scheduler_of, shard
 from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import WorkersError
@@ -44,18 +43,18 @@ class ScriptedWorkers:
 
     def submit(self, actor, attempt) -> None:
         self.held[actor].append(attempt)
-        self.started.append((attempt.shard.shard_id, attempt.alone))
-        assert attempt.alone or attempt.isolation_timeout_s is None
+        self.started.append((attempt.shard.shard_id, attempt.is_alone))
+        assert attempt.is_alone or not attempt.is_isolation
         assert len(self.held[actor]) <= MAX_SHARDS_PER_WORKER
-        assert not (attempt.alone and len(self.held[actor]) > 1)
+        assert not (attempt.is_alone and len(self.held[actor]) > 1)
 
-    def want(self, actors, shards) -> int:
+    def scale(self, actors, shards) -> int:
         self.wanted = actors
         return len(self.held)
 
     def kills(self, attempt) -> bool:
         name = attempt.shard.shard_id
-        is_cured = attempt.isolation_timeout_s is not None and name not in self.incurable
+        is_cured = attempt.is_isolation and name not in self.incurable
         return bool(self.killers.get(name)) and not is_cured
 
     def pressure(self, actor) -> int:
@@ -63,15 +62,15 @@ class ScriptedWorkers:
         return len(held) if held and not self.hangs(held[0]) else 0
 
     def hangs(self, attempt) -> bool:
-        return attempt.shard.shard_id in self.hanging and attempt.isolation_timeout_s is None
+        return attempt.shard.shard_id in self.hanging and not attempt.is_isolation
 
-    def give_up(self, actor, reason):
+    def kill_stalled(self, actor, reason):
         self.given_up.append(reason)
         del self.held[actor]
         self.replace()
         return Died(actor, reason, is_overdue=True)
 
-    def release(self, actor) -> None:
+    def stop_idle(self, actor) -> None:
         assert not self.held.pop(actor)
         self.released.append(actor)
 

@@ -6,8 +6,15 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jobs.scheduler.events import Died, Done, Heartbeat, Ready, Refused
-from jobs.scheduler.scheduler import MAX_ISOLATIONS, MAX_SHARDS_PER_WORKER, StallTimeout
+from jobs.scheduler.events import (
+    MAX_SHARDS_PER_WORKER,
+    Died,
+    Done,
+    Heartbeat,
+    Ready,
+    Refused,
+)
+from jobs.scheduler.scheduler import MAX_ISOLATIONS, StallTimeout
 from tests.support.runs import failures, scheduler_of, shard
 from unet_core.config.predict import ErrorsConfig
 from unet_core.metrics import Totals
@@ -84,7 +91,7 @@ def test_a_trial_that_comes_to_no_end_is_held_once_more_and_a_lost_node_does_not
     for number, node_lost in enumerate(deaths):
         ready(scheduler, f"actor-{number}")
         ((_, attempt),) = scheduler.assign()
-        assert (attempt.isolation_timeout_s is not None) == (number > 0)
+        assert attempt.is_isolation == (number > 0)
         assert not scheduler.set_aside
         scheduler.handle(Died(f"actor-{number}", "it died", node_lost))
     assert scheduler.set_aside == {
@@ -98,9 +105,9 @@ def test_a_stopped_scheduler_begins_nothing_and_keeps_what_is_under_way():
     next(scheduler.assign())
     scheduler.stop()
     assert list(scheduler.assign()) == []
-    assert scheduler.open == 1
+    assert scheduler.open_shards == 1
     scheduler.handle(Died("first", "died"))
-    assert not scheduler.open
+    assert not scheduler.open_shards
     assert scheduler.set_aside == {}
 
 
@@ -109,7 +116,7 @@ def test_a_refused_shard_is_set_aside_at_once():
     ready(scheduler, "first")
     ((worker, attempt),) = scheduler.assign()
     scheduler.handle(Refused(worker, attempt, "it is gone"))
-    assert not scheduler.open
+    assert not scheduler.open_shards
     assert (scheduler.set_aside, failures(scheduler)) == ({"a": "it is gone"}, {})
 
 
@@ -128,15 +135,15 @@ def test_the_last_shards_are_shared_out_rather_than_held_by_one():
     ready(scheduler, "first", "second")
     list(scheduler.assign())
     assert held(scheduler) == {"first": ["a", "b"], "second": ["c"]}
-    assert (scheduler.open, len(scheduler.waiting)) == (4, 1)
+    assert (scheduler.open_shards, len(scheduler.waiting)) == (4, 1)
 
 
 def test_a_worker_holds_no_shard_that_one_still_starting_could_begin():
     scheduler = scheduler_of([shard(name) for name in "ab"])
     ready(scheduler, "first")
-    assert len(list(scheduler.assign(workers=2))) == 1
-    assert list(scheduler.assign(workers=2)) == []
-    assert len(list(scheduler.assign(workers=1))) == 1
+    assert len(list(scheduler.assign(started_workers=2))) == 1
+    assert list(scheduler.assign(started_workers=2)) == []
+    assert len(list(scheduler.assign(started_workers=1))) == 1
 
 
 def test_shards_that_a_worker_holds_make_no_other_useful():
@@ -146,9 +153,9 @@ def test_shards_that_a_worker_holds_make_no_other_useful():
     ready(scheduler, "second")
     list(scheduler.assign())
     assert held(scheduler) == {"first": ["a", "b"], "second": ["c"]}
-    assert (scheduler.open, scheduler.max_useful_workers) == (3, 2)
+    assert (scheduler.open_shards, scheduler.max_useful_workers) == (3, 2)
     scheduler.handle(Died("first", "died"))
-    assert (scheduler.open, scheduler.max_useful_workers) == (3, 3)
+    assert (scheduler.open_shards, scheduler.max_useful_workers) == (3, 3)
 
 
 def test_only_workers_without_use_are_released():
@@ -179,7 +186,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def assign(self, workers, begun):
         for name, attempt in islice(self.scheduler.assign(workers), begun):
             assert attempt in self.scheduler.workers[name].held
-            assert attempt.alone or attempt.isolation_timeout_s is None
+            assert attempt.is_alone or not attempt.is_isolation
 
     @precondition(lambda self: len(self.scheduler.workers) < 4)
     @rule()
@@ -256,20 +263,20 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         found = [*queued, *in_flight, *s.set_aside, *self.committed]
         assert len(found) == len(set(found))
         assert s.is_stopped or sorted(found) == self.names
-        assert s.open == len(queued) + len(in_flight)
+        assert s.open_shards == len(queued) + len(in_flight)
 
     @invariant()
     def a_worker_holds_what_it_may(self):
         for worker in self.scheduler.workers.values():
             assert len(worker.held) <= MAX_SHARDS_PER_WORKER
-            assert len(worker.held) == 1 or not any(attempt.alone for attempt in worker.held)
+            assert len(worker.held) == 1 or not any(attempt.is_alone for attempt in worker.held)
 
     @invariant()
     def only_what_was_alone_is_counted(self):
         assert set(failures(self.scheduler)) <= set(self.counted)
         for name, reason in self.scheduler.set_aside.items():
             if reason != "refused":
-                isolated = [a for a in self.counted[name] if a.isolation_timeout_s is not None]
+                isolated = [a for a in self.counted[name] if a.is_isolation]
                 assert len(isolated) == MAX_ISOLATIONS
 
 

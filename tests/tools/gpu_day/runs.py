@@ -27,6 +27,7 @@ from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
+from unet_core.runs.compute import RunSettings
 
 
 def config_of(setup: Setup, images: Path, model: str, *overrides: str) -> PredictConfig:
@@ -92,11 +93,9 @@ def _isolation(setup: Setup) -> int:
     config = config_of(setup, images, model)
     source = open_source(config.input)
     replica = Replica(prepare(config).replica_spec(1))
-    segmenter = ShardSegmenter(replica, replica.probe(), {})
+    segmenter = ShardSegmenter(replica, RunSettings(replica.probe(), {}))
     shard = next(iter(list_shards(source)))
-    found = Isolation(
-        replica.spec, segmenter.compute, segmenter.footer, shard, image_s=60.0
-    ).poison()
+    found = Isolation(replica.spec, segmenter.settings, shard, image_timeout_s=60.0).find_poison()
     assert not found, {place: str(failure) for place, failure in found.items()}
     return len(found)
 

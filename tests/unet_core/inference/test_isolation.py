@@ -13,6 +13,7 @@ from unet_core.inference.isolation import Isolation
 from unet_core.inference.replica import Replica
 from unet_core.inference.shard_segmenter import ShardSegmenter
 from unet_core.inputs.formats import list_shards, open_source
+from unet_core.runs.compute import RunSettings
 from unet_core.synthetic import nuclei, png
 
 pytestmark = pytest.mark.slow
@@ -35,19 +36,19 @@ def segmenter(make_config, tmp_path, monkeypatch):
     source = open_source(config.input)
     spec = prepare(config).replica_spec(1)
     replica = Replica(spec)
-    made = ShardSegmenter(replica, replica.probe(), {})
+    made = ShardSegmenter(replica, RunSettings(replica.probe(), {}))
     monkeypatch.setattr(Decoder, "decode", poison.harmless)
     return made, next(iter(list_shards(source))), names
 
 
-def isolation(segmenter, shard, image_s):
-    return Isolation(segmenter.replica.spec, segmenter.compute, segmenter.footer, shard, image_s)
+def isolation(segmenter, shard, image_timeout_s):
+    return Isolation(segmenter.replica.spec, segmenter.settings, shard, image_timeout_s)
 
 
 def test_images_that_kill_hang_or_eat_memory_are_found_and_their_neighbours_are_not(segmenter):
     segmenter, shard, names = segmenter
     start = time.monotonic()
-    poison = isolation(segmenter, shard, image_s=4.0).poison()
+    poison = isolation(segmenter, shard, image_timeout_s=4.0).find_poison()
     assert {names[place]: failure.code for place, failure in poison.items()} == {
         "b-eats": "out_of_memory",
         "d-kills": "worker_died",
@@ -66,4 +67,4 @@ def test_a_shard_that_changed_is_refused_on_trial_too(segmenter):
     path = segmenter.replica.spec.source.root.uri(shard.uri)
     write_tar(Path(path), {"new.png": b""})
     with pytest.raises(ShardError, match=r"t\.tar was written again since the run began"):
-        isolation(segmenter, shard, image_s=60.0).poison()
+        isolation(segmenter, shard, image_timeout_s=60.0).find_poison()
