@@ -51,7 +51,9 @@ def _describe_workers(config: PredictConfig) -> str:
     if session.is_inline(config.workers):
         return f"inline, {session.local_cpus(config.workers):g} CPU cores"
     if not session.is_cluster_named():
-        return f"{config.workers.count} actors on a local Ray cluster"
+        count = config.workers.count
+        each = "one actor per GPU" if count == "auto" else f"{count} actors"
+        return f"{each} on a local Ray cluster"
     with session.connected():
         placement = resolve_placement(config.workers, session.available_resources(config.workers))
     at_most = "up to " if config.workers.max != "auto" else ""

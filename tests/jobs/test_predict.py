@@ -39,7 +39,7 @@ def test_every_key_is_in_the_identity_of_a_run_or_changes_no_part(make_config):
     compute = Compute(
         device="cpu", precision="float32", backend="eager", batch_pixels=1, versions={}
     )
-    identity = prepare(config).record(compute).identity
+    identity = prepare(config).make_record(compute).identity
     tables = config.model_dump(include={"input", "model", "tile", "output"})
     keys = {f"{table}.{key}" for table, values in tables.items() for key in values}
     assert keys - identity.keys() == changing_nothing | told_by_the_checkpoint
