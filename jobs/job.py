@@ -8,8 +8,8 @@ from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, checkpoint_digest, read_header, require_factory
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
-from unet_core.runs.identity import Identity, check_identity_or_empty
-from unet_core.runs.run import Record, Run, identity
+from unet_core.runs.run import Record, Run, fingerprint, identity
+from unet_core.runs.run_folder import Identity
 from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
 
 
@@ -28,6 +28,7 @@ class Job:
     def make_record(self, compute: Compute) -> Record:
         """Return the record for ``run.json``."""
         return Record(
+            fingerprint=fingerprint(self.identity, compute),
             identity=self.identity,
             compute=compute,
             config=self.config.model_dump(mode="json"),
@@ -58,10 +59,9 @@ def prepare(config: PredictConfig) -> Job:
     config.input.require_free_ignore_index(header.classes)
     sha256 = checkpoint_digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
-    recorded = run.record.identity if run.record is not None else None
     is_auto = config.input.format == "auto"
-    known_format = recorded["input.format"] if recorded and is_auto else ""
+    known_format = run.identity["input.format"] if run.record is not None and is_auto else ""
     source = open_source(config.input, config.storage, known_format)
     requested = identity(config, source, sha256, header, tile_grid)
-    check_identity_or_empty(run.store, recorded, requested)
+    run.check(requested)
     return Job(config, header, sha256, source, run, tile_grid, requested)

@@ -50,10 +50,13 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
     Raises a UnetJobsError for a config, checkpoint, run folder or store that cannot be used.
     """
     job = prepare(config)
+    if retry_failed or refresh:
+        job.run.require_current_schema()
     with plan_shards(job.run, job.source, retry_failed, refresh) as plan:
         if plan.is_finished:
             outcome = Outcome(job.run, job.run.finished_totals(), was_finished=True)
         else:
+            job.run.require_current_schema()
             outcome = segment(job, plan)
     if not config.output.report:
         return outcome
@@ -80,7 +83,7 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
 
         def record_run(compute: Compute) -> RunSettings:
             nonlocal draft
-            record = run.record or run.create_or_join(job.make_record(compute))
+            record = run.record or run.begin(job.make_record(compute))
             if not job.config.workers.mixed_devices:
                 record.compute.require(compute)
             if draft is not None:

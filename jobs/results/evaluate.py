@@ -20,8 +20,8 @@ from unet_core.evaluation.evaluation import (
 from unet_core.evaluation.other_run import OtherRun
 from unet_core.evaluation.truth import BesideImages, LabelImages, truth_of
 from unet_core.inputs.shards import masks_at
-from unet_core.runs.identity import Identity
 from unet_core.runs.reader import Results
+from unet_core.runs.run_folder import Identity
 from unet_core.storage.store import Store
 
 NAME = re.compile(r"\w[\w.-]*")

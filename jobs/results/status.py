@@ -42,10 +42,10 @@ def status(uri: str, storage: StorageConfig | None = None) -> Status | TrainingS
         training = TrainingRun(store)
         return TrainingStatus(
             uri=store.uri(),
-            steps=training.record["data"]["steps"],
+            steps=training.document["data"]["steps"],
             position=training.position(),
             is_finished=training.is_finished,
-            metric=training.record["config"]["train"]["best"],
+            metric=training.document["config"]["train"]["best"],
         )
     run, record = open_existing(uri, storage)
     committed = run.committed()

@@ -3,13 +3,14 @@
 Imports pydantic and nothing heavier, so that a config error costs less than a second.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     field_validator,
+    model_validator,
 )
 
 from unet_core.config.uris import Uri, UriOrNone, absolute
@@ -28,10 +29,34 @@ SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
 IGNORE_INDEX = 255
 
 
+RENAMED = {"optimiser": "optimizer", "normalisation": "normalization"}
+"""Keys by their old names, which are read for ever: in TOML files, checkpoints and folders."""
+
+
+def with_new_names(table: dict[str, Any]) -> dict[str, Any]:
+    """Rename keys of a table that have old names; dotted keys by their last part.
+
+    Raises ValueError if a key is given by both names.
+    """
+    new = {}
+    for key, value in table.items():
+        section, dot, name = key.rpartition(".")
+        new_key = f"{section}{dot}{RENAMED.get(name, name)}"
+        if new_key != key and new_key in table:
+            raise ValueError(f"{key} is the old name of {new_key}; give one of them")
+        new[new_key] = value
+    return new
+
+
 class Section(BaseModel):
     """A TOML table: unknown keys are refused, values do not change after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, table: Any) -> Any:
+        return with_new_names(table) if isinstance(table, dict) else table
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

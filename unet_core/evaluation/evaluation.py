@@ -15,15 +15,15 @@ from unet_core.evaluation.truth import BesideImages, Found, LabelImages
 from unet_core.images.decoder import Pixels, check_truth_shape
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
-from unet_core.runs.identity import Identity, check_identity, create_or_read
 from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
 from unet_core.runs.reader import StoredMask, open_masks
+from unet_core.runs.run_folder import Identity, RunFolder
 from unet_core.runs.schema import EVALUATION
 from unet_core.storage.store import Store
 
 FOLDER = "evaluation"
 TRUTH_JSON = "truth.json"
-"""The identity of the evaluation; published first and once."""
+"""The record of the evaluation; published first and once."""
 EVALUATION_JSON = "evaluation.json"
 """Its scores; published last."""
 NOTHING_IGNORED = 2**16
@@ -49,14 +49,8 @@ class Evaluation:
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
-        there = create_or_read(self.store, TRUTH_JSON, self.identity)
-        check_identity(
-            self.store.uri(),
-            there,
-            self.identity,
-            what="evaluation",
-            advice="give another --name, or none",
-        )
+        folder = RunFolder(self.store, TRUTH_JSON, "evaluation")
+        folder.create_or_join(self.identity, advice="give another --name, or none")
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""

@@ -21,9 +21,9 @@ from unet_core.export.names import Names
 from unet_core.images.decoder import DecodedImage, Pixels
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
-from unet_core.runs.identity import check_identity, create_or_read, require_empty
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
 from unet_core.runs.reader import Results, StoredMask, decoded_images, open_masks
+from unet_core.runs.run_folder import RunFolder, require_empty
 from unet_core.storage.parquet_files import RowGroupWriter
 from unet_core.storage.spool import drop, reports_full_disk
 from unet_core.storage.store import Store
@@ -81,17 +81,14 @@ class Export:
 
         Raises RunMismatchError for another export, ConfigError for a folder of other files.
         """
-        store, name = self.store, self._own("export.json")
-        if not store.exists(name):
-            require_empty(store, "export", "--out")
-        told = {"class_names": self.results.class_names, "palette": self.results.palette}
-        there = create_or_read(store, name, {"options": self.identity, **told}).get("options", {})
-        check_identity(
-            store.uri(),
-            there,
+        folder = RunFolder(self.store, self._own("export.json"), "export")
+        if not folder.document:
+            require_empty(self.store, "export", "--out")
+        folder.create_or_join(
             self.identity,
-            what="export",
             advice="give --out a new folder, or the same options",
+            class_names=self.results.class_names,
+            palette=self.results.palette,
         )
 
     def done(self) -> set[str]:

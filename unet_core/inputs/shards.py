@@ -26,6 +26,8 @@ class Member(NamedTuple):
     mask_etag: str | None = None
     uri: str | None = None
     """Its URI, if it does not lie at ``key`` below the input root."""
+    files: tuple[dict[str, Any], ...] | None = None
+    """Its files by channel, if it has several: rows of ``schema.FILE``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Shard:
     """Position of the first loose image within its listing, or the first row of a range."""
     count: int | None
     """Images; None where only reading tells."""
+    region: dict[str, int] | None = None
+    """Rectangle (y, x, height, width) of its image, if that is cut into several shards."""
     members: tuple[Member, ...] = ()
     """Only while it is read: the driver holds shards without them."""
     generation: int = 0
@@ -130,6 +134,7 @@ def make_shard(
 ) -> Shard:  # fmt: skip
     """A shard with the id that its content gives it."""
     range_ = [first, count] if uri else []  # a group of loose images is named by its members
-    identity = [uri, size, etag, range_, members]
+    named = [member if member.files else member[:-1] for member in members]
+    identity = [uri, size, etag, range_, named]
     shard_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    return Shard(shard_id, uri, size, etag, first, count, members)
+    return Shard(shard_id, uri, size, etag, first, count, None, members)

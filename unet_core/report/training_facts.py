@@ -19,7 +19,7 @@ class TrainingFacts:
     """Everything on the page of a training: its ``run.json``, and its progress."""
 
     def __init__(self, run: TrainingRun) -> None:
-        data, self.config = run.record["data"], run.record["config"]
+        data, self.config = run.document["data"], run.document["config"]
         curves: Curves = defaultdict(list)
         for row in run.rows():
             points = curves[row["name"], row["class"]]
@@ -29,7 +29,7 @@ class TrainingFacts:
         # by class id; a checkpoint to begin with may have brought its own
         names = [n for kind, n in curves if kind == "iou" and n] or self.config["model"]["classes"]
         pixels = dict.fromkeys(names, 0) | dict(zip(names, data["class_pixels"], strict=False))
-        self.uri, self.is_finished, self.record = run.store.uri(), run.is_finished, run.record
+        self.uri, self.is_finished, self.record = run.store.uri(), run.is_finished, run.document
         self.position = position = run.position()
         self.loss = _last(losses)
         self.classes = list(_classes(pixels, curves, position.best_step))

@@ -54,8 +54,9 @@ def batches(store: Store, columns: list[str] = COMPACTED.names) -> Iterator[pa.T
     ids, digest = _parts(store)
     if _is_current(store, digest):
         with store.open_parquet(METRICS) as file:
+            wanted = pa.schema([COMPACTED.field(name) for name in columns])
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata()
+                yield schema.conformed(pa.Table.from_batches([batch]), wanted)
     else:
         yield from (table.select(columns) for table in _tables(store, ids))
 
@@ -64,7 +65,7 @@ def _tables(store: Store, ids: list[str]) -> Iterator[pa.Table]:
     def rows(shard_id: str) -> pa.Table:
         table, _ = read_metrics(store, shard_id)
         ids = pa.repeat(shard_id, table.num_rows)
-        return pa.table([ids, *table.select(schema.METRICS.names).columns], schema=COMPACTED)
+        return pa.table([ids, *schema.conformed(table, schema.METRICS).columns], schema=COMPACTED)
 
     return map_in_order(rows, ids)
 

@@ -23,18 +23,16 @@ from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.metrics import Totals
 from unet_core.networks.header import Header
-from unet_core.runs import schema
 from unet_core.runs.compute import Compute
-from unet_core.runs.identity import Identity, check_identity_or_empty, create_or_read
 from unet_core.runs.manifest import FOLDER, Draft, manifest_name, read_heads
 from unet_core.runs.parts import list_shard_ids, metrics_name, read_totals
+from unet_core.runs.run_folder import SUCCESS, Identity, RunFolder
 from unet_core.storage.store import Store, is_temporary
 from unet_core.tiling.tile_grid import TileGrid
 
 log = logging.getLogger(__name__)
 
 RUN_JSON = "run.json"
-SUCCESS = "_SUCCESS"
 METRICS = "metrics.parquet"
 """File with the rows of all metrics parts, made by ``compact``."""
 
@@ -53,7 +51,6 @@ def identity(
         "label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
     }
     return {
-        "schema_version": schema.SCHEMA_VERSION,
         "input.uri": source.root.uri(),
         "input.names": list(source.names),
         **{f"input.{key}": value for key, value in settings.items()},
@@ -75,6 +72,8 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    fingerprint: str
+    """Digest of the identity, and of precision, back end and pixels per batch."""
     identity: Identity
     compute: Compute
     config: dict[str, Any]
@@ -82,58 +81,50 @@ class Record(BaseModel):
     palette: tuple[tuple[int, int, int], ...]
     version: str = __version__
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Digest of the identity, and of precision, back end and pixels per batch."""
-        parts = {
-            **self.identity,
-            "compute.precision": self.compute.precision,
-            "compute.backend": self.compute.backend,
-            "compute.batch_pixels": self.compute.batch_pixels,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+def fingerprint(identity: Identity, compute: Compute) -> str:
+    """Compute the digest that every part of a new run carries."""
+    parts = {
+        **identity,
+        "compute.precision": compute.precision,
+        "compute.backend": compute.backend,
+        "compute.batch_pixels": compute.batch_pixels,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Run:
-    """One output folder."""
+class Run(RunFolder):
+    """The folder of a run; raises StoreError if its ``run.json`` is damaged or of another kind."""
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
         self.uri = uri.rstrip("/") or uri
         """URI as given."""
-        self.store = Store(uri, storage)
-        self.record = self._read_record() if self.store.exists(RUN_JSON) else None
+        super().__init__(Store(uri, storage), RUN_JSON, "run")
 
-    def _read_record(self) -> Record:
-        """Read ``run.json``; raises StoreError if it is damaged or from another version."""
+    @cached_property
+    def record(self) -> Record | None:
+        """The record of the run; None before it began."""
         try:
-            return Record.model_validate_json(self.store.read(RUN_JSON))
+            return Record.model_validate(self.document) if self.document else None
         except ValueError as error:
             raise StoreError(
                 f"{self.store.uri(RUN_JSON)}: not the run.json of a run: {error}"
             ) from error
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether ``_SUCCESS`` was written: all shards are committed."""
-        return self.store.exists(SUCCESS)
-
-    def create_or_join(self, record: Record) -> Record:
+    def begin(self, record: Record) -> Record:
         """Publish ``run.json``, or join the run of another driver that published it first.
 
         Raises RunMismatchError if that run has another identity.
         """
-        assert self.record is None
         if not self.store.supports_exclusive_create():
             log.warning(
                 "%s: this store overwrites what is to be created once, so nothing keeps two "
                 "drivers of this run apart; start only one at a time",
                 self.store.uri(),
             )
-        document = {"fingerprint": record.fingerprint, **record.model_dump()}
-        is_first = create_or_read(self.store, RUN_JSON, document) is document
-        self.record = record if is_first else self._read_record()
-        check_identity_or_empty(self.store, self.record.identity, record.identity)
-        return self.record
+        self.create_or_join(**record.model_dump())
+        self.record = joined = Record.model_validate(self.document)
+        return joined
 
     def manifest(self) -> list[Shard] | None:
         """Read all shards found when the run began and at each refresh, without their members.

@@ -10,9 +10,23 @@ import pyarrow as pa
 
 from unet_core.networks.header import Header
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+FIRST_SCHEMA = "1"
+"""Version of folders that are read, and left alone if they are finished, but not continued."""
 CONFIDENCE_UNIT = 65535
 """Value of a probability of 1 in ``confidence_sum``: integers add up exactly in any order."""
+
+PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
+
+FILE = pa.struct(
+    [
+        ("channel", pa.string()),
+        ("key", pa.string()),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+    ]
+)
+"""One file of an image that has a file for each channel."""
 
 MEMBER = pa.struct(
     [
@@ -22,6 +36,7 @@ MEMBER = pa.struct(
         ("mask", pa.string()),
         ("mask_etag", pa.string()),
         ("uri", pa.string()),
+        ("files", pa.list_(FILE)),
     ]
 )
 
@@ -33,9 +48,16 @@ MANIFEST = pa.schema(
         ("etag", pa.string()),
         ("first", pa.int64()),
         ("count", pa.int64()),
+        ("region", pa.struct(PLACE)),
         ("members", pa.list_(MEMBER)),
     ]
 )
+"""Shards; ``region`` is the rectangle of an image that is cut into several shards."""
+
+NORMALIZATION = pa.struct(
+    [(name, pa.list_(pa.float64())) for name in ("low", "high", "mean", "std")]
+)
+"""Values by channel that were used: the stretch, or mean and standard deviation."""
 
 METRICS = pa.schema(
     [
@@ -54,10 +76,31 @@ METRICS = pa.schema(
         ("fn", pa.list_(pa.int64())),
         ("confusion", pa.list_(pa.int64())),
         ("ignored_pixels", pa.int64()),
+        ("invalid_pixels", pa.int64()),
+        ("skipped_pixels", pa.int64()),
+        ("normalization", NORMALIZATION),
+        ("is_extrapolated", pa.bool_()),
+        ("crs", pa.string()),
+        ("transform", pa.list_(pa.float64())),
+        ("pixel_size", pa.list_(pa.float64())),
+        ("pixel_unit", pa.string()),
+        ("groups", pa.map_(pa.string(), pa.string())),
     ]
 )
+"""Rows of metrics parts; those from ``invalid_pixels`` on came with schema 2 and may be null."""
 
-EVALUATION = METRICS.append(pa.field("truth", pa.string()))
+EVALUATION = pa.schema(
+    [
+        *METRICS,
+        ("truth", pa.string()),
+        ("instances_truth", pa.int64()),
+        ("instances_found", pa.int64()),
+        ("matches", pa.list_(pa.int64())),
+        ("matched_iou_sum", pa.int64()),
+        ("splits", pa.int64()),
+        ("merges", pa.int64()),
+    ]
+)
 """Metrics of a run against another truth, with the name of the truth."""
 
 HISTORY = pa.schema(
@@ -71,8 +114,6 @@ HISTORY = pa.schema(
     ]
 )
 """History of a training, one row per value; ``class`` is null for values of all classes."""
-
-PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
 
 OBJECTS = pa.schema(
     [
@@ -101,6 +142,15 @@ EXPORTED = pa.schema(
         ("problem", pa.string()),
     ]
 )
+
+
+def conformed(table: pa.Table, columns: pa.Schema) -> pa.Table:
+    """Select columns of a table; those that its schema did not have yet are null."""
+    fields = [
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in columns
+    ]
+    return pa.table(fields, schema=columns)
 
 
 def masks(encoding: str, has_probabilities: bool = False) -> pa.Schema:
@@ -134,4 +184,5 @@ def footer(
         "class_names": json.dumps(header.class_names),
         "palette": json.dumps(header.palette),
         "probabilities": probabilities,
+        "nodata": "",
     }

@@ -122,7 +122,7 @@ def fit(
     if device.type == "cpu":
         retain_freed_memory()
     run = ranks.on_all(lambda: open_training(config))
-    run.record = ranks.on_first(lambda: run.record)
+    run.document = ranks.on_first(lambda: run.document)
     if ranks.on_first(lambda: run.is_finished):
         return
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:

@@ -132,8 +132,8 @@ def scan(
     RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
     """
     was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
-    if run.record and was_scanned:
-        data: dict[str, Any] = run.record["data"]
+    if run.document and was_scanned:
+        data: dict[str, Any] = run.document["data"]
         if data["val_below"] < 1:
             dataset.split_at(splits, data["val_below"])
         ranks.on_all(lambda: run.load_counts(splits))
@@ -150,9 +150,9 @@ def scan(
     }
 
     def publish() -> dict[str, Any]:
-        if not run.record:
+        if not run.document:
             run.create(config, data)
-        elif run.record["data"] != data:
+        elif run.document["data"] != data:
             raise RunMismatchError(
                 f"{run.store.uri()}: the images changed since the training began; restore them, or "
                 "train into a new folder"

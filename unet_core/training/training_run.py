@@ -20,9 +20,9 @@ from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
 from unet_core.networks import checkpoint
 from unet_core.networks.header import checkpoint_digest, read_header, read_metadata
-from unet_core.runs.identity import Identity, check_identity_or_empty, create_or_read
 from unet_core.runs.manifest import manifest_name
-from unet_core.runs.run import RUN_JSON, SUCCESS
+from unet_core.runs.run import RUN_JSON
+from unet_core.runs.run_folder import SUCCESS, Identity, RunFolder
 from unet_core.runs.schema import HISTORY
 from unet_core.storage.parquet_files import encode_parquet
 from unet_core.storage.store import Store, is_temporary
@@ -100,41 +100,33 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
     return flat
 
 
-class TrainingRun:
+class TrainingRun(RunFolder):
     """The output folder of a training; raises StoreError for a damaged or foreign ``run.json``."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
-        self.record = _run_json(store)
-        """Contents of ``run.json``; empty if it does not exist yet."""
+        super().__init__(store, RUN_JSON, "training")
         self.history: list[Row] = []
         """Rows since the last checkpoint, not published yet."""
-        if self.record and self.record.get("kind") != "training":
+        if self.document and self.document.get("kind") != "training":
             raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a training")
-
-    @property
-    def is_finished(self) -> bool:
-        """True if ``_SUCCESS`` exists: all steps were taken."""
-        return self.store.exists(SUCCESS)
 
     def create(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
         settings = identity(config)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        record = {
-            "kind": "training",
-            "fingerprint": digest,
-            "identity": settings,
-            "data": data,
-            "config": config.model_dump(mode="json"),
-            "version": __version__,
-        }
-        if create_or_read(self.store, RUN_JSON, record) is not record:
+        is_first = self.create_or_join(
+            settings,
+            kind="training",
+            fingerprint=digest,
+            data=data,
+            config=config.model_dump(mode="json"),
+            version=__version__,
+        )
+        if not is_first:
             raise RunMismatchError(
                 f"{self.store.uri()}: another driver has just begun a training here; wait for it, "
                 "or choose a new folder"
             )
-        self.record = record
 
     def publish_manifest(self, splits: Splits) -> None:
         """Publish the number of images in each shard."""
@@ -234,19 +226,12 @@ def open_training(config: TrainConfig) -> TrainingRun:
     it holds anything else.
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
-    check_identity_or_empty(run.store, run.record.get("identity"), identity(config))
+    run.check(identity(config))
+    if not run.is_finished:
+        run.require_current_schema()
     return run
 
 
 def is_training(store: Store) -> bool:
-    """Return True for the folder of a training; raises StoreError if ``run.json`` is no JSON."""
-    return bool(_run_json(store).get("kind") == "training")
-
-
-def _run_json(store: Store) -> dict[str, Any]:
-    if not store.exists(RUN_JSON):
-        return {}
-    try:
-        return dict(json.loads(store.read(RUN_JSON)))
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a run: {error}") from error
+    """Return True for the folder of a training; raises StoreError if ``run.json`` is damaged."""
+    return RunFolder(store, RUN_JSON, "training").document.get("kind") == "training"
