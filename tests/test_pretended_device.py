@@ -115,11 +115,11 @@ def test_modules_move_and_learn_as_on_the_cpu(traffic):
     assert all(buffer.is_cuda for buffer in there.buffers())
     values = torch.rand(5, 3)
     for network, batch in ((here, values), (there, values.to("cuda"))):
-        optimiser = torch.optim.AdamW(network.parameters(), 0.1)
+        optimizer = torch.optim.AdamW(network.parameters(), 0.1)
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             network(batch).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
     state = there.state_dict()
     assert all(torch.equal(t, state[name].cpu()) for name, t in here.state_dict().items())
 

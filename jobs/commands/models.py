@@ -57,7 +57,7 @@ def import_weights(
 ) -> None:
     """Make a checkpoint of weights from elsewhere: .pt, .pth or .safetensors.
 
-    Say what the network was trained on with model.color=rgb, model.normalisation=range (pixels to
+    Say what the network was trained on with model.color=rgb, model.normalization=range (pixels to
     0..1) or others, and model.classes='["background", "cell"]'.
     """
     given = {"layout": layout, "factory": factory}
@@ -75,7 +75,7 @@ def import_weights(
     show.lines(
         wrote=destination,
         network=f"{header.network.in_channels} channels, {', '.join(header.class_names)}",
-        images=f"{wanted.color}, {wanted.normalisation}",
+        images=f"{wanted.color}, {wanted.normalization}",
         tiles=f"{'exact' if tiling.is_exact else 'blended'} tiles, halo {tiling.halo}, "
         f"sides {tiling.sides}",
     )

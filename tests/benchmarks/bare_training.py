@@ -1,6 +1,6 @@
 """Beside a bare loop: ``python -m tests.benchmarks.bare_training IMAGES MASKS [KEY=VALUE]``.
 
-The loop has the same network, loss, clipping and kind of optimiser, and its crops in memory as
+The loop has the same network, loss, clipping and kind of optimizer, and its crops in memory as
 tensors; it reads, decodes, augments, checks and saves nothing. It runs twice: in a process of its
 own, as people write it, and in the process of the training, which keeps freed memory for both. All
 take turns, an epoch each; evaluation is left out. The first epoch, when images are decoded, warms
@@ -45,7 +45,7 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     device = choose_device(config.model.device)
     network, header = new_network(config)
     network = network.to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(network.parameters(), config.train.learning_rate)
+    optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate)
     loss = Loss(config.loss, 255, None)
     dtype, batch, crop = precision(config.train, device), config.train.batch, config.train.crop
     side, channels = crop + 2 * header.tiling.margin, header.preprocessing.channels
@@ -60,10 +60,10 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = network(examples.images_NCHW)
         part = loss.part(logits, examples, counts)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         part.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         return part.item()
 
     def timed(steps: int) -> float:

@@ -97,7 +97,7 @@ class Images(torch.utils.data.Dataset[tuple[Array, str, tuple[int, int]]]):
 
     def __getitem__(self, index: int) -> tuple[Array, str, tuple[int, int]]:
         gray_HW = np.asarray(Image.open(self.paths[index]).convert("L"))
-        x_CHW = padded(normalised(gray_HW), self.step)[None]
+        x_CHW = padded(normalized(gray_HW), self.step)[None]
         return x_CHW, str(self.paths[index]), gray_HW.shape
 
 
@@ -179,13 +179,13 @@ def ours(work: Work, out: Path, count: str | int = "inline", report: bool = Fals
 
 def segmented(network: nn.Module, step: int, gray_HW: Array) -> Array:
     """One image, as anybody would."""
-    x_NCHW = torch.from_numpy(padded(normalised(gray_HW), step))[None, None]
+    x_NCHW = torch.from_numpy(padded(normalized(gray_HW), step))[None, None]
     mask_HW = torch.sigmoid(network(x_NCHW))[0, 0] > 0.5
     height, width = gray_HW.shape
     return mask_HW[:height, :width].numpy().astype(np.uint8)
 
 
-def normalised(gray_HW: Array) -> Array:
+def normalized(gray_HW: Array) -> Array:
     """Percentiles 1 and 99.8 become 0 and 1; float32."""
     low, high = np.percentile(gray_HW, (1, 99.8))
     return (gray_HW.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-6))

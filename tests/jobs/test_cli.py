@@ -93,7 +93,7 @@ def test_two_folders_train_a_network_that_predicts(run_cli, tmp_path):
     assert "64 of 64 steps" in text
     code, _, errors = run_cli("train", *pair, "--out", model, *options, "train.seed=3")
     assert code == 2
-    assert "train.seed: the run has 0, this config 3" in errors
+    assert "train.seed: the training has 0, this config 3" in errors
     code, text, errors = run_cli(
         "predict", tmp_path / "images", f"input.masks={tmp_path}/masks",
         "--model", model / "best.safetensors", "--out", tmp_path / "run",

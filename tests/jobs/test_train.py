@@ -21,7 +21,7 @@ from unet_core.errors import ConfigError, StoppedError, WorkersError
 from unet_core.storage.store import Store
 from unet_core.training.fit import Started
 
-NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimiser=sgd", "train.learning_rate=0.01")
+NO_NORM = ("model.preset=plain", "train.batch=4", "train.optimizer=sgd", "train.learning_rate=0.01")
 LONG = (*NO_NORM, "train.epochs=6", "train.crops_per_image=20")
 TWO_RANKS = ("workers.count=2", "workers.gpus=0", "workers.cpus=1", "storage.shared=true")
 

@@ -54,7 +54,7 @@ def write_checkpoint(path: Path, spec: NetworkSpec, network: nn.Module | None = 
         spec,
         tiling,
         names,
-        Preprocessing(color="gray", normalisation="percentile"),
+        Preprocessing(color="gray", normalization="percentile"),
         palette_of(len(names)),
     )
     path.write_bytes(checkpoint.serialize(network, header))

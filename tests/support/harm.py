@@ -93,7 +93,7 @@ def change_totals(run):
 
 def change_fingerprint(run):
     record = json.loads((run / "run.json").read_text())
-    record["identity"]["model.threshold"] = 0.4
+    record["fingerprint"] = 64 * "0"
     (run / "run.json").write_text(json.dumps(record))
 
 

@@ -27,7 +27,7 @@ class ForeignConfig(Section):
     color: Auto | Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
     """What images are converted to; a number: that many channels as they are; ``auto``: by the
     network's input channels, which a factory does not tell."""
-    normalisation: Literal["percentile", "range", "zscore"] = "range"
+    normalization: Literal["percentile", "range", "zscore"] = "range"
     """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
     low: float | None = None
     """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""

@@ -1,6 +1,5 @@
 """Reads a config: a TOML file, then ``section.key=value`` overrides, checked as a whole."""
 
-import copy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pydantic import (
 )
 
 from unet_core.config.messages import sentences
-from unet_core.config.sections import ConfigT
+from unet_core.config.sections import ConfigT, with_new_names
 from unet_core.errors import ConfigError
 
 
@@ -33,13 +32,21 @@ def build(
     kind: type[ConfigT], table: dict[str, Any], overrides: list[str], source: str = "config"
 ) -> ConfigT:
     """Apply overrides to a table and check it, as ``load`` does for a file."""
-    table = copy.deepcopy(table)
-    for path, value in override_values(overrides).items():
-        _set(table, path, value)
     try:
+        table = _with_new_names(table)
+        for path, value in with_new_names(override_values(overrides)).items():
+            _set(table, path, value)
         return kind.model_validate(table)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {p}" for p in sentences(kind, error))) from error
+    except ValueError as error:  # of a key that is given by two names
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _with_new_names(table: dict[str, Any]) -> dict[str, Any]:
+    """Copy nested tables, with keys by their new names."""
+    copied = {k: _with_new_names(v) if isinstance(v, dict) else v for k, v in table.items()}
+    return with_new_names(copied)
 
 
 def override_values(overrides: list[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
 SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
-"""By ``normalisation``: the least ``low``; ``low`` and ``high`` where they are not given (of
+"""By ``normalization``: the least ``low``; ``low`` and ``high`` where they are not given (of
 ``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
 """
 IGNORE_INDEX = 255
@@ -63,10 +63,10 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def require_span(section: ConfigT) -> ConfigT:
-    """The validator of a section with ``normalisation``, ``low`` and ``high``, between which
+    """The validator of a section with ``normalization``, ``low`` and ``high``, between which
     there must be something.
     """
-    kind, low, high = (getattr(section, name) for name in ("normalisation", "low", "high"))
+    kind, low, high = (getattr(section, name) for name in ("normalization", "low", "high"))
     if kind not in SPANS:
         if (low, high) != (None, None):
             raise ValueError(f"low and high belong to {' and '.join(SPANS)}, not to {kind}")

@@ -22,7 +22,7 @@ from unet_core.tiling.geometry import Sides
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (
-    "preset", "width", "depth", "arguments", "color", "normalisation", "low", "high",
+    "preset", "width", "depth", "arguments", "color", "normalization", "low", "high",
 )  # fmt: skip
 """Keys of ``[model]`` that are refused beside ``checkpoint``, whose header holds their values."""
 
@@ -75,7 +75,7 @@ class NetworkConfig(Section):
     """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
     color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
     """Color space that images are converted to; a number: that many channels, unconverted."""
-    normalisation: Literal["percentile", "range", "zscore"] = "percentile"
+    normalization: Literal["percentile", "range", "zscore"] = "percentile"
     """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
     low: float | None = None
     """Value that is mapped to 0: a percentile (1), or for ``range`` a pixel value (0)."""
@@ -126,7 +126,7 @@ class FitConfig(Section):
     """Side of the crop in pixels of the mask; networks without padding get a margin around it."""
     crops_per_image: Count = 1
     """Crops taken from each image in an epoch."""
-    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-3
     """Learning rate after the warm-up."""
     momentum: Share = 0.9
@@ -215,9 +215,9 @@ class AugmentConfig(Section):
     contrast: Share = 0.3
     """Gray values are multiplied by a factor within 1 ± this."""
     brightness: Number = 0.1
-    """A value within ± this is added to the normalised image."""
+    """A value within ± this is added to the normalized image."""
     gamma: Annotated[float, Field(ge=1, le=4)] = 1.4
-    """Normalised values are raised to an exponent between 1/this and this."""
+    """Normalized values are raised to an exponent between 1/this and this."""
     color: Share = 0.0
     """Like ``contrast``, drawn for each channel separately."""
     noise: Number = 0.08

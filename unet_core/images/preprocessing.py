@@ -30,7 +30,7 @@ class Preprocessing(Section):
     color: Literal["gray", "rgb"] | Annotated[int, Field(ge=1)]
     """``gray``: RGB becomes luma (0.299 R + 0.587 G + 0.114 B, ITU-R 601); ``rgb``: gray is
     repeated three times; a number: that many channels as they are. Alpha is dropped before."""
-    normalisation: Literal["percentile", "range", "zscore"]
+    normalization: Literal["percentile", "range", "zscore"]
     low: float | None = None
     """Percentile (default 1) or pixel value (default 0) that becomes 0."""
     high: float | None = None
@@ -79,7 +79,7 @@ def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, A
 
     Made from integer counts, so equal on every machine. A constant channel becomes all zeros.
     """
-    if wanted.normalisation == "zscore" and pixels_CHW.dtype.kind == "f":
+    if wanted.normalization == "zscore" and pixels_CHW.dtype.kind == "f":
         wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
         return _as_arrays([(float(values.mean()), float(values.std())) for values in wide])
     _, height, width = pixels_CHW.shape
@@ -104,14 +104,14 @@ def offset_and_scale_by_rows(
     def bands() -> Iterator[Array]:
         return (read_CHW(a, min(a + rows, height)) for a in range(0, height, rows))
 
-    if wanted.normalisation == "range":
+    if wanted.normalization == "range":
         largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
         low, high = wanted.limits(0.0, largest)
         pairs = [(low, high - low)] * len(first_CHW)
     elif first_CHW.dtype.kind == "u":
         counts = _total([_counts(plane) for plane in band] for band in bands())
         pairs = [_offset_and_span(of_channel, wanted) for of_channel in counts]
-    elif wanted.normalisation == "percentile":
+    elif wanted.normalization == "percentile":
         pairs = _percentiles_by_bits(bands, _ranks(height * width, wanted))
     else:
         moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
@@ -151,7 +151,7 @@ def _pieces(plane_HW: Array) -> list[Array]:
 def _offset_and_span(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
     """Compute offset and span of integers from exact sums over their histogram."""
     size = int(counts.sum())
-    if wanted.normalisation == "percentile":
+    if wanted.normalization == "percentile":
         bottom, top = (float(_at_rank(counts, rank)[0]) for rank in _ranks(size, wanted))
         return bottom, top - bottom
     exact = [(int(value), int(counts[value])) for value in np.flatnonzero(counts)]

@@ -115,7 +115,7 @@ def is_counter(key: str) -> bool:
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
     """Load the network of ``builtin:NAME``, a path or a URI, in eval mode.
 
-    It maps normalised NCHW float32 to logits NKHW. Raises CheckpointError for an unusable file.
+    It maps normalized NCHW float32 to logits NKHW. Raises CheckpointError for an unusable file.
     """
     return load(checkpoint, factory=factory)[0]
 

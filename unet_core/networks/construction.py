@@ -80,7 +80,7 @@ def header_of(
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])
-    given = model.model_dump(include={"color", "normalisation", "low", "high"})
+    given = model.model_dump(include={"color", "normalization", "low", "high"})
     if model.color == "auto":
         by_channels = {channels: color for color, channels in COLORS.items()}
         given["color"] = by_channels.get(spec.in_channels, spec.in_channels)

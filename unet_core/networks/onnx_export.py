@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 def to_onnx(network: nn.Module, header: Header) -> bytes:
-    """Export a network: ``image`` (N×C×H×W float32, normalised) to ``logits`` (N×K×H'×W'), for all
+    """Export a network: ``image`` (N×C×H×W float32, normalized) to ``logits`` (N×K×H'×W'), for all
     sizes that it accepts; class names, preprocessing and tiling are in the metadata.
 
     Raises ConfigError if the extra is not installed, CheckpointError if the network cannot be

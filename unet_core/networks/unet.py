@@ -50,7 +50,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 class UNet(nn.Module):
     """U-Net: encoder, bottom block, decoder with skip connections, head.
 
-    ``forward`` maps NCHW (float, normalised, H and W from ``spec.sides``) to logits NKHW, which are
+    ``forward`` maps NCHW (float, normalized, H and W from ``spec.sides``) to logits NKHW, which are
     smaller by ``2 * spec.margin`` pixels, without softmax or sigmoid.
     """
 

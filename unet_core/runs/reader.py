@@ -206,7 +206,7 @@ def decoded_images(
     have killed a worker.
     """
     color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
-    wanted = Preprocessing(color=color, normalisation="range")  # nothing has to be counted
+    wanted = Preprocessing(color=color, normalization="range")  # nothing has to be counted
     decoder = Decoder(wanted, len(results.class_names), source.config)
     files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
     for sample in read_shard(source, with_members(results.run.store, shard)):

@@ -22,7 +22,7 @@ class Examples:
 
     image_ids: list[str]
     images_NCHW: Tensor
-    """Normalised and augmented, float32; larger than the labels by the network's margin."""
+    """Normalized and augmented, float32; larger than the labels by the network's margin."""
     labels_NHW: Tensor
     """Class ids and ``ignore_index``, int64."""
     boundary_NHW: Tensor | None

@@ -116,7 +116,7 @@ class Learner:
             state |= {f"mean.{name}": t for name, t in self._ema.state_dict().items()}
         for index, buffers in self._optimizer.state_dict()["state"].items():
             state |= {
-                f"optimiser.{index}.{name}": torch.as_tensor(v) for name, v in buffers.items()
+                f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in buffers.items()
             }
         return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
@@ -126,7 +126,7 @@ class Learner:
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
             parts[part][key] = tensor
-        for name, tensor in parts["optimiser"].items():
+        for name, tensor in parts["optimizer"].items():
             index, _, key = name.partition(".")
             state[int(index)][key] = tensor
         try:
@@ -154,7 +154,7 @@ def _optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
-    return kinds[config.optimiser](
+    return kinds[config.optimizer](
         weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
     )
 

@@ -34,7 +34,7 @@ def trained_like(
     spec = preset(name, in_channels=channels, classes=classes, width=width)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
     color = "gray" if channels == 1 else "rgb"
-    prepared = Preprocessing(color=color, normalisation="range")
+    prepared = Preprocessing(color=color, normalization="range")
     header = Header(spec, tiling_of(spec), names, prepared, palette_of(len(names)))
     torch.manual_seed(0)
     network, side = UNet(spec).train(), spec.sides.at_least(64 + 2 * spec.margin)
@@ -70,7 +70,7 @@ def batch_of(header: Header, count: int, side: int, dtype: str = "uint8", seed: 
 
 
 def input_of(setup: Setup, engine: Engine, count: int, side: int) -> Tensor:
-    """Normalised tiles on the device, as the network receives them."""
+    """Normalized tiles on the device, as the network receives them."""
     shape = (count, engine.header.network.in_channels, side, side)
     tiles_NCHW = torch.rand(shape, device=setup.device, dtype=engine.dtype)
     return tiles_NCHW.contiguous(memory_format=torch.channels_last)

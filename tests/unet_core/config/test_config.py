@@ -111,10 +111,10 @@ TRAINING = {
     [
         ("workers.count=all", 'workers.count: got \'all\', allowed: "auto" or "inline" or a whole'),
         ("workers.count=[8, 2]", "workers.count: got [8, 2], but the fewest ranks come first"),
-        ("train.optimizer=sgd", "train.optimizer: unknown key; did you mean optimiser?"),
+        ("train.optimizr=sgd", "train.optimizr: unknown key; did you mean optimizer?"),
         (
-            "train.optimiser=lamb",
-            'train.optimiser: got \'lamb\', allowed: "adamw", "adam" or "sgd"',
+            "train.optimizer=lamb",
+            'train.optimizer: got \'lamb\', allowed: "adamw", "adam" or "sgd"',
         ),
         ("train.accumulate=9", "train.accumulate is 9, but a batch has only 8 crops"),
         ("train.ema=1", "train.ema: got 1, allowed: a number below 1.0"),
@@ -141,18 +141,18 @@ def test_mistakes_in_a_training_are_told_with_what_is_allowed(override, reason):
         ({"high": 150}, "low is 1 and high 150, but percentile needs numbers from 0"),
         ({"low": 99.9}, "low is 99.9 and high 99.8, but"),
         ({"low": math.nan}, "low is nan"),
-        ({"normalisation": "range", "high": 0}, "low is 0 and high 0, but range needs finite"),
-        ({"normalisation": "range", "high": math.inf}, "high inf"),
-        ({"normalisation": "range", "low": 3, "high": 3}, "low is 3 and high 3"),
-        ({"normalisation": "zscore", "low": 1}, "low and high belong to percentile and range, not"),
+        ({"normalization": "range", "high": 0}, "low is 0 and high 0, but range needs finite"),
+        ({"normalization": "range", "high": math.inf}, "high inf"),
+        ({"normalization": "range", "low": 3, "high": 3}, "low is 3 and high 3"),
+        ({"normalization": "zscore", "low": 1}, "low and high belong to percentile and range, not"),
     ],
 )
 @pytest.mark.parametrize("kind", [ForeignConfig, NetworkConfig, Preprocessing])
 def test_low_and_high_have_something_between_them(keys, reason, kind):
-    table = {"color": "gray", "normalisation": "percentile"}
+    table = {"color": "gray", "normalization": "percentile"}
     (line,) = problems(table | keys, kind=kind)
     assert reason in line
-    kind(**table | {"normalisation": "range", "low": 1000})
+    kind(**table | {"normalization": "range", "low": 1000})
     kind(**table | {"low": 0, "high": 100})
 
 

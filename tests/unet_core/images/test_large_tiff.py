@@ -425,7 +425,7 @@ def test_any_damage_to_a_header_is_an_image_error_or_other_pixels():
 
 def test_statistics_of_a_large_tiff_are_those_of_its_pixels():
     image = opened(FILES["tiles, deflate"])
-    wanted = Preprocessing(color="rgb", normalisation="percentile")
+    wanted = Preprocessing(color="rgb", normalization="percentile")
     found = offset_and_scale_by_rows(
         lambda start, stop: image.read(start, 0, stop - start, WIDTH).transpose(2, 0, 1),
         HEIGHT, WIDTH, wanted,

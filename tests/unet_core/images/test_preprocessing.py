@@ -18,8 +18,8 @@ RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 
-def normalised(pixels_CHW, method, **options):
-    wanted = Preprocessing(color="gray", normalisation=method, **options)
+def normalized(pixels_CHW, method, **options):
+    wanted = Preprocessing(color="gray", normalization=method, **options)
     offset, scale = offset_and_scale(pixels_CHW, wanted)
     return (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
 
@@ -41,30 +41,30 @@ def test_percentiles_become_zero_and_one(dtype):
     plane = RANDOM.integers(10, 200, (1, 50, 50)).astype(dtype)
     low, high = np.percentile(plane, (1, 99.8), method="inverted_cdf")
     expected = (plane - np.float32(low)) / np.float32(high - low)
-    np.testing.assert_allclose(normalised(plane, "percentile"), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalized(plane, "percentile"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_range_is_the_full_scale_of_the_type():
-    np.testing.assert_allclose(normalised(np.uint8([[[0, 255]]]), "range"), [[[0, 1]]])
-    np.testing.assert_allclose(normalised(np.uint16([[[0, 65535]]]), "range"), [[[0, 1]]])
-    np.testing.assert_allclose(normalised(np.float32([[[0.25, 1]]]), "range"), [[[0.25, 1]]])
+    np.testing.assert_allclose(normalized(np.uint8([[[0, 255]]]), "range"), [[[0, 1]]])
+    np.testing.assert_allclose(normalized(np.uint16([[[0, 65535]]]), "range"), [[[0, 1]]])
+    np.testing.assert_allclose(normalized(np.float32([[[0.25, 1]]]), "range"), [[[0.25, 1]]])
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_zscore_has_mean_zero_and_deviation_one(dtype):
-    scored = normalised(RANDOM.integers(0, 60000, (3, 64, 64)).astype(dtype), "zscore")
+    scored = normalized(RANDOM.integers(0, 60000, (3, 64, 64)).astype(dtype), "zscore")
     np.testing.assert_allclose(scored.mean(axis=(1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(scored.std(axis=(1, 2)), 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["percentile", "zscore"])
 def test_a_constant_image_becomes_zeros(method):
-    assert not normalised(np.full((1, 5, 5), 7, np.uint8), method).any()
+    assert not normalized(np.full((1, 5, 5), 7, np.uint8), method).any()
 
 
 def test_what_cannot_be_normalised_is_an_image_that_failed():
     wanted = Preprocessing.model_construct(
-        color="gray", normalisation="percentile", low=0, high=400.0
+        color="gray", normalization="percentile", low=0, high=400.0
     )
     sample = Sample("a", "a", "a.png", lambda: png(RGB[..., 0]))
     (found,) = Decoder(wanted, 2, reading(10_000)).decode(sample)
@@ -78,11 +78,11 @@ def by_rows(pixels_CHW, wanted):
 
 
 METHODS = [
-    {"normalisation": "percentile"},
-    {"normalisation": "percentile", "low": 0, "high": 100},
-    {"normalisation": "percentile", "low": 50, "high": 50.5},
-    {"normalisation": "zscore"},
-    {"normalisation": "range"},
+    {"normalization": "percentile"},
+    {"normalization": "percentile", "low": 0, "high": 100},
+    {"normalization": "percentile", "low": 50, "high": 50.5},
+    {"normalization": "zscore"},
+    {"normalization": "range"},
 ]
 
 
@@ -99,7 +99,7 @@ def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, mo
     for found, whole in zip(
         by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted), strict=True
     ):
-        if dtype == np.float32 and wanted.normalisation == "zscore":
+        if dtype == np.float32 and wanted.normalization == "zscore":
             np.testing.assert_allclose(found, whole, rtol=1e-6)
         else:
             np.testing.assert_array_equal(found, whole)
@@ -113,7 +113,7 @@ def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, mo
 def test_percentiles_of_floats_are_exact(values, between):
     low, high = between
     pixels_CHW = np.array(values, np.float32)[None, :, None]
-    wanted = Preprocessing(color=1, normalisation="percentile", low=low, high=high)
+    wanted = Preprocessing(color=1, normalization="percentile", low=low, high=high)
     with np.errstate(over="ignore"):
         found, whole = by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted)
     np.testing.assert_array_equal(found, whole)

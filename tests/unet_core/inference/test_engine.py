@@ -27,7 +27,7 @@ def make_engine(classes=1, width=8, precision="float32", **postprocessing):
     torch.manual_seed(classes)
     spec = preset("padded", in_channels=1, classes=classes, width=width)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
-    wanted = Preprocessing(color="gray", normalisation="range")
+    wanted = Preprocessing(color="gray", normalization="range")
     header = Header(spec, tiling_of(spec), names, wanted, palette_of(len(names)))
     return Engine(
         UNet(spec),

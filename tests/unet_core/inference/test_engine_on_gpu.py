@@ -40,7 +40,7 @@ def network_of(classes, name="padded"):
     torch.manual_seed(classes)
     spec = preset(name, in_channels=1, classes=classes, width=4, depth=2)
     names = tuple(f"class {i}" for i in range(max(2, classes)))
-    wanted = Preprocessing(color="gray", normalisation="range")
+    wanted = Preprocessing(color="gray", normalization="range")
     header = Header(spec, tiling_of(spec), names, wanted, palette_of(len(names)))
     return UNet(spec).eval(), header
 

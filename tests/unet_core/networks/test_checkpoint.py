@@ -53,7 +53,7 @@ def test_foreign_files_are_refused_without_torch(tmp_path, data, reason):
         ("format", "unet-jobs/9", "format is 'unet-jobs/9'"),
         ("classes", '["a","b","c"]', "got 3 names, but the network has 2"),
         ("model", '{"width": 4, "nonsense": 1}', "metadata is damaged"),
-        ("preprocessing", '{"color": "rgb", "normalisation": "range"}', "takes 1"),
+        ("preprocessing", '{"color": "rgb", "normalization": "range"}', "takes 1"),
         ("preprocessing", '{"color": "purple"}', "metadata is damaged"),
     ],
 )

@@ -85,7 +85,7 @@ def test_every_kind_of_network_trains_and_predicts(folder, tmp_path, make_config
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [("train.optimiser=sgd", "train.learning_rate=0.05"), ("train.optimiser=adam",),
+    [("train.optimizer=sgd", "train.learning_rate=0.05"), ("train.optimizer=adam",),
      ("train.ema=0.8",), ("train.freeze_norm=true",), ("train.precision=bfloat16",),
      ("loss.focal=1", "loss.tversky=1", "loss.jaccard=1", "loss.bce=1"),
      ("loss.class_weights=balanced", "loss.boundary=10", "loss.dice=0"),

@@ -58,11 +58,11 @@ def stop_after_a_step(config):
     [("augment.elastic=3", "augment.noise=0.2", "loss.boundary=10"),
      ("train.ema=0.9", "train.accumulate=3", "train.freeze_norm=true"),
      ("model.classes=['a','b','c']", "loss.bce=1", "loss.focal=1", "loss.class_weights=balanced"),
-     ("train.precision=bfloat16", "train.optimiser=sgd", "augment.gamma=1.2")],
+     ("train.precision=bfloat16", "train.optimizer=sgd", "augment.gamma=1.2")],
     ids=["elastic", "ema", "classes", "bfloat16"],
 )  # fmt: skip
 def test_a_training_gives_the_weights_it_gives_on_the_cpu(scenes, tmp_path, monkeypatch, overrides):
-    # a fused step of the optimiser, which only a CPU gets, rounds otherwise
+    # a fused step of the optimizer, which only a CPU gets, rounds otherwise
     monkeypatch.setattr(learner, "_is_dense", lambda tensor: False)
     losses_here, here = trained(scenes, tmp_path / "here", torch.device("cpu"), *overrides)
     with pretended_device():

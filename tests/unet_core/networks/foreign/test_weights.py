@@ -229,7 +229,7 @@ def test_classes_have_names(logits, classes, names, bring):
     _, header = bring(milesial(3, logits, 2, 1).state_dict(), classes=classes)
     assert header.class_names == names
     assert header.preprocessing.color == "rgb"
-    assert (header.preprocessing.normalisation, header.preprocessing.low) == ("range", None)
+    assert (header.preprocessing.normalization, header.preprocessing.low) == ("range", None)
 
 
 @pytest.mark.parametrize(
