@@ -1,7 +1,7 @@
 """Random crops: the augmentation parameters, and the part of the image that they need.
 
 Crops are drawn on threads; ``augment.py`` applies the parameters on the device. The random numbers
-of a crop depend on the seed, the epoch, the round and the image id alone.
+of a crop depend on the seed, the epoch, the repeat and the image id alone.
 """
 
 import math
@@ -83,7 +83,7 @@ class Crop:
 
 
 def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
-    """Draw a random crop of an image; ``seed`` holds the seed of the run, the epoch and the round.
+    """Draw a random crop of an image; ``seed`` holds the seed of the run, the epoch and the repeat.
 
     The order of the draws is fixed: add new ones at the end, or all later ones change.
     """

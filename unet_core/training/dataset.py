@@ -1,7 +1,7 @@
 """Labelled images: listing, splitting, decoding and caching.
 
 Every shard is scanned once before the first step (``scan.py``): unusable images are reported then,
-and the order of an epoch (``feed.py``) follows from the image counts of shards alone. Decoded
+and the order of an epoch (``sampler.py``) follows from the image counts of shards alone. Decoded
 images stay in memory up to a limit.
 """
 

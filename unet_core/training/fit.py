@@ -22,10 +22,11 @@ from unet_core.memory import retain_freed_memory, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, ImageCache, open_splits
-from unet_core.training.feed import Feed, Order, StepBatch
 from unet_core.training.learner import Learner, StepResult, learning_rate_at, new_network
+from unet_core.training.loader import Feed, StepBatch
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
+from unet_core.training.sampler import EpochSampler, steps_per_epoch
 from unet_core.training.scan import scan
 from unet_core.training.training_run import BEST, LAST, Position, TrainingRun, open_training
 from unet_core.training.validation import Validation, validate
@@ -176,24 +177,26 @@ class TrainingLoop:
             train_images=self.feed.split.images,
             val_images=self.val.images,
             steps=self.steps,
-            steps_per_epoch=Order(self.config.train, self.feed.split, 0).steps,
+            steps_per_epoch=steps_per_epoch(self.config.train, self.feed.split.images),
             step=self.position.step,
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
         """Take the remaining steps of an epoch, then validate and save a checkpoint."""
         began, position = time.perf_counter(), self.position
-        order = Order(self.config.train, self.feed.split, position.epoch)
+        sampler = EpochSampler(self.config.train, self.feed.split, position.epoch)
         skip = position.step_in_epoch
-        last = min(order.steps, skip + self.steps - position.step)
-        with contextlib.closing(self.feed.steps(order, self.ranks, skip)) as batches:
+        last = min(sampler.steps, skip + self.steps - position.step)
+        with contextlib.closing(self.feed.steps(sampler, self.ranks, skip)) as batches:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 batch = next(batches)
                 total = self._reduce(batch)
                 self._take_step(batch, BatchCounts(total.pixels, total.crops, total.images))
                 seconds, images = time.perf_counter() - started, round(total.images)
-                yield Step(position.step, order.epoch, images, total.loss, seconds, batch.waiting_s)
+                yield Step(
+                    position.step, sampler.epoch, images, total.loss, seconds, batch.waiting_s
+                )
         self._reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
         yield self._end_epoch(began)
 

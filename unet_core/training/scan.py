@@ -17,8 +17,8 @@ from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.runs.manifest import manifest_name
 from unet_core.training import dataset
 from unet_core.training.dataset import TRAIN, VAL, DatasetScan, Item, Split, Splits
-from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
+from unet_core.training.sampler import steps_per_epoch
 from unet_core.training.training_run import TrainingRun
 
 AHEAD = 16
@@ -146,7 +146,8 @@ def scan(
         VAL: val.images,
         "class_pixels": [found.label_pixels[label] for label in range(classes + 1)],
         "val_below": val.high,
-        "steps": config.train.steps or config.train.epochs * Order(config.train, train, 0).steps,
+        "steps": config.train.steps
+        or config.train.epochs * steps_per_epoch(config.train, train.images),
     }
 
     def publish() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.support.pretended_device import DEVICE, pretended_device
 from tests.support.scenes import config_of
 from unet_core.errors import StoppedError
 from unet_core.synthetic import nuclei, png
-from unet_core.training import augment, feed, learner, losses
+from unet_core.training import augment, learner, loader, losses
 from unet_core.training import fit as fitting
 from unet_core.training.fit import Step, fit
 from unet_core.training.learner import precision
@@ -91,9 +91,9 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
     [(augment, "_bicubic_weights(side).to(device)", "_bicubic_weights(side)",
-      {"augmented": feed}),
+      {"augmented": loader}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
-      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": feed}),
+      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": loader}),
      (losses, "torch.arange(logits, device=labels_NHW.device)", "torch.arange(logits)",
       {"one_hot": losses}),
      (learner, "network.to(device, memory_format", "network.to(memory_format",
