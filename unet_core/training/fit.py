@@ -23,7 +23,7 @@ from unet_core.networks import checkpoint
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, ImageCache, open_splits
 from unet_core.training.learner import Learner, StepResult, learning_rate_at, new_network
-from unet_core.training.loader import Feed, StepBatch
+from unet_core.training.loader import CropLoader, StepBatch
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.sampler import EpochSampler, steps_per_epoch
@@ -156,7 +156,9 @@ class TrainingLoop:
         loss = Loss(config.loss, config.data.train.ignore_index, weights)
         self.learner = Learner(network, loss, config.train, device, ranks)
         shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
-        self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
+        self.loader = CropLoader(
+            config, splits[0], shape, header.preprocessing.channels, device, pool
+        )
         self.val = splits[1]
         self._saved_at = time.monotonic()
         self._unreduced = NO_STEP
@@ -174,20 +176,20 @@ class TrainingLoop:
                 self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
             class_names=self.header.class_names,
-            train_images=self.feed.split.images,
+            train_images=self.loader.split.images,
             val_images=self.val.images,
             steps=self.steps,
-            steps_per_epoch=steps_per_epoch(self.config.train, self.feed.split.images),
+            steps_per_epoch=steps_per_epoch(self.config.train, self.loader.split.images),
             step=self.position.step,
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
         """Take the remaining steps of an epoch, then validate and save a checkpoint."""
         began, position = time.perf_counter(), self.position
-        sampler = EpochSampler(self.config.train, self.feed.split, position.epoch)
+        sampler = EpochSampler(self.config.train, self.loader.split, position.epoch)
         skip = position.step_in_epoch
         last = min(sampler.steps, skip + self.steps - position.step)
-        with contextlib.closing(self.feed.steps(sampler, self.ranks, skip)) as batches:
+        with contextlib.closing(self.loader.batches(sampler, self.ranks, skip)) as batches:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 batch = next(batches)

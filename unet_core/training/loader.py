@@ -37,7 +37,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class Feed:
+class CropLoader:
     """The data loader of a rank: draws crops on threads and augments them on the device."""
 
     config: TrainConfig
@@ -47,7 +47,7 @@ class Feed:
     device: torch.device
     pool: ThreadPoolExecutor
 
-    def steps(
+    def batches(
         self, sampler: EpochSampler, ranks: Ranks, skip: int
     ) -> Generator[StepBatch, None, None]:
         """Yield the batches of a rank's slots, step by step from ``skip`` on.
