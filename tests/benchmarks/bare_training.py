@@ -21,7 +21,7 @@ from torch import nn
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
 from unet_core.inference.engine import choose_device
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 from unet_core.training.fit import Epoch, Step, fit
 from unet_core.training.learner import new_network, precision
 from unet_core.training.losses import Loss
@@ -51,15 +51,15 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     side, channels = crop + 2 * header.tiling.margin, header.preprocessing.channels
     images = torch.rand(batch, channels, side, side, device=device)
     labels = torch.randint(0, 2, (batch, crop, crop), device=device)
-    examples = Examples(
+    micro_batch = MicroBatch(
         [""] * batch, images.contiguous(memory_format=torch.channels_last), labels, None
     )
-    counts = loss.counts(examples)
+    counts = loss.counts(micro_batch)
 
     def step() -> float:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = network(examples.images_NCHW)
-        part = loss.part(logits, examples, counts)
+            logits = network(micro_batch.images_NCHW)
+        part = loss.part(logits, micro_batch, counts)
         optimiser.zero_grad(set_to_none=True)
         part.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

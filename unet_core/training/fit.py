@@ -244,7 +244,7 @@ class TrainingLoop:
 
     def _local_stats(self, batch: StepBatch) -> ReducedStats:
         previous = self._unreduced
-        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.pieces)]
+        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
         pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_due = time.monotonic() - self._saved_at > 60 * minutes
@@ -259,12 +259,12 @@ class TrainingLoop:
         )
 
     def _diverged(self) -> DivergedError:
-        """Create an error that names the images of pieces whose loss is not finite; if only the
-        gradient is not, all images of the step.
+        """Create an error that names the images of micro-batches whose loss is not finite; if only
+        the gradient is not, all images of the step.
         """
         last = self._unreduced
-        pieces = zip(last.image_ids, last.losses, strict=True)
-        local = [(i, not math.isfinite(loss)) for piece, loss in pieces for i in piece]
+        by_micro_batch = zip(last.image_ids, last.losses, strict=True)
+        local = [(i, not math.isfinite(loss)) for ids, loss in by_micro_batch for i in ids]
         images = [image for part in self.ranks.gather(local) for image in part]
         suspects = [i for i, is_bad in images if is_bad] or [i for i, _ in images]
         named = checkpoint.few(list(dict.fromkeys(suspects)), SHOWN)
@@ -279,7 +279,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = learning_rate_at(position.step, self.steps, train)
         dropout_seed = int(seed.generate_state(1)[0])
-        self._unreduced = self.learner.step(batch.pieces, counts, rate, dropout_seed)
+        self._unreduced = self.learner.step(batch.micro_batches, counts, rate, dropout_seed)
         position.step += 1
         position.step_in_epoch += 1
 

@@ -21,7 +21,7 @@ from unet_core.networks import checkpoint
 from unet_core.networks.construction import build, header_of
 from unet_core.networks.header import Header
 from unet_core.tiling.geometry import Sides
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
 
@@ -30,9 +30,9 @@ class StepResult(NamedTuple):
     """Result of an optimizer step on one rank."""
 
     image_ids: list[list[str]]
-    """Image ids of each piece."""
+    """Image ids of each micro-batch."""
     losses: list[float]
-    """Share of each piece in the loss of the global batch."""
+    """Share of each micro-batch in the loss of the global batch."""
     is_finite: bool
     """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged."""
 
@@ -68,7 +68,7 @@ class Learner:
         return self._ema.module if self._ema is not None else self.network
 
     def step(
-        self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
+        self, micro_batches: Sequence[MicroBatch], counts: BatchCounts, rate: float, seed: int
     ) -> StepResult:
         """Take one optimizer step, unless the gradient is not finite.
 
@@ -82,7 +82,10 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        losses = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
+        losses = [
+            self._backward(micro_batch, counts, number == len(micro_batches))
+            for number, micro_batch in enumerate(micro_batches, start=1)
+        ]
         max_norm = self._config.clip_norm or math.inf
         gradient_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
         is_finite = bool(gradient_norm.isfinite())
@@ -91,21 +94,21 @@ class Learner:
             if self._ema is not None:
                 self._ema.update_parameters(self.network)
         return StepResult(
-            [piece.image_ids for piece in pieces], [loss.item() for loss in losses], is_finite
+            [b.image_ids for b in micro_batches], [loss.item() for loss in losses], is_finite
         )
 
-    def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
-        """Accumulate a piece's gradient and return its loss, a scalar.
+    def _backward(self, micro_batch: MicroBatch, counts: BatchCounts, is_last: bool) -> Tensor:
+        """Accumulate a micro-batch's gradient and return its loss, a scalar.
 
-        The backward pass of the last piece synchronises the gradients of all ranks.
+        The backward pass of the last micro-batch synchronizes the gradients of all ranks.
         """
         if isinstance(self._ddp, DistributedDataParallel):
             self._ddp.require_backward_grad_sync = is_last
         # ranks with and without images exchange statistics of BatchNorm in one precision
-        is_low = self._autocast is not None and len(piece.image_ids) > 0
+        is_low = self._autocast is not None and len(micro_batch.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
-            logits_NKHW = self._ddp(piece.images_NCHW)
-        loss = self.loss.part(logits_NKHW, piece, counts)
+            logits_NKHW = self._ddp(micro_batch.images_NCHW)
+        loss = self.loss.part(logits_NKHW, micro_batch, counts)
         (loss * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return loss.detach()
 

@@ -12,7 +12,7 @@ import torch
 from unet_core.concurrency import Prefetch
 from unet_core.config.train import TrainConfig
 from unet_core.errors import UnetJobsError
-from unet_core.training.augment import Examples, augmented, no_examples
+from unet_core.training.augment import MicroBatch, augment, empty_micro_batch
 from unet_core.training.crops import Crop, CropShape, draw
 from unet_core.training.dataset import Split
 from unet_core.training.ranks import Ranks
@@ -28,8 +28,8 @@ AHEAD_BYTES = 2**29
 class StepBatch:
     """The training data of one step on one rank."""
 
-    pieces: list[Examples]
-    """One per forward pass: ``train.accumulate``, or fewer in a small last step."""
+    micro_batches: list[MicroBatch]
+    """One per forward pass: ``train.accumulate`` micro-batches, or fewer in a small last step."""
     waiting_s: float
     """Seconds that this rank waited for the crops of the step."""
     error: UnetJobsError | None = None
@@ -68,15 +68,15 @@ class CropLoader:
         with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, sampler.steps):
-                # as many forward passes on every rank, since DDP synchronises each last one
+                # as many forward passes on every rank, since DDP synchronizes each last one
                 most = max(sampler.batch_size(some, step) for some in slots_of_ranks)
-                pieces = min(self.config.train.accumulate, most)
+                passes = min(self.config.train.accumulate, most)
                 yield self._step_batch(
-                    itertools.islice(crops, sampler.batch_size(slots, step)), pieces
+                    itertools.islice(crops, sampler.batch_size(slots, step)), passes
                 )
 
-    def _step_batch(self, prefetched: Iterator[Crop], pieces: int) -> StepBatch:
-        """Wait for the crops of a step; augment them in ``pieces`` parts of nearly equal size."""
+    def _step_batch(self, prefetched: Iterator[Crop], passes: int) -> StepBatch:
+        """Wait for the crops of a step; augment them in ``passes`` parts of nearly equal size."""
         started = time.perf_counter()
         crops, error = list[Crop](), None
         try:
@@ -84,8 +84,10 @@ class CropLoader:
         except UnetJobsError as raised:
             error = raised
         waiting_s = time.perf_counter() - started
-        ends = [len(crops) * n // pieces for n in range(pieces + 1)]
+        ends = [len(crops) * n // passes for n in range(passes + 1)]
         parts = (crops[start:stop] for start, stop in itertools.pairwise(ends))
-        empty = no_examples(self.shape, self.channels, self.device)
-        examples = [augmented(part, self.shape, self.device) if part else empty for part in parts]
-        return StepBatch(examples, waiting_s, error)
+        empty = empty_micro_batch(self.shape, self.channels, self.device)
+        micro_batches = [
+            augment(part, self.shape, self.device) if part else empty for part in parts
+        ]
+        return StepBatch(micro_batches, waiting_s, error)

@@ -91,9 +91,9 @@ def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
     [(augment, "_bicubic_weights(side).to(device)", "_bicubic_weights(side)",
-      {"augmented": loader}),
+      {"augment": loader}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
-      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": loader}),
+      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augment": loader}),
      (losses, "torch.arange(logits, device=labels_NHW.device)", "torch.arange(logits)",
       {"one_hot": losses}),
      (learner, "network.to(device, memory_format", "network.to(memory_format",
