@@ -175,7 +175,7 @@ class Reporter:
 def _both(before: Step, step: Step) -> Step:
     return replace(
         step,
-        images=before.images + step.images,
+        crops=before.crops + step.crops,
         seconds=before.seconds + step.seconds,
         waiting_s=before.waiting_s + step.waiting_s,
     )

@@ -33,7 +33,7 @@ def ours(config: TrainConfig) -> Iterator[tuple[int, float]]:
     """Steps with a full batch, and seconds of one of them, epoch by epoch."""
     seconds: list[float] = []
     for event in fit(config):
-        if isinstance(event, Step) and event.images == config.train.batch:
+        if isinstance(event, Step) and event.crops == config.train.batch:
             seconds.append(event.seconds)
         elif isinstance(event, Epoch):
             yield len(seconds), statistics.mean(seconds)
@@ -97,7 +97,7 @@ def turns(config: TrainConfig) -> Iterator[tuple[float, float, float]]:
 
 
 def main() -> None:
-    """Print images a second of both, and the ratio."""
+    """Print crops a second of both, and the ratio."""
     images, masks, *overrides = sys.argv[1:]
     table = {
         "data": {"train": {"uri": images, "masks": masks, "label_map": {255: 1}}},
@@ -111,11 +111,11 @@ def main() -> None:
         output = config.output.model_copy(update={"uri": f"{folder}/model"})
         seconds = list(turns(config.model_copy(update={"output": output})))
     *loops, with_data = zip(*seconds, strict=True)
-    print(f"train: {config.train.batch / statistics.median(with_data):.1f} images/s")
+    print(f"train: {config.train.batch / statistics.median(with_data):.1f} crops/s")
     for name, loop in zip(("bare loop", "with memory kept"), loops, strict=True):
         ratios = sorted(one / other for one, other in zip(loop, with_data, strict=True))
         rate, ratio = config.train.batch / statistics.median(loop), statistics.median(ratios)
-        print(f"{name}: {rate:.1f} images/s, ratio {ratio:.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f})")
+        print(f"{name}: {rate:.1f} crops/s, ratio {ratio:.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f})")
 
 
 if __name__ == "__main__":

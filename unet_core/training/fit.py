@@ -59,7 +59,7 @@ class Step:
     number: int
     """Number of the step in the training, from 1."""
     epoch: int
-    images: int
+    crops: int
     """Crops of the step, over all ranks."""
     loss: float
     """Loss of the previous step, over all ranks; 0 in the first step of an epoch or session."""
@@ -88,10 +88,10 @@ Event = Started | Step | Epoch
 class ReducedStats(NamedTuple):
     """Values of one rank before a step, or their sums over all ranks."""
 
-    pixels: float
+    valid_pixels: float
     """These three: ``BatchCounts`` of the step."""
+    valid_crops: float
     crops: float
-    images: float
     errors: float
     """Number of ranks that could not load an image."""
     loss: float
@@ -194,10 +194,12 @@ class TrainingLoop:
                 started = time.perf_counter()
                 batch = next(batches)
                 total = self._reduce(batch)
-                self._take_step(batch, BatchCounts(total.pixels, total.crops, total.images))
-                seconds, images = time.perf_counter() - started, round(total.images)
+                self._take_step(
+                    batch, BatchCounts(total.valid_pixels, total.valid_crops, total.crops)
+                )
+                seconds, crops = time.perf_counter() - started, round(total.crops)
                 yield Step(
-                    position.step, sampler.epoch, images, total.loss, seconds, batch.waiting_s
+                    position.step, sampler.epoch, crops, total.loss, seconds, batch.waiting_s
                 )
         self._reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
         yield self._end_epoch(began)
@@ -245,13 +247,13 @@ class TrainingLoop:
     def _local_stats(self, batch: StepBatch) -> ReducedStats:
         previous = self._unreduced
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
-        pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
+        valid_pixels, valid_crops, crops = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_due = time.monotonic() - self._saved_at > 60 * minutes
         return ReducedStats(
-            pixels,
+            valid_pixels,
+            valid_crops,
             crops,
-            images,
             errors=float(batch.error is not None),
             loss=math.fsum(previous.losses) if previous.is_finite else math.nan,
             stops=float(self.wants_stop()),

@@ -69,11 +69,11 @@ def one_hot(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
 class BatchCounts(NamedTuple):
     """Sizes of a batch, or of a micro-batch of it; floats, to be summed over ranks."""
 
-    pixels: float
-    """Valid pixels: all but ``ignore_index``."""
-    crops: float
+    valid_pixels: float
+    """Pixels of all labels but ``ignore_index``."""
+    valid_crops: float
     """Crops with at least one valid pixel."""
-    images: float
+    crops: float
     """All crops."""
 
 
@@ -89,8 +89,8 @@ class Loss:
     def counts(self, micro_batch: MicroBatch) -> BatchCounts:
         """Count the valid pixels, the crops with valid pixels, and all crops."""
         is_valid_NHW = micro_batch.labels_NHW != self.ignore_index
-        crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
-        return BatchCounts(float(is_valid_NHW.sum()), crops, float(len(is_valid_NHW)))
+        valid_crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
+        return BatchCounts(float(is_valid_NHW.sum()), valid_crops, float(len(is_valid_NHW)))
 
     def part(self, logits_NKHW: Tensor, micro_batch: MicroBatch, batch: BatchCounts) -> Tensor:
         """Compute a micro-batch's share of the loss, a scalar; ``batch``: counts over all ranks."""
@@ -106,7 +106,7 @@ class Loss:
         ):
             if weight:
                 each_NHW = pixel_loss(logits_NKHW, labels_NHW)
-                total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.pixels, 1)
+                total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.valid_pixels, 1)
         has_valid_N = is_valid_NHW.flatten(1).any(dim=1)
         for weight, alpha, beta in (
             (config.dice, 0.5, 0.5),
@@ -115,7 +115,7 @@ class Loss:
         ):
             if weight:
                 each_N = tversky(logits_NKHW, labels_NHW, is_valid_NHW, alpha, beta)
-                total = total + weight * (each_N * has_valid_N).sum() / max(batch.crops, 1)
+                total = total + weight * (each_N * has_valid_N).sum() / max(batch.valid_crops, 1)
         return total
 
     def _weights(

@@ -93,7 +93,7 @@ def test_micro_batches_of_a_batch_add_up(name):
     config = LossConfig(**{"cross_entropy": 0.0, "dice": 0.0, name: 1.0})
     loss = Loss(config, IGNORE, None)
     totals = loss.counts(micro_batch_of(labels))
-    assert totals.crops == 4
+    assert totals.valid_crops == 4
     whole = loss.part(x, micro_batch_of(labels), totals).item()
     cuts = (slice(0, 1), slice(1, 4), slice(4, 5))
     parts = [loss.part(x[cut], micro_batch_of(labels[cut]), totals).item() for cut in cuts]
