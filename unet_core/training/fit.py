@@ -85,13 +85,15 @@ class Epoch:
 Event = Started | Step | Epoch
 
 
-class ReducedStats(NamedTuple):
+class StepStats(NamedTuple):
     """Values of one rank before a step, or their sums over all ranks."""
 
     valid_pixels: float
-    """These three: ``BatchCounts`` of the step."""
+    """Pixels of the step but ``ignore_index``."""
     valid_crops: float
+    """Crops of the step with at least one valid pixel."""
     crops: float
+    """All crops of the step."""
     errors: float
     """Number of ranks that could not load an image."""
     loss: float
@@ -161,8 +163,8 @@ class TrainingLoop:
         )
         self.val = splits[1]
         self._saved_at = time.monotonic()
-        self._unreduced = NO_STEP
-        """Result of the last step on this rank, until ``_reduce`` has summed it over all ranks."""
+        self._last_result = NO_STEP
+        """Result of the last step on this rank, until ``_all_reduce`` has summed it over all."""
 
     def restore(self) -> Started:
         """Load the newest checkpoint; publish its weights again if they are the best, in case
@@ -193,7 +195,7 @@ class TrainingLoop:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 batch = next(batches)
-                total = self._reduce(batch)
+                total = self._all_reduce(batch)
                 self._take_step(
                     batch, BatchCounts(total.valid_pixels, total.valid_crops, total.crops)
                 )
@@ -201,7 +203,7 @@ class TrainingLoop:
                 yield Step(
                     position.step, sampler.epoch, crops, total.loss, seconds, batch.waiting_s
                 )
-        self._reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
+        self._all_reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
         yield self._end_epoch(began)
 
     def finish(self) -> None:
@@ -225,37 +227,37 @@ class TrainingLoop:
         seconds = time.perf_counter() - began
         return Epoch(number, position.step, loss, validation, is_best, seconds)
 
-    def _reduce(self, batch: StepBatch) -> ReducedStats:
+    def _all_reduce(self, batch: StepBatch) -> StepStats:
         """Sum the counts of a batch, the loss of the previous step and requests to stop or save
         over all ranks; save if asked. Called before each step, and once after the last of an epoch.
 
         Raises, on all ranks, an error of any rank's batch, DivergedError, or StoppedError.
         """
-        total = ReducedStats(*self.ranks.sum([*self._local_stats(batch)]))
+        total = StepStats(*self.ranks.sum([*self._local_stats(batch)]))
         if total.errors:
             raise next(e for e in self.ranks.gather(batch.error) if e is not None)
         if not math.isfinite(total.loss):
             raise self._diverged()
         self.position.loss_sum += total.loss
-        self._unreduced = NO_STEP
+        self._last_result = NO_STEP
         if total.stops or total.saves:
             self._save()
         if total.stops:
             raise StoppedError(f"stopped after step {self.position.step}")
         return total
 
-    def _local_stats(self, batch: StepBatch) -> ReducedStats:
-        previous = self._unreduced
+    def _local_stats(self, batch: StepBatch) -> StepStats:
+        last = self._last_result
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
         valid_pixels, valid_crops, crops = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_due = time.monotonic() - self._saved_at > 60 * minutes
-        return ReducedStats(
+        return StepStats(
             valid_pixels,
             valid_crops,
             crops,
             errors=float(batch.error is not None),
-            loss=math.fsum(previous.losses) if previous.is_finite else math.nan,
+            loss=math.fsum(last.losses) if last.is_finite else math.nan,
             stops=float(self.wants_stop()),
             saves=float(is_due and self.ranks.is_first),
         )
@@ -264,7 +266,7 @@ class TrainingLoop:
         """Create an error that names the images of micro-batches whose loss is not finite; if only
         the gradient is not, all images of the step.
         """
-        last = self._unreduced
+        last = self._last_result
         by_micro_batch = zip(last.image_ids, last.losses, strict=True)
         local = [(i, not math.isfinite(loss)) for ids, loss in by_micro_batch for i in ids]
         images = [image for part in self.ranks.gather(local) for image in part]
@@ -281,7 +283,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = learning_rate_at(position.step, self.steps, train)
         dropout_seed = int(seed.generate_state(1)[0])
-        self._unreduced = self.learner.step(batch.micro_batches, counts, rate, dropout_seed)
+        self._last_result = self.learner.step(batch.micro_batches, counts, rate, dropout_seed)
         position.step += 1
         position.step_in_epoch += 1
 
