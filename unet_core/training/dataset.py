@@ -24,7 +24,7 @@ from unet_core.networks.header import Header
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]
-"""Split, shard, and position among the images of the split in the shard."""
+"""Split, shard, and index among the images of the split in the shard."""
 
 
 @dataclass(frozen=True)

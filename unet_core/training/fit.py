@@ -28,7 +28,7 @@ from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.sampler import EpochSampler, steps_per_epoch
 from unet_core.training.scan import scan
-from unet_core.training.training_run import BEST, LAST, Position, TrainingRun, open_training
+from unet_core.training.training_run import BEST, LAST, TrainingRun, TrainingState, open_training
 from unet_core.training.validation import Validation, validate
 
 CACHE_DIVISOR = 4
@@ -147,7 +147,7 @@ class TrainingLoop:
     ) -> None:  # fmt: skip
         self.config, self.run, self.ranks = config, run, ranks
         self.pool, self.wants_stop = pool, wants_stop
-        self.position = Position()
+        self.position = TrainingState()
         network, self.header = ranks.on_all(lambda: new_network(config))
         header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.count)
         splits = ranks.on_all(lambda: open_splits(config, header, cache))

@@ -38,8 +38,8 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Position:
-    """Progress of a training; stored as JSON in checkpoints and ``_SUCCESS``."""
+class TrainingState:
+    """Progress of a training; JSON in checkpoints, as ``position``, and in ``_SUCCESS``."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -161,7 +161,7 @@ class TrainingRun:
                 )
             split.counts = [then[shard.shard_id] for shard in split.input.shards]
 
-    def save(self, position: Position, tensors: dict[str, Any]) -> None:
+    def save(self, position: TrainingState, tensors: dict[str, Any]) -> None:
         """Publish the history since the last checkpoint, then a checkpoint; remove older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
@@ -187,7 +187,7 @@ class TrainingRun:
                 self.store.remove(HISTORY_FILE.format(step))
         return newest
 
-    def load(self, step: int) -> tuple[Position, dict[str, Any]]:
+    def load(self, step: int) -> tuple[TrainingState, dict[str, Any]]:
         """Read a checkpoint: position, tensors. Raises StoreError if missing, CheckpointError if
         damaged.
         """
@@ -200,24 +200,24 @@ class TrainingRun:
         names = map(HISTORY_FILE.format, self._steps(HISTORY_FILE))
         return [row for name in names for row in self._rows_of(name)]
 
-    def finish(self, position: Position) -> None:
+    def finish(self, position: TrainingState) -> None:
         """Publish ``_SUCCESS``, the last file of a training."""
         self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
 
-    def position(self) -> Position:
+    def position(self) -> TrainingState:
         """Read the progress from ``_SUCCESS`` or the newest checkpoint, without its tensors."""
         if self.is_finished:
-            return Position(**json.loads(self.store.read(SUCCESS)))
+            return TrainingState(**json.loads(self.store.read(SUCCESS)))
         newest = max(self._steps(CHECKPOINT), default=None)
-        return Position() if newest is None else self._position_at(newest)
+        return TrainingState() if newest is None else self._position_at(newest)
 
     def _rows_of(self, name: str) -> list[Row]:
         with self.store.open_parquet(name) as file:
             return file.read().to_pylist()
 
-    def _position_at(self, step: int) -> Position:
+    def _position_at(self, step: int) -> TrainingState:
         metadata = read_metadata(self.store.uri(CHECKPOINT.format(step)), self.store.storage)
-        return Position(**json.loads(metadata["position"]))
+        return TrainingState(**json.loads(metadata["position"]))
 
     def _steps(self, pattern: str) -> list[int]:
         """List the steps of files named by a pattern, ascending; temporary files do not match."""
