@@ -170,7 +170,8 @@ class TrainingLoop:
         """Load the newest checkpoint; publish its weights again if they are the best, in case
         that was interrupted.
         """
-        newest = self.ranks.on_first(self.run.newest)
+        newest = self.ranks.on_first(self.run.newest_step)
+        self.ranks.on_first(lambda: self.run.remove_leftovers(after=newest))
         if newest is not None:
             self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
             self.ranks.on_all(lambda: self.learner.restore(tensors))

@@ -107,6 +107,8 @@ class TrainingRun:
         self.store = store
         self.record = _run_json(store)
         """Contents of ``run.json``; empty if it does not exist yet."""
+        self.identity: Identity = {}
+        """The settings that ``create`` publishes; ``open_training`` sets them."""
         self.history: list[Row] = []
         """Rows since the last checkpoint, not published yet."""
         if self.record and self.record.get("kind") != "training":
@@ -119,12 +121,11 @@ class TrainingRun:
 
     def create(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
-        settings = identity(config)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         record = {
             "kind": "training",
             "fingerprint": digest,
-            "identity": settings,
+            "identity": self.identity,
             "data": data,
             "config": config.model_dump(mode="json"),
             "version": __version__,
@@ -173,19 +174,19 @@ class TrainingRun:
             if step != position.step:
                 self.store.remove(CHECKPOINT.format(step))
 
-    def newest(self) -> int | None:
-        """Return the step of the newest checkpoint, or None; remove temporary files and the history
-        after that step.
-        """
+    def newest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, or None."""
+        return max(self._steps(CHECKPOINT), default=None)
+
+    def remove_leftovers(self, after: int | None) -> None:
+        """Remove temporary files, and the history after a step; all of it if that is None."""
         for folder in ("checkpoints", "history"):
             for entry in self.store.list(folder):
                 if is_temporary(entry.name):
                     self.store.remove(f"{folder}/{entry.name}")
-        newest = max(self._steps(CHECKPOINT), default=None)
         for step in self._steps(HISTORY_FILE):
-            if newest is None or step > newest:
+            if after is None or step > after:
                 self.store.remove(HISTORY_FILE.format(step))
-        return newest
 
     def load(self, step: int) -> tuple[TrainingState, dict[str, Any]]:
         """Read a checkpoint: position, tensors. Raises StoreError if missing, CheckpointError if
@@ -208,7 +209,7 @@ class TrainingRun:
         """Read the progress from ``_SUCCESS`` or the newest checkpoint, without its tensors."""
         if self.is_finished:
             return TrainingState(**json.loads(self.store.read(SUCCESS)))
-        newest = max(self._steps(CHECKPOINT), default=None)
+        newest = self.newest_step()
         return TrainingState() if newest is None else self._position_at(newest)
 
     def _rows_of(self, name: str) -> list[Row]:
@@ -234,7 +235,8 @@ def open_training(config: TrainConfig) -> TrainingRun:
     it holds anything else.
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
-    check_identity_or_empty(run.store, run.record.get("identity"), identity(config))
+    run.identity = identity(config)
+    check_identity_or_empty(run.store, run.record.get("identity"), run.identity)
     return run
 
 
