@@ -1,6 +1,6 @@
 """Beside a bare loop: ``python -m tests.benchmarks.bare_training IMAGES MASKS [KEY=VALUE]``.
 
-The loop has the same network, loss, clipping and kind of optimiser, and its crops in memory as
+The loop has the same network, loss, clipping and kind of optimizer, and its crops in memory as
 tensors; it reads, decodes, augments, checks and saves nothing. It runs twice: in a process of its
 own, as people write it, and in the process of the training, which keeps freed memory for both. All
 take turns, an epoch each; evaluation is left out. The first epoch, when images are decoded, warms
@@ -23,7 +23,7 @@ from unet_core.config.train import TrainConfig
 from unet_core.inference.engine import choose_device
 from unet_core.training.augment import MicroBatch
 from unet_core.training.fit import Epoch, Step, fit
-from unet_core.training.learner import new_network, precision
+from unet_core.training.learner import autocast_dtype, new_network
 from unet_core.training.losses import Loss
 
 TURNS = 8
@@ -45,9 +45,9 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     device = choose_device(config.model.device)
     network, header = new_network(config)
     network = network.to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(network.parameters(), config.train.learning_rate)
+    optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate)
     loss = Loss(config.loss, 255, None)
-    dtype, batch, crop = precision(config.train, device), config.train.batch, config.train.crop
+    dtype, batch, crop = autocast_dtype(config.train, device), config.train.batch, config.train.crop
     side, channels = crop + 2 * header.tiling.margin, header.preprocessing.channels
     images = torch.rand(batch, channels, side, side, device=device)
     labels = torch.randint(0, 2, (batch, crop, crop), device=device)
@@ -60,10 +60,10 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = network(micro_batch.images_NCHW)
         part = loss.part(logits, micro_batch, counts)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         part.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         return part.item()
 
     def timed(steps: int) -> float:

@@ -174,7 +174,7 @@ class TrainingLoop:
         self.ranks.on_first(lambda: self.run.remove_leftovers(after=newest))
         if newest is not None:
             self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
-            self.ranks.on_all(lambda: self.learner.restore(tensors))
+            self.ranks.on_all(lambda: self.learner.load_state_dict(tensors))
             if self.position.best is not None and self.position.best_step == self.position.step:
                 self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
@@ -302,7 +302,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
-        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.tensors()))
+        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.state_dict()))
 
     def _publish(self, name: str) -> None:
         """Write the weights with their header, for prediction; called on rank 0."""

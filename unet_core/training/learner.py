@@ -34,7 +34,8 @@ class StepResult(NamedTuple):
     losses: list[float]
     """Share of each micro-batch in the loss of the global batch."""
     is_finite: bool
-    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged."""
+    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged
+    (BatchNorm's running statistics are not), and training ends."""
 
 
 class Learner:
@@ -60,7 +61,7 @@ class Learner:
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self._ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        self._autocast = precision(config, device)
+        self._autocast = autocast_dtype(config, device)
 
     @property
     def eval_network(self) -> nn.Module:
@@ -112,7 +113,7 @@ class Learner:
         (loss * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return loss.detach()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Copy the state of network, EMA and optimizer to the CPU, by name."""
         state = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         if self._ema is not None:
@@ -123,8 +124,8 @@ class Learner:
             }
         return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load the state that ``tensors()`` returned; raises CheckpointError if it does not fit."""
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Load what ``state_dict()`` returned; raises CheckpointError if it does not fit."""
         parts, state = defaultdict[str, Any](dict), defaultdict[int, Any](dict)
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
@@ -176,7 +177,7 @@ def learning_rate_at(step: int, steps: int, config: FitConfig) -> float:
     return config.learning_rate * factor[config.schedule]
 
 
-def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(config: FitConfig, device: torch.device) -> torch.dtype | None:
     """Return the dtype for autocast, or None for float32."""
     is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     is_wanted = config.precision == "bfloat16" or (config.precision == "auto" and is_supported)
@@ -209,7 +210,7 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
 
 
 def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
-    """Load ``model.checkpoint``; for another number of classes the last layer is initialised anew.
+    """Load ``model.checkpoint``; for another number of classes the last layer is initialized anew.
 
     Raises ConfigError if that is not possible, CheckpointError for an unusable file.
     """

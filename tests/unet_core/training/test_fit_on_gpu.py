@@ -13,7 +13,7 @@ from unet_core.synthetic import nuclei, png
 from unet_core.training import augment, learner, loader, losses
 from unet_core.training import fit as fitting
 from unet_core.training.fit import Step, fit
-from unet_core.training.learner import precision
+from unet_core.training.learner import autocast_dtype
 
 SMALL = ("train.epochs=1", "train.crop=32", "train.crops_per_image=1", "model.width=2",
          "train.precision=float32", "loss.boundary=0")  # fmt: skip
@@ -62,7 +62,7 @@ def stop_after_a_step(config):
     ids=["elastic", "ema", "classes", "bfloat16"],
 )  # fmt: skip
 def test_a_training_gives_the_weights_it_gives_on_the_cpu(scenes, tmp_path, monkeypatch, overrides):
-    # a fused step of the optimiser, which only a CPU gets, rounds otherwise
+    # a fused step of the optimizer, which only a CPU gets, rounds otherwise
     monkeypatch.setattr(learner, "_is_dense", lambda tensor: False)
     losses_here, here = trained(scenes, tmp_path / "here", torch.device("cpu"), *overrides)
     with pretended_device():
@@ -85,7 +85,7 @@ def test_a_training_goes_on_from_a_checkpoint_on_the_device(scenes, tmp_path):
 def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
     config = config_of(scenes, tmp_path, "train.precision=auto").train
     with pretended_device():
-        assert precision(config, DEVICE) == torch.bfloat16
+        assert autocast_dtype(config, DEVICE) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
