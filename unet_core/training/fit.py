@@ -149,7 +149,7 @@ class TrainingLoop:
         self.pool, self.wants_stop = pool, wants_stop
         self.position = TrainingState()
         network, self.header = ranks.on_all(lambda: new_network(config))
-        header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.count)
+        header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.world_size)
         splits = ranks.on_all(lambda: open_splits(config, header, cache))
         data = scan(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
@@ -234,9 +234,9 @@ class TrainingLoop:
 
         Raises, on all ranks, an error of any rank's batch, DivergedError, or StoppedError.
         """
-        total = StepStats(*self.ranks.sum([*self._local_stats(batch)]))
+        total = StepStats(*self.ranks.all_reduce_sum([*self._local_stats(batch)]))
         if total.errors:
-            raise next(e for e in self.ranks.gather(batch.error) if e is not None)
+            raise next(e for e in self.ranks.all_gather(batch.error) if e is not None)
         if not math.isfinite(total.loss):
             raise self._diverged()
         self.position.loss_sum += total.loss
@@ -270,7 +270,7 @@ class TrainingLoop:
         last = self._last_result
         by_micro_batch = zip(last.image_ids, last.losses, strict=True)
         local = [(i, not math.isfinite(loss)) for ids, loss in by_micro_batch for i in ids]
-        images = [image for part in self.ranks.gather(local) for image in part]
+        images = [image for part in self.ranks.all_gather(local) for image in part]
         suspects = [i for i, is_bad in images if is_bad] or [i for i, _ in images]
         named = checkpoint.few(list(dict.fromkeys(suspects)), SHOWN)
         return DivergedError(

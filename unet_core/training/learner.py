@@ -46,7 +46,7 @@ class Learner:
     ) -> None:
         self._config, self.loss, self._ranks = config, loss, ranks
         self.device = device
-        if ranks.count > 1 and device.type == "cuda":
+        if ranks.world_size > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # untyped in torch
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
         norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
@@ -55,7 +55,7 @@ class Learner:
             norm.requires_grad_(False)
         if config.compile:
             self.network.compile()
-        self._ddp = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
+        self._ddp = self.network if ranks.world_size == 1 else DistributedDataParallel(self.network)
         self._optimizer = _optimizer(self.network, config)
         self._ema: AveragedModel | None = None
         if config.ema:
@@ -110,7 +110,7 @@ class Learner:
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._ddp(micro_batch.images_NCHW)
         loss = self.loss.part(logits_NKHW, micro_batch, counts)
-        (loss * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
+        (loss * self._ranks.world_size).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return loss.detach()
 
     def state_dict(self) -> dict[str, Tensor]:

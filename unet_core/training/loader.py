@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -16,7 +16,7 @@ from unet_core.training.augment import MicroBatch, augment, empty_micro_batch
 from unet_core.training.crops import Crop, CropShape, draw
 from unet_core.training.dataset import Split
 from unet_core.training.ranks import Ranks
-from unet_core.training.sampler import Entry, EpochSampler
+from unet_core.training.sampler import Entry, EpochSampler, slots_of
 
 AHEAD_STEPS = 4
 """Steps whose crops are prefetched: enough to bridge a slow image."""
@@ -54,8 +54,10 @@ class CropLoader:
 
         The caller must close the generator, which stops the prefetching.
         """
-        batch = sampler.config.batch
-        slots_of_ranks = [replace(ranks, rank=n).slots(batch) for n in range(ranks.count)]
+        slots_of_ranks = [
+            slots_of(rank, ranks.world_size, sampler.config.batch)
+            for rank in range(ranks.world_size)
+        ]
         slots = slots_of_ranks[ranks.rank]
         entries = filter(None, itertools.chain.from_iterable(sampler.batches(slots, skip)))
 
@@ -64,8 +66,9 @@ class CropLoader:
             seed = (sampler.config.seed, sampler.epoch, repeat)
             return draw(self.split.load(item), self.shape, self.config.augment, seed)
 
-        ahead, weigh = AHEAD_STEPS * len(slots), attrgetter("nbytes")
-        with Prefetch(self.pool, crop, entries, ahead, weigh, AHEAD_BYTES) as prefetch:
+        with Prefetch(
+            self.pool, crop, entries, AHEAD_STEPS * len(slots), attrgetter("nbytes"), AHEAD_BYTES
+        ) as prefetch:
             crops = iter(prefetch)
             for step in range(skip, sampler.steps):
                 # as many forward passes on every rank, since DDP synchronizes each last one

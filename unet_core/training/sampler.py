@@ -102,3 +102,8 @@ def steps_per_epoch(config: FitConfig, images: int) -> int:
     shorter.
     """
     return -(-images * config.crops_per_image // config.batch)
+
+
+def slots_of(rank: int, world_size: int, batch: int) -> range:
+    """Return the slots of a global batch that belong to a rank."""
+    return range(rank * batch // world_size, (rank + 1) * batch // world_size)

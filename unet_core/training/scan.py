@@ -40,7 +40,9 @@ def scan_dataset(
 
     def scan_all() -> DatasetScan:
         parts = ranks.on_all(lambda: [_scan(group, ranks, pool, wants_stop) for group in groups])
-        return functools.reduce(operator.iadd, itertools.chain(*ranks.gather(parts)), DatasetScan())
+        return functools.reduce(
+            operator.iadd, itertools.chain(*ranks.all_gather(parts)), DatasetScan()
+        )
 
     found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
@@ -61,7 +63,7 @@ def _scan(
     by_name = {split.name: split for split in splits}
 
     def items() -> Iterator[Item]:
-        for shard in range(ranks.rank, len(source.shards), ranks.count):
+        for shard in range(ranks.rank, len(source.shards), ranks.world_size):
             yield from dataset.read_items(splits, shard, problems)
 
     def scan_item(item: Item) -> DatasetScan:

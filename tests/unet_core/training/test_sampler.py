@@ -7,8 +7,7 @@ import tifffile
 from tests.support.data import IMAGES, write_tar
 from tests.support.scenes import config_of, opened
 from unet_core.config.train import FitConfig
-from unet_core.training.ranks import Ranks
-from unet_core.training.sampler import EpochSampler
+from unet_core.training.sampler import EpochSampler, slots_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def split(request, folder, tars, stack, tmp_path):
 def steps_of(split, slots, ranks, epoch=0, repeats=1, skip=0):
     """Image ids of each step in the order of the slots, drawn by this number of ranks together."""
     sampler = EpochSampler(FitConfig(seed=7, batch=slots, crops_per_image=repeats), split, epoch)
-    drawn = [list(sampler.batches(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
+    drawn = [list(sampler.batches(slots_of(rank, ranks, slots), skip)) for rank in range(ranks)]
     return [
         [entry and (entry[0], entry[1].image.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
