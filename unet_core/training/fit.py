@@ -27,7 +27,7 @@ from unet_core.training.loader import CropLoader, StepBatch
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
 from unet_core.training.sampler import EpochSampler, steps_per_epoch
-from unet_core.training.scan import scan
+from unet_core.training.scan import scan_or_read
 from unet_core.training.training_run import BEST, LAST, TrainingRun, TrainingState, open_training
 from unet_core.training.validation import Validation, validate
 
@@ -151,7 +151,7 @@ class TrainingLoop:
         network, self.header = ranks.on_all(lambda: new_network(config))
         header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.world_size)
         splits = ranks.on_all(lambda: open_splits(config, header, cache))
-        data = scan(config, run, splits, ranks, pool, wants_stop)
+        data = scan_or_read(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimizer steps of the whole training."""
         weights = class_weights(config.loss, len(header.class_names), data["class_pixels"])
@@ -248,7 +248,6 @@ class TrainingLoop:
         return total
 
     def _local_stats(self, batch: StepBatch) -> StepStats:
-        last = self._last_result
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
         valid_pixels, valid_crops, crops = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
@@ -258,7 +257,7 @@ class TrainingLoop:
             valid_crops,
             crops,
             errors=float(batch.error is not None),
-            loss=math.fsum(last.losses) if last.is_finite else math.nan,
+            loss=math.fsum(self._last_result.losses) if self._last_result.is_finite else math.nan,
             stops=float(self.wants_stop()),
             saves=float(is_due and self.ranks.is_first),
         )

@@ -27,6 +27,48 @@ SHOWN = 5
 """Problems that an error message lists; the others are counted."""
 
 
+def scan_or_read(
+    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
+    wants_stop: Callable[[], bool],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the ``data`` of ``run.json`` and set the counts of the splits.
+
+    The first session scans the images and publishes both; later ones read them. Raises
+    RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
+    """
+    was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
+    if run.record and was_scanned:
+        data: dict[str, Any] = run.record["data"]
+        if data["val_below"] < 1:
+            dataset.split_at(splits, data["val_below"])
+        ranks.on_all(lambda: run.load_counts(splits))
+        return data
+    found = scan_dataset(splits, ranks, pool, wants_stop)
+    train, val = splits
+    highest = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
+    data = {
+        TRAIN: train.images,
+        VAL: val.images,
+        "class_pixels": [found.label_pixels[label] for label in range(highest + 1)],
+        "val_below": val.high,
+        "steps": config.train.steps
+        or config.train.epochs * steps_per_epoch(config.train, train.images),
+    }
+
+    def publish() -> dict[str, Any]:
+        if not run.record:
+            run.create(config, data)
+        elif run.record["data"] != data:
+            raise RunMismatchError(
+                f"{run.store.uri()}: the images changed since the training began; restore them, or "
+                "train into a new folder"
+            )
+        run.publish_manifest(splits)
+        return data
+
+    return ranks.on_first(publish)
+
+
 def scan_dataset(
     splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> DatasetScan:
@@ -39,7 +81,9 @@ def scan_dataset(
     groups = [[train, val]] if train.input is val.input else [[train], [val]]
 
     def scan_all() -> DatasetScan:
-        parts = ranks.on_all(lambda: [_scan(group, ranks, pool, wants_stop) for group in groups])
+        parts = ranks.on_all(
+            lambda: [_scan_input(group, ranks, pool, wants_stop) for group in groups]
+        )
         return functools.reduce(
             operator.iadd, itertools.chain(*ranks.all_gather(parts)), DatasetScan()
         )
@@ -55,7 +99,7 @@ def scan_dataset(
     return found
 
 
-def _scan(
+def _scan_input(
     splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> DatasetScan:
     """Scan this rank's shards of one input, which ``splits`` share."""
@@ -122,45 +166,3 @@ def _refuse_single_class(found: DatasetScan, ignore_index: int) -> None:
         )
     only = labels[0] if labels else "none"
     raise ConfigError(f"data.train: every pixel that counts is of class {only}; {advice}")
-
-
-def scan(
-    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
-    wants_stop: Callable[[], bool],
-) -> dict[str, Any]:  # fmt: skip
-    """Return the ``data`` of ``run.json`` and set the counts of the splits.
-
-    The first session scans the images and publishes both; later ones read them. Raises
-    RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
-    """
-    was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
-    if run.record and was_scanned:
-        data: dict[str, Any] = run.record["data"]
-        if data["val_below"] < 1:
-            dataset.split_at(splits, data["val_below"])
-        ranks.on_all(lambda: run.load_counts(splits))
-        return data
-    found = scan_dataset(splits, ranks, pool, wants_stop)
-    train, val = splits
-    classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
-    data = {
-        TRAIN: train.images,
-        VAL: val.images,
-        "class_pixels": [found.label_pixels[label] for label in range(classes + 1)],
-        "val_below": val.high,
-        "steps": config.train.steps
-        or config.train.epochs * steps_per_epoch(config.train, train.images),
-    }
-
-    def publish() -> dict[str, Any]:
-        if not run.record:
-            run.create(config, data)
-        elif run.record["data"] != data:
-            raise RunMismatchError(
-                f"{run.store.uri()}: the images changed since the training began; restore them, or "
-                "train into a new folder"
-            )
-        run.publish_manifest(splits)
-        return data
-
-    return ranks.on_first(publish)
