@@ -59,12 +59,12 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     def step() -> float:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = network(micro_batch.images_NCHW)
-        part = loss.part(logits, micro_batch, counts)
+        share = loss.share(logits, micro_batch, counts)
         optimizer.zero_grad(set_to_none=True)
-        part.backward()
+        share.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        return part.item()
+        return share.item()
 
     def timed(steps: int) -> float:
         started = time.perf_counter()

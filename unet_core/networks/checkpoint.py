@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from unet_core.config.presets import UNetSpec
 from unet_core.config.sections import StorageConfig
-from unet_core.errors import CheckpointError, one_line
+from unet_core.errors import CheckpointError, few, one_line
 from unet_core.networks.header import (
     FORMAT,
     Header,
@@ -24,9 +24,6 @@ from unet_core.networks.header import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-SHOWN = 3
-"""Tensor names that an error message lists; the others are counted."""
 
 
 def load(
@@ -101,12 +98,6 @@ def difference(wanted: Collection[str], got: Collection[str]) -> str:
     return ", ".join(f"{what} {few(keys)}" for what, keys in found.items() if keys)
 
 
-def few(names: list[str], shown: int = SHOWN) -> str:
-    """Join the first names, and say how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
 def is_counter(key: str) -> bool:
     """Return True for BatchNorm's batch counters, which checkpoints leave out."""
     return key.endswith("num_batches_tracked")
@@ -115,7 +106,7 @@ def is_counter(key: str) -> bool:
 def load_model(checkpoint: str, factory: str = "") -> "nn.Module":
     """Load the network of ``builtin:NAME``, a path or a URI, in eval mode.
 
-    It maps normalised NCHW float32 to logits NKHW. Raises CheckpointError for an unusable file.
+    It maps normalized NCHW float32 to logits NKHW. Raises CheckpointError for an unusable file.
     """
     return load(checkpoint, factory=factory)[0]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from unet_core.config.train import TrainConfig
-from unet_core.errors import DivergedError, StoppedError
+from unet_core.errors import DivergedError, StoppedError, few
 from unet_core.inference.engine import choose_device
 from unet_core.memory import retain_freed_memory, usable_bytes
 from unet_core.networks import checkpoint
@@ -271,7 +271,7 @@ class TrainingLoop:
         local = [(i, not math.isfinite(loss)) for ids, loss in by_micro_batch for i in ids]
         images = [image for part in self.ranks.all_gather(local) for image in part]
         suspects = [i for i, is_bad in images if is_bad] or [i for i, _ in images]
-        named = checkpoint.few(list(dict.fromkeys(suspects)), SHOWN)
+        named = few(list(dict.fromkeys(suspects)), SHOWN)
         return DivergedError(
             f"the loss or its gradient is no number at step {self.position.step}; images: "
             f"{named}; the last good checkpoint is kept in {self.run.store.uri()}: look at these "

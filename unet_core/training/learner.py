@@ -109,7 +109,7 @@ class Learner:
         is_low = self._autocast is not None and len(micro_batch.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
             logits_NKHW = self._ddp(micro_batch.images_NCHW)
-        loss = self.loss.part(logits_NKHW, micro_batch, counts)
+        loss = self.loss.share(logits_NKHW, micro_batch, counts)
         (loss * self._ranks.world_size).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return loss.detach()
 

@@ -92,7 +92,7 @@ class Loss:
         valid_crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
         return BatchCounts(float(is_valid_NHW.sum()), valid_crops, float(len(is_valid_NHW)))
 
-    def part(self, logits_NKHW: Tensor, micro_batch: MicroBatch, batch: BatchCounts) -> Tensor:
+    def share(self, logits_NKHW: Tensor, micro_batch: MicroBatch, batch: BatchCounts) -> Tensor:
         """Compute a micro-batch's share of the loss, a scalar; ``batch``: counts over all ranks."""
         is_valid_NHW = micro_batch.labels_NHW != self.ignore_index
         labels_NHW = micro_batch.labels_NHW.masked_fill(~is_valid_NHW, 0)

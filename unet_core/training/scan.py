@@ -91,7 +91,7 @@ def scan_dataset(
     found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         # too few images for val_fraction: one validates
-        dataset.split_at(splits, math.nextafter(found.lowest_share, 1))
+        dataset.split_at(splits, math.nextafter(found.lowest_hash, 1))
         found = scan_all()
     for split in splits:
         split.counts = [found.images[split.name, shard] for shard in range(len(split.input.shards))]
@@ -115,8 +115,8 @@ def _scan_input(
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return DatasetScan(unusable=[str(error)])
-        share = dataset.share_of(item.image.image_id)
-        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_share=share)
+        hashed = dataset.split_hash(item.image.image_id)
+        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_hash=hashed)
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             item_scan.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))

@@ -30,7 +30,7 @@ from unet_core.training.dataset import Splits
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
-"""File names of a checkpoint and of a history part, to be formatted with the step."""
+"""File names of a checkpoint and of a history file, to be formatted with the step."""
 GIVEN = ".given"
 """Suffix of identity keys that record that a config key was written with its default value."""
 

@@ -27,7 +27,7 @@ def value(x, labels, terms=None, class_weights=None, **options):
     zero = dict.fromkeys(("cross_entropy", "dice"), 0.0)
     loss = Loss(LossConfig(**{**zero, **options}), IGNORE, class_weights)
     micro_batch = micro_batch_of(labels, terms)
-    return loss.part(x, micro_batch, loss.counts(micro_batch))
+    return loss.share(x, micro_batch, loss.counts(micro_batch))
 
 
 @pytest.mark.parametrize("logits", [1, 3])
@@ -94,9 +94,9 @@ def test_micro_batches_of_a_batch_add_up(name):
     loss = Loss(config, IGNORE, None)
     totals = loss.counts(micro_batch_of(labels))
     assert totals.valid_crops == 4
-    whole = loss.part(x, micro_batch_of(labels), totals).item()
+    whole = loss.share(x, micro_batch_of(labels), totals).item()
     cuts = (slice(0, 1), slice(1, 4), slice(4, 5))
-    parts = [loss.part(x[cut], micro_batch_of(labels[cut]), totals).item() for cut in cuts]
+    parts = [loss.share(x[cut], micro_batch_of(labels[cut]), totals).item() for cut in cuts]
     assert math.fsum(parts) == pytest.approx(whole, rel=1e-5)
 
 
