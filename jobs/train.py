@@ -34,7 +34,8 @@ def train(config: TrainConfig) -> Trained:
     """Train to the end; after an interruption, the same call continues at the newest checkpoint.
 
     Raises a UnetJobsError for a config, checkpoint, input or store that cannot be used, and
-    StoppedError when the process is asked to stop, after a checkpoint once steps were taken.
+    StoppedError when the process is asked to stop: during the scan of the images without a
+    checkpoint, later after one.
     """
     run = open_training(config)
     was_finished = run.is_finished

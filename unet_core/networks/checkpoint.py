@@ -1,4 +1,6 @@
-"""Checkpoint files: safetensors with everything that prediction needs in the metadata.
+"""Checkpoint files: safetensors. Of a network: weights, with everything that prediction needs in
+the metadata. Of a training in progress: only ``pack`` and ``unpack``; ``training_run`` says what
+is in them.
 
 Files of this project only; ``foreign.weights`` reads weights of other projects.
 """

@@ -58,7 +58,7 @@ class Crop:
     size: tuple[int, int]
     """Height and width of the image part of the window."""
     offset: Array
-    """Normalisation of each channel: (pixels − offset) · scale."""
+    """Normalization of each channel: (pixels − offset) · scale."""
     scale: Array
     matrix: Array
     """2×2 linear map from coordinates (y, x) in the crop to those in the window, both relative to

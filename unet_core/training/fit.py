@@ -114,8 +114,8 @@ def fit(
 
     Every rank must call it. Raises, on all ranks, ConfigError for unusable data, RunMismatchError
     for the folder of another training, DivergedError if the loss or gradient is not finite, and
-    StoppedError soon after ``wants_stop`` was true on any rank, after a checkpoint once steps were
-    taken.
+    StoppedError soon after ``wants_stop`` was true on any rank: during the scan of the images
+    without a checkpoint, later after one.
     """
     ranks = ranks or Ranks.joined()
     device = device or choose_device(config.model.device)
@@ -131,6 +131,7 @@ def fit(
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         loop = TrainingLoop(config, run, ranks, device, pool, wants_stop)
         yield loop.restore()
+        # the second: all steps were taken, but the last validation was interrupted
         while loop.position.step < loop.steps or loop.position.step_in_epoch:
             yield from loop.train_epoch()
         loop.finish()
@@ -190,9 +191,10 @@ class TrainingLoop:
         """Take the remaining steps of an epoch, then validate and save a checkpoint."""
         began, position = time.perf_counter(), self.position
         sampler = EpochSampler(self.config.train, self.loader.split, position.epoch)
-        skip = position.step_in_epoch
-        last = min(sampler.steps, skip + self.steps - position.step)
-        with contextlib.closing(self.loader.batches(sampler, self.ranks, skip)) as batches:
+        last = min(sampler.steps, position.step_in_epoch + self.steps - position.step)
+        with contextlib.closing(
+            self.loader.batches(sampler, self.ranks, skip=position.step_in_epoch)
+        ) as batches:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 batch = next(batches)
