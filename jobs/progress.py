@@ -61,9 +61,9 @@ class Display:
             self.console.print(f"{what}: {text}")
 
 
-def rate(images: int, seconds: float) -> str:
-    """Images per second as text; a dash before the first one."""
-    return f"{images / max(seconds, 1e-3):.1f} images/s" if images else "– images/s"
+def rate(count: int, seconds: float, unit: str = "images") -> str:
+    """Images, or another unit, per second as text; a dash before the first one."""
+    return f"{count / max(seconds, 1e-3):.1f} {unit}/s" if count else f"– {unit}/s"
 
 
 class FollowedProgress(Display):
@@ -166,7 +166,7 @@ class TrainProgress(Display):
         self._best = config.train.best
         self._names: tuple[str, ...] = ()
         self._steps = self._epochs = 0
-        self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
+        self._crops, self._seconds, self._waiting_s = 0, 0.0, 0.0
         self._loss, self._value = "–", ""
         self._has_warned = False
 
@@ -188,7 +188,7 @@ class TrainProgress(Display):
             self._on_epoch(event)
 
     def _on_step(self, step: "Step") -> None:
-        self._images += step.images
+        self._crops += step.crops
         self._seconds += step.seconds
         self._waiting_s += step.waiting_s
         if step.loss:
@@ -211,7 +211,7 @@ class TrainProgress(Display):
             f"epoch {epoch.number + 1}/{self._epochs}  loss {epoch.loss:.4f}  val IoU: {scores}  "
             f"{self._rate()}  {epoch.seconds:.1f} s{'  best' if epoch.is_best else ''}"
         )
-        self._images, self._seconds, self._waiting_s = 0, 0.0, 0.0
+        self._crops, self._seconds, self._waiting_s = 0, 0.0, 0.0
         only = validation.only_class
         if only is not None and epoch.number >= PATIENT_EPOCHS and not self._has_warned:
             self._has_warned = True
@@ -225,4 +225,4 @@ class TrainProgress(Display):
 
     def _rate(self) -> str:
         waiting = self._waiting_s / max(self._seconds, 1e-3)
-        return f"{rate(self._images, self._seconds)}, {waiting:.0%} waiting for data"
+        return f"{rate(self._crops, self._seconds, 'crops')}, {waiting:.0%} waiting for data"

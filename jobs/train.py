@@ -12,7 +12,7 @@ from jobs.backends import session
 from jobs.progress import TrainProgress
 from unet_core.config.train import TrainConfig
 from unet_core.training.fit import Event, fit
-from unet_core.training.training_run import BEST, Position, open_training
+from unet_core.training.training_run import BEST, TrainingState, open_training
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Trained:
 
     best: str
     """Path of the best weights."""
-    position: Position
+    position: TrainingState
     was_finished: bool
     """An earlier session had finished the training; nothing was done."""
     report: str
@@ -34,7 +34,8 @@ def train(config: TrainConfig) -> Trained:
     """Train to the end; after an interruption, the same call continues at the newest checkpoint.
 
     Raises a UnetJobsError for a config, checkpoint, input or store that cannot be used, and
-    StoppedError when the process is asked to stop, after a checkpoint once steps were taken.
+    StoppedError when the process is asked to stop: during the scan of the images without a
+    checkpoint, later after one.
     """
     run = open_training(config)
     was_finished = run.is_finished

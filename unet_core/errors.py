@@ -97,3 +97,9 @@ def one_line(error: BaseException) -> str:
     """The words of a library without what changes from run to run: rows must be repeatable."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]
+
+
+def few(names: list[str], shown: int = 3) -> str:
+    """Join the first names, and say how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -37,7 +37,9 @@ PATIENCE_S = 24 * 3600
 
 
 class Mailbox:
-    """A Ray actor that carries events from the first rank to the driver, and stop requests back."""
+    """A Ray actor that carries events from the first rank to the driver, and stop requests to all
+    ranks.
+    """
 
     def __init__(self) -> None:
         self._said: list[Event | UnetJobsError] = []
@@ -123,21 +125,22 @@ def _rank(arguments: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     ranks = Ranks.joined()
-    reporter = Reporter(arguments["mailbox"]) if ranks.is_first else None
-    wants_stop = reporter.wants_stop if reporter is not None else lambda: False
+    reporter = Reporter(arguments["mailbox"])
     node = f"node {ray.get_runtime_context().get_node_id()[:12]}"
     try:
         ranks.on_all(lambda: require_same_code(arguments["code"], code_version(), node))
-        for event in fit(arguments["config"], ranks, get_device(), wants_stop):
-            if reporter is not None:
+        for event in fit(arguments["config"], ranks, get_device(), reporter.wants_stop):
+            if ranks.is_first:
                 reporter.say(event)
     except UnetJobsError as error:
-        if reporter is not None:
+        if ranks.is_first:
             reporter.say(error)
 
 
 class Reporter:
-    """Sends the first rank's events to the driver; steps are merged to two messages a second."""
+    """Asks the driver whether to stop; on the first rank also sends events, steps merged to two
+    messages a second.
+    """
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
@@ -156,8 +159,8 @@ class Reporter:
             self._send()
 
     def wants_stop(self) -> bool:
-        """Return the driver's last answer. Ask when nothing was sent for a while: no step is taken
-        during the dataset scan and validation.
+        """Return the driver's last answer. Ask when nothing was sent for half a second: no step is
+        taken during the dataset scan and validation, and other ranks send no events.
         """
         if time.monotonic() - self._sent_at > WAIT_S:
             self._send()
@@ -172,7 +175,7 @@ class Reporter:
 def _both(before: Step, step: Step) -> Step:
     return replace(
         step,
-        images=before.images + step.images,
+        crops=before.crops + step.crops,
         seconds=before.seconds + step.seconds,
         waiting_s=before.waiting_s + step.waiting_s,
     )

@@ -1,32 +1,10 @@
-"""Commands on networks: train, model, import-weights."""
+"""Commands on networks: model, import-weights."""
 
 import click
 
 from jobs.commands import show
-from jobs.commands.arguments import OVERRIDES_METAVAR, Arguments, from_arguments, train_config
+from jobs.commands.arguments import Arguments, from_arguments
 from unet_core.config.import_weights import ImportConfig
-
-
-@click.command()
-@click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
-@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
-@click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
-def train(source: str, overrides: Arguments, out: str | None) -> None:
-    """Train a network on images with masks. Run it again to continue."""
-    config = train_config(source, list(overrides), out)
-    from jobs.train import train as run_train
-
-    trained = run_train(config)
-    if trained.was_finished:
-        click.echo(f"{config.output.uri} is finished already; nothing was written")
-    at = trained.position
-    value = "–" if at.best is None else f"{at.best:.4f}"
-    show.lines(
-        steps=f"{at.step:,}, the best after {at.best_step:,}",
-        best=f"{trained.best} (val {config.train.best} {value})",
-        report=trained.report,
-        predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN",
-    )
 
 
 @click.command(options_metavar="[OPTIONS]")

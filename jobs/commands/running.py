@@ -1,4 +1,4 @@
-"""Commands around a run: predict, plan, submit, bench, pack, doctor, demo."""
+"""Commands around a run or a training: predict, train, plan, submit, bench, pack, doctor, demo."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from jobs.commands.arguments import (
     from_arguments,
     predict_config,
     recipe,
+    train_config,
 )
 from unet_core.config.loading import load
 from unet_core.config.predict import PredictConfig
@@ -60,6 +61,28 @@ def predict(
     if outcome.too_many_failed:
         show.causes(outcome, config)
     sys.exit(0 if outcome.is_complete else 1)
+
+
+@click.command()
+@click.argument("source", metavar="CONFIG.toml|IMAGES [MASKS]")
+@click.argument("overrides", nargs=-1, metavar=OVERRIDES_METAVAR)
+@click.option("--out", help="Folder of the training, where IMAGES and MASKS are given.")
+def train(source: str, overrides: Arguments, out: str | None) -> None:
+    """Train a network on images with masks. Run it again to continue."""
+    config = train_config(source, list(overrides), out)
+    from jobs.train import train as run_train
+
+    trained = run_train(config)
+    if trained.was_finished:
+        click.echo(f"{config.output.uri} is finished already; nothing was written")
+    at = trained.position
+    value = "–" if at.best is None else f"{at.best:.4f}"
+    show.lines(
+        steps=f"{at.step:,}, the best after {at.best_step:,}",
+        best=f"{trained.best} (val {config.train.best} {value})",
+        report=trained.report,
+        predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN",
+    )
 
 
 @click.command(options_metavar="[OPTIONS]")

@@ -7,7 +7,7 @@ from unet_core.metrics import Totals
 from unet_core.runs.run import open_existing
 from unet_core.runs.timings import Seconds, recent_seconds
 from unet_core.storage.store import Store
-from unet_core.training.training_run import Position, TrainingRun, is_training
+from unet_core.training.training_run import TrainingRun, TrainingState, is_training
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingStatus:
 
     uri: str
     steps: int
-    position: Position
+    position: TrainingState
     is_finished: bool
     metric: str
 

@@ -21,9 +21,9 @@ from torch import nn
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
 from unet_core.inference.engine import choose_device
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 from unet_core.training.fit import Epoch, Step, fit
-from unet_core.training.learner import new_network, precision
+from unet_core.training.learner import autocast_dtype, new_network
 from unet_core.training.losses import Loss
 
 TURNS = 8
@@ -33,7 +33,7 @@ def ours(config: TrainConfig) -> Iterator[tuple[int, float]]:
     """Steps with a full batch, and seconds of one of them, epoch by epoch."""
     seconds: list[float] = []
     for event in fit(config):
-        if isinstance(event, Step) and event.images == config.train.batch:
+        if isinstance(event, Step) and event.crops == config.train.batch:
             seconds.append(event.seconds)
         elif isinstance(event, Epoch):
             yield len(seconds), statistics.mean(seconds)
@@ -47,24 +47,24 @@ def bare(config: TrainConfig) -> Callable[[int], float]:
     network = network.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate)
     loss = Loss(config.loss, 255, None)
-    dtype, batch, crop = precision(config.train, device), config.train.batch, config.train.crop
+    dtype, batch, crop = autocast_dtype(config.train, device), config.train.batch, config.train.crop
     side, channels = crop + 2 * header.tiling.margin, header.preprocessing.channels
     images = torch.rand(batch, channels, side, side, device=device)
     labels = torch.randint(0, 2, (batch, crop, crop), device=device)
-    examples = Examples(
+    micro_batch = MicroBatch(
         [""] * batch, images.contiguous(memory_format=torch.channels_last), labels, None
     )
-    counts = loss.counts(examples)
+    counts = loss.counts(micro_batch)
 
     def step() -> float:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = network(examples.images_NCHW)
-        part = loss.part(logits, examples, counts)
+            logits = network(micro_batch.images_NCHW)
+        share = loss.share(logits, micro_batch, counts)
         optimizer.zero_grad(set_to_none=True)
-        part.backward()
+        share.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        return part.item()
+        return share.item()
 
     def timed(steps: int) -> float:
         started = time.perf_counter()
@@ -97,7 +97,7 @@ def turns(config: TrainConfig) -> Iterator[tuple[float, float, float]]:
 
 
 def main() -> None:
-    """Print images a second of both, and the ratio."""
+    """Print crops a second of both, and the ratio."""
     images, masks, *overrides = sys.argv[1:]
     table = {
         "data": {"train": {"uri": images, "masks": masks, "label_map": {255: 1}}},
@@ -111,11 +111,11 @@ def main() -> None:
         output = config.output.model_copy(update={"uri": f"{folder}/model"})
         seconds = list(turns(config.model_copy(update={"output": output})))
     *loops, with_data = zip(*seconds, strict=True)
-    print(f"train: {config.train.batch / statistics.median(with_data):.1f} images/s")
+    print(f"train: {config.train.batch / statistics.median(with_data):.1f} crops/s")
     for name, loop in zip(("bare loop", "with memory kept"), loops, strict=True):
         ratios = sorted(one / other for one, other in zip(loop, with_data, strict=True))
         rate, ratio = config.train.batch / statistics.median(loop), statistics.median(ratios)
-        print(f"{name}: {rate:.1f} images/s, ratio {ratio:.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f})")
+        print(f"{name}: {rate:.1f} crops/s, ratio {ratio:.3f} ({ratios[0]:.3f}–{ratios[-1]:.3f})")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_what_stops_ranks_is_told_as_in_one_process(folder, tmp_path, kind):
         config = config_of(folder, tmp_path / "m", *options)
         store = Store(str(tmp_path / "m"))
         thread = after(1, store, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(StoppedError, match="stopped after step"):
+        with pytest.raises(StoppedError, match=r"stopped (after step|while validating)"):
             train(config)
         thread.join()
         assert store.list("checkpoints")
@@ -166,3 +167,26 @@ def test_a_rank_hears_that_it_is_to_stop_before_it_has_taken_a_step():
     other = Reporter(mailbox)
     other.say(Started(("a", "b"), 1, 1, 1, 1, 0))
     assert other.wants_stop()
+
+
+def test_a_rank_asks_at_most_twice_a_second_whether_to_stop(monkeypatch):
+    now, answer = [0.0], [False]
+    asked = []
+
+    class Remote:
+        @staticmethod
+        def remote(*events):
+            asked.append(now[0])
+            return answer[0]
+
+    monkeypatch.setattr("jobs.backends.ddp.ray.get", lambda answer: answer)
+    monkeypatch.setattr("jobs.backends.ddp.time.monotonic", lambda: now[0])
+    reporter = Reporter(SimpleNamespace(say=Remote))
+    for tick in range(1001):  # ten seconds, as of a rank that looks at images
+        now[0] = tick / 100
+        answer[0] = tick >= 500
+        if reporter.wants_stop():
+            break
+    assert 5 <= now[0] <= 5.6
+    assert 8 <= len(asked) <= 11
+    assert min(np.diff(asked)) >= 0.5

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.support.scenes import labelled
 from unet_core.config.train import AugmentConfig
 from unet_core.synthetic import nuclei
-from unet_core.training.augment import augmented
+from unet_core.training.augment import augment
 from unet_core.training.boundary import boundary_term, objects_of
 from unet_core.training.crops import CropShape, draw
 
@@ -48,7 +48,7 @@ def augmentations():
         pixels = gray.astype(np.float32) / np.percentile(gray, 99.8)
         image = labelled(np.stack([pixels] * 3) if "color" in options else pixels, mask)
         tries = [
-            augmented([draw(image, shape, config, (seed, 0, 0))], shape, torch.device("cpu"))
+            augment([draw(image, shape, config, (seed, 0, 0))], shape, torch.device("cpu"))
             for seed in range(3 if name == "flips" else 12)
         ]
         made = max(tries, key=lambda t: (t.images_NCHW[0, 0] - torch.tensor(pixels)).abs().mean())

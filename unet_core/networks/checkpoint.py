@@ -1,4 +1,6 @@
-"""Checkpoint files: safetensors with everything that prediction needs in the metadata.
+"""Checkpoint files: safetensors. Of a network: weights, with everything that prediction needs in
+the metadata. Of a training in progress: only ``pack`` and ``unpack``; ``training_run`` says what
+is in them.
 
 Files of this project only; ``foreign.weights`` reads weights of other projects.
 """
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from unet_core.config.presets import UNetSpec
 from unet_core.config.sections import StorageConfig
-from unet_core.errors import CheckpointError, one_line
+from unet_core.errors import CheckpointError, few, one_line
 from unet_core.networks.header import (
     FORMAT,
     Header,
@@ -24,9 +26,6 @@ from unet_core.networks.header import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-SHOWN = 3
-"""Tensor names that an error message lists; the others are counted."""
 
 
 def load(
@@ -99,12 +98,6 @@ def difference(wanted: Collection[str], got: Collection[str]) -> str:
         "unexpected": [key for key in got if key not in wanted],
     }
     return ", ".join(f"{what} {few(keys)}" for what, keys in found.items() if keys)
-
-
-def few(names: list[str], shown: int = SHOWN) -> str:
-    """Join the first names, and say how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def is_counter(key: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from unet_core.metrics import SCORE_NAMES
 from unet_core.report.charts import Plot, Points, lines
-from unet_core.training.training_run import BEST, Position, TrainingRun
+from unet_core.training.training_run import BEST, TrainingRun, TrainingState
 
 MOST_LINES = TONES = 8
 SCORES = {kind: SCORE_NAMES[kind] for kind in ("iou", "dice")}
@@ -63,7 +63,7 @@ def _classes(pixels: dict[str, int], curves: Curves, best_step: int) -> Iterator
         }
 
 
-def _plots(curves: Curves, names: list[str], position: Position) -> Iterator[Plot]:
+def _plots(curves: Curves, names: list[str], position: TrainingState) -> Iterator[Plot]:
     rules = ((float(position.best_step), "best"),) if position.best is not None else ()
     drawn = {
         "Training loss": {"loss": curves["loss", None]},

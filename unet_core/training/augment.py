@@ -17,8 +17,10 @@ from unet_core.training.crops import Crop, CropShape
 
 
 @dataclass(frozen=True)
-class Examples:
-    """One forward pass of training data: a rank's crops of a step, or a piece of them."""
+class MicroBatch:
+    """The crops of one forward pass: those of a rank in a step, or with gradient accumulation a
+    part of them.
+    """
 
     image_ids: list[str]
     images_NCHW: Tensor
@@ -29,7 +31,7 @@ class Examples:
     """Boundary terms (see ``boundary.py``), float32; None if the loss does not use them."""
 
 
-def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Examples:
+def augment(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> MicroBatch:
     """Apply the random choices of some crops: images and boundary terms are resampled bilinearly,
     labels by nearest neighbour.
 
@@ -47,7 +49,7 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
     if terms := [crop.boundary_HW for crop in crops if crop.boundary_HW is not None]:
         boundary_N1HW = _stacked(terms, device).float()[:, None]
         boundary_NHW = _sample(boundary_N1HW, inner_NHW2, "bilinear")[:, 0]
-    return Examples(
+    return MicroBatch(
         image_ids=[crop.image_id for crop in crops],
         images_NCHW=_with_gray_variation(images_NCHW, crops),
         labels_NHW=_sample(labels_N1HW, inner_NHW2, "nearest")[:, 0].long(),
@@ -55,11 +57,11 @@ def augmented(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> 
     )
 
 
-def no_examples(shape: CropShape, channels: int, device: torch.device) -> Examples:
-    """Return a batch of size 0, for a rank that has no image left in a step."""
+def empty_micro_batch(shape: CropShape, channels: int, device: torch.device) -> MicroBatch:
+    """Return a micro-batch of size 0, for a rank that has no image left in a step."""
     side, input_side = shape.side, shape.input_side
     images_NCHW = torch.zeros(0, channels, input_side, input_side, device=device)
-    return Examples(
+    return MicroBatch(
         [], images_NCHW, torch.zeros(0, side, side, dtype=torch.int64, device=device), None
     )
 

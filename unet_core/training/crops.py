@@ -1,7 +1,7 @@
 """Random crops: the augmentation parameters, and the part of the image that they need.
 
 Crops are drawn on threads; ``augment.py`` applies the parameters on the device. The random numbers
-of a crop depend on the seed, the epoch, the round and the image id alone.
+of a crop depend on the seed, the epoch, the repeat and the image id alone.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.config.train import AugmentConfig
-from unet_core.training.dataset import Labelled, digest_of
+from unet_core.training.dataset import LabelledImage, digest_of
 
 Random = np.random.Generator
 
@@ -82,8 +82,10 @@ class Crop:
         return sum(array.nbytes for array in arrays if array is not None)
 
 
-def draw(image: Labelled, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]) -> Crop:
-    """Draw a random crop of an image; ``seed`` holds the seed of the run, the epoch and the round.
+def draw(
+    image: LabelledImage, shape: CropShape, augment: AugmentConfig, seed: tuple[int, ...]
+) -> Crop:
+    """Draw a random crop of an image; ``seed`` holds the seed of the run, the epoch and the repeat.
 
     The order of the draws is fixed: add new ones at the end, or all later ones change.
     """

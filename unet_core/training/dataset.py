@@ -1,7 +1,7 @@
 """Labelled images: listing, splitting, decoding and caching.
 
 Every shard is scanned once before the first step (``scan.py``): unusable images are reported then,
-and the order of an epoch (``feed.py``) follows from the image counts of shards alone. Decoded
+and the order of an epoch (``sampler.py``) follows from the image counts of shards alone. Decoded
 images stay in memory up to a limit.
 """
 
@@ -24,11 +24,11 @@ from unet_core.networks.header import Header
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]
-"""Split, shard, and position among the images of the split in the shard."""
+"""Split, shard, and index among the images of the split in the shard."""
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImage:
     """A decoded image in memory with its labels and boundary term."""
 
     decoded: DecodedImage
@@ -72,7 +72,7 @@ class LabelledInput:
         self._decoder = Decoder(header.preprocessing, classes, config)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
-    def decode(self, sample: Sample) -> list[Labelled]:
+    def decode(self, sample: Sample) -> list[LabelledImage]:
         """Decode a sample to one image, or to one for each page if pages are expanded.
 
         Raises ConfigError for an image or mask that cannot be used: skipping it would hide it.
@@ -90,7 +90,7 @@ class LabelledInput:
                 raise ConfigError(f"{self.name}: {image.sample.image_id}: {text}") from error
         return images
 
-    def _in_memory(self, image: DecodedImage) -> Labelled:
+    def _in_memory(self, image: DecodedImage) -> LabelledImage:
         """Read all pixels and labels; raises ConfigError for more than ``max_pixels``."""
         config, (height, width) = self.config, image.pixels.shape
         if height * width > config.max_pixels:
@@ -115,7 +115,7 @@ class LabelledInput:
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
         pixels = Pixels.of(image.pixels.whole())
         decoded = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
-        return Labelled(decoded, labels_HW, boundary_HW)
+        return LabelledImage(decoded, labels_HW, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
         """Convert mask values to class ids, uint8 if they fit, else uint16.
@@ -136,10 +136,10 @@ class ImageCache:
 
     room: int
     """Bytes that are left."""
-    images: dict[Key, Labelled] = field(default_factory=dict)
+    images: dict[Key, LabelledImage] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, key: Key, image: Labelled) -> None:
+    def add(self, key: Key, image: LabelledImage) -> None:
         """Add an image if it fits; thread-safe."""
         with self._lock:
             if key not in self.images and image.nbytes <= self.room:
@@ -149,10 +149,10 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class Item:
-    """An image of a split, not decoded yet (Sample) or decoded (Labelled)."""
+    """An image of a split, not decoded yet (Sample) or decoded (LabelledImage)."""
 
     key: Key
-    image: Sample | Labelled
+    image: Sample | LabelledImage
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Split:
     input: LabelledInput
     cache: ImageCache
     low: float = 0.0
-    """The split holds the images whose ``share_of`` is in [low, high)."""
+    """The split holds the images whose ``split_hash`` is in [low, high)."""
     high: float = 1.0
     counts: list[int] = field(default_factory=list)
     """Images in each shard; empty before the scan."""
@@ -188,7 +188,7 @@ class Split:
             if item.key == keys[-1]:
                 return
 
-    def load(self, item: Item) -> Labelled:
+    def load(self, item: Item) -> LabelledImage:
         """Return the decoded image and cache it; raises ConfigError if it cannot be used."""
         image = self.cache.images.get(item.key, item.image)
         if isinstance(image, Sample):
@@ -209,8 +209,8 @@ class DatasetScan:
     """Images without a mask in inputs with ``on_missing_mask = "refuse"``."""
     unusable: list[str] = field(default_factory=list)
     """Error messages of images that cannot be used."""
-    lowest_share: float = 1.0
-    """Lowest ``share_of`` of all images."""
+    lowest_hash: float = 1.0
+    """Lowest ``split_hash`` of all images."""
 
     def of(self, split: str) -> int:
         """Count the images of a split."""
@@ -221,7 +221,7 @@ class DatasetScan:
         self.label_pixels.update(other.label_pixels)
         self.without_mask += other.without_mask
         self.unusable += other.unusable
-        self.lowest_share = min(self.lowest_share, other.lowest_share)
+        self.lowest_hash = min(self.lowest_hash, other.lowest_hash)
         return self
 
 
@@ -229,7 +229,7 @@ Splits = tuple[Split, Split]
 """The training split and the validation split."""
 
 
-def share_of(image_id: str) -> float:
+def split_hash(image_id: str) -> float:
     """Hash an image id to a number in [0, 1), which decides its split."""
     return int.from_bytes(digest_of(image_id)[:6], "big") / 2**48
 
@@ -240,7 +240,7 @@ def digest_of(image_id: str) -> bytes:
 
 
 def split_at(splits: Splits, at: float) -> None:
-    """Divide one input anew: ids with a share below ``at`` validate, the others train.
+    """Divide one input anew: ids with a ``split_hash`` below ``at`` validate, the others train.
 
     Empties the cache, because keys depend on the division.
     """
@@ -275,9 +275,9 @@ def read_items(
             problems.unusable.append(str(error))
             continue
         for image in images:
-            share = share_of(image.image_id)
+            hashed = split_hash(image.image_id)
             for split in splits:
-                if split.low <= share < split.high:
+                if split.low <= hashed < split.high:
                     yield Item((split.name, shard, positions[split.name]), image)
                     positions[split.name] += 1
 
@@ -285,7 +285,8 @@ def read_items(
 def open_splits(config: TrainConfig, header: Header, cache: ImageCache) -> Splits:
     """List the training and validation images, without reading them.
 
-    Without ``data.val``, ``val_fraction`` of the training images, chosen by ``share_of``, validate.
+    Without ``data.val``, ``val_fraction`` of the training images, chosen by ``split_hash``,
+    validate.
     """
     inputs = {
         name: LabelledInput(name, part, config, header) for name, part in config.data.parts.items()

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 
 from unet_core.config.train import TrainConfig
-from unet_core.errors import DivergedError, StoppedError
+from unet_core.errors import DivergedError, StoppedError, few
 from unet_core.inference.engine import choose_device
 from unet_core.memory import retain_freed_memory, usable_bytes
 from unet_core.networks import checkpoint
 from unet_core.training.crops import CropShape
 from unet_core.training.dataset import TRAIN, VAL, ImageCache, open_splits
-from unet_core.training.feed import Feed, Order, StepBatch
 from unet_core.training.learner import Learner, StepResult, learning_rate_at, new_network
+from unet_core.training.loader import CropLoader, StepBatch
 from unet_core.training.losses import BatchCounts, Loss, class_weights
 from unet_core.training.ranks import Ranks
-from unet_core.training.scan import scan
-from unet_core.training.training_run import BEST, LAST, Position, TrainingRun, open_training
+from unet_core.training.sampler import EpochSampler, steps_per_epoch
+from unet_core.training.scan import scan_or_read
+from unet_core.training.training_run import BEST, LAST, TrainingRun, TrainingState, open_training
 from unet_core.training.validation import Validation, validate
 
 CACHE_DIVISOR = 4
@@ -58,7 +59,7 @@ class Step:
     number: int
     """Number of the step in the training, from 1."""
     epoch: int
-    images: int
+    crops: int
     """Crops of the step, over all ranks."""
     loss: float
     """Loss of the previous step, over all ranks; 0 in the first step of an epoch or session."""
@@ -84,13 +85,15 @@ class Epoch:
 Event = Started | Step | Epoch
 
 
-class ReducedStats(NamedTuple):
+class StepStats(NamedTuple):
     """Values of one rank before a step, or their sums over all ranks."""
 
-    pixels: float
-    """These three: ``BatchCounts`` of the step."""
+    valid_pixels: float
+    """Pixels of the step but ``ignore_index``."""
+    valid_crops: float
+    """Crops of the step with at least one valid pixel."""
     crops: float
-    images: float
+    """All crops of the step."""
     errors: float
     """Number of ranks that could not load an image."""
     loss: float
@@ -111,8 +114,8 @@ def fit(
 
     Every rank must call it. Raises, on all ranks, ConfigError for unusable data, RunMismatchError
     for the folder of another training, DivergedError if the loss or gradient is not finite, and
-    StoppedError soon after ``wants_stop`` was true on any rank, after a checkpoint once steps were
-    taken.
+    StoppedError soon after ``wants_stop`` was true on any rank: during the scan of the images
+    without a checkpoint, later after one.
     """
     ranks = ranks or Ranks.joined()
     device = device or choose_device(config.model.device)
@@ -128,6 +131,7 @@ def fit(
     with ThreadPoolExecutor(max(2, torch.get_num_threads()), "decode") as pool:
         loop = TrainingLoop(config, run, ranks, device, pool, wants_stop)
         yield loop.restore()
+        # the second: all steps were taken, but the last validation was interrupted
         while loop.position.step < loop.steps or loop.position.step_in_epoch:
             yield from loop.train_epoch()
         loop.finish()
@@ -144,57 +148,65 @@ class TrainingLoop:
     ) -> None:  # fmt: skip
         self.config, self.run, self.ranks = config, run, ranks
         self.pool, self.wants_stop = pool, wants_stop
-        self.position = Position()
+        self.position = TrainingState()
         network, self.header = ranks.on_all(lambda: new_network(config))
-        header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.count)
+        header, cache = self.header, ImageCache(usable_bytes() // CACHE_DIVISOR // ranks.world_size)
         splits = ranks.on_all(lambda: open_splits(config, header, cache))
-        data = scan(config, run, splits, ranks, pool, wants_stop)
+        data = scan_or_read(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimizer steps of the whole training."""
         weights = class_weights(config.loss, len(header.class_names), data["class_pixels"])
         loss = Loss(config.loss, config.data.train.ignore_index, weights)
         self.learner = Learner(network, loss, config.train, device, ranks)
         shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
-        self.feed = Feed(config, splits[0], shape, header.preprocessing.channels, device, pool)
+        self.loader = CropLoader(
+            config, splits[0], shape, header.preprocessing.channels, device, pool
+        )
         self.val = splits[1]
         self._saved_at = time.monotonic()
-        self._unreduced = NO_STEP
-        """Result of the last step on this rank, until ``_reduce`` has summed it over all ranks."""
+        self._last_result = NO_STEP
+        """Result of the last step on this rank, until ``_all_reduce`` has summed it over all."""
 
     def restore(self) -> Started:
         """Load the newest checkpoint; publish its weights again if they are the best, in case
         that was interrupted.
         """
-        newest = self.ranks.on_first(self.run.newest)
+        newest = self.ranks.on_first(self.run.newest_step)
+        self.ranks.on_first(lambda: self.run.remove_leftovers(after=newest))
         if newest is not None:
             self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
-            self.ranks.on_all(lambda: self.learner.restore(tensors))
+            self.ranks.on_all(lambda: self.learner.load_state_dict(tensors))
             if self.position.best is not None and self.position.best_step == self.position.step:
                 self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
             class_names=self.header.class_names,
-            train_images=self.feed.split.images,
+            train_images=self.loader.split.images,
             val_images=self.val.images,
             steps=self.steps,
-            steps_per_epoch=Order(self.config.train, self.feed.split, 0).steps,
+            steps_per_epoch=steps_per_epoch(self.config.train, self.loader.split.images),
             step=self.position.step,
         )
 
     def train_epoch(self) -> Iterator[Step | Epoch]:
         """Take the remaining steps of an epoch, then validate and save a checkpoint."""
         began, position = time.perf_counter(), self.position
-        order = Order(self.config.train, self.feed.split, position.epoch)
-        skip = position.step_in_epoch
-        last = min(order.steps, skip + self.steps - position.step)
-        with contextlib.closing(self.feed.steps(order, self.ranks, skip)) as batches:
+        sampler = EpochSampler(self.config.train, self.loader.split, position.epoch)
+        last = min(sampler.steps, position.step_in_epoch + self.steps - position.step)
+        with contextlib.closing(
+            self.loader.batches(sampler, self.ranks, skip=position.step_in_epoch)
+        ) as batches:
             while position.step_in_epoch < last:
                 started = time.perf_counter()
                 batch = next(batches)
-                total = self._reduce(batch)
-                self._take_step(batch, BatchCounts(total.pixels, total.crops, total.images))
-                seconds, images = time.perf_counter() - started, round(total.images)
-                yield Step(position.step, order.epoch, images, total.loss, seconds, batch.waiting_s)
-        self._reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
+                total = self._all_reduce(batch)
+                self._take_step(
+                    batch, BatchCounts(total.valid_pixels, total.valid_crops, total.crops)
+                )
+                seconds, crops = time.perf_counter() - started, round(total.crops)
+                yield Step(
+                    position.step, sampler.epoch, crops, total.loss, seconds, batch.waiting_s
+                )
+        self._all_reduce(StepBatch([], waiting_s=0.0))  # the loss of the last step
         yield self._end_epoch(began)
 
     def finish(self) -> None:
@@ -218,51 +230,50 @@ class TrainingLoop:
         seconds = time.perf_counter() - began
         return Epoch(number, position.step, loss, validation, is_best, seconds)
 
-    def _reduce(self, batch: StepBatch) -> ReducedStats:
+    def _all_reduce(self, batch: StepBatch) -> StepStats:
         """Sum the counts of a batch, the loss of the previous step and requests to stop or save
         over all ranks; save if asked. Called before each step, and once after the last of an epoch.
 
         Raises, on all ranks, an error of any rank's batch, DivergedError, or StoppedError.
         """
-        total = ReducedStats(*self.ranks.sum([*self._local_stats(batch)]))
+        total = StepStats(*self.ranks.all_reduce_sum([*self._local_stats(batch)]))
         if total.errors:
-            raise next(e for e in self.ranks.gather(batch.error) if e is not None)
+            raise next(e for e in self.ranks.all_gather(batch.error) if e is not None)
         if not math.isfinite(total.loss):
             raise self._diverged()
         self.position.loss_sum += total.loss
-        self._unreduced = NO_STEP
+        self._last_result = NO_STEP
         if total.stops or total.saves:
             self._save()
         if total.stops:
             raise StoppedError(f"stopped after step {self.position.step}")
         return total
 
-    def _local_stats(self, batch: StepBatch) -> ReducedStats:
-        previous = self._unreduced
-        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.pieces)]
-        pixels, crops, images = map(math.fsum, zip(*counts, strict=True))
+    def _local_stats(self, batch: StepBatch) -> StepStats:
+        counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
+        valid_pixels, valid_crops, crops = map(math.fsum, zip(*counts, strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_due = time.monotonic() - self._saved_at > 60 * minutes
-        return ReducedStats(
-            pixels,
+        return StepStats(
+            valid_pixels,
+            valid_crops,
             crops,
-            images,
             errors=float(batch.error is not None),
-            loss=math.fsum(previous.losses) if previous.is_finite else math.nan,
+            loss=math.fsum(self._last_result.losses) if self._last_result.is_finite else math.nan,
             stops=float(self.wants_stop()),
             saves=float(is_due and self.ranks.is_first),
         )
 
     def _diverged(self) -> DivergedError:
-        """Create an error that names the images of pieces whose loss is not finite; if only the
-        gradient is not, all images of the step.
+        """Create an error that names the images of micro-batches whose loss is not finite; if only
+        the gradient is not, all images of the step.
         """
-        last = self._unreduced
-        pieces = zip(last.image_ids, last.losses, strict=True)
-        local = [(i, not math.isfinite(loss)) for piece, loss in pieces for i in piece]
-        images = [image for part in self.ranks.gather(local) for image in part]
+        last = self._last_result
+        by_micro_batch = zip(last.image_ids, last.losses, strict=True)
+        local = [(i, not math.isfinite(loss)) for ids, loss in by_micro_batch for i in ids]
+        images = [image for part in self.ranks.all_gather(local) for image in part]
         suspects = [i for i, is_bad in images if is_bad] or [i for i, _ in images]
-        named = checkpoint.few(list(dict.fromkeys(suspects)), SHOWN)
+        named = few(list(dict.fromkeys(suspects)), SHOWN)
         return DivergedError(
             f"the loss or its gradient is no number at step {self.position.step}; images: "
             f"{named}; the last good checkpoint is kept in {self.run.store.uri()}: look at these "
@@ -274,7 +285,7 @@ class TrainingLoop:
         seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
         rate = learning_rate_at(position.step, self.steps, train)
         dropout_seed = int(seed.generate_state(1)[0])
-        self._unreduced = self.learner.step(batch.pieces, counts, rate, dropout_seed)
+        self._last_result = self.learner.step(batch.micro_batches, counts, rate, dropout_seed)
         position.step += 1
         position.step_in_epoch += 1
 
@@ -292,7 +303,7 @@ class TrainingLoop:
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
-        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.tensors()))
+        self.ranks.on_first(lambda: self.run.save(self.position, self.learner.state_dict()))
 
     def _publish(self, name: str) -> None:
         """Write the weights with their header, for prediction; called on rank 0."""

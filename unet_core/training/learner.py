@@ -21,7 +21,7 @@ from unet_core.networks import checkpoint
 from unet_core.networks.construction import build, header_of
 from unet_core.networks.header import Header
 from unet_core.tiling.geometry import Sides
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 from unet_core.training.losses import BatchCounts, Loss
 from unet_core.training.ranks import Ranks
 
@@ -30,11 +30,12 @@ class StepResult(NamedTuple):
     """Result of an optimizer step on one rank."""
 
     image_ids: list[list[str]]
-    """Image ids of each piece."""
+    """Image ids of each micro-batch."""
     losses: list[float]
-    """Share of each piece in the loss of the global batch."""
+    """Share of each micro-batch in the loss of the global batch."""
     is_finite: bool
-    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged."""
+    """True if the gradient was finite, on all ranks alike; if not, the weights are unchanged
+    (BatchNorm's running statistics are not), and training ends."""
 
 
 class Learner:
@@ -45,7 +46,7 @@ class Learner:
     ) -> None:
         self._config, self.loss, self._ranks = config, loss, ranks
         self.device = device
-        if ranks.count > 1 and device.type == "cuda":
+        if ranks.world_size > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # untyped in torch
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
         norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
@@ -54,13 +55,13 @@ class Learner:
             norm.requires_grad_(False)
         if config.compile:
             self.network.compile()
-        self._ddp = self.network if ranks.count == 1 else DistributedDataParallel(self.network)
+        self._ddp = self.network if ranks.world_size == 1 else DistributedDataParallel(self.network)
         self._optimizer = _optimizer(self.network, config)
         self._ema: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self._ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        self._autocast = precision(config, device)
+        self._autocast = autocast_dtype(config, device)
 
     @property
     def eval_network(self) -> nn.Module:
@@ -68,7 +69,7 @@ class Learner:
         return self._ema.module if self._ema is not None else self.network
 
     def step(
-        self, pieces: Sequence[Examples], counts: BatchCounts, rate: float, seed: int
+        self, micro_batches: Sequence[MicroBatch], counts: BatchCounts, rate: float, seed: int
     ) -> StepResult:
         """Take one optimizer step, unless the gradient is not finite.
 
@@ -82,7 +83,10 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        losses = [self._backward(p, counts, n == len(pieces)) for n, p in enumerate(pieces, 1)]
+        losses = [
+            self._backward(micro_batch, counts, number == len(micro_batches))
+            for number, micro_batch in enumerate(micro_batches, start=1)
+        ]
         max_norm = self._config.clip_norm or math.inf
         gradient_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
         is_finite = bool(gradient_norm.isfinite())
@@ -91,25 +95,25 @@ class Learner:
             if self._ema is not None:
                 self._ema.update_parameters(self.network)
         return StepResult(
-            [piece.image_ids for piece in pieces], [loss.item() for loss in losses], is_finite
+            [b.image_ids for b in micro_batches], [loss.item() for loss in losses], is_finite
         )
 
-    def _backward(self, piece: Examples, counts: BatchCounts, is_last: bool) -> Tensor:
-        """Accumulate a piece's gradient and return its loss, a scalar.
+    def _backward(self, micro_batch: MicroBatch, counts: BatchCounts, is_last: bool) -> Tensor:
+        """Accumulate a micro-batch's gradient and return its loss, a scalar.
 
-        The backward pass of the last piece synchronises the gradients of all ranks.
+        The backward pass of the last micro-batch synchronizes the gradients of all ranks.
         """
         if isinstance(self._ddp, DistributedDataParallel):
             self._ddp.require_backward_grad_sync = is_last
         # ranks with and without images exchange statistics of BatchNorm in one precision
-        is_low = self._autocast is not None and len(piece.image_ids) > 0
+        is_low = self._autocast is not None and len(micro_batch.image_ids) > 0
         with torch.autocast(self.device.type, self._autocast, enabled=is_low):
-            logits_NKHW = self._ddp(piece.images_NCHW)
-        loss = self.loss.part(logits_NKHW, piece, counts)
-        (loss * self._ranks.count).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
+            logits_NKHW = self._ddp(micro_batch.images_NCHW)
+        loss = self.loss.share(logits_NKHW, micro_batch, counts)
+        (loss * self._ranks.world_size).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
         return loss.detach()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Copy the state of network, EMA and optimizer to the CPU, by name."""
         state = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         if self._ema is not None:
@@ -120,8 +124,8 @@ class Learner:
             }
         return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load the state that ``tensors()`` returned; raises CheckpointError if it does not fit."""
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Load what ``state_dict()`` returned; raises CheckpointError if it does not fit."""
         parts, state = defaultdict[str, Any](dict), defaultdict[int, Any](dict)
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
@@ -173,7 +177,7 @@ def learning_rate_at(step: int, steps: int, config: FitConfig) -> float:
     return config.learning_rate * factor[config.schedule]
 
 
-def precision(config: FitConfig, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(config: FitConfig, device: torch.device) -> torch.dtype | None:
     """Return the dtype for autocast, or None for float32."""
     is_supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     is_wanted = config.precision == "bfloat16" or (config.precision == "auto" and is_supported)
@@ -206,7 +210,7 @@ def new_network(config: TrainConfig) -> tuple[nn.Module, Header]:
 
 
 def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
-    """Load ``model.checkpoint``; for another number of classes the last layer is initialised anew.
+    """Load ``model.checkpoint``; for another number of classes the last layer is initialized anew.
 
     Raises ConfigError if that is not possible, CheckpointError for an unusable file.
     """

@@ -2,7 +2,7 @@
 
 Terms over pixels are divided by the number of valid pixels (those without ``ignore_index``), terms
 over crops by the number of crops with valid pixels, both of the whole global batch. So the losses
-of its pieces add up, however a batch is split into pieces and ranks.
+of its micro-batches add up, however a batch is split into micro-batches and ranks.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unet_core.config.train import LossConfig
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 
 SMOOTH = 0.5
 """Pixels added to numerator and denominator, so that the index of an absent class is defined."""
@@ -67,13 +67,13 @@ def one_hot(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
 
 
 class BatchCounts(NamedTuple):
-    """Sizes of a batch, or of a piece of it; floats, to be summed over ranks."""
+    """Sizes of a batch, or of a micro-batch of it; floats, to be summed over ranks."""
 
-    pixels: float
-    """Valid pixels: all but ``ignore_index``."""
-    crops: float
+    valid_pixels: float
+    """Pixels of all labels but ``ignore_index``."""
+    valid_crops: float
     """Crops with at least one valid pixel."""
-    images: float
+    crops: float
     """All crops."""
 
 
@@ -86,17 +86,17 @@ class Loss:
     class_weights: list[float] | None
     """Weight of the pixels of each class; None: 1 for all."""
 
-    def counts(self, examples: Examples) -> BatchCounts:
+    def counts(self, micro_batch: MicroBatch) -> BatchCounts:
         """Count the valid pixels, the crops with valid pixels, and all crops."""
-        is_valid_NHW = examples.labels_NHW != self.ignore_index
-        crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
-        return BatchCounts(float(is_valid_NHW.sum()), crops, float(len(is_valid_NHW)))
+        is_valid_NHW = micro_batch.labels_NHW != self.ignore_index
+        valid_crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
+        return BatchCounts(float(is_valid_NHW.sum()), valid_crops, float(len(is_valid_NHW)))
 
-    def part(self, logits_NKHW: Tensor, examples: Examples, batch: BatchCounts) -> Tensor:
-        """Compute a piece's share of the loss, a scalar; ``batch`` holds counts over all ranks."""
-        is_valid_NHW = examples.labels_NHW != self.ignore_index
-        labels_NHW = examples.labels_NHW.masked_fill(~is_valid_NHW, 0)
-        weights_NHW = self._weights(labels_NHW, is_valid_NHW, examples.boundary_NHW)
+    def share(self, logits_NKHW: Tensor, micro_batch: MicroBatch, batch: BatchCounts) -> Tensor:
+        """Compute a micro-batch's share of the loss, a scalar; ``batch``: counts over all ranks."""
+        is_valid_NHW = micro_batch.labels_NHW != self.ignore_index
+        labels_NHW = micro_batch.labels_NHW.masked_fill(~is_valid_NHW, 0)
+        weights_NHW = self._weights(labels_NHW, is_valid_NHW, micro_batch.boundary_NHW)
         logits_NKHW = logits_NKHW.float()
         total, config = logits_NKHW.new_zeros(()), self.config
         for weight, pixel_loss in (
@@ -106,7 +106,7 @@ class Loss:
         ):
             if weight:
                 each_NHW = pixel_loss(logits_NKHW, labels_NHW)
-                total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.pixels, 1)
+                total = total + weight * (each_NHW * weights_NHW).sum() / max(batch.valid_pixels, 1)
         has_valid_N = is_valid_NHW.flatten(1).any(dim=1)
         for weight, alpha, beta in (
             (config.dice, 0.5, 0.5),
@@ -115,7 +115,7 @@ class Loss:
         ):
             if weight:
                 each_N = tversky(logits_NKHW, labels_NHW, is_valid_NHW, alpha, beta)
-                total = total + weight * (each_N * has_valid_N).sum() / max(batch.crops, 1)
+                total = total + weight * (each_N * has_valid_N).sum() / max(batch.valid_crops, 1)
         return total
 
     def _weights(

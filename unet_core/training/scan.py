@@ -17,14 +17,56 @@ from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.runs.manifest import manifest_name
 from unet_core.training import dataset
 from unet_core.training.dataset import TRAIN, VAL, DatasetScan, Item, Split, Splits
-from unet_core.training.feed import Order
 from unet_core.training.ranks import Ranks
+from unet_core.training.sampler import steps_per_epoch
 from unet_core.training.training_run import TrainingRun
 
 AHEAD = 16
 """Images that are decoded ahead: some for each thread."""
 SHOWN = 5
 """Problems that an error message lists; the others are counted."""
+
+
+def scan_or_read(
+    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
+    wants_stop: Callable[[], bool],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the ``data`` of ``run.json`` and set the counts of the splits.
+
+    The first session scans the images and publishes both; later ones read them. Raises
+    RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
+    """
+    was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
+    if run.document and was_scanned:
+        data: dict[str, Any] = run.document["data"]
+        if data["val_below"] < 1:
+            dataset.split_at(splits, data["val_below"])
+        ranks.on_all(lambda: run.load_counts(splits))
+        return data
+    found = scan_dataset(splits, ranks, pool, wants_stop)
+    train, val = splits
+    highest = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
+    data = {
+        TRAIN: train.images,
+        VAL: val.images,
+        "class_pixels": [found.label_pixels[label] for label in range(highest + 1)],
+        "val_below": val.high,
+        "steps": config.train.steps
+        or config.train.epochs * steps_per_epoch(config.train, train.images),
+    }
+
+    def publish() -> dict[str, Any]:
+        if not run.document:
+            run.create(config, data)
+        elif run.document["data"] != data:
+            raise RunMismatchError(
+                f"{run.store.uri()}: the images changed since the training began; restore them, or "
+                "train into a new folder"
+            )
+        run.publish_manifest(splits)
+        return data
+
+    return ranks.on_first(publish)
 
 
 def scan_dataset(
@@ -39,13 +81,17 @@ def scan_dataset(
     groups = [[train, val]] if train.input is val.input else [[train], [val]]
 
     def scan_all() -> DatasetScan:
-        parts = ranks.on_all(lambda: [_scan(group, ranks, pool, wants_stop) for group in groups])
-        return functools.reduce(operator.iadd, itertools.chain(*ranks.gather(parts)), DatasetScan())
+        parts = ranks.on_all(
+            lambda: [_scan_input(group, ranks, pool, wants_stop) for group in groups]
+        )
+        return functools.reduce(
+            operator.iadd, itertools.chain(*ranks.all_gather(parts)), DatasetScan()
+        )
 
     found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         # too few images for val_fraction: one validates
-        dataset.split_at(splits, math.nextafter(found.lowest_share, 1))
+        dataset.split_at(splits, math.nextafter(found.lowest_hash, 1))
         found = scan_all()
     for split in splits:
         split.counts = [found.images[split.name, shard] for shard in range(len(split.input.shards))]
@@ -53,7 +99,7 @@ def scan_dataset(
     return found
 
 
-def _scan(
+def _scan_input(
     splits: list[Split], ranks: Ranks, pool: ThreadPoolExecutor, wants_stop: Callable[[], bool]
 ) -> DatasetScan:
     """Scan this rank's shards of one input, which ``splits`` share."""
@@ -61,7 +107,7 @@ def _scan(
     by_name = {split.name: split for split in splits}
 
     def items() -> Iterator[Item]:
-        for shard in range(ranks.rank, len(source.shards), ranks.count):
+        for shard in range(ranks.rank, len(source.shards), ranks.world_size):
             yield from dataset.read_items(splits, shard, problems)
 
     def scan_item(item: Item) -> DatasetScan:
@@ -69,8 +115,8 @@ def _scan(
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return DatasetScan(unusable=[str(error)])
-        share = dataset.share_of(item.image.image_id)
-        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_share=share)
+        hashed = dataset.split_hash(item.image.image_id)
+        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_hash=hashed)
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             item_scan.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
@@ -120,44 +166,3 @@ def _refuse_single_class(found: DatasetScan, ignore_index: int) -> None:
         )
     only = labels[0] if labels else "none"
     raise ConfigError(f"data.train: every pixel that counts is of class {only}; {advice}")
-
-
-def scan(
-    config: TrainConfig, run: TrainingRun, splits: Splits, ranks: Ranks, pool: ThreadPoolExecutor,
-    wants_stop: Callable[[], bool],
-) -> dict[str, Any]:  # fmt: skip
-    """Return the ``data`` of ``run.json`` and set the counts of the splits.
-
-    The first session scans the images and publishes both; later ones read them. Raises
-    RunMismatchError if the images changed since then, and what ``scan_dataset`` raises.
-    """
-    was_scanned = ranks.on_first(lambda: run.store.exists(manifest_name(0)))
-    if run.document and was_scanned:
-        data: dict[str, Any] = run.document["data"]
-        if data["val_below"] < 1:
-            dataset.split_at(splits, data["val_below"])
-        ranks.on_all(lambda: run.load_counts(splits))
-        return data
-    found = scan_dataset(splits, ranks, pool, wants_stop)
-    train, val = splits
-    classes = max(label for label in found.label_pixels if label != train.input.config.ignore_index)
-    data = {
-        TRAIN: train.images,
-        VAL: val.images,
-        "class_pixels": [found.label_pixels[label] for label in range(classes + 1)],
-        "val_below": val.high,
-        "steps": config.train.steps or config.train.epochs * Order(config.train, train, 0).steps,
-    }
-
-    def publish() -> dict[str, Any]:
-        if not run.document:
-            run.create(config, data)
-        elif run.document["data"] != data:
-            raise RunMismatchError(
-                f"{run.store.uri()}: the images changed since the training began; restore them, or "
-                "train into a new folder"
-            )
-        run.publish_manifest(splits)
-        return data
-
-    return ranks.on_first(publish)

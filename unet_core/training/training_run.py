@@ -7,14 +7,12 @@ history of the steps before a checkpoint is published before it.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from unet_core import __version__
-from unet_core.config.sections import Section
 from unet_core.config.train import TrainConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import masks_at
@@ -30,16 +28,14 @@ from unet_core.training.dataset import Splits
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
-"""File names of a checkpoint and of a history part, to be formatted with the step."""
-GIVEN = ".given"
-"""Suffix of identity keys that record that a config key was written with its default value."""
+"""File names of a checkpoint and of a history file, to be formatted with the step."""
 
 Row = dict[str, Any]
 
 
 @dataclass
-class Position:
-    """Progress of a training; stored as JSON in checkpoints and ``_SUCCESS``."""
+class TrainingState:
+    """Progress of a training; JSON in checkpoints, as ``position``, and in ``_SUCCESS``."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -66,29 +62,15 @@ def identity(config: TrainConfig) -> Identity:
             "masks": masks_at(part, config.storage),
         }
         del row["shard_images"]
+        if part.instances and "ignore_index" not in part.model_fields_set:
+            row["ignore_index"] = None  # every value but 0 is an object
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
     if initial := config.model.checkpoint:
         table["model"]["checkpoint"] = checkpoint_digest(initial, config.storage)
-    return _flat(table) | dict.fromkeys((key + GIVEN for key in _given_keys(config)), True)
-
-
-def _given_keys(config: TrainConfig) -> Iterator[str]:
-    """Yield config keys whose default value, if written, has another effect than if left out."""
-    for name, part in config.data.parts.items():
-        if part.instances and _is_written_default(part, "ignore_index"):
-            yield f"data.{name}.ignore_index"
-    model = config.model
-    if (
-        model.checkpoint
-        and _is_written_default(model, "classes")
-        and read_header(model.checkpoint, config.storage).class_names != tuple(model.classes)
-    ):
-        yield "model.classes"
-
-
-def _is_written_default(section: Section, key: str) -> bool:
-    default = type(section).model_fields[key].default
-    return key in section.model_fields_set and getattr(section, key) == default
+        if "classes" not in config.model.model_fields_set:
+            header = read_header(initial, config.storage)
+            table["model"]["classes"] = list(header.class_names)
+    return _flat(table)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Identity:
@@ -105,6 +87,8 @@ class TrainingRun(RunFolder):
 
     def __init__(self, store: Store) -> None:
         super().__init__(store, RUN_JSON, "training")
+        self.requested: Identity = {}
+        """The identity that ``create`` publishes; ``open_training`` sets it."""
         self.history: list[Row] = []
         """Rows since the last checkpoint, not published yet."""
         if self.document and self.document.get("kind") != "training":
@@ -112,10 +96,9 @@ class TrainingRun(RunFolder):
 
     def create(self, config: TrainConfig, data: dict[str, Any]) -> None:
         """Publish ``run.json``; raises RunMismatchError if another driver has just done so."""
-        settings = identity(config)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.requested, sort_keys=True).encode()).hexdigest()
         is_first = self.create_or_join(
-            settings,
+            self.requested,
             kind="training",
             fingerprint=digest,
             data=data,
@@ -153,7 +136,7 @@ class TrainingRun(RunFolder):
                 )
             split.counts = [then[shard.shard_id] for shard in split.input.shards]
 
-    def save(self, position: Position, tensors: dict[str, Any]) -> None:
+    def save(self, position: TrainingState, tensors: dict[str, Any]) -> None:
         """Publish the history since the last checkpoint, then a checkpoint; remove older ones."""
         if self.history:
             table = pa.Table.from_pylist(self.history, schema=HISTORY)
@@ -165,21 +148,21 @@ class TrainingRun(RunFolder):
             if step != position.step:
                 self.store.remove(CHECKPOINT.format(step))
 
-    def newest(self) -> int | None:
-        """Return the step of the newest checkpoint, or None; remove temporary files and the history
-        after that step.
-        """
+    def newest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, or None."""
+        return max(self._steps(CHECKPOINT), default=None)
+
+    def remove_leftovers(self, after: int | None) -> None:
+        """Remove temporary files, and the history after a step; all of it if that is None."""
         for folder in ("checkpoints", "history"):
             for entry in self.store.list(folder):
                 if is_temporary(entry.name):
                     self.store.remove(f"{folder}/{entry.name}")
-        newest = max(self._steps(CHECKPOINT), default=None)
         for step in self._steps(HISTORY_FILE):
-            if newest is None or step > newest:
+            if after is None or step > after:
                 self.store.remove(HISTORY_FILE.format(step))
-        return newest
 
-    def load(self, step: int) -> tuple[Position, dict[str, Any]]:
+    def load(self, step: int) -> tuple[TrainingState, dict[str, Any]]:
         """Read a checkpoint: position, tensors. Raises StoreError if missing, CheckpointError if
         damaged.
         """
@@ -192,24 +175,24 @@ class TrainingRun(RunFolder):
         names = map(HISTORY_FILE.format, self._steps(HISTORY_FILE))
         return [row for name in names for row in self._rows_of(name)]
 
-    def finish(self, position: Position) -> None:
+    def finish(self, position: TrainingState) -> None:
         """Publish ``_SUCCESS``, the last file of a training."""
         self.store.publish(SUCCESS, json.dumps(vars(position), indent=1).encode() + b"\n")
 
-    def position(self) -> Position:
+    def position(self) -> TrainingState:
         """Read the progress from ``_SUCCESS`` or the newest checkpoint, without its tensors."""
         if self.is_finished:
-            return Position(**json.loads(self.store.read(SUCCESS)))
-        newest = max(self._steps(CHECKPOINT), default=None)
-        return Position() if newest is None else self._position_at(newest)
+            return TrainingState(**json.loads(self.store.read(SUCCESS)))
+        newest = self.newest_step()
+        return TrainingState() if newest is None else self._position_at(newest)
 
     def _rows_of(self, name: str) -> list[Row]:
         with self.store.open_parquet(name) as file:
             return file.read().to_pylist()
 
-    def _position_at(self, step: int) -> Position:
+    def _position_at(self, step: int) -> TrainingState:
         metadata = read_metadata(self.store.uri(CHECKPOINT.format(step)), self.store.storage)
-        return Position(**json.loads(metadata["position"]))
+        return TrainingState(**json.loads(metadata["position"]))
 
     def _steps(self, pattern: str) -> list[int]:
         """List the steps of files named by a pattern, ascending; temporary files do not match."""
@@ -226,7 +209,10 @@ def open_training(config: TrainConfig) -> TrainingRun:
     it holds anything else.
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
-    run.check(identity(config))
+    run.requested = identity(config)
+    written = {f"data.{name}.ignore_index": p.ignore_index for name, p in config.data.parts.items()}
+    written["model.classes"] = list(config.model.classes)  # schema 1 did not resolve these
+    run.check(run.requested | written if run.is_of_schema_1 else run.requested)
     if not run.is_finished:
         run.require_current_schema()
     return run

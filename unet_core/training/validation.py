@@ -92,12 +92,12 @@ def validate(
 
     # the engine sets cudnn flags for repeatable results; this restores those of training
     with torch.backends.cudnn.flags(enabled=True):
-        return Validation(sum(ranks.gather(ranks.on_all(count))))
+        return Validation(sum(ranks.all_gather(ranks.on_all(count))))
 
 
 def _items_of_rank(split: Split, ranks: Ranks) -> Iterator[Item]:
     """Yield every n-th image of the split on each of n ranks."""
     numbers = itertools.count()
     for shard, count in enumerate(split.counts):
-        positions = [i for i in range(count) if next(numbers) % ranks.count == ranks.rank]
+        positions = [i for i in range(count) if next(numbers) % ranks.world_size == ranks.rank]
         yield from split.items(shard, positions)

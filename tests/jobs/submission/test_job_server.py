@@ -345,7 +345,7 @@ def test_progress_lines_of_a_job_move_a_bar_on_a_terminal(monkeypatch):
         for line, share in [
             ("segmenting: 25 of ~100 images, 3.0 images/s, 0 failed, 1/4 shards, 2 actors", 0.25),
             ("segmenting: 30 of ~? images, 3.0 images/s, 0 failed, 1/4 shards, 2 actors", 0.0),
-            ("training: 1,500 of 3,000 steps, epoch 3/6, 20 images/s, loss 0.1", 0.5),
+            ("training: 1,500 of 3,000 steps, epoch 3/6, 20 crops/s, loss 0.1", 0.5),
         ]:
             shown.on_line(line)
             (task,) = shown.bar.tasks

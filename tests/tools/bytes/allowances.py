@@ -89,8 +89,8 @@ def sorted_header(data: bytes) -> bytes:
 
 
 SAID = (
-    r"^[a-z ]+: [^\n]*images/s[^\n]*\n",
-    r"^epoch [^\n]*?  ([\d.–]+ images/s, \d+% waiting for data  [\d.]+ s)",
+    r"^[a-z ]+: [^\n]*(?:images|crops)/s[^\n]*\n",
+    r"^epoch [^\n]*?  ([\d.–]+ (?:images|crops)/s, \d+% waiting for data  [\d.]+ s)",
     r"^device: +([^\n]*)$",
     r'^ "seconds": \{(.*?)^ \}',
     r"^(?:WARNING|ERROR) (\S+) ",

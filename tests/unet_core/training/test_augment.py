@@ -4,7 +4,7 @@ import torch
 
 from tests.support.scenes import labelled
 from unet_core.config.train import AugmentConfig
-from unet_core.training.augment import augmented
+from unet_core.training.augment import augment
 from unet_core.training.crops import CropShape, draw
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_without_variation_a_crop_is_a_piece_of_its_image():
     image = decoded(50, 41)
     for seed in range(5):
         crop, shape = crop_of(image, 24, seed=seed)
-        made = augmented([crop], shape, CPU)
+        made = augment([crop], shape, CPU)
         pixels = made.images_NCHW[0, 0].round().numpy()
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
         ((y, x),) = positions(image.decoded.pixels.whole()[0], pixels)
@@ -56,7 +56,7 @@ def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
     seen = set()
     for seed in range(40):
         crop, shape = crop_of(image, 24, seed=seed, flips=True, quarter_turns=True)
-        made = augmented([crop], shape, CPU)
+        made = augment([crop], shape, CPU)
         pixels = made.images_NCHW[0, 0].round().numpy()
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
         assert (made.labels_NHW[0].numpy() == pixels % 4).all()
@@ -73,7 +73,7 @@ def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
 def test_beyond_an_image_lies_its_mirror(size):
     image = decoded(*size)
     crop, shape = crop_of(image, 32, margin=6)
-    made = augmented([crop], shape, CPU)
+    made = augment([crop], shape, CPU)
     pixels = made.images_NCHW[0, 0].round().numpy()
     around = [(100, 100) if length > 1 else (0, 0) for length in size]
     mirrored = np.pad(image.decoded.pixels.whole()[0], around, mode="reflect")
@@ -90,7 +90,7 @@ def test_labels_and_boundaries_move_with_the_image():
     image = labelled(blob, (blob > 0).astype(np.uint8), (blob / 200).astype(np.float16))
     for seed in range(8):
         crop, shape = crop_of(image, 96, margin=8, seed=seed, **GEOMETRY)
-        made = augmented([crop], shape, CPU)
+        made = augment([crop], shape, CPU)
         assert made.boundary_NHW is not None
         inner = made.images_NCHW[0, 0, 8:-8, 8:-8] / 200
         np.testing.assert_allclose(inner, made.boundary_NHW[0], atol=1e-3)
@@ -103,19 +103,19 @@ def test_labels_are_never_mixed():
     random = np.random.default_rng(0)
     labels = random.choice([0, 3, 7, 255], (90, 90)).astype(np.uint8)
     crop, shape = crop_of(labelled(labels, labels), 48, **GEOMETRY)
-    assert set(augmented([crop], shape, CPU).labels_NHW.unique().tolist()) <= {0, 3, 7, 255}
+    assert set(augment([crop], shape, CPU).labels_NHW.unique().tolist()) <= {0, 3, 7, 255}
 
 
 def test_a_crop_depends_on_its_seed_and_image_alone():
     images = [decoded(60, 70), decoded(90, 40, seed=1), decoded(30, 30, seed=2)]
     made = [crop_of(image, 32, seed=3, **EVERYTHING) for image in images]
-    together = augmented([crop for crop, _ in made], made[0][1], CPU)
+    together = augment([crop for crop, _ in made], made[0][1], CPU)
     for at, (crop, shape) in enumerate(made):
-        alone = augmented([crop], shape, CPU)
+        alone = augment([crop], shape, CPU)
         np.testing.assert_allclose(alone.images_NCHW[0], together.images_NCHW[at], atol=1e-2)
         assert (alone.labels_NHW[0] == together.labels_NHW[at]).all()
     other, shape = crop_of(images[0], 32, seed=4, **EVERYTHING)
-    assert not torch.equal(augmented([other], shape, CPU).images_NCHW[0], together.images_NCHW[0])
+    assert not torch.equal(augment([other], shape, CPU).images_NCHW[0], together.images_NCHW[0])
 
 
 @pytest.mark.parametrize("rotation", [0.0, 45.0, 180.0])
@@ -126,7 +126,7 @@ def test_the_window_holds_all_that_a_crop_needs(rotation):
     options = {**NOTHING, "rotation": rotation, "scale": 1.5, "elastic": 6.0, "flips": True}
     for seed in range(20):
         crop, shape = crop_of(image, 48, margin=10, seed=seed, **options)
-        ramp = augmented([crop], shape, CPU).images_NCHW[0, 0]
+        ramp = augment([crop], shape, CPU).images_NCHW[0, 0]
         smooth = torch.diff(ramp, n=2, dim=0).abs().max(), torch.diff(ramp, n=2, dim=1).abs().max()
         assert max(smooth) < 0.2  # a fold shows as a kink of the ramp
 
@@ -136,7 +136,7 @@ def test_gray_values_vary_within_their_limits():
     means = []
     for seed in range(60):
         crop, shape = crop_of(flat, 16, seed=seed, contrast=0.2, brightness=0.1)
-        made = augmented([crop], shape, CPU).images_NCHW
+        made = augment([crop], shape, CPU).images_NCHW
         assert made.std() < 1e-6
         means.append(made.mean().item())
     assert 0.5 * 0.8 - 0.1 <= min(means) < 0.42

@@ -189,11 +189,11 @@ def test_a_loss_that_is_no_number_names_its_images_and_keeps_the_last_good_weigh
     step = Learner.step
     taken = []
 
-    def poisoned(self, pieces, *arguments):
-        taken.append([piece.image_ids for piece in pieces])
+    def poisoned(self, micro_batches, *arguments):
+        taken.append([micro_batch.image_ids for micro_batch in micro_batches])
         if len(taken) == 9:
-            pieces[0].images_NCHW.fill_(float("nan"))
-        return step(self, pieces, *arguments)
+            micro_batches[0].images_NCHW.fill_(float("nan"))
+        return step(self, micro_batches, *arguments)
 
     monkeypatch.setattr(Learner, "step", poisoned)
     halves = ("train.accumulate=2", "train.batch=8", "train.crops_per_image=8")
@@ -228,7 +228,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(folder, tmp_path
     assert epochs(config_of(folder, out))[-1].step == 42  # as if that had not happened
 
 
-def test_a_piece_without_images_leaves_the_statistics_alone(folder, tmp_path):
+def test_a_micro_batch_without_images_leaves_the_statistics_alone(folder, tmp_path):
     network, _ = new_network(config_of(folder, tmp_path / "m"))
     before = {name: t.clone() for name, t in network.state_dict().items() if "running" in name}
     images_N1HW = torch.zeros(0, 1, 64, 64)
@@ -313,8 +313,8 @@ def test_a_key_that_counts_by_being_written_makes_another_training(folder, tmp_p
         ([], ignored, None),
         ([], model[1], None),
         ([model[0]], "model.classes=['background', 'nucleus']", "model.classes"),
-        (["data.train.instances=true"], ignored, "data.train.ignore_index.given"),
-        ([model[0]], model[1], "model.classes.given"),
+        (["data.train.instances=true"], ignored, "data.train.ignore_index"),
+        ([model[0]], model[1], "model.classes"),
     ):
         config = build(TrainConfig, base, [*before, written])
         usual = identity(build(TrainConfig, base, before))

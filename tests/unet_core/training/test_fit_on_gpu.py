@@ -10,10 +10,10 @@ from tests.support.pretended_device import DEVICE, pretended_device
 from tests.support.scenes import config_of
 from unet_core.errors import StoppedError
 from unet_core.synthetic import nuclei, png
-from unet_core.training import augment, feed, learner, losses
+from unet_core.training import augment, learner, loader, losses
 from unet_core.training import fit as fitting
 from unet_core.training.fit import Step, fit
-from unet_core.training.learner import precision
+from unet_core.training.learner import autocast_dtype
 
 SMALL = ("train.epochs=1", "train.crop=32", "train.crops_per_image=1", "model.width=2",
          "train.precision=float32", "loss.boundary=0")  # fmt: skip
@@ -85,15 +85,15 @@ def test_a_training_goes_on_from_a_checkpoint_on_the_device(scenes, tmp_path):
 def test_the_device_decides_the_precision_of_auto(scenes, tmp_path):
     config = config_of(scenes, tmp_path, "train.precision=auto").train
     with pretended_device():
-        assert precision(config, DEVICE) == torch.bfloat16
+        assert autocast_dtype(config, DEVICE) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("module", "right", "wrong", "users"),
     [(augment, "_bicubic_weights(side).to(device)", "_bicubic_weights(side)",
-      {"augmented": feed}),
+      {"augment": loader}),
      (augment, "centre_N2 = torch.tensor([crop.centre for crop in crops], device=device)",
-      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augmented": feed}),
+      "centre_N2 = torch.tensor([crop.centre for crop in crops])", {"augment": loader}),
      (losses, "torch.arange(logits, device=labels_NHW.device)", "torch.arange(logits)",
       {"one_hot": losses}),
      (learner, "network.to(device, memory_format", "network.to(memory_format",

@@ -5,7 +5,7 @@ import torch
 
 from unet_core.config.train import LossConfig
 from unet_core.training import losses
-from unet_core.training.augment import Examples
+from unet_core.training.augment import MicroBatch
 from unet_core.training.losses import Loss, class_weights
 
 IGNORE = 255
@@ -19,15 +19,15 @@ def scene(logits, crops=3):
     return torch.randn(crops, logits, 5, 6, requires_grad=True), labels
 
 
-def examples(labels, boundary=None):
-    return Examples(["a"] * len(labels), torch.empty(0), labels, boundary)
+def micro_batch_of(labels, boundary=None):
+    return MicroBatch(["a"] * len(labels), torch.empty(0), labels, boundary)
 
 
 def value(x, labels, terms=None, class_weights=None, **options):
     zero = dict.fromkeys(("cross_entropy", "dice"), 0.0)
     loss = Loss(LossConfig(**{**zero, **options}), IGNORE, class_weights)
-    piece = examples(labels, terms)
-    return loss.part(x, piece, loss.counts(piece))
+    micro_batch = micro_batch_of(labels, terms)
+    return loss.share(x, micro_batch, loss.counts(micro_batch))
 
 
 @pytest.mark.parametrize("logits", [1, 3])
@@ -87,16 +87,16 @@ def test_a_batch_without_truth_weighs_nothing(name, logits):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pieces_of_a_batch_add_up(name):
+def test_micro_batches_of_a_batch_add_up(name):
     x, labels = scene(3, crops=5)
     labels[4] = IGNORE  # what a rank without images computes
     config = LossConfig(**{"cross_entropy": 0.0, "dice": 0.0, name: 1.0})
     loss = Loss(config, IGNORE, None)
-    totals = loss.counts(examples(labels))
-    assert totals.crops == 4
-    whole = loss.part(x, examples(labels), totals).item()
+    totals = loss.counts(micro_batch_of(labels))
+    assert totals.valid_crops == 4
+    whole = loss.share(x, micro_batch_of(labels), totals).item()
     cuts = (slice(0, 1), slice(1, 4), slice(4, 5))
-    parts = [loss.part(x[cut], examples(labels[cut]), totals).item() for cut in cuts]
+    parts = [loss.share(x[cut], micro_batch_of(labels[cut]), totals).item() for cut in cuts]
     assert math.fsum(parts) == pytest.approx(whole, rel=1e-5)
 
 

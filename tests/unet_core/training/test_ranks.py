@@ -70,14 +70,14 @@ def losses(out):
     return [row["value"] for row in rows if row["name"] == "loss"]
 
 
-def test_any_number_of_ranks_and_pieces_trains_the_same_network(train, tmp_path):
+def test_any_number_of_ranks_and_micro_batches_trains_the_same_network(train, tmp_path):
     """1 rank × 8, 2 × 4, 4 × 2, an uneven 3, and accumulation: 10 steps."""
     # 7 images, 5 steps an epoch; in the last, the first of three ranks has no crop, the last two
     options = (*NO_NORM, "train.crops_per_image=5", "train.epochs=2")
     train("one", 1, *options)
     assert len(losses(tmp_path / "one")) == 2
     others = {"two": (2, ()), "four": (4, ()), "three": (3, ("train.accumulate=2",)),
-              "pieces": (1, ("train.accumulate=3",))}  # fmt: skip
+              "micro-batches": (1, ("train.accumulate=3",))}  # fmt: skip
     for out, (ranks, more) in others.items():
         train(out, ranks, *options, *more)
         assert difference(weights(tmp_path / "one"), weights(tmp_path / out)) < 1e-5, out

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from unet_core.config.import_weights import ForeignConfig, ImportConfig
 from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of
 from unet_core.config.sections import StorageConfig
-from unet_core.errors import CheckpointError, ConfigError
+from unet_core.errors import CheckpointError, ConfigError, few
 from unet_core.networks import checkpoint, construction
-from unet_core.networks.checkpoint import difference, few, fitting, is_counter
+from unet_core.networks.checkpoint import difference, fitting, is_counter
 from unet_core.networks.foreign.layouts import LAYOUTS, Layout
 from unet_core.networks.header import Header
 from unet_core.networks.unet import UNet

@@ -7,8 +7,7 @@ import tifffile
 from tests.support.data import IMAGES, write_tar
 from tests.support.scenes import config_of, opened
 from unet_core.config.train import FitConfig
-from unet_core.training.feed import Order
-from unet_core.training.ranks import Ranks
+from unet_core.training.sampler import EpochSampler, slots_of
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +42,10 @@ def split(request, folder, tars, stack, tmp_path):
     return train
 
 
-def steps_of(split, slots, ranks, epoch=0, rounds=1, skip=0):
+def steps_of(split, slots, ranks, epoch=0, repeats=1, skip=0):
     """Image ids of each step in the order of the slots, drawn by this number of ranks together."""
-    order = Order(FitConfig(seed=7, batch=slots, crops_per_image=rounds), split, epoch)
-    drawn = [list(order.streams(Ranks(rank, ranks).slots(slots), skip)) for rank in range(ranks)]
+    sampler = EpochSampler(FitConfig(seed=7, batch=slots, crops_per_image=repeats), split, epoch)
+    drawn = [list(sampler.batches(slots_of(rank, ranks, slots), skip)) for rank in range(ranks)]
     return [
         [entry and (entry[0], entry[1].image.image_id) for part in parts for entry in part]
         for parts in zip(*drawn, strict=True)
@@ -62,8 +61,8 @@ def test_an_epoch_has_every_image_once(split, slots):
     assert all(None not in step for step in steps[:-1])  # only the last step has gaps
 
 
-def test_rounds_take_every_image_so_many_times(split):
-    drawn = Counter(entry for step in steps_of(split, 4, 1, rounds=3) for entry in step if entry)
+def test_repeats_take_every_image_so_many_times(split):
+    drawn = Counter(entry for step in steps_of(split, 4, 1, repeats=3) for entry in step if entry)
     assert set(drawn.values()) == {1}
     assert Counter(image_id for _, image_id in drawn).most_common()[-1][1] == 3
 
@@ -92,8 +91,8 @@ def test_shards_are_added_up_once_an_epoch(split):
             return super().__iter__()
 
     split.counts = Counts(split.counts)
-    order = Order(FitConfig(batch=2), split, 0)
-    assert sum(order.present(range(2), step) for step in range(order.steps)) == split.images
+    sampler = EpochSampler(FitConfig(batch=2), split, 0)
+    assert sum(sampler.batch_size(range(2), step) for step in range(sampler.steps)) == split.images
     assert len(sums) == 2  # the second is that of this test
 
 
