@@ -84,7 +84,7 @@ def plan(plan: "Plan") -> None:
     lines(
         run=plan.uri + (" (finished)" if plan.is_finished else ""),
         input=f"{plan.input} ({plan.format})",
-        shards=f"{plan.shards:,}, {plan.shards_left:,} left",
+        shards=f"{plan.shards:,}, {plan.shards_left:,} left, work for as many workers at most",
         images="known when the tars are read" if plan.images is None else f"{plan.images:,}",
         bytes=f"{plan.bytes / 1e9:.3f} GB, {plan.bytes_left / 1e9:.3f} GB left",
         workers=plan.workers,

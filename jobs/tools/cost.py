@@ -98,7 +98,7 @@ def _require_several(shards: int, which: str) -> None:
     if shards < 2:
         raise ConfigError(
             f"{shards} shards {which}: too few to measure anything by; a smaller "
-            "input.shard_images makes more of loose images"
+            "input.shard_images or input.shard_mb makes more of loose images"
         )
 
 

@@ -91,7 +91,10 @@ class InputConfig(Section):
     images in a column; ``list``: a Parquet or CSV list of URIs, or an S3 Inventory (said, never
     found by ``auto``)."""
     shard_images: Count = 256
-    """Loose images per shard."""
+    """Loose images per shard, at most."""
+    shard_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 512.0
+    """Megabytes of loose images per shard, at most, unless a single one is larger: a shard of large
+    files is one worker's work for long, and is done again as a whole."""
     masks: UriOrNone = ""
     """Truth. Tar: member suffix (``mask.png``). Folder: another folder if it holds a ``/``,
     else a stem suffix (``_mask``). Parquet and lists: column. Empty: no truth."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -33,7 +32,7 @@ SHOWN = 3
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """Groups of ``input.shard_images`` images, by name; raises ConfigError if no mask fits any."""
+    """Groups of images, by name; raises ConfigError if no mask fits any."""
     yield from group_into_shards(source, _pair_masks(source), known)
 
 
@@ -65,12 +64,22 @@ def sample_of(
 
 
 def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
-    """Shards of ``input.shard_images`` loose images, without those that are known."""
-    new = (member for member in members if not is_known(member, known))
-    first = 0
-    while some := tuple(islice(new, source.config.shard_images)):
-        yield make_shard("", sum(member.bytes for member in some), None, first, len(some), some)
-        first += len(some)
+    """Shards of loose images, without those that are known: ``input.shard_images`` each, or fewer
+    that together have ``input.shard_mb``. Sizes that a list does not give count as 0.
+    """
+    first, size = 0, 0
+    group: list[Member] = []
+    for member in members:
+        if is_known(member, known):
+            continue
+        is_full = len(group) == source.config.shard_images
+        if group and (is_full or size + member.bytes > source.config.shard_mb * 10**6):
+            yield make_shard("", size, None, first, len(group), tuple(group))
+            first, size, group = first + len(group), 0, []
+        group.append(member)
+        size += member.bytes
+    if group:
+        yield make_shard("", size, None, first, len(group), tuple(group))
 
 
 def _pair_masks(source: Source) -> list[Member]:

@@ -48,7 +48,7 @@ class Line(NamedTuple):
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
-    """Groups of ``input.shard_images`` rows, in the order of the list. Nothing listed is opened.
+    """Groups of rows, in the order of the list. Nothing listed is opened.
 
     Raises ConfigError for a list without ``uri`` and for a URI outside ``input.allow``.
     """

@@ -61,7 +61,7 @@ def identity(config: TrainConfig) -> Identity:
             "uri": Store(part.uri, config.storage).uri(),
             "masks": masks_at(part, config.storage),
         }
-        del row["shard_images"]
+        del row["shard_images"], row["shard_mb"]
         if part.instances and "ignore_index" not in part.model_fields_set:
             row["ignore_index"] = None  # every value but 0 is an object
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
@@ -210,7 +210,9 @@ def open_training(config: TrainConfig) -> TrainingRun:
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
     run.requested = identity(config)
-    written = {f"data.{name}.ignore_index": p.ignore_index for name, p in config.data.parts.items()}
+    written: Identity = {
+        f"data.{name}.ignore_index": p.ignore_index for name, p in config.data.parts.items()
+    }
     written["model.classes"] = list(config.model.classes)  # schema 1 did not resolve these
     run.check(run.requested | written if run.is_of_schema_1 else run.requested)
     if not run.is_finished:

@@ -37,6 +37,20 @@ def test_loose_images_are_grouped_by_name_at_any_depth(tmp_path):
     assert samples[0][0].read() == IMAGE
 
 
+def test_a_group_of_loose_images_ends_before_it_has_too_many_bytes(tmp_path):
+    for name, size in (("a", 400_000), ("b", 500_000), ("c", 200_000), ("d", 3_000_000), ("e", 1)):
+        write(tmp_path, f"{name}.png", data=bytes(size))
+    shards, _ = read_all(uri=tmp_path, shard_mb=1.0)
+    assert [(shard.first, shard.count, shard.bytes) for shard in shards] == [
+        (0, 2, 900_000), (2, 1, 200_000), (3, 1, 3_000_000), (4, 1, 1)
+    ]  # fmt: skip
+    by_both, _ = read_all(uri=tmp_path, shard_mb=1.0, shard_images=1)
+    assert len(by_both) == 5
+    alone, _ = read_all(uri=tmp_path, shard_images=2)
+    same, _ = read_all(uri=tmp_path, shard_images=2, shard_mb=0.95)
+    assert same[0].shard_id == alone[0].shard_id  # an id follows from the members alone
+
+
 def test_a_shard_id_changes_with_its_content_and_with_nothing_else(tmp_path):
     write(tmp_path, "1.png", "2.png")
     (before,), _ = read_all(uri=tmp_path)

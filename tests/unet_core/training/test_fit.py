@@ -134,7 +134,9 @@ def test_a_finished_training_is_left_alone_and_another_config_refused_by_key(fol
     before = files(out)
     assert epochs(config) == []
     assert files(out) == before
-    with pytest.raises(RunMismatchError, match=r"train\.learning_rate: the run has 0\.01, this co"):
+    with pytest.raises(
+        RunMismatchError, match=r"train\.learning_rate: the training has 0\.01, this co"
+    ):
         epochs(config_of(folder, out, "train.epochs=1", "train.learning_rate=0.1"))
     with pytest.raises(RunMismatchError, match=r"augment\.elastic"):
         epochs(config_of(folder, out, "train.epochs=1", "augment.elastic=3"))
@@ -312,7 +314,7 @@ def test_a_key_that_counts_by_being_written_makes_another_training(folder, tmp_p
     for before, written, key in (
         ([], ignored, None),
         ([], model[1], None),
-        ([model[0]], "model.classes=['background', 'nucleus']", "model.classes"),
+        ([model[0]], "model.classes=['background', 'nucleus']", None),  # those of the checkpoint
         (["data.train.instances=true"], ignored, "data.train.ignore_index"),
         ([model[0]], model[1], "model.classes"),
     ):
