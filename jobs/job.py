@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
-from unet_core.networks.header import Header, checkpoint_digest, read_header, require_factory
+from unet_core.networks.header import Header, read_header_and_digest
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.run import Record, Run, fingerprint, identity
@@ -53,11 +53,11 @@ class Job:
 
 def prepare(config: PredictConfig) -> Job:
     """Check everything that needs no GPU: checkpoint header, tile size, input, run folder."""
-    header = read_header(config.model.checkpoint, config.storage)
-    require_factory(config.model.checkpoint, header, config.model.factory)
+    header, sha256 = read_header_and_digest(
+        config.model.checkpoint, config.storage, config.model.factory
+    )
     tile_grid = tile_grid_for(header.tiling, config.tile.size, config.tile.mode, config.tile.tta)
     config.input.require_free_ignore_index(header.classes)
-    sha256 = checkpoint_digest(config.model.checkpoint, config.storage)
     run = Run(config.output.uri, config.storage)
     is_auto = config.input.format == "auto"
     known_format = run.identity["input.format"] if run.record is not None and is_auto else ""

@@ -15,18 +15,21 @@ import pytest
 from s3fs import S3FileSystem
 
 from jobs.predict import predict
-from tests.support.data import digests, pictures, write_parquet
+from tests.support.data import digests, pictures, write_parquet, write_tar
 from tests.support.rgw import moto_only
 from tests.support.runs import masks_by_key, write_toml
 from tests.support.s3 import BUCKET, POLICY
 from unet_core.config.sections import InputConfig, StorageConfig
-from unet_core.errors import ImageError, ShardError, StoreError
+from unet_core.errors import CheckpointError, ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
+from unet_core.networks import checkpoint
+from unet_core.networks.header import checkpoint_digest, read_header, read_header_and_digest
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
 from unet_core.storage.spool import spooled
 from unet_core.storage.store import Store
+from unet_core.synthetic import png
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
 
@@ -153,6 +156,46 @@ def test_a_role_is_assumed_with_the_credentials_at_hand(s3, prefix):
     store.publish("a", b"by the role")
     assert pickle.loads(pickle.dumps(store)).read("a") == b"by the role"
     assert s3.requests[0] != ("PUT", f"/{BUCKET}/{prefix}/a")  # the role was assumed first
+
+
+def test_a_checkpoint_is_read_once_by_whoever_needs_it(s3, prefix, tiny_model):
+    storage = StorageConfig(endpoint_url=s3.url)
+    with open(tiny_model, "rb") as file:
+        s3.client().put_object(Bucket=BUCKET, Key=f"{prefix}/m.safetensors", Body=file.read())
+    uri = f"s3://{BUCKET}/{prefix}/m.safetensors"
+    once = [("GET", f"/{BUCKET}/{prefix}/m.safetensors")]
+    s3.requests.clear()
+    header, digest = read_header_and_digest(uri, storage, "")
+    assert s3.requests == once
+    assert (header, digest) == (read_header(tiny_model), checkpoint_digest(tiny_model))
+    s3.requests.clear()
+    assert checkpoint.load(uri, digest, storage)[1] == header
+    assert s3.requests == once
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is a U-Net of presets"):
+        read_header_and_digest(uri, storage, "somewhere:build")
+
+
+def test_a_run_of_ten_shards_asks_the_store_no_more_than_it_must(
+    make_config, s3, prefix, tiny_model, tmp_path
+):
+    client, names = s3.client(), [f"{number}.tar" for number in range(10)]
+    for name, (key, image, _) in zip(names, pictures(), strict=False):
+        write_tar(tmp_path / name, {f"{key}.png": png(image)})
+        client.upload_file(str(tmp_path / name), BUCKET, f"{prefix}/in/{name}")
+    client.upload_file(tiny_model, BUCKET, f"{prefix}/m.safetensors")
+    place = f"s3://{BUCKET}/{prefix}"
+    config = make_config(
+        input={"uri": f"{place}/in", "masks": ""},
+        model={"checkpoint": f"{place}/m.safetensors"},
+        output={"uri": f"{place}/run"},
+        storage={"endpoint_url": s3.url},
+    )
+    s3.requests.clear()
+    assert predict(config).totals.ok == 10
+    reads = Counter(path.removeprefix(f"/{BUCKET}/{prefix}/") for _, path in s3.requests)
+    assert reads["m.safetensors"] == 2  # one by the driver, one by the worker; were 6
+    assert [reads[f"in/{name}"] for name in names] == [1] * 10
+    assert len(s3.requests) <= 80  # were 90
 
 
 def test_keys_that_cannot_be_listed_are_told_and_a_list_reads_them(s3, prefix, tmp_path):

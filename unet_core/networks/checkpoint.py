@@ -44,7 +44,7 @@ def load(
     data = read_bytes(checkpoint, storage)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise CheckpointError(f"{checkpoint}: the file changed since the run was made")
-    header = read_header(checkpoint, storage)
+    header = read_header(checkpoint, storage, data)
     require_factory(checkpoint, header, factory)
     tensors = unpack(data, checkpoint)
     is_ours = isinstance(header.network, UNetSpec)

@@ -92,9 +92,27 @@ def locate(checkpoint: str) -> str:
     return str(folder / f"{name}.safetensors")
 
 
-def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header:
-    """Read a checkpoint's header, without torch; raises CheckpointError if foreign or damaged."""
-    metadata = read_metadata(checkpoint, storage)
+def read_header_and_digest(
+    checkpoint: str, storage: StorageConfig | None, factory: str
+) -> tuple[Header, str]:
+    """Read a checkpoint once: its header, and the SHA-256 of the whole file, hex.
+
+    Raises CheckpointError if it is foreign or damaged, or if ``factory`` is not the one it names.
+    """
+    data = read_bytes(checkpoint, storage)
+    header = read_header(checkpoint, storage, data)
+    require_factory(checkpoint, header, factory)
+    return header, hashlib.sha256(data).hexdigest()
+
+
+def read_header(
+    checkpoint: str, storage: StorageConfig | None = None, data: bytes | None = None
+) -> Header:
+    """Read a checkpoint's header, without torch; raises CheckpointError if foreign or damaged.
+
+    ``data``: all bytes of the file, if they have been read.
+    """
+    metadata = read_metadata(checkpoint, storage, data)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{checkpoint}: its format is {metadata.get('format')!r}, allowed: {FORMAT!r}; "
@@ -113,13 +131,18 @@ def read_header(checkpoint: str, storage: StorageConfig | None = None) -> Header
     return header
 
 
-def read_metadata(checkpoint: str, storage: StorageConfig | None = None) -> dict[str, str]:
-    """Read a safetensors file's metadata by two range reads; raises CheckpointError for others."""
-    prefix = read_bytes(checkpoint, storage, 0, 8)
+def read_metadata(
+    checkpoint: str, storage: StorageConfig | None = None, data: bytes | None = None
+) -> dict[str, str]:
+    """Read a safetensors file's metadata from ``data``, all its bytes, or else by two range reads.
+
+    Raises CheckpointError for other files.
+    """
+    prefix = read_bytes(checkpoint, storage, 0, 8) if data is None else data[:8]
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
-    text = read_bytes(checkpoint, storage, 8, 8 + length)
+    text = read_bytes(checkpoint, storage, 8, 8 + length) if data is None else data[8 : 8 + length]
     try:
         header = json.loads(text)
         metadata: dict[str, str] = header.get("__metadata__", {})
@@ -175,6 +198,6 @@ def read_bytes(
     try:
         return Store(locate(checkpoint), storage).read("", start, stop)
     except StoreError as error:
+        hint = f"; the network of a training is {checkpoint}/best.safetensors"
         is_file = checkpoint.endswith(".safetensors")
-        hint = "" if is_file else f"; the network of a training is {checkpoint}/best.safetensors"
-        raise CheckpointError(f"model.checkpoint: {error}{hint}") from error
+        raise CheckpointError(f"model.checkpoint: {error}{'' if is_file else hint}") from error

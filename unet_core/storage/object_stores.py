@@ -1,6 +1,8 @@
 """Connections to object stores, and the meaning of their errors. Only ``store`` uses this.
 
-Credentials are found by the store's own library; nothing here reads, keeps or prints one.
+Credentials are found by the store's own library; nothing here reads, keeps or prints one. Private
+methods of s3fs and aiobotocore are called here alone, each with the reason beside it, and held to
+new versions by ``tests/unet_core/storage/test_s3_internals.py``.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec.asyn
@@ -20,6 +23,8 @@ from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage.spool import FULL
 
 ResultT = TypeVar("ResultT")
+Info = dict[str, Any]
+"""Name, type, size and etag of an object, or name and type of a prefix, as fsspec tells them."""
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,8 @@ LARGE_BYTES = 64 * 2**20
 """Larger files are uploaded from disk in parts; smaller ones need one request."""
 SLOWEST_BYTES_PER_S = 2**16
 """Slowest write that counts as progress; slower ones are given up and tried again."""
+PAGE_KEYS = 1000
+"""Keys in a page of a listing; S3 gives no more."""
 BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET}
 LIBRARIES = ("aiohttp", "azure", "botocore", "requests", "urllib3")
 BUSY_ANSWERS = {"408", "429", "500", "502", "503", "504"}
@@ -105,13 +112,13 @@ def write(fs: Any, path: str, source: BinaryIO, deadline_s: float, **how: Any) -
         if "s3" in fs.protocol and size > LARGE_BYTES and not isinstance(source, io.BytesIO):
             fsspec.asyn.sync(
                 fs.loop,
-                fs._put_file,
+                fs._put_file,  # put_file documents no time limit
                 f"/dev/fd/{source.fileno()}",  # temporary files have no other name
                 path,
                 timeout=limit_s,
                 **how,
             )
-        elif getattr(fs, "async_impl", False):
+        elif getattr(fs, "async_impl", False):  # nor does pipe_file
             fsspec.asyn.sync(fs.loop, fs._pipe_file, path, source.read(), timeout=limit_s, **how)
         else:
             fs.pipe_file(path, source.read(), **how)
@@ -146,6 +153,7 @@ def _role_session(storage: StorageConfig) -> Any:
         )()
 
     session = AioSession()
+    # nothing public gives a session credentials that are renewed
     session._credentials = credentials.AioDeferredRefreshableCredentials(assume, "assume-role")
     return session
 
@@ -154,6 +162,7 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
     """Read bytes [start, stop) of an S3 object at once; raises ChangedError for another ETag."""
 
     async def read() -> bytes:
+        # cat_file knows no If-Match, and call_s3 gives a body that only the loop of fs can read
         bucket, key, _ = fs.split_path(path)
         wanted = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         found = await fs._call_s3(
@@ -168,6 +177,34 @@ def read_if_match(fs: Any, path: str, start: int | None, stop: int | None, etag:
         if _code(error) in ("412", "PreconditionFailed"):
             raise ChangedError(f"{fs.unstrip_protocol(path)} {REWRITTEN}") from error
         raise
+
+
+def one_page(fs: Any, path: str) -> dict[str, dict[str, Info]] | None:
+    """Ask S3 for all keys below a prefix: what ``ls`` would give for each folder, by its path.
+
+    None if they are more than one page.
+    """
+    bucket, key, _ = fs.split_path(path)
+    # ls makes a request for each folder, and find one for each page, however many; s3fs says of
+    # call_s3, a public name, no more than of _call_s3
+    answer = fs.call_s3(
+        "list_objects_v2",
+        Bucket=bucket,
+        Prefix=key and f"{key}/",
+        MaxKeys=PAGE_KEYS,
+        **fs.req_kw,
+    )
+    if answer.get("IsTruncated"):
+        return None
+    folders: dict[str, dict[str, Info]] = {path: {}}
+    for found in answer.get("Contents", []):
+        parts = f"{bucket}/{found['Key']}"[len(path) + 1 :].split("/")
+        *above, name = accumulate(parts, "{}/{}".format, initial=path)
+        for folder, inner in pairwise(above):
+            folders[folder][f"{inner}/"] = {"name": inner, "type": "directory"}
+            folders.setdefault(inner, {})
+        folders[above[-1]][name] = found | {"name": name, "type": "file", "size": found["Size"]}
+    return folders
 
 
 def is_transient(error: BaseException) -> bool:

@@ -13,14 +13,15 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unet_core.concurrency import map_in_order
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import ChangedError, NotFoundError, StoreError
 from unet_core.storage import object_stores
@@ -31,6 +32,8 @@ ResultT = TypeVar("ResultT")
 
 COPY_BYTES = 16 * 2**20
 """Bytes per request of streams: large enough that latency does not count."""
+ZARR = {"zarr.json", ".zattrs", ".zarray"}
+"""A folder that directly holds a file of one of these names is a Zarr store."""
 TEMPORARY = ".tmp"
 """Suffix of files that are not published yet; their names begin with ``_``."""
 
@@ -139,7 +142,11 @@ class Store:
             yield file
 
     def list(self, folder: str = "") -> list[Entry]:
-        """List objects below a folder at any depth, by name; skips hidden ones (``.name``)."""
+        """List objects below a folder at any depth, by name; skips hidden ones (``.name``).
+
+        Gives nothing for a folder that directly holds a file of ``ZARR``: a Zarr store is one
+        object of another kind, which no reader knows yet.
+        """
         try:
             return sorted(self._entries(folder), key=lambda entry: entry.name)
         except NotFoundError:
@@ -147,10 +154,13 @@ class Store:
 
     def first(self) -> Entry | None:
         """Return some object below the root; None if there is none. Lists only what it needs."""
-        return next(self._entries(), None)
+        entry = next(self._entries(), None)
+        if entry is None and self._is_s3:  # whose pages of keys do not tell what is missing
+            self._try("list", "", lambda: self.fs.info(self.root))
+        return entry
 
     def _entries(self, folder: str = "") -> Iterator[Entry]:
-        path = self._path(folder)
+        path = self._path(folder.rstrip("/"))
         try:
             yield from self._walk(path) if self.is_local else self._find(path)
         except OSError as error:
@@ -270,42 +280,55 @@ class Store:
             _settle(self._path(name), source, settle)
 
     def _find(self, path: str) -> Iterator[Entry]:
-        """List an object store, the prefixes of each level side by side."""
-        pool = ThreadPoolExecutor(16)
-        pending: set[Future[Sequence[dict[str, Any]]]] = {pool.submit(self._level, path, path)}
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for level in done:
-                    for info in level.result():
-                        name = info["name"][len(path.rstrip("/")) + 1 :]
-                        if not name or any(map(is_hidden, name.split("/"))):
-                            continue
-                        if info["type"] == "directory":
-                            pending.add(pool.submit(self._level, info["name"], path))
-                        elif not name.endswith("/"):
-                            yield _object_entry(name, info)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """List an object store: S3 by one page of keys; if that is not all, and any other, by the
+        prefixes of each level, side by side.
+        """
+        ask = partial(object_stores.one_page, self.fs, path)
+        page = self._try("list", self._name(path), ask) if self._is_s3 else None
+        prefixes = [path]
+        while prefixes:
+            levels = map_in_order(partial(self._level, path, page), prefixes)
+            prefixes = []
+            for info in chain.from_iterable(levels):
+                if info["type"] == "directory":
+                    prefixes.append(info["name"])
+                elif not info["name"].endswith("/"):
+                    yield _object_entry(info["name"][len(path.rstrip("/")) + 1 :], info)
 
-    def _level(self, path: str, root: str) -> Sequence[dict[str, Any]]:
-        """List entries directly below a prefix; none if it is gone. Raises if the root is gone."""
-        where = str(self.fs.unstrip_protocol(path))
+    def _level(
+        self, root: str, page: dict[str, dict[str, object_stores.Info]] | None, path: str
+    ) -> Sequence[object_stores.Info]:
+        """Take from the page, or list, what is directly below a prefix and not hidden: nothing if
+        it is gone, or a Zarr store. Raises if the root is gone.
+        """
         try:
-            found: list[dict[str, Any]] = object_stores.retry_transient(
-                lambda: self.fs.ls(path, detail=True), "list", where, self.storage.deadline_s
+            found = (
+                page[path].values()
+                if page
+                else self._try("list", self._name(path), lambda: self.fs.ls(path, detail=True))
             )
         except NotFoundError:
-            if self.exists(root[len(self.root) + 1 :]):
+            if self.exists(self._name(root)):
                 return []
             raise
-        for info in found:
-            if info["type"] == "directory" and info["name"].rstrip("/") == path.rstrip("/"):
-                raise StoreError(
-                    f"{where} holds keys with an empty part ('//'), which cannot be listed by "
-                    "prefix; name them in a list (input.format = 'list')"
-                )
-        return [info for info in found if info["name"].rstrip("/") != path.rstrip("/")]
+        files = {info["name"].rpartition("/")[2] for info in found if info["type"] != "directory"}
+        if files & ZARR:
+            return []
+        itself = [info["type"] for info in found if info["name"].rstrip("/") == path.rstrip("/")]
+        if "directory" in itself:
+            raise StoreError(
+                f"{self.fs.unstrip_protocol(path)} holds keys with an empty part ('//'), which "
+                "cannot be listed by prefix; name them in a list (input.format = 'list')"
+            )
+        return [
+            info
+            for info in found
+            if info["name"].rstrip("/") != path.rstrip("/")
+            and not is_hidden(split(info["name"])[1])
+        ]
+
+    def _name(self, path: str) -> str:
+        return path[len(self.root.rstrip("/")) + 1 :]
 
     def _walk(self, root: str) -> Iterator[Entry]:
         """Files below a local folder; links to folders are followed, each real folder once."""
@@ -315,24 +338,24 @@ class Store:
             below = folders.pop()
             folder = os.path.join(root, below)
             try:
-                stat = os.stat(folder)
+                stat, items = os.stat(folder), list(os.scandir(folder))
             except FileNotFoundError:
                 if not below:
                     raise
                 continue  # deleted since it was listed
-            if (stat.st_dev, stat.st_ino) in seen:
+            is_zarr = any(item.name in ZARR and item.is_file() for item in items)
+            if is_zarr or (stat.st_dev, stat.st_ino) in seen:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
-            with os.scandir(folder) as items:
-                for item in items:
-                    if is_hidden(item.name):
-                        continue
-                    name = f"{below}{item.name}"
-                    if item.is_dir():
-                        folders.append(f"{name}/")
-                    elif item.is_file() or item.is_symlink():
-                        with contextlib.suppress(FileNotFoundError):  # it was temporary
-                            yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
+            for item in items:
+                if is_hidden(item.name):
+                    continue
+                name = f"{below}{item.name}"
+                if item.is_dir():
+                    folders.append(f"{name}/")
+                elif item.is_file() or item.is_symlink():
+                    with contextlib.suppress(FileNotFoundError):  # it was temporary
+                        yield _local_entry(name, item.stat(follow_symlinks=item.is_file()))
 
 
 def is_hidden(part: str) -> bool:
