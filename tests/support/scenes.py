@@ -6,7 +6,8 @@ import numpy as np
 
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
+from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.training import scan
 from unet_core.training.dataset import ImageCache, Labelled, open_splits
@@ -41,5 +42,5 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     sample = Sample(image_id, image_id, image_id, bytes)
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
-    decoded = DecodedImage(sample, Pixels.of(pixels_CHW), none, one)
+    decoded = DecodedImage(sample, ArrayRaster(pixels_CHW), none, one)
     return Labelled(decoded, labels_HW, boundary_HW)
