@@ -20,6 +20,7 @@ from unet_core.networks import checkpoint
 from unet_core.networks.foreign.weights import read_tensors
 from unet_core.networks.header import read_header
 from unet_core.storage.ranges import Ranged
+from unet_core.tiling.geometry import Box
 
 PIXELS = 2**20
 SIDE = 64
@@ -51,7 +52,7 @@ def windows(data: bytes) -> tuple[int, ...] | None:
     height, width = large.shape
     for y in (0, max(0, height - SIDE)):
         for x in (0, max(0, width - SIDE)):
-            large.read(y, x, min(SIDE, height), min(SIDE, width))
+            large.read(Box(y, x, min(SIDE, height), min(SIDE, width)))
     return large.shape
 
 

@@ -1,4 +1,4 @@
-"""LabelledImage images and configs for tests of training."""
+"""Labelled images and configs for tests of training."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,10 +6,11 @@ import numpy as np
 
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
+from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.training import scan
-from unet_core.training.dataset import ImageCache, LabelledImage, open_splits
+from unet_core.training.dataset import ImageCache, Labelled, open_splits
 from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
 
@@ -41,5 +42,5 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     sample = Sample(image_id, image_id, image_id, bytes)
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
-    decoded = DecodedImage(sample, Pixels.of(pixels_CHW), none, one)
-    return LabelledImage(decoded, labels_HW, boundary_HW)
+    decoded = DecodedImage(sample, ArrayRaster(pixels_CHW), none, one)
+    return Labelled(decoded, labels_HW, boundary_HW)

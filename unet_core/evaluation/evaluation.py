@@ -12,7 +12,8 @@ from unet_core.errors import ImageError, ShardError
 from unet_core.evaluation.aggregate import Aggregate, Row
 from unet_core.evaluation.other_run import OtherRun
 from unet_core.evaluation.truth import BesideImages, Found, LabelImages
-from unet_core.images.decoder import Pixels, check_truth_shape
+from unet_core.images.decoder import check_truth_shape
+from unet_core.images.raster import Raster
 from unet_core.inputs.shards import Shard
 from unet_core.metrics import confusion, truth_columns
 from unet_core.runs.parts import current_ids, metrics_name, metrics_part, read_metrics
@@ -88,11 +89,12 @@ class Evaluation:
         except ImageError as failure:
             return {"error_code": failure.code, "error_message": str(failure)}
 
-    def _confusion(self, mask: StoredMask, truth: Pixels) -> Array:
-        matrix_KK = np.zeros((self.classes, self.classes), np.int64)
-        for box, read in mask.windows.items():
-            matrix_KK += confusion(truth.read(*box)[0], read(), self.classes, self.ignore_index)
-        return matrix_KK
+    def _confusion(self, mask: StoredMask, truth: Raster) -> Array:
+        found = (
+            confusion(truth.read(box).pixels_CHW[0], read(), self.classes, self.ignore_index)
+            for box, read in mask.windows.items()
+        )
+        return sum(found, np.zeros((self.classes, self.classes), np.int64))
 
     def aggregate(self, shard_ids: set[str]) -> Aggregate:
         """Add up their parts. Raises ConfigError if two images have one label image."""

@@ -11,12 +11,11 @@ from unet_core.concurrency import map_in_order
 from unet_core.errors import ImageError, ShardError
 from unet_core.evaluation.aggregate import Images, Row
 from unet_core.evaluation.truth import Found
-from unet_core.images.decoder import Pixels
+from unet_core.images.raster import Raster, Window, WindowRaster
 from unet_core.inputs.shards import Shard
 from unet_core.runs.parts import read_columns
 from unet_core.runs.reader import Results, StoredMask, open_masks
 from unet_core.storage.store import Store
-from unet_core.tiling.geometry import Box
 
 IDS = pa.schema([("image_id", pa.string()), ("shard_id", pa.string())])
 
@@ -59,7 +58,7 @@ class OtherRun:
                             f"{self.store.uri()} lacks the mask of {row['image_id']}; unet-jobs "
                             "verify tells more"
                         )
-                    yield Found("ok", _pixels(mask))
+                    yield Found("ok", _raster(mask))
 
     @classmethod
     def joined(cls, mine: Results, other: Results) -> "tuple[OtherRun, Images]":
@@ -85,10 +84,10 @@ def _ids(store: Store, shard_ids: set[str]) -> pa.Table:
     return pa.concat_tables([IDS.empty_table(), *map_in_order(read, sorted(shard_ids))])
 
 
-def _pixels(mask: StoredMask) -> Pixels:
-    return Pixels(
-        channels=1,
-        shape=(mask.height, mask.width),
-        dtype=np.dtype(np.uint16),
-        read=lambda *window: mask.cut(Box(*window))[None],
-    )
+def _raster(mask: StoredMask) -> Raster:
+    """Class ids of a mask as a raster: a mask window is decoded whole."""
+    side = next(iter(mask.windows)).shape
+    return WindowRaster(
+        (mask.height, mask.width), 1, np.dtype(np.uint16), side, 0,
+        lambda window: Window(mask.cut(window)[None]),
+    )  # fmt: skip

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.evaluation.aggregate import Row
-from unet_core.images.decoder import Pixels, TruthDecoder
+from unet_core.images.decoder import TruthDecoder
+from unet_core.images.raster import Raster
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import LabelFiles
 from unet_core.inputs.formats import FORMATS, label_files, read_shard
@@ -31,7 +32,7 @@ class Found:
 
     name: str | None = None
     """Name of the label image, member suffix or column; None if there is no truth."""
-    labels: Pixels | ImageError | None = None
+    labels: Raster | ImageError | None = None
     """Class ids 1HW, or why they cannot be used; None also for an image that has no mask."""
 
 

@@ -17,7 +17,7 @@ from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
 from unet_core.arrays import Array
-from unet_core.images.decoder import Pixels
+from unet_core.images.raster import Raster
 from unet_core.metrics import bands, class_pixels
 from unet_core.tiling.geometry import Box, Slices
 
@@ -103,7 +103,7 @@ def place(box: Slices) -> Box:
     return Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def measure_instances(objects: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
+def measure_instances(objects: Objects, pixels: Raster | None) -> dict[str, list[Any]]:
     """Measure objects: columns of ``schema.OBJECTS`` but the image's id; intensities need pixels.
 
     Image and objects are walked in bands of rows; sums of integers are exact.
@@ -123,7 +123,7 @@ def measure_instances(objects: Objects, pixels: Pixels | None) -> dict[str, list
     }
 
 
-def _sums(labels_HW: Array, count: int, pixels: Pixels | None) -> Array:
+def _sums(labels_HW: Array, count: int, pixels: Raster | None) -> Array:
     """Sum pixels, y, x and the values of each channel by object: float64 (3 + C, objects)."""
     channels = pixels.channels if pixels is not None else 0
     total = np.zeros((3 + channels, count))
@@ -136,6 +136,7 @@ def _sums(labels_HW: Array, count: int, pixels: Pixels | None) -> Array:
         total[1] += sum_of(ys + start)
         total[2] += sum_of(xs)
         if pixels is not None and at.size:
-            for channel, plane_HW in enumerate(pixels.read(start, 0, *band_HW.shape)):
+            band = Box(start, 0, *band_HW.shape)
+            for channel, plane_HW in enumerate(pixels.read(band).pixels_CHW):
                 total[3 + channel] += sum_of(plane_HW[ys, xs])
     return total

@@ -18,7 +18,7 @@ from unet_core.export import coco
 from unet_core.export.instances import Objects, find_objects, measure_instances
 from unet_core.export.mask_images import bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
@@ -166,7 +166,9 @@ class Export:
                 if row["file"] and row["file"] not in files:
                     self.store.remove(row["file"])
 
-    def _image(self, mask: StoredMask | None, pixels: Pixels | None) -> tuple[Row, pa.Table | None]:
+    def _image(
+        self, mask: StoredMask | None, image: DecodedImage | None
+    ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         if mask is None:
             return {"status": "refused", "problem": "the run has no mask of it"}, None
@@ -183,7 +185,7 @@ class Export:
             found = find_objects(mask.whole(), self.options.objects == "watershed")
             row = self._written(mask, found)
             ids = [mask.image_id] * len(found.classes)
-            table = {"image_id": ids, **_measured(found, pixels)}
+            table = {"image_id": ids, **_measured(found, image)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
@@ -223,7 +225,7 @@ class Export:
         return {"file": name}
 
 
-def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels | None]:
+def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[DecodedImage | None]:
     """The images that masks are of, in their order and in the network's colours; None for each
     that cannot be read any more.
     """
@@ -233,14 +235,14 @@ def _inputs(results: Results, shard: Shard, ids: list[str]) -> Iterator[Pixels |
             place = places[image.sample.image_id]
             if isinstance(image, DecodedImage) and place >= at:
                 yield from repeat(None, place - at)
-                yield image.pixels
+                yield image
                 at = place + 1
     yield from repeat(None, len(ids) - at)
 
 
-def _measured(found: Objects, pixels: Pixels | None) -> dict[str, list[Any]]:
+def _measured(found: Objects, image: DecodedImage | None) -> dict[str, list[Any]]:
     """Without intensities where the image cannot be read, or is not the one that it was."""
-    if pixels is not None and pixels.shape == found.labels_HW.shape:
+    if image is not None and image.pixels.shape == found.labels_HW.shape:
         with suppress(ImageError):
-            return measure_instances(found, pixels)
+            return measure_instances(found, image.pixels)
     return measure_instances(found, None)

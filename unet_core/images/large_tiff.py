@@ -19,6 +19,7 @@ from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
+from unet_core.images.raster import Raster, Window
 from unet_core.images.tiff_segments import Cache, EncodedSegments, RawSegments, segments_of
 from unet_core.storage.ranges import Ranged, RangeFile
 from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
@@ -37,7 +38,7 @@ EXTRAS = {"thumbnail", "label", "macro", "map", "overview"}
 """Names of images that slide scanners store beside the slide."""
 
 
-class LargeTiff:
+class TiffRaster(Raster):
     """An image that is read by window; threads may share it.
 
     Keeps ``cache_bytes`` of decoded segments. Strips are as wide as the image: read windows row by
@@ -48,31 +49,30 @@ class LargeTiff:
         self, segments: RawSegments | EncodedSegments, page: Any, is_stack: bool,
         config: InputConfig, as_labels: bool, cache_bytes: int,
     ) -> None:  # fmt: skip
-        self.held_bytes = cache_bytes
-        """Bytes held in memory."""
-        self.shape = segments.shape
-        """Height and width in pixels."""
+        self.shape, self.segment_side, self.held_bytes = segments.shape, segments.side, cache_bytes
         self._segments, self._page, self._is_stack = segments, page, is_stack
         self._config, self._as_labels = config, as_labels
         self._cache = Cache(segments.load, cache_bytes)
         self._wanted = list(range(segments.planes))
         if config.channels and not as_labels and tiff.is_plain(page.keyframe):  # planes as they are
             self._wanted = sorted({channel // segments.samples for channel in config.channels})
-        self.dtype: np.dtype[Any] = self._finished(self._blank(1, 1)).dtype
+        pixel_CHW = self._finished(self._blank(1, 1))
+        self.channels, self.dtype = len(pixel_CHW), pixel_CHW.dtype
 
-    def read(self, y: int, x: int, height: int, width: int) -> Array:
-        """Read a window inside the image: HWC like decoded images, or stored labels HW or HWC.
+    def read(self, window: Box, /) -> Window:
+        """Read a window inside the image: pixels like those of decoded images, or stored labels.
 
         Raises ImageError with code ``decode`` for segments that are damaged or missing and values
         that have no color, and ``not_finite`` for NaN and infinity in this window.
         """
+        y, x, height, width = window
         if not (0 <= y < y + height <= self.shape[0] and 0 <= x < x + width <= self.shape[1]):
             raise ValueError(f"no window of {self.shape}: {y=} {x=} {height=} {width=}")
         stored_PHWS = self._blank(height, width)
         for plane in self._wanted:
-            self._fill(stored_PHWS[plane], plane, Box(y, x, height, width))
+            self._fill(stored_PHWS[plane], plane, window)
         with tiff.decoding(f"the window at row {y}, column {x}: "):
-            return self._finished(stored_PHWS)
+            return Window(self._finished(stored_PHWS))
 
     def _blank(self, height: int, width: int) -> Array:
         """Make an array of zeros; planes that are never written to take no memory."""
@@ -91,7 +91,7 @@ class LargeTiff:
                 )
 
     def _finished(self, stored_PHWS: Array) -> Array:
-        """Convert stored values to the pixels or labels that decoding the whole image gives:
+        """Convert stored values to the pixels or labels CHW that decoding the whole image gives:
         planes and their samples side by side, in the colors that the page declares.
         """
         height, width = stored_PHWS.shape[1:3]
@@ -101,12 +101,13 @@ class LargeTiff:
         else:
             stored = pixels[..., 0] if self._page.axes == "YX" else pixels
             pixels = tiff.page_pixels(self._page, stored, self._config, self._as_labels)
-        return pixels if self._as_labels else image_of(pixels, self._config)
+        pixels = pixels if self._as_labels else image_of(pixels, self._config)
+        return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def open_large(
     file: Ranged, config: InputConfig, as_labels: bool = False, cache_bytes: int = CACHE_BYTES
-) -> LargeTiff | None:
+) -> TiffRaster | None:
     """Open a TIFF to be read by window; None for what is better decoded whole: small images,
     other formats, several images in a file, and layouts that have no small segments.
 
@@ -122,7 +123,7 @@ def open_large(
             pages, is_stacked = _pages_of(opened, config)
             is_image = pages and pages[0].keyframe.axes in ("YX", "YXS", "SYX")
             if is_image and (segments := segments_of(pages, file, cache_bytes)):
-                return LargeTiff(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
+                return TiffRaster(segments, pages[0], is_stacked, config, as_labels, cache_bytes)
             return None
 
 

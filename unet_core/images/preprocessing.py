@@ -15,6 +15,8 @@ from unet_core.arrays import Array
 from unet_core.config.presets import channels_of
 from unet_core.config.sections import Section, require_span
 from unet_core.errors import ImageError
+from unet_core.images.raster import IN_MEMORY, Raster
+from unet_core.tiling.geometry import Box
 
 BAND_ROWS = 256
 """Largest number of rows that are read at once from an image too large for memory."""
@@ -49,15 +51,15 @@ class Preprocessing(Section):
         return low if self.low is None else self.low, high if self.high is None else self.high
 
 
-def to_color(pixels_HWC: Array, color: str | int) -> Array:
-    """Convert pixels to CHW in the colors that a network takes; the dtype stays."""
-    channels = pixels_HWC.shape[2]
+def to_color(pixels_CHW: Array, color: str | int) -> Array:
+    """Convert pixels to the colors that a network takes; the dtype stays."""
+    channels = len(pixels_CHW)
     if channels == channels_of(color):
-        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        return np.ascontiguousarray(pixels_CHW)
     if channels == 1 and color == "rgb":
-        return np.repeat(pixels_HWC.transpose(2, 0, 1), 3, axis=0)
+        return np.repeat(pixels_CHW, 3, axis=0)
     if channels == 3 and color == "gray":
-        return _luma(pixels_HWC)[None]
+        return _luma(pixels_CHW)[None]
     raise ImageError(
         "channels",
         f"the image has {channels} channels, but the model wants {color}; choose some with "
@@ -65,44 +67,45 @@ def to_color(pixels_HWC: Array, color: str | int) -> Array:
     )
 
 
-def _luma(pixels_HWC: Array) -> Array:
+def _luma(pixels_CHW: Array) -> Array:
     """ITU-R 601 luma, rounded to nearest for integers (weights in 1/65536, which sum to one)."""
-    red, green, blue = (pixels_HWC[..., channel] for channel in range(3))
-    if pixels_HWC.dtype.kind == "f":
+    red, green, blue = pixels_CHW
+    if pixels_CHW.dtype.kind == "f":
         return red * np.float32(0.299) + green * np.float32(0.587) + blue * np.float32(0.114)
     total: Array = red * np.uint32(19595) + green * np.uint32(38470) + blue * np.uint32(7471)
-    return ((total + 0x8000) >> 16).astype(pixels_HWC.dtype)
+    return ((total + 0x8000) >> 16).astype(pixels_CHW.dtype)
 
 
-def offset_and_scale(pixels_CHW: Array, wanted: Preprocessing) -> tuple[Array, Array]:
+def offset_and_scale(
+    raster: Raster, wanted: Preprocessing, on_step: Callable[[], None] = lambda: None
+) -> tuple[Array, Array]:
     """Compute the offset and the scale of each channel, float32 (C,).
 
     Made from integer counts, so equal on every machine. A constant channel becomes all zeros.
+
+    The image is read in bands of rows: once for integers and ``zscore``, twice for percentiles of
+    floats; ``range`` reads the first row only. ``on_step`` is called before each read of an image
+    that is not in memory. Where it lies decides nothing but ``zscore`` of floats: by bands, sums
+    of rows are added, which round differently, but always in the same way.
     """
-    if wanted.normalization == "zscore" and pixels_CHW.dtype.kind == "f":
-        wide = (plane.ravel().astype(np.float64) for plane in pixels_CHW)
+    is_in_memory = raster.segment_side == IN_MEMORY
+    if is_in_memory and wanted.normalization == "zscore" and raster.dtype.kind == "f":
+        wide = (plane.ravel().astype(np.float64) for plane in raster.whole().pixels_CHW)
         return _as_arrays([(float(values.mean()), float(values.std())) for values in wide])
-    _, height, width = pixels_CHW.shape
-    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
+    height, width = raster.shape
 
+    def read_rows(start: int, stop: int) -> Array:
+        if not is_in_memory:
+            on_step()
+        return raster.read(Box(start, 0, stop - start, width)).pixels_CHW
 
-def offset_and_scale_by_rows(
-    read_CHW: Callable[[int, int], Array], height: int, width: int, wanted: Preprocessing
-) -> tuple[Array, Array]:
-    """Compute offsets and scales of an image too large for memory, read in bands of rows.
-
-    ``read_CHW`` returns rows [start, stop). The image is read once for integers and ``zscore``,
-    twice for percentiles of floats; ``range`` reads the first row only. Equal to
-    ``offset_and_scale`` to the last bit except for ``zscore`` of floats, which adds sums of rows
-    and so rounds differently, but always in the same way.
-    """
-    first_CHW = read_CHW(0, 1)
+    first_CHW = read_rows(0, 1)
     row_bytes = width * max(3, len(first_CHW)) * first_CHW.itemsize
     rows = max(1, min(BAND_ROWS, BAND_BYTES // row_bytes))
     rows = 2 ** (rows.bit_length() - 1)  # as the sides of tiles
 
     def bands() -> Iterator[Array]:
-        return (read_CHW(a, min(a + rows, height)) for a in range(0, height, rows))
+        return (read_rows(a, min(a + rows, height)) for a in range(0, height, rows))
 
     if wanted.normalization == "range":
         largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0

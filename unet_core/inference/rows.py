@@ -7,7 +7,7 @@ from typing import Any
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
-from unet_core.images.decoder import Pixels, Rejected
+from unet_core.images.decoder import DecodedImage, Rejected
 from unet_core.images.sample import Sample
 from unet_core.inference.mask_assembler import MaskAssembler, MaskWindow
 from unet_core.metrics import class_pixels, confusion, truth_columns
@@ -52,17 +52,15 @@ class Encoder:
             row,
             assembler.spool.keep(payload) if assembler.spool is not None else lambda: payload,
             class_pixels(window.mask_HW, self.classes),
-            self._compare(assembler.decoded.truth, window),
+            self._compare(assembler.decoded, window),
             window.confidence_sum,
         )
 
-    def _compare(
-        self, truth: Pixels | ImageError | None, window: MaskWindow
-    ) -> Array | ImageError | None:
-        if not isinstance(truth, Pixels):
-            return truth
+    def _compare(self, decoded: DecodedImage, window: MaskWindow) -> Array | ImageError | None:
+        if decoded.truth is None or isinstance(decoded.truth, ImageError):
+            return decoded.truth
         try:
-            truth_HW = truth.read(*window.box)[0]
+            truth_HW = decoded.truth.read(window.box).pixels_CHW[0]
         except ImageError as failure:
             return failure
         return confusion(truth_HW, window.mask_HW, self.classes, self.ignore_index)

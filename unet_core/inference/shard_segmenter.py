@@ -20,7 +20,7 @@ import numpy as np
 
 from unet_core.concurrency import Prefetch
 from unet_core.errors import ImageError, StoppedError
-from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
+from unet_core.images.decoder import DecodedImage, Decoder, Rejected
 from unet_core.images.sample import Sample
 from unet_core.inference.engine import TileResult
 from unet_core.inference.lanes import Lanes
@@ -274,6 +274,4 @@ def _timed(samples: Iterator[Sample], stopwatch: Stopwatch) -> Iterator[Sample]:
 
 def _held_bytes(file: DecodedFile) -> int:
     """Memory that the pixels and the truth of a file take."""
-    images = [image for image in file if isinstance(image, DecodedImage)]
-    held = [pixels for image in images for pixels in (image.pixels, image.truth)]
-    return sum(pixels.held_bytes for pixels in held if isinstance(pixels, Pixels))
+    return sum(image.held_bytes for image in file if isinstance(image, DecodedImage))

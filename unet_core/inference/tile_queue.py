@@ -10,11 +10,11 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.decoder import Pixels
+from unet_core.images.raster import Raster
 from unet_core.inference.engine import Batch
 from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.runs.compute import Compute
-from unet_core.tiling.geometry import Span, Tile
+from unet_core.tiling.geometry import Box, Span, Tile
 
 PENDING_BATCHES = 8  # limit of pixels that wait for their batch to fill, in batches
 PENDING_IMAGES = 64  # and of images behind the oldest of them, whose finished masks wait too
@@ -83,14 +83,14 @@ def _cut(assembler: MaskAssembler, tile: Tile) -> Array:
         return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
 
 
-def cut_tile(pixels: Pixels, tile: Tile) -> Array:
+def cut_tile(pixels: Raster, tile: Tile) -> Array:
     """Cut a tile CHW; what lies beyond the image is its reflection."""
     rows, columns = (
         _mirrored(span, length) for span, length in zip((tile.y, tile.x), pixels.shape, strict=True)
     )
     top, left = int(rows.min()), int(columns.min())
     height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
-    cut_CHW = pixels.read(top, left, height, width)
+    cut_CHW = pixels.read(Box(top, left, height, width)).pixels_CHW
     if (height, width) == tile.shape:
         return cut_CHW
     return cut_CHW[:, rows - top][:, :, columns - left]

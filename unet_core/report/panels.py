@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
+from unet_core.images.raster import Raster
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -54,12 +55,12 @@ def _view(decoded: DecodedImage, mask_HW: Array, side: int) -> tuple[Array, Arra
     shape = [max(1, round(old * factor)) for old in decoded.pixels.shape]
     sides = zip(decoded.pixels.shape, shape, strict=True)
     near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
-    image = Image.fromarray(_visible(decoded.pixels.whole(), 2 * side))
+    image = Image.fromarray(_visible(decoded.pixels.whole().pixels_CHW, 2 * side))
     image_HWC = np.asarray(image.resize(shape[::-1], Image.Resampling.BOX))
     truth_HW = None
-    if isinstance(decoded.truth, Pixels):
+    if isinstance(decoded.truth, Raster):
         with suppress(ImageError):
-            truth_HW = decoded.truth.whole()[0][near]
+            truth_HW = decoded.truth.whole().pixels_CHW[0][near]
     return image_HWC, mask_HW[near], truth_HW
 
 

@@ -62,9 +62,7 @@ class StoredMask:
             return self.windows[wanted]()
         cut_HW: Array | None = None
         for box, read in self.windows.items():
-            here, there = wanted.intersection(
-                slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
-            )
+            here, there = wanted.intersection(*box.slices)
             if any(side.start == side.stop for side in here):
                 continue
             window_HW = read()

@@ -188,6 +188,11 @@ class Box(NamedTuple):
         """Height and width."""
         return self.height, self.width
 
+    @property
+    def slices(self) -> Slices:
+        """Rows and columns as slices."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
     def intersection(self, rows: slice, columns: slice) -> tuple[Slices, Slices]:
         """Intersect with rows and columns: slices from its corner and from theirs, maybe empty."""
         here, there = [], []

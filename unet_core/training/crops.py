@@ -93,7 +93,7 @@ def draw(
     random = np.random.default_rng([*seed, image_seed])
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
-    pixels_CHW = image.decoded.pixels.whole()
+    pixels_CHW = image.decoded.pixels.whole().pixels_CHW
     spread = np.abs(matrix).sum(axis=1)
     rows, columns = (
         _place(length, float(spread[axis]), shape, augment, random)

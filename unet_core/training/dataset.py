@@ -16,7 +16,8 @@ import numpy as np
 from unet_core.arrays import Array
 from unet_core.config.train import LabelledConfig, TrainConfig
 from unet_core.errors import ConfigError, ImageError, StoreError
-from unet_core.images.decoder import DecodedImage, Decoder, Pixels, Rejected
+from unet_core.images.decoder import DecodedImage, Decoder, Rejected
+from unet_core.images.raster import ArrayRaster, Raster
 from unet_core.images.sample import Sample
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks.header import Header
@@ -99,8 +100,8 @@ class LabelledInput:
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
         stored_HW = (
-            image.truth.whole()[0]
-            if isinstance(image.truth, Pixels)
+            image.truth.whole().pixels_CHW[0]
+            if isinstance(image.truth, Raster)
             else np.zeros((height, width), dtype=np.uint8)
         )
         labels_HW = self._classes_of(stored_HW)
@@ -113,7 +114,7 @@ class LabelledInput:
             else:
                 objects_HW = objects_of(labels_HW, config.ignore_index)
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
-        pixels = Pixels.of(image.pixels.whole())
+        pixels = ArrayRaster(*image.pixels.whole())
         decoded = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
         return LabelledImage(decoded, labels_HW, boundary_HW)
 

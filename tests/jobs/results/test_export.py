@@ -246,7 +246,7 @@ def test_large_images_are_exported_by_window_and_objects_cross_windows(
         mine = [row for row in rows if row["image_id"] == f"{number}.tif"]
         assert [row["area"] for row in mine] == wanted["area"]
         with Image.open(tmp_path / "slides" / "images" / f"{number}.tif") as image:
-            gray_HW = to_color(np.asarray(image), "gray")[0]
+            gray_HW = to_color(np.asarray(image).transpose(2, 0, 1), "gray")[0]
         labels_HW = find_objects(mask_HW, splits=False).labels_HW
         means = ndimage.mean(gray_HW, labels_HW, wanted["label"])
         assert [row["mean_intensity"][0] for row in mine] == pytest.approx(means.tolist())

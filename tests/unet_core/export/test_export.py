@@ -21,7 +21,7 @@ from unet_core.export import coco, mask_images
 from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
 from unet_core.images.codec import decode_labels
-from unet_core.images.decoder import Pixels
+from unet_core.images.raster import ArrayRaster
 from unet_core.networks.header import palette_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools' own
@@ -143,7 +143,7 @@ def test_objects_measure_what_regionprops_measures():
     mask_HW = (ndimage.gaussian_filter(random.random((90, 80)), 3) * 40).astype(int) % 3
     pixels_CHW = random.integers(0, 2**16, (2, 90, 80)).astype(np.uint16)
     found = find_objects(mask_HW, splits=True)
-    rows = measure_instances(found, Pixels.of(pixels_CHW))
+    rows = measure_instances(found, ArrayRaster(pixels_CHW))
     regions = regionprops(found.labels_HW, np.moveaxis(pixels_CHW, 0, -1))
     assert len(regions) == len(rows["label"]) > 10
     for number, region in enumerate(regions):

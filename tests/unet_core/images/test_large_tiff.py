@@ -13,8 +13,10 @@ from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode, decode_images
 from unet_core.images.large_tiff import open_large
-from unet_core.images.preprocessing import Preprocessing, offset_and_scale, offset_and_scale_by_rows
+from unet_core.images.preprocessing import Preprocessing, offset_and_scale
+from unet_core.images.raster import ArrayRaster
 from unet_core.storage.ranges import Ranged
+from unet_core.tiling.geometry import Box
 
 RANDOM = np.random.default_rng(0)
 HEIGHT, WIDTH = 150, 117
@@ -42,6 +44,11 @@ def _small_images_are_large(monkeypatch):
 
 def opened(data, rules=RULES, **options):
     return open_large(Ranged(len(data), lambda a, b: data[a:b]), rules, **options)
+
+
+def cut(image, *window):
+    """Pixels HWC of a window (y, x, height, width)."""
+    return image.read(Box(*window)).pixels_CHW.transpose(1, 2, 0)
 
 
 def pyramid(**options):
@@ -162,7 +169,7 @@ def test_a_window_is_that_part_of_the_whole(name, options):
     image = opened(FILES[name], rules)
     assert image.shape == whole_HWC.shape[:2]
     for y, x, height, width in windows():
-        window_HWC = image.read(y, x, height, width)
+        window_HWC = cut(image, y, x, height, width)
         np.testing.assert_array_equal(window_HWC, whole_HWC[y : y + height, x : x + width])
         assert window_HWC.dtype == whole_HWC.dtype == image.dtype
         assert window_HWC.dtype.isnative
@@ -173,8 +180,8 @@ def test_labels_are_what_is_stored(name):
     whole = _decode(FILES[name], RULES, as_labels=True)[0]
     labels = opened(FILES[name], as_labels=True)
     for y, x, height, width in windows(3):
-        window = labels.read(y, x, height, width)
-        np.testing.assert_array_equal(window, whole[y : y + height, x : x + width])
+        window = cut(labels, y, x, height, width)
+        np.testing.assert_array_equal(window, np.atleast_3d(whole)[y : y + height, x : x + width])
         assert window.dtype == whole.dtype == labels.dtype
 
 
@@ -185,12 +192,12 @@ def test_rows_too_long_for_the_cache_are_read_in_pieces(name, monkeypatch):
     image = opened(FILES[name], cache_bytes=10_000)
     for y, x, height, width in windows():
         np.testing.assert_array_equal(
-            image.read(y, x, height, width), whole_HWC[y : y + height, x : x + width]
+            cut(image, y, x, height, width), whole_HWC[y : y + height, x : x + width]
         )
 
 
 def test_a_slide_is_its_first_page():
-    np.testing.assert_array_equal(opened(slide()).read(0, 0, HEIGHT, WIDTH), RGB8)
+    np.testing.assert_array_equal(cut(opened(slide()), 0, 0, HEIGHT, WIDTH), RGB8)
 
 
 class RangeFile:
@@ -210,9 +217,9 @@ def test_only_touched_segments_are_read_and_each_once(monkeypatch):
     image = open_large(Ranged(len(ranges.data), ranges), RULES)
     assert sum(stop - start for start, stop in ranges.reads) < len(ranges.data) / 3
     ranges.reads.clear()
-    image.read(0, 0, 30, 40)
-    image.read(30, 46, 4, 4)
-    image.read(10, 10, 5, 5)
+    cut(image, 0, 0, 30, 40)
+    cut(image, 30, 46, 4, 4)
+    cut(image, 10, 10, 5, 5)
     assert len(ranges.reads) == 4
     assert len(set(ranges.reads)) == 4
 
@@ -222,7 +229,7 @@ def test_only_chosen_channels_are_read():
     file = Ranged(len(ranges.data), ranges)
     image = open_large(file, reading(10**6, channels=(2, 4)))
     ranges.reads.clear()
-    image.read(0, 0, 10, 10)
+    cut(image, 0, 0, 10, 10)
     assert len(ranges.reads) == 2
 
 
@@ -237,7 +244,7 @@ def test_threads_share_segments_and_failures():
         if number < 8:
             start.wait()
         y, x = number * 7 % 100, number * 11 % 80
-        return np.array_equal(image.read(y, x, 40, 37)[..., 0], GRAY16[y : y + 40, x : x + 37])
+        return np.array_equal(cut(image, y, x, 40, 37)[..., 0], GRAY16[y : y + 40, x : x + 37])
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(64)))
@@ -283,7 +290,7 @@ def test_what_the_decoder_refuses_is_refused_from_the_header(data, rules, code):
 
 def test_a_declared_stack_of_channels_needs_no_metadata():
     data = tiff(FIVE_CYX, photometric="minisblack", **TILED)
-    window_HWC = opened(data, reading(10**6, axes="CYX")).read(30, 40, 50, 60)
+    window_HWC = cut(opened(data, reading(10**6, axes="CYX")), 30, 40, 50, 60)
     np.testing.assert_array_equal(window_HWC, np.moveaxis(FIVE_CYX, 0, -1)[30:80, 40:100])
 
 
@@ -291,16 +298,16 @@ def test_a_window_beyond_the_image_is_a_mistake():
     image = opened(FILES["tiles"])
     for window in ((-1, 0, 5, 5), (0, 0, HEIGHT + 1, 5), (0, 0, 0, 5), (0, WIDTH, 1, 1)):
         with pytest.raises(ValueError, match="no window"):
-            image.read(*window)
+            cut(image, *window)
 
 
 def test_nan_is_refused_in_the_windows_that_hold_it():
     pixels = FLOAT.copy()
     pixels[70, 60] = np.nan
     image = opened(tiff(pixels, **TILED))
-    np.testing.assert_array_equal(image.read(71, 0, 40, 117)[..., 0], FLOAT[71:111])
+    np.testing.assert_array_equal(cut(image, 71, 0, 40, 117)[..., 0], FLOAT[71:111])
     with pytest.raises(ImageError, match="NaN") as caught:
-        image.read(60, 50, 20, 20)
+        cut(image, 60, 50, 20, 20)
     assert caught.value.code == "not_finite"
 
 
@@ -325,10 +332,10 @@ def test_a_damaged_segment_spoils_only_the_windows_that_touch_it():
     data = FILES["tiles, zstd"]
     offset = values_of(data, OFFSETS)[4]
     image = opened(data[:offset] + bytes(16) + data[offset + 16 :])
-    np.testing.assert_array_equal(image.read(0, 0, 32, 117)[..., 0], GRAY16[:32])
+    np.testing.assert_array_equal(cut(image, 0, 0, 32, 117)[..., 0], GRAY16[:32])
     for _ in range(2):  # failures are not remembered as pixels
         with pytest.raises(ImageError, match="row 32, column 48") as caught:
-            image.read(0, 0, HEIGHT, WIDTH)
+            cut(image, 0, 0, HEIGHT, WIDTH)
         assert caught.value.code == "decode"
 
 
@@ -337,9 +344,9 @@ def test_a_value_without_a_colour_spoils_only_the_windows_that_hold_it():
     pixels[70, 60] = 200
     data = tiff(pixels, photometric="palette", colormap=COLORMAP, **TILED)
     image = opened(with_tag(data, 320, lambda colors: colors[:, :16].ravel()))
-    assert image.read(71, 0, 40, 117).shape == (40, 117, 3)
+    assert cut(image, 71, 0, 40, 117).shape == (40, 117, 3)
     with pytest.raises(ImageError, match="row 60, column 50: index 200 is out of bounds") as caught:
-        image.read(60, 50, 20, 20)
+        cut(image, 60, 50, 20, 20)
     assert caught.value.code == "decode"
 
 
@@ -348,7 +355,7 @@ def test_a_truncated_file_is_refused(name):
     data = FILES[name]
     beginning = data[: len(data) * 2 // 3]
     with pytest.raises(ImageError) as caught:
-        opened(beginning).read(0, 0, HEIGHT, WIDTH)
+        cut(opened(beginning), 0, 0, HEIGHT, WIDTH)
     assert caught.value.code == "decode"
 
 
@@ -358,7 +365,7 @@ def test_a_file_that_has_become_shorter_is_refused():
     image = open_large(Ranged(len(data), lambda a, b: file[0][a:b]), RULES)
     file[0] = data[:15_000]
     with pytest.raises(ImageError, match="changed while it was read") as caught:
-        image.read(0, 0, HEIGHT, WIDTH)
+        cut(image, 0, 0, HEIGHT, WIDTH)
     assert caught.value.code == "changed"
 
 
@@ -369,7 +376,7 @@ def test_segments_beyond_the_file_are_refused_unread(code, value):
     data = FILES["tiles, deflate"]
     image = opened(with_tag(data, code, lambda values: (value, *values[1:]), "Q"))
     with pytest.raises(ImageError) as caught:
-        image.read(0, 0, 5, 5)
+        cut(image, 0, 0, 5, 5)
     assert caught.value.code in ("decode", "too_large")
 
 
@@ -396,7 +403,7 @@ def test_a_huge_image_in_a_small_tile_is_not_decoded():
     assert len(bomb) < end - offset
     data = data[:offset] + bomb + data[offset + len(bomb) :]
     with pytest.raises(ImageError, match="3000 × 3000 pixels in a segment"):
-        opened(data).read(0, 0, 5, 5)
+        cut(opened(data), 0, 0, 5, 5)
 
 
 def test_metadata_of_countless_planes_is_refused():
@@ -418,7 +425,7 @@ def test_any_damage_to_a_header_is_an_image_error_or_other_pixels():
         try:
             image = opened(bytes(damaged))
             if image is not None and image.shape[0] * image.shape[1] < 10**6:
-                image.read(0, 0, *image.shape)
+                cut(image, 0, 0, *image.shape)
         except ImageError:
             pass
 
@@ -426,8 +433,7 @@ def test_any_damage_to_a_header_is_an_image_error_or_other_pixels():
 def test_statistics_of_a_large_tiff_are_those_of_its_pixels():
     image = opened(FILES["tiles, deflate"])
     wanted = Preprocessing(color="rgb", normalization="percentile")
-    found = offset_and_scale_by_rows(
-        lambda start, stop: image.read(start, 0, stop - start, WIDTH).transpose(2, 0, 1),
-        HEIGHT, WIDTH, wanted,
-    )  # fmt: skip
-    np.testing.assert_array_equal(found, offset_and_scale(RGB8.transpose(2, 0, 1), wanted))
+    in_memory = ArrayRaster(RGB8.transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        offset_and_scale(image, wanted), offset_and_scale(in_memory, wanted)
+    )

@@ -5,12 +5,8 @@ from hypothesis import strategies as st
 
 from tests.support.data import reading
 from unet_core.images.decoder import Decoder, Rejected
-from unet_core.images.preprocessing import (
-    Preprocessing,
-    offset_and_scale,
-    offset_and_scale_by_rows,
-    to_color,
-)
+from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.images.raster import ArrayRaster, WindowRaster
 from unet_core.images.sample import Sample
 from unet_core.synthetic import png
 
@@ -20,20 +16,20 @@ RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 def normalized(pixels_CHW, method, **options):
     wanted = Preprocessing(color="gray", normalization=method, **options)
-    offset, scale = offset_and_scale(pixels_CHW, wanted)
+    offset, scale = offset_and_scale(ArrayRaster(pixels_CHW), wanted)
     return (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
 
 
 def test_gray_of_gray_colours_is_that_gray_at_any_depth():
     for dtype, top in ((np.uint8, 255), (np.uint16, 65535)):
-        gray = RANDOM.integers(0, top + 1, (40, 30, 1)).astype(dtype)
-        np.testing.assert_array_equal(to_color(gray.repeat(3, 2), "gray")[0], gray[..., 0])
-        np.testing.assert_array_equal(to_color(gray, "rgb"), gray[..., 0][None].repeat(3, 0))
+        gray = RANDOM.integers(0, top + 1, (1, 40, 30)).astype(dtype)
+        np.testing.assert_array_equal(to_color(gray.repeat(3, 0), "gray"), gray)
+        np.testing.assert_array_equal(to_color(gray, "rgb"), gray.repeat(3, 0))
 
 
 def test_luma_is_that_of_the_standard():
     exact = RGB @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(to_color(RGB, "gray")[0] - exact).max() <= 0.51
+    assert np.abs(to_color(RGB.transpose(2, 0, 1), "gray")[0] - exact).max() <= 0.51
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
@@ -72,9 +68,10 @@ def test_what_cannot_be_normalised_is_an_image_that_failed():
     assert found.failure.code == "decode"
 
 
-def by_rows(pixels_CHW, wanted):
-    _, height, width = pixels_CHW.shape
-    return offset_and_scale_by_rows(lambda a, b: pixels_CHW[:, a:b], height, width, wanted)
+def by_rows(pixels_CHW, wanted, on_step=lambda: None):
+    image = ArrayRaster(pixels_CHW)
+    by_window = WindowRaster(image.shape, image.channels, image.dtype, (16, 16), 0, image.read)
+    return offset_and_scale(by_window, wanted, on_step)
 
 
 METHODS = [
@@ -97,7 +94,9 @@ def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, mo
     pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))
     wanted = Preprocessing(color=2, **method)
     for found, whole in zip(
-        by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted), strict=True
+        by_rows(pixels_CHW, wanted),
+        offset_and_scale(ArrayRaster(pixels_CHW), wanted),
+        strict=True,
     ):
         if dtype == np.float32 and wanted.normalization == "zscore":
             np.testing.assert_allclose(found, whole, rtol=1e-6)
@@ -115,5 +114,6 @@ def test_percentiles_of_floats_are_exact(values, between):
     pixels_CHW = np.array(values, np.float32)[None, :, None]
     wanted = Preprocessing(color=1, normalization="percentile", low=low, high=high)
     with np.errstate(over="ignore"):
-        found, whole = by_rows(pixels_CHW, wanted), offset_and_scale(pixels_CHW, wanted)
+        found = by_rows(pixels_CHW, wanted)
+        whole = offset_and_scale(ArrayRaster(pixels_CHW), wanted)
     np.testing.assert_array_equal(found, whole)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.reference.whole_image import whole_pass
 from unet_core.config.presets import PRESETS, preset
-from unet_core.images.decoder import Pixels
+from unet_core.images.raster import ArrayRaster
 from unet_core.inference.tile_queue import cut_tile
 from unet_core.networks.reach import tiling_of
 from unet_core.networks.unet import UNet
@@ -43,7 +43,7 @@ def tiled_logits(network, tiling, x_CHW, size, batch):
         alike = [tile for tile in cut if tile.shape == shape]
         for at in range(0, len(alike), batch):
             some = alike[at : at + batch]
-            x_NCHW = np.stack([cut_tile(Pixels.of(x_CHW), tile) for tile in some])
+            x_NCHW = np.stack([cut_tile(ArrayRaster(x_CHW), tile) for tile in some])
             for tile, logits in zip(some, network(torch.from_numpy(x_NCHW)).numpy(), strict=True):
                 result[:, *tile.target] = logits[:, *tile.kept(tiling.margin)]
     return result

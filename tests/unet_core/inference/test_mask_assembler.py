@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from unet_core.errors import ImageError
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
+from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.inference import mask_assembler as module
 from unet_core.inference.engine import TileResult
@@ -26,7 +27,7 @@ def small_mask_windows(monkeypatch):
 
 def make_assembler(shape, windows, look):
     decoded = DecodedImage(
-        Sample("a.png", "a", "", bytes), Pixels.of(np.zeros((1, *shape), np.uint8)),
+        Sample("a.png", "a", "", bytes), ArrayRaster(np.zeros((1, *shape), np.uint8)),
         np.zeros(1), np.ones(1),
     )  # fmt: skip
     return MaskAssembler(0, decoded, windows, look)

@@ -13,8 +13,9 @@ from jobs.predict import predict
 from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_tar
 from tests.support.runs import masks_by_key, masks_of, table
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
 from unet_core.images.preprocessing import offset_and_scale
+from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.inference.engine import Engine, choose_device
 from unet_core.inference.mask_assembler import MaskAssembler
@@ -62,8 +63,8 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
     compute = Compute(
         device="", precision="", backend="", batch_pixels=batch * size**2, versions={}
     )
-    offset, scale = offset_and_scale(image[None], header.preprocessing)
-    decoded = DecodedImage(Sample("", "", "", bytes), Pixels.of(image[None]), offset, scale)
+    offset, scale = offset_and_scale(ArrayRaster(image[None]), header.preprocessing)
+    decoded = DecodedImage(Sample("", "", "", bytes), ArrayRaster(image[None]), offset, scale)
     windows = tile_grid_for(header.tiling, size=size)
     assembler, queue = MaskAssembler(0, decoded, windows, Postprocessing(1)), TileQueue(compute)
     windows = []
@@ -153,7 +154,7 @@ def test_one_odd_shape_holds_back_only_so_many_images(tiny_model):
         side = 48 if index == 0 else 16
         pixels = np.zeros((1, side, side), np.uint8)
         decoded = DecodedImage(
-            Sample("", "", "", bytes), Pixels.of(pixels), np.zeros(1), np.ones(1)
+            Sample("", "", "", bytes), ArrayRaster(pixels), np.zeros(1), np.ones(1)
         )
         waiting.add(index)
         for pieces in queue.add(

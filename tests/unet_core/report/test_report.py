@@ -18,7 +18,8 @@ from tests.support.runs import config_of
 from unet_core import open_run
 from unet_core.config.loading import build
 from unet_core.config.predict import PredictConfig
-from unet_core.images.decoder import DecodedImage, Pixels
+from unet_core.images.decoder import DecodedImage
+from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import Activity
@@ -201,7 +202,7 @@ def noise(number):
     ids = random.integers(0, 64, (2, 1, PANEL, PANEL), np.uint8)
     one = np.ones(3, np.float32)
     sample = Sample(str(number), "", "", bytes)
-    return DecodedImage(sample, Pixels.of(pixels_CHW), one, one, Pixels.of(ids[0])), ids[1][0]
+    return DecodedImage(sample, ArrayRaster(pixels_CHW), one, one, ArrayRaster(ids[0])), ids[1][0]
 
 
 def other(facts, **values):

@@ -44,7 +44,7 @@ def test_without_variation_a_crop_is_a_piece_of_its_image():
         made = augment([crop], shape, CPU)
         pixels = made.images_NCHW[0, 0].round().numpy()
         np.testing.assert_allclose(made.images_NCHW[0, 0], pixels, atol=2e-2)
-        ((y, x),) = positions(image.decoded.pixels.whole()[0], pixels)
+        ((y, x),) = positions(image.decoded.pixels.whole().pixels_CHW[0], pixels)
         expected = image.labels_HW[y : y + 24, x : x + 24]
         assert (made.labels_NHW[0].numpy() == expected).all()
         assert made.boundary_NHW is not None
@@ -62,7 +62,9 @@ def test_flips_and_quarter_turns_move_pixels_without_mixing_them():
         assert (made.labels_NHW[0].numpy() == pixels % 4).all()
         back = [np.rot90(p, turns) for p in (pixels, pixels[::-1]) for turns in range(4)]
         found = [
-            n for n, p in enumerate(back) if len(positions(image.decoded.pixels.whole()[0], p))
+            n
+            for n, p in enumerate(back)
+            if len(positions(image.decoded.pixels.whole().pixels_CHW[0], p))
         ]
         assert len(found) == 1
         seen.update(found)
@@ -76,7 +78,7 @@ def test_beyond_an_image_lies_its_mirror(size):
     made = augment([crop], shape, CPU)
     pixels = made.images_NCHW[0, 0].round().numpy()
     around = [(100, 100) if length > 1 else (0, 0) for length in size]
-    mirrored = np.pad(image.decoded.pixels.whole()[0], around, mode="reflect")
+    mirrored = np.pad(image.decoded.pixels.whole().pixels_CHW[0], around, mode="reflect")
     if size[0] == 1:
         mirrored = np.repeat(mirrored, 44, axis=0)
     assert len(positions(mirrored, pixels)) > 0
