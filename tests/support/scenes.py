@@ -10,7 +10,7 @@ from unet_core.images.decoder import DecodedImage
 from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.training import scan
-from unet_core.training.dataset import ImageCache, Labelled, open_splits
+from unet_core.training.dataset import ImageCache, LabelledImage, open_splits
 from unet_core.training.learner import new_network
 from unet_core.training.ranks import Ranks
 
@@ -43,4 +43,4 @@ def labelled(pixels_HW, labels_HW, boundary_HW=None, image_id="a"):
     pixels_CHW = pixels_HW if pixels_HW.ndim == 3 else pixels_HW[None]
     one, none = (np.full(len(pixels_CHW), value, np.float32) for value in (1, 0))
     decoded = DecodedImage(sample, ArrayRaster(pixels_CHW), none, one)
-    return Labelled(decoded, labels_HW, boundary_HW)
+    return LabelledImage(decoded, labels_HW, boundary_HW)
