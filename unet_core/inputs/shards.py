@@ -6,12 +6,15 @@ row range and members with their masks: never of a rank, a position or an attemp
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from unet_core.config.sections import InputConfig, StorageConfig
-from unet_core.storage.store import Entry, Store
+from unet_core.storage.store import ZARR, Entry, Store, split
+
+log = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
@@ -102,6 +105,12 @@ class Source:
             return [self.root.entry(name) for name in self.names]
         listed = self.listing.copy() or self.root.list()
         self.listing.clear()
+        if of_zarr := [entry.name for entry in listed if split(entry.name)[1] in ZARR]:
+            log.warning(
+                "%d folders with a file of Zarr (%s) are passed over, with all that is in them",
+                len(of_zarr),
+                of_zarr[0],
+            )
         return listed
 
 

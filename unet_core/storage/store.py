@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
@@ -144,8 +145,8 @@ class Store:
     def list(self, folder: str = "") -> list[Entry]:
         """List objects below a folder at any depth, by name; skips hidden ones (``.name``).
 
-        Gives nothing for a folder that directly holds a file of ``ZARR``: a Zarr store is one
-        object of another kind, which no reader knows yet.
+        Of a Zarr store, a folder that directly holds a file of ``ZARR``, it gives one such file
+        alone: a store may have millions of chunks, and no reader knows it yet.
         """
         try:
             return sorted(self._entries(folder), key=lambda entry: entry.name)
@@ -299,7 +300,7 @@ class Store:
         self, root: str, page: dict[str, dict[str, object_stores.Info]] | None, path: str
     ) -> Sequence[object_stores.Info]:
         """Take from the page, or list, what is directly below a prefix and not hidden: nothing if
-        it is gone, or a Zarr store. Raises if the root is gone.
+        it is gone, one file of a Zarr store. Raises if the root is gone.
         """
         try:
             found = (
@@ -311,9 +312,9 @@ class Store:
             if self.exists(self._name(root)):
                 return []
             raise
-        files = {info["name"].rpartition("/")[2] for info in found if info["type"] != "directory"}
-        if files & ZARR:
-            return []
+        files = [info for info in found if info["type"] != "directory"]
+        if of_zarr := [info for info in files if split(info["name"])[1] in ZARR]:
+            return [min(of_zarr, key=itemgetter("name"))]
         itself = [info["type"] for info in found if info["name"].rstrip("/") == path.rstrip("/")]
         if "directory" in itself:
             raise StoreError(
@@ -343,12 +344,12 @@ class Store:
                 if not below:
                     raise
                 continue  # deleted since it was listed
-            is_zarr = any(item.name in ZARR and item.is_file() for item in items)
-            if is_zarr or (stat.st_dev, stat.st_ino) in seen:
+            if (stat.st_dev, stat.st_ino) in seen:
                 continue
             seen.add((stat.st_dev, stat.st_ino))
-            for item in items:
-                if is_hidden(item.name):
+            of_zarr = [item for item in items if item.name in ZARR and item.is_file()]
+            for item in sorted(of_zarr, key=attrgetter("name"))[:1] or items:
+                if is_hidden(item.name) and not of_zarr:
                     continue
                 name = f"{below}{item.name}"
                 if item.is_dir():

@@ -17,6 +17,8 @@ from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container
 from unet_core.inputs.formats import FORMATS
 from unet_core.inputs.shards import make_shard
+from unet_core.runs.run_folder import require_empty
+from unet_core.storage.store import Store
 from unet_core.synthetic import nuclei, png
 
 IMAGE, MASK = b"image", b"mask"
@@ -285,3 +287,15 @@ def test_links_in_a_tar_are_failures_and_never_followed(tmp_path):
         tar.addfile(link)
     _, ((sample,),) = read_all(uri=tmp_path)
     assert sample.failure.code == "not_a_file"
+
+
+def test_a_zarr_store_among_images_is_passed_over_with_a_word_and_is_no_empty_output(
+    tmp_path, caplog
+):
+    write(tmp_path, "a.png", "plate.zarr/zarr.json", "plate.zarr/c/0/0.png", "odd/.zattrs")
+    _, (samples,) = read_all(uri=tmp_path)
+    assert [sample.image_id for sample in samples] == ["a.png"]
+    (told,) = caplog.messages
+    assert "2 folders with a file of Zarr (odd/.zattrs) are passed over" in told
+    with pytest.raises(ConfigError, match=r"holds other files \(zarr\.json\) and no run"):
+        require_empty(Store(str(tmp_path / "plate.zarr")))
