@@ -5,7 +5,6 @@ Large TIFFs are not decoded whole: their pixels and their truth are read by wind
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -72,7 +71,7 @@ class TruthDecoder:
                 sample.read_mask,
                 sample.open_mask if is_large else None,
                 self.config,
-                partial(decode_labels, config=self.config, classes=self.classes),
+                lambda data: decode_labels(data, self.config, self.classes),
                 as_labels=True,
             )
         except ImageError as failure:
@@ -123,8 +122,13 @@ class Decoder:
         try:
             if sample.failure is not None:
                 raise sample.failure
-            decode = partial(decode_images, config=self.config)
-            images = _opened(sample.read, sample.open, self.config, decode, as_labels=False)
+            images = _opened(
+                sample.read,
+                sample.open,
+                self.config,
+                lambda data: decode_images(data, self.config),
+                as_labels=False,
+            )
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         bare = sample.bare  # many small images wait for a batch, and not their files
@@ -149,8 +153,11 @@ class Decoder:
             with decoding():
                 rows, columns = image.shape
                 check_size(columns, rows, 256 * self.config.max_pixels)
-                color = partial(to_color, color=self.wanted.color)
-                pixels = converted(image, self.wanted.channels, color)
+                pixels = converted(
+                    image,
+                    self.wanted.channels,
+                    lambda pixels_CHW: to_color(pixels_CHW, self.wanted.color),
+                )
                 offset, scale = offset_and_scale(pixels, self.wanted, on_step)
         except ImageError as failure:
             return Rejected(sample, failure)
