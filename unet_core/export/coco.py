@@ -93,18 +93,16 @@ def _outlines(region_HW: Array) -> Iterator[Points]:
     for first in order:
         if first not in left:
             continue
-        (y, x), direction = first
-        points = []
-        while True:
-            left.discard(((y, x), direction))
+        way = first
+        points: Points = []
+        while way != first or not points:
+            left.discard(way)
+            (y, x), direction = way
             y, x = y + STEPS[direction][0], x + STEPS[direction][1]
             ways = [((y, x), (direction + turn) % 4) for turn in (1, 0, 3)]
             way = next(way for way in ways if way in left or way == first)
             if way[1] != direction:
                 points.append((y, x))
-            direction = way[1]
-            if way == first:
-                break
         yield points
 
 

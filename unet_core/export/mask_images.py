@@ -16,8 +16,6 @@ from unet_core.storage.spool import drop, reports_full_disk, spooled
 Palette = tuple[tuple[int, int, int], ...]
 
 TILE_SIDE = 256  # as viewers of large images expect
-CLASSIC_BYTES = 2**32 - 2**25  # uncompressed size above which a TIFF is a BigTIFF
-DEFLATE_LEVEL = 6  # the default of zlib
 
 
 @reports_full_disk()
@@ -26,10 +24,10 @@ def encode_png(values_HW: Array, palette: Palette | None) -> BinaryIO:
     file = spooled()
     if palette is None or values_HW.dtype != np.uint8:
         Image.fromarray(values_HW.astype(np.uint16, copy=False)).save(file, format="PNG")
-        return file
-    image = Image.fromarray(values_HW)
-    image.putpalette([value for rgb in palette for value in rgb])  # makes it of mode P
-    image.save(file, format="PNG", bits=8)
+    else:
+        image = Image.fromarray(values_HW)
+        image.putpalette([value for rgb in palette for value in rgb])  # makes it of mode P
+        image.save(file, format="PNG", bits=8)
     return file
 
 
@@ -51,7 +49,8 @@ def encode_tiff(
         colors = {"photometric": "palette", "colormap": colormap}
     file = spooled()
     try:
-        is_big = math.prod(shape) * dtype.itemsize > CLASSIC_BYTES
+        # a classic TIFF has 4 GiB, of which some is left for what does not compress
+        is_big = math.prod(shape) * dtype.itemsize > 2**32 - 2**25
         handle = tifffile.FileHandle(file, name="mask")  # a spooled file has none
         with tifffile.TiffWriter(handle, bigtiff=is_big) as tiff:
             tiff.write(
@@ -60,7 +59,7 @@ def encode_tiff(
                 dtype=dtype,
                 tile=(TILE_SIDE, TILE_SIDE),
                 compression="zlib",
-                compressionargs={"level": DEFLATE_LEVEL},
+                compressionargs={"level": 6},  # the default of zlib
                 maxworkers=1,
                 metadata=None,
                 **colors,

@@ -2,10 +2,9 @@
 is the commit.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import Any
 
@@ -67,7 +66,7 @@ class Export:
     @property
     def identity(self) -> dict[str, str]:
         """Options that exports of one folder share, by the names that people know them by."""
-        known = {**dataclasses.asdict(self.options), "mean_intensity": self.has_input}
+        known = {**asdict(self.options), "mean_intensity": self.has_input}
         return {
             # 2: files keep the extension of their image
             "export_version": "2" if self.names.extension else "1",

@@ -30,8 +30,6 @@ from unet_core.runs.manifest import with_members
 
 log = logging.getLogger(__name__)
 
-LOADING_S = 600.0  # limit for the child to load the model, maybe from a slow store
-PR_SET_PDEATHSIG = 1  # from prctl.h
 
 Message = int | ImageError | Literal["step", "survived", "finished"]
 """Messages of the child: the position of the sample that it begins, a step of that, the reason why
@@ -93,7 +91,7 @@ class Isolation:
             raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
         place: int | None = None
-        limit_s = LOADING_S
+        limit_s = 600.0  # to load the model, maybe from a slow store
         try:
             while True:
                 if not here.poll(limit_s):
@@ -183,7 +181,7 @@ def _describe_exit(exit_code: int | None) -> str:
 def _end_with_parent() -> None:
     """End this process with its parent, even if it hangs."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl.h
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

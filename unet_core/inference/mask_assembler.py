@@ -119,8 +119,7 @@ class MaskAssembler:
     @property
     def failure(self) -> ImageError | None:
         """The reason that lies first in the image, whichever was found first; None if none was."""
-        found = min(self._failures, key=lambda failure: failure[:3], default=None)
-        return found[3] if found is not None else None
+        return min(self._failures, key=lambda failure: failure[:3], default=(None,))[-1]
 
     def _windows_of(self, tile: Tile) -> list[Box]:
         """The mask windows that a tile's kept part touches."""

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from types import MappingProxyType
 
 import numpy as np
 
@@ -41,8 +40,6 @@ from unet_core.tiling.geometry import mask_windows
 
 log = logging.getLogger(__name__)
 
-NO_FAILURES: Mapping[int, ImageError] = MappingProxyType({})
-MOST_ROW_BYTES = 2**31  # limit of a binary value in Arrow
 DECODED_BYTES = 256 * 2**20
 """No further image is decoded while those that wait, encoded or decoded, hold more than this."""
 
@@ -109,7 +106,7 @@ class ShardSegmenter:
         self._cancelled.set()
 
     @reports_full_disk()
-    def segment(self, shard: Shard, poison: Mapping[int, ImageError] = NO_FAILURES) -> ShardResult:
+    def segment(self, shard: Shard, poison: Mapping[int, ImageError] = {}) -> ShardResult:
         """Segment one shard and commit its parts. ``poison``: failures of samples that must not
         be decoded, by position in the shard; they become failed rows.
 
@@ -209,8 +206,8 @@ class ShardSegmenter:
             return image
         box = mask_windows(*image.pixels.shape)[0]
         values = self._postprocessing.logits * box.height * box.width
-        if values * np.dtype(self._postprocessing.probabilities).itemsize < MOST_ROW_BYTES:
-            return image
+        if values * np.dtype(self._postprocessing.probabilities).itemsize < 2**31:
+            return image  # it fits a binary value of Arrow
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 

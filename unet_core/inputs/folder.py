@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -38,29 +39,34 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, by name; bytes are read when they are asked for."""
-    root, masks = source.root, source.mask_root
+    image_at, mask_at = partial(ListedFile, source.root), partial(ListedFile, source.mask_root)
+    yield from samples_of(source, shard, image_at, mask_at)
+
+
+def samples_of(
+    source: Source,
+    shard: Shard,
+    image_at: Callable[[str, str], "ListedFile"],
+    mask_at: Callable[[str, str | None], "ListedFile"],
+) -> Iterator[Sample]:
+    """The loose images of a shard with their truth; files are found by name (in a list by URI) and
+    etag. Lists may not know how large they are.
+    """
     for member in shard.members:
-        image = ListedFile(root, member.key, member.etag)
-        mask = ListedFile(masks, member.mask, member.mask_etag) if member.mask else None
-        yield sample_of(member, root.uri(member.key), image, mask)
-
-
-def sample_of(
-    member: Member, source_uri: str, image: "ListedFile", mask: "ListedFile | None"
-) -> Sample:
-    """A loose image with its truth; lists may not know how large it is."""
-    may_be_large = member.bytes > sample_module.LARGE_FILE_BYTES or (
-        not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
-    )
-    return Sample(
-        image_id=member.key,
-        key=PurePosixPath(member.key).stem,
-        source_uri=source_uri,
-        read=image.read,
-        read_mask=mask.read if mask is not None else None,
-        open=image.open if may_be_large else None,
-        open_mask=mask.open if mask is not None else None,
-    )
+        image = image_at(member.uri or member.key, member.etag)
+        mask = mask_at(member.mask, member.mask_etag) if member.mask else None
+        may_be_large = member.bytes > sample_module.LARGE_FILE_BYTES or (
+            not member.bytes and image.name.lower().endswith((".tif", ".tiff"))
+        )
+        yield Sample(
+            image_id=member.key,
+            key=PurePosixPath(member.key).stem,
+            source_uri=member.uri or source.root.uri(member.key),
+            read=image.read,
+            read_mask=mask.read if mask is not None else None,
+            open=image.open if may_be_large else None,
+            open_mask=mask.open if mask is not None else None,
+        )
 
 
 def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
@@ -164,16 +170,15 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
 
 def _report_unmatched(members: list[Member], labels: list[str], masks: str) -> None:
     lonely, images = [member.key for member in members if member.mask is None], len(members)
-    if not lonely:
-        return
     shown = ", ".join(lonely[:SHOWN])
-    if len(lonely) == images:
+    if lonely and len(lonely) == images:
         there = ", ".join(labels[:SHOWN]) or "no images at all"
         raise ConfigError(
             f"input.masks: none of {images} images has a mask with the same stem in {masks!r}; "
             f"images: {shown}; masks: {there}"
         )
-    log.warning("%d of %d images have no mask in %r: %s", len(lonely), images, masks, shown)
+    if lonely:
+        log.warning("%d of %d images have no mask in %r: %s", len(lonely), images, masks, shown)
 
 
 @dataclass(frozen=True)

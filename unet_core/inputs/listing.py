@@ -11,7 +11,7 @@ import urllib.parse
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from unet_core.errors import ConfigError, NotFoundError
 from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
-from unet_core.inputs.folder import ListedFile, group_into_shards, label_sample, sample_of
+from unet_core.inputs.folder import ListedFile, group_into_shards, label_sample, samples_of
 from unet_core.inputs.parquet import EXTENSIONS
 from unet_core.inputs.shards import Known, Member, Shard, Source, member_ids
 from unet_core.storage.store import Store, split
@@ -62,11 +62,8 @@ def all_members(source: Source) -> Iterator[Member]:
 
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, in the order of the list; bytes are read when asked for."""
-    for member in shard.members:
-        assert member.uri is not None
-        image = file_of(source, member.uri, member.etag)
-        mask = file_of(source, member.mask, member.mask_etag) if member.mask else None
-        yield sample_of(member, member.uri, image, mask)
+    file_at = partial(file_of, source)
+    yield from samples_of(source, shard, file_at, file_at)
 
 
 def file_of(source: Source, uri: str, etag: str | None) -> ListedFile:
@@ -155,9 +152,8 @@ class Allowed:
 
 def _is_plain(path: str) -> bool:
     """Whether a path below a prefix names one object and leads nowhere else."""
-    if not path or path.endswith("/") or "::" in path or "\\" in path or "\0" in path:
-        return False
-    return ".." not in path or ".." not in path.split("/")
+    is_odd = path.endswith("/") or "::" in path or "\\" in path or "\0" in path
+    return bool(path) and not is_odd and ".." not in path.split("/")
 
 
 # --- the kinds of lists ---------------------------------------------------------------------
@@ -293,10 +289,10 @@ def _inventory_rows(home: Store, file: str, columns: list[str]) -> Iterator[dict
             for batch in opened.iter_batches(BATCH_ROWS, columns=there):
                 for row in batch.to_pylist():
                     yield {INVENTORY_COLUMNS[key]: value for key, value in row.items()}
-        return
-    for row in _rows(home, file):
-        named = dict(zip(columns, row, strict=False))
-        yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}
+    else:
+        for cells in _rows(home, file):
+            named = dict(zip(columns, cells, strict=False))
+            yield {**named, "Key": urllib.parse.unquote_plus(named["Key"])}
 
 
 LABELS = LabelFiles(list_labels, lambda _, image_id: [image_id], open_label)

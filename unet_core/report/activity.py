@@ -17,7 +17,6 @@ from unet_core.report.charts import Plot, lines, stack
 from unet_core.runs.timings import DEVICE, Seconds
 
 BINS = 60
-LEAST_SHARDS = 6
 PAUSE_S = 120.0
 """Longest time without an attempt that is no pause."""
 SPREAD = ["images", *(f"{stage}_s" for stage in DEVICE.values())]
@@ -43,8 +42,8 @@ class Activity:
         self.shares = Seconds.of_table(table).shares
         self.actors = list(_actors(table))
         self.plots: list[Plot] = []
-        """Images per second, and the devices' states; empty for a few shards."""
-        if table.num_rows >= LEAST_SHARDS:
+        """Images per second, and the devices' states; empty for fewer than six shards."""
+        if table.num_rows >= 6:
             edges_s = np.linspace(0, self.worked_s, min(BINS, 2 * table.num_rows) + 1)
             binned = [np.diff(np.interp(edges_s, at_work_s, sums)) for sums in done]
             self.plots = list(_plots(np.stack(binned), edges_s, pauses_s))

@@ -6,6 +6,7 @@ Texts are no part of the square, so that they keep their size at any width.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import starmap
 
 import numpy as np
 
@@ -89,21 +90,20 @@ def lines(
     xs, ys = np.concatenate([np.asarray(points, float) for points in series.values() if points]).T
     left, right = float(xs.min()), float(xs.max())
     low, high = y_range or _outward(min(0.0, float(ys.min())), float(ys.max()) or 1.0, 4)
-    marks, ends = [], []
-    for tone, (name, points) in enumerate(series.items()):
-        if points:
-            placed = (
-                (_percent(x, left, right), 100 - _percent(y, low, high))
-                for x, y in _thinned(points)
-            )
-            marks.append(Mark("line", name, _path(placed), tone))
-            ends.append(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
+    drawn = [(tone, *line) for tone, line in enumerate(series.items()) if line[1]]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _percent(x, left, right), 100 - _percent(y, low, high)
+
     return Plot(
         title,
-        "; ".join(ends),
+        "; ".join(f"{n} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for _, n, points in drawn),
         _axis(left, right, 6),
         _axis(low, high, 4),
-        tuple(marks),
+        tuple(
+            Mark("line", name, _path(starmap(place, _thinned(points))), tone)
+            for tone, name, points in drawn
+        ),
         tuple(Tick(_percent(at, left, right), text) for at, text in rules),
         x_name,
     )

@@ -29,7 +29,6 @@ SHOWN = 8
 MOST_BYTES = 8 * 2**30
 """Bytes of tars and the like read for the images of a page: about a minute at 1 Gbit/s."""
 MOST_CLASSES = 64
-MOST_SIZES = 8
 TIMING_FILES = 2880
 """About two days at work."""
 DISTRIBUTIONS = {
@@ -110,7 +109,7 @@ def sizes_of(measured: RunScores) -> tuple[list[Row], int]:
     """Return the most frequent sizes, and the number of different ones."""
     order = [("count_all", "descending"), ("height", "ascending"), ("width", "ascending")]
     counts = measured.values.group_by(["height", "width"]).aggregate([([], "count_all")])
-    return counts.sort_by(order).slice(0, MOST_SIZES).to_pylist(), counts.num_rows
+    return counts.sort_by(order).slice(0, 8).to_pylist(), counts.num_rows
 
 
 def sheets(measured: RunScores) -> dict[str, list[Pick]]:

@@ -83,6 +83,13 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 TEMPLATES.globals |= {"scores": SCORE_NAMES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
-TEMPLATES.filters |= {"text": text, "toml": toml, "score": score, "share": share, "span": span}
-TEMPLATES.filters |= {"count": "{:,}".format, "at": "{:%Y-%m-%d %H:%M} UTC".format}
+TEMPLATES.filters |= {
+    "text": text,
+    "toml": toml,
+    "score": score,
+    "share": share,
+    "span": span,
+    "count": "{:,}".format,
+    "at": "{:%Y-%m-%d %H:%M} UTC".format,
+}
 TEMPLATES.tests["nan"] = math.isnan

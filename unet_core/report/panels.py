@@ -17,9 +17,7 @@ from unet_core.images.raster import Raster
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
 """Limit that keeps four panels of two dozen images below 4 MB, whatever they show."""
-OVERLAY = 4096
 OPACITY = 0.35
-QUALITIES = (85, 70, 50, 30, 10)
 
 ERRORS = {
     "right, background": (24, 26, 29),
@@ -114,7 +112,7 @@ def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
 
 def overlay(decoded: DecodedImage, mask_HW: Array, palette: Palette) -> bytes:
     """Draw an image with its classes blended in and outlined, as PNG."""
-    drawn_HWC, mask_HW, _ = _view(decoded, mask_HW, OVERLAY)
+    drawn_HWC, mask_HW, _ = _view(decoded, mask_HW, side=4096)
     colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
     inside, edge = mask_HW > 0, _outline(mask_HW)
     mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]
@@ -148,7 +146,7 @@ def _flat(title: str, ids_HW: Array, colors: Array) -> Panel:
 def _panel(title: str, image: Image.Image) -> Panel:
     """Encode as the best JPEG that is not too large; flat colours as PNG, unless that is."""
     data, kind = (_encoded(image, "png"), "png") if image.mode == "P" else (b"", "")
-    for quality in QUALITIES:
+    for quality in (85, 70, 50, 30, 10):
         if not data or len(data) > MOST_PANEL_BYTES:
             kind = "jpeg"
             data = _encoded(image.convert("RGB"), kind, quality=quality, subsampling=0)

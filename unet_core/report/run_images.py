@@ -22,7 +22,6 @@ MOST_PIXELS = 64 * 2**20
 """Largest image that is fetched."""
 PATIENCE_S = 30.0
 """Longest wait for storage that is away."""
-THREADS = 4
 
 MadeT = TypeVar("MadeT")
 
@@ -50,17 +49,15 @@ def fetch(
     def of_shard(shard_id: str) -> None:
         reason = "it is not in its shard any more"
         try:
-            for image_id, found in _found(results, source, heads[shard_id], wanted[shard_id]):
-                if isinstance(found, str):
-                    reasons[image_id] = found
-                else:
-                    made[image_id] = make(*found)
+            shard, ids = heads[shard_id], wanted[shard_id]
+            for decoded, mask_HW in _found(results, source, shard, ids, reasons):
+                made[decoded.sample.image_id] = make(decoded, mask_HW)
         except (UnetJobsError, ValueError, OSError, MemoryError) as error:
             reason = str(error) or type(error).__name__  # also of a damaged mask
         for image_id in wanted[shard_id]:
             reasons.setdefault(image_id, reason)
 
-    list(map_in_order(of_shard, wanted, THREADS))
+    list(map_in_order(of_shard, wanted, threads=4))
     return made, {image_id: why for image_id, why in reasons.items() if image_id not in made}
 
 
@@ -92,23 +89,23 @@ def _wanted(
 
 
 def _found(
-    results: Results, source: Source, shard: Shard, ids: set[str]
-) -> Iterator[tuple[str, tuple[DecodedImage, Array] | str]]:
-    """Read images and masks in the order of the shard, or reasons why one cannot be taken."""
+    results: Results, source: Source, shard: Shard, ids: set[str], reasons: dict[str, str]
+) -> Iterator[tuple[DecodedImage, Array]]:
+    """Read images and masks in the order of the shard; adds ``reasons`` why one cannot be taken."""
     missing = set(ids)
     with open_masks(results.run.store, shard.shard_id) as masks:
         for decoded in decoded_images(results, shard, ids, source, has_truth=True):
             image_id = decoded.sample.image_id
             if isinstance(decoded, Rejected):
-                yield image_id, str(decoded.failure)
+                reasons[image_id] = str(decoded.failure)
             elif image_id in missing:  # the first of a name counts
                 mask = masks.mask(image_id)
                 if mask is None:
-                    yield image_id, "its mask is not there"
+                    reasons[image_id] = "its mask is not there"
                 elif (mask.height, mask.width) != decoded.pixels.shape:
-                    yield image_id, "its mask has another size: the input changed"
+                    reasons[image_id] = "its mask has another size: the input changed"
                 else:
-                    yield image_id, (decoded, mask.whole())
+                    yield decoded, mask.whole()
                 missing.remove(image_id)
             if not missing:
                 return

@@ -48,7 +48,13 @@ class MasksPart(RowGroupWriter):
         columns = schema.masks(encoding, has_probabilities)
         small = [name for name in columns.names if name not in ("mask", "probabilities")]
         columns = columns.with_metadata({**(columns.metadata or {}), **footer})
-        super().__init__(columns, ROW_GROUP_BYTES, use_dictionary=small, write_statistics=small)
+        super().__init__(
+            columns,
+            ROW_GROUP_BYTES,
+            lambda rows: pa.Table.from_pylist(rows, schema=columns),
+            use_dictionary=small,
+            write_statistics=small,
+        )
         self._is_png = encoding == "png"
 
     def add(self, row: dict[str, Any]) -> None:
@@ -64,9 +70,6 @@ class MasksPart(RowGroupWriter):
         file.seek(0)
         sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         return file, sha256, file.tell()
-
-    def _joined(self, held: list[dict[str, Any]]) -> pa.Table:
-        return pa.Table.from_pylist(held, schema=self.columns)
 
 
 def metrics_part(

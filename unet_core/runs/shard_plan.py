@@ -8,7 +8,6 @@ from functools import partial
 from unet_core.inputs.formats import is_there, list_shards
 from unet_core.inputs.shards import Shard, Source
 from unet_core.runs import manifest
-from unet_core.runs.manifest import Draft
 from unet_core.runs.run import Run
 
 
@@ -19,7 +18,7 @@ class ShardPlan:
     shards: list[Shard]
     left: list[Shard]
     """Shards that are not committed."""
-    draft: Draft | None = None
+    draft: manifest.Draft | None = None
     """The manifest of a new run, not published yet."""
     is_finished: bool = False
     """Every shard is committed and ``_SUCCESS`` is written."""

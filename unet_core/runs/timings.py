@@ -20,8 +20,6 @@ from unet_core.storage.parquet_files import decode_parquet, encode_parquet
 from unet_core.storage.store import Store
 
 FLUSH_S = 60.0  # a driver that dies loses the timings of a minute, and a day makes 1,440 files
-RECENT = 60
-"""Number of files that make about an hour."""
 DEVICE = {
     "busy": "device",
     "waiting for a shard": "waiting_for_shard",
@@ -190,4 +188,4 @@ def read_timings(store: Store, files: int) -> pa.Table:
 
 def recent_seconds(store: Store) -> Seconds:
     """Sum over about the last hour in which a run was at work."""
-    return Seconds.of_table(read_timings(store, RECENT))
+    return Seconds.of_table(read_timings(store, 60))  # a file a minute

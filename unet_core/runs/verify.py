@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +25,6 @@ from unet_core.runs.parts import list_shard_ids, masks_name, read_metrics
 from unet_core.runs.reader import OpenMasks, open_run
 from unet_core.runs.run import Record, Run
 from unet_core.storage.store import is_temporary
-
-PARTS_AT_ONCE = 4
-"""Each is in memory as a whole."""
 
 
 @dataclass
@@ -62,7 +58,8 @@ def verify(uri: str, deep: bool = False, storage: StorageConfig | None = None) -
     images = []
     there = (shard for shard in shards if shard.shard_id in committed)
     check = partial(_check_shard, run, record, source)
-    for totals, ids, problems in map_in_order(check, there, PARTS_AT_ONCE):
+    # four parts at once: each is in memory as a whole
+    for totals, ids, problems in map_in_order(check, there, 4):
         findings.totals += totals
         findings.problems += problems
         images.append(ids)
@@ -122,6 +119,7 @@ def _check_shard(
     except StoreError as error:
         return Totals(), pa.array([], pa.string()), [f"shard {name}: {error}"]
     problems = []
+    ok = rows.filter(pc.field("status") == "ok")
     seen = int(footer.get("images_seen", -1))
     totals = Totals.of_rows(rows, seen)
     if footer.get("fingerprint") != record.fingerprint:
@@ -135,26 +133,25 @@ def _check_shard(
         problems.append("masks part has another SHA-256 than its commit says")
     else:
         file = pq.ParquetFile(io.BytesIO(masks_bytes))
-        problems += _check_windows(rows, file.read(columns=["image_id", "height", "width"]))
+        problems += _check_windows(ok, file.read(columns=["image_id", "height", "width"]))
         if source is not None:
-            problems += _recount_masks(rows, OpenMasks(file, run.store.uri(masks_name(name))))
+            problems += _recount_masks(ok, OpenMasks(file, run.store.uri(masks_name(name))))
     if source is not None:
         problems += _recount_input(source, with_members(run.store, shard), rows)
-    ids = rows.filter(pc.field("status") == "ok")["image_id"].combine_chunks()
-    return totals, ids, [f"shard {name}: {problem}" for problem in problems]
+    return (
+        totals,
+        ok["image_id"].combine_chunks(),
+        [f"shard {name}: {problem}" for problem in problems],
+    )
 
 
-def _ok(rows: pa.Table) -> list[dict[str, Any]]:
-    return [row for row in rows.to_pylist() if row["status"] == "ok"]
-
-
-def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
+def _check_windows(ok: pa.Table, windows: pa.Table) -> list[str]:
     """Every ok row's mask windows cover its image, and no other image has any."""
     area: Counter[str] = Counter()
     for window in windows.to_pylist():
         area[window["image_id"]] += window["height"] * window["width"]
     problems = []
-    for row in _ok(rows):
+    for row in ok.to_pylist():
         pixels = row["height"] * row["width"]
         if area.pop(row["image_id"], 0) != pixels:
             problems.append(f"image {row['image_id']}: its mask windows do not cover it")
@@ -163,10 +160,10 @@ def _check_windows(rows: pa.Table, windows: pa.Table) -> list[str]:
     return problems + [f"image {image_id} has a mask but no ok row" for image_id in area]
 
 
-def _recount_masks(rows: pa.Table, masks: OpenMasks) -> list[str]:
+def _recount_masks(ok: pa.Table, masks: OpenMasks) -> list[str]:
     """Count the classes of every mask again, from its bytes."""
     problems = []
-    for row in _ok(rows):
+    for row in ok.to_pylist():
         mask, counted = masks.mask(row["image_id"]), Counter[int]()
         for read in mask.windows.values() if mask is not None else ():
             counted.update(dict(enumerate(np.bincount(read().ravel()).tolist())))
@@ -203,6 +200,6 @@ def _check_success(run: Run, missing: set[str], findings: Findings) -> None:
         claimed = run.finished_totals()
     except ValueError as error:
         findings.problems.append(f"_SUCCESS cannot be read: {one_line(error)}")
-        return
-    if claimed != findings.totals:
-        findings.problems.append("the totals in _SUCCESS are not the sums of the metrics parts")
+    else:
+        if claimed != findings.totals:
+            findings.problems.append("the totals in _SUCCESS are not the sums of the metrics parts")

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -49,8 +49,15 @@ class RowGroupWriter:
     Row groups are cut by bytes, so the file depends on its rows alone.
     """
 
-    def __init__(self, columns: pa.Schema, group_bytes: int, **how: Any) -> None:
-        self.columns = columns
+    def __init__(
+        self,
+        columns: pa.Schema,
+        group_bytes: int,
+        join: Callable[[list[Any]], pa.Table] = pa.concat_tables,
+        **how: Any,
+    ) -> None:
+        """``join``: makes a table of what is appended, if that is not tables."""
+        self._join = join
         self._file = spooled()
         self._writer = pq.ParquetWriter(self._file, columns, **COMPRESSION, **how)
         self._group_bytes = group_bytes
@@ -79,8 +86,5 @@ class RowGroupWriter:
 
     def _flush(self) -> None:
         if self._held:
-            self._writer.write_table(self._joined(self._held))
+            self._writer.write_table(self._join(self._held))
             self._held, self._held_bytes = [], 0
-
-    def _joined(self, held: list[Any]) -> pa.Table:
-        return pa.concat_tables(held)
