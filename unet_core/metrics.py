@@ -122,6 +122,20 @@ def truth_columns(confusion_KK: Array, pixels: int) -> dict[str, Any]:
     return row
 
 
+def added(one: SumT, other: SumT) -> SumT:
+    """The sum of two values of a data class, field by field."""
+    names = (f.name for f in fields(cast(Any, one)))
+    return type(one)(**{name: _add(getattr(one, name), getattr(other, name)) for name in names})
+
+
+def _add(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return dict(sorted((Counter(a) + Counter(b)).items()))
+    if isinstance(a, tuple):
+        return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
+    return a + b
+
+
 @dataclass(frozen=True)
 class Totals:
     """The sums of a shard or of a whole run; ``a + b`` is the totals of both."""
@@ -141,8 +155,7 @@ class Totals:
     errors: dict[str, int] = field(default_factory=dict)
     """Number of rows by error code; on ``ok`` rows, codes concern the truth."""
 
-    def __add__(self, other: "Totals") -> "Totals":
-        return added(self, other)
+    __add__ = added
 
     @property
     def is_reconciled(self) -> bool:
@@ -180,20 +193,6 @@ class Totals:
             fn=_sum_lists(rows["fn"]),
             errors=dict(sorted(errors.items())),
         )
-
-
-def added(one: SumT, other: SumT) -> SumT:
-    """The sum of two values of a data class, field by field."""
-    names = (f.name for f in fields(cast(Any, one)))
-    return type(one)(**{name: _add(getattr(one, name), getattr(other, name)) for name in names})
-
-
-def _add(a: Any, b: Any) -> Any:
-    if isinstance(a, dict):
-        return dict(sorted((Counter(a) + Counter(b)).items()))
-    if isinstance(a, tuple):
-        return tuple(x + y for x, y in zip(a, b, strict=True)) if a and b else a or b
-    return a + b
 
 
 def lists(column: pa.ChunkedArray) -> Array:

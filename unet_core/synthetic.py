@@ -9,12 +9,10 @@ from PIL import Image
 
 from unet_core.arrays import Array
 
-Random = np.random.Generator
-
 SIZES = ((256, 256), (240, 320), (360, 360), (300, 200), (512, 640), (177, 233), (384, 288))
 
 
-def nuclei(height: int, width: int, random: Random) -> tuple[Array, Array]:
+def nuclei(height: int, width: int, random: np.random.Generator) -> tuple[Array, Array]:
     """One gray image HW and its mask HW (1 = nucleus)."""
     light_HW = np.zeros((height, width), dtype=np.float32)
     mask_HW = np.zeros((height, width), dtype=bool)
@@ -32,7 +30,7 @@ def nuclei(height: int, width: int, random: Random) -> tuple[Array, Array]:
 
 
 def _add_nucleus(
-    light_HW: Array, mask_HW: Array, y: float, x: float, radius: float, random: Random
+    light_HW: Array, mask_HW: Array, y: float, x: float, radius: float, random: np.random.Generator
 ) -> None:
     """Draw one ellipse with a wavy, slightly soft border and a textured inside."""
     reach = int(2 * radius) + 3
@@ -53,7 +51,7 @@ def _add_nucleus(
     mask_HW[rows, columns] |= inside > 0
 
 
-def _uneven_light(height: int, width: int, random: Random) -> Array:
+def _uneven_light(height: int, width: int, random: np.random.Generator) -> Array:
     """A slope and a bright spot, 0.35 to 1.6."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
     slope = random.uniform(-0.6, 0.6) * (y - 0.5) + random.uniform(-0.6, 0.6) * (x - 0.5)

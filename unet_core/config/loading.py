@@ -45,8 +45,9 @@ def build(
 
 def _with_new_names(table: dict[str, Any]) -> dict[str, Any]:
     """Copy nested tables, with keys by their new names."""
-    copied = {k: _with_new_names(v) if isinstance(v, dict) else v for k, v in table.items()}
-    return with_new_names(copied)
+    return with_new_names(
+        {k: _with_new_names(v) if isinstance(v, dict) else v for k, v in table.items()}
+    )
 
 
 def override_values(overrides: list[str]) -> dict[str, Any]:

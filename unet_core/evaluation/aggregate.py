@@ -88,8 +88,7 @@ class Aggregate:
     flipped: Extremes = Extremes()
     """Images of the largest share of pixels whose class is another one; negative."""
 
-    def __add__(self, other: "Aggregate") -> "Aggregate":
-        return added(self, other)
+    __add__ = added
 
     @classmethod
     def of_rows(cls, rows: pa.Table, images_seen: int, of_runs: bool) -> "Aggregate":
@@ -209,11 +208,12 @@ def _without_comparison(rows: pa.Table, of_runs: bool) -> dict[str, Any]:
     left = rows.filter(pc.is_null(rows["tp"])).select(columns).to_pylist()
     ok = [row for row in left if row["status"] == "ok"]
     found = [row for row in ok if not (of_runs and row["truth"] == "failed")]
-    lost = [row for row in ok if of_runs and row["truth"] == "failed"]
     return {
         "without": Images.of(row["image_id"] for row in ok if row["truth"] is None),
         "unusable": Images.of(_reason(row) for row in found if row["error_code"]),
-        "only_ok_here": Images.of(map(_reason, lost)),
+        "only_ok_here": Images.of(
+            _reason(row) for row in ok if of_runs and row["truth"] == "failed"
+        ),
         "only_ok_there": Images.of(
             _reason(row)
             for row in left

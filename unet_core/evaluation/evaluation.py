@@ -50,8 +50,9 @@ class Evaluation:
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
-        folder = RunFolder(self.store, TRUTH_JSON, "evaluation")
-        folder.create_or_join(self.identity, advice="give another --name, or none")
+        RunFolder(self.store, TRUTH_JSON, "evaluation").create_or_join(
+            self.identity, advice="give another --name, or none"
+        )
 
     def done(self) -> set[str]:
         """Shards whose part is of the masks that the run has now."""
@@ -90,11 +91,13 @@ class Evaluation:
             return {"error_code": failure.code, "error_message": str(failure)}
 
     def _confusion(self, mask: StoredMask, truth: Raster) -> Array:
-        found = (
-            confusion(truth.read(box).pixels_CHW[0], read(), self.classes, self.ignore_index)
-            for box, read in mask.windows.items()
+        return sum(
+            (
+                confusion(truth.read(box).pixels_CHW[0], read(), self.classes, self.ignore_index)
+                for box, read in mask.windows.items()
+            ),
+            np.zeros((self.classes, self.classes), np.int64),
         )
-        return sum(found, np.zeros((self.classes, self.classes), np.int64))
 
     def aggregate(self, shard_ids: set[str]) -> Aggregate:
         """Add up their parts. Raises ConfigError if two images have one label image."""

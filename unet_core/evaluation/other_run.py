@@ -43,8 +43,10 @@ class OtherRun:
                 if other is None:
                     yield Found()
                 elif other["status"] != "ok":
-                    reason = f"it failed there: {other['error_message']}"
-                    yield Found("failed", ImageError("truth", reason))
+                    yield Found(
+                        "failed",
+                        ImageError("truth", f"it failed there: {other['error_message']}"),
+                    )
                 elif row["status"] != "ok":
                     yield Found("ok")
                 else:

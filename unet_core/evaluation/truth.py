@@ -23,8 +23,6 @@ from unet_core.inputs.formats import FORMATS, label_files, read_shard
 from unet_core.inputs.shards import Shard, Source
 from unet_core.tiling.geometry import mask_windows
 
-SHOWN = 3
-
 
 @dataclass(frozen=True)
 class Found:
@@ -72,14 +70,15 @@ class LabelImages:
         for label in labels:
             digest.update(json.dumps(label).encode())
         columns = zip(*((key, *label) for key, label in labels), strict=True)
-        arrays = [pa.array(column, pa.large_string()) for column in columns]
-        batch = pa.RecordBatch.from_arrays(arrays, ["key", "name", "etag"])
+        batch = pa.RecordBatch.from_arrays(
+            [pa.array(column, pa.large_string()) for column in columns], ["key", "name", "etag"]
+        )
         return cls(source, classes, batch, digest.hexdigest())
 
     @property
     def names(self) -> list[str]:
         """The first ones, for a message."""
-        return [*self.labels["name"].slice(0, SHOWN).to_pylist()]
+        return [*self.labels["name"].slice(0, 3).to_pylist()]
 
     def of(self, shard: Shard, rows: list[Row]) -> Iterator[Found]:
         """Truth for each row of a shard's metrics."""

@@ -5,7 +5,6 @@ metadata. No torch.
 import hashlib
 import importlib.resources
 import json
-import struct
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -139,13 +138,12 @@ def read_metadata(
     Raises CheckpointError for other files.
     """
     prefix = read_bytes(checkpoint, storage, 0, 8) if data is None else data[:8]
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise CheckpointError(f"{checkpoint}: not a safetensors file; convert it first")
     text = read_bytes(checkpoint, storage, 8, 8 + length) if data is None else data[8 : 8 + length]
     try:
-        header = json.loads(text)
-        metadata: dict[str, str] = header.get("__metadata__", {})
+        metadata: dict[str, str] = json.loads(text).get("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata are texts")
     except (ValueError, AttributeError, RecursionError) as error:

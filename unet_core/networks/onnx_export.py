@@ -44,7 +44,14 @@ def to_onnx(network: nn.Module, header: Header) -> bytes:
         raise CheckpointError(
             f"the network cannot be exported to ONNX: {one_line(error)}"
         ) from error
-    onnx.helper.set_model_props(model, _metadata(header))
+    metadata = {
+        "classes": json.dumps(header.class_names),
+        "preprocessing": header.preprocessing.model_dump_json(),
+        "tiling": json.dumps({"stride": tiling.stride, "margin": tiling.margin,
+                              "halo": tiling.halo, "smallest": tiling.sides.smallest,
+                              "step": tiling.sides.step}),
+    }  # fmt: skip
+    onnx.helper.set_model_props(model, metadata)
     data: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for count, steps in ((1, 3), (3, 1)):
@@ -65,14 +72,3 @@ def _sample(count: int, channels: int, tiling: Tiling, steps: int) -> torch.Tens
     width = tiling.sides.at_least(2 * tiling.margin + steps * tiling.stride)
     height = tiling.sides.at_least(width + 1)
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(0))
-
-
-def _metadata(header: Header) -> dict[str, str]:
-    tiling = header.tiling
-    return {
-        "classes": json.dumps(header.class_names),
-        "preprocessing": header.preprocessing.model_dump_json(),
-        "tiling": json.dumps({"stride": tiling.stride, "margin": tiling.margin,
-                              "halo": tiling.halo, "smallest": tiling.sides.smallest,
-                              "step": tiling.sides.step}),
-    }  # fmt: skip

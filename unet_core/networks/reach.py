@@ -106,8 +106,12 @@ def _tiling(network: nn.Module, in_channels: int, sides: Sides, stride: int, mar
         sees_before = at + reaches[at % stride][0] < 0
         if sees_before or back + reaches[back % stride][1] >= end:
             halo = round_up(at + 1, stride)
-    field = max(last - first + 1 for first, last in reaches)
-    return replace(tiling, halo=halo, receptive_field=field, is_exact=True)
+    return replace(
+        tiling,
+        halo=halo,
+        receptive_field=max(last - first + 1 for first, last in reaches),
+        is_exact=True,
+    )
 
 
 def _reaches(

@@ -50,9 +50,9 @@ def tile_grid_for(
     sides = tiling.tile_sides
     smallest = sides.at_least(2 * inner + tiling.stride)
     if size == "auto":
-        wanted = max(USUAL_SIZE, HALOS * inner, smallest)
-        return TileGrid(sides.at_most(wanted), tiling, blends)
-    _check(size, smallest, inner, tiling)
+        size = sides.at_most(max(USUAL_SIZE, HALOS * inner, smallest))
+    else:
+        _check(size, smallest, inner, tiling)
     return TileGrid(size, tiling, blends)
 
 

@@ -59,10 +59,11 @@ def augment(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Mi
 
 def empty_micro_batch(shape: CropShape, channels: int, device: torch.device) -> MicroBatch:
     """Return a micro-batch of size 0, for a rank that has no image left in a step."""
-    side, input_side = shape.side, shape.input_side
-    images_NCHW = torch.zeros(0, channels, input_side, input_side, device=device)
     return MicroBatch(
-        [], images_NCHW, torch.zeros(0, side, side, dtype=torch.int64, device=device), None
+        image_ids=[],
+        images_NCHW=torch.zeros(0, channels, shape.input_side, shape.input_side, device=device),
+        labels_NHW=torch.zeros(0, shape.side, shape.side, dtype=torch.int64, device=device),
+        boundary_NHW=None,
     )
 
 
@@ -88,8 +89,9 @@ def _grid(crops: Sequence[Crop], shape: CropShape, device: torch.device) -> Tens
     axes = []
     for axis in (1, 0):
         folds_once = min(crop.size[axis] for crop in crops) - 1 >= shape.window / 2
-        last_N11 = size_N2[:, axis, None, None] - 1
-        inside_NHW = _mirrored(points_N2HW[:, axis], last_N11, folds_once)
+        inside_NHW = _mirrored(
+            points_N2HW[:, axis], last=size_N2[:, axis, None, None] - 1, folds_once=folds_once
+        )
         axes.append(inside_NHW * (2 / (shape.window - 1)) - 1)
     return torch.stack(axes, dim=-1)
 
@@ -111,8 +113,7 @@ def _mirrored(at: Tensor, last: Tensor, folds_once: bool) -> Tensor:
         return last - (last - at.abs()).abs()
     period = (2 * last).clamp(min=1)
     folded = at.remainder(period)
-    inside = torch.minimum(folded, period - folded)
-    return torch.where(last > 0, inside, torch.zeros_like(at))
+    return torch.where(last > 0, torch.minimum(folded, period - folded), 0)
 
 
 def _sample(values_NCHW: Tensor, grid_NHW2: Tensor, mode: str) -> Tensor:
@@ -129,11 +130,14 @@ def _with_gray_variation(images_NCHW: Tensor, crops: Sequence[Crop]) -> Tensor:
     gamma = torch.tensor([crop.gamma for crop in crops], device=device)[:, None, None, None]
     brightness = torch.tensor([crop.brightness for crop in crops], device=device)
     gain = _stacked([crop.gain for crop in crops], device)
-    images_NCHW = images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
-    images_NCHW = images_NCHW + brightness[:, None, None, None]
+    images_NCHW = (
+        images_NCHW.sign() * images_NCHW.abs() ** gamma * gain[..., None, None]
+        + brightness[:, None, None, None]
+    )
     for index, crop in enumerate(crops):
         if crop.noise:
             random = torch.Generator(device).manual_seed(crop.noise_seed)
-            shape = images_NCHW.shape[1:]
-            images_NCHW[index] += crop.noise * torch.randn(shape, generator=random, device=device)
+            images_NCHW[index] += crop.noise * torch.randn(
+                images_NCHW.shape[1:], generator=random, device=device
+            )
     return images_NCHW.contiguous(memory_format=memory_format(device))

@@ -13,8 +13,6 @@ from unet_core.arrays import Array
 from unet_core.config.train import AugmentConfig
 from unet_core.training.dataset import LabelledImage, digest_of
 
-Random = np.random.Generator
-
 ELASTIC_LIMIT = 3.0
 """Largest displacement in units of σ, so that the window of a crop has a bounded size."""
 OVERSHOOT = 1.25
@@ -89,8 +87,7 @@ def draw(
 
     The order of the draws is fixed: add new ones at the end, or all later ones change.
     """
-    image_seed = int.from_bytes(digest_of(image.image_id)[:8], "big")
-    random = np.random.default_rng([*seed, image_seed])
+    random = np.random.default_rng([*seed, int.from_bytes(digest_of(image.image_id)[:8], "big")])
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
     pixels_CHW = image.decoded.pixels.whole().pixels_CHW
@@ -127,12 +124,12 @@ def _elastic_reach(augment: AugmentConfig) -> float:
     return augment.elastic * ELASTIC_LIMIT * OVERSHOOT
 
 
-def _ratio(limit: float, random: Random) -> float:
+def _ratio(limit: float, random: np.random.Generator) -> float:
     """Draw a factor from 1/limit to limit, log-uniform."""
     return math.exp(random.uniform(-1, 1) * math.log(limit))
 
 
-def _matrix(augment: AugmentConfig, random: Random) -> Array:
+def _matrix(augment: AugmentConfig, random: np.random.Generator) -> Array:
     """Draw flips, quarter turns, rotation and scale as one 2×2 matrix."""
     angle = math.radians(random.uniform(-1, 1) * augment.rotation)
     turns = int(random.integers(4)) if augment.quarter_turns else 0
@@ -145,7 +142,11 @@ def _matrix(augment: AugmentConfig, random: Random) -> Array:
 
 
 def _place(
-    length: int, spread: float, shape: CropShape, augment: AugmentConfig, random: Random
+    length: int,
+    spread: float,
+    shape: CropShape,
+    augment: AugmentConfig,
+    random: np.random.Generator,
 ) -> tuple[int, int, float]:
     """Draw the position of a crop along one axis: start and stop of the window in the image, and
     the crop's centre relative to the start.

@@ -109,13 +109,15 @@ class LabelledInput:
         if self._sigma is not None:
             from unet_core.training.boundary import boundary_term, objects_of  # SciPy: 0.3 s
 
-            if config.instances:
-                objects_HW = np.where(labels_HW == 1, stored_HW, 0)
-            else:
-                objects_HW = objects_of(labels_HW, config.ignore_index)
+            objects_HW = (
+                np.where(labels_HW == 1, stored_HW, 0)
+                if config.instances
+                else objects_of(labels_HW, config.ignore_index)
+            )
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
-        pixels = ArrayRaster(*image.pixels.whole())
-        decoded = replace(image, sample=image.sample.bare, pixels=pixels, truth=None)
+        decoded = replace(
+            image, sample=image.sample.bare, pixels=ArrayRaster(*image.pixels.whole()), truth=None
+        )
         return LabelledImage(decoded, labels_HW, boundary_HW)
 
     def _classes_of(self, stored_HW: Array) -> Array:
@@ -126,8 +128,9 @@ class LabelledInput:
         if self.config.instances:
             is_explicit = "ignore_index" in self.config.model_fields_set
             is_ignored = (stored_HW == self.config.ignore_index) & is_explicit
-            ignore_index = np.uint16(self.config.ignore_index)
-            stored_HW = np.where(is_ignored, ignore_index, (stored_HW > 0).astype(np.uint16))
+            stored_HW = np.where(
+                is_ignored, np.uint16(self.config.ignore_index), (stored_HW > 0).astype(np.uint16)
+            )
         return stored_HW.astype(np.uint8) if int(stored_HW.max(initial=0)) < 256 else stored_HW
 
 

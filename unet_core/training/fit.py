@@ -9,8 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -85,15 +84,10 @@ class Epoch:
 Event = Started | Step | Epoch
 
 
-class StepStats(NamedTuple):
+@dataclass(frozen=True)
+class StepStats(BatchCounts):
     """Values of one rank before a step, or their sums over all ranks."""
 
-    valid_pixels: float
-    """Pixels of the step but ``ignore_index``."""
-    valid_crops: float
-    """Crops of the step with at least one valid pixel."""
-    crops: float
-    """All crops of the step."""
     errors: float
     """Number of ranks that could not load an image."""
     loss: float
@@ -155,8 +149,11 @@ class TrainingLoop:
         data = scan_or_read(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
         """Optimizer steps of the whole training."""
-        weights = class_weights(config.loss, len(header.class_names), data["class_pixels"])
-        loss = Loss(config.loss, config.data.train.ignore_index, weights)
+        loss = Loss(
+            config.loss,
+            config.data.train.ignore_index,
+            class_weights(config.loss, len(header.class_names), data["class_pixels"]),
+        )
         self.learner = Learner(network, loss, config.train, device, ranks)
         shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
         self.loader = CropLoader(
@@ -199,9 +196,7 @@ class TrainingLoop:
                 started = time.perf_counter()
                 batch = next(batches)
                 total = self._all_reduce(batch)
-                self._take_step(
-                    batch, BatchCounts(total.valid_pixels, total.valid_crops, total.crops)
-                )
+                self._take_step(batch, total)
                 seconds, crops = time.perf_counter() - started, round(total.crops)
                 yield Step(
                     position.step, sampler.epoch, crops, total.loss, seconds, batch.waiting_s
@@ -227,8 +222,7 @@ class TrainingLoop:
         self._save()
         if is_best:
             self.ranks.on_first(lambda: self._publish(BEST))
-        seconds = time.perf_counter() - began
-        return Epoch(number, position.step, loss, validation, is_best, seconds)
+        return Epoch(number, position.step, loss, validation, is_best, time.perf_counter() - began)
 
     def _all_reduce(self, batch: StepBatch) -> StepStats:
         """Sum the counts of a batch, the loss of the previous step and requests to stop or save
@@ -236,7 +230,7 @@ class TrainingLoop:
 
         Raises, on all ranks, an error of any rank's batch, DivergedError, or StoppedError.
         """
-        total = StepStats(*self.ranks.all_reduce_sum([*self._local_stats(batch)]))
+        total = StepStats(*self.ranks.all_reduce_sum([*astuple(self._local_stats(batch))]))
         if total.errors:
             raise next(e for e in self.ranks.all_gather(batch.error) if e is not None)
         if not math.isfinite(total.loss):
@@ -251,7 +245,7 @@ class TrainingLoop:
 
     def _local_stats(self, batch: StepBatch) -> StepStats:
         counts = [BatchCounts(0, 0, 0), *map(self.learner.loss.counts, batch.micro_batches)]
-        valid_pixels, valid_crops, crops = map(math.fsum, zip(*counts, strict=True))
+        valid_pixels, valid_crops, crops = map(math.fsum, zip(*map(astuple, counts), strict=True))
         minutes = self.config.train.checkpoint_minutes or math.inf
         is_due = time.monotonic() - self._saved_at > 60 * minutes
         return StepStats(
@@ -282,10 +276,13 @@ class TrainingLoop:
 
     def _take_step(self, batch: StepBatch, counts: BatchCounts) -> None:
         train, position = self.config.train, self.position
-        seed = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
-        rate = learning_rate_at(position.step, self.steps, train)
-        dropout_seed = int(seed.generate_state(1)[0])
-        self._last_result = self.learner.step(batch.micro_batches, counts, rate, dropout_seed)
+        seeds = np.random.SeedSequence([train.seed, position.step, self.ranks.rank])
+        self._last_result = self.learner.step(
+            batch.micro_batches,
+            counts,
+            learning_rate_at(position.step, self.steps, train),
+            int(seeds.generate_state(1)[0]),
+        )
         position.step += 1
         position.step_in_epoch += 1
 
@@ -308,13 +305,15 @@ class TrainingLoop:
     def _publish(self, name: str) -> None:
         """Write the weights with their header, for prediction; called on rank 0."""
         position = self.position
-        training = {
-            "step": position.step,
-            "epochs": position.epoch,
-            "best": {self.config.train.best: position.best, "step": position.best_step},
-            "config": self.config.model_dump(mode="json"),
-        }
-        header = replace(self.header, training=training)
+        header = replace(
+            self.header,
+            training={
+                "step": position.step,
+                "epochs": position.epoch,
+                "best": {self.config.train.best: position.best, "step": position.best_step},
+                "config": self.config.model_dump(mode="json"),
+            },
+        )
         self.run.store.publish(name, checkpoint.serialize(self.learner.eval_network, header))
 
     def _record(self, loss: float, validation: Validation) -> None:

@@ -49,8 +49,9 @@ class Learner:
         if ranks.world_size > 1 and device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # untyped in torch
         self.network = network.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]  # stub lacks the pair
-        norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
-        self._frozen = list(norms) if config.freeze_norm else []
+        self._frozen = [
+            m for m in self.network.modules() if config.freeze_norm and isinstance(m, _BatchNorm)
+        ]
         for norm in self._frozen:
             norm.requires_grad_(False)
         if config.compile:
@@ -87,8 +88,9 @@ class Learner:
             self._backward(micro_batch, counts, number == len(micro_batches))
             for number, micro_batch in enumerate(micro_batches, start=1)
         ]
-        max_norm = self._config.clip_norm or math.inf
-        gradient_norm = nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
+        gradient_norm = nn.utils.clip_grad_norm_(
+            self.network.parameters(), self._config.clip_norm or math.inf
+        )
         is_finite = bool(gradient_norm.isfinite())
         if is_finite:
             self._optimizer.step()
@@ -118,10 +120,11 @@ class Learner:
         state = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         if self._ema is not None:
             state |= {f"mean.{name}": t for name, t in self._ema.state_dict().items()}
-        for index, buffers in self._optimizer.state_dict()["state"].items():
-            state |= {
-                f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in buffers.items()
-            }
+        state |= {
+            f"optimizer.{index}.{name}": torch.as_tensor(v)
+            for index, buffers in self._optimizer.state_dict()["state"].items()
+            for name, v in buffers.items()
+        }
         return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:

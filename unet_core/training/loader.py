@@ -72,8 +72,10 @@ class CropLoader:
             crops = iter(prefetch)
             for step in range(skip, sampler.steps):
                 # as many forward passes on every rank, since DDP synchronizes each last one
-                most = max(sampler.batch_size(some, step) for some in slots_of_ranks)
-                passes = min(self.config.train.accumulate, most)
+                passes = min(
+                    self.config.train.accumulate,
+                    max(sampler.batch_size(some, step) for some in slots_of_ranks),
+                )
                 yield self._step_batch(
                     itertools.islice(crops, sampler.batch_size(slots, step)), passes
                 )
@@ -88,9 +90,9 @@ class CropLoader:
             error = raised
         waiting_s = time.perf_counter() - started
         ends = [len(crops) * n // passes for n in range(passes + 1)]
-        parts = (crops[start:stop] for start, stop in itertools.pairwise(ends))
         empty = empty_micro_batch(self.shape, self.channels, self.device)
         micro_batches = [
-            augment(part, self.shape, self.device) if part else empty for part in parts
+            augment(crops[start:stop], self.shape, self.device) if start < stop else empty
+            for start, stop in itertools.pairwise(ends)
         ]
         return StepBatch(micro_batches, waiting_s, error)

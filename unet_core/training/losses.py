@@ -7,7 +7,6 @@ of its micro-batches add up, however a batch is split into micro-batches and ran
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +65,8 @@ def one_hot(logits_NKHW: Tensor, labels_NHW: Tensor) -> Tensor:
     return (labels_NHW[:, None] == classes[None, :, None, None]).to(logits_NKHW.dtype)
 
 
-class BatchCounts(NamedTuple):
+@dataclass(frozen=True)
+class BatchCounts:
     """Sizes of a batch, or of a micro-batch of it; floats, to be summed over ranks."""
 
     valid_pixels: float
@@ -89,8 +89,11 @@ class Loss:
     def counts(self, micro_batch: MicroBatch) -> BatchCounts:
         """Count the valid pixels, the crops with valid pixels, and all crops."""
         is_valid_NHW = micro_batch.labels_NHW != self.ignore_index
-        valid_crops = float(is_valid_NHW.flatten(1).any(dim=1).sum())
-        return BatchCounts(float(is_valid_NHW.sum()), valid_crops, float(len(is_valid_NHW)))
+        return BatchCounts(
+            valid_pixels=float(is_valid_NHW.sum()),
+            valid_crops=float(is_valid_NHW.flatten(1).any(dim=1).sum()),
+            crops=float(len(is_valid_NHW)),
+        )
 
     def share(self, logits_NKHW: Tensor, micro_batch: MicroBatch, batch: BatchCounts) -> Tensor:
         """Compute a micro-batch's share of the loss, a scalar; ``batch``: counts over all ranks."""

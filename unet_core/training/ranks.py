@@ -73,8 +73,7 @@ class Ranks:
         A UnetJobsError on one rank is raised on all, so that none waits for the others for ever.
         """
         result, error = _caught(call)
-        errors = [e for e in self.all_gather(error) if e is not None]
-        if errors:
+        if errors := [e for e in self.all_gather(error) if e is not None]:
             raise errors[0] from error
         return result  # type: ignore[return-value]  # there is one if there is no error
 

@@ -15,8 +15,17 @@ from unet_core.concurrency import Prefetch
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
 from unet_core.runs.manifest import manifest_name
-from unet_core.training import dataset
-from unet_core.training.dataset import TRAIN, VAL, DatasetScan, Item, Split, Splits
+from unet_core.training.dataset import (
+    TRAIN,
+    VAL,
+    DatasetScan,
+    Item,
+    Split,
+    Splits,
+    read_items,
+    split_at,
+    split_hash,
+)
 from unet_core.training.ranks import Ranks
 from unet_core.training.sampler import steps_per_epoch
 from unet_core.training.training_run import TrainingRun
@@ -40,7 +49,7 @@ def scan_or_read(
     if run.document and was_scanned:
         data: dict[str, Any] = run.document["data"]
         if data["val_below"] < 1:
-            dataset.split_at(splits, data["val_below"])
+            split_at(splits, data["val_below"])
         ranks.on_all(lambda: run.load_counts(splits))
         return data
     found = scan_dataset(splits, ranks, pool, wants_stop)
@@ -91,7 +100,7 @@ def scan_dataset(
     found = scan_all()
     if 0 < val.high < 1 and not found.of(VAL) and found.of(TRAIN) > 1:
         # too few images for val_fraction: one validates
-        dataset.split_at(splits, math.nextafter(found.lowest_hash, 1))
+        split_at(splits, math.nextafter(found.lowest_hash, 1))
         found = scan_all()
     for split in splits:
         split.counts = [found.images[split.name, shard] for shard in range(len(split.input.shards))]
@@ -108,15 +117,16 @@ def _scan_input(
 
     def items() -> Iterator[Item]:
         for shard in range(ranks.rank, len(source.shards), ranks.world_size):
-            yield from dataset.read_items(splits, shard, problems)
+            yield from read_items(splits, shard, problems)
 
     def scan_item(item: Item) -> DatasetScan:
         try:
             image = by_name[item.key[0]].load(item)
         except ConfigError as error:
             return DatasetScan(unusable=[str(error)])
-        hashed = dataset.split_hash(item.image.image_id)
-        item_scan = DatasetScan(Counter([item.key[:2]]), lowest_hash=hashed)
+        item_scan = DatasetScan(
+            Counter([item.key[:2]]), lowest_hash=split_hash(item.image.image_id)
+        )
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
             item_scan.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
@@ -158,11 +168,11 @@ def _refuse_single_class(found: DatasetScan, ignore_index: int) -> None:
     if len(labels) > 1:
         return
     share = found.label_pixels[ignore_index] / max(1, found.label_pixels.total())
-    advice = "there is nothing to learn"
-    if share:
-        advice = (
-            f"{share:.0%} have the value {ignore_index}, which is ignored; if it means a class, "
-            f"say data.train.label_map = {{{ignore_index} = 1}}"
-        )
+    advice = (
+        f"{share:.0%} have the value {ignore_index}, which is ignored; if it means a class, "
+        f"say data.train.label_map = {{{ignore_index} = 1}}"
+        if share
+        else "there is nothing to learn"
+    )
     only = labels[0] if labels else "none"
     raise ConfigError(f"data.train: every pixel that counts is of class {only}; {advice}")

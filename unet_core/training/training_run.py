@@ -30,8 +30,6 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 CHECKPOINT, HISTORY_FILE = "checkpoints/{:09d}/state.safetensors", "history/{:09d}.parquet"
 """File names of a checkpoint and of a history file, to be formatted with the step."""
 
-Row = dict[str, Any]
-
 
 @dataclass
 class TrainingState:
@@ -68,8 +66,7 @@ def identity(config: TrainConfig) -> Identity:
     if initial := config.model.checkpoint:
         table["model"]["checkpoint"] = checkpoint_digest(initial, config.storage)
         if "classes" not in config.model.model_fields_set:
-            header = read_header(initial, config.storage)
-            table["model"]["classes"] = list(header.class_names)
+            table["model"]["classes"] = list(read_header(initial, config.storage).class_names)
     return _flat(table)
 
 
@@ -89,7 +86,7 @@ class TrainingRun(RunFolder):
         super().__init__(store, RUN_JSON, "training")
         self.requested: Identity = {}
         """The identity that ``create`` publishes; ``open_training`` sets it."""
-        self.history: list[Row] = []
+        self.history: list[dict[str, Any]] = []
         """Rows since the last checkpoint, not published yet."""
         if self.document and self.document.get("kind") != "training":
             raise StoreError(f"{store.uri(RUN_JSON)}: not the run.json of a training")
@@ -170,7 +167,7 @@ class TrainingRun(RunFolder):
         tensors = checkpoint.unpack(self.store.read(name), self.store.uri(name))
         return self._position_at(step), tensors
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[dict[str, Any]]:
         """Read the published history, in the order of the steps."""
         names = map(HISTORY_FILE.format, self._steps(HISTORY_FILE))
         return [row for name in names for row in self._rows_of(name)]
@@ -186,7 +183,7 @@ class TrainingRun(RunFolder):
         newest = self.newest_step()
         return TrainingState() if newest is None else self._position_at(newest)
 
-    def _rows_of(self, name: str) -> list[Row]:
+    def _rows_of(self, name: str) -> list[dict[str, Any]]:
         with self.store.open_parquet(name) as file:
             return file.read().to_pylist()
 
@@ -210,10 +207,10 @@ def open_training(config: TrainConfig) -> TrainingRun:
     """
     run = TrainingRun(Store(config.output.uri, config.storage))
     run.requested = identity(config)
-    written: Identity = {
-        f"data.{name}.ignore_index": p.ignore_index for name, p in config.data.parts.items()
+    written: Identity = {  # schema 1 did not resolve these
+        "model.classes": list(config.model.classes),
+        **{f"data.{name}.ignore_index": p.ignore_index for name, p in config.data.parts.items()},
     }
-    written["model.classes"] = list(config.model.classes)  # schema 1 did not resolve these
     run.check(run.requested | written if run.is_of_schema_1 else run.requested)
     if not run.is_finished:
         run.require_current_schema()

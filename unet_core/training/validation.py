@@ -75,8 +75,9 @@ def validate(
     def count() -> Array:
         engine = Engine(copy.deepcopy(network), header, device, postprocessing, tile_grid.blends)
         confusion_KK = np.zeros((classes, classes), dtype=np.int64)
-        items = _items_of_rank(split, ranks)
-        with Prefetch(pool, split.load, items, AHEAD, attrgetter("nbytes"), AHEAD_BYTES) as images:
+        with Prefetch(
+            pool, split.load, _items_of_rank(split, ranks), AHEAD, attrgetter("nbytes"), AHEAD_BYTES
+        ) as images:
             for index, image in enumerate(images):
                 if wants_stop():
                     raise StoppedError("stopped while validating")
@@ -99,5 +100,6 @@ def _items_of_rank(split: Split, ranks: Ranks) -> Iterator[Item]:
     """Yield every n-th image of the split on each of n ranks."""
     numbers = itertools.count()
     for shard, count in enumerate(split.counts):
-        positions = [i for i in range(count) if next(numbers) % ranks.world_size == ranks.rank]
-        yield from split.items(shard, positions)
+        yield from split.items(
+            shard, [i for i in range(count) if next(numbers) % ranks.world_size == ranks.rank]
+        )

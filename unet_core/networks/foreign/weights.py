@@ -21,7 +21,6 @@ from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, few
 from unet_core.networks import checkpoint, construction
-from unet_core.networks.checkpoint import difference, fitting, is_counter
 from unet_core.networks.foreign.layouts import LAYOUTS, Layout
 from unet_core.networks.header import Header
 from unet_core.networks.unet import UNet
@@ -50,8 +49,10 @@ def import_weights(config: ImportConfig) -> Header:
     tensors = read_tensors(config.source, config.storage)
     with _naming(config.source):
         network, spec = _network_with(tensors, config.model)
-    header = construction.header_of(network, spec, config.model)
-    header = replace(header, training={"imported_from": config.source})
+    header = replace(
+        construction.header_of(network, spec, config.model),
+        training={"imported_from": config.source},
+    )
     destination.publish("", checkpoint.serialize(network, header))
     return header
 
@@ -86,7 +87,7 @@ def recognise(tensors: Mapping[str, Tensor], layout: str = "") -> tuple[Layout, 
     allowed = dict.fromkeys(known.name for known in LAYOUTS)
     if layout and layout not in allowed:
         raise ConfigError(f"model.layout: got {layout!r}, allowed: {', '.join(allowed)}")
-    keys = {name for name in tensors if not is_counter(name)}
+    keys = {name for name in tensors if not checkpoint.is_counter(name)}
     readings = [
         (known, replace(known.spec, depth=depth, bias=bias), known.names(depth, bias))
         for known in LAYOUTS
@@ -110,7 +111,10 @@ def convert(tensors: Mapping[str, Tensor], layout: Layout, spec: UNetSpec) -> di
     with torch.device("meta"):  # other initial weights take seconds
         wanted = UNet(replace(spec, init="torch")).state_dict()
     names = layout.names(spec.depth, spec.bias)
-    return {ours: fitting(theirs, tensors[theirs], wanted[ours]) for ours, theirs in names.items()}
+    return {
+        ours: checkpoint.fitting(theirs, tensors[theirs], wanted[ours])
+        for ours, theirs in names.items()
+    }
 
 
 def _shape_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
@@ -133,7 +137,7 @@ def _nearest(readings: list[Reading], keys: set[str]) -> str:
     layout, spec, names = max(readings, key=share)
     return (
         f"no known network has these keys; the nearest is {layout.name} with {spec.depth} pools: "
-        f"{difference(names.values(), sorted(keys))}; give model.factory for another one"
+        f"{checkpoint.difference(names.values(), sorted(keys))}; give model.factory for another one"
     )
 
 
@@ -169,8 +173,8 @@ def _unpickled(data: bytes) -> Any:
         raise CheckpointError("neither safetensors nor a file that torch.save wrote")
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):  # torch.save does not compress
-            members = zipfile.ZipFile(io.BytesIO(data)).infolist()
-            if (size := sum(member.file_size for member in members)) > len(data):
+            size = sum(member.file_size for member in zipfile.ZipFile(io.BytesIO(data)).infolist())
+            if size > len(data):
                 raise CheckpointError(f"{len(data)} bytes that claim to hold {size}; save it again")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
