@@ -6,7 +6,6 @@ from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, read_header_and_digest
-from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.run import Record, Run, fingerprint, identity
 from unet_core.runs.run_folder import Identity
@@ -40,15 +39,6 @@ class Job:
         """Return what is needed to build one replica on ``cpus`` cores."""
         threads = max(1, int(cpus))
         return ReplicaSpec(self.config, self.source, self.model_sha256, self.tile_grid, threads)
-
-    def footer(self, record: Record) -> dict[str, str]:
-        """Return the footer of every part."""
-        return schema.footer(
-            self.header,
-            self.model_sha256,
-            record.fingerprint,
-            self.config.output.probabilities,
-        )
 
 
 def prepare(config: PredictConfig) -> Job:

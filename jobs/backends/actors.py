@@ -133,11 +133,9 @@ class RayActors:
         """Place actors as far as nodes have room and shards are open."""
         self._prometheus.open(open_shards)
         self._useful = useful_workers
-        for actor in [a for a in self._actors.values() if not a.node]:
-            if (
-                len(self._actors) > useful_workers
-            ):  # its pending placement would add a node for nothing
-                self._end(actor)
+        surplus = max(0, len(self._actors) - useful_workers)
+        for actor in [a for a in self._actors.values() if not a.node][:surplus]:
+            self._end(actor)  # its pending placement would add a node for nothing
         self._grow()
         return self._with_node
 

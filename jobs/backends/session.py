@@ -199,7 +199,7 @@ def code_on_nodes(most: int, within_s: float) -> dict[str, str]:
         return code_version()
 
     remote = ray.remote(num_cpus=0, max_retries=0)(version)
-    nodes = [node["NodeID"] for node in _working_nodes()[:most]]
+    nodes = [node["NodeID"] for node in working_nodes()[:most]]
     places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     calls = [remote.options(scheduling_strategy=place).remote() for place in places]
     found = {}
@@ -253,12 +253,8 @@ def get_result(reference: Any) -> Any:
         return error
 
 
-def node_count() -> int:
-    """Number of nodes that take work."""
-    return len(_working_nodes())
-
-
-def _working_nodes() -> list[dict[str, Any]]:
+def working_nodes() -> list[dict[str, Any]]:
+    """Return Ray's entries of the nodes that take work."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

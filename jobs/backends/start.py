@@ -34,7 +34,7 @@ def start_workers(
 
     with session.connected():
         paths = worker_paths(config)
-        require_shared(paths, config.storage, session.node_count())
+        require_shared(paths, config.storage, len(session.working_nodes()))
         only_here = not config.storage.shared and not all(map(is_remote, paths.values()))
         nodes = session.available_resources(config.workers, only_here)
         placement = resolve_placement(config.workers, nodes)

@@ -171,8 +171,10 @@ class Scheduler:
             case Heartbeat(name, steps) if worker := self.workers.get(name):
                 worker.record_steps(steps, self.clock())
             case Done(name, attempt):
-                self._record_duration(self.workers[name], attempt)
-                self.workers[name].remove(attempt, self.clock())
+                worker, now = self.workers[name], self.clock()
+                if attempt == worker.held[0] and not attempt.is_isolation:
+                    self.stall_timeout.record_duration(attempt.shard, now - worker.oldest_since)
+                worker.remove(attempt, now)
             case Refused(name, attempt, reason):
                 self.workers[name].remove(attempt, self.clock())
                 self.set_aside[attempt.shard.shard_id] = reason
@@ -235,11 +237,6 @@ class Scheduler:
         attempt = Attempt(shard, history.attempts, queue is not self.waiting, timeout_s)
         worker.add(attempt, self.clock())
         return attempt
-
-    def _record_duration(self, worker: Worker, attempt: Attempt) -> None:
-        if attempt == worker.held[0] and not attempt.is_isolation:
-            duration_s = self.clock() - worker.oldest_since
-            self.stall_timeout.record_duration(attempt.shard, duration_s)
 
     def _retry_or_isolate(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
         """Count a failure only if the shard was alone in flight; one that stalls alone is isolated
