@@ -49,7 +49,7 @@ class StallTimeout:
 
     def limit_s(self, shard: Shard) -> float:
         """Timeout for one attempt at a shard."""
-        rate = self.seconds / self.bytes if self.bytes else 0.0
+        rate = self.seconds / max(1, self.bytes)
         return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
 
     def record_duration(self, shard: Shard, seconds: float) -> None:
@@ -84,10 +84,9 @@ class Worker:
 
     def remove(self, attempt: Attempt, now: float) -> None:
         """Forget an attempt that ended."""
-        was_oldest = attempt == self.held[0]
-        self.held.remove(attempt)
-        if was_oldest:
+        if attempt == self.held[0]:
             self._watch_oldest(now)
+        self.held.remove(attempt)
 
     def record_steps(self, steps: dict[str, int], now: float) -> None:
         """Note whether the oldest attempt has made a step; ``steps`` are counted by shard id."""
@@ -195,9 +194,7 @@ class Scheduler:
         """Yield each worker whose oldest attempt has made no step for too long, with the reason;
         the same one again only after another timeout.
         """
-        for name, worker in list(self.workers.items()):
-            if not worker.held:
-                continue
+        for name, worker in [item for item in self.workers.items() if item[1].held]:
             oldest = worker.held[0]
             limit_s = self.stall_timeout.limit_s(oldest.shard)
             limit_s *= ISOLATION_SLACK if oldest.is_isolation else 1.0
@@ -248,13 +245,12 @@ class Scheduler:
             if history.isolations < MAX_ISOLATIONS:
                 self.isolating.append(shard)
             else:
-                reason = f"it still crashes workers after its images were isolated: {event.reason}"
-                self.set_aside[shard.shard_id] = reason
+                self.set_aside[shard.shard_id] = (
+                    f"it still crashes workers after its images were isolated: {event.reason}"
+                )
         elif event.node_lost:
             self.waiting.appendleft(shard)
-        elif was_alone:
-            history.failures += 1
-            is_due = event.is_overdue or history.failures >= self.max_attempts
-            (self.isolating if is_due else self.retry_alone).append(shard)
         else:
-            self.retry_alone.append(shard)
+            history.failures += was_alone
+            is_due = was_alone and (event.is_overdue or history.failures >= self.max_attempts)
+            (self.isolating if is_due else self.retry_alone).append(shard)
