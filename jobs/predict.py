@@ -78,9 +78,6 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
     if scheduler.open_shards:
-        timings = TimingsLog(run.store)
-        progress = RunProgress(shards, left, totals)
-
         draft = plan.draft
 
         def record_run(compute: Compute) -> RunSettings:
@@ -110,9 +107,9 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
                 scheduler.stop()
 
         with (
-            progress,
+            RunProgress(shards, left, totals) as progress,
             start_workers(job, len(left), progress.on_image, record_run) as backend,
-            timings,
+            TimingsLog(run.store) as timings,
         ):
             dispatch(scheduler, backend, on_done, lambda: progress.tick(len(scheduler.workers)))
     is_done = totals.shards == len(shards)

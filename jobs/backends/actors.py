@@ -176,10 +176,10 @@ class RayActors:
 
     def _ask_for_heartbeats(self) -> None:
         """Request heartbeats from busy actors, at the rate of ``MOST_HEARTBEATS``."""
-        every_s = max(HEARTBEAT_S, len(self._actors) / MOST_HEARTBEATS)
-        if time.monotonic() - self._last_heartbeat_at < every_s:
+        now = time.monotonic()
+        if now - self._last_heartbeat_at < max(HEARTBEAT_S, len(self._actors) / MOST_HEARTBEATS):
             return
-        self._last_heartbeat_at = time.monotonic()
+        self._last_heartbeat_at = now
         asked = {actor for actor, call in self._calls.values() if call == HEARTBEAT}
         busy = {actor for actor, call in self._calls.values() if isinstance(call, Attempt)}
         for actor in busy - asked:

@@ -93,8 +93,9 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                     raise event
                 yield event
         if error := outcome.exception():
-            reason = " ".join(str(error).split())[-600:]
-            raise WorkersError(f"the ranks failed: {reason}") from error
+            raise WorkersError(
+                f"the ranks failed: {' '.join(str(error).split())[-600:]}"
+            ) from error
 
 
 def _trainer(
@@ -105,13 +106,14 @@ def _trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     is_gpu = each.gpus > 0
-    resources = {"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {})
     return TorchTrainer(
         _rank,
         train_loop_config={"config": config, "mailbox": mailbox, "code": code_version()},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
-            num_workers=ranks, use_gpu=is_gpu, resources_per_worker=resources
+            num_workers=ranks,
+            use_gpu=is_gpu,
+            resources_per_worker={"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {}),
         ),
         run_config=train.RunConfig(
             name=uuid.uuid4().hex,

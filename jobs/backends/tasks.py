@@ -51,10 +51,10 @@ def run_tasks(
     by path or id, with the reason; raises any other error of this project.
     """
     done = task.done()
-    largest_first = sorted(shards, key=lambda shard: (-shard.bytes, shard.shard_id))
-    left = [shard for shard in largest_first if shard.shard_id not in done]
+    left = [shard for shard in shards if shard.shard_id not in done]
     if not left:
         return {}
+    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))  # the largest first
     refused: dict[str, str] = {}
     count = config.workers.count  # auto: a cluster that is named
     is_here = count == "inline" or (count == "auto" and not session.is_cluster_named())
