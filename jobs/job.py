@@ -6,7 +6,6 @@ from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, read_header_and_digest
-from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec
 from unet_core.runs.run import Record, Run, fingerprint, identity
 from unet_core.runs.run_folder import Identity
@@ -38,16 +37,8 @@ class Job:
 
     def replica_spec(self, cpus: float) -> ReplicaSpec:
         """Return what is needed to build one replica on ``cpus`` cores."""
-        threads = max(1, int(cpus))
-        return ReplicaSpec(self.config, self.source, self.model_sha256, self.tile_grid, threads)
-
-    def footer(self, record: Record) -> dict[str, str]:
-        """Return the footer of every part."""
-        return schema.footer(
-            self.header,
-            self.model_sha256,
-            record.fingerprint,
-            self.config.output.probabilities,
+        return ReplicaSpec(
+            self.config, self.source, self.model_sha256, self.tile_grid, max(1, int(cpus))
         )
 
 
@@ -59,9 +50,10 @@ def prepare(config: PredictConfig) -> Job:
     tile_grid = tile_grid_for(header.tiling, config.tile.size, config.tile.mode, config.tile.tta)
     config.input.require_free_ignore_index(header.classes)
     run = Run(config.output.uri, config.storage)
-    is_auto = config.input.format == "auto"
-    known_format = run.identity["input.format"] if run.record is not None and is_auto else ""
-    source = open_source(config.input, config.storage, known_format)
+    is_known = run.record is not None and config.input.format == "auto"
+    source = open_source(
+        config.input, config.storage, run.identity["input.format"] if is_known else ""
+    )
     requested = identity(config, source, sha256, header, tile_grid)
     run.check(requested)
     return Job(config, header, sha256, source, run, tile_grid, requested)

@@ -11,6 +11,7 @@ from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.metrics import Totals
+from unet_core.runs import schema
 from unet_core.runs.compute import Compute, RunSettings
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan, plan_shards
@@ -62,8 +63,9 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
         return outcome
     from jobs.results.report import ending_report  # templates, charts, pictures: half a second
 
-    report = ending_report(config.output, config.storage, not outcome.was_finished)
-    return replace(outcome, report=report)
+    return replace(
+        outcome, report=ending_report(config.output, config.storage, not outcome.was_finished)
+    )
 
 
 def segment(job: Job, plan: ShardPlan) -> Outcome:
@@ -76,9 +78,6 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
     if scheduler.open_shards:
-        timings = TimingsLog(run.store)
-        progress = RunProgress(shards, left, totals)
-
         draft = plan.draft
 
         def record_run(compute: Compute) -> RunSettings:
@@ -89,7 +88,15 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
             if draft is not None:
                 run.publish_manifest(draft)
                 draft = None
-            return RunSettings(record.compute, job.footer(record))
+            return RunSettings(
+                record.compute,
+                schema.footer(
+                    job.header,
+                    job.model_sha256,
+                    record.fingerprint,
+                    job.config.output.probabilities,
+                ),
+            )
 
         def on_done(done: Done) -> None:
             nonlocal totals
@@ -99,15 +106,12 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
             if errors.are_too_many(totals.failed, totals.images_seen):
                 scheduler.stop()
 
-        def on_tick() -> None:
-            progress.tick(len(scheduler.workers))
-
         with (
-            progress,
+            RunProgress(shards, left, totals) as progress,
             start_workers(job, len(left), progress.on_image, record_run) as backend,
-            timings,
+            TimingsLog(run.store) as timings,
         ):
-            dispatch(scheduler, backend, on_done, on_tick)
+            dispatch(scheduler, backend, on_done, lambda: progress.tick(len(scheduler.workers)))
     is_done = totals.shards == len(shards)
     exceeded = (
         errors.are_too_many(totals.failed, totals.images_seen, at_end=True)

@@ -224,5 +224,7 @@ class TrainProgress(Display):
             )
 
     def _rate(self) -> str:
-        waiting = self._waiting_s / max(self._seconds, 1e-3)
-        return f"{rate(self._crops, self._seconds, 'crops')}, {waiting:.0%} waiting for data"
+        return (
+            f"{rate(self._crops, self._seconds, 'crops')}, "
+            f"{self._waiting_s / max(self._seconds, 1e-3):.0%} waiting for data"
+        )

@@ -133,11 +133,9 @@ class RayActors:
         """Place actors as far as nodes have room and shards are open."""
         self._prometheus.open(open_shards)
         self._useful = useful_workers
-        for actor in [a for a in self._actors.values() if not a.node]:
-            if (
-                len(self._actors) > useful_workers
-            ):  # its pending placement would add a node for nothing
-                self._end(actor)
+        surplus = max(0, len(self._actors) - useful_workers)
+        for actor in [a for a in self._actors.values() if not a.node][:surplus]:
+            self._end(actor)  # its pending placement would add a node for nothing
         self._grow()
         return self._with_node
 
@@ -178,10 +176,10 @@ class RayActors:
 
     def _ask_for_heartbeats(self) -> None:
         """Request heartbeats from busy actors, at the rate of ``MOST_HEARTBEATS``."""
-        every_s = max(HEARTBEAT_S, len(self._actors) / MOST_HEARTBEATS)
-        if time.monotonic() - self._last_heartbeat_at < every_s:
+        now = time.monotonic()
+        if now - self._last_heartbeat_at < max(HEARTBEAT_S, len(self._actors) / MOST_HEARTBEATS):
             return
-        self._last_heartbeat_at = time.monotonic()
+        self._last_heartbeat_at = now
         asked = {actor for actor, call in self._calls.values() if call == HEARTBEAT}
         busy = {actor for actor, call in self._calls.values() if isinstance(call, Attempt)}
         for actor in busy - asked:

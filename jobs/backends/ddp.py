@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -62,9 +61,11 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
 
     Raises what ``fit`` raises, and WorkersError if ranks cannot be placed or die too often.
     """
-    shows_logs = log.isEnabledFor(logging.INFO)  # Ray Train logs a lot
-    with session.connected(shows_logs), tempfile.TemporaryDirectory() as rays_own:
-        require_shared(worker_paths(config), config.storage, session.node_count())
+    with (
+        session.connected(shows_logs=log.isEnabledFor(logging.INFO)),  # Ray Train logs a lot
+        tempfile.TemporaryDirectory() as rays_own,
+    ):
+        require_shared(worker_paths(config), config.storage, len(session.working_nodes()))
         config = with_absolute_paths(config)
         ranks, each = _placed(config)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -92,8 +93,9 @@ def fit_on_ranks(config: TrainConfig, wants_stop: Callable[[], bool]) -> Iterato
                     raise event
                 yield event
         if error := outcome.exception():
-            reason = " ".join(str(error).split())[-600:]
-            raise WorkersError(f"the ranks failed: {reason}") from error
+            raise WorkersError(
+                f"the ranks failed: {' '.join(str(error).split())[-600:]}"
+            ) from error
 
 
 def _trainer(
@@ -104,13 +106,14 @@ def _trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     is_gpu = each.gpus > 0
-    resources = {"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {})
     return TorchTrainer(
         _rank,
         train_loop_config={"config": config, "mailbox": mailbox, "code": code_version()},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=train.ScalingConfig(
-            num_workers=ranks, use_gpu=is_gpu, resources_per_worker=resources
+            num_workers=ranks,
+            use_gpu=is_gpu,
+            resources_per_worker={"CPU": each.cpus} | ({"GPU": each.gpus} if is_gpu else {}),
         ),
         run_config=train.RunConfig(
             name=uuid.uuid4().hex,
@@ -138,24 +141,20 @@ def _rank(arguments: dict[str, Any]) -> None:
 
 
 class Reporter:
-    """Asks the driver whether to stop; on the first rank also sends events, steps merged to two
-    messages a second.
+    """Asks the driver whether to stop; on the first rank also sends events, steps in two messages a
+    second.
     """
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
         self._sent_at = time.monotonic()
-        self._step: Step | None = None
-        """All steps since the last message, merged."""
+        self._unsent: list[Event | UnetJobsError] = []
         self._stops = False
 
     def say(self, event: Event | UnetJobsError) -> None:
-        """Send an event, or merge a step with those that follow."""
+        """Send an event; a step goes with the next message."""
+        self._unsent.append(event)
         if not isinstance(event, Step):
-            self._send(event)
-            return
-        self._step = _both(self._step, event) if self._step is not None else event
-        if self._step.seconds >= WAIT_S:
             self._send()
 
     def wants_stop(self) -> bool:
@@ -166,19 +165,9 @@ class Reporter:
             self._send()
         return self._stops
 
-    def _send(self, *events: Event | UnetJobsError) -> None:
-        steps = [self._step] if self._step is not None else []
-        self._stops = ray.get(self._mailbox.say.remote(*steps, *events))
-        self._sent_at, self._step = time.monotonic(), None
-
-
-def _both(before: Step, step: Step) -> Step:
-    return replace(
-        step,
-        crops=before.crops + step.crops,
-        seconds=before.seconds + step.seconds,
-        waiting_s=before.waiting_s + step.waiting_s,
-    )
+    def _send(self) -> None:
+        self._stops = ray.get(self._mailbox.say.remote(*self._unsent))
+        self._sent_at, self._unsent = time.monotonic(), []
 
 
 def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
@@ -199,5 +188,4 @@ def _placed(config: TrainConfig) -> tuple[int | tuple[int, int], Placement]:
             f"train.batch is {batch}, but there are {placement.actors} ranks; every rank needs a "
             "crop: raise it, or lower workers.count"
         )
-    ranks = placement.actors if most is None else (placement.actors, min(most, batch))
-    return ranks, placement
+    return placement.actors if most is None else (placement.actors, min(most, batch)), placement

@@ -33,11 +33,13 @@ def with_absolute_paths(config: ConfigT) -> ConfigT:
     """Return a config whose plain paths are absolute, so that they do not depend on the working
     directory of a process; a checkpoint among the files of a job stays relative.
     """
-    output = config.output.model_copy(update={"uri": absolute(config.output.uri)})
-    changed: dict[str, Section] = {"output": output}
+    changed: dict[str, Section] = {
+        "output": config.output.model_copy(update={"uri": absolute(config.output.uri)})
+    }
     if "model.checkpoint" in worker_paths(config):
-        found = absolute(config.model.checkpoint)
-        changed["model"] = config.model.model_copy(update={"checkpoint": found})
+        changed["model"] = config.model.model_copy(
+            update={"checkpoint": absolute(config.model.checkpoint)}
+        )
     if isinstance(config, PredictConfig):
         changed["input"] = config.input.with_absolute_paths()
     else:

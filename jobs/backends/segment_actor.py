@@ -5,7 +5,6 @@ returned as CrashError, which counts as a death. Others are bugs, and raised.
 """
 
 import logging
-from typing import TYPE_CHECKING
 
 import ray
 
@@ -14,10 +13,6 @@ from jobs.backends.version import code_version
 from jobs.scheduler.events import Attempt
 from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
 from unet_core.runs.timings import ShardResult
-
-if TYPE_CHECKING:
-    from unet_core.inference.replica import Replica
-    from unet_core.inference.shard_segmenter import ShardSegmenter
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +24,6 @@ class SegmentActor:
 
     def __init__(self, spec: ReplicaSpec, run: str) -> None:
         self._spec, self._run = spec, run
-        self._replica: Replica
-        self._segmenter: ShardSegmenter
 
     def join(self, level: int) -> tuple[str, str]:
         """Return node id and code version, before anything is loaded; log from ``level`` on."""

@@ -115,8 +115,9 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
                 **place, job_config=job, logging_level=logging.WARNING, log_to_driver=shows_logs
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = os.environ.get("RAY_ADDRESS", "this machine")
-        raise WorkersError(f"no Ray cluster at {where}: {error}") from error
+        raise WorkersError(
+            f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: {error}"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray's would end the driver on the spot
     try:
@@ -199,17 +200,21 @@ def code_on_nodes(most: int, within_s: float) -> dict[str, str]:
         return code_version()
 
     remote = ray.remote(num_cpus=0, max_retries=0)(version)
-    nodes = [node["NodeID"] for node in _working_nodes()[:most]]
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    calls = [remote.options(scheduling_strategy=place).remote() for place in places]
+    nodes = [node["NodeID"] for node in working_nodes()[:most]]
+    calls = [
+        remote.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote()
+        for node in nodes
+    ]
     found = {}
     for node, call in zip(nodes, calls, strict=True):
         try:
             found[node[:12]] = ray.get(call, timeout=within_s)
         except ray.exceptions.RayError as error:
-            why = str(error).strip().splitlines()[-1]
             raise WorkersError(
-                f"node {node[:12]} does not run unet-jobs: {why}; install it there"
+                f"node {node[:12]} does not run unet-jobs: "
+                f"{str(error).strip().splitlines()[-1]}; install it there"
             ) from error
     return found
 
@@ -253,12 +258,8 @@ def get_result(reference: Any) -> Any:
         return error
 
 
-def node_count() -> int:
-    """Number of nodes that take work."""
-    return len(_working_nodes())
-
-
-def _working_nodes() -> list[dict[str, Any]]:
+def working_nodes() -> list[dict[str, Any]]:
+    """Return Ray's entries of the nodes that take work."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

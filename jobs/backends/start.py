@@ -34,10 +34,11 @@ def start_workers(
 
     with session.connected():
         paths = worker_paths(config)
-        require_shared(paths, config.storage, session.node_count())
+        require_shared(paths, config.storage, len(session.working_nodes()))
         only_here = not config.storage.shared and not all(map(is_remote, paths.values()))
-        nodes = session.available_resources(config.workers, only_here)
-        placement = resolve_placement(config.workers, nodes)
+        placement = resolve_placement(
+            config.workers, session.available_resources(config.workers, only_here)
+        )
         workers = config.workers.model_copy(update={"gpus": placement.gpus})
         config = with_absolute_paths(config.model_copy(update={"workers": workers}))
         spec = replace(job.replica_spec(placement.cpus), config=config)

@@ -6,7 +6,6 @@ GPU is requested.
 """
 
 import contextlib
-import logging
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
@@ -19,8 +18,6 @@ from jobs.progress import ShardsProgress
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import NotFoundError, ParquetDamagedError, ShardError
 from unet_core.inputs.shards import Shard
-
-log = logging.getLogger(__name__)
 
 AHEAD = 2
 """Ray tasks submitted for each core, so that none is idle."""
@@ -54,10 +51,10 @@ def run_tasks(
     by path or id, with the reason; raises any other error of this project.
     """
     done = task.done()
-    largest_first = sorted(shards, key=lambda shard: (-shard.bytes, shard.shard_id))
-    left = [shard for shard in largest_first if shard.shard_id not in done]
+    left = [shard for shard in shards if shard.shard_id not in done]
     if not left:
         return {}
+    left.sort(key=lambda shard: (-shard.bytes, shard.shard_id))  # the largest first
     refused: dict[str, str] = {}
     count = config.workers.count  # auto: a cluster that is named
     is_here = count == "inline" or (count == "auto" and not session.is_cluster_named())
@@ -94,7 +91,7 @@ def _on_cluster(
     import ray
 
     with session.connected():
-        require_shared(paths, config.storage, session.node_count())
+        require_shared(paths, config.storage, len(session.working_nodes()))
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_done)
         mine, shared = code_version(), ray.put(task)
         calls: dict[Any, Shard] = {}

@@ -38,10 +38,9 @@ def status(run: str, storage: StorageConfig, as_json: bool) -> None:
     found = task.status(run, storage)
     if as_json:
         show.document(found)
-        if not isinstance(found, task.TrainingStatus):
+        if isinstance(found, task.Status):
             show.warn_of_one_class(found.totals, found.class_names)
-        return
-    if isinstance(found, task.TrainingStatus):
+    elif isinstance(found, task.TrainingStatus):
         state = "finished" if found.is_finished else "not finished: run train again to continue"
         at = found.position
         show.lines(
@@ -54,15 +53,15 @@ def status(run: str, storage: StorageConfig, as_json: bool) -> None:
                 else ""
             ),
         )
-        return
-    state = "finished" if found.is_finished else "not finished: run predict again to continue"
-    if not found.is_finished and found.committed == found.shards:
-        state = "every shard is done, but it is not finished: run predict again to see why"
-    show.lines(
-        run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed"
-    )
-    show.totals(found.totals, found.class_names)
-    show.lines(device=show.shares(found.seconds.shares))
+    else:
+        state = "finished" if found.is_finished else "not finished: run predict again to continue"
+        if not found.is_finished and found.committed == found.shards:
+            state = "every shard is done, but it is not finished: run predict again to see why"
+        show.lines(
+            run=found.uri, state=state, shards=f"{found.committed:,} of {found.shards:,} committed"
+        )
+        show.totals(found.totals, found.class_names)
+        show.lines(device=show.shares(found.seconds.shares))
 
 
 @click.command()

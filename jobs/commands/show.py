@@ -6,8 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -64,11 +64,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextlib.contextmanager
-def only_document(as_json: bool) -> Iterator[None]:
+def only_document(as_json: bool) -> contextlib.redirect_stdout[TextIO]:
     """Send other output, such as that of Ray's actors, to standard error if ``as_json``."""
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        yield
+    return contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout)
 
 
 def checks(checks: "list[Check]") -> None:

@@ -49,7 +49,7 @@ class StallTimeout:
 
     def limit_s(self, shard: Shard) -> float:
         """Timeout for one attempt at a shard."""
-        rate = self.seconds / self.bytes if self.bytes else 0.0
+        rate = self.seconds / max(1, self.bytes)
         return self.least_s + rate * (shard.bytes + OVERHEAD_BYTES)
 
     def record_duration(self, shard: Shard, seconds: float) -> None:
@@ -84,10 +84,9 @@ class Worker:
 
     def remove(self, attempt: Attempt, now: float) -> None:
         """Forget an attempt that ended."""
-        was_oldest = attempt == self.held[0]
-        self.held.remove(attempt)
-        if was_oldest:
+        if attempt == self.held[0]:
             self._watch_oldest(now)
+        self.held.remove(attempt)
 
     def record_steps(self, steps: dict[str, int], now: float) -> None:
         """Note whether the oldest attempt has made a step; ``steps`` are counted by shard id."""
@@ -171,8 +170,10 @@ class Scheduler:
             case Heartbeat(name, steps) if worker := self.workers.get(name):
                 worker.record_steps(steps, self.clock())
             case Done(name, attempt):
-                self._record_duration(self.workers[name], attempt)
-                self.workers[name].remove(attempt, self.clock())
+                worker, now = self.workers[name], self.clock()
+                if attempt == worker.held[0] and not attempt.is_isolation:
+                    self.stall_timeout.record_duration(attempt.shard, now - worker.oldest_since)
+                worker.remove(attempt, now)
             case Refused(name, attempt, reason):
                 self.workers[name].remove(attempt, self.clock())
                 self.set_aside[attempt.shard.shard_id] = reason
@@ -193,9 +194,7 @@ class Scheduler:
         """Yield each worker whose oldest attempt has made no step for too long, with the reason;
         the same one again only after another timeout.
         """
-        for name, worker in list(self.workers.items()):
-            if not worker.held:
-                continue
+        for name, worker in [item for item in self.workers.items() if item[1].held]:
             oldest = worker.held[0]
             limit_s = self.stall_timeout.limit_s(oldest.shard)
             limit_s *= ISOLATION_SLACK if oldest.is_isolation else 1.0
@@ -236,11 +235,6 @@ class Scheduler:
         worker.add(attempt, self.clock())
         return attempt
 
-    def _record_duration(self, worker: Worker, attempt: Attempt) -> None:
-        if attempt == worker.held[0] and not attempt.is_isolation:
-            duration_s = self.clock() - worker.oldest_since
-            self.stall_timeout.record_duration(attempt.shard, duration_s)
-
     def _retry_or_isolate(self, attempt: Attempt, event: Died, was_alone: bool) -> None:
         """Count a failure only if the shard was alone in flight; one that stalls alone is isolated
         at once. While isolated, the worker itself may have died for another reason.
@@ -251,13 +245,12 @@ class Scheduler:
             if history.isolations < MAX_ISOLATIONS:
                 self.isolating.append(shard)
             else:
-                reason = f"it still crashes workers after its images were isolated: {event.reason}"
-                self.set_aside[shard.shard_id] = reason
+                self.set_aside[shard.shard_id] = (
+                    f"it still crashes workers after its images were isolated: {event.reason}"
+                )
         elif event.node_lost:
             self.waiting.appendleft(shard)
-        elif was_alone:
-            history.failures += 1
-            is_due = event.is_overdue or history.failures >= self.max_attempts
-            (self.isolating if is_due else self.retry_alone).append(shard)
         else:
-            self.retry_alone.append(shard)
+            history.failures += was_alone
+            is_due = was_alone and (event.is_overdue or history.failures >= self.max_attempts)
+            (self.isolating if is_due else self.retry_alone).append(shard)

@@ -178,8 +178,13 @@ def _in_memory(sample: Sample) -> Sample:
     if sample.failure is not None:
         return sample
     image, mask = sample.read(), sample.read_mask() if sample.read_mask is not None else None
-    read_mask = (lambda: mask) if mask is not None else None
-    return replace(sample, read=lambda: image, read_mask=read_mask, open=None, open_mask=None)
+    return replace(
+        sample,
+        read=lambda: image,
+        read_mask=None if mask is None else lambda: mask,
+        open=None,
+        open_mask=None,
+    )
 
 
 def _pieces(

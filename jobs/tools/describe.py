@@ -81,7 +81,6 @@ def texts(described: Description) -> dict[str, str]:
     """Return the description as texts by name."""
     tiling, (side, out) = described.tiling, described.sides
     axis = tiling.receptive_field
-    exact = f"exact: windows from {tiling.smallest_tile}, starts at multiples of {tiling.stride}"
     return {
         "network": described.title,
         "weights": f"{described.parameters:,} parameters",
@@ -90,7 +89,10 @@ def texts(described: Description) -> dict[str, str]:
         "margin": f"{tiling.margin} pixels lost on each side",
         "sees": f"{axis} pixels along an axis" if axis else "the whole window",
         "halo": f"{tiling.halo} pixels" if tiling.is_exact else "none",
-        "tiles": exact if tiling.is_exact else "blended: the output depends on the whole window",
+        "tiles": f"exact: windows from {tiling.smallest_tile}, starts at multiples of "
+        f"{tiling.stride}"
+        if tiling.is_exact
+        else "blended: the output depends on the whole window",
     }
 
 

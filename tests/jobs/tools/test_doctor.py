@@ -39,7 +39,7 @@ def test_each_wrong_is_a_line_and_the_others_are_looked_at(
     says = {check.name: check.says for check in found if not check.is_ok}
     assert says["broken"] == "ImportError: no such library"
     assert says["hangs"] == "no answer in 0.5 s"
-    assert "127.0.0.1:1 is not reached" in says["Ray"]
+    assert "no Ray cluster at 127.0.0.1:1" in says["Ray"]
     assert "nowhere.safetensors" in says["model"]
     assert "cannot write" in says["output.uri"]
     assert {check.name for check in found if check.is_ok} == {"fine", "input.uri"}
