@@ -1,4 +1,4 @@
-"""Segments one shard: read, decode, cut into tiles, segment, stitch, encode, and commit two parts.
+"""Segments one shard: read, decode, cut into tiles, segment, assemble, encode, commit two parts.
 
 Reading, decoding and encoding run on threads beside the device; every attempt writes the same
 bytes.
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
@@ -48,26 +48,6 @@ DecodedFile = list[DecodedImage | Rejected]
 """The images of one file."""
 
 
-@dataclass
-class _ShardState:
-    """One attempt at a shard: the work under way and the rows so far."""
-
-    part: MasksPart
-    queue: TileQueue
-    stopwatch: Stopwatch
-    """Stopwatch of the attempt, and its ticket in the line for the device."""
-    on_step: Callable[[], None]
-    ids: set[str] = field(default_factory=set)
-    pending: deque[tuple[list[TileRef], Future[list[TileResult]]]] = field(default_factory=deque)
-    """Batches on the device's lanes, in the order in which they were submitted."""
-    encoded: dict[int, Future[tuple[Row, Iterable[Row]]]] = field(default_factory=dict)
-    """Rows of images that are not in the parts yet, by the number of the image."""
-    seen: int = 0
-    """Number of images so far, failed ones included."""
-    rows: list[Row] = field(default_factory=list)
-    """Rows of the metrics part, one for each image in order."""
-
-
 class ShardSegmenter:
     """Segments shards with one replica. Two threads may call ``segment`` at once: while one has
     the device, the other already reads and decodes.
@@ -80,15 +60,14 @@ class ShardSegmenter:
         on_image: Callable[[], None] = lambda: None,
     ) -> None:
         spec, config, header = replica.spec, replica.spec.config, replica.engine.header
-        self.replica, self.engine, self._on_image = replica, replica.engine, on_image
-        self.settings = settings
+        self.replica, self.engine, self.settings = replica, replica.engine, settings
+        self.on_image = on_image
         self.output = Store(config.output.uri, config.storage)
-        self._encoding, self._threads = config.output.encoding, max(2, spec.threads)
-        self._decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
-        self._encoder = Encoder(header.classes, self._encoding, config.input.ignore_index)
-        self._postprocessing = self.engine.postprocessing
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="codec")
-        self._lanes = Lanes(self.engine)
+        self.threads = max(2, spec.threads)
+        self.decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
+        self.encoder = Encoder(header.classes, config.output.encoding, config.input.ignore_index)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="codec")
+        self.lanes = Lanes(self.engine)
         self._cancelled = threading.Event()
         self.steps: dict[str, int] = {}
         """Number of calls of ``step`` by shard under way; one that stays the same hangs."""
@@ -112,96 +91,131 @@ class ShardSegmenter:
 
         Raises StoreError when storage or local temporary space fails, ShardError when the shard's
         file is not the one that was listed, CommitConflictError when another attempt wrote other
-        bytes and StoppedError after ``cancel``; what is wrong with an image is a row, never an
-        exception.
+        bytes, WorkersError when the device has no memory for one tile, and StoppedError after
+        ``cancel``; what is wrong with an image is a row, never an exception.
         """
         start, name = time.perf_counter(), shard.shard_id
         try:
-            with self._lanes.ticket() as stopwatch:
+            with self._attempt(partial(self.step, name)) as attempt:
                 found = read_shard(self.replica.spec.source, with_members(self.output, shard))
-                samples = (
+                attempt.run(
                     replace(sample, failure=poison.get(number, sample.failure))
-                    for number, sample in enumerate(_timed(found, stopwatch))
+                    for number, sample in enumerate(_timed(found, attempt.stopwatch))
                 )
-                segmented = self._segment_samples(samples, stopwatch, partial(self.step, name))
-                with segmented as state, stopwatch("writing"):
-                    totals = self._commit(state, shard)
-            return ShardResult(name, totals, stopwatch.seconds, time.perf_counter() - start)
+                with attempt.stopwatch("writing"):
+                    totals = attempt.commit(name)
+            return ShardResult(name, totals, attempt.stopwatch.seconds, time.perf_counter() - start)
         finally:
             self.steps.pop(name, None)
 
     def dry_run(self, sample: Sample, on_step: Callable[[], None]) -> None:
         """Segment one image and discard its rows."""
-        with (
-            self._lanes.ticket() as stopwatch,
-            self._segment_samples(iter([sample]), stopwatch, on_step),
-        ):
-            pass
+        with self._attempt(on_step) as attempt:
+            attempt.run(iter([sample]))
 
     @contextlib.contextmanager
-    def _segment_samples(
-        self, samples: Iterator[Sample], stopwatch: Stopwatch, on_step: Callable[[], None]
-    ) -> Iterator[_ShardState]:
-        """Segment samples; yields the state with its masks part and its rows complete."""
-        part = MasksPart(
-            self._encoding, self.settings.footer, self._postprocessing.probabilities != "none"
-        )
-        with contextlib.closing(part):
-            state = _ShardState(part, TileQueue(self.settings.compute), stopwatch, on_step)
-            with Prefetch(
-                self._pool,
-                partial(self._decode, state),
-                samples,
-                2 * self._threads + 2,
-                _held_bytes,
-                DECODED_BYTES,
-                attrgetter("encoded_bytes"),
-            ) as images:
-                self._process_images(state, images)
-                self._flush_rows(state, waits=True)
-                assert len(state.rows) == state.seen, f"image {len(state.rows)} is missing"
-            yield state
+    def _attempt(self, on_step: Callable[[], None]) -> Iterator["ShardAttempt"]:
+        """Begin an attempt, with a place in the line for the device."""
+        config = self.replica.spec.config.output
+        part = MasksPart(config.encoding, self.settings.footer, config.probabilities != "none")
+        with self.lanes.ticket() as stopwatch, contextlib.closing(part):
+            yield ShardAttempt(self, part, stopwatch, on_step)
 
-    def _decode(self, state: _ShardState, sample: Sample) -> DecodedFile:
+
+class ShardAttempt:
+    """One attempt at a shard: what is under way, and the rows of both parts so far."""
+
+    def __init__(
+        self,
+        segmenter: ShardSegmenter,
+        part: MasksPart,
+        stopwatch: Stopwatch,
+        on_step: Callable[[], None],
+    ) -> None:
+        self._segmenter, self._part, self._on_step = segmenter, part, on_step
+        self.stopwatch = stopwatch
+        """Time by stage; also its ticket in the line for the device."""
+        self._postprocessing = segmenter.engine.postprocessing
+        self._queue = TileQueue(segmenter.settings.compute)
+        self._ids: set[str] = set()
+        self._seen = 0
+        """Number of images so far, failed ones included."""
+        self._batches: deque[tuple[list[TileRef], Future[list[TileResult]]]] = deque()
+        """Batches on the device's lanes, in the order in which they were submitted."""
+        self._image_rows: dict[int, Future[tuple[Row, Iterable[Row]]]] = {}
+        """Rows of images that are not in the parts yet, by the number of the image."""
+        self._rows: list[Row] = []
+        """Rows of the metrics part, one for each image in order."""
+
+    def run(self, samples: Iterator[Sample]) -> None:
+        """Segment samples: afterwards the rows of both parts are complete."""
+        segmenter = self._segmenter
+        with Prefetch(
+            segmenter.pool,
+            self._decode,
+            samples,
+            2 * segmenter.threads + 2,
+            _held_bytes,
+            DECODED_BYTES,
+            attrgetter("encoded_bytes"),
+        ) as files:
+            self._process_images(files)
+            self._flush_rows(waits=True)
+        assert len(self._rows) == self._seen, f"image {len(self._rows)} is missing"
+
+    def commit(self, shard_id: str) -> Totals:
+        """Publish both parts; returns the totals of the commit that counts."""
+        output = self._segmenter.output
+        masks, sha256, size = self._part.finish()
+        footer = {
+            **self._segmenter.settings.footer,
+            "images_seen": str(self._seen),
+            "masks_sha256": sha256,
+            "masks_bytes": str(size),
+        }
+        committed = commit(output, shard_id, masks, metrics_part(self._rows, footer))
+        totals = compute_totals(committed, output.uri(metrics_name(shard_id)))
+        log.info("committed shard=%s images=%d failed=%d",
+                 shard_id, self._seen, totals.failed)  # fmt: skip
+        return totals
+
+    def _decode(self, sample: Sample) -> DecodedFile:
         """Read and decode a file; samples of containers bring their bytes along."""
-        with state.stopwatch("decoding"):
-            reading = state.stopwatch("reading", inside="decoding")
+        with self.stopwatch("decoding"):
+            reading = self.stopwatch("reading", inside="decoding")
             read_mask = sample.read_mask and reading(sample.read_mask)
             sample = replace(sample, read=reading(sample.read), read_mask=read_mask)
-            return self._decoder.decode(sample, state.on_step)
+            return self._segmenter.decoder.decode(sample, self._on_step)
 
-    def _process_images(self, state: _ShardState, files: Iterable[DecodedFile]) -> None:
+    def _process_images(self, files: Iterable[DecodedFile]) -> None:
         """Run every batch. Images are counted in the order of the shard, failed ones too. The next
         shard gets the device when the last batch of this one is under way.
         """
-        with self._lanes.taken(state.stopwatch):
+        tile_grid = self._segmenter.replica.tile_grid
+        with self._segmenter.lanes.taken(self.stopwatch):
             for file in files:
-                state.on_step()
+                self._on_step()
                 for found in file:
-                    image, index = self._reject_invalid(found, state.ids), state.seen
-                    state.seen += 1
+                    image, index = self._reject_invalid(found), self._seen
+                    self._seen += 1
                     if isinstance(image, Rejected):
-                        self._submit_rows(state, index, image)
+                        self._submit_rows(index, image)
                     else:
-                        assembler = MaskAssembler(
-                            index, image, self.replica.tile_grid, self._postprocessing
-                        )
-                        self._submit_batches(state, state.queue.add(assembler))
-            self._submit_batches(state, state.queue.rest())
-        self._collect_batches(state, 0)
+                        assembler = MaskAssembler(index, image, tile_grid, self._postprocessing)
+                        self._submit_batches(self._queue.add(assembler))
+            self._submit_batches(self._queue.rest())
+        self._collect_batches(0)
 
-    def _reject_invalid(
-        self, image: DecodedImage | Rejected, ids: set[str]
-    ) -> DecodedImage | Rejected:
+    def _reject_invalid(self, image: DecodedImage | Rejected) -> DecodedImage | Rejected:
         """The image, or its rejection if the shard has an earlier one with its id, or if a row
         cannot hold the probabilities of a mask window.
         """
-        if image.sample.image_id in ids:
+        if image.sample.image_id in self._ids:
             return Rejected(
                 image.sample,
                 ImageError("duplicate_id", "the shard has an earlier image of this id"),
             )
-        ids.add(image.sample.image_id)
+        self._ids.add(image.sample.image_id)
         if isinstance(image, Rejected) or self._postprocessing.probabilities == "none":
             return image
         box = mask_windows(*image.pixels.shape)[0]
@@ -211,52 +225,41 @@ class ShardSegmenter:
         reason = f"{values} probabilities are too many for a row; keep fewer, or cut the image"
         return Rejected(image.sample, ImageError("too_large", reason))
 
-    def _submit_batches(self, state: _ShardState, batches: Iterable[list[TileRef]]) -> None:
-        for pieces in batches:
-            batch = self._pool.submit(stack_tiles, pieces)
-            state.pending.append((pieces, self._lanes.submit(batch, state.stopwatch)))
-            self._collect_batches(state, self.engine.lanes + 1)
+    def _submit_batches(self, batches: Iterable[list[TileRef]]) -> None:
+        segmenter = self._segmenter
+        for tiles in batches:
+            batch = segmenter.pool.submit(stack_tiles, tiles)
+            self._batches.append((tiles, segmenter.lanes.submit(batch, self.stopwatch)))
+            self._collect_batches(segmenter.engine.lanes + 1)
 
-    def _collect_batches(self, state: _ShardState, keep: int) -> None:
+    def _collect_batches(self, keep: int) -> None:
         """Paste finished batches into their masks; wait until at most ``keep`` are under way."""
-        pending, encode = state.pending, state.stopwatch("encoding")(self._encoder.window)
-        while pending and (len(pending) > keep or pending[0][1].done()):
-            pieces, future = pending.popleft()
+        encode = self.stopwatch("encoding")(self._segmenter.encoder.window)
+        while self._batches and (len(self._batches) > keep or self._batches[0][1].done()):
+            tiles, future = self._batches.popleft()
             results = future.result()
-            state.on_step()
-            for (assembler, tile), result in zip(pieces, results, strict=True):
+            self._on_step()
+            for (assembler, tile), result in zip(tiles, results, strict=True):
                 for window in assembler.paste(tile, result):
-                    assembler.encoded.append(self._pool.submit(encode, assembler, window))
+                    rows = self._segmenter.pool.submit(encode, assembler, window)
+                    assembler.encoded.append(rows)
                 if assembler.is_complete:
-                    self._submit_rows(state, assembler.index, assembler)
+                    self._submit_rows(assembler.index, assembler)
 
-    def _submit_rows(self, state: _ShardState, index: int, image: MaskAssembler | Rejected) -> None:
-        state.encoded[index] = self._pool.submit(self._encoder.image, image)
-        self._flush_rows(state)
+    def _submit_rows(self, index: int, image: MaskAssembler | Rejected) -> None:
+        rows = self._segmenter.pool.submit(self._segmenter.encoder.image, image)
+        self._image_rows[index] = rows
+        self._flush_rows()
 
-    def _flush_rows(self, state: _ShardState, waits: bool = False) -> None:
+    def _flush_rows(self, waits: bool = False) -> None:
         """Add the rows of images to the parts, in order and as far as they are encoded."""
-        while (image := state.encoded.get(len(state.rows))) and (waits or image.done()):
-            row, mask_rows = state.encoded.pop(len(state.rows)).result()
-            state.on_step()
-            state.rows.append(row)
+        while (image := self._image_rows.get(len(self._rows))) and (waits or image.done()):
+            row, mask_rows = self._image_rows.pop(len(self._rows)).result()
+            self._on_step()
+            self._rows.append(row)
             for mask_row in mask_rows:
-                state.part.add(mask_row)
-            self._on_image()
-
-    def _commit(self, state: _ShardState, shard: Shard) -> Totals:
-        masks, sha256, size = state.part.finish()
-        footer = {
-            **self.settings.footer,
-            "images_seen": str(state.seen),
-            "masks_sha256": sha256,
-            "masks_bytes": str(size),
-        }
-        committed = commit(self.output, shard.shard_id, masks, metrics_part(state.rows, footer))
-        totals = compute_totals(committed, self.output.uri(metrics_name(shard.shard_id)))
-        log.info("committed shard=%s images=%d failed=%d",
-                 shard.shard_id, state.seen, totals.failed)  # fmt: skip
-        return totals
+                self._part.add(mask_row)
+            self._segmenter.on_image()
 
 
 def _timed(samples: Iterator[Sample], stopwatch: Stopwatch) -> Iterator[Sample]:
