@@ -44,9 +44,12 @@ def build(
 
 
 def _with_new_names(table: dict[str, Any]) -> dict[str, Any]:
-    """Copy nested tables, with keys by their new names."""
+    """Copy nested tables, with keys by their new names; ``arguments`` have names of the user's."""
     return with_new_names(
-        {k: _with_new_names(v) if isinstance(v, dict) else v for k, v in table.items()}
+        {
+            key: _with_new_names(value) if isinstance(value, dict) and key != "arguments" else value
+            for key, value in table.items()
+        }
     )
 
 

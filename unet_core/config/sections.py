@@ -34,14 +34,16 @@ RENAMED = {"optimiser": "optimizer", "normalisation": "normalization"}
 
 
 def with_new_names(table: dict[str, Any]) -> dict[str, Any]:
-    """Rename keys of a table that have old names; dotted keys by their last part.
+    """Rename keys of a table that have old names; dotted keys by their last part, but not those in
+    ``arguments``, whose names are the user's.
 
     Raises ValueError if a key is given by both names.
     """
     new = {}
     for key, value in table.items():
         section, dot, name = key.rpartition(".")
-        new_key = f"{section}{dot}{RENAMED.get(name, name)}"
+        is_ours = not section.endswith("arguments")
+        new_key = f"{section}{dot}{RENAMED.get(name, name)}" if is_ours else key
         if new_key != key and new_key in table:
             raise ValueError(f"{key} is the old name of {new_key}; give one of them")
         new[new_key] = value

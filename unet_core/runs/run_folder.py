@@ -34,11 +34,11 @@ class RunFolder:
 
     @property
     def identity(self) -> Identity:
-        """Identity in the record; records of schema 1 have it at other places."""
+        """Identity in the record; records of schema 1 have it at other places and old names."""
         found = self.document.get("identity") or self.document.get("options") or self.document
         return {
-            key: value
-            for key, value in found.items()
+            key: with_new_names(value) if key == "model.preprocessing" else value
+            for key, value in with_new_names(found).items()
             if key != "schema_version" and not key.endswith(".given")  # both only in schema 1
         }
 
@@ -100,7 +100,7 @@ class RunFolder:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.store.read(self.name), object_hook=with_new_names))
+            return dict(json.loads(self.store.read(self.name)))
         except (ValueError, TypeError) as error:
             raise StoreError(f"{self.store.uri(self.name)} is damaged: {error}") from error
 

@@ -163,3 +163,21 @@ def test_a_training_needs_one_length_one_loss_and_one_kind_of_object():
     assert "every loss has weight 0" in problems(TRAINING, *nothing, kind=TrainConfig)[0]
     objects = ("data.train.instances=true", "model.classes=['a', 'b', 'c']")
     assert "one class of objects" in problems(TRAINING, *objects, kind=TrainConfig)[0]
+
+
+def test_old_names_are_read_and_the_arguments_of_a_factory_are_left_alone():
+    table = {
+        **TRAINING,
+        "model": {"normalisation": "range", "factory": "a:b", "arguments": {"optimiser": "mine"}},
+        "train": {"optimiser": "sgd"},
+    }
+    config = build(TrainConfig, table, [])
+    assert (config.model.normalization, config.train.optimizer) == ("range", "sgd")
+    assert config.model.arguments == {"optimiser": "mine"}
+    assert build(TrainConfig, table, ["train.optimizer=adam"]).train.optimizer == "adam"
+    assert build(TrainConfig, table, ["train.optimiser=adam"]).train.optimizer == "adam"
+    given = build(TrainConfig, table, ["model.arguments.normalisation=none"])
+    assert given.model.arguments == {"optimiser": "mine", "normalisation": "none"}
+    twice = {**TRAINING, "train": {"optimiser": "sgd", "optimizer": "sgd"}}
+    with pytest.raises(ConfigError, match="optimiser is the old name of optimizer; give one"):
+        build(TrainConfig, twice, [])
