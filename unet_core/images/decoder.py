@@ -15,7 +15,7 @@ from unet_core.images import sample as sample_module
 from unet_core.images.codec import class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import TiffRaster, open_large
 from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
-from unet_core.images.raster import IN_MEMORY, ArrayRaster, Raster, Window, WindowRaster, converted
+from unet_core.images.raster import ArrayRaster, Raster, Window, WindowRaster, converted
 from unet_core.images.sample import Sample
 from unet_core.images.tiff import check_size, decoding
 from unet_core.storage.ranges import Ranged
@@ -85,7 +85,7 @@ class TruthDecoder:
 
     def _class_ids(self, labels: Raster) -> Raster:
         """Map stored labels that are read by window; in memory they are class ids already."""
-        if labels.segment_side == IN_MEMORY:
+        if isinstance(labels, ArrayRaster):
             return labels
 
         def read(window: Box) -> Window:

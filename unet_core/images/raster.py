@@ -84,4 +84,4 @@ def converted(raster: Raster, channels: int, convert: Callable[[Array], Array]) 
     by_window = WindowRaster(
         raster.shape, channels, raster.dtype, raster.segment_side, raster.held_bytes, read
     )
-    return ArrayRaster(*by_window.whole()) if raster.segment_side == IN_MEMORY else by_window
+    return ArrayRaster(*by_window.whole()) if isinstance(raster, ArrayRaster) else by_window

@@ -93,6 +93,18 @@ def test_unknown_labels_spoil_only_the_windows_that_hold_them(small_is_large):
     assert caught.value.code == "truth"
 
 
+def test_segments_of_a_pixel_are_no_image_in_memory(monkeypatch):
+    monkeypatch.setattr(large_tiff, "SMALL_PIXELS", 0)
+    column = tiff(IDS_HW[:, :1] * 9, rowsperstrip=1, compression="deflate")
+    sample = Sample("a", "a", "a.tif", lambda: column, lambda: column)
+    rules = reading(10**6, label_map={9: 1})
+    decoder = Decoder(Preprocessing(color="gray", normalisation="percentile"), 2, rules)
+    (image,) = decoder.decode(sample)
+    assert image.truth.segment_side == (1, 1)
+    assert_windows_are_cuts(image.pixels, IDS_HW[None, :, :1] * 9)
+    assert_windows_are_cuts(image.truth, IDS_HW[None, :, :1].astype(np.uint16))
+
+
 @pytest.mark.parametrize("value", [1, np.nan])
 def test_labels_that_are_no_integers_are_told_by_their_type(value, small_is_large):
     truth = decoded(tiff(np.full((150, 117), value, np.float32), **TILED)).truth
