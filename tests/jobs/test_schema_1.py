@@ -58,8 +58,8 @@ def train_config(old, *overrides, model=None):
             "train": {"uri": f"{old}/images", "masks": f"{old}/masks/"},
             "val_fraction": 0.4,
         },
-        "model": model or {"width": 2, "depth": 2, "normalization": "percentile"},
-        "train": {"epochs": 2, "batch": 2, "crop": 32, "optimizer": "sgd"},
+        "model": model or {"width": 2, "depth": 2, "normalisation": "percentile"},
+        "train": {"epochs": 2, "batch": 2, "crop": 32, "optimiser": "sgd"},
         "output": {"uri": f"{old}/training", "report": False},
         "workers": {"count": "inline"},
     }

@@ -98,7 +98,7 @@ def test_segments_of_a_pixel_are_no_image_in_memory(monkeypatch):
     column = tiff(IDS_HW[:, :1] * 9, rowsperstrip=1, compression="deflate")
     sample = Sample("a", "a", "a.tif", lambda: column, lambda: column)
     rules = reading(10**6, label_map={9: 1})
-    decoder = Decoder(Preprocessing(color="gray", normalisation="percentile"), 2, rules)
+    decoder = Decoder(Preprocessing(color="gray", normalization="percentile"), 2, rules)
     (image,) = decoder.decode(sample)
     assert image.truth.segment_side == (1, 1)
     assert_windows_are_cuts(image.pixels, IDS_HW[None, :, :1] * 9)
