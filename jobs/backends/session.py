@@ -96,16 +96,14 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean what they meant
     if is_cluster_named():
         use_auth_token()
+        require_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
     if ray.is_initialized():
         yield
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it is on; fine
-    place = LOCAL
-    if is_cluster_named():
-        place = {"address": os.environ["RAY_ADDRESS"]}
-        require_reachable(os.environ["RAY_ADDRESS"])
+    place = {"address": os.environ["RAY_ADDRESS"]} if is_cluster_named() else LOCAL
     terminate = signal.getsignal(signal.SIGTERM)
     folder = Path.cwd()
     job = ray.job_config.JobConfig(_py_driver_sys_path=[str(folder), str(HOME)])
