@@ -34,18 +34,14 @@ from unet_core.runs.timings import Seconds
 log = logging.getLogger(__name__)
 
 WAIT_S = 1.0  # for an answer: the progress display moves once a second
-NODE_COUNT_S = 5.0
-"""Seconds between two counts of the cluster's nodes: fast enough for autoscaling."""
+NODE_COUNT_S = 5.0  # between two counts of the cluster's nodes: fast enough for autoscaling
 PLACING_WARNINGS_S = (10.0, 30.0)
 """Seconds until the first warning that no worker is ready, and between further ones."""
-UNREACHABLE_S = 60.0
-"""Seconds that an actor may be unreachable before it is removed."""
-MOST_HEARTBEATS = 50
-"""Per second, over all actors: a driver of 500 actors asks each every ten seconds."""
+UNREACHABLE_S = 60.0  # before an actor is removed: most networks are back by then
+MOST_HEARTBEATS = 50  # a second: a driver of 500 actors asks each every ten seconds
 JOIN, LOAD, CONFIGURE, PING, HEARTBEAT = "join", "load", "configure", "ping", "heartbeat"
 DEATHS = (ray.exceptions.RayError, session.CrashError)
-NODE_DIED = "its node has died"
-"""Ray's message for an actor that died with its node before it reported the node."""
+NODE_DIED = "its node has died"  # Ray, of an actor that died before it reported its node
 
 
 @dataclass(eq=False)
@@ -71,13 +67,9 @@ class RayActors:
     """
 
     def __init__(
-        self,
-        spec: ReplicaSpec,
-        placement: Placement,
-        shards: int,
-        only_here: bool,
+        self, spec: ReplicaSpec, placement: Placement, shards: int, only_here: bool,
         record_run: RecordRun,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._spec, self._placement, self._record_run = spec, placement, record_run
         self._workers, self._only_here = spec.config.workers, only_here
         self._run = spec.config.output.uri.rstrip("/").rpartition("/")[2]
