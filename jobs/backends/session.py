@@ -108,7 +108,8 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     folder = Path.cwd()
     job = ray.job_config.JobConfig(_py_driver_sys_path=[str(folder), str(HOME)])
     try:
-        with contextlib.chdir(HOME if shadows_our_code(folder) else folder):
+        # elsewhere only if need be: Ray may move the folder of a job meanwhile
+        with contextlib.chdir(HOME) if shadows_our_code(folder) else contextlib.nullcontext():
             ray.init(
                 **place, job_config=job, logging_level=logging.WARNING, log_to_driver=shows_logs
             )

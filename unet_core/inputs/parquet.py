@@ -13,6 +13,7 @@ from unet_core.errors import ConfigError, ImageError, ParquetDamagedError, Store
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container
 from unet_core.inputs.shards import Known, Shard, Source, make_shard
+from unet_core.storage.parquet_files import whole_parquet
 from unet_core.storage.store import Entry
 
 EXTENSIONS = (".parquet", ".pq")
@@ -129,7 +130,8 @@ def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator
             yield make_shard(entry.name, size, entry.etag, first, rows)
             first, rows, size = first + rows, 0, 0
         columns = map(group.column, range(group.num_columns))
-        read = [c for c in columns if c.path_in_schema.partition(".")[0] in wanted]
+        with whole_parquet(source.root.uri(entry.name)):  # names may be no UTF-8
+            read = [c for c in columns if c.path_in_schema.partition(".")[0] in wanted]
         if (more := sum(column.total_uncompressed_size for column in read)) > MAX_ROW_GROUP_BYTES:
             where = f"{source.root.uri(entry.name)}: row group {number}"
             raise StoreError(

@@ -401,12 +401,13 @@ def test_a_job_is_followed_killed_and_continued_from_another_directory(
     people = [threading.Thread(target=follow) for _ in range(2)]
     for person in people:
         person.start()
+    server = JobServer(server_address)
+    name = run_name("predict", config)
     metrics = tmp_path / "run" / "metrics"
     while len([*metrics.glob("*.parquet")] if metrics.exists() else []) < 2:
         time.sleep(0.05)
-        assert any(person.is_alive() for person in people)
-    server = JobServer(server_address)
-    name = run_name("predict", config)
+        if not any(person.is_alive() for person in people):
+            pytest.fail(f"it ended at once: {server.client.get_job_logs(name)}")
     server.stop(name)
     for person in people:
         person.join()
