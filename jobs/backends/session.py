@@ -48,10 +48,20 @@ def is_cluster_named() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
+def use_auth_token() -> None:
+    """Turn on token authentication if this machine has a token; Ray does so by itself only for
+    clusters that it starts. To be called before Ray is imported.
+    """
+    if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 if os.environ.get("RAY_ADDRESS", "127.").startswith(("127.", "localhost:")):
     # Read when Ray is imported; without it, Ray takes this machine's address for 127.0.0.1: it
     # listens to the network, and looks there for a cluster on loopback, as `make up` starts.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+if is_cluster_named():
+    use_auth_token()  # now: whoever needs Ray's classes imports it before `connected` is entered
 
 
 def local_cpus(workers: WorkersConfig) -> float:
@@ -76,14 +86,6 @@ def is_inline(workers: WorkersConfig | TrainWorkersConfig) -> bool:
     return torch.cuda.device_count() <= 1
 
 
-def use_auth_token() -> None:
-    """Turn on token authentication if this machine has a token; Ray does so by itself only for
-    clusters that it starts. To be called before Ray is imported.
-    """
-    if TOKENS & set(os.environ) or (Path.home() / TOKEN).exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
 @contextlib.contextmanager
 def connected(shows_logs: bool = True) -> Iterator[None]:
     """Connect this process to a Ray cluster as a driver; an existing connection is used.
@@ -95,7 +97,6 @@ def connected(shows_logs: bool = True) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves actors on a busy machine
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean what they meant
     if is_cluster_named():
-        use_auth_token()
         require_reachable(os.environ["RAY_ADDRESS"])
     import ray
 
