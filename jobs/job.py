@@ -6,7 +6,8 @@ from unet_core.config.predict import PredictConfig
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, read_header_and_digest
-from unet_core.runs.compute import Compute, ReplicaSpec
+from unet_core.runs import schema
+from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
 from unet_core.runs.run import Record, Run, fingerprint, identity
 from unet_core.runs.run_folder import Identity
 from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
@@ -40,6 +41,12 @@ class Job:
         return ReplicaSpec(
             self.config, self.source, self.model_sha256, self.tile_grid, max(1, int(cpus))
         )
+
+    def settings(self, record: Record) -> RunSettings:
+        """Return what every worker of the recorded run must use."""
+        kept = self.config.output.probabilities
+        footer = schema.footer(self.header, self.model_sha256, record.fingerprint, kept)
+        return RunSettings(record.compute, footer)
 
 
 def prepare(config: PredictConfig) -> Job:

@@ -11,7 +11,6 @@ from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
 from unet_core.metrics import Totals
-from unet_core.runs import schema
 from unet_core.runs.compute import Compute, RunSettings
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan, plan_shards
@@ -88,15 +87,7 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
             if draft is not None:
                 run.publish_manifest(draft)
                 draft = None
-            return RunSettings(
-                record.compute,
-                schema.footer(
-                    job.header,
-                    job.model_sha256,
-                    record.fingerprint,
-                    job.config.output.probabilities,
-                ),
-            )
+            return job.settings(record)
 
         def on_done(done: Done) -> None:
             nonlocal totals
