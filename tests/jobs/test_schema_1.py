@@ -28,7 +28,7 @@ from unet_core.runs.verify import verify
 from unet_core.storage.store import Store
 
 ARCHIVE = Path(__file__).parents[1] / "reference" / "schema_1.tar.xz"
-REFUSED = "was begun by an earlier version of unet-jobs, which alone can continue it"
+REFUSED = "with schema 1, and this one has 2: it can be read, but only that version can continue it"
 
 
 @pytest.fixture
@@ -175,3 +175,14 @@ def test_a_key_that_a_folder_does_not_know_counts_as_what_the_code_did_before(
         folder.check({"input.uri": "in", "data.train.uri": "in", "input.later": "yes"})
     with pytest.raises(RunMismatchError, match=r"input\.uri: the run has"):
         folder.check({"data.train.uri": "in"})
+
+
+def test_a_folder_of_a_later_schema_is_not_continued(tmp_path):
+    folder = RunFolder(Store(str(tmp_path / "run")), "run.json", "run")
+    folder.require_current_schema()
+    folder.create_or_join({"input.uri": "in"})
+    folder.require_current_schema()
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"schema_version": "2"', '"schema_version": "3"'))
+    with pytest.raises(RunMismatchError, match="with schema 3, and this one has 2"):
+        RunFolder(Store(str(tmp_path / "run")), "run.json", "run").require_current_schema()

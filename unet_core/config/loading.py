@@ -44,7 +44,9 @@ def build(
 
 
 def _with_new_names(table: dict[str, Any]) -> dict[str, Any]:
-    """Copy nested tables, with keys by their new names; ``arguments`` have names of the user's."""
+    """Copy nested tables, with keys by their new names, so that an override by either name replaces
+    what a file says; ``arguments`` have names of the user's.
+    """
     return with_new_names(
         {
             key: _with_new_names(value) if isinstance(value, dict) and key != "arguments" else value

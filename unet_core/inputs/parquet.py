@@ -19,6 +19,7 @@ from unet_core.storage.store import Entry
 EXTENSIONS = (".parquet", ".pq")
 TEXTS = (pa.string(), pa.large_string())
 MAX_ROW_GROUP_BYTES = 2**30
+SHARD_BYTES = 2**28  # a minute's work or less, and little to do again
 """Uncompressed bytes of the columns that are read; a row group is read as one."""
 
 
@@ -126,7 +127,7 @@ def _ranges(source: Source, entry: Entry, metadata: pq.FileMetaData) -> Iterator
     wanted = _columns(source)
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        if rows and (rows >= source.config.shard_images or size >= 2**28):
+        if rows and (rows >= source.config.shard_images or size >= SHARD_BYTES):
             yield make_shard(entry.name, size, entry.etag, first, rows)
             first, rows, size = first + rows, 0, 0
         columns = map(group.column, range(group.num_columns))

@@ -43,11 +43,14 @@ class RunFolder:
         }
 
     @property
+    def schema_version(self) -> str:
+        """Schema of the code that began the folder; records of schema 1 do not name it."""
+        return str(self.document.get("schema_version", FIRST_SCHEMA))
+
+    @property
     def is_of_schema_1(self) -> bool:
-        """True if an earlier version began the folder: it can be read, but not continued."""
-        return bool(self.document) and self.document.get("schema_version", FIRST_SCHEMA) == (
-            FIRST_SCHEMA
-        )
+        """True if the first version began the folder: it can be read, but not continued."""
+        return bool(self.document) and self.schema_version == FIRST_SCHEMA
 
     @property
     def is_finished(self) -> bool:
@@ -55,12 +58,12 @@ class RunFolder:
         return self.store.exists(SUCCESS)
 
     def require_current_schema(self) -> None:
-        """Raise RunMismatchError if an earlier version began the folder."""
-        if self.is_of_schema_1:
+        """Raise RunMismatchError if a version with another schema began the folder."""
+        if self.document and self.schema_version != SCHEMA_VERSION:
             raise RunMismatchError(
-                f"{self.store.uri()} was begun by an earlier version of unet-jobs, which alone can "
-                f"continue it; what it holds can still be read, and a new folder begins a new "
-                f"{self.kind}"
+                f"{self.store.uri()} was begun by a version of unet-jobs with schema "
+                f"{self.schema_version}, and this one has {SCHEMA_VERSION}: it can be read, but "
+                f"only that version can continue it; a new {self.kind} needs a new folder"
             )
 
     def create_or_join(

@@ -29,11 +29,12 @@ Info = dict[str, Any]
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+"""Pauses between tries: short enough for a hiccup, long enough to spare a busy store."""
 WAIT_UNTOLD_S = 3.0  # most stores answer at the second or third try; the next is within 10 s
 WARNINGS_S = 30.0
 """Seconds between two warnings of a process that it waits for a store."""
 _last_warning = {"at": -WARNINGS_S}
-"""Pauses between tries: short enough for a hiccup, long enough to spare a busy store."""
+"""Time of the last one, on the monotonic clock."""
 LARGE_BYTES = 64 * 2**20
 """Larger files are uploaded from disk in parts; smaller ones need one request."""
 SLOWEST_BYTES_PER_S = 2**16
