@@ -30,6 +30,8 @@ from unet_core.runs.manifest import with_members
 
 log = logging.getLogger(__name__)
 
+LOADING_S = 600.0  # limit for the child to load the model, maybe from a slow store
+
 
 Message = int | ImageError | Literal["step", "survived", "finished"]
 """Messages of the child: the position of the sample that it begins, a step of that, the reason why
@@ -91,7 +93,7 @@ class Isolation:
             raise ShardError(f"no process to try its images in: {error}") from error
         there.close()
         place: int | None = None
-        limit_s = 600.0  # to load the model, maybe from a slow store
+        limit_s = LOADING_S
         try:
             while True:
                 if not here.poll(limit_s):
