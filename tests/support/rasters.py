@@ -1,7 +1,10 @@
-"""What holds for every raster."""
+"""What holds for every raster, and decoded files as arrays."""
 
 import numpy as np
 
+from unet_core.config.sections import InputConfig
+from unet_core.errors import ImageError
+from unet_core.images.codec import decode_images, decode_labels
 from unet_core.images.raster import Raster
 from unet_core.tiling.geometry import Box
 
@@ -24,3 +27,18 @@ def assert_windows_are_cuts(raster: Raster, pixels_CHW: np.ndarray, count: int =
         np.testing.assert_array_equal(window.pixels_CHW, pixels_CHW[:, y:bottom, x:right])
         assert window.pixels_CHW.dtype == raster.dtype
         assert window.valid_HW is None or window.valid_HW.shape == window.pixels_CHW.shape[1:]
+
+
+def pixels_of(data: bytes, rules: InputConfig) -> list[np.ndarray | ImageError]:
+    """Pixels HWC of each image of an encoded file."""
+    found = decode_images(data, rules)
+    return [
+        image if isinstance(image, ImageError) else image.whole().pixels_CHW.transpose(1, 2, 0)
+        for image in found
+    ]
+
+
+def labels_of(data: bytes, rules: InputConfig, classes: int) -> list[np.ndarray | ImageError]:
+    """Class ids HW of each page of an encoded label image."""
+    found = decode_labels(data, rules, classes)
+    return [page if isinstance(page, ImageError) else page.whole().pixels_CHW[0] for page in found]

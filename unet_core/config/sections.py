@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavier, so that a config error costs less than a second.
 """
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -112,6 +113,10 @@ class InputConfig(Section):
     """Lists: prefixes below which their URIs must lie; empty: the folder of the list."""
     channels: list[Annotated[int, Field(strict=True, ge=0)]] = []
     """Which channels count, from 0, as stored; empty: gray or RGB without alpha, or all."""
+    nodata: Auto | Literal["none", "nan", "inf", "-inf"] | float = "auto"
+    """Value that means that there is no pixel. ``auto``: as the file says, by nodata value, alpha
+    or mask page; a number or ``nan``: this instead of the file's nodata value; ``none``: everything
+    is a pixel."""
     pages: Literal["refuse", "expand"] = "refuse"
     """Several pages of a TIFF: a failed row, or an image each (``<image_id>#<page>``)."""
     axes: Annotated[str, Field(pattern="^[A-Z]*$")] = ""
@@ -119,6 +124,11 @@ class InputConfig(Section):
     max_pixels: Count = 2**27
     """Height × width above which an image is not decoded whole: a large TIFF is read by window (up
     to 256 times as many), others become failed rows."""
+
+    @field_validator("nodata")
+    @classmethod
+    def _names_nan(cls, value: float | str) -> float | str:
+        return value if isinstance(value, str) or math.isfinite(value) else str(value)  # for JSON
 
     @property
     def mask_folder(self) -> str:

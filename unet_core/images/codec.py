@@ -15,7 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
+from unet_core.images.raster import ArrayRaster, Raster, Window, full_scale_of
 from unet_core.images.tiff import check_size, decode_tiff, decoding, of_each
+from unet_core.images.validity import Stored, known_samples, nodata_value, opaque, split_alpha
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -34,26 +36,33 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def decode_images(data: bytes, config: InputConfig) -> list[Array | ImageError]:
+def decode_images(data: bytes, config: InputConfig) -> list[Raster | ImageError]:
     """Decode one encoded file by its content, whatever its name says; one image unless it has
     pages that are expanded, of which each may fail alone.
 
-    HWC; uint8, uint16 or float32 in native byte order; gray, RGB or more channels, alpha dropped.
+    uint8, uint16 or float32 in native byte order; gray, RGB or more channels. Alpha is dropped, and
+    says which pixels are valid.
 
     Raises ImageError with code ``empty``, ``decode``, ``too_large``, ``frames``, ``axes``,
     ``mode``, ``channels`` or ``not_finite``.
     """
-    return of_each(_decode(data, config, as_labels=False), lambda page: image_of(page, config))
+    return of_each(_decode(data, config, as_labels=False), lambda page: _in_memory(page, config))
 
 
-def image_of(pixels: Any, config: InputConfig) -> Array:
-    """Decoded pixels HW or HWC with the channels that count, in native byte order; types wider than
+def _in_memory(page: Stored, config: InputConfig) -> Raster:
+    return ArrayRaster(*image_of(page, config), full_scale_of(page.pixels.dtype))
+
+
+def image_of(stored: Stored, config: InputConfig) -> Window:
+    """Convert stored pixels to the channels that count, in native byte order; types wider than
     uint16 become float32.
 
     Raises ImageError with code ``channels``, ``mode`` or ``not_finite``.
     """
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
+    pixels, valid_HW, known_HWC = (
+        array[..., None] if array is not None and array.ndim < n else array
+        for array, n in zip(stored, (3, 2, 3), strict=True)
+    )
     if config.channels:
         wanted, there = max(config.channels), pixels.shape[2]
         if wanted >= there:
@@ -63,24 +72,47 @@ def image_of(pixels: Any, config: InputConfig) -> Array:
                 "count from 0)",
             )
         pixels = pixels[..., config.channels]
+        if known_HWC is not None and known_HWC.shape[2] == there:
+            known_HWC = known_HWC[..., config.channels]
+    if known_HWC is not None:
+        is_pixel_HW = known_HWC.any(axis=2)
+        valid_HW = is_pixel_HW if valid_HW is None else valid_HW & is_pixel_HW
+        known_HWC = None if known_HWC.all(axis=2, where=is_pixel_HW[..., None]).all() else known_HWC
     if pixels.dtype.kind not in "uif":
         raise ImageError("mode", f"pixels of type {pixels.dtype} are not supported")
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
-    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
-    if bad := pixels.size - np.count_nonzero(np.isfinite(pixels)):
-        raise ImageError("not_finite", f"{bad} pixel values are NaN or infinite")
-    return pixels
+    is_narrow = pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2
+    dtype = pixels.dtype.newbyteorder("=") if is_narrow else np.float32
+    window = Window(
+        np.ascontiguousarray(pixels, dtype=dtype).transpose(2, 0, 1),
+        valid_HW,
+        None if known_HWC is None else known_HWC.transpose(2, 0, 1),
+    )
+    if not is_narrow:
+        _require_finite(window)
+    return window
 
 
-def decode_labels(data: bytes, config: InputConfig, classes: int) -> list[Array | ImageError]:
-    """Decode a label mask into class ids HW, or each of its pages; palette masks are indices, ids
-    are never scaled.
+def _require_finite(window: Window) -> None:
+    """Raise ImageError for NaN and infinity among values that count."""
+    is_finite_CHW = np.isfinite(window.pixels_CHW)
+    counts = window.valid_HW if window.known_CHW is None else window.known_CHW
+    if bad := np.count_nonzero(~(is_finite_CHW if counts is None else is_finite_CHW | ~counts)):
+        raise ImageError(
+            "not_finite",
+            f"{bad} pixel values are NaN or infinite; if NaN means that there is no pixel, set "
+            "input.nodata = 'nan'",
+        )
+
+
+def decode_labels(data: bytes, config: InputConfig, classes: int) -> list[Raster | ImageError]:
+    """Decode a label mask into class ids, or each of its pages; palette masks are indices, ids are
+    never scaled.
 
     Raises ImageError with code ``labels`` for values that are neither a class nor ignored.
     """
     return of_each(
-        _decode(data, config, as_labels=True), lambda page: class_ids(page, config, classes)
+        _decode(data, config, as_labels=True),
+        lambda page: ArrayRaster(class_ids(page.pixels, config, classes)[None]),
     )
 
 
@@ -131,20 +163,28 @@ def decode_mask(payload: bytes, encoding: str, height: int, width: int) -> Array
 
 
 def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Arrays HW or HWC or an ImageError, for each page; no alpha unless channels are chosen."""
+    """Decode each page to a ``Stored``, or an ImageError."""
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if len(data) > MAX_ENCODED_BYTES:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     with decoding():
         if data.startswith(TIFF_MAGICS):
-            return decode_tiff(data, config, as_labels)
+            pages = decode_tiff(data, config, as_labels)
+            return [page if isinstance(page, ImageError) else Stored(page) for page in pages]
         try:
             pixels = _decode_single(data, config, as_labels)
         except UnidentifiedImageError as error:
             raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
+    known = known_samples(pixels, None if as_labels else nodata_value(None, config))
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    return [pixels[..., :-1] if has_alpha and not config.channels else pixels]
+    if not has_alpha:
+        return [Stored(pixels, None, known)]
+    alpha = [pixels.shape[2] - 1]
+    samples, alpha_HW = split_alpha(pixels, alpha, config)
+    known = known if known is None or config.channels else np.delete(known, alpha, axis=-1)
+    is_opaque_HW = None if config.nodata == "none" else opaque(alpha_HW)
+    return [Stored(samples, is_opaque_HW, known)]
 
 
 def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:

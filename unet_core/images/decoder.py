@@ -3,7 +3,7 @@
 Large TIFFs are not decoded whole: their pixels and their truth are read by window.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from unet_core.errors import ImageError
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import TiffRaster, open_large
-from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.images.preprocessing import Preprocessing, fill, in_color, offset_and_scale
 from unet_core.images.raster import ArrayRaster, Raster, Window, WindowRaster, converted
 from unet_core.images.sample import Sample
 from unet_core.images.tiff import check_size, decoding
@@ -153,12 +153,12 @@ class Decoder:
             with decoding():
                 rows, columns = image.shape
                 check_size(columns, rows, 256 * self.config.max_pixels)
-                pixels = converted(
-                    image,
-                    self.wanted.channels,
-                    lambda pixels_CHW: to_color(pixels_CHW, self.wanted.color),
+                color = self.wanted.color
+                colored = converted(
+                    image, lambda window: in_color(window, color), self.wanted.channels
                 )
-                offset, scale = offset_and_scale(pixels, self.wanted, on_step)
+                offset, scale = offset_and_scale(colored, self.wanted, on_step)
+                pixels = converted(colored, lambda window: fill(window, offset))
         except ImageError as failure:
             return Rejected(sample, failure)
         return DecodedImage(sample, pixels, offset, scale, check_truth_shape(truth, pixels.shape))
@@ -180,7 +180,7 @@ def check_truth_shape(
 
 def _opened(
     read: Callable[[], bytes], open_ranged: Callable[[], Ranged] | None, config: InputConfig,
-    decode: Callable[[bytes], list[Array | ImageError]], as_labels: bool,
+    decode: Callable[[bytes], Iterable[Raster | ImageError]], as_labels: bool,
 ) -> Sequence[Raster | ImageError]:  # fmt: skip
     """Open a file to be read by window, or read and decode all of it: each of its images."""
     ranged = open_ranged() if open_ranged else None
@@ -192,9 +192,4 @@ def _opened(
     if large := open_large(in_memory, config, as_labels):
         large.held_bytes += len(data)
         return [large]
-    return [
-        page
-        if isinstance(page, ImageError)
-        else ArrayRaster(np.atleast_3d(page).transpose(2, 0, 1))
-        for page in decode(data)
-    ]
+    return [*decode(data)]

@@ -19,8 +19,9 @@ from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
-from unet_core.images.raster import Raster, Window
+from unet_core.images.raster import Raster, Window, full_scale_of
 from unet_core.images.tiff_segments import Cache, EncodedSegments, RawSegments, segments_of
+from unet_core.images.validity import Stored
 from unet_core.storage.ranges import Ranged, RangeFile
 from unet_core.tiling.geometry import MASK_WINDOW_PIXELS, Box
 
@@ -56,8 +57,9 @@ class TiffRaster(Raster):
         self._wanted = list(range(segments.planes))
         if config.channels and not as_labels and tiff.is_plain(page.keyframe):  # planes as they are
             self._wanted = sorted({channel // segments.samples for channel in config.channels})
-        pixel_CHW = self._finished(self._blank(1, 1))
+        pixel_CHW = self._finished(self._blank(1, 1)).pixels_CHW
         self.channels, self.dtype = len(pixel_CHW), pixel_CHW.dtype
+        self.full_scale, self.georeference = full_scale_of(segments.dtype), None
 
     def read(self, window: Box, /) -> Window:
         """Read a window inside the image: pixels like those of decoded images, or stored labels.
@@ -72,7 +74,7 @@ class TiffRaster(Raster):
         for plane in self._wanted:
             self._fill(stored_PHWS[plane], plane, window)
         with tiff.decoding(f"the window at row {y}, column {x}: "):
-            return Window(self._finished(stored_PHWS))
+            return self._finished(stored_PHWS)
 
     def _blank(self, height: int, width: int) -> Array:
         """Make an array of zeros; planes that are never written to take no memory."""
@@ -90,9 +92,9 @@ class TiffRaster(Raster):
                     self._segments.nodata if segment_HWS is None else segment_HWS[there]
                 )
 
-    def _finished(self, stored_PHWS: Array) -> Array:
-        """Convert stored values to the pixels or labels CHW that decoding the whole image gives:
-        planes and their samples side by side, in the colors that the page declares.
+    def _finished(self, stored_PHWS: Array) -> Window:
+        """Convert stored values to the pixels or labels that decoding the whole image gives: planes
+        and their samples side by side, in the colors that the page declares.
         """
         height, width = stored_PHWS.shape[1:3]
         pixels = stored_PHWS.transpose(1, 2, 0, 3).reshape(height, width, -1)
@@ -101,8 +103,9 @@ class TiffRaster(Raster):
         else:
             stored = pixels[..., 0] if self._page.axes == "YX" else pixels
             pixels = tiff.page_pixels(self._page, stored, self._config, self._as_labels)
-        pixels = pixels if self._as_labels else image_of(pixels, self._config)
-        return np.atleast_3d(pixels).transpose(2, 0, 1)
+        if self._as_labels:
+            return Window(np.atleast_3d(pixels).transpose(2, 0, 1))
+        return image_of(Stored(pixels), self._config)
 
 
 def open_large(

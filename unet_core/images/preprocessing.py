@@ -15,13 +15,15 @@ from unet_core.arrays import Array
 from unet_core.config.presets import channels_of
 from unet_core.config.sections import Section, require_span
 from unet_core.errors import ImageError
-from unet_core.images.raster import IN_MEMORY, Raster
+from unet_core.images.raster import IN_MEMORY, Raster, Window
 from unet_core.tiling.geometry import Box
 
 BAND_ROWS = 256
 """Largest number of rows that are read at once from an image too large for memory."""
 BAND_BYTES = 64 * 2**20
 """Most bytes of such a band; wide images are read in fewer rows."""
+NOTHING = (0.0, 0.0)
+"""Offset and span of a channel of which no sample is known."""
 PIECE = 2**20
 """Values that are counted at once, which bounds the copies made of them."""
 
@@ -67,6 +69,36 @@ def to_color(pixels_CHW: Array, color: str | int) -> Array:
     )
 
 
+def in_color(window: Window, color: str | int) -> Window:
+    """Convert a window to the colors that a network takes; luma is known where all of RGB is."""
+    pixels_CHW, known_CHW = to_color(window.pixels_CHW, color), window.known_CHW
+    if known_CHW is not None and len(known_CHW) != len(pixels_CHW):
+        known_CHW = np.broadcast_to(known_CHW.all(axis=0), pixels_CHW.shape)
+    return Window(pixels_CHW, window.valid_HW, known_CHW)
+
+
+def fill(window: Window, offset: Array) -> Window:
+    """Replace what is not known by the value that the network receives as 0, or the next one that
+    the type has; so no nodata value of a file reaches a mask.
+    """
+    known_CHW = known_of(window)
+    if known_CHW is None:
+        return window
+    dtype = window.pixels_CHW.dtype
+    values = offset
+    if dtype.kind == "u":
+        values = np.rint(offset.clip(0, np.iinfo(dtype).max)).astype(dtype)
+    filled_CHW = np.where(known_CHW, window.pixels_CHW, values[:, None, None])
+    return Window(filled_CHW, window.valid_HW)
+
+
+def known_of(window: Window) -> Array | None:
+    """Find the samples that count, CHW or 1HW; None for all."""
+    if window.known_CHW is not None:
+        return window.known_CHW
+    return None if window.valid_HW is None else window.valid_HW[None]
+
+
 def _luma(pixels_CHW: Array) -> Array:
     """ITU-R 601 luma, rounded to nearest for integers (weights in 1/65536, which sum to one)."""
     red, green, blue = pixels_CHW
@@ -79,9 +111,11 @@ def _luma(pixels_CHW: Array) -> Array:
 def offset_and_scale(
     raster: Raster, wanted: Preprocessing, on_step: Callable[[], None] = lambda: None
 ) -> tuple[Array, Array]:
-    """Compute the offset and the scale of each channel, float32 (C,).
+    """Compute the offset and the scale of each channel, float32 (C,), from the samples that are
+    known.
 
-    Made from integer counts, so equal on every machine. A constant channel becomes all zeros.
+    Made from integer counts, so equal on every machine. A channel that is constant, or of which
+    nothing is known, becomes all zeros.
 
     The image is read in bands of rows: once for integers and ``zscore``, twice for percentiles of
     floats; ``range`` reads the first row only. ``on_step`` is called before each read of an image
@@ -90,36 +124,48 @@ def offset_and_scale(
     """
     is_in_memory = raster.segment_side == IN_MEMORY
     if is_in_memory and wanted.normalization == "zscore" and raster.dtype.kind == "f":
-        wide = (plane.ravel().astype(np.float64) for plane in raster.whole().pixels_CHW)
-        return _as_arrays([(float(values.mean()), float(values.std())) for values in wide])
+        wide = (values.astype(np.float64) for values in known_values(raster.whole()))
+        return _as_arrays([(float(v.mean()), float(v.std())) if v.size else NOTHING for v in wide])
     height, width = raster.shape
 
-    def read_rows(start: int, stop: int) -> Array:
+    def read_rows(start: int, stop: int) -> Window:
         if not is_in_memory:
             on_step()
-        return raster.read(Box(start, 0, stop - start, width)).pixels_CHW
+        return raster.read(Box(start, 0, stop - start, width))
 
-    first_CHW = read_rows(0, 1)
+    first_CHW = read_rows(0, 1).pixels_CHW
     row_bytes = width * max(3, len(first_CHW)) * first_CHW.itemsize
     rows = max(1, min(BAND_ROWS, BAND_BYTES // row_bytes))
     rows = 2 ** (rows.bit_length() - 1)  # as the sides of tiles
 
-    def bands() -> Iterator[Array]:
+    def bands() -> Iterator[Window]:
         return (read_rows(a, min(a + rows, height)) for a in range(0, height, rows))
 
     if wanted.normalization == "range":
-        largest = float(np.iinfo(first_CHW.dtype).max) if first_CHW.dtype.kind == "u" else 1.0
-        low, high = wanted.limits(0.0, largest)
+        low, high = wanted.limits(0.0, raster.full_scale)
         pairs = [(low, high - low)] * len(first_CHW)
     elif first_CHW.dtype.kind == "u":
-        counts = _total([_counts(plane) for plane in band] for band in bands())
+        counts = _total([_counts(values) for values in known_values(band)] for band in bands())
         pairs = [_offset_and_span(of_channel, wanted) for of_channel in counts]
     elif wanted.normalization == "percentile":
-        pairs = _percentiles_by_bits(bands, _ranks(height * width, wanted))
+        pairs = _percentiles_by_bits(bands, wanted)
     else:
         moments = np.concatenate([_row_moments(band) for band in bands()], axis=1)
         pairs = [_mean_and_deviation(of_channel, width) for of_channel in moments]
     return _as_arrays(pairs)
+
+
+def known_values(window: Window) -> list[Array]:
+    """Collect the known values of each channel, flat."""
+    known_CHW = known_of(window)
+    if known_CHW is None:
+        return [plane_HW.ravel() for plane_HW in window.pixels_CHW]
+    return [
+        plane_HW[known_HW]
+        for plane_HW, known_HW in zip(
+            window.pixels_CHW, np.broadcast_to(known_CHW, window.pixels_CHW.shape), strict=True
+        )
+    ]
 
 
 def _as_arrays(pairs: list[tuple[float, float]]) -> tuple[Array, Array]:
@@ -135,10 +181,12 @@ def _ranks(values: int, wanted: Preprocessing) -> list[int]:
     return [max(1, int(np.ceil(values * q / 100))) for q in wanted.limits(1.0, 99.8)]
 
 
-def _counts(plane_HW: Array) -> Array:
+def _counts(values: Array) -> Array:
     """Count each value of the integer type."""
-    bins = int(np.iinfo(plane_HW.dtype).max) + 1
-    return _total(np.bincount(piece, minlength=bins) for piece in _pieces(plane_HW))
+    counts = np.zeros(int(np.iinfo(values.dtype).max) + 1, dtype=np.int64)
+    for piece in _pieces(values):
+        counts += np.bincount(piece, minlength=counts.size)
+    return counts
 
 
 def _total(arrays: Iterable[Any]) -> Array:
@@ -146,14 +194,16 @@ def _total(arrays: Iterable[Any]) -> Array:
     return sum(arrays, np.zeros((), dtype=np.int64))
 
 
-def _pieces(plane_HW: Array) -> list[Array]:
+def _pieces(values: Array) -> list[Array]:
     """Split values into pieces small enough for copies eight times as wide."""
-    return np.split(plane_HW.ravel(), range(PIECE, plane_HW.size, PIECE))
+    return np.split(values, range(PIECE, values.size, PIECE))
 
 
 def _offset_and_span(counts: Array, wanted: Preprocessing) -> tuple[float, float]:
     """Compute offset and span of integers from exact sums over their histogram."""
     size = int(counts.sum())
+    if not size:
+        return NOTHING
     if wanted.normalization == "percentile":
         bottom, top = (float(_at_rank(counts, rank)[0]) for rank in _ranks(size, wanted))
         return bottom, top - bottom
@@ -171,22 +221,29 @@ def _at_rank(counts: Array, rank: int) -> tuple[int, int]:
 
 
 def _percentiles_by_bits(
-    bands: Callable[[], Iterator[Array]], ranks: list[int]
+    bands: Callable[[], Iterator[Window]], wanted: Preprocessing
 ) -> list[tuple[float, float]]:
     """Find the value at the low rank and its distance to the high one, for each channel.
 
     Counts the upper 16 bits of all values first, then the lower 16 bits of those that share their
     upper bits with the value at a rank.
     """
-    upper = _total([_key_counts(plane) for plane in band] for band in bands())
-    found = [[_at_rank(counts, rank) for rank in ranks] for counts in upper]
+    upper = _total([_key_counts(values) for values in known_values(band)] for band in bands())
+    sizes = upper.sum(axis=1).tolist()
+    found = [
+        [_at_rank(counts, rank) if size else (0, 0) for rank in _ranks(size, wanted)]
+        for counts, size in zip(upper, sizes, strict=True)
+    ]
 
-    def lower_of(band_CHW: Array) -> list[list[Array]]:
-        planes = zip(band_CHW, found, strict=True)
-        return [[_key_counts(plane, top) for top, _ in tops] for plane, tops in planes]
+    def lower_of(band: Window) -> list[list[Array]]:
+        channels = zip(known_values(band), found, strict=True)
+        return [[_key_counts(values, top) for top, _ in tops] for values, tops in channels]
 
     pairs = []
-    for tops, lower in zip(found, _total(map(lower_of, bands())), strict=True):
+    for size, tops, lower in zip(sizes, found, _total(map(lower_of, bands())), strict=True):
+        if not size:
+            pairs.append(NOTHING)
+            continue
         keys = [
             (top << 16) + _at_rank(counts, rank)[0]
             for (top, rank), counts in zip(tops, lower, strict=True)
@@ -197,28 +254,37 @@ def _percentiles_by_bits(
     return pairs
 
 
-def _key_counts(plane_HW: Array, top: int | None = None) -> Array:
+def _key_counts(values: Array, top: int | None = None) -> Array:
     """Count the upper halves of keys, or the lower halves of keys whose upper half is ``top``."""
     counts = np.zeros(2**16, dtype=np.int64)
-    for values in _pieces(plane_HW):
-        bits = (values + np.float32(0)).view(np.uint32)  # both zeros become one
+    for piece in _pieces(values):
+        bits = (piece + np.float32(0)).view(np.uint32)  # both zeros become one
         keys = np.where(bits >> 31, ~bits, bits | 0x80000000)  # in the order of the values
         chosen = keys >> 16 if top is None else keys[keys >> 16 == top] & 0xFFFF
         counts += np.bincount(chosen, minlength=counts.size)
     return counts
 
 
-def _row_moments(band_CHW: Array) -> Array:
-    """Compute mean and sum of squared deviations of each row: (C, H, 2)."""
-    rows = (row.astype(np.float64) for plane in band_CHW for row in plane)
-    moments = [(row.mean(), row.var() * row.size) for row in rows]
-    return np.array(moments).reshape(*band_CHW.shape[:2], 2)
+def _row_moments(band: Window) -> Array:
+    """Compute mean, sum of squared deviations and share of known values of each row: (C, H, 3)."""
+    channels, height, width = band.pixels_CHW.shape
+    known_CHW = known_of(band)
+    is_known_CHW = np.broadcast_to(True if known_CHW is None else known_CHW, band.pixels_CHW.shape)
+    rows = (
+        row[is_known].astype(np.float64)
+        for plane_HW, known_HW in zip(band.pixels_CHW, is_known_CHW, strict=True)
+        for row, is_known in zip(plane_HW, known_HW, strict=True)
+    )
+    moments = [(v.mean(), v.var() * v.size, v.size / width) if v.size else (0, 0, 0) for v in rows]
+    return np.array(moments).reshape(channels, height, 3)
 
 
 def _mean_and_deviation(moments: Array, width: int) -> tuple[float, float]:
-    """Combine rows of one width into mean and deviation, after Chan, Golub and LeVeque (1979)."""
-    means, squares = moments.T
-    mean = math.fsum(means) / means.size
-    between = width * math.fsum((means - mean) ** 2)
-    variance = (math.fsum(squares) + between) / (means.size * width)
+    """Combine rows into mean and deviation, after Chan, Golub and LeVeque (1979)."""
+    means, squares, shares = moments.T
+    if not (total := math.fsum(shares)):
+        return NOTHING
+    mean = math.fsum(shares * means) / total
+    between = width * math.fsum(shares * (means - mean) ** 2)
+    variance = (math.fsum(squares) + between) / (total * width)
     return mean, math.sqrt(variance)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from unet_core.arrays import Array
+from unet_core.images.georeference import Georeference
 from unet_core.tiling.geometry import Box
 
 IN_MEMORY = (1, 1)
@@ -22,6 +23,8 @@ class Window(NamedTuple):
     pixels_CHW: Array
     valid_HW: Array | None = None
     """False where the image has no pixel; None if all pixels are valid."""
+    known_CHW: Array | None = None
+    """False where a channel of a pixel is nodata; None if that is where pixels are not valid."""
 
 
 @runtime_checkable
@@ -37,6 +40,9 @@ class Raster(Protocol):
     """Rows and columns that are fetched and decoded at least, however small a window is."""
     held_bytes: int
     """Bytes of memory held while the image is in use."""
+    full_scale: float
+    """Largest value of the type that the file stores; 1 for floats."""
+    georeference: Georeference | None
 
     def read(self, window: Box, /) -> Window:
         """Read a window inside the image; raises ImageError."""
@@ -57,31 +63,59 @@ class WindowRaster(Raster):
     segment_side: tuple[int, int]
     held_bytes: int
     read: Callable[[Box], Window]
+    full_scale: float = 1.0
+    georeference: Georeference | None = None
 
 
 class ArrayRaster(WindowRaster):
     """An image in memory; its windows are views."""
 
-    def __init__(self, pixels_CHW: Array, valid_HW: Array | None = None) -> None:
+    def __init__(
+        self,
+        pixels_CHW: Array,
+        valid_HW: Array | None = None,
+        known_CHW: Array | None = None,
+        full_scale: float | None = None,
+        georeference: Georeference | None = None,
+    ) -> None:
         def read(window: Box) -> Window:
             here = window.slices
-            return Window(pixels_CHW[:, *here], None if valid_HW is None else valid_HW[here])
+            return Window(
+                pixels_CHW[:, *here],
+                None if valid_HW is None else valid_HW[here],
+                None if known_CHW is None else known_CHW[:, *here],
+            )
 
         channels, height, width = pixels_CHW.shape
-        held_bytes = pixels_CHW.nbytes + (0 if valid_HW is None else valid_HW.nbytes)
-        super().__init__((height, width), channels, pixels_CHW.dtype, IN_MEMORY, held_bytes, read)
+        held = (pixels_CHW, valid_HW, known_CHW)
+        held_bytes = sum(array.nbytes for array in held if array is not None)
+        super().__init__(
+            (height, width), channels, pixels_CHW.dtype, IN_MEMORY, held_bytes, read,
+            full_scale_of(pixels_CHW.dtype) if full_scale is None else full_scale, georeference,
+        )  # fmt: skip
 
 
-def converted(raster: Raster, channels: int, convert: Callable[[Array], Array]) -> Raster:
-    """Convert the pixels CHW of an image, whose type stays: at once if it is in memory, else those
-    of each window.
+def full_scale_of(stored: np.dtype[Any]) -> float:
+    """Return the largest value of a stored type; 1 for floats."""
+    return float(np.iinfo(stored).max) if stored.kind in "ui" else 1.0
+
+
+def converted(
+    raster: Raster, convert: Callable[[Window], Window], channels: int | None = None
+) -> Raster:
+    """Convert the content of an image, whose type stays: at once if it is in memory, else that of
+    each window. ``channels``: their number, if it changes.
     """
-
-    def read(window: Box) -> Window:
-        found = raster.read(window)
-        return found._replace(pixels_CHW=convert(found.pixels_CHW))
-
     by_window = WindowRaster(
-        raster.shape, channels, raster.dtype, raster.segment_side, raster.held_bytes, read
+        raster.shape,
+        raster.channels if channels is None else channels,
+        raster.dtype,
+        raster.segment_side,
+        raster.held_bytes,
+        lambda window: convert(raster.read(window)),
+        raster.full_scale,
+        raster.georeference,
     )
-    return ArrayRaster(*by_window.whole()) if isinstance(raster, ArrayRaster) else by_window
+    if not isinstance(raster, ArrayRaster):
+        return by_window
+    return ArrayRaster(*by_window.whole(), raster.full_scale, raster.georeference)

@@ -16,12 +16,12 @@ from scipy import ndimage
 
 from jobs.predict import predict
 from tests.support.data import pictures, reading, write_slides
+from tests.support.rasters import labels_of
 from tests.support.runs import config_of
 from unet_core import open_run
 from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
 from unet_core.export.task import Export, Options
-from unet_core.images.codec import decode_labels
 from unet_core.images.preprocessing import to_color
 from unet_core.storage.store import Store
 from unet_core.synthetic import png
@@ -53,7 +53,7 @@ def digests(folder):
 
 
 def list_shard_ids(path):
-    return decode_labels(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)[0]
+    return labels_of(path.read_bytes(), reading(2**24, ignore_index=2**16 - 1), 2**16)[0]
 
 
 def annotated(out):

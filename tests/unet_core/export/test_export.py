@@ -16,11 +16,11 @@ from scipy import ndimage
 from skimage.measure import regionprops
 
 from tests.support.data import reading
+from tests.support.rasters import labels_of
 from unet_core.errors import ImageError
 from unet_core.export import coco, mask_images
 from unet_core.export.instances import find_objects, measure_instances
 from unet_core.export.names import Names
-from unet_core.images.codec import decode_labels
 from unet_core.images.raster import ArrayRaster
 from unet_core.networks.header import palette_of
 
@@ -99,7 +99,7 @@ def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
     with contextlib.closing(file):
         file.seek(0)
         data = file.read()
-    (labels_HW,) = decode_labels(data, reading(2**20, ignore_index=65535), classes)
+    (labels_HW,) = labels_of(data, reading(2**20, ignore_index=65535), classes)
     assert (labels_HW == mask_HW).all()
     shown = Image.open(io.BytesIO(data))
     assert shown.mode == ("P" if classes == 2 else "I;16")

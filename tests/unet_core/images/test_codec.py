@@ -8,8 +8,8 @@ import tifffile
 from PIL import Image
 
 from tests.support.data import reading, tiff
+from tests.support.rasters import labels_of, pixels_of
 from unet_core.errors import ImageError
-from unet_core.images.codec import decode_images, decode_labels
 
 LIMIT = 10_000
 RULES = reading(LIMIT)
@@ -80,7 +80,7 @@ def alpha(pixels):
     ],
 )
 def test_pixels_are_what_was_stored(data, expected):
-    pixels = decode_images(data, RULES)[0]
+    pixels = pixels_of(data, RULES)[0]
     expected = expected if expected.ndim == 3 else expected[..., None]
     np.testing.assert_array_equal(pixels, expected)
     assert pixels.dtype == expected.dtype
@@ -92,7 +92,7 @@ def test_lossy_and_cmyk_images_become_rgb():
     for data in (saved(smooth, "JPEG", quality=95), saved(smooth, "JPEG", mode="CMYK", quality=95),
                  tiff(smooth, photometric="rgb", compression="jpeg"),
                  saved(smooth, "TIFF", mode="CMYK")):  # fmt: skip
-        pixels = decode_images(data, RULES)[0]
+        pixels = pixels_of(data, RULES)[0]
         assert pixels.shape == smooth.shape
         assert np.abs(pixels.astype(int) - smooth).max() <= 12
 
@@ -101,7 +101,7 @@ def test_exif_orientation_is_left_alone():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = saved(RGB8, "JPEG", exif=exif.tobytes(), quality=95)
-    assert decode_images(data, RULES)[0].shape == RGB8.shape
+    assert pixels_of(data, RULES)[0].shape == RGB8.shape
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
     messages = set()
     for _ in range(2):
         with pytest.raises(ImageError) as caught:
-            decode_images(data, RULES)
+            pixels_of(data, RULES)
         assert caught.value.code == code
         messages.add(str(caught.value))
     assert len(messages) == 1
@@ -157,7 +157,7 @@ def test_what_cannot_be_segmented_is_refused_with_a_code_and_repeatable_words(da
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_labels_are_ids_and_never_scaled(data, expected):
-    labels = decode_labels(data, reading(LIMIT, ignore_index=65535), classes=65536)[0]
+    labels = labels_of(data, reading(LIMIT, ignore_index=65535), classes=65536)[0]
     np.testing.assert_array_equal(labels, expected.astype(np.uint16))
 
 
@@ -168,10 +168,10 @@ def test_labels_of_two_and_four_bits_are_not_stretched():
         shifts = np.arange(8 // bits)[::-1] * bits
         rows = np.left_shift(packed, shifts).sum(-1).astype(np.uint8)
         data = _png_of_rows(rows, 32, 24, bits)
-        labels = decode_labels(data, RULES, 16)[0]
+        labels = labels_of(data, RULES, 16)[0]
         np.testing.assert_array_equal(labels, values)
         stretched = values * (255 // (2**bits - 1))
-        np.testing.assert_array_equal(decode_images(data, RULES)[0][..., 0], stretched)
+        np.testing.assert_array_equal(pixels_of(data, RULES)[0][..., 0], stretched)
 
 
 def _png_of_rows(rows, width, height, bits):
@@ -192,15 +192,15 @@ def _png_of_rows(rows, width, height, bits):
 def test_label_values_are_mapped_and_strangers_are_named():
     mask = np.array([[0, 255], [7, 255]], np.uint8)
     rules = reading(LIMIT, label_map={255: 1, 7: 9}, ignore_index=9)
-    (labels,) = decode_labels(saved(mask), rules, 2)
+    (labels,) = labels_of(saved(mask), rules, 2)
     assert labels.tolist() == [[0, 1], [9, 1]]
     with pytest.raises(ImageError, match="holds 7, 255, but classes are 0 to 1"):
-        decode_labels(saved(mask), reading(LIMIT, ignore_index=9), 2)
+        labels_of(saved(mask), reading(LIMIT, ignore_index=9), 2)
     with pytest.raises(ImageError, match="coloured"):
-        decode_labels(saved(RGB8), RULES, 2)
+        labels_of(saved(RGB8), RULES, 2)
     for dtype in (np.float32, np.complex64):
         with pytest.raises(ImageError, match=np.dtype(dtype).name):
-            decode_labels(tiff(FLOAT.astype(dtype)), RULES, 2)
+            labels_of(tiff(FLOAT.astype(dtype)), RULES, 2)
 
 
 def test_the_image_of_a_tiff_is_not_its_thumbnail():
@@ -208,15 +208,15 @@ def test_the_image_of_a_tiff_is_not_its_thumbnail():
     with tifffile.TiffWriter(buffer) as writer:
         writer.write(GRAY8[:8, :8], subfiletype=1)
         writer.write(GRAY8)
-    np.testing.assert_array_equal(decode_images(buffer.getvalue(), RULES)[0][..., 0], GRAY8)
+    np.testing.assert_array_equal(pixels_of(buffer.getvalue(), RULES)[0][..., 0], GRAY8)
 
 
 def test_declared_alpha_of_a_tiff_is_dropped():
     data = tiff(alpha(RGB8), photometric="rgb", extrasamples=["unassalpha"])
-    np.testing.assert_array_equal(decode_images(data, RULES)[0], RGB8)
+    np.testing.assert_array_equal(pixels_of(data, RULES)[0], RGB8)
     five, extras = np.dstack([alpha(RGB8), GRAY8]), ["unassalpha", "unspecified"]
     stack = tiff(five[None].repeat(2, 0), photometric="rgb", extrasamples=extras, ome=True,
                  metadata={"axes": "ZYXS"})  # fmt: skip
     for data in (tiff(five, photometric="rgb", extrasamples=extras), stack):
-        for pixels in decode_images(data, reading(LIMIT, pages="expand")):
+        for pixels in pixels_of(data, reading(LIMIT, pages="expand")):
             np.testing.assert_array_equal(pixels, np.dstack([RGB8, GRAY8]))

@@ -9,9 +9,10 @@ import pytest
 import tifffile
 
 from tests.support.data import reading, tiff
+from tests.support.rasters import pixels_of
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
-from unet_core.images.codec import _decode, decode_images
+from unet_core.images.codec import _decode
 from unet_core.images.large_tiff import open_large
 from unet_core.images.preprocessing import Preprocessing, offset_and_scale
 from unet_core.images.raster import ArrayRaster
@@ -165,7 +166,7 @@ def windows(count=12):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_window_is_that_part_of_the_whole(name, options):
     rules = reading(10**6, **options)
-    whole_HWC = decode_images(FILES[name], rules)[0]
+    whole_HWC = pixels_of(FILES[name], rules)[0]
     image = opened(FILES[name], rules)
     assert image.shape == whole_HWC.shape[:2]
     for y, x, height, width in windows():
@@ -177,7 +178,7 @@ def test_a_window_is_that_part_of_the_whole(name, options):
 
 @pytest.mark.parametrize("name", FILES)
 def test_labels_are_what_is_stored(name):
-    whole = _decode(FILES[name], RULES, as_labels=True)[0]
+    whole = _decode(FILES[name], RULES, as_labels=True)[0].pixels
     labels = opened(FILES[name], as_labels=True)
     for y, x, height, width in windows(3):
         window = cut(labels, y, x, height, width)
@@ -188,7 +189,7 @@ def test_labels_are_what_is_stored(name):
 @pytest.mark.parametrize("name", ["rows", "rows, planar", "OME, rows", "rows, big endian"])
 def test_rows_too_long_for_the_cache_are_read_in_pieces(name, monkeypatch):
     monkeypatch.setattr(tiff_segments, "PIECE_COLUMNS", 50)
-    whole_HWC = decode_images(FILES[name], RULES)[0]
+    whole_HWC = pixels_of(FILES[name], RULES)[0]
     image = opened(FILES[name], cache_bytes=10_000)
     for y, x, height, width in windows():
         np.testing.assert_array_equal(
@@ -282,7 +283,7 @@ def test_files_that_cannot_be_read_by_window_are_left_to_the_decoder(monkeypatch
     ],
 )
 def test_what_the_decoder_refuses_is_refused_from_the_header(data, rules, code):
-    for attempt in (opened, decode_images):
+    for attempt in (opened, pixels_of):
         with pytest.raises(ImageError) as caught:
             attempt(data, reading(10**6, **rules))
         assert caught.value.code == code
@@ -409,7 +410,7 @@ def test_a_huge_image_in_a_small_tile_is_not_decoded():
 def test_metadata_of_countless_planes_is_refused():
     honest = values_of(tiff(GRAY8, ome=True, metadata={"axes": "YX"}), 270)
     data = tiff(GRAY8, description=honest.replace('SizeT="1"', 'SizeT="99999999"'), metadata=None)
-    for attempt in (opened, decode_images):
+    for attempt in (opened, pixels_of):
         with pytest.raises(ImageError, match="99999999 planes by its metadata"):
             attempt(data, RULES)
 

@@ -70,7 +70,9 @@ def test_what_cannot_be_normalised_is_an_image_that_failed():
 
 def by_rows(pixels_CHW, wanted, on_step=lambda: None):
     image = ArrayRaster(pixels_CHW)
-    by_window = WindowRaster(image.shape, image.channels, image.dtype, (16, 16), 0, image.read)
+    by_window = WindowRaster(
+        image.shape, image.channels, image.dtype, (16, 16), 0, image.read, image.full_scale
+    )
     return offset_and_scale(by_window, wanted, on_step)
 
 

@@ -7,7 +7,7 @@ from unet_core.errors import ImageError
 from unet_core.images import large_tiff
 from unet_core.images.decoder import Decoder
 from unet_core.images.large_tiff import open_large
-from unet_core.images.preprocessing import Preprocessing, to_color
+from unet_core.images.preprocessing import Preprocessing, in_color, to_color
 from unet_core.images.raster import IN_MEMORY, ArrayRaster, Raster, converted
 from unet_core.images.sample import Sample
 from unet_core.storage.ranges import Ranged
@@ -48,7 +48,7 @@ def test_an_array_is_a_raster():
 
 def test_validity_is_cut_like_pixels_and_kept_by_conversion():
     valid_HW = IDS_HW == 1
-    raster = converted(ArrayRaster(RGB_CHW, valid_HW), 1, lambda pixels: to_color(pixels, "gray"))
+    raster = converted(ArrayRaster(RGB_CHW, valid_HW), lambda window: in_color(window, "gray"), 1)
     assert raster.held_bytes == GRAY_CHW.nbytes + valid_HW.nbytes
     assert_windows_are_cuts(raster, GRAY_CHW)
     window = raster.read(Box(5, 7, 30, 40))
@@ -65,10 +65,10 @@ def test_a_large_tiff_is_a_raster_of_pixels_or_stored_labels(small_is_large):
 def test_colors_of_a_raster_are_those_of_its_pixels(small_is_large):
     tiff_raster = opened(RGB_TIFF)
     for raster in (tiff_raster, ArrayRaster(RGB_CHW)):
-        gray = converted(raster, 1, lambda pixels: to_color(pixels, "gray"))
+        gray = converted(raster, lambda window: in_color(window, "gray"), 1)
         assert gray.segment_side == raster.segment_side
         assert_windows_are_cuts(gray, GRAY_CHW)
-    assert converted(tiff_raster, 1, lambda pixels: pixels).held_bytes == tiff_raster.held_bytes
+    assert converted(tiff_raster, lambda window: window, 3).held_bytes == tiff_raster.held_bytes
 
 
 @pytest.mark.parametrize("small_pixels", [10**6, 10_000], ids=["whole", "by window"])

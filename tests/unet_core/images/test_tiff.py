@@ -6,11 +6,11 @@ import tifffile
 
 from jobs.predict import predict
 from tests.support.data import reading, tiff
+from tests.support.rasters import pixels_of
 from tests.support.runs import masks_of
 from unet_core.config.loading import build
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ImageError
-from unet_core.images.codec import decode_images
 from unet_core.networks.header import read_header
 from unet_core.runs.reader import open_run
 from unet_core.runs.verify import verify
@@ -43,7 +43,7 @@ FIVE_YXC = np.moveaxis(FIVE_CYX, 0, -1)
     ],
 )  # fmt: skip
 def test_pages_and_channels_are_what_the_axes_say(data, rules, expected):
-    images = decode_images(data, reading(LIMIT, **rules))
+    images = pixels_of(data, reading(LIMIT, **rules))
     assert len(images) == len(expected)
     for image, pixels in zip(images, expected, strict=True):
         np.testing.assert_array_equal(image, pixels)
@@ -63,7 +63,7 @@ def test_pages_and_channels_are_what_the_axes_say(data, rules, expected):
 )  # fmt: skip
 def test_what_the_rules_do_not_allow_is_refused(data, rules, code):
     with pytest.raises(ImageError) as caught:
-        decode_images(data, reading(LIMIT, **rules))
+        pixels_of(data, reading(LIMIT, **rules))
     assert caught.value.code == code
 
 
@@ -84,8 +84,8 @@ def truncated_stack():
 def test_nothing_behind_the_first_page_is_overlooked():
     for data, count in ((several_series(), 3), (truncated_stack(), 5)):
         with pytest.raises(ImageError, match=f"holds {count} pages"):
-            decode_images(data, reading(LIMIT))
-        assert len(decode_images(data, reading(LIMIT, pages="expand"))) == count
+            pixels_of(data, reading(LIMIT))
+        assert len(pixels_of(data, reading(LIMIT, pages="expand"))) == count
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_nothing_behind_the_first_page_is_overlooked():
 )
 def test_a_stack_of_odd_colours_is_refused(data):
     with pytest.raises(ImageError, match="a stack of"):
-        decode_images(data, reading(LIMIT, axes="CYX"))
+        pixels_of(data, reading(LIMIT, axes="CYX"))
 
 
 def test_a_five_channel_ome_tiff_goes_through_training_and_prediction(make_config, tmp_path):
