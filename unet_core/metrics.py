@@ -24,20 +24,22 @@ SumT = TypeVar("SumT")
 
 
 def confusion(truth_HW: Array, mask_HW: Array, classes: int, ignore_index: int) -> Array:
-    """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index``."""
+    """Pixel counts KxK (truth × prediction) where the truth is not ``ignore_index`` and the mask
+    has a class.
+    """
     total = np.zeros(classes * classes, dtype=np.int64)
     for rows in bands(mask_HW):
         truth, mask = truth_HW[rows], mask_HW[rows]
-        counted = truth != ignore_index
+        counted = (truth != ignore_index) & (mask < classes)
         pairs = truth[counted].astype(np.int64) * classes + mask[counted]
         total += np.bincount(pairs, minlength=classes * classes)
     return total.reshape(classes, classes)
 
 
 def class_pixels(mask_HW: Array, classes: int) -> Array:
-    """Pixels of each class, int64 (K,)."""
+    """Pixels of each class, int64 (K,); pixels that are not valid are of none."""
     counts = (np.bincount(mask_HW[rows].ravel(), minlength=classes) for rows in bands(mask_HW))
-    return sum(counts, np.zeros(classes, dtype=np.int64))
+    return sum((of_band[:classes] for of_band in counts), np.zeros(classes, dtype=np.int64))
 
 
 def bands(mask_HW: Array) -> Iterator[slice]:
@@ -113,7 +115,7 @@ def scores_of(confusion_KK: Array) -> list[Scores]:
 
 
 def truth_columns(confusion_KK: Array, pixels: int) -> dict[str, Any]:
-    """Columns of a metrics row for an image with truth; ``pixels``: height × width."""
+    """Columns of a metrics row for an image with truth; ``pixels``: number of valid pixels."""
     scores = scores_of(confusion_KK)
     row: dict[str, Any] = {name: [getattr(s, name) for s in scores] for name in ("tp", "fp", "fn")}
     row["ignored_pixels"] = pixels - int(confusion_KK.sum())
@@ -145,6 +147,8 @@ class Totals:
     ok: int = 0
     failed: int = 0
     pixels: int = 0
+    """Pixels of ``ok`` images, valid or not."""
+    invalid_pixels: int = 0
     with_truth: int = 0
     ignored_pixels: int = 0
     confidence_sum: int = 0
@@ -156,6 +160,11 @@ class Totals:
     """Number of rows by error code; on ``ok`` rows, codes concern the truth."""
 
     __add__ = added
+
+    @property
+    def valid_pixels(self) -> int:
+        """Pixels that have a class."""
+        return self.pixels - self.invalid_pixels
 
     @property
     def is_reconciled(self) -> bool:
@@ -184,9 +193,10 @@ class Totals:
             ok=ok.num_rows,
             failed=rows.num_rows - ok.num_rows,
             pixels=pixels.as_py() or 0,
+            invalid_pixels=_sum(rows, "invalid_pixels"),
             with_truth=rows.num_rows - rows["tp"].null_count,
-            ignored_pixels=pc.sum(rows["ignored_pixels"]).as_py() or 0,
-            confidence_sum=pc.sum(rows["confidence_sum"]).as_py() or 0,
+            ignored_pixels=_sum(rows, "ignored_pixels"),
+            confidence_sum=_sum(rows, "confidence_sum"),
             class_pixels=_sum_lists(rows["class_pixels"]),
             tp=_sum_lists(rows["tp"]),
             fp=_sum_lists(rows["fp"]),
@@ -200,6 +210,11 @@ def lists(column: pa.ChunkedArray) -> Array:
     known = column.drop_null()
     flat = np.asarray(pc.list_flatten(known))
     return flat.reshape(len(known), flat.size // max(1, len(known)))
+
+
+def _sum(rows: pa.Table, name: str) -> int:
+    """Sum a column; 0 where the part's schema does not have it."""
+    return (pc.sum(rows[name]).as_py() or 0) if name in rows.column_names else 0
 
 
 def _sum_lists(column: pa.ChunkedArray) -> tuple[int, ...]:

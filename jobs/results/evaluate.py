@@ -13,7 +13,6 @@ from unet_core.evaluation.aggregate import Aggregate, Images, changed, counted, 
 from unet_core.evaluation.evaluation import (
     EVALUATION_JSON,
     FOLDER,
-    NOTHING_IGNORED,
     Evaluation,
     Truth,
 )
@@ -22,6 +21,7 @@ from unet_core.evaluation.truth import BesideImages, LabelImages, truth_of
 from unet_core.inputs.shards import masks_at
 from unet_core.runs.reader import Results
 from unet_core.runs.run_folder import Identity
+from unet_core.runs.schema import nodata_id
 from unet_core.storage.store import Store
 
 NAME = re.compile(r"\w[\w.-]*")
@@ -83,7 +83,8 @@ def compare(
         "against.totals": _digest(repr(other.totals)),
     }
     label = f"against-{other.run.store.uri()}"
-    evaluation = _prepared(results, truth, NOTHING_IGNORED, about, label, name)
+    invalid = nodata_id(len(results.class_names))
+    evaluation = _prepared(results, truth, invalid, about, label, name)
     set_aside, aggregate = _run_tasks(evaluation, results, config, {"--against": other.run.uri})
     _require_some(set_aside, aggregate, _without_other(results, other, aggregate, only_there))
     found = changed(aggregate, results.class_names, only_there)

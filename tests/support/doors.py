@@ -30,7 +30,10 @@ SHOWN = 20
 def image(data: bytes, **rules: Any) -> list[tuple[Any, ...]]:
     """Shapes of the images of a file, or what is wrong with some of its pages."""
     pages = decode_images(data, reading(PIXELS, **rules))
-    return [getattr(page, "shape", (str(page),)) for page in pages][:SHOWN]
+    return [
+        (str(page),) if isinstance(page, ImageError) else (*page.shape, page.channels)
+        for page in pages
+    ][:SHOWN]
 
 
 def labels(data: bytes) -> tuple[int, ...]:

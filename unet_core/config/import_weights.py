@@ -33,7 +33,7 @@ class ForeignConfig(Section):
     """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
     high: float | None = None
     """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
-    classes: list[str] = Field(default=[], max_length=65536)
+    classes: list[str] = Field(default=[], max_length=65535)
     """Class names by id; empty: background and foreground, or numbers."""
 
     _span = model_validator(mode="after")(require_span)

@@ -27,8 +27,6 @@ TRUTH_JSON = "truth.json"
 """The record of the evaluation; published first and once."""
 EVALUATION_JSON = "evaluation.json"
 """Its scores; published last."""
-NOTHING_IGNORED = 2**16
-"""An ``ignore_index`` that no mask holds."""
 WITHOUT_TRUTH: Row = dict.fromkeys(("tp", "fp", "fn", "confusion", "ignored_pixels", "truth"))
 NO_ERROR: Row = {"error_code": None, "error_message": None}
 OWNERS = pa.schema([("truth", pa.string()), ("image_id", pa.string())])
@@ -71,12 +69,12 @@ class Evaluation:
                         f"the run lacks the mask of {row['image_id']}; unet-jobs verify tells more"
                     )
                 judged.append(
-                    row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(mask, found)
+                    row | WITHOUT_TRUTH | {"truth": found.name} | self._judge(row, mask, found)
                 )
         self.store.publish(metrics_name(shard.shard_id), metrics_part(judged, footer, EVALUATION))
         return len(rows)
 
-    def _judge(self, mask: StoredMask | None, found: Found) -> Row:
+    def _judge(self, row: Row, mask: StoredMask | None, found: Found) -> Row:
         """Columns of a row that compare it with its truth; a failed image keeps its reason."""
         if mask is None:
             return {}
@@ -86,7 +84,8 @@ class Evaluation:
         try:
             if isinstance(labels, ImageError):
                 raise labels
-            return NO_ERROR | truth_columns(self._confusion(mask, labels), mask.height * mask.width)
+            valid = sum(row["class_pixels"])
+            return NO_ERROR | truth_columns(self._confusion(mask, labels), valid)
         except ImageError as failure:
             return {"error_code": failure.code, "error_message": str(failure)}
 

@@ -26,6 +26,11 @@ class Window(NamedTuple):
     known_CHW: Array | None = None
     """False where a channel of a pixel is nodata; None if that is where pixels are not valid."""
 
+    def cut(self, cut: Callable[[Array], Array]) -> "Window":
+        """Cut rows and columns, the last two axes of each array."""
+        pixels_CHW, *others = self
+        return Window(cut(pixels_CHW), *(None if array is None else cut(array) for array in others))
+
 
 @runtime_checkable
 class Raster(Protocol):
@@ -78,17 +83,13 @@ class ArrayRaster(WindowRaster):
         full_scale: float | None = None,
         georeference: Georeference | None = None,
     ) -> None:
+        whole = Window(pixels_CHW, valid_HW, known_CHW)
+
         def read(window: Box) -> Window:
-            here = window.slices
-            return Window(
-                pixels_CHW[:, *here],
-                None if valid_HW is None else valid_HW[here],
-                None if known_CHW is None else known_CHW[:, *here],
-            )
+            return whole.cut(lambda array: array[..., *window.slices])
 
         channels, height, width = pixels_CHW.shape
-        held = (pixels_CHW, valid_HW, known_CHW)
-        held_bytes = sum(array.nbytes for array in held if array is not None)
+        held_bytes = sum(array.nbytes for array in whole if array is not None)
         super().__init__(
             (height, width), channels, pixels_CHW.dtype, IN_MEMORY, held_bytes, read,
             full_scale_of(pixels_CHW.dtype) if full_scale is None else full_scale, georeference,

@@ -9,7 +9,7 @@ import logging
 import platform
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Batch:
     scale_NC: Array
     keep: Sequence[Tile]
     """The place of each tile, and its kept part."""
+    valid: Sequence[Array | None]
+    """Validity of each kept part, HW; None if all of it is valid."""
 
     @property
     def pixels(self) -> int:
@@ -58,7 +60,7 @@ class Batch:
 
     def part(self, of: slice) -> "Batch":
         """The batch of some of its tiles."""
-        return Batch(self.tiles_NCHW[of], self.offset_NC[of], self.scale_NC[of], self.keep[of])
+        return Batch(*(getattr(self, field.name)[of] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ class TileResult:
     mask_HW: Array | None
     """None where tiles are blended: only their mean decides."""
     confidence_sum: int
-    """Σ round(p · 65535) of the chosen class over the kept part."""
+    """Σ round(p · 65535) of the chosen class over the valid pixels of the kept part."""
     is_finite: bool
     """False where the network gave NaN or infinity anywhere in the tile."""
     probabilities_KHW: Array | None = None
     """In the type of ``output.probabilities``, or float32 where tiles are blended."""
+    valid_HW: Array | None = None
+    """Validity of the kept part; None if all of it is valid."""
 
 
 class PixelBudget:
@@ -222,14 +226,18 @@ class Engine:
         wanted = self._wanted(p_NKHW)
         shown = [wanted[i, :, y, x] if wanted is not None else None for i, y, x in kept]
         if self._blends:
-            return [TileResult(None, 0, finite_N[i], shown[i]) for i, _, _ in kept]
+            return [TileResult(None, 0, finite_N[i], shown[i], batch.valid[i]) for i, _, _ in kept]
         ids_NHW, chosen_NHW = self.postprocessing.classify(p_NKHW.movedim(1, 0))
         confidence_NHW = confidence_units(chosen_NHW).to(torch.int32)
+        for at, valid_HW in zip(kept, batch.valid, strict=True):
+            if valid_HW is not None:
+                confidence_NHW[at] *= torch.from_numpy(valid_HW).to(self.device)
         totals = torch.stack([confidence_NHW[at].sum() for at in kept]).tolist()
-        kind = torch.uint8 if self.header.classes <= 256 else torch.int32  # no uint16 for Apple
+        kind = torch.uint8 if self.header.classes < 256 else torch.int32  # no uint16 for Apple
         ids = ids_NHW.to(kind).cpu().numpy()
         return [
-            TileResult(ids[at], int(totals[at[0]]), finite_N[at[0]], shown[at[0]]) for at in kept
+            TileResult(ids[at], int(totals[i]), finite_N[i], shown[i], batch.valid[i])
+            for i, at in enumerate(kept)
         ]
 
     def _normalize(self, batch: Batch) -> Tensor:

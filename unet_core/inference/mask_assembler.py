@@ -19,7 +19,7 @@ from unet_core.images.decoder import DecodedImage
 from unet_core.inference.engine import TileResult
 from unet_core.inference.postprocessing import Postprocessing, confidence_units
 from unet_core.storage.spool import Spool
-from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Tile, mask_windows, round_up
+from unet_core.tiling.geometry import MASK_WINDOW_SIDE, Box, Slices, Tile, mask_windows, round_up
 from unet_core.tiling.tile_grid import TileGrid
 
 BAND_ROWS = 256  # blended windows are finished in bands, which keeps temporary arrays small
@@ -28,7 +28,9 @@ SIGMA = 1 / 8  # of the Gaussian importance of a blended tile, as a share of its
 
 @dataclass(frozen=True)
 class MaskWindow:
-    """One mask window; each pixel comes from one tile, unless tiles are blended."""
+    """One mask window; each pixel comes from one tile, unless tiles are blended. Pixels that are
+    not valid have the reserved class id, and probabilities of 0.
+    """
 
     box: Box
     mask_HW: Array
@@ -38,8 +40,8 @@ class MaskWindow:
 
     @classmethod
     def empty(cls, box: Box, postprocessing: Postprocessing) -> "MaskWindow":
-        """Allocate a window: class ids are uint8, or uint16 above 256 classes."""
-        mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits <= 256 else np.uint16)
+        """Allocate a window: class ids are uint8, or uint16 from 256 classes on."""
+        mask_HW = np.empty(box.shape, np.uint8 if postprocessing.logits < 256 else np.uint16)
         probabilities_KHW = (
             np.empty((postprocessing.logits, *box.shape), postprocessing.probabilities)
             if postprocessing.probabilities != "none"
@@ -54,6 +56,14 @@ class MaskWindow:
         self.mask_HW[here] = result.mask_HW[there]
         if self.probabilities_KHW is not None and result.probabilities_KHW is not None:
             self.probabilities_KHW[:, *here] = result.probabilities_KHW[:, *there]
+        if result.valid_HW is not None:
+            self.invalidate(here, ~result.valid_HW[there])
+
+    def invalidate(self, here: Slices, is_invalid: Array) -> None:
+        """Mark pixels of a part of the window as not valid."""
+        self.mask_HW[here][is_invalid] = np.iinfo(self.mask_HW.dtype).max  # as ``nodata_id``
+        if self.probabilities_KHW is not None:
+            self.probabilities_KHW[:, *here][:, is_invalid] = 0
 
     def finished(self) -> "MaskWindow":
         """Return the window: its pixels are final as pasted; blended ones are divided first."""
@@ -143,6 +153,7 @@ class _BlendedMaskWindow:
         self._margin, self._is_alone = margin, is_alone
         self._sum_KHW = np.zeros((postprocessing.logits, *box.shape), dtype=np.float32)
         self._weight_HW = np.zeros(box.shape, dtype=np.float32)
+        self._is_invalid_HW = np.zeros(box.shape, dtype=bool)
 
     def paste(self, tile: Tile, result: TileResult) -> None:
         here, there = self._box.intersection(*tile.target)
@@ -151,6 +162,8 @@ class _BlendedMaskWindow:
         weight_HW = np.float32(1) if self._is_alone else importance(*logits)[there]
         self._sum_KHW[:, *here] += result.probabilities_KHW[:, *there] * weight_HW
         self._weight_HW[here] += weight_HW
+        if result.valid_HW is not None:
+            self._is_invalid_HW[here] = ~result.valid_HW[there]
 
     def finished(self) -> MaskWindow:
         window, confidence = MaskWindow.empty(self._box, self._postprocessing), 0
@@ -158,9 +171,11 @@ class _BlendedMaskWindow:
             rows = slice(start, start + BAND_ROWS)
             p_KHW = np.nan_to_num(self._sum_KHW[:, rows] / self._weight_HW[rows])
             window.mask_HW[rows], chosen_HW = self._postprocessing.classify(p_KHW)
+            chosen_HW[self._is_invalid_HW[rows]] = 0
             confidence += int(confidence_units(chosen_HW.astype(np.float64)).sum())
             if window.probabilities_KHW is not None:
                 window.probabilities_KHW[:, rows] = self._postprocessing.quantize(p_KHW)
+        window.invalidate((slice(None), slice(None)), self._is_invalid_HW)
         return replace(window, confidence_sum=confidence)
 
 

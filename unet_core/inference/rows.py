@@ -8,6 +8,7 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
 from unet_core.images.decoder import DecodedImage, Rejected
+from unet_core.images.georeference import Georeference
 from unet_core.images.sample import Sample
 from unet_core.inference.mask_assembler import MaskAssembler, MaskWindow
 from unet_core.metrics import class_pixels, confusion, truth_columns
@@ -80,15 +81,19 @@ class Encoder:
         truths = [window.confusion_KK for window in windows]
         truth_failure = next((truth for truth in truths if isinstance(truth, ImageError)), None)
         height, width = decoded.pixels.shape
+        pixels = sum(window.class_pixels for window in windows)
+        valid = int(pixels.sum())
         row = _row(decoded.sample, "ok", truth_failure) | {
             "height": height,
             "width": width,
-            "class_pixels": sum(window.class_pixels for window in windows).tolist(),
+            "class_pixels": pixels.tolist(),
+            "invalid_pixels": height * width - valid,
+            **(decoded.pixels.georeference or Georeference())._asdict(),
             "confidence_sum": image.confidence_sum
             + sum(window.confidence_sum for window in windows),
         }
         if decoded.truth is not None and truth_failure is None:
-            row |= truth_columns(sum(truths), height * width)
+            row |= truth_columns(sum(truths), valid)
         return row, (window.row | window.payload() for window in windows)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.raster import Raster
+from unet_core.images.raster import Raster, Window
 from unet_core.inference.engine import Batch
 from unet_core.inference.mask_assembler import MaskAssembler
 from unet_core.runs.compute import Compute
@@ -66,34 +66,44 @@ def stack_tiles(pieces: list[TileRef]) -> Batch:
     A tile whose pixels turn out to be damaged fails its image, and is zeros here.
     """
     decoded_images = [assembler.decoded for assembler, _ in pieces]
+    windows = [_cut(assembler, tile) for assembler, tile in pieces]
     return Batch(
-        tiles_NCHW=np.stack([_cut(assembler, tile) for assembler, tile in pieces]),
+        tiles_NCHW=np.stack([window.pixels_CHW for window in windows]),
         offset_NC=np.stack([decoded.offset for decoded in decoded_images]),
         scale_NC=np.stack([decoded.scale for decoded in decoded_images]),
         keep=[tile for _, tile in pieces],
+        valid=[
+            _kept(window.valid_HW, tile) for (_, tile), window in zip(pieces, windows, strict=True)
+        ],
     )
 
 
-def _cut(assembler: MaskAssembler, tile: Tile) -> Array:
+def _kept(valid_HW: Array | None, tile: Tile) -> Array | None:
+    """Cut the part of a tile's validity that it keeps; None if all of that is valid."""
+    kept_HW = None if valid_HW is None else valid_HW[tile.kept(0)]
+    return None if kept_HW is None or kept_HW.all() else kept_HW
+
+
+def _cut(assembler: MaskAssembler, tile: Tile) -> Window:
     pixels = assembler.decoded.pixels
     try:
         return cut_tile(pixels, tile)
     except ImageError as failure:
         assembler.fail(tile, failure)
-        return np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype)
+        return Window(np.zeros((pixels.channels, *tile.shape), dtype=pixels.dtype))
 
 
-def cut_tile(pixels: Raster, tile: Tile) -> Array:
-    """Cut a tile CHW; what lies beyond the image is its reflection."""
+def cut_tile(pixels: Raster, tile: Tile) -> Window:
+    """Cut a tile; what lies beyond the image is its reflection."""
     rows, columns = (
         _mirrored(span, length) for span, length in zip((tile.y, tile.x), pixels.shape, strict=True)
     )
     top, left = int(rows.min()), int(columns.min())
     height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
-    cut_CHW = pixels.read(Box(top, left, height, width)).pixels_CHW
+    window = pixels.read(Box(top, left, height, width))
     if (height, width) == tile.shape:
-        return cut_CHW
-    return cut_CHW[:, rows - top][:, :, columns - left]
+        return window
+    return window.cut(lambda array: array[..., rows - top, :][..., columns - left])
 
 
 def _mirrored(span: Span, length: int) -> Array:

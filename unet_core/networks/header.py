@@ -154,6 +154,8 @@ def read_metadata(
 def _check_sizes(header: Header) -> None:
     """Raise ValueError for sizes that are not plausible and would exhaust memory."""
     network, tiling, sides = header.network, header.tiling, header.tiling.sides
+    if network.classes >= MAX_SIZE:
+        raise ValueError(f"{network.classes} classes; one id of {MAX_SIZE} is reserved")
     counts = (
         network.classes, network.in_channels, tiling.channels, tiling.stride, sides.smallest,
         sides.step,

@@ -90,7 +90,7 @@ def classes_of(results: Results, totals: Totals) -> list[Row]:
         {
             "name": results.class_names[at],
             "color": "rgb({} {} {})".format(*results.palette[at]),
-            "share": ratio(pixels[at] or 0, totals.pixels),
+            "share": ratio(pixels[at] or 0, totals.valid_pixels),
             "scores": scores[at],
         }
         for at in sorted(order)

@@ -40,7 +40,7 @@ class Pick(NamedTuple):
     dice: float
     confidence: float
     foreground: float
-    """1 minus the share of class 0."""
+    """1 minus the share of class 0 among valid pixels."""
 
 
 PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
@@ -96,7 +96,8 @@ def _ok(table: pa.Table) -> pa.Table:
 
 def _scored(ok: pa.Table) -> pa.Table:
     """Compute the fields of ``Pick``; scores are float32, nan where they are not defined."""
-    pixels = ok["height"].to_numpy().astype(np.int64) * ok["width"].to_numpy()
+    pixels = lists(ok["class_pixels"]).sum(axis=1).astype(np.float64)  # those that are valid
+    pixels[pixels == 0] = np.nan  # nothing is defined
     background = pc.list_element(ok["class_pixels"], 0).to_numpy()
     found = {
         "iou": np.full(len(pixels), np.nan),

@@ -26,6 +26,7 @@ from unet_core.runs.compact import COMPACTED, batches
 from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import masks_name
 from unet_core.runs.run import open_existing
+from unet_core.runs.schema import nodata_id
 from unet_core.storage.parquet_files import whole_parquet
 from unet_core.storage.store import Store
 from unet_core.tiling.geometry import Box
@@ -119,6 +120,8 @@ class Results:
         """Names of the classes, by class id."""
         self.palette = self.record.palette
         """RGB colors of the classes, by class id."""
+        self.nodata = None if self.run.is_of_schema_1 else nodata_id(len(self.class_names))
+        """Class id of pixels that are not valid; None if the run has none."""
 
     @cached_property
     def config(self) -> PredictConfig:

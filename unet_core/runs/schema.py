@@ -16,6 +16,9 @@ FIRST_SCHEMA = "1"
 CONFIDENCE_UNIT = 65535
 """Value of a probability of 1 in ``confidence_sum``: integers add up exactly in any order."""
 
+NODATA_8, NODATA_16 = 255, 65535
+"""Reserved class ids of 8-bit and 16-bit masks: the largest values of their types."""
+
 PLACE = [("y", pa.int32()), ("x", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
 
 FILE = pa.struct(
@@ -144,6 +147,11 @@ EXPORTED = pa.schema(
 )
 
 
+def nodata_id(classes: int) -> int:
+    """Return the class id of pixels that are not valid; from 256 classes on masks are 16-bit."""
+    return NODATA_8 if classes <= NODATA_8 else NODATA_16
+
+
 def conformed(table: pa.Table, columns: pa.Schema) -> pa.Table:
     """Select columns of a table; those that its schema did not have yet are null."""
     fields = [
@@ -184,5 +192,5 @@ def footer(
         "class_names": json.dumps(header.class_names),
         "palette": json.dumps(header.palette),
         "probabilities": probabilities,
-        "nodata": "",
+        "nodata": str(nodata_id(header.classes)),
     }

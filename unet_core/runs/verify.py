@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from unet_core.runs.manifest import with_members
 from unet_core.runs.parts import list_shard_ids, masks_name, read_metrics
 from unet_core.runs.reader import OpenMasks, open_run
 from unet_core.runs.run import Record, Run
+from unet_core.runs.schema import nodata_id
 from unet_core.storage.store import is_temporary
 
 
@@ -155,9 +157,15 @@ def _check_windows(ok: pa.Table, windows: pa.Table) -> list[str]:
         pixels = row["height"] * row["width"]
         if area.pop(row["image_id"], 0) != pixels:
             problems.append(f"image {row['image_id']}: its mask windows do not cover it")
-        if sum(row["class_pixels"]) != pixels:
-            problems.append(f"image {row['image_id']}: class_pixels do not sum to its pixels")
+        if sum(_counts(row).values()) != pixels:
+            problems.append(f"image {row['image_id']}: class_pixels do not sum to its valid pixels")
     return problems + [f"image {image_id} has a mask but no ok row" for image_id in area]
+
+
+def _counts(row: dict[str, Any]) -> Counter[int]:
+    """Count the pixels of each class id, with the reserved one, as a metrics row says."""
+    counts, classes = dict(enumerate(row["class_pixels"])), len(row["class_pixels"])
+    return Counter({**counts, nodata_id(classes): row.get("invalid_pixels") or 0})
 
 
 def _recount_masks(ok: pa.Table, masks: OpenMasks) -> list[str]:
@@ -167,7 +175,7 @@ def _recount_masks(ok: pa.Table, masks: OpenMasks) -> list[str]:
         mask, counted = masks.mask(row["image_id"]), Counter[int]()
         for read in mask.windows.values() if mask is not None else ():
             counted.update(dict(enumerate(np.bincount(read().ravel()).tolist())))
-        if counted != Counter(dict(enumerate(row["class_pixels"]))):
+        if counted != _counts(row):
             problems.append(f"image {row['image_id']}: class_pixels are not those of its mask")
     return problems
 

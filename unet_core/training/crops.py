@@ -87,13 +87,17 @@ def draw(
 
     The order of the draws is fixed: add new ones at the end, or all later ones change.
     """
-    random = np.random.default_rng([*seed, int.from_bytes(digest_of(image.image_id)[:8], "big")])
+    seeds = [*seed, int.from_bytes(digest_of(image.image_id)[:8], "big")]
+    random = np.random.default_rng(seeds)
     matrix = _matrix(augment, random)
     elastic = random.normal(0, 1, (2, 3, 3)).clip(-ELASTIC_LIMIT, ELASTIC_LIMIT) * augment.elastic
-    pixels_CHW = image.decoded.pixels.whole().pixels_CHW
+    pixels_CHW, valid_HW, _ = image.decoded.pixels.whole()
     spread = np.abs(matrix).sum(axis=1)
+    target = None
+    if valid_HW is not None:
+        target = _valid_pixel(valid_HW, np.random.default_rng([*seeds, 1]))
     rows, columns = (
-        _place(length, float(spread[axis]), shape, augment, random)
+        _place(length, float(spread[axis]), shape, augment, random, target and target[axis])
         for axis, length in enumerate(pixels_CHW.shape[1:])
     )
     cut = slice(*rows[:2]), slice(*columns[:2])
@@ -147,9 +151,10 @@ def _place(
     shape: CropShape,
     augment: AugmentConfig,
     random: np.random.Generator,
+    target: int | None,
 ) -> tuple[int, int, float]:
     """Draw the position of a crop along one axis: start and stop of the window in the image, and
-    the crop's centre relative to the start.
+    the crop's centre relative to the start. The crop lies as near to a ``target`` as it can.
 
     But for elastic displacement, the labels lie inside an image that is large enough; ``augment``
     mirrors the rest.
@@ -157,12 +162,22 @@ def _place(
     inner = spread * (shape.side - 1) / 2
     low, high = sorted((inner, length - 1 - inner))
     half = (shape.input_side - 1) / 2
-    centre = (
-        round(random.uniform(low, high) - half) + half
-    )  # on the pixel grid: copied if not rotated
+    drawn = random.uniform(low, high)
+    if target is not None:
+        drawn = min(max(target, low), high)
+    centre = round(drawn - half) + half  # on the pixel grid: copied if not rotated
     reach = spread * (half + _elastic_reach(augment))
     start = min(max(math.floor(centre - reach), 0), max(length - shape.window, 0))
     return start, min(start + shape.window, length), centre - start
+
+
+def _valid_pixel(valid_HW: Array, random: np.random.Generator) -> tuple[int, int] | None:
+    """Draw a valid pixel, uniformly; None if there is none."""
+    at = np.flatnonzero(valid_HW)
+    if not at.size:
+        return None
+    y, x = divmod(int(at[random.integers(at.size)]), valid_HW.shape[1])
+    return y, x
 
 
 def _padded(cut: Array, side: int) -> Array:

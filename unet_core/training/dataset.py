@@ -104,7 +104,8 @@ class LabelledInput:
             if isinstance(image.truth, Raster)
             else np.zeros((height, width), dtype=np.uint8)
         )
-        labels_HW = self._classes_of(stored_HW)
+        pixels = image.pixels.whole()
+        labels_HW = self._classes_of(stored_HW, pixels.valid_HW)
         boundary_HW = None
         if self._sigma is not None:
             from unet_core.training.boundary import boundary_term, objects_of  # SciPy: 0.3 s
@@ -115,15 +116,14 @@ class LabelledInput:
                 else objects_of(labels_HW, config.ignore_index)
             )
             boundary_HW = boundary_term(objects_HW, self._sigma).astype(np.float16)
-        decoded = replace(
-            image, sample=image.sample.bare, pixels=ArrayRaster(*image.pixels.whole()), truth=None
-        )
+        decoded = replace(image, sample=image.sample.bare, pixels=ArrayRaster(*pixels), truth=None)
         return LabelledImage(decoded, labels_HW, boundary_HW)
 
-    def _classes_of(self, stored_HW: Array) -> Array:
+    def _classes_of(self, stored_HW: Array, valid_HW: Array | None) -> Array:
         """Convert mask values to class ids, uint8 if they fit, else uint16.
 
         Object ids become class 1, except an ``ignore_index`` that the config names explicitly.
+        Pixels that are not valid get the ``ignore_index``.
         """
         if self.config.instances:
             is_explicit = "ignore_index" in self.config.model_fields_set
@@ -131,6 +131,8 @@ class LabelledInput:
             stored_HW = np.where(
                 is_ignored, np.uint16(self.config.ignore_index), (stored_HW > 0).astype(np.uint16)
             )
+        if valid_HW is not None:
+            stored_HW = np.where(valid_HW, stored_HW, np.uint16(self.config.ignore_index))
         return stored_HW.astype(np.uint8) if int(stored_HW.max(initial=0)) < 256 else stored_HW
 
 

@@ -66,6 +66,7 @@ def batch_of(header: Header, count: int, side: int, dtype: str = "uint8", seed: 
         np.zeros((count, channels), np.float32),
         np.full((count, channels), 1 / highest, np.float32),
         TileGrid(4096, header.tiling).over(kept, kept) * count,
+        [None] * count,
     )
 
 

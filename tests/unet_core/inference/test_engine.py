@@ -45,6 +45,7 @@ def make_batch(count=2, height=96, width=144):
         np.zeros((count, 1), np.float32),
         np.full((count, 1), 1 / 255, np.float32),
         TileGrid(1024, tiling_of(preset("padded"))).over(height, width) * count,
+        [None] * count,
     )
 
 

@@ -54,6 +54,7 @@ def batch_of(header, dtype="uint8", count=2, side=32):
         np.zeros((count, 1), np.float32),
         np.full((count, 1), 1 / np.iinfo(dtype).max, np.float32),
         TileGrid(4096, header.tiling).over(kept, kept) * count,
+        [None] * count,
     )
 
 

@@ -43,7 +43,7 @@ def tiled_logits(network, tiling, x_CHW, size, batch):
         alike = [tile for tile in cut if tile.shape == shape]
         for at in range(0, len(alike), batch):
             some = alike[at : at + batch]
-            x_NCHW = np.stack([cut_tile(ArrayRaster(x_CHW), tile) for tile in some])
+            x_NCHW = np.stack([cut_tile(ArrayRaster(x_CHW), tile).pixels_CHW for tile in some])
             for tile, logits in zip(some, network(torch.from_numpy(x_NCHW)).numpy(), strict=True):
                 result[:, *tile.target] = logits[:, *tile.kept(tiling.margin)]
     return result
