@@ -1,16 +1,30 @@
 """A checked config with its checkpoint header, input, run folder and tile grid. No torch or Ray."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from pydantic import ValidationError
+
+from unet_core.config.messages import sentences
+from unet_core.config.normalization import SPANS
 from unet_core.config.predict import PredictConfig
+from unet_core.errors import ConfigError
+from unet_core.images.preprocessing import Limits, Preprocessing
+from unet_core.images.statistics import Statistics
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
 from unet_core.networks.header import Header, read_header_and_digest
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
+from unet_core.runs.manifest import Draft
 from unet_core.runs.run import Record, Run, fingerprint, identity
 from unet_core.runs.run_folder import Identity
+from unet_core.runs.sampled_statistics import sample_limits
 from unet_core.tiling.tile_grid import TileGrid, tile_grid_for
+
+SAMPLED = ("group", "dataset")
+"""Statistics that are measured once, on a sample, and kept in ``run.json``."""
+LIMITS = "input.limits"
+"""Key of the identity that holds them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,19 @@ class Job:
     run: Run
     tile_grid: TileGrid
     identity: Identity
+    limits: dict[str, list[Limits]] = field(default_factory=dict)
+    """Fixed or sampled limits of normalization, by group; empty: images have their own."""
+
+    def with_sampled_limits(self, draft: Draft) -> "Job":
+        """Measure the limits of groups or of the dataset, if a new run needs them."""
+        kind = self.identity["input.statistics"]
+        if kind not in SAMPLED or self.limits:
+            return self
+        limits = sample_limits(
+            self.source, draft.heads, draft.with_members, self.header.preprocessing, kind == "group"
+        )
+        pairs = {group: [[*pair] for pair in pairs] for group, pairs in limits.items()}
+        return replace(self, limits=limits, identity={**self.identity, LIMITS: pairs})
 
     def make_record(self, compute: Compute) -> Record:
         """Return the record for ``run.json``."""
@@ -38,9 +65,11 @@ class Job:
 
     def replica_spec(self, cpus: float) -> ReplicaSpec:
         """Return what is needed to build one replica on ``cpus`` cores."""
+        statistics = Statistics(self.limits)
         return ReplicaSpec(
-            self.config, self.source, self.model_sha256, self.tile_grid, max(1, int(cpus))
-        )
+            self.config, self.source, self.model_sha256, self.tile_grid, statistics,
+            max(1, int(cpus)),
+        )  # fmt: skip
 
     def settings(self, record: Record) -> RunSettings:
         """Return what every worker of the recorded run must use."""
@@ -61,6 +90,40 @@ def prepare(config: PredictConfig) -> Job:
     source = open_source(
         config.input, config.storage, run.identity["input.format"] if is_known else ""
     )
-    requested = identity(config, source, sha256, header, tile_grid)
+    statistics, limits = resolve_statistics(config, header)
+    requested = identity(config, source, sha256, header, tile_grid, statistics)
+    if statistics in SAMPLED and LIMITS in run.identity:
+        requested[LIMITS] = run.identity[LIMITS]
+        limits = {g: [Limits(*pair) for pair in pairs] for g, pairs in requested[LIMITS].items()}
     run.check(requested)
-    return Job(config, header, sha256, source, run, tile_grid, requested)
+    return Job(config, header, sha256, source, run, tile_grid, requested, limits)
+
+
+def resolve_statistics(
+    config: PredictConfig, header: Header
+) -> tuple[str, dict[str, list[Limits]]]:
+    """Resolve ``input.statistics`` for a checkpoint, and the limits that ``input.low`` and
+    ``input.high`` fix. Raises ConfigError for what the checkpoint's normalization cannot use.
+    """
+    wanted, asked = header.preprocessing, config.input
+    kind = wanted.normalization
+    if asked.low is not None and asked.high is not None:
+        if kind not in SPANS:
+            raise ConfigError(
+                f"input.low and input.high are limits of a stretch, but this "
+                f"checkpoint normalizes by {kind}"
+            )
+        try:
+            fixed = Preprocessing(
+                color=wanted.color, normalization="range", low=asked.low, high=asked.high
+            )
+        except ValidationError as error:
+            problem = sentences(Preprocessing, error)[0]
+            raise ConfigError(f"input.low, input.high: {problem}") from error
+        return "image", {"": fixed.fixed_limits(1.0)}
+    if wanted.is_fixed and asked.statistics not in ("auto", "image"):
+        raise ConfigError(
+            f"input.statistics is {asked.statistics!r}, but this checkpoint normalizes all images "
+            f"alike ({kind}); leave it out"
+        )
+    return ("image" if asked.statistics == "auto" else asked.statistics), {}

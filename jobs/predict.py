@@ -57,6 +57,8 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
             outcome = Outcome(job.run, job.run.finished_totals(), was_finished=True)
         else:
             job.run.require_current_schema()
+            if plan.draft is not None:
+                job = job.with_sampled_limits(plan.draft)
             outcome = segment(job, plan)
     if not config.output.report:
         return outcome

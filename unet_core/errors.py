@@ -10,7 +10,7 @@ Circumstance = Literal["worker_died", "timeout", "out_of_memory", "missing", "ch
 ErrorCode = Literal[
     Circumstance,
     "empty", "decode", "too_large", "frames", "mode", "channels", "axes", "not_finite", "labels",
-    "duplicate_id", "not_a_file", "tar", "parquet",
+    "statistics", "duplicate_id", "not_a_file", "tar", "parquet",
 ]  # fmt: skip
 """Why an image failed; ``labels``, of a mask, becomes ``truth`` in the row of its image."""
 

@@ -32,9 +32,8 @@ def scratch_run(job: Job, sample: list[Shard], workers: WorkersConfig) -> Iterat
     run = Run(output.uri, config.storage)
     try:
         with draft(iter(sample)) as found:
-            segment(
-                replace(job, config=changed, run=run), ShardPlan(found.heads, found.heads, found)
-            )
+            scratch = replace(job, config=changed, run=run).with_sampled_limits(found)
+            segment(scratch, ShardPlan(found.heads, found.heads, found))
         yield run
     finally:
         try:

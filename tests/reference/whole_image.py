@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tests.support.data import reading
-from tests.support.rasters import pixels_of
-from unet_core.images.preprocessing import offset_and_scale, to_color
+from tests.support.rasters import measured, pixels_of
+from unet_core.images.preprocessing import to_color
 from unet_core.images.raster import ArrayRaster
 from unet_core.networks.header import Header
 from unet_core.tiling.geometry import Tiling
@@ -16,7 +16,7 @@ def logits_of(network: nn.Module, header: Header, data: bytes) -> np.ndarray:
     """Logits KHW of an encoded image."""
     pixels_HWC = pixels_of(data, reading(2**30))[0]
     pixels_CHW = to_color(pixels_HWC.transpose(2, 0, 1), header.preprocessing.color)
-    offset, scale = offset_and_scale(ArrayRaster(pixels_CHW), header.preprocessing)
+    offset, scale = measured(ArrayRaster(pixels_CHW), header.preprocessing)
     x_CHW = (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
     return whole_pass(network, header.tiling, x_CHW)
 

@@ -1,11 +1,15 @@
 """What holds for every raster, and decoded files as arrays."""
 
+from typing import Any
+
 import numpy as np
 
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images.codec import decode_images, decode_labels
+from unet_core.images.preprocessing import Preprocessing, offset_and_scale
 from unet_core.images.raster import Raster
+from unet_core.images.statistics import measure_limits
 from unet_core.tiling.geometry import Box
 
 
@@ -27,6 +31,11 @@ def assert_windows_are_cuts(raster: Raster, pixels_CHW: np.ndarray, count: int =
         np.testing.assert_array_equal(window.pixels_CHW, pixels_CHW[:, y:bottom, x:right])
         assert window.pixels_CHW.dtype == raster.dtype
         assert window.valid_HW is None or window.valid_HW.shape == window.pixels_CHW.shape[1:]
+
+
+def measured(raster: Raster, wanted: Preprocessing, *on_step: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and scale of each channel of an image, by its own statistics."""
+    return offset_and_scale(measure_limits(raster, wanted, *on_step))
 
 
 def pixels_of(data: bytes, rules: InputConfig) -> list[np.ndarray | ImageError]:

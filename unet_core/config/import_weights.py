@@ -8,11 +8,12 @@ from pydantic import (
     model_validator,
 )
 
-from unet_core.config.sections import Auto, Count, FactoryName, Section, StorageConfig, require_span
+from unet_core.config.normalization import NormalizationSection
+from unet_core.config.sections import Auto, Count, FactoryName, Section, StorageConfig
 from unet_core.config.uris import Uri
 
 
-class ForeignConfig(Section):
+class ForeignConfig(NormalizationSection):
     """What weights from elsewhere do not say of themselves."""
 
     layout: str = ""
@@ -27,16 +28,9 @@ class ForeignConfig(Section):
     color: Auto | Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "auto"
     """What images are converted to; a number: that many channels as they are; ``auto``: by the
     network's input channels, which a factory does not tell."""
-    normalization: Literal["percentile", "range", "zscore"] = "range"
-    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
-    low: float | None = None
-    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
-    high: float | None = None
-    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    normalization: Literal["percentile", "range", "zscore", "standard"] = "range"
     classes: list[str] = Field(default=[], max_length=65535)
     """Class names by id; empty: background and foreground, or numbers."""
-
-    _span = model_validator(mode="after")(require_span)
 
     @model_validator(mode="after")
     def _factory_goes_alone(self) -> "ForeignConfig":

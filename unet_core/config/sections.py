@@ -20,13 +20,12 @@ from unet_core.errors import ConfigError
 Auto = Literal["auto"]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number32 = Annotated[float, Field(gt=-3.4e38, lt=3.4e38)]
+"""A number that 32 bits can hold."""
 FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 """``package.module:function``, or empty."""
 
-SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
-"""By ``normalization``: the least ``low``; ``low`` and ``high`` where they are not given (of
-``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
-"""
+PixelValues = Number32 | Annotated[list[Number32], Field(min_length=1)]
 IGNORE_INDEX = 255
 
 
@@ -65,25 +64,6 @@ class Section(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def require_span(section: ConfigT) -> ConfigT:
-    """The validator of a section with ``normalization``, ``low`` and ``high``, between which
-    there must be something.
-    """
-    kind, low, high = (getattr(section, name) for name in ("normalization", "low", "high"))
-    if kind not in SPANS:
-        if (low, high) != (None, None):
-            raise ValueError(f"low and high belong to {' and '.join(SPANS)}, not to {kind}")
-        return section
-    least, usual_low, usual_high, most = SPANS[kind]
-    low, high = usual_low if low is None else low, usual_high if high is None else high
-    if not least <= low < high <= most:
-        numbers = "numbers from 0 to 100" if kind == "percentile" else "finite numbers"
-        raise ValueError(
-            f"low is {low:g} and high {high:g}, but {kind} needs {numbers}, low < high"
-        )
-    return section
-
-
 class InputConfig(Section):
     """Where the images are and how they are grouped into shards."""
 
@@ -117,6 +97,15 @@ class InputConfig(Section):
     """Value that means that there is no pixel. ``auto``: as the file says, by nodata value, alpha
     or mask page; a number or ``nan``: this instead of the file's nodata value; ``none``: everything
     is a pixel."""
+    statistics: Auto | Literal["image", "guarded", "group", "dataset"] = "auto"
+    """What a stretch between percentiles (or mean and deviation) is measured on: each ``image``;
+    the same, limited to what the network was trained on, so that noise is not stretched to objects
+    (``guarded``); images of a folder (``group``), or of the whole input (``dataset``), by a sample.
+    ``auto``: guarded for builtin checkpoints, else by image."""
+    low: PixelValues | None = None
+    """With ``high``: pixel values that become 0 and 1 in every image, one or one for each channel;
+    no statistics are measured then."""
+    high: PixelValues | None = None
     pages: Literal["refuse", "expand"] = "refuse"
     """Several pages of a TIFF: a failed row, or an image each (``<image_id>#<page>``)."""
     axes: Annotated[str, Field(pattern="^[A-Z]*$")] = ""
@@ -129,6 +118,14 @@ class InputConfig(Section):
     @classmethod
     def _names_nan(cls, value: float | str) -> float | str:
         return value if isinstance(value, str) or math.isfinite(value) else str(value)  # for JSON
+
+    @model_validator(mode="after")
+    def _limits_go_alone(self) -> "InputConfig":
+        if (self.low is None) != (self.high is None):
+            raise ValueError("low and high go together: pixel values that become 0 and 1")
+        if self.low is not None and self.statistics != "auto":
+            raise ValueError(f"low and high exclude statistics = {self.statistics!r}")
+        return self
 
     @property
     def mask_folder(self) -> str:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from unet_core.config.normalization import NormalizationSection
 from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
 from unet_core.config.sections import (
     Auto,
@@ -15,14 +16,13 @@ from unet_core.config.sections import (
     Section,
     ShareConfig,
     StorageConfig,
-    require_span,
 )
 from unet_core.config.uris import UriOrNone, refuse_nesting
 from unet_core.tiling.geometry import Sides
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 CHECKPOINT_DECIDES = (
-    "preset", "width", "depth", "arguments", "color", "normalization", "low", "high",
+    "preset", "width", "depth", "arguments", "color", "normalization", "low", "high", "mean", "std",
 )  # fmt: skip
 """Keys of ``[model]`` that are refused beside ``checkpoint``, whose header holds their values."""
 
@@ -30,6 +30,11 @@ CHECKPOINT_DECIDES = (
 class LabelledConfig(InputConfig):
     """Images with truth; ``masks`` is required here."""
 
+    statistics: Literal["image"] = "image"
+    """Training normalizes each image by itself; fixed limits are ``model.normalization = "range"``
+    with ``model.low`` and ``model.high``."""
+    low: None = None
+    high: None = None
     instances: bool = False
     """Mask values are object ids: 0 is background, every other value an object of class 1."""
     on_missing_mask: Literal["refuse", "skip", "background"] = "refuse"
@@ -58,7 +63,7 @@ class DataConfig(Section):
         return self
 
 
-class NetworkConfig(Section):
+class NetworkConfig(NormalizationSection):
     """The network to train."""
 
     checkpoint: UriOrNone = ""
@@ -75,13 +80,7 @@ class NetworkConfig(Section):
     """Keyword arguments of ``factory``; the string ``null`` is None, which TOML cannot write."""
     color: Literal["gray", "rgb"] | Annotated[int, Field(strict=True, ge=1)] = "gray"
     """Color space that images are converted to; a number: that many channels, unconverted."""
-    normalization: Literal["percentile", "range", "zscore"] = "percentile"
-    """Per image and channel: percentiles, a fixed range, or mean and standard deviation."""
-    low: float | None = None
-    """Value that is mapped to 0: a percentile (1), or for ``range`` a pixel value (0)."""
-    high: float | None = None
-    """Value that is mapped to 1: a percentile (99.8), or a pixel value (the largest of the dtype; 1
-    for floats)."""
+    normalization: Literal["percentile", "range", "zscore", "standard"] = "percentile"
     classes: list[str] = Field(default=["background", "foreground"], min_length=2, max_length=256)
     """Class names by id; two classes make a one-logit network."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -95,8 +94,6 @@ class NetworkConfig(Section):
             return Factory(self.factory, self.arguments, channels, logits)
         depth = {} if self.depth == "auto" else {"depth": self.depth}
         return preset(self.preset, in_channels=channels, classes=logits, width=self.width, **depth)
-
-    _span = model_validator(mode="after")(require_span)
 
     @model_validator(mode="after")
     def _network_exists(self) -> "NetworkConfig":

@@ -14,9 +14,10 @@ from unet_core.errors import ImageError
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import TiffRaster, open_large
-from unet_core.images.preprocessing import Preprocessing, fill, in_color, offset_and_scale
+from unet_core.images.preprocessing import Limits, Preprocessing, fill, in_color, offset_and_scale
 from unet_core.images.raster import ArrayRaster, Raster, Window, WindowRaster, converted
 from unet_core.images.sample import Sample
+from unet_core.images.statistics import OF_IMAGES, Statistics
 from unet_core.images.tiff import check_size, decoding
 from unet_core.storage.ranges import Ranged
 from unet_core.tiling.geometry import Box
@@ -34,6 +35,10 @@ class DecodedImage:
     scale: Array
     truth: Raster | ImageError | None = None
     """Class ids and ``ignore_index`` (1HW), or why they cannot be used; None if there are none."""
+    limits: Sequence[Limits] = ()
+    """Limits of each channel, from which offset and scale are made."""
+    is_extrapolated: bool | None = None
+    """True if the stretch is far beyond those that the network was trained on; None: not known."""
 
     @property
     def held_bytes(self) -> int:
@@ -110,6 +115,7 @@ class Decoder:
     wanted: Preprocessing
     classes: int
     config: InputConfig
+    statistics: Statistics = OF_IMAGES
 
     def decode(
         self, sample: Sample, on_step: Callable[[], None] = lambda: None
@@ -157,11 +163,15 @@ class Decoder:
                 colored = converted(
                     image, lambda window: in_color(window, color), self.wanted.channels
                 )
-                offset, scale = offset_and_scale(colored, self.wanted, on_step)
+                limits, is_extrapolated = self.statistics.limits_of(
+                    sample.image_id, colored, self.wanted, on_step
+                )
+                offset, scale = offset_and_scale(limits)
                 pixels = converted(colored, lambda window: fill(window, offset))
         except ImageError as failure:
             return Rejected(sample, failure)
-        return DecodedImage(sample, pixels, offset, scale, check_truth_shape(truth, pixels.shape))
+        truth = check_truth_shape(truth, pixels.shape)
+        return DecodedImage(sample, pixels, offset, scale, truth, limits, is_extrapolated)
 
 
 def unusable(why: object) -> ImageError:

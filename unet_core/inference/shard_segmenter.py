@@ -64,7 +64,9 @@ class ShardSegmenter:
         self.on_image = on_image
         self.output = Store(config.output.uri, config.storage)
         self.threads = max(2, spec.threads)
-        self.decoder = Decoder(header.preprocessing, header.classes, spec.source.config)
+        self.decoder = Decoder(
+            header.preprocessing, header.classes, spec.source.config, spec.statistics
+        )
         self.encoder = Encoder(header.classes, config.output.encoding, config.input.ignore_index)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="codec")
         self.lanes = Lanes(self.engine)

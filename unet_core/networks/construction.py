@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from unet_core.config.import_weights import ForeignConfig
+from unet_core.config.normalization import NormalizationSection
 from unet_core.config.presets import COLORS, Factory, NetworkSpec, UNetSpec
 from unet_core.config.train import NetworkConfig
 from unet_core.errors import CheckpointError, one_line
@@ -80,7 +81,7 @@ def header_of(
     count = max(2, spec.classes)
     others = ["foreground"] if count == 2 else [f"class {number}" for number in range(1, count)]
     names = tuple(model.classes or ["background", *others])
-    given = model.model_dump(include={"color", "normalization", "low", "high"})
+    given = model.model_dump(include={*NormalizationSection.model_fields})
     if model.color == "auto":
         by_channels = {channels: color for color, channels in COLORS.items()}
         given["color"] = by_channels.get(spec.in_channels, spec.in_channels)

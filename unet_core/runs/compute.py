@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from unet_core.config.predict import PredictConfig
 from unet_core.errors import RunMismatchError
+from unet_core.images.statistics import Statistics
 from unet_core.inputs.shards import Source
 from unet_core.tiling.tile_grid import TileGrid
 
@@ -67,5 +68,6 @@ class ReplicaSpec:
     source: Source
     model_sha256: str
     tile_grid: TileGrid
+    statistics: Statistics
     threads: int
     """CPU cores for decoding, encoding and, without a GPU, the network."""

@@ -38,14 +38,17 @@ METRICS = "metrics.parquet"
 
 
 def identity(
-    config: PredictConfig, source: Source, model_sha256: str, header: Header, tile_grid: TileGrid
-) -> Identity:
+    config: PredictConfig, source: Source, model_sha256: str, header: Header, tile_grid: TileGrid,
+    statistics: str,
+) -> Identity:  # fmt: skip
     """Resolve the identity of a run: values by config key.
 
     It holds all settings that may change the bytes of a part or the list of shards: neither workers
     nor the path of the output. The device is in ``compute``.
     """
-    settings = config.input.model_dump(exclude={"uri"}) | {
+    limits = {"low", "high"} if config.input.low is None else set()  # as before they existed
+    settings = config.input.model_dump(exclude={"uri", *limits}) | {
+        "statistics": statistics,
         "format": source.format,
         "masks": masks_at(config.input, config.storage),
         "label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},

@@ -144,7 +144,10 @@ def test_mistakes_in_a_training_are_told_with_what_is_allowed(override, reason):
         ({"normalization": "range", "high": 0}, "low is 0 and high 0, but range needs finite"),
         ({"normalization": "range", "high": math.inf}, "high inf"),
         ({"normalization": "range", "low": 3, "high": 3}, "low is 3 and high 3"),
-        ({"normalization": "zscore", "low": 1}, "low and high belong to percentile and range, not"),
+        (
+            {"normalization": "zscore", "low": 1},
+            "mean and std to standard, which needs both; got low with zscore",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [ForeignConfig, NetworkConfig, Preprocessing])

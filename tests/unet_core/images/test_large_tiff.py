@@ -9,12 +9,12 @@ import pytest
 import tifffile
 
 from tests.support.data import reading, tiff
-from tests.support.rasters import pixels_of
+from tests.support.rasters import measured, pixels_of
 from unet_core.errors import ImageError
 from unet_core.images import large_tiff, tiff_segments
 from unet_core.images.codec import _decode
 from unet_core.images.large_tiff import open_large
-from unet_core.images.preprocessing import Preprocessing, offset_and_scale
+from unet_core.images.preprocessing import Preprocessing
 from unet_core.images.raster import ArrayRaster
 from unet_core.storage.ranges import Ranged
 from unet_core.tiling.geometry import Box
@@ -435,6 +435,4 @@ def test_statistics_of_a_large_tiff_are_those_of_its_pixels():
     image = opened(FILES["tiles, deflate"])
     wanted = Preprocessing(color="rgb", normalization="percentile")
     in_memory = ArrayRaster(RGB8.transpose(2, 0, 1))
-    np.testing.assert_array_equal(
-        offset_and_scale(image, wanted), offset_and_scale(in_memory, wanted)
-    )
+    np.testing.assert_array_equal(measured(image, wanted), measured(in_memory, wanted))

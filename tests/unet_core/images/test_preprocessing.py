@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.data import reading
+from tests.support.rasters import measured
 from unet_core.images.decoder import Decoder, Rejected
-from unet_core.images.preprocessing import Preprocessing, offset_and_scale, to_color
+from unet_core.images.preprocessing import Preprocessing, to_color
 from unet_core.images.raster import ArrayRaster, WindowRaster
 from unet_core.images.sample import Sample
 from unet_core.synthetic import png
@@ -16,7 +17,7 @@ RGB = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)
 
 def normalized(pixels_CHW, method, **options):
     wanted = Preprocessing(color="gray", normalization=method, **options)
-    offset, scale = offset_and_scale(ArrayRaster(pixels_CHW), wanted)
+    offset, scale = measured(ArrayRaster(pixels_CHW), wanted)
     return (pixels_CHW.astype(np.float32) - offset[:, None, None]) * scale[:, None, None]
 
 
@@ -73,7 +74,7 @@ def by_rows(pixels_CHW, wanted, on_step=lambda: None):
     by_window = WindowRaster(
         image.shape, image.channels, image.dtype, (16, 16), 0, image.read, image.full_scale
     )
-    return offset_and_scale(by_window, wanted, on_step)
+    return measured(by_window, wanted, on_step)
 
 
 METHODS = [
@@ -89,15 +90,15 @@ METHODS = [
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("band_bytes", [1, 3000, 2**25])
 def test_statistics_by_rows_are_those_of_the_whole(method, dtype, band_bytes, monkeypatch):
-    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", band_bytes)
-    monkeypatch.setattr("unet_core.images.preprocessing.PIECE", 100)
+    monkeypatch.setattr("unet_core.images.statistics.BAND_BYTES", band_bytes)
+    monkeypatch.setattr("unet_core.images.statistics.PIECE", 100)
     top = 255 if dtype == np.uint8 else 65535
     pixels_CHW = np.random.default_rng(3).normal(0.5, 0.2, (2, 61, 47)).clip(0, 1) * top
     pixels_CHW = pixels_CHW.astype(dtype) - (dtype(20_000) if dtype == np.float32 else dtype(0))
     wanted = Preprocessing(color=2, **method)
     for found, whole in zip(
         by_rows(pixels_CHW, wanted),
-        offset_and_scale(ArrayRaster(pixels_CHW), wanted),
+        measured(ArrayRaster(pixels_CHW), wanted),
         strict=True,
     ):
         if dtype == np.float32 and wanted.normalization == "zscore":
@@ -117,5 +118,5 @@ def test_percentiles_of_floats_are_exact(values, between):
     wanted = Preprocessing(color=1, normalization="percentile", low=low, high=high)
     with np.errstate(over="ignore"):
         found = by_rows(pixels_CHW, wanted)
-        whole = offset_and_scale(ArrayRaster(pixels_CHW), wanted)
+        whole = measured(ArrayRaster(pixels_CHW), wanted)
     np.testing.assert_array_equal(found, whole)

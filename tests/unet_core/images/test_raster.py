@@ -114,11 +114,11 @@ def test_labels_that_are_no_integers_are_told_by_their_type(value, small_is_larg
 
 @pytest.mark.parametrize(("method", "bands"), [("range", 0), ("percentile", 10), ("zscore", 10)])
 def test_steps_are_the_bands_of_an_image_that_is_read_by_window(method, bands, monkeypatch):
-    monkeypatch.setattr("unet_core.images.preprocessing.BAND_BYTES", 10_000)  # 16 rows of 117 × 3
+    monkeypatch.setattr("unet_core.images.statistics.BAND_BYTES", 10_000)  # 16 rows of 117 × 3
     decoder = Decoder(Preprocessing(color="gray", normalization=method), 2, reading(10**6))
     sample, steps = Sample("a", "a", "a.tif", lambda: RGB_TIFF), []
     decoder.decode(sample, lambda: steps.append(1))
     assert not steps
     monkeypatch.setattr(large_tiff, "SMALL_PIXELS", 10_000)
     decoder.decode(sample, lambda: steps.append(1))
-    assert len(steps) == 1 + bands  # the first row tells the type
+    assert len(steps) == bands

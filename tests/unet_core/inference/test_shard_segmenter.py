@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jobs.predict import predict
 from tests.reference.whole_image import logits_of
 from tests.support.data import digests, pictures, write_tar
+from tests.support.rasters import measured
 from tests.support.runs import masks_by_key, masks_of, table
 from unet_core.images.decoder import DecodedImage
-from unet_core.images.preprocessing import offset_and_scale
 from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
 from unet_core.inference.engine import Engine, choose_device
@@ -63,7 +63,7 @@ def test_a_mask_does_not_depend_on_tile_size_or_batch(tiny_model, height, width,
     compute = Compute(
         device="", precision="", backend="", batch_pixels=batch * size**2, versions={}
     )
-    offset, scale = offset_and_scale(ArrayRaster(image[None]), header.preprocessing)
+    offset, scale = measured(ArrayRaster(image[None]), header.preprocessing)
     decoded = DecodedImage(Sample("", "", "", bytes), ArrayRaster(image[None]), offset, scale)
     windows = tile_grid_for(header.tiling, size=size)
     assembler, queue = MaskAssembler(0, decoded, windows, Postprocessing(1)), TileQueue(compute)
