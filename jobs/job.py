@@ -1,18 +1,19 @@
 """A checked config with its checkpoint header, input, run folder and tile grid. No torch or Ray."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from unet_core.config.messages import sentences
 from unet_core.config.normalization import SPANS
 from unet_core.config.predict import PredictConfig
+from unet_core.config.sections import InputConfig
 from unet_core.errors import ConfigError
 from unet_core.images.preprocessing import Limits, Preprocessing
 from unet_core.images.statistics import Statistics
 from unet_core.inputs.formats import open_source
 from unet_core.inputs.shards import Source
-from unet_core.networks.header import Header, read_header_and_digest
+from unet_core.networks.header import Header, read_header_and_digest, trained_stretch
 from unet_core.runs import schema
 from unet_core.runs.compute import Compute, ReplicaSpec, RunSettings
 from unet_core.runs.manifest import Draft
@@ -38,19 +39,20 @@ class Job:
     run: Run
     tile_grid: TileGrid
     identity: Identity
-    limits: dict[str, list[Limits]] = field(default_factory=dict)
-    """Fixed or sampled limits of normalization, by group; empty: images have their own."""
+    statistics: Statistics
+    """Where the limits of normalization come from."""
 
     def with_sampled_limits(self, draft: Draft) -> "Job":
         """Measure the limits of groups or of the dataset, if a new run needs them."""
         kind = self.identity["input.statistics"]
-        if kind not in SAMPLED or self.limits:
+        if kind not in SAMPLED or self.statistics.by_group:
             return self
         limits = sample_limits(
             self.source, draft.heads, draft.with_members, self.header.preprocessing, kind == "group"
         )
         pairs = {group: [[*pair] for pair in pairs] for group, pairs in limits.items()}
-        return replace(self, limits=limits, identity={**self.identity, LIMITS: pairs})
+        identity = {**self.identity, LIMITS: pairs}
+        return replace(self, statistics=Statistics(limits), identity=identity)
 
     def make_record(self, compute: Compute) -> Record:
         """Return the record for ``run.json``."""
@@ -65,9 +67,8 @@ class Job:
 
     def replica_spec(self, cpus: float) -> ReplicaSpec:
         """Return what is needed to build one replica on ``cpus`` cores."""
-        statistics = Statistics(self.limits)
         return ReplicaSpec(
-            self.config, self.source, self.model_sha256, self.tile_grid, statistics,
+            self.config, self.source, self.model_sha256, self.tile_grid, self.statistics,
             max(1, int(cpus)),
         )  # fmt: skip
 
@@ -90,40 +91,53 @@ def prepare(config: PredictConfig) -> Job:
     source = open_source(
         config.input, config.storage, run.identity["input.format"] if is_known else ""
     )
-    statistics, limits = resolve_statistics(config, header)
-    requested = identity(config, source, sha256, header, tile_grid, statistics)
-    if statistics in SAMPLED and LIMITS in run.identity:
+    kind, statistics = resolve_statistics(config, header)
+    requested = identity(config, source, sha256, header, tile_grid, kind)
+    if kind in SAMPLED and LIMITS in run.identity:
         requested[LIMITS] = run.identity[LIMITS]
-        limits = {g: [Limits(*pair) for pair in pairs] for g, pairs in requested[LIMITS].items()}
+        statistics = Statistics(
+            {g: [Limits(*pair) for pair in pairs] for g, pairs in requested[LIMITS].items()}
+        )
     run.check(requested)
-    return Job(config, header, sha256, source, run, tile_grid, requested, limits)
+    return Job(config, header, sha256, source, run, tile_grid, requested, statistics)
 
 
-def resolve_statistics(
-    config: PredictConfig, header: Header
-) -> tuple[str, dict[str, list[Limits]]]:
-    """Resolve ``input.statistics`` for a checkpoint, and the limits that ``input.low`` and
-    ``input.high`` fix. Raises ConfigError for what the checkpoint's normalization cannot use.
+def resolve_statistics(config: PredictConfig, header: Header) -> tuple[str, Statistics]:
+    """Resolve ``input.statistics`` and the limits that ``input.low`` and ``input.high`` fix.
+
+    Raises ConfigError for what the checkpoint's normalization cannot use.
     """
-    wanted, asked = header.preprocessing, config.input
-    kind = wanted.normalization
-    if asked.low is not None and asked.high is not None:
-        if kind not in SPANS:
-            raise ConfigError(
-                f"input.low and input.high are limits of a stretch, but this "
-                f"checkpoint normalizes by {kind}"
-            )
-        try:
-            fixed = Preprocessing(
-                color=wanted.color, normalization="range", low=asked.low, high=asked.high
-            )
-        except ValidationError as error:
-            problem = sentences(Preprocessing, error)[0]
-            raise ConfigError(f"input.low, input.high: {problem}") from error
-        return "image", {"": fixed.fixed_limits(1.0)}
+    wanted, asked, checkpoint = header.preprocessing, config.input, config.model.checkpoint
+    trained = trained_stretch(checkpoint, header)
+    if asked.low is not None:
+        return "image", Statistics({"": _fixed_limits(asked, wanted)})
     if wanted.is_fixed and asked.statistics not in ("auto", "image"):
         raise ConfigError(
             f"input.statistics is {asked.statistics!r}, but this checkpoint normalizes all images "
-            f"alike ({kind}); leave it out"
+            f"alike ({wanted.normalization}); leave it out"
         )
-    return ("image" if asked.statistics == "auto" else asked.statistics), {}
+    if asked.statistics == "guarded" and trained is None:
+        raise ConfigError(
+            "input.statistics is 'guarded', but the checkpoint does not tell how far its training "
+            "images were stretched; train it with this version, or use 'dataset' or 'group'"
+        )
+    is_builtin = checkpoint.startswith("builtin:") and trained is not None
+    usual = "guarded" if is_builtin and not wanted.is_fixed else "image"
+    kind = usual if asked.statistics == "auto" else asked.statistics
+    return kind, Statistics(trained=trained, is_guarded=kind == "guarded")
+
+
+def _fixed_limits(asked: InputConfig, wanted: Preprocessing) -> list[Limits]:
+    if wanted.normalization not in SPANS:
+        raise ConfigError(
+            "input.low and input.high are ends of a stretch, but this checkpoint normalizes by "
+            f"mean and deviation ({wanted.normalization})"
+        )
+    try:
+        fixed = Preprocessing.model_validate(
+            {"color": wanted.color, "normalization": "range", "low": asked.low, "high": asked.high}
+        )
+    except ValidationError as error:
+        problem = sentences(Preprocessing, error)[0]
+        raise ConfigError(f"input.low, input.high: {problem}") from error
+    return fixed.fixed_limits(1.0)

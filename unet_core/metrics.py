@@ -149,6 +149,8 @@ class Totals:
     pixels: int = 0
     """Pixels of ``ok`` images, valid or not."""
     invalid_pixels: int = 0
+    extrapolated: int = 0
+    """Images whose own limits stretch them beyond what the network was trained on."""
     with_truth: int = 0
     ignored_pixels: int = 0
     confidence_sum: int = 0
@@ -194,6 +196,7 @@ class Totals:
             failed=rows.num_rows - ok.num_rows,
             pixels=pixels.as_py() or 0,
             invalid_pixels=_sum(rows, "invalid_pixels"),
+            extrapolated=_sum(rows, "is_extrapolated"),
             with_truth=rows.num_rows - rows["tp"].null_count,
             ignored_pixels=_sum(rows, "ignored_pixels"),
             confidence_sum=_sum(rows, "confidence_sum"),

@@ -191,6 +191,11 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     )
     for code, count in totals.errors.items():
         line("", f"{count:,} x {code}")
+    if totals.extrapolated:
+        lines(
+            extrapolated=f"{totals.extrapolated:,} images have a stretch beyond those of training, "
+            "as empty ones have; see is_extrapolated and normalization in the metrics"
+        )
     warn_of_one_class(totals, class_names)
     if totals.with_truth:
         lines(truth=f"{totals.with_truth:,} of {totals.ok:,} images")

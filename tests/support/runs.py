@@ -46,7 +46,9 @@ def write_toml(config, path):
     lines = []
     for section, keys in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
-        lines += [f"{k} = {json.dumps(v)}" for k, v in keys.items() if k != "label_map"]
+        lines += [
+            f"{k} = {json.dumps(v)}" for k, v in keys.items() if k != "label_map" and v is not None
+        ]
     path.write_text("\n".join(lines))
     return str(path)
 

@@ -14,10 +14,10 @@ from unet_core.errors import ImageError
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import class_ids, decode_images, decode_labels
 from unet_core.images.large_tiff import TiffRaster, open_large
-from unet_core.images.preprocessing import Limits, Preprocessing, fill, in_color, offset_and_scale
+from unet_core.images.preprocessing import Preprocessing, fill, in_color, offset_and_scale
 from unet_core.images.raster import ArrayRaster, Raster, Window, WindowRaster, converted
 from unet_core.images.sample import Sample
-from unet_core.images.statistics import OF_IMAGES, Statistics
+from unet_core.images.statistics import NOT_MEASURED, OF_IMAGES, Measured, Statistics
 from unet_core.images.tiff import check_size, decoding
 from unet_core.storage.ranges import Ranged
 from unet_core.tiling.geometry import Box
@@ -35,10 +35,8 @@ class DecodedImage:
     scale: Array
     truth: Raster | ImageError | None = None
     """Class ids and ``ignore_index`` (1HW), or why they cannot be used; None if there are none."""
-    limits: Sequence[Limits] = ()
+    measured: Measured = NOT_MEASURED
     """Limits of each channel, from which offset and scale are made."""
-    is_extrapolated: bool | None = None
-    """True if the stretch is far beyond those that the network was trained on; None: not known."""
 
     @property
     def held_bytes(self) -> int:
@@ -163,15 +161,13 @@ class Decoder:
                 colored = converted(
                     image, lambda window: in_color(window, color), self.wanted.channels
                 )
-                limits, is_extrapolated = self.statistics.limits_of(
-                    sample.image_id, colored, self.wanted, on_step
-                )
-                offset, scale = offset_and_scale(limits)
+                measured = self.statistics.measure(sample.image_id, colored, self.wanted, on_step)
+                offset, scale = offset_and_scale(measured.limits)
                 pixels = converted(colored, lambda window: fill(window, offset))
         except ImageError as failure:
             return Rejected(sample, failure)
         truth = check_truth_shape(truth, pixels.shape)
-        return DecodedImage(sample, pixels, offset, scale, truth, limits, is_extrapolated)
+        return DecodedImage(sample, pixels, offset, scale, truth, measured)
 
 
 def unusable(why: object) -> ImageError:

@@ -1,15 +1,18 @@
 """Statistics of images that normalization needs: percentiles, or mean and deviation, by channel."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
+from unet_core.images.guard import NO_STRETCH, Stretch, measure_content
 from unet_core.images.preprocessing import Limits, Preprocessing, known_of
 from unet_core.images.raster import IN_MEMORY, Raster, Window
 from unet_core.tiling.geometry import Box
@@ -24,6 +27,16 @@ PIECE = 2**20
 """Values that are counted at once, which bounds the copies made of them."""
 
 
+class Measured(NamedTuple):
+    """Limits of the channels of an image, and what is known of its stretch."""
+
+    limits: list[Limits]
+    stretch: Stretch | None = None
+    """Largest stretch of a channel by its own limits; None if it was not measured."""
+    is_extrapolated: bool | None = None
+    """True if that is beyond the stretches that the network was trained on; None: not known."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What the limits of an image are measured on, resolved for a run."""
@@ -31,27 +44,48 @@ class Statistics:
     by_group: Mapping[str, list[Limits]] = field(default_factory=dict)
     """Limits of the groups of images, or under an empty name those of the whole dataset; without
     any, each image has its own."""
+    trained: Stretch | None = None
+    """Largest stretch of the images that the network was trained on; None: not known."""
+    is_guarded: bool = False
+    """Limits are widened until the stretch is not beyond the trained one."""
+    measures_stretch: bool = False
+    """The stretch is measured although the trained one is not known, as by a training."""
 
-    def limits_of(
+    def measure(
         self,
         image_id: str,
         raster: Raster,
         wanted: Preprocessing,
         on_step: Callable[[], None] = lambda: None,
-    ) -> tuple[list[Limits], bool | None]:
-        """Find the limits of an image, and whether its stretch is beyond what was trained."""
-        if not self.by_group:
-            return measure_limits(raster, wanted, on_step), None
-        group = "" if "" in self.by_group else group_of(image_id)
+    ) -> Measured:
+        """Find the limits of an image. Raises ImageError (``statistics``) for an unknown group."""
+        if self.by_group:
+            return Measured(self._of_group("" if "" in self.by_group else group_of(image_id)))
+        limits = measure_limits(raster, wanted, on_step)
+        if wanted.is_fixed or not (self.trained or self.measures_stretch):
+            return Measured(limits)
+        contents = measure_content(raster, on_step)
+        stretches = (c.stretch(own) for c, own in zip(contents, limits, strict=True))
+        stretch = functools.reduce(operator.or_, stretches, NO_STRETCH)
+        if self.trained is None:
+            return Measured(limits, stretch)
+        guarded = [
+            content.guarded(own, self.trained)
+            for content, own in zip(contents, limits, strict=True)
+        ]
+        return Measured(guarded if self.is_guarded else limits, stretch, guarded != limits)
+
+    def _of_group(self, group: str) -> list[Limits]:
         if group not in self.by_group:
             raise ImageError(
                 "statistics",
                 f"input.statistics = 'group', but when the run began, folder {group!r} was not "
                 "there, or had no image that can be read; begin a new run",
             )
-        return self.by_group[group], None
+        return self.by_group[group]
 
 
+NOT_MEASURED = Measured([])
 OF_IMAGES = Statistics()
 """Each image by itself."""
 

@@ -35,6 +35,8 @@ class Encoder:
     classes: int
     encoding: str
     ignore_index: int
+    has_moments: bool = False
+    """Images are normalized by mean and deviation, not by low and high."""
 
     def window(self, assembler: MaskAssembler, window: MaskWindow) -> EncodedWindow:
         """Encode and count one mask window; windows of a large image wait on disk."""
@@ -66,6 +68,13 @@ class Encoder:
             return failure
         return confusion(truth_HW, window.mask_HW, self.classes, self.ignore_index)
 
+    def _normalization(self, decoded: DecodedImage) -> dict[str, list[float]]:
+        """Values of ``schema.NORMALIZATION`` that were used."""
+        offset, span = map(list, zip(*decoded.measured.limits, strict=True))
+        if self.has_moments:
+            return {"mean": offset, "std": span}
+        return {"low": offset, "high": [a + b for a, b in decoded.measured.limits]}
+
     def image(self, image: MaskAssembler | Rejected) -> tuple[Row, Iterable[Row]]:
         """The metrics row and the mask rows of an image. Waits until its windows are encoded; they
         were submitted to the pool before it, so they never wait for it.
@@ -88,6 +97,8 @@ class Encoder:
             "width": width,
             "class_pixels": pixels.tolist(),
             "invalid_pixels": height * width - valid,
+            "normalization": self._normalization(decoded),
+            "is_extrapolated": decoded.measured.is_extrapolated,
             **(decoded.pixels.georeference or Georeference())._asdict(),
             "confidence_sum": image.confidence_sum
             + sum(window.confidence_sum for window in windows),

@@ -67,7 +67,12 @@ class ShardSegmenter:
         self.decoder = Decoder(
             header.preprocessing, header.classes, spec.source.config, spec.statistics
         )
-        self.encoder = Encoder(header.classes, config.output.encoding, config.input.ignore_index)
+        self.encoder = Encoder(
+            header.classes,
+            config.output.encoding,
+            config.input.ignore_index,
+            has_moments=header.preprocessing.normalization in ("zscore", "standard"),
+        )
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="codec")
         self.lanes = Lanes(self.engine)
         self._cancelled = threading.Event()

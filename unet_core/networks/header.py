@@ -5,6 +5,7 @@ metadata. No torch.
 import hashlib
 import importlib.resources
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import Field, TypeAdapter
 from unet_core.config.presets import Factory, NetworkSpec, UNetSpec
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
+from unet_core.images.guard import Stretch
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.storage.store import Store
 from unet_core.tiling.geometry import Tiling
@@ -71,6 +73,26 @@ class Header:
 
 
 HEADERS = TypeAdapter(Header)
+BUILTIN_STRETCHES = {"builtin:nuclei": Stretch(noise=1 / 15, background=1 / 8)}
+"""Largest stretches of their training images; a builtin checkpoint itself never changes. Of
+``nuclei``: beyond these, the synthetic images that it was trained on have no example."""
+
+
+def trained_stretch(checkpoint: str, header: Header) -> Stretch | None:
+    """Return the largest stretch of the training images of a checkpoint; None if not known.
+
+    Raises CheckpointError if what its metadata say is damaged.
+    """
+    if checkpoint in BUILTIN_STRETCHES:
+        return BUILTIN_STRETCHES[checkpoint]
+    if not (recorded := header.training.get("stretch")):
+        return None
+    try:
+        found = Stretch(**recorded)
+        usable = min(found) > 0 and all(map(math.isfinite, found))
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint}: its metadata is damaged: training.stretch") from error
+    return found if usable else None
 
 
 def palette_of(classes: int) -> tuple[tuple[int, int, int], ...]:

@@ -46,8 +46,7 @@ def identity(
     It holds all settings that may change the bytes of a part or the list of shards: neither workers
     nor the path of the output. The device is in ``compute``.
     """
-    limits = {"low", "high"} if config.input.low is None else set()  # as before they existed
-    settings = config.input.model_dump(exclude={"uri", *limits}) | {
+    settings = config.input.model_dump(exclude={"uri"}) | {
         "statistics": statistics,
         "format": source.format,
         "masks": masks_at(config.input, config.storage),

@@ -17,8 +17,10 @@ from unet_core.arrays import Array
 from unet_core.config.train import LabelledConfig, TrainConfig
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.images.decoder import DecodedImage, Decoder, Rejected
+from unet_core.images.guard import NO_STRETCH, Stretch
 from unet_core.images.raster import ArrayRaster, Raster
 from unet_core.images.sample import Sample
+from unet_core.images.statistics import Statistics
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks.header import Header
 
@@ -70,7 +72,8 @@ class LabelledInput:
         except (ConfigError, StoreError) as error:
             raise type(error)(str(error).replace("input.", f"{self.name}.")) from error
         classes = 2**16 if config.instances else len(header.class_names)
-        self._decoder = Decoder(header.preprocessing, classes, config)
+        measuring = Statistics(measures_stretch=True)
+        self._decoder = Decoder(header.preprocessing, classes, config, measuring)
         self._sigma = whole.loss.boundary_sigma if whole.loss.boundary else None
 
     def decode(self, sample: Sample) -> list[LabelledImage]:
@@ -217,6 +220,8 @@ class DatasetScan:
     """Error messages of images that cannot be used."""
     lowest_hash: float = 1.0
     """Lowest ``split_hash`` of all images."""
+    stretch: Stretch = NO_STRETCH
+    """Largest stretch of the training images."""
 
     def of(self, split: str) -> int:
         """Count the images of a split."""
@@ -228,6 +233,7 @@ class DatasetScan:
         self.without_mask += other.without_mask
         self.unusable += other.unusable
         self.lowest_hash = min(self.lowest_hash, other.lowest_hash)
+        self.stretch |= other.stretch
         return self
 
 

@@ -148,6 +148,7 @@ class TrainingLoop:
         splits = ranks.on_all(lambda: open_splits(config, header, cache))
         data = scan_or_read(config, run, splits, ranks, pool, wants_stop)
         self.steps: int = data["steps"]
+        self._stretch: dict[str, float] | None = data.get("stretch")
         """Optimizer steps of the whole training."""
         loss = Loss(
             config.loss,
@@ -312,6 +313,7 @@ class TrainingLoop:
                 "epochs": position.epoch,
                 "best": {self.config.train.best: position.best, "step": position.best_step},
                 "config": self.config.model_dump(mode="json"),
+                "stretch": self._stretch,
             },
         )
         self.run.store.publish(name, checkpoint.serialize(self.learner.eval_network, header))

@@ -14,6 +14,7 @@ import numpy as np
 from unet_core.concurrency import Prefetch
 from unet_core.config.train import TrainConfig
 from unet_core.errors import ConfigError, RunMismatchError, StoppedError
+from unet_core.images.guard import NO_STRETCH
 from unet_core.runs.manifest import manifest_name
 from unet_core.training.dataset import (
     TRAIN,
@@ -60,6 +61,7 @@ def scan_or_read(
         VAL: val.images,
         "class_pixels": [found.label_pixels[label] for label in range(highest + 1)],
         "val_below": val.high,
+        "stretch": found.stretch._asdict(),
         "steps": config.train.steps
         or config.train.epochs * steps_per_epoch(config.train, train.images),
     }
@@ -129,6 +131,7 @@ def _scan_input(
         )
         if item.key[0] == TRAIN:
             labels, counts = np.unique(image.labels_HW, return_counts=True)
+            item_scan.stretch = image.decoded.measured.stretch or NO_STRETCH
             item_scan.label_pixels.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
         return item_scan
 
