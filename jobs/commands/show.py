@@ -191,6 +191,9 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     )
     for code, count in totals.errors.items():
         line("", f"{count:,} x {code}")
+    if totals.invalid_pixels:
+        share = totals.invalid_pixels / totals.pixels
+        lines(nodata=f"{share:.2%} of all pixels are no data: nodata values, alpha or masks")
     if totals.extrapolated:
         lines(
             extrapolated=f"{totals.extrapolated:,} images have a stretch beyond those of training, "

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from unet_core.metrics import SCORE_NAMES
 from unet_core.report.facts import RunFacts
-from unet_core.report.panels import ERRORS
+from unet_core.report.panels import ERRORS, NO_DATA
 from unet_core.report.training_facts import TrainingFacts
 
 NAME = "report.html"
@@ -82,7 +82,12 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals |= {"scores": SCORE_NAMES, "errors": ERRORS, "cells_with_text": CELLS_WITH_TEXT}
+TEMPLATES.globals |= {
+    "scores": SCORE_NAMES,
+    "errors": ERRORS,
+    "no_data": NO_DATA,
+    "cells_with_text": CELLS_WITH_TEXT,
+}
 TEMPLATES.filters |= {
     "text": text,
     "toml": toml,

@@ -12,7 +12,7 @@ from scipy import ndimage
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.decoder import DecodedImage
-from unet_core.images.raster import Raster
+from unet_core.images.raster import Raster, Window
 
 PANEL = 256
 MOST_PANEL_BYTES = 28_000
@@ -25,10 +25,12 @@ ERRORS = {
     "false positive": (230, 97, 1),
     "false negative": (72, 160, 240),
     "other class": (240, 228, 66),
-    "ignored": (70, 60, 80),
+    "ignored, or no data": (70, 60, 80),
 }
 """Kinds of pixels, with their colours."""
 RIGHT, RIGHT_OBJECT, EXTRA, MISSED, CONFUSED, IGNORED = range(len(ERRORS))
+NO_DATA = [*ERRORS.values()][IGNORED]
+"""Colour of pixels that are not valid, in every panel."""
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 Palette = tuple[tuple[int, int, int], ...]
@@ -45,33 +47,40 @@ class Panel:
     width: int
 
 
-def _view(decoded: DecodedImage, mask_HW: Array, side: int) -> tuple[Array, Array, Array | None]:
+def _view(
+    decoded: DecodedImage, mask_HW: Array, classes: int, side: int
+) -> tuple[Array, Array, Array | None, Array]:
     """Shrink an image (RGB, uint8 HWC), its mask and its truth (HW) to at most ``side``; ids are
-    those of the nearest pixels. A truth that cannot be read is left out.
+    those of the nearest pixels. Also return where pixels are not valid: their class is then 0. A
+    truth that cannot be read is left out.
     """
     factor = min(1.0, side / max(decoded.pixels.shape))
     shape = [max(1, round(old * factor)) for old in decoded.pixels.shape]
     sides = zip(decoded.pixels.shape, shape, strict=True)
     near = np.ix_(*(((np.arange(new) + 0.5) * old / new).astype(np.intp) for old, new in sides))
-    image = Image.fromarray(_visible(decoded.pixels.whole().pixels_CHW, 2 * side))
-    image_HWC = np.asarray(image.resize(shape[::-1], Image.Resampling.BOX))
+    image = Image.fromarray(_visible(decoded.pixels.whole(), 2 * side))
+    image_HWC = np.array(image.resize(shape[::-1], Image.Resampling.BOX))
+    mask_HW = mask_HW[near]
+    is_invalid_HW = mask_HW >= classes
+    image_HWC[is_invalid_HW] = NO_DATA
     truth_HW = None
     if isinstance(decoded.truth, Raster):
         with suppress(ImageError):
             truth_HW = decoded.truth.whole().pixels_CHW[0][near]
-    return image_HWC, mask_HW[near], truth_HW
+    return image_HWC, np.where(is_invalid_HW, 0, mask_HW), truth_HW, is_invalid_HW
 
 
-def _visible(pixels_CHW: Array, most: int) -> Array:
+def _visible(window: Window, most: int) -> Array:
     """Convert to RGB uint8 (HWC), leaving pixels out where a side is much longer than ``most``.
 
-    8-bit RGB stays as it is, all else is stretched from the 0.5th to the 99.8th percentile; the
-    first channel or three are shown.
+    8-bit RGB stays as it is, all else is stretched from the 0.5th to the 99.8th percentile of the
+    valid pixels; the first channel or three are shown.
     """
-    every = max(1, max(pixels_CHW.shape[1:]) // most)
-    few_CHW = pixels_CHW[: 3 if len(pixels_CHW) >= 3 else 1, ::every, ::every]
+    every = max(1, max(window.pixels_CHW.shape[1:]) // most)
+    few_CHW, valid_HW, _ = window.cut(lambda array: array[..., ::every, ::every])
+    few_CHW = few_CHW[: 3 if len(few_CHW) >= 3 else 1]
     if len(few_CHW) == 1 or few_CHW.dtype != np.uint8:
-        few_CHW = np.stack([_stretched(plane_HW) for plane_HW in few_CHW])
+        few_CHW = np.stack([_stretched(plane_HW, valid_HW) for plane_HW in few_CHW])
     return np.ascontiguousarray(
         np.broadcast_to(few_CHW, (3, *few_CHW.shape[1:])).transpose(1, 2, 0)
     )
@@ -86,7 +95,7 @@ def panels(
     decoded: DecodedImage, mask_HW: Array, palette: Palette, ignore_index: int
 ) -> tuple[Panel, ...]:
     """Draw image, truth, outline of the mask and errors; without truth image, mask and outline."""
-    image_HWC, mask_HW, truth_HW = _view(decoded, mask_HW, PANEL)
+    image_HWC, mask_HW, truth_HW, is_invalid_HW = _view(decoded, mask_HW, len(palette), PANEL)
     colors, of_errors = np.array(palette, np.uint8), np.array([*ERRORS.values()], np.uint8)
     image = _panel("image", Image.fromarray(image_HWC))
     edge = _outline(mask_HW)
@@ -94,26 +103,27 @@ def panels(
     outlined_HWC[ndimage.binary_dilation(edge, CROSS)] //= 3  # a rim, to be seen on any ground
     outlined_HWC[edge] = _lit(colors)[mask_HW[edge]]
     outlined = _panel("mask outline", Image.fromarray(outlined_HWC))
+    shown = np.concatenate([colors, np.array([NO_DATA], np.uint8)])
     if truth_HW is None:
-        return image, _flat("mask", mask_HW, colors), outlined
-    known_HW = np.where(truth_HW == ignore_index, len(colors), truth_HW)
-    shown = np.concatenate([colors, of_errors[IGNORED:]])
+        return image, _flat("mask", np.where(is_invalid_HW, len(colors), mask_HW), shown), outlined
+    is_ignored_HW = is_invalid_HW | (truth_HW == ignore_index)
+    known_HW = np.where(is_ignored_HW, len(colors), truth_HW)
     truth = _flat("truth", np.minimum(known_HW, len(colors)), shown)
-    errors = _flat("errors", _errors(truth_HW, mask_HW, ignore_index), of_errors)
+    errors = _flat("errors", _errors(truth_HW, mask_HW, is_ignored_HW), of_errors)
     return image, truth, outlined, errors
 
 
-def _errors(truth_HW: Array, mask_HW: Array, ignore_index: int) -> Array:
+def _errors(truth_HW: Array, mask_HW: Array, is_ignored_HW: Array) -> Array:
     """Number each pixel as in ``ERRORS``."""
-    is_right, is_ignored = truth_HW == mask_HW, truth_HW == ignore_index
-    cases = [is_ignored, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
+    is_right = truth_HW == mask_HW
+    cases = [is_ignored_HW, is_right & (truth_HW > 0), is_right, truth_HW == 0, mask_HW == 0]
     return np.select(cases, [IGNORED, RIGHT_OBJECT, RIGHT, EXTRA, MISSED], CONFUSED)
 
 
 def overlay(decoded: DecodedImage, mask_HW: Array, palette: Palette) -> bytes:
     """Draw an image with its classes blended in and outlined, as PNG."""
-    drawn_HWC, mask_HW, _ = _view(decoded, mask_HW, side=4096)
-    colors, drawn_HWC = _lit(np.array(palette, np.uint8)), drawn_HWC.copy()
+    drawn_HWC, mask_HW, *_ = _view(decoded, mask_HW, len(palette), side=4096)
+    colors = _lit(np.array(palette, np.uint8))
     inside, edge = mask_HW > 0, _outline(mask_HW)
     mixed = (1 - OPACITY) * drawn_HWC[inside] + OPACITY * colors[mask_HW[inside]]
     drawn_HWC[inside] = mixed.round().astype(np.uint8)
@@ -121,8 +131,9 @@ def overlay(decoded: DecodedImage, mask_HW: Array, palette: Palette) -> bytes:
     return _encoded(Image.fromarray(drawn_HWC), "png")
 
 
-def _stretched(plane_HW: Array) -> Array:
-    low, high = np.percentile(plane_HW, (0.5, 99.8))
+def _stretched(plane_HW: Array, valid_HW: Array | None) -> Array:
+    known = plane_HW.ravel() if valid_HW is None else plane_HW[valid_HW]
+    low, high = np.percentile(known, (0.5, 99.8)) if known.size else (0, 1)
     scaled = (plane_HW.astype(np.float32) - low) * (255 / max(high - low, 1e-6))
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
