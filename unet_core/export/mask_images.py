@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, BinaryIO
 
@@ -10,64 +11,118 @@ import tifffile
 from PIL import Image
 
 from unet_core.arrays import Array
+from unet_core.export.geotiff import Tag, geo_tags
+from unet_core.export.overviews import level_shapes, read_bands, reducing
+from unet_core.images.georeference import NOWHERE, Georeference
 from unet_core.runs.reader import StoredMask
 from unet_core.storage.spool import drop, reports_full_disk, spooled
 
 Palette = tuple[tuple[int, int, int], ...]
 
 TILE_SIDE = 256  # as viewers of large images expect
+GDAL_NODATA = 42113
+"""TIFF tag of the nodata value, as text."""
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What an exported image tells beside its values."""
+
+    palette: Palette | None = None
+    """Colors of 8-bit class ids; None for gray."""
+    nodata: int | None = None
+    """Class id of pixels that are not valid."""
+    georeference: Georeference = NOWHERE
+
+    @property
+    def colors(self) -> Array:
+        """256 colors, uint8 (256, 3)."""
+        colors = np.zeros((256, 3), np.uint8)
+        colors[: len(self.palette or ())] = self.palette or np.zeros((0, 3))
+        return colors
 
 
 @reports_full_disk()
-def encode_png(values_HW: Array, palette: Palette | None) -> BinaryIO:
-    """8 bits with a palette, or else 16-bit gray; values read back as they are."""
+def encode_png(values_HW: Array, look: Appearance) -> BinaryIO:
+    """Encode 8 bits with a palette, whose nodata is transparent, or else 16-bit gray; values read
+    back as they are.
+    """
     file = spooled()
-    if palette is None or values_HW.dtype != np.uint8:
+    if look.palette is None or values_HW.dtype != np.uint8:
         Image.fromarray(values_HW.astype(np.uint16, copy=False)).save(file, format="PNG")
+    elif look.nodata is None:
+        image = Image.fromarray(values_HW)
+        image.putpalette([value for rgb in look.palette for value in rgb])  # makes it of mode P
+        image.save(file, format="PNG", bits=8)
     else:
         image = Image.fromarray(values_HW)
-        image.putpalette([value for rgb in palette for value in rgb])  # makes it of mode P
-        image.save(file, format="PNG", bits=8)
+        image.putpalette(look.colors.tobytes())
+        image.save(file, format="PNG", bits=8, transparency=look.nodata)
     return file
 
 
 @reports_full_disk()
-def encode_tiff(
-    shape: tuple[int, ...], bands: Iterable[Array], palette: Palette | None
-) -> BinaryIO:
-    """Tiles, deflate; uint8 with a palette, or gray of the type of the bands.
+def encode_tiff(shape: tuple[int, int], bands: Iterable[Array], look: Appearance) -> BinaryIO:
+    """Encode tiles, deflate; uint8 with a palette, or gray of the type of the bands. Large images
+    have a pyramid of overviews.
 
     ``bands``: rows of full width from above, each a multiple of ``TILE_SIDE`` but the last.
     """
     bands = iter(bands)
     first_HW = next(bands)
     dtype = first_HW.dtype
-    colors: dict[str, Any] = {"photometric": "minisblack"}
-    if palette is not None and dtype == np.uint8:
-        colormap = np.zeros((3, 256), np.uint16)
-        colormap[:, : len(palette)] = np.array(palette, np.uint16).T * 257
-        colors = {"photometric": "palette", "colormap": colormap}
-    file = spooled()
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "tile": (TILE_SIDE, TILE_SIDE),
+        "compression": "zlib",
+        "compressionargs": {"level": 6},  # the default of zlib
+        "maxworkers": 1,
+        "metadata": None,
+        "photometric": "minisblack",
+    }
+    if look.palette is not None and dtype == np.uint8:
+        how |= {"photometric": "palette", "colormap": look.colors.T.astype(np.uint16) * 257}
+    shapes, nodata = level_shapes(shape), _nodata_tag(look.nodata)
+    file, levels = spooled(), [spooled() for _ in shapes]
+
+    def tiles(bands: Iterable[Array], level: int) -> Iterator[Array]:
+        """Cut bands into tiles; they make the next level."""
+        return _tiles(reducing(bands, levels[level], look.nodata) if levels[level:] else bands)
+
     try:
         # a classic TIFF has 4 GiB, of which some is left for what does not compress
-        is_big = math.prod(shape) * dtype.itemsize > 2**32 - 2**25
+        is_big = 4 / 3 * math.prod(shape) * dtype.itemsize > 2**32 - 2**25
         handle = tifffile.FileHandle(file, name="mask")  # a spooled file has none
         with tifffile.TiffWriter(handle, bigtiff=is_big) as tiff:
             tiff.write(
-                _tiles(chain([first_HW], bands)),
+                tiles(chain([first_HW], bands), 0),
                 shape=shape,
-                dtype=dtype,
-                tile=(TILE_SIDE, TILE_SIDE),
-                compression="zlib",
-                compressionargs={"level": 6},  # the default of zlib
-                maxworkers=1,
-                metadata=None,
-                **colors,
+                extratags=nodata + geo_tags(look.georeference),
+                **_resolution(look.georeference),
+                **how,
             )
+            for level, (of_level, small) in enumerate(zip(levels, shapes, strict=True), start=1):
+                rows = tiles(read_bands(of_level, small, dtype), level)
+                tiff.write(rows, shape=small, subfiletype=1, extratags=nodata, **how)
     except BaseException:
         drop(file)
         raise
+    finally:
+        for of_level in levels:
+            drop(of_level)
     return file
+
+
+def _nodata_tag(nodata: int | None) -> list[Tag]:
+    return [] if nodata is None else [(GDAL_NODATA, "s", 0, str(nodata), True)]
+
+
+def _resolution(where: Georeference) -> dict[str, Any]:
+    """Return the size of pixels as TIFF tells it: pixels per centimetre."""
+    if where.pixel_unit != "µm" or where.pixel_size is None:
+        return {}
+    height, width = where.pixel_size
+    return {"resolution": (1e4 / width, 1e4 / height), "resolutionunit": "CENTIMETER"}
 
 
 def bands_of(mask: StoredMask) -> Iterator[Array]:

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unet_core.arrays import Array
 from unet_core.errors import ImageError, ShardError
 from unet_core.export import coco
 from unet_core.export.instances import Objects, find_objects, measure_instances
-from unet_core.export.mask_images import bands_of, encode_png, encode_tiff
+from unet_core.export.mask_images import Appearance, bands_of, encode_png, encode_tiff
 from unet_core.export.names import Names
 from unet_core.images.decoder import DecodedImage
+from unet_core.images.georeference import Georeference
 from unet_core.inputs.shards import Shard
 from unet_core.runs import schema
 from unet_core.runs.parts import current_ids, masks_sha256, read_metrics
@@ -68,12 +70,20 @@ class Export:
         """Options that exports of one folder share, by the names that people know them by."""
         known = {**asdict(self.options), "mean_intensity": self.has_input}
         return {
-            # 2: files keep the extension of their image
-            "export_version": "2" if self.names.extension else "1",
+            "export_version": self._version,
             "fingerprint": self.results.record.fingerprint,
             "names": self.names.digest,
             **{key: str(value) for key, value in known.items()},
         }
+
+    @property
+    def _version(self) -> str:
+        """Version of the files: 1, 2 with the extension of their image in the name, 3 with nodata,
+        georeference and overviews.
+        """
+        if not self.names.extension:
+            return "1"
+        return "2" if self.results.nodata is None else "3"
 
     def create_or_join(self) -> None:
         """Publish the identity of the export, or join the one that is there.
@@ -146,7 +156,8 @@ class Export:
 
     def _rows(self, shard: Shard, metrics: pa.Table) -> Iterator[tuple[Row, pa.Table | None]]:
         """A row of the index for each of a metrics part, and the objects of that image."""
-        rows = metrics.select(["image_id", "height", "width", "status", "error_message"])
+        columns = ["image_id", "height", "width", "status", "error_message", *Georeference._fields]
+        rows = schema.conformed(metrics, schema.METRICS).select(columns)
         ok = rows.filter(pc.field("status") == "ok")["image_id"].to_pylist()
         inputs = _inputs(self.results, shard, ok) if self.has_input else repeat(None)
         with open_masks(self.results.run.store, shard.shard_id) as masks:
@@ -155,7 +166,8 @@ class Export:
                     yield {**row, "problem": row["error_message"]}, None
                 else:
                     mask = masks.mask(row["image_id"])
-                    made, found = self._image(mask, next(inputs))
+                    where = Georeference(*(row[name] for name in Georeference._fields))
+                    made, found = self._image(mask, next(inputs), where)
                     yield {**row, **made}, found
 
     def _remove_all_but(self, files: set[str | None], shard_id: str) -> None:
@@ -166,7 +178,7 @@ class Export:
                     self.store.remove(row["file"])
 
     def _image(
-        self, mask: StoredMask | None, image: DecodedImage | None
+        self, mask: StoredMask | None, image: DecodedImage | None, where: Georeference
     ) -> tuple[Row, pa.Table | None]:
         """Write one image; what its row of the index says beside its size, and its objects."""
         if mask is None:
@@ -180,20 +192,27 @@ class Export:
                     "--format tiff without --objects has no limit",
                 )
             if not self.options.objects:
-                return self._written(mask), None
-            found = find_objects(mask.whole(), self.options.objects == "watershed")
-            row = self._written(mask, found)
+                return self._written(mask, where), None
+            found = find_objects(self._classes_of(mask), self.options.objects == "watershed")
+            row = self._written(mask, where, found)
             ids = [mask.image_id] * len(found.classes)
             table = {"image_id": ids, **_measured(found, image)}
             return row, pa.Table.from_pydict(table, schema=schema.OBJECTS)
         except ImageError as refused:
             return {"status": "refused", "problem": str(refused)}, None
 
-    def _written(self, mask: StoredMask, found: Objects | None = None) -> Row:
+    def _classes_of(self, mask: StoredMask) -> Array:
+        """Class ids HW of a mask, with background where pixels are not valid."""
+        ids_HW = mask.whole()
+        return ids_HW if self.results.nodata is None else ids_HW * (ids_HW != self.results.nodata)
+
+    def _written(self, mask: StoredMask, where: Georeference, found: Objects | None = None) -> Row:
         """Write a mask's classes, or the objects that were found in it; what the index says of it:
         its file, or annotations.
         """
-        palette = self.results.palette if found is None else None
+        look = Appearance(georeference=where)
+        if found is None:
+            look = Appearance(self.results.palette, self.results.nodata, where)
         size = mask.height, mask.width
         name = self.names.of(mask.image_id) if self.names.extension else ""
         match self.options.format:
@@ -204,13 +223,13 @@ class Export:
                         f"{len(found.classes):,} objects, a 16-bit PNG tells {MOST_LABELS:,} "
                         "apart; use --format tiff",
                     )
-                file = encode_png(mask.whole() if found is None else found.labels_HW, palette)
+                file = encode_png(mask.whole() if found is None else found.labels_HW, look)
             case "tiff":
                 kind = np.uint16 if found and len(found.classes) <= MOST_LABELS else np.uint32
                 bands = bands_of(mask) if found is None else [found.labels_HW.astype(kind)]
-                file = encode_tiff(size, bands, palette)
+                file = encode_tiff(size, bands, look)
             case "coco":
-                regions = (found or Objects.of_classes(mask.whole())).regions()
+                regions = (found or Objects.of_classes(self._classes_of(mask))).regions()
                 polygons = self.options.polygons
                 return {"annotations": [coco.annotation(*at, size, polygons) for at in regions]}
             case "":  # rows of objects alone

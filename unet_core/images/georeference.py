@@ -15,3 +15,6 @@ class Georeference(NamedTuple):
     """Height and width of a pixel in ``pixel_unit``."""
     pixel_unit: str | None = None
     """``µm``, ``m``, ``degree`` …"""
+
+
+NOWHERE = Georeference()

@@ -91,11 +91,12 @@ def test_names_are_the_ids_with_the_extension_of_what_is_written():
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_an_image_reads_back_as_the_ids_and_shows_its_palette(classes, kind):
     random, palette = np.random.default_rng(1), palette_of(classes)
+    look = mask_images.Appearance(palette)
     mask_HW = random.integers(0, classes, (300, 270)).astype(np.uint8 if classes < 257 else "<u2")
     if kind == "png":
-        file = mask_images.encode_png(mask_HW, palette)
+        file = mask_images.encode_png(mask_HW, look)
     else:
-        file = mask_images.encode_tiff(mask_HW.shape, [mask_HW[:256], mask_HW[256:]], palette)
+        file = mask_images.encode_tiff(mask_HW.shape, [mask_HW[:256], mask_HW[256:]], look)
     with contextlib.closing(file):
         file.seek(0)
         data = file.read()
