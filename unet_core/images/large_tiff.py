@@ -20,7 +20,9 @@ from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import tiff
 from unet_core.images.codec import TIFF_MAGICS, image_of
+from unet_core.images.georeference import Georeference
 from unet_core.images.raster import Raster, Window, full_scale_of
+from unet_core.images.tiff_georeference import georeference_of
 from unet_core.images.tiff_pages import (
     TiffImages,
     count_planes,
@@ -59,7 +61,7 @@ class TiffRaster(Raster):
 
     def __init__(
         self, planes: Planes, mask: Planes | None, page: Any, is_stack: bool,
-        config: InputConfig, as_labels: bool, held_bytes: int,
+        config: InputConfig, as_labels: bool, held_bytes: int, georeference: Georeference | None,
     ) -> None:  # fmt: skip
         self.shape, self.segment_side, self.held_bytes = planes.shape, planes.side, held_bytes
         self._planes, self._mask, self._page, self._is_stack = planes, mask, page, is_stack
@@ -73,7 +75,7 @@ class TiffRaster(Raster):
         pixel_CHW = self._finished(pixel).pixels_CHW
         self.channels, self.dtype = len(pixel_CHW), pixel_CHW.dtype
         self.full_scale = pixel.full_scale or full_scale_of(pixel.pixels.dtype)
-        self.georeference = pixel.georeference
+        self.georeference = georeference
 
     def read(self, window: Box, /) -> Window:
         """Read a window inside the image: pixels like those of decoded images, or stored labels.
@@ -151,7 +153,7 @@ def open_large(
             pages = [] if _is_small(images.pages[0]) else _planes_of(images, config)
             if not pages:
                 return None
-            tiff.fill_unwritten(pages[0], config, as_labels)
+            tiff.prepare(pages[0], config, as_labels)
             has_validity = not as_labels and config.nodata != "none"
             mask = images.mask_of(pages[0]) if has_validity else None
             planes = _opened(pages, file, cache_bytes)
@@ -160,8 +162,9 @@ def open_large(
                 return None
             held_bytes = cache_bytes * (2 if mask else 1)
             return TiffRaster(
-                planes, mask_planes, pages[0], images.is_stack, config, as_labels, held_bytes
-            )
+                planes, mask_planes, pages[0], images.is_stack, config, as_labels, held_bytes,
+                None if as_labels else georeference_of(opened, pages[0]),
+            )  # fmt: skip
 
 
 def _is_small(page: Any) -> bool:

@@ -15,6 +15,7 @@ from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.images.raster import full_scale_of
+from unet_core.images.tiff_georeference import georeference_of
 from unet_core.images.tiff_pages import images_of, name_of, require_allowed, stack_axes
 from unet_core.images.validity import Stored, known_samples, nodata_value, opaque, split_alpha
 
@@ -28,6 +29,10 @@ MIXED = ("PALETTE", "SEPARATED")
 """Photometric interpretations whose channels are each made of all samples."""
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that take sizes from their own stream, which Pillow can read without decoding."""
+ADOBE = b"\xff\xee\x00\x0eAdobe"
+"""Begin of the marker that tells the colors of a JPEG stream, in the 12th byte of its content."""
+MARKER_BYTES = 4096
+"""Bytes of a stream in which the marker is looked for; it comes before the pixels."""
 GDAL_NODATA = 42113
 """Tag that holds a nodata value as text."""
 
@@ -90,19 +95,22 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
                 "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
             )
 
-        def masked(number: int, stored: Stored) -> Stored:
-            mask = images.mask_of(images.pages[0 if images.is_stack else number], number)
+        def finished(number: int, stored: Stored) -> Stored:
+            page = images.pages[0 if images.is_stack else number]
+            if not as_labels:
+                stored = stored._replace(georeference=georeference_of(tiff, page))
+            mask = images.mask_of(page, number)
             return with_mask(stored, _samples(mask)) if mask and has_validity else stored
 
         if not images.is_stack:
             require_allowed(len(images.pages), config)
             return of_each(
                 enumerate(images.pages),
-                lambda one: masked(one[0], _page(one[1], config, as_labels)),
+                lambda one: finished(one[0], _page(one[1], config, as_labels)),
             )
         stacks = [_stack(one, len(images.series), config, as_labels) for one in images.series]
         require_allowed(sum(map(len, stacks)), config)
-        return of_each(enumerate(chain(*stacks)), lambda one: masked(*one))
+        return of_each(enumerate(chain(*stacks)), lambda one: finished(*one))
 
 
 def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
@@ -143,7 +151,7 @@ def _stack(
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
     y, x = axes.index("Y"), axes.index("X")
-    fill_unwritten(series.keyframe, config, as_labels)
+    prepare(series.keyframe, config, as_labels)
     pixels = np.transpose(series.asarray(), [*others, y, x, *channels])
     depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, shape[y], shape[x], depth)
@@ -156,7 +164,7 @@ def _stack(
 
 def _page(page: Any, config: InputConfig, as_labels: bool) -> Stored:
     """Decode a page that is one image, in the colors that it declares."""
-    fill_unwritten(page, config, as_labels)
+    prepare(page, config, as_labels)
     return stored_page(page, _samples(page), config, as_labels, alpha_of(page))
 
 
@@ -178,7 +186,32 @@ def with_mask(stored: Stored, mask: Array) -> Stored:
     return stored._replace(valid_HW=is_valid_HW)
 
 
-def fill_unwritten(page: Any, config: InputConfig, as_labels: bool) -> None:
+def prepare(page: Any, config: InputConfig, as_labels: bool) -> None:
+    """Correct what the decoder takes from the tags of a page: its colors, and what segments hold
+    that the file does not hold.
+    """
+    _trust_stream(page)
+    _fill_unwritten(page, config, as_labels)
+
+
+def _trust_stream(page: Any) -> None:
+    """Take JPEG as YCbCr if its stream says so, in Adobe's marker, although the tag says RGB."""
+    layout = page.keyframe
+    if name_of(layout.compression) != "JPEG" or name_of(layout.photometric) != "RGB":
+        return
+    written = (
+        at for at, count in zip(page.dataoffsets, page.databytecounts, strict=False) if count
+    )
+    if start := next(written, 0):
+        file = page.parent.filehandle
+        file.seek(start)
+        marker = file.read(MARKER_BYTES).find(ADOBE)
+        file.seek(start + max(0, marker) + len(ADOBE) + 6)
+        if marker >= 0 and file.read(1) == b"\1":
+            layout.photometric = tifffile.PHOTOMETRIC.YCBCR
+
+
+def _fill_unwritten(page: Any, config: InputConfig, as_labels: bool) -> None:
     """Make segments that the file does not hold nodata, or 0 where there is no such value."""
     page.keyframe.nodata = 0
     declared = _declared_nodata(page)
@@ -239,6 +272,8 @@ def stored_page(
 def _colors(page: Any, pixels: Any) -> Any:
     """Convert stored values without alpha to gray, RGB or channels as they are."""
     bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
+    if name_of(page.compression) == "APERIO_JP2000_YCBC":  # whatever else its tags say
+        return np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB"))
     match name_of(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
