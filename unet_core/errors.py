@@ -5,7 +5,10 @@
 import re
 from typing import Literal
 
-Circumstance = Literal["worker_died", "timeout", "out_of_memory", "missing", "changed", "truth"]
+Circumstance = Literal[
+    "worker_died", "timeout", "out_of_memory",
+    "missing", "changed", "archived", "forbidden", "truth",
+]  # fmt: skip
 """Codes of failures that one attempt may meet and another not."""
 ErrorCode = Literal[
     Circumstance,
@@ -46,12 +49,35 @@ class StoreError(UnetJobsError):
     exit_code = 3
 
 
-class NotFoundError(StoreError):
+class ObjectError(StoreError):
+    """One object cannot be read; the store itself may be well."""
+
+    code: Circumstance
+    """Error code of the row of an image that is this object."""
+
+
+class NotFoundError(ObjectError):
     """There is no such object."""
 
+    code = "missing"
 
-class ChangedError(StoreError):
+
+class ChangedError(ObjectError):
     """An object was written again since it was listed."""
+
+    code = "changed"
+
+
+class ArchivedError(ObjectError):
+    """An object must be restored before it can be read."""
+
+    code = "archived"
+
+
+class ForbiddenError(ObjectError):
+    """Access to an object is denied; perhaps to all of them."""
+
+    code = "forbidden"
 
 
 class ParquetDamagedError(StoreError):

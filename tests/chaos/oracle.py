@@ -14,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-CIRCUMSTANTIAL = {"worker_died", "timeout", "out_of_memory", "changed", "missing"}
+CIRCUMSTANTIAL = {
+    "worker_died", "timeout", "out_of_memory", "changed", "missing", "archived", "forbidden",
+}  # fmt: skip
 """Error codes that an undisturbed run does not have."""
 LAST_BITS = 64
 """Of a sum of round(p · 65535) over an image."""

@@ -1,6 +1,8 @@
 """What a run does about images that fail, shards that cannot be done, and an input that changes."""
 
+import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from jobs.predict import predict
 from tests.support.data import digests, write_folder, write_tar, write_tars
-from tests.support.runs import snapshot, write_toml
+from tests.support.runs import snapshot, table, write_toml
 from unet_core.config.predict import ErrorsConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.runs.compact import compact
@@ -191,6 +193,33 @@ def test_a_list_whose_images_are_gone_as_a_whole_stops_the_run(make_config, tmp_
     images.rename(tmp_path / "away")
     with pytest.raises(StoreError, match="images is gone"):
         predict(make_config(input=section, out="again"))
+
+
+def test_local_files_that_may_not_be_read_are_failed_rows_until_they_may(
+    make_config, tmp_path, monkeypatch
+):
+    def denying(path, *mode, **how):
+        """Root may read everything, so that no mode of a file would be of use here."""
+        if str(path).endswith(denied):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open(path, *mode, **how)
+
+    (tmp_path / "in").mkdir()
+    folder = write_folder(tmp_path / "in")
+    section = {"uri": str(folder / "images"), "masks": str(folder / "masks"), "shard_images": 4}
+    config = make_config(input=section, errors={"max_failed_images": 1})
+    monkeypatch.setattr("unet_core.storage.store.open", denying, raising=False)
+    denied = ("images/cell05.png", "masks/cell06.png")
+    outcome = predict(config)
+    assert (outcome.totals.ok, outcome.totals.errors) == (11, {"forbidden": 1, "truth": 1})
+    told = [
+        row["error_message"] for row in table(tmp_path / "run", "metrics") if row["error_message"]
+    ]
+    assert re.search(r"cell05.png: Permission denied; let this user read it; then pre", told[0])
+    assert re.search(r"^the mask cannot be used: .*masks/cell06.png: Permission denied", told[1])
+    denied = ("masks/cell06.png",)
+    again = predict(config, retry_failed=True)
+    assert (again.totals.ok, again.totals.errors) == (12, {"truth": 1})
 
 
 def test_loose_images_that_change_under_a_run_are_failed_rows(make_config, tmp_path, once_listed):

@@ -20,10 +20,11 @@ from tests.support.rgw import moto_only
 from tests.support.runs import masks_by_key, write_toml
 from tests.support.s3 import BUCKET, POLICY
 from unet_core.config.sections import InputConfig, StorageConfig
-from unet_core.errors import CheckpointError, ImageError, ShardError, StoreError
+from unet_core.errors import CheckpointError, ConfigError, ImageError, ShardError, StoreError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.networks import checkpoint
 from unet_core.networks.header import checkpoint_digest, read_header, read_header_and_digest
+from unet_core.runs.parts import read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
@@ -198,19 +199,36 @@ def test_a_run_of_ten_shards_asks_the_store_no_more_than_it_must(
     assert len(s3.requests) <= 80  # were 90
 
 
-def test_keys_that_cannot_be_listed_are_told_and_a_list_reads_them(s3, prefix, tmp_path):
-    client = s3.client()
-    for key in ("a/b.png", "a//b.png"):
-        client.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=key.encode())
-    storage = StorageConfig(endpoint_url=s3.url)
-    with pytest.raises(StoreError, match="keys with an empty part"):
-        Store(f"s3://{BUCKET}/{prefix}", storage).list()
-    (tmp_path / "list.csv").write_text(f"uri\ns3://{BUCKET}/{prefix}/a//b.png\n")
-    config = InputConfig(uri=f"{tmp_path}/list.csv", format="list", allow=[f"s3://{BUCKET}"])
-    source = open_source(config, storage)
-    (shard,) = list_shards(source)
-    (sample,) = read_shard(source, shard)
-    assert sample.read() == b"a//b.png"
+ODD_KEYS = ("a/b.png", "a//b.png", "/b.png", "c.png/", "d?versionId=1.png", "d\\e.png", "f::g.png")
+
+
+def test_images_with_keys_that_no_file_system_has_are_segmented(make_config, s3, prefix, tmp_path):
+    client, images = s3.client(), pictures()
+    for key, (_, image, _) in zip(ODD_KEYS, images, strict=False):
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}/in/{key}", Body=png(image))
+        client.put_object(Bucket=BUCKET, Key=f"{prefix}/in/truth/{key}", Body=png(image))
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/in/a/", Body=b"")  # marks a folder
+    uris = [f"s3://{BUCKET}/{prefix}/in/{key}" for key in ODD_KEYS]
+    (tmp_path / "list.csv").write_text("\n".join(["uri", *uris]))
+    place = f"s3://{BUCKET}/{prefix}/in"
+    listed = {"uri": f"{tmp_path}/list.csv", "format": "list", "allow": [place], "masks": ""}
+    found = {"uri": place, "masks": f"{place}/truth"}
+    for name, section in (("found", found), ("listed", listed)):
+        config = make_config(out=name, input=section, storage={"endpoint_url": s3.url})
+        outcome = predict(config)
+        assert outcome.totals.ok == len(ODD_KEYS)
+        rows = [
+            row
+            for shard_id in outcome.run.committed()
+            for row in read_metrics(outcome.run.store, shard_id)[0].to_pylist()
+        ]
+        shapes = {row["image_id"]: (row["height"], row["width"]) for row in rows}
+        pairs = zip(ODD_KEYS, images, strict=False)
+        assert shapes == {key: image.shape[:2] for key, (_, image, _) in pairs}
+    config = make_config(out="up", input={**listed, "masks": ""}, storage={"endpoint_url": s3.url})
+    (tmp_path / "list.csv").write_text(f"uri\n{place}/a/../b.png\n")
+    with pytest.raises(ConfigError, match=r"the list names .*a/\.\./b\.png"):
+        predict(config)
 
 
 def test_objects_that_change_under_a_run_are_never_read(s3, prefix, folder, tars):

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 import uuid
 from dataclasses import dataclass, field
 
@@ -11,13 +12,17 @@ from botocore.exceptions import ClientError
 from jobs.predict import predict
 from tests.support.data import digests, pictures, write_tar
 from tests.support.fault_proxy import FaultProxy, Rule
+from tests.support.rgw import moto_only
 from tests.support.runs import config_of
 from tests.support.s3 import BUCKET, S3
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import StoreError
+from unet_core.inputs.folder import ListedFile
+from unet_core.runs.parts import read_metrics
 from unet_core.runs.run import Run
 from unet_core.runs.verify import verify
 from unet_core.storage import object_stores
+from unet_core.storage.store import Store
 from unet_core.synthetic import png
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that s3fs caches
@@ -73,12 +78,14 @@ class World:
             key = f"{self.prefix}/input-{name}"
             self.s3.client().put_object(Bucket=bucket, Key=key, Body=data)
 
-    def config(self, out="", kind="tars", bucket=BUCKET, **storage):
-        """``out`` is a local folder, or a new place in the bucket."""
+    def config(self, out="", kind="tars", bucket=BUCKET, failing=0, masks="", **storage):
+        """``out`` is a local folder, or a new place in the bucket; ``failing`` images may fail."""
         inside = f"s3://{bucket}/{self.prefix}/{uuid.uuid4().hex[:8]}/run"
         uri = f"s3://{bucket}/{self.prefix}/input-{kind}"
         storage = {"endpoint_url": self.proxy.url, **storage}
-        return config_of(uri, self.model, out or inside, "input.shard_images=3", storage=storage)
+        overrides = ["input.shard_images=3", f"errors.max_failed_images={failing}"]
+        masks = {"masks": masks}
+        return config_of(uri, self.model, out or inside, *overrides, storage=storage, input=masks)
 
     def parts(self, config):
         """Digests of a run in the store."""
@@ -179,6 +186,138 @@ def test_credentials_that_expire_stop_the_run_with_one_message_and_good_ones_fin
     world.proxy.use()
     assert predict(config).totals.failed == 0
     require_undisturbed(world, config)
+
+
+@pytest.mark.parametrize("fault", ["refresh", "unknown key", "wrong key", "unknown token"])
+def test_credentials_that_are_refused_end_a_run_at_once(world, fault):
+    rule = Rule("GET|PUT", "", fault, len(world.asked) // 2, ALWAYS)
+    world.proxy.use(rule)
+    config = world.config()
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"check the credentials") as seen:
+        predict(config)
+    assert time.monotonic() - began < 30 < config.storage.deadline_s
+    assert seen.value.exit_code == 3
+    assert 1 <= rule.hits <= 6
+    world.proxy.use()
+    assert predict(config).totals.failed == 0
+    require_undisturbed(world, config)
+
+
+def test_objects_that_are_denied_or_archived_fail_alone_until_they_can_be_read(world):
+    names = sorted(name for name in world.files if name.startswith("loose"))
+    archived = Rule("GET", rf"input-{names[1]}", "archived", last=ALWAYS)
+    denied = Rule("GET", rf"input-{names[4]}", "denied", last=ALWAYS)
+    world.proxy.use(archived, denied)
+    config = world.config(kind="loose", failing=2)
+    outcome = predict(config)
+    assert (archived.hits, denied.hits) == (1, 1)
+    assert outcome.totals.ok == 4
+    told = {
+        row["error_code"]: row["error_message"]
+        for shard_id in outcome.run.committed()
+        for row in read_metrics(outcome.run.store, shard_id)[0].to_pylist()
+        if row["status"] == "failed"
+    }
+    assert set(told) == {"archived", "forbidden"}
+    again = r"; then predict --retry-failed reads it again \(masks: evaluate\)$"
+    restore = r"; restore it first \(S3: aws s3api restore-object, .*\)"
+    assert re.search(rf"cannot read s3://.*{names[1]}: .*class{restore}{again}", told["archived"])
+    assert re.search(rf"cannot read s3://.*{names[4]}: Access Denied; .*{again}", told["forbidden"])
+    world.proxy.use()
+    assert predict(config, retry_failed=True).totals.failed == 0
+    require_undisturbed(world, config, "loose")
+
+
+@moto_only("RGW has no archive")
+def test_an_archived_object_is_read_once_it_is_restored(world):
+    client, name = world.s3.client(), "loose/cell01.png"
+    place = {"Bucket": BUCKET, "Key": f"{world.prefix}/input-{name}"}
+    client.put_object(**place, Body=world.files[name], StorageClass="DEEP_ARCHIVE")
+    config = world.config(kind="loose", failing=1)
+    assert predict(config).totals.errors == {"archived": 1}
+    client.restore_object(**place, RestoreRequest={"Days": 1})
+    assert predict(config, retry_failed=True).totals.failed == 0
+    require_undisturbed(world, config, "loose")
+    client.put_object(**place, Body=world.files[name])
+
+
+@pytest.mark.parametrize("fault", ["denied", "archived"])
+def test_a_tar_that_cannot_be_read_is_set_aside_until_it_can(world, fault):
+    world.proxy.use(Rule("GET", r"/a\.tar", fault, last=ALWAYS))
+    config = world.config()
+    outcome = predict(config)
+    assert outcome.totals.ok == 2
+    (reason,) = outcome.set_aside.values()
+    assert re.search(r"cannot read s3://.*/a\.tar: .*; then the same command continues$", reason)
+    world.proxy.use()
+    assert predict(config).set_aside == {}
+    require_undisturbed(world, config)
+
+
+@pytest.mark.parametrize("fault", ["denied", "archived"])
+def test_a_tar_that_cannot_be_read_keeps_its_commit_when_failed_shards_are_done_again(
+    world, tmp_path, fault
+):
+    write_tar(tmp_path / "a", {"bad.png": b"no image", "good.png": world.files["loose/cell00.png"]})
+    place = f"{world.prefix}/spoiled"
+    world.s3.client().upload_file(str(tmp_path / "a"), BUCKET, f"{place}/a.tar")
+    config = world.config(failing=1)
+    config = config.model_copy(
+        update={"input": config.input.model_copy(update={"uri": f"s3://{BUCKET}/{place}"})}
+    )
+    first = predict(config)
+    world.proxy.use(
+        Rule("GET|HEAD" if fault == "denied" else "GET", r"/a\.tar", fault, last=ALWAYS)
+    )
+    again = predict(config, retry_failed=True)
+    assert (again.was_finished, again.totals) == (True, first.totals)
+
+
+@pytest.mark.parametrize("fault", ["denied", "archived"])
+def test_truth_that_cannot_be_read_does_not_spoil_its_image(world, fault):
+    for name, data in world.files.items():
+        if name.startswith("loose/"):
+            key = f"{world.prefix}/masks/{name.removeprefix('loose/')}"
+            world.s3.client().put_object(Bucket=BUCKET, Key=key, Body=data)
+    world.proxy.use(Rule("GET", r"/masks/cell02", fault, last=ALWAYS))
+    config = world.config(kind="loose", masks=f"s3://{BUCKET}/{world.prefix}/masks")
+    outcome = predict(config)
+    assert (outcome.totals.ok, outcome.totals.failed) == (6, 0)
+    rows = {
+        row["key"]: row
+        for shard_id in outcome.run.committed()
+        for row in read_metrics(outcome.run.store, shard_id)[0].to_pylist()
+    }
+    assert rows["cell02"]["error_code"] == "truth"
+    assert "the mask cannot be used: cannot read s3://" in rows["cell02"]["error_message"]
+
+
+def test_access_that_is_denied_to_all_stops_the_run(world):
+    calm = Rule("GET", PLACES["a listing of the input"][1], "none", last=ALWAYS)
+    world.proxy.use(calm)
+    predict(world.config(kind="loose"))
+    denied = Rule(*LOOSE, "denied", last=ALWAYS)
+    unlisted = Rule("GET", calm.path, "denied", calm.seen + 1, ALWAYS)
+    world.proxy.use(denied, unlisted)
+    config = world.config(kind="loose", failing=6)
+    with pytest.raises(StoreError, match=r"cannot list .*Access Denied; check the cred") as seen:
+        predict(config)
+    assert seen.value.exit_code == 3
+    world.proxy.use(denied)  # a listing shows that it is not the credentials
+    assert predict(world.config(kind="loose", failing=6)).totals.errors == {"forbidden": 6}
+    world.proxy.use()
+    assert predict(config).totals.failed == 0
+    require_undisturbed(world, config, "loose")
+
+
+def test_access_that_is_withdrawn_is_told_by_what_could_be_read_before(world):
+    store = Store(f"s3://{BUCKET}/{world.prefix}", world.config().storage)
+    first, second, *_ = (ListedFile(store, f"input-{name}") for name in world.files)
+    world.proxy.use(Rule(*LOOSE, "denied", 2, ALWAYS))
+    first.read()
+    with pytest.raises(StoreError, match=rf"cannot read .*{first.name}: Access Denied; check"):
+        second.read()
 
 
 def test_a_store_that_never_recovers_ends_at_the_deadline_and_the_run_can_go_on(world):

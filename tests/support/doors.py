@@ -12,7 +12,7 @@ from typing import Any
 from tests.support.data import reading
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
-from unet_core.images import large_tiff, tiff
+from unet_core.images import large_tiff, tiff_pages
 from unet_core.images.codec import decode_images, decode_labels
 from unet_core.inputs import webdataset
 from unet_core.inputs.formats import list_shards, open_source, read_shard
@@ -69,7 +69,7 @@ def picture(data: bytes) -> list[tuple[int, ...]]:
 
 def picture_or_code(data: bytes) -> object:
     """The shapes, or the code of the refusal. For a child process: it allows fewer pages."""
-    tiff.MAX_PAGES = 1000
+    tiff_pages.MAX_PAGES = 1000
     try:
         return picture(data)
     except ImageError as error:

@@ -19,6 +19,12 @@ REFUSALS = {
     "slow down": (503, "SlowDown", "Please reduce your request rate."),
     "internal error": (500, "InternalError", "We encountered an internal error."),
     "expired token": (400, "ExpiredToken", "The provided token has expired."),
+    "refresh": (400, "TokenRefreshRequired", "The provided token must be refreshed."),
+    "unknown key": (403, "InvalidAccessKeyId", "The AWS Access Key Id does not exist."),
+    "wrong key": (403, "SignatureDoesNotMatch", "The request signature does not match."),
+    "unknown token": (403, "InvalidClientTokenId", "The security token is invalid."),
+    "denied": (403, "AccessDenied", "Access Denied"),
+    "archived": (403, "InvalidObjectState", "It is not valid for the object's storage class"),
 }
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PIECE = 2**16

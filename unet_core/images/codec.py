@@ -50,7 +50,8 @@ def decode_images(data: bytes, config: InputConfig) -> list[Raster | ImageError]
 
 
 def _in_memory(page: Stored, config: InputConfig) -> Raster:
-    return ArrayRaster(*image_of(page, config), full_scale_of(page.pixels.dtype))
+    full_scale = page.full_scale or full_scale_of(page.pixels.dtype)
+    return ArrayRaster(*image_of(page, config), full_scale, page.georeference)
 
 
 def image_of(stored: Stored, config: InputConfig) -> Window:
@@ -61,7 +62,7 @@ def image_of(stored: Stored, config: InputConfig) -> Window:
     """
     pixels, valid_HW, known_HWC = (
         array[..., None] if array is not None and array.ndim < n else array
-        for array, n in zip(stored, (3, 2, 3), strict=True)
+        for array, n in zip(stored[:3], (3, 2, 3), strict=True)
     )
     if config.channels:
         wanted, there = max(config.channels), pixels.shape[2]
@@ -77,7 +78,9 @@ def image_of(stored: Stored, config: InputConfig) -> Window:
     if known_HWC is not None:
         is_pixel_HW = known_HWC.any(axis=2)
         valid_HW = is_pixel_HW if valid_HW is None else valid_HW & is_pixel_HW
-        known_HWC = None if known_HWC.all(axis=2, where=is_pixel_HW[..., None]).all() else known_HWC
+        known_HWC = known_HWC & valid_HW[..., None]
+        if (known_HWC == valid_HW[..., None]).all():
+            known_HWC = None
     if pixels.dtype.kind not in "uif":
         raise ImageError("mode", f"pixels of type {pixels.dtype} are not supported")
     is_narrow = pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2
@@ -170,8 +173,7 @@ def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
         raise ImageError("too_large", f"{len(data)} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     with decoding():
         if data.startswith(TIFF_MAGICS):
-            pages = decode_tiff(data, config, as_labels)
-            return [page if isinstance(page, ImageError) else Stored(page) for page in pages]
+            return decode_tiff(data, config, as_labels)
         try:
             pixels = _decode_single(data, config, as_labels)
         except UnidentifiedImageError as error:

@@ -14,8 +14,8 @@ LARGE_FILE_BYTES = 64 * 2**20
 class Sample:
     """One image as it was found: named, not yet decoded.
 
-    Reading raises StoreError, and ImageError (``missing``, ``changed``) where the image alone is
-    not what it was when the run began.
+    Reading raises StoreError, and ImageError (``missing``, ``changed``, ``archived``,
+    ``forbidden``) where it is the image alone that cannot be read as it was listed.
     """
 
     image_id: str

@@ -1,37 +1,40 @@
-"""TIFF in its many shapes: pages, channels, axes and colors, through tifffile.
-
-Axes by tifffile's letters: Y rows, X columns, S samples, C channels; all others are pages.
-"""
+"""TIFF in its many shapes: pages, channels, axes and colors, through tifffile."""
 
 import io
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
+from unet_core.images.raster import full_scale_of
+from unet_core.images.tiff_georeference import georeference_of
+from unet_core.images.tiff_pages import images_of, name_of, require_allowed, stack_axes
+from unet_core.images.validity import Stored, known_samples, nodata_value, opaque, split_alpha
 
 ResultT = TypeVar("ResultT")
 
 VALUES_PER_PIXEL = 8
 """Largest number of values in all pages and channels, as a multiple of ``max_pixels``."""
-MAX_PLANES = 2**20
-"""Largest number of planes that OME metadata may claim: their list alone takes memory."""
-MAX_PAGES = 2**15
-"""Largest number of pages; a page takes about 16 kB as soon as it is listed."""
-NUMBERS = (
-    "imagewidth", "imagelength", "imagedepth", "tilewidth", "tilelength", "tiledepth",
-    "rowsperstrip", "samplesperpixel",
-)  # fmt: skip
-"""Properties of a page that tifffile multiplies, and that must be integers."""
+STRETCH = {2: 85, 4: 17}
+"""Factors by bits that stretch gray to 8 bits, as PNG gray is."""
+MIXED = ("PALETTE", "SEPARATED")
+"""Photometric interpretations whose channels are each made of all samples."""
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that take sizes from their own stream, which Pillow can read without decoding."""
+ADOBE = b"\xff\xee\x00\x0eAdobe"
+"""Begin of the marker that tells the colors of a JPEG stream, in the 12th byte of its content."""
+MARKER_BYTES = 4096
+"""Bytes of a stream in which the marker is looked for; it comes before the pixels."""
+GDAL_NODATA = 42113
+"""Tag that holds a nodata value as text."""
 
 
 @contextmanager
@@ -76,56 +79,38 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
-    """Decode each page to an array HW or HWC, or an ImageError; raises it for refused files."""
+    """Decode each image to a ``Stored``, or an ImageError; raises it for refused files."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        tiff.pages._offsets = Chain(tiff.pages._offsets)
-        full_size = [p for p in tiff.pages if not getattr(p, "is_reduced", False)]
-        pages: list[Any] = full_size or [tiff.pages.first]
-        for page in pages:
-            require_numbers(page)
+        images = images_of(tiff, config)
+        has_validity = not as_labels and config.nodata != "none"
+        masks = [images.mask_of(page) for page in images.pages if has_validity]
+        checked = images.pages + [mask for mask in masks if mask]
+        for page in checked:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
             _check_segments(page, data, config)
-        series = full_series(tiff)
-        by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in pages)
-        values = max(by_pages, sum(math.prod(s.shape) for s in series))
+        by_pages = sum(p.imagewidth * p.imagelength * p.samplesperpixel for p in checked)
+        values = max(by_pages, sum(math.prod(s.shape) for s in images.series))
         if values > (allowed := VALUES_PER_PIXEL * config.max_pixels):
             raise ImageError(
                 "too_large", f"{values} values in all pages and channels, allowed: {allowed}"
             )
-        if is_stack(tiff, len(pages), series, config):
-            stacks = [_stack(one, len(series), config, as_labels) for one in series]
-            require_allowed(sum(map(len, stacks)), config)
-            return [page for stack in stacks for page in stack]
-        require_allowed(len(pages), config)
-        return of_each(pages, lambda page: _page(page, config, as_labels))
 
+        def finished(number: int, stored: Stored) -> Stored:
+            page = images.pages[0 if images.is_stack else number]
+            if not as_labels:
+                stored = stored._replace(georeference=georeference_of(tiff, page))
+            mask = images.mask_of(page, number)
+            return with_mask(stored, _samples(mask)) if mask and has_validity else stored
 
-class Chain(list[int]):
-    """Offsets of the pages of a file; refuses a page chain that runs in a circle."""
-
-    def __init__(self, offsets: list[int]) -> None:
-        super().__init__(offsets)
-        self._seen = set(offsets)
-
-    def append(self, offset: int) -> None:
-        """Raises ImageError for a page that was there before, and for too many."""
-        if offset in self._seen:
-            raise ImageError("decode", f"its pages go in a circle at byte {offset}")
-        if len(self) >= MAX_PAGES:
-            raise ImageError("too_large", f"more than {MAX_PAGES} pages")
-        self._seen.add(offset)
-        super().append(offset)
-
-
-def require_numbers(page: Any) -> None:
-    """Raise ImageError for sizes that are texts or lists: times a number, they fill memory."""
-    for name in NUMBERS:
-        value = getattr(page.keyframe, name)
-        if not isinstance(value, int):
-            raise ImageError("decode", f"{name} is {str(value)[:50]}, not a number")
-    for kind in {*map(type, page.dataoffsets), *map(type, page.databytecounts)}:
-        if not issubclass(kind, int | np.integer):
-            raise ImageError("decode", "where its strips or tiles lie is no number")
+        if not images.is_stack:
+            require_allowed(len(images.pages), config)
+            return of_each(
+                enumerate(images.pages),
+                lambda one: finished(one[0], _page(one[1], config, as_labels)),
+            )
+        stacks = [_stack(one, len(images.series), config, as_labels) for one in images.series]
+        require_allowed(sum(map(len, stacks)), config)
+        return of_each(enumerate(chain(*stacks)), lambda one: finished(*one))
 
 
 def _check_segments(page: Any, data: bytes, config: InputConfig) -> None:
@@ -158,106 +143,138 @@ def check_sniffed(data: bytes, side: tuple[int, int]) -> None:
         raise ImageError("decode", f"{height} × {width} pixels in a segment of {side}")
 
 
-def full_series(tiff: Any) -> list[Any]:
-    """List the series of a file, without those that repeat another one at a smaller size.
-
-    Raises ImageError for metadata that claims more planes than memory has room to list.
-    """
-    ome_xml = (tiff.is_ome and tiff.ome_metadata) or ""
-    sizes = [
-        math.prod(int(size) for size in re.findall(r"Size[CZT]\s*=\s*[\"'](\d+)", pixels))
-        for pixels in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", ome_xml)
-    ]
-    sizes += map(int, re.findall(r"(?:PlaneCount|NumPlanes)\s*=\s*[\"'](\d+)", ome_xml))
-    most = max(sizes, default=0)
-    if most > MAX_PLANES:
-        raise ImageError("too_large", f"{most} planes by its metadata, allowed: {MAX_PLANES}")
-    return [s for s in tiff.series if s.pages and not getattr(s.keyframe, "is_reduced", False)]
-
-
-def is_stack(tiff: Any, number_of_pages: int, series: list[Any], config: InputConfig) -> bool:
-    """Whether pages are planes of something whose axes are declared, or lie behind one page."""
-    if number_of_pages > 1 and (config.axes or tiff.is_ome or tiff.is_imagej):
-        return True
-    return sum(planes(s.shape, s.axes, "YXS") for s in series) > number_of_pages
-
-
-def planes(shape: tuple[int, ...], axes: str, axes_of_a_plane: str) -> int:
-    """Count the planes of an image with these axes."""
-    return math.prod(n for n, axis in zip(shape, axes, strict=True) if axis not in axes_of_a_plane)
-
-
-def require_allowed(pages: int, config: InputConfig) -> None:
-    """Raise ImageError for several pages, unless each may be an image."""
-    if pages > 1 and config.pages == "refuse":
-        raise ImageError(
-            "frames",
-            f"the TIFF holds {pages} pages; input.pages = 'expand' makes each an image, "
-            "input.axes = 'CYX' makes them channels",
-        )
-
-
-def _stack(series: Any, number_of_series: int, config: InputConfig, as_labels: bool) -> list[Any]:
+def _stack(
+    series: Any, number_of_series: int, config: InputConfig, as_labels: bool
+) -> list[Stored]:
     """Decode planes whose axes are declared: channels are joined, every other axis is pages."""
     axes, shape = stack_axes(series, number_of_series, config), series.shape
     others = [i for i, axis in enumerate(axes) if axis not in "YXCS"]
     channels = [i for i, axis in enumerate(axes) if axis in "CS"]
     y, x = axes.index("Y"), axes.index("X")
+    prepare(series.keyframe, config, as_labels)
     pixels = np.transpose(series.asarray(), [*others, y, x, *channels])
     depth = math.prod(shape[i] for i in channels)
     pages_NHWC = pixels.reshape(-1, shape[y], shape[x], depth)
-    if "S" in axes and "C" not in axes:
-        pages_NHWC = _without_alpha(series.keyframe, pages_NHWC, config)
-    return list(from_bits(pages_NHWC, as_labels))
+    alpha = alpha_of(series.keyframe) if "S" in axes and "C" not in axes else []
+    return [
+        stored_page(series.keyframe, page_HWC, config, as_labels, alpha, is_stack=True)
+        for page_HWC in pages_NHWC
+    ]
 
 
-def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
-    """Return the axes of a stack; raises ImageError for impossible ones, odd colors and gaps."""
-    axes, shape = config.axes or series.axes, series.shape
-    is_wrong = len(axes) != len(shape) or "Y" not in axes or "X" not in axes
-    if is_wrong or (config.axes and number_of_series > 1):
-        found = series.axes if number_of_series == 1 else f"{number_of_series} sizes of pages"
-        raise ImageError("axes", f"the TIFF has shape {shape} and {found}, which is not {axes}")
-    page = series.keyframe
-    if not is_plain(page) or page.bitspersample in (2, 4):  # colors that only single pages have
-        raise ImageError(
-            "mode",
-            f"a stack of {_name(page.photometric)} at {page.bitspersample} bits is not supported",
-        )
-    if any(plane is None for plane in series.pages):
-        raise ImageError("frames", "planes of the stack are missing; they lie in other files")
-    return str(axes)
-
-
-def is_plain(page: Any) -> bool:
-    """Whether each sample of a page is a channel of its own, as it is."""
-    return _name(page.photometric) in ("MINISBLACK", "RGB", "0")
-
-
-def _without_alpha(page: Any, pixels: Any, config: InputConfig) -> Any:
-    """Drop the samples that the page declares as alpha, unless channels are chosen."""
-    extras = enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
-    alpha = [at for at, kind in extras if at > 0 and _name(kind) in ("ASSOCALPHA", "UNASSALPHA")]
-    return pixels if config.channels or not alpha else np.delete(pixels, alpha, axis=-1)
-
-
-def _page(page: Any, config: InputConfig, as_labels: bool) -> Any:
+def _page(page: Any, config: InputConfig, as_labels: bool) -> Stored:
     """Decode a page that is one image, in the colors that it declares."""
+    prepare(page, config, as_labels)
+    return stored_page(page, _samples(page), config, as_labels, alpha_of(page))
+
+
+def _samples(page: Any) -> Any:
+    """Decode the stored values of a page, HW or HWC."""
     if page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError("axes", f"the TIFF has axes {page.axes}, allowed: one image of Y and X")
     stored = page.asarray()
-    pixels = np.moveaxis(stored, 0, -1) if page.axes == "SYX" else stored
-    return page_pixels(page, pixels, config, as_labels)
+    return np.moveaxis(stored, 0, -1) if page.axes == "SYX" else stored
 
 
-def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) -> Any:
-    """Convert stored values of a page, HW or HWC, all or a window, to the colors it declares."""
-    pixels = _without_alpha(page, pixels, config)
-    pixels = from_bits(pixels, as_labels or _name(page.photometric) == "PALETTE")
-    if as_labels:
-        return pixels
+def with_mask(stored: Stored, mask: Array) -> Stored:
+    """Add a mask, HW or HWC, to what is known of an image: nonzero is valid, in any sample."""
+    is_valid_HW = np.asarray(np.atleast_3d(mask).any(axis=2))
+    if is_valid_HW.all():
+        return stored
+    if stored.valid_HW is not None:
+        is_valid_HW = is_valid_HW & stored.valid_HW
+    return stored._replace(valid_HW=is_valid_HW)
+
+
+def prepare(page: Any, config: InputConfig, as_labels: bool) -> None:
+    """Correct what the decoder takes from the tags of a page: its colors, and what segments hold
+    that the file does not hold.
+    """
+    _trust_stream(page)
+    _fill_unwritten(page, config, as_labels)
+
+
+def _trust_stream(page: Any) -> None:
+    """Take JPEG as YCbCr if its stream says so, in Adobe's marker, although the tag says RGB."""
+    layout = page.keyframe
+    if name_of(layout.compression) != "JPEG" or name_of(layout.photometric) != "RGB":
+        return
+    written = (
+        at for at, count in zip(page.dataoffsets, page.databytecounts, strict=False) if count
+    )
+    if start := next(written, 0):
+        file = page.parent.filehandle
+        file.seek(start)
+        marker = file.read(MARKER_BYTES).find(ADOBE)
+        file.seek(start + max(0, marker) + len(ADOBE) + 6)
+        if marker >= 0 and file.read(1) == b"\1":
+            layout.photometric = tifffile.PHOTOMETRIC.YCBCR
+
+
+def _fill_unwritten(page: Any, config: InputConfig, as_labels: bool) -> None:
+    """Make segments that the file does not hold nodata, or 0 where there is no such value."""
+    page.keyframe.nodata = 0
+    declared = _declared_nodata(page)
+    for value in (None if as_labels else nodata_value(declared, config), declared):
+        if value is not None:
+            with np.errstate(invalid="ignore", over="ignore"):
+                stored = np.array([value]).astype(page.keyframe.dtype)
+            if known_samples(stored, value) is not None:
+                page.keyframe.nodata = stored[0]
+                break
+
+
+def _declared_nodata(page: Any) -> float | None:
+    """Read the nodata value of a file, after GDAL's convention; None for texts without a number."""
+    try:
+        return float(str(page.keyframe.tags.valueof(GDAL_NODATA, "")).strip("\0 "))
+    except ValueError:
+        return None
+
+
+def alpha_of(page: Any) -> list[int]:
+    """List the samples of a page that are declared as alpha."""
+    page = page.keyframe
+    extras = enumerate(page.extrasamples, start=page.samplesperpixel - len(page.extrasamples))
+    return [at for at, kind in extras if at > 0 and name_of(kind) in ("ASSOCALPHA", "UNASSALPHA")]
+
+
+def stored_page(
+    page: Any, pixels: Any, config: InputConfig, as_labels: bool, alpha: list[int],
+    is_stack: bool = False, find_opaque: Callable[[Array | None], Array | None] = opaque,
+) -> Stored:  # fmt: skip
+    """Convert stored values of a page, HW or HWC, all or a window, to the colors it declares, with
+    what alpha and nodata say. The samples of a stack are channels as they are.
+
+    ``find_opaque``: finds the pixels that alpha does not hide.
+    """
+    page = page.keyframe
+    known = None
+    if not as_labels:
+        samples = pixels.view(np.uint8) if pixels.dtype == bool else pixels
+        known = known_samples(samples, nodata_value(_declared_nodata(page), config))
+    valid_HW: Array | None = None
+    if alpha:
+        if known is not None and not config.channels:
+            known = np.delete(known, alpha, axis=-1)
+        pixels, alpha_HW = split_alpha(pixels, alpha, config)
+        if not as_labels and config.nodata != "none":
+            valid_HW = find_opaque(alpha_HW)
+    name = name_of(page.photometric)
+    colors = from_bits(pixels, as_labels or name == "PALETTE")
+    if not (as_labels or is_stack):
+        colors = _colors(page, colors)
+        if known is not None and known.ndim == 3 and name in MIXED:
+            known = np.asarray(known.any(axis=2, keepdims=True))
+    return Stored(colors, valid_HW, known, _full_scale(page))
+
+
+def _colors(page: Any, pixels: Any) -> Any:
+    """Convert stored values without alpha to gray, RGB or channels as they are."""
     bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
-    match _name(page.photometric):
+    if name_of(page.compression) == "APERIO_JP2000_YCBC":  # whatever else its tags say
+        return np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB"))
+    match name_of(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
         case "MINISWHITE" if pixels.dtype.kind == "u":
@@ -265,21 +282,28 @@ def page_pixels(page: Any, pixels: Any, config: InputConfig, as_labels: bool) ->
         case "PALETTE":
             indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
             return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
-        case "YCBCR" if is_whole and _name(page.compression) == "JPEG":
+        case "YCBCR" if is_whole and name_of(page.compression) == "JPEG":
             pass  # each segment says by itself that it is YCbCr, so its decoder has made RGB of it
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
             raise ImageError("mode", f"TIFF colours {other} at {bits} bits are not supported")
-    stretch = {2: 85, 4: 17}.get(bits, 1)  # to 8 bits, as PNG gray is
-    return pixels * stretch if stretch > 1 else pixels
+    return pixels * STRETCH[bits] if bits in STRETCH else pixels
+
+
+def _full_scale(page: Any) -> float:
+    """Return the largest value that the bits of a sample can have, as they are decoded.
+
+    MaxSampleValue and the like describe the content, and are not used.
+    """
+    bits, dtype = page.bitspersample, page.dtype
+    if dtype.kind == "b" or name_of(page.photometric) == "PALETTE":
+        return 255.0
+    if dtype.kind not in "ui" or not isinstance(bits, int):
+        return full_scale_of(dtype)
+    return float(2 ** (bits - (dtype.kind == "i")) - 1) * STRETCH.get(bits, 1)
 
 
 def from_bits(pixels: Any, as_labels: bool) -> Any:
     """Convert 1-bit pixels to 0 and 1, or 0 and 255; others are returned unchanged."""
     return pixels.astype(np.uint8) * (1 if as_labels else 255) if pixels.dtype == bool else pixels
-
-
-def _name(tag: Any) -> str:
-    """Name the value of a TIFF tag; tifffile leaves a number where it is absent or unknown."""
-    return str(getattr(tag, "name", tag))

@@ -7,7 +7,7 @@ are checked before use: a segment is never read or decoded to more than its limi
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,8 +16,10 @@ import tifffile
 
 from unet_core.arrays import Array
 from unet_core.errors import ImageError
-from unet_core.images.tiff import check_sniffed, decoding, require_numbers, side_of
+from unet_core.images.tiff import check_sniffed, decoding, side_of
+from unet_core.images.tiff_pages import require_numbers
 from unet_core.storage.ranges import Ranged
+from unet_core.tiling.geometry import Box
 
 Key = tuple[int, int, int]
 """Key of a segment: plane, row and column among the segments of the plane."""
@@ -195,3 +197,45 @@ class Cache:
 def _cost(held: "Future[Array | None]") -> int:
     """Count the bytes of a segment in the cache, with its entry."""
     return 512 + getattr(held.result(), "nbytes", 0)
+
+
+class Planes:
+    """Planes of one layout that are read by window, through a cache of decoded segments."""
+
+    def __init__(self, segments: RawSegments | EncodedSegments, cache_bytes: int) -> None:
+        self.shape, self.side = segments.shape, segments.side
+        self.count, self.samples = segments.planes, segments.samples
+        self._segments, self._cache = segments, Cache(segments.load, cache_bytes)
+
+    def blank(self, height: int, width: int) -> Array:
+        """Make an array PHWS of zeros; planes that are never written to take no memory."""
+        return np.zeros((self.count, height, width, self.samples), self._segments.dtype)
+
+    def read(self, window: Box, planes: Iterable[int]) -> Array:
+        """Read a window of some planes: PHWS, zeros in others. Raises ImageError."""
+        stored_PHWS = self.blank(window.height, window.width)
+        for plane in planes:
+            self._fill(stored_PHWS[plane], plane, window)
+        return stored_PHWS
+
+    def _fill(self, window_HWS: Array, plane: int, box: Box) -> None:
+        rows, columns = self.side
+        for i in range(box.y // rows, -(-(box.y + box.height) // rows)):
+            for j in range(box.x // columns, -(-(box.x + box.width) // columns)):
+                segment_HWS = self._cache.get((plane, i, j))
+                segment = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+                here, there = box.intersection(*segment)
+                window_HWS[here] = (
+                    self._segments.nodata if segment_HWS is None else segment_HWS[there]
+                )
+
+    def has_nonzero(self, plane: int, sample: int) -> bool:
+        """Look for a value other than 0, until one is found. Raises ImageError."""
+        (height, width), (rows, columns) = self.shape, self.side
+        return any(
+            self.read(Box(y, x, min(rows, height - y), min(columns, width - x)), [plane])[
+                plane, ..., sample
+            ].any()
+            for y in range(0, height, rows)
+            for x in range(0, width, columns)
+        )

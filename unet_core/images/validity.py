@@ -12,6 +12,7 @@ import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
+from unet_core.images.georeference import Georeference
 
 
 class Stored(NamedTuple):
@@ -24,6 +25,9 @@ class Stored(NamedTuple):
     known: Array | None = None
     """False where a sample is nodata; the shape of ``pixels``, or HW1 if that is of all samples.
     None if all are known."""
+    full_scale: float | None = None
+    """Largest value that the file can store; None if it is that of the type of ``pixels``."""
+    georeference: Georeference | None = None
 
 
 def nodata_value(declared: float | None, config: InputConfig) -> float | None:

@@ -23,8 +23,8 @@ class LabelFiles:
 class Container:
     """Everything that the rest of the program asks of an input format.
 
-    What is wrong with an image is a sample with a ``failure``; a file that is not the one listed
-    raises ChangedError or NotFoundError.
+    What is wrong with an image is a sample with a ``failure``; a file that is not the one listed,
+    or cannot be read, raises ObjectError.
     """
 
     list_shards: Callable[[Source, Known], Iterator[Shard]]

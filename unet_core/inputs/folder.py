@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
 
-from unet_core.errors import ChangedError, ConfigError, ImageError, NotFoundError, StoreError
+from unet_core.errors import (
+    ChangedError,
+    ConfigError,
+    ForbiddenError,
+    ImageError,
+    NotFoundError,
+    ObjectError,
+    StoreError,
+)
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.images.sample import Sample
@@ -30,6 +38,8 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 SHOWN = 3
+REREAD = "then predict --retry-failed reads it again (masks: evaluate)"
+"""What follows when one object can be read again."""
 
 
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
@@ -94,7 +104,8 @@ def _pair_masks(source: Source) -> list[Member]:
     A mask may also be named after the whole image, as exports are: ``a.tif.png`` of ``a.tif``.
     """
     masks = source.config.masks
-    entries = [entry for entry in source.entries() if is_image(entry.name)]
+    # a key may end with a slash and still be an image
+    entries = [entry for entry in source.entries() if is_image(entry.name.rstrip("/"))]
     if not masks:
         return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if source.config.mask_folder:
@@ -150,7 +161,7 @@ def label_sample(name: str, mask: "ListedFile") -> Sample:
 
 def stem_of(name: str) -> str:
     """A path without its extension."""
-    return str(PurePosixPath(name).with_suffix(""))
+    return name.removeprefix("./").removesuffix(PurePosixPath(name).suffix)  # // stays as it is
 
 
 def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
@@ -185,7 +196,8 @@ def _report_unmatched(members: list[Member], labels: list[str], masks: str) -> N
 class ListedFile:
     """A loose object, to be read whole or in pieces, as it was when it was listed.
 
-    Reading raises StoreError, and ImageError (``missing``, ``changed``) if it is only this object.
+    Reading raises StoreError, and ImageError (``missing``, ``changed``, ``archived``,
+    ``forbidden``) if it is only this object.
     """
 
     store: Store
@@ -205,15 +217,19 @@ class ListedFile:
         try:
             return look()
         except ChangedError as error:
-            raise ImageError("changed", str(error)) from error
-        except NotFoundError as error:
-            require_root_exists(self.store)
-            raise ImageError("missing", f"{error}; it was there when the run began") from error
+            raise ImageError(error.code, str(error)) from error
+        except ObjectError as error:
+            require_store(self.store, error)
+            is_gone = isinstance(error, NotFoundError)
+            told = "it was there when the run began" if is_gone else REREAD
+            raise ImageError(error.code, f"{error}; {told}") from error
 
 
-def require_root_exists(root: Store) -> None:
-    """Raises StoreError if it is not one object of the input that is gone, but all of it."""
-    if not root.exists():
+def require_store(root: Store, error: ObjectError) -> None:
+    """Raises StoreError if it is not one object of the input that is gone or denied, but all."""
+    if isinstance(error, ForbiddenError):
+        root.require_access()
+    elif isinstance(error, NotFoundError) and not root.exists():
         raise StoreError(f"{root.uri()} is gone; was it unmounted, or deleted?")
 
 

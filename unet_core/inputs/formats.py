@@ -5,7 +5,14 @@ module of this room, and a row of ``FORMATS``.
 from collections.abc import Iterator
 
 from unet_core.config.sections import InputConfig, StorageConfig
-from unet_core.errors import ChangedError, ConfigError, NotFoundError, ShardError, StoreError
+from unet_core.errors import (
+    ChangedError,
+    ConfigError,
+    NotFoundError,
+    ObjectError,
+    ShardError,
+    StoreError,
+)
 from unet_core.images.sample import Sample
 from unet_core.inputs import folder, listing, parquet, webdataset
 from unet_core.inputs.container import Container, LabelFiles
@@ -65,16 +72,18 @@ def list_shards(source: Source, known: Known | None = None) -> Iterator[Shard]:
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one shard, always in the same order.
 
-    Raises ShardError if its tar or Parquet file is not the one that was listed, StoreError if
-    storage fails.
+    Raises ShardError if its tar or Parquet file is not the one that was listed, is archived or
+    forbidden; StoreError if storage fails.
     """
     try:
         yield from FORMATS[source.format].read(source, shard)
         if shard.uri and source.root.is_local:  # objects are held to their etag by each request
             source.root.require_etag(shard.uri, shard.etag)
-    except (ChangedError, NotFoundError) as error:
-        folder.require_root_exists(source.root)
-        raise ShardError(f"{error}; restore it, or begin a new run") from error
+    except ObjectError as error:
+        folder.require_store(source.root, error)
+        is_another = isinstance(error, ChangedError | NotFoundError)
+        told = "restore it, or begin a new run" if is_another else "then the same command continues"
+        raise ShardError(f"{error}; {told}") from error
 
 
 def label_files(source: Source) -> LabelFiles | None:
@@ -83,13 +92,18 @@ def label_files(source: Source) -> LabelFiles | None:
 
 
 def is_there(source: Source, shard: Shard) -> bool:
-    """Whether a shard's tar or Parquet file is the one listed; loose images show it when read."""
+    """Whether a shard's tar or Parquet file is the one listed, and can be read; loose images show
+    it when they are read.
+    """
     if not shard.uri:
         return True
     try:
-        return source.root.entry(shard.uri).etag == shard.etag
-    except NotFoundError:
-        folder.require_root_exists(source.root)
+        entry = source.root.entry(shard.uri)
+        if entry.bytes:
+            source.root.read(shard.uri, 0, 1)  # archives can be looked at, and not read
+        return entry.etag == shard.etag
+    except ObjectError as error:
+        folder.require_store(source.root, error)
         return False
 
 

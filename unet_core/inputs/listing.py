@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from unet_core.concurrency import map_in_order
 from unet_core.config.uris import AUTHORITY, absolute, has_credentials, plain
-from unet_core.errors import ConfigError, NotFoundError
+from unet_core.errors import ConfigError, ObjectError
 from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
@@ -76,14 +76,14 @@ def file_of(source: Source, uri: str, etag: str | None) -> ListedFile:
 
 def list_labels(source: Source) -> dict[str, tuple[str, str | None]]:
     """Label images by the ids of their images. Lists say nothing of how they change, so each is
-    looked at; the row of one that is gone will say so.
+    looked at; the row of one that is gone or denied will say so.
     """
 
     def look(uri: str) -> tuple[str, str | None]:
         file = file_of(source, uri, None)
         try:
             return uri, file.store.entry(file.name).etag
-        except NotFoundError:
+        except ObjectError:
             return uri, None
 
     uris = {member.key: member.mask for member in all_members(source) if member.mask}
@@ -135,7 +135,7 @@ class Allowed:
     def prefix_of(self, uri: str) -> str:
         """The allowed prefix above a URI; raises ConfigError if there is none."""
         for prefix in self.prefixes:
-            if uri.startswith(prefix) and _is_plain(uri[len(prefix) :]):
+            if uri.startswith(prefix) and _is_plain(uri[len(prefix) :], prefix):
                 return prefix
         named = "a URI that holds credentials" if has_credentials(uri) else repr(uri[:1000])
         raise ConfigError(
@@ -150,10 +150,12 @@ class Allowed:
         return f"{self.folder}/{uri}"
 
 
-def _is_plain(path: str) -> bool:
+def _is_plain(path: str, prefix: str) -> bool:
     """Whether a path below a prefix names one object and leads nowhere else."""
-    is_odd = path.endswith("/") or "::" in path or "\\" in path or "\0" in path
-    return bool(path) and not is_odd and ".." not in path.split("/")
+    leads_away = ".." in path.split("/") or "\0" in path
+    is_odd = path.endswith("/") or "::" in path or "\\" in path
+    is_key = prefix.startswith("s3://")  # which S3 takes as it is
+    return bool(path.strip("/")) and not leads_away and (is_key or not is_odd)
 
 
 # --- the kinds of lists ---------------------------------------------------------------------

@@ -42,8 +42,8 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
 def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """The images of one row range. What is damaged inside the file fails the rows that are left.
 
-    Raises ConfigError for a column that is not there, StoreError if storage fails, ChangedError and
-    NotFoundError if the file is not the one that was listed.
+    Raises ConfigError for a column that is not there, StoreError if storage fails, ObjectError if
+    the file is not the one that was listed or cannot be read.
     """
     assert shard.first is not None
     assert shard.count is not None

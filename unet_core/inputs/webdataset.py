@@ -93,8 +93,8 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """Stream a tar once, to its very end. Members of one sample are neighbours and share the name
     up to a suffix; a tar that is cut short or damaged has a failed sample of its own, the last.
 
-    Raises StoreError if storage fails, ChangedError and NotFoundError if the tar is not the one
-    that was listed.
+    Raises StoreError if storage fails, ObjectError if the tar is not the one that was listed or
+    cannot be read.
     """
     uri = source.root.uri(shard.uri)
     mask_suffix = _mask_suffix(source)

@@ -13,13 +13,20 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec.asyn
 
 from unet_core.config.sections import StorageConfig
-from unet_core.errors import ChangedError, NotFoundError, StoreError
+from unet_core.errors import (
+    ArchivedError,
+    ChangedError,
+    ForbiddenError,
+    NotFoundError,
+    StoreError,
+)
 from unet_core.storage.spool import FULL
 
 ResultT = TypeVar("ResultT")
@@ -45,6 +52,27 @@ BUSY = {errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRES
 LIBRARIES = ("aiohttp", "azure", "botocore", "requests", "urllib3")
 BUSY_ANSWERS = {"408", "429", "500", "502", "503", "504"}
 REWRITTEN = "was written again since the run began"
+NO_FILE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""Numbers of errors that, besides FileNotFoundError, say that a name is that of no file."""
+ARCHIVED = {"InvalidObjectState", "BlobArchived"}
+DENIED = {
+    "403",  # an answer to HEAD has no body: it may be about the credentials
+    "AccessDenied",
+    "AllAccessDisabled",
+    "AuthorizationFailure",
+    "AuthorizationPermissionMismatch",
+    "InvalidRequest",  # an object that is encrypted with a key of its owner (SSE-C)
+    "KMS.DisabledException",
+    "KMS.KMSInvalidStateException",
+    "KMS.NotFoundException",
+}
+"""Codes of S3 and Azure for what may be true of one object, or of all."""
+OBJECT_ADVICE: dict[tuple[type[StoreError], bool], str] = {
+    (ArchivedError, True): "; restore it first (S3: aws s3api restore-object, Azure: its tier)",
+    (ForbiddenError, True): "; check the credentials, and who may read it (policy, ACL, KMS key)",
+    (ForbiddenError, False): "; let this user read it",
+}
+"""By the error, and whether the object lies in an object store."""
 ABOUT_CREDENTIALS = {
     "400",  # an answer to HEAD has no body, so expired credentials are no more than this
     "AuthorizationHeaderMalformed",
@@ -71,7 +99,14 @@ def connect(uri: str, storage: StorageConfig) -> tuple[Any, str]:
         raise StoreError(f"{uri}: not a path or URI that can be used: {error}") from error
     if protocol == "s3":
         fs.retries = 1  # our own deadline decides
+        fs.split_path = partial(_split_path, fs)
     return fs, str(path)
+
+
+def _split_path(fs: Any, path: str) -> tuple[str, str, None]:
+    """Split a path of S3 into bucket and key; s3fs would cut the key at ``?versionId=``."""
+    bucket, key, _ = type(fs).split_path(fs, path)
+    return bucket, key and path.partition(f"{bucket}/")[2], None
 
 
 def _s3_options(storage: StorageConfig) -> dict[str, Any]:
@@ -185,32 +220,50 @@ def one_page(fs: Any, path: str) -> dict[str, dict[str, Info]] | None:
 
     None if they are more than one page.
     """
-    bucket, key, _ = fs.split_path(path)
-    # ls makes a request for each folder, and find one for each page, however many; s3fs says of
-    # call_s3, a public name, no more than of _call_s3
-    answer = fs.call_s3(
-        "list_objects_v2",
-        Bucket=bucket,
-        Prefix=key and f"{key}/",
-        MaxKeys=PAGE_KEYS,
-        **fs.req_kw,
-    )
-    if answer.get("IsTruncated"):
+    # ls makes a request for each folder, and find one for each page, however many
+    found, token = _page(fs, path, MaxKeys=PAGE_KEYS)
+    if token:
         return None
     folders: dict[str, dict[str, Info]] = {path: {}}
-    for found in answer.get("Contents", []):
-        parts = f"{bucket}/{found['Key']}"[len(path) + 1 :].split("/")
-        *above, name = accumulate(parts, "{}/{}".format, initial=path)
+    for info in found:
+        *above, name = accumulate(
+            info["name"][len(path) + 1 :].split("/"), "{}/{}".format, initial=path
+        )
         for folder, inner in pairwise(above):
             folders[folder][f"{inner}/"] = {"name": inner, "type": "directory"}
             folders.setdefault(inner, {})
-        folders[above[-1]][name] = found | {"name": name, "type": "file", "size": found["Size"]}
+        folders[above[-1]][name] = info
     return folders
+
+
+def one_level(fs: Any, path: str) -> list[Info]:
+    """Ask S3 for what is directly below a prefix; ``ls`` cannot name those that end with ``//``."""
+    found, token = _page(fs, path, Delimiter="/")
+    while token:
+        more, token = _page(fs, path, Delimiter="/", ContinuationToken=token)
+        found += more
+    return found
+
+
+def _page(fs: Any, path: str, **how: Any) -> tuple[list[Info], str | None]:
+    """Ask S3 for a page of keys and prefixes below a prefix, and for what asks for the next one."""
+    bucket, _, _ = fs.split_path(path)
+    prefix = "" if path == bucket else f"{path[len(bucket) + 1 :]}/"
+    # s3fs says of call_s3, a public name, no more than of _call_s3
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **how, **fs.req_kw)
+    found = [
+        {"name": f"{bucket}/{below['Prefix'][:-1]}", "type": "directory"}
+        for below in answer.get("CommonPrefixes", [])
+    ] + [
+        info | {"name": f"{bucket}/{info['Key']}", "type": "file", "size": info["Size"]}
+        for info in answer.get("Contents", [])
+    ]
+    return found, answer.get("NextContinuationToken")
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: store busy, unreachable or cut off."""
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
+    if isinstance(error, FileNotFoundError | FileExistsError) or _is_refused(error):
         return False
     if isinstance(error, TimeoutError | ConnectionError):
         return True
@@ -233,6 +286,8 @@ def _is_about_credentials(error: BaseException) -> bool:
         | exceptions.PartialCredentialsError
         | exceptions.CredentialRetrievalError
         | exceptions.ProfileNotFound
+        | exceptions.SSOError
+        | exceptions.TokenRetrievalError
         | exceptions.NoRegionError
         | exceptions.ParamValidationError
         | exceptions.ClientError,
@@ -244,7 +299,7 @@ def retry_transient(
 ) -> ResultT:
     """Call, and try again with growing pauses while the error is transient, until the deadline.
 
-    Raises NotFoundError, FileExistsError and ChangedError, StoreError for the rest.
+    Raises FileExistsError, ObjectError as ``as_store_error`` gives it, StoreError for the rest.
     """
     began, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
@@ -275,18 +330,38 @@ def _warn_of_waiting(problem: str, left_s: float) -> None:
 
 
 def as_store_error(verb: str, where: str, error: BaseException) -> StoreError:
-    """Convert a permanent error to a StoreError that tells the next step."""
-    missing = (FileNotFoundError, NotADirectoryError) if verb == "list" else FileNotFoundError
-    if isinstance(error, missing):
-        kind = StoreError if verb == "write" else NotFoundError  # to write, a bucket is missing
+    """Convert a permanent error to a StoreError that tells the next step: to an ObjectError if it
+    may be true of this object alone.
+    """
+    kind = _kind(verb, error)
+    if kind is NotFoundError or isinstance(error, FileNotFoundError):
         return kind(f"cannot {verb} {where}: there is no such file, folder or bucket")
-    return StoreError(f"cannot {verb} {where}: {_reason(error)}{_advice(verb, where, error)}")
+    advice = OBJECT_ADVICE.get((kind, "://" in where)) or _advice(verb, where, error)
+    return kind(f"cannot {verb} {where}: {_reason(error)}{advice}")
+
+
+def _kind(verb: str, error: BaseException) -> type[StoreError]:
+    code, number = _code(error), getattr(error, "errno", None)
+    is_missing = isinstance(error, FileNotFoundError) or (number in NO_FILE and verb != "remove")
+    if is_missing and verb != "write":  # then a bucket is missing
+        return NotFoundError
+    if verb in ("list", "remove", "write"):
+        return StoreError
+    if code in ARCHIVED:
+        return ArchivedError
+    is_denied = code in DENIED or (isinstance(error, PermissionError) and not code)
+    return ForbiddenError if is_denied else StoreError
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether the store says no, and will again; s3fs knows only some of these codes."""
+    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return isinstance(error, PermissionError) or status in (401, 403) or _code(error) in DENIED
 
 
 def _advice(verb: str, where: str, error: BaseException) -> str:
     number = getattr(error, "errno", None)
-    is_denied = "://" in where and isinstance(error, PermissionError)
-    if is_denied or _code(error) in ABOUT_CREDENTIALS:
+    if "://" in where and (_is_refused(error) or _code(error) in ABOUT_CREDENTIALS):
         return (
             "; check the credentials, whether a token expired, the bucket's policy and "
             "storage.region; then the same command continues"
@@ -304,9 +379,14 @@ def _advice(verb: str, where: str, error: BaseException) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """Return the error code of S3; empty for other errors."""
+    """Return the error code of S3 or Azure; empty for other errors."""
+    code = _response(error).get("Error", {}).get("Code") or getattr(error, "error_code", "")
+    return str(getattr(code, "value", code) or "")
+
+
+def _response(error: BaseException) -> dict[str, Any]:
     response = getattr(error.__cause__, "response", None)
-    return str(response["Error"].get("Code", "")) if isinstance(response, dict) else ""
+    return response if isinstance(response, dict) else {}
 
 
 def _reason(error: BaseException) -> str:

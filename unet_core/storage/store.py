@@ -51,8 +51,9 @@ class Entry:
 class Store:
     """A folder or prefix; names are relative to it and use ``/``.
 
-    Every method raises StoreError for permanent errors; transient ones are retried until
-    ``storage.deadline_s``. Pickled as its URI; connects again in the other process.
+    Every method raises StoreError for permanent errors, of which ObjectErrors may be true of one
+    object alone; transient ones are retried until ``storage.deadline_s``. Pickled as its URI;
+    connects again in the other process.
     """
 
     def __init__(self, uri: str, storage: StorageConfig | None = None) -> None:
@@ -61,6 +62,8 @@ class Store:
         self.fs, path = object_stores.connect(uri, self.storage)
         self.root = path.rstrip("/") or "/"
         self.is_local, self._is_s3 = "file" in self.fs.protocol, "s3" in self.fs.protocol
+        self._last_read = ""
+        """Name of an object that could be read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.root if self.is_local else self._given, self.storage)
@@ -96,7 +99,7 @@ class Store:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """Read an object, or its bytes [start, stop); raises NotFoundError and ChangedError."""
+        """Read an object, or its bytes [start, stop); raises ObjectError."""
         path = self._path(name)
         if self.is_local:
             call: Callable[[], bytes] = partial(self._read_locally, name, start, stop, etag)
@@ -104,7 +107,20 @@ class Store:
             call = partial(object_stores.read_if_match, self.fs, path, start, stop, etag)
         else:
             call = partial(self.fs.cat_file, path, start=start, end=stop)
-        return bytes(self._try("read", name, call))
+        data = bytes(self._try("read", name, call))
+        if data:
+            self._last_read = name
+        return data
+
+    def require_access(self) -> None:
+        """Read again what could be read before, or list the root. Raises StoreError if that is
+        denied too: then it is not one object that cannot be read.
+        """
+        with contextlib.suppress(NotFoundError):
+            if self._last_read:
+                self.read(self._last_read, 0, 1)
+            else:
+                self.first()
 
     def open(self, name: str, size: int | None = None, etag: str | None = None) -> BinaryIO:
         """Open an object as a stream to be read once from front to back in large pieces."""
@@ -113,7 +129,7 @@ class Store:
     def open_raw(self, name: str, size: int | None = None, etag: str | None = None) -> io.RawIOBase:
         """Open an object as a file without a buffer: each read is one request.
 
-        Raises NotFoundError and ChangedError like ``read``; for local files when they are opened.
+        Raises ObjectError like ``read``; for local files when they are opened.
         """
         if self.is_local:
             self.require_etag(name, etag)
@@ -133,7 +149,7 @@ class Store:
         """Open a Parquet file whose column chunks are read in few requests.
 
         ``metadata``: its footer, if it is known. Raises ParquetDamagedError if it is not a whole
-        Parquet file, NotFoundError and ChangedError like ``read``.
+        Parquet file, ObjectError like ``read``.
         """
         with (
             self.open_raw(name, size, etag) as raw,
@@ -293,7 +309,7 @@ class Store:
             for info in chain.from_iterable(levels):
                 if info["type"] == "directory":
                     prefixes.append(info["name"])
-                elif not info["name"].endswith("/"):
+                elif info["size"] or not info["name"].endswith("/"):  # or it marks a folder
                     yield _object_entry(info["name"][len(path.rstrip("/")) + 1 :], info)
 
     def _level(
@@ -303,11 +319,7 @@ class Store:
         it is gone, one file of a Zarr store. Raises if the root is gone.
         """
         try:
-            found = (
-                page[path].values()
-                if page
-                else self._try("list", self._name(path), lambda: self.fs.ls(path, detail=True))
-            )
+            found = page[path].values() if page else self._below(path)
         except NotFoundError:
             if self.exists(self._name(root)):
                 return []
@@ -315,18 +327,21 @@ class Store:
         files = [info for info in found if info["type"] != "directory"]
         if of_zarr := [info for info in files if split(info["name"])[1] in ZARR]:
             return [min(of_zarr, key=itemgetter("name"))]
+        return [info for info in found if not is_hidden(split(info["name"])[1])]
+
+    def _below(self, path: str) -> Sequence[object_stores.Info]:
+        """List what is directly below a prefix."""
+        if self._is_s3:
+            one_level = partial(object_stores.one_level, self.fs, path)
+            return self._try("list", self._name(path), one_level)
+        found = self._try("list", self._name(path), lambda: self.fs.ls(path, detail=True))
         itself = [info["type"] for info in found if info["name"].rstrip("/") == path.rstrip("/")]
         if "directory" in itself:
             raise StoreError(
                 f"{self.fs.unstrip_protocol(path)} holds keys with an empty part ('//'), which "
                 "cannot be listed by prefix; name them in a list (input.format = 'list')"
             )
-        return [
-            info
-            for info in found
-            if info["name"].rstrip("/") != path.rstrip("/")
-            and not is_hidden(split(info["name"])[1])
-        ]
+        return [info for info in found if info["name"].rstrip("/") != path.rstrip("/")]
 
     def _name(self, path: str) -> str:
         return path[len(self.root.rstrip("/")) + 1 :]

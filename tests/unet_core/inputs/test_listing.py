@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unet_core.config.sections import InputConfig
-from unet_core.errors import ConfigError
+from unet_core.errors import ConfigError, ImageError
 from unet_core.inputs.formats import list_shards, open_source, read_shard
 from unet_core.inputs.listing import _lines
 from unet_core.inputs.shards import Source
@@ -207,3 +207,19 @@ def test_the_driver_holds_heads_and_members_come_from_the_manifest(images):
         for shard, head in zip(whole, made.heads, strict=True):
             again = with_members(store, head)
             assert (again.members, again.shard_id) == (shard.members, shard.shard_id)
+
+
+def test_a_row_that_names_no_file_fails_alone(images):
+    (images / "folder").mkdir()
+    (images / "a.png").write_bytes(b"image")
+    named = ["a.png", "folder", "a.png/b.png", "x" * 300, "list.csv"]
+    (images / "list.csv").write_text("\n".join(["uri", *named]))
+    source = open_source(InputConfig(uri=str(images / "list.csv"), format="list"))
+    (shard,) = list_shards(source)
+    codes = {}
+    for sample in read_shard(source, shard):
+        try:
+            codes[sample.image_id] = bool(sample.read())
+        except ImageError as failure:
+            codes[sample.image_id] = failure.code
+    assert list(codes.values()) == [True, "missing", "missing", "missing", True]

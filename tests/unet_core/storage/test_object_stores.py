@@ -1,3 +1,5 @@
+import enum
+
 import pytest
 import requests
 from botocore.exceptions import (
@@ -7,11 +9,13 @@ from botocore.exceptions import (
     NoCredentialsError,
     ReadTimeoutError,
     SSLError,
+    UnauthorizedSSOTokenError,
 )
+from s3fs.errors import translate_boto_error
 
-from unet_core.errors import StoreError
+from unet_core.errors import ArchivedError, ForbiddenError, NotFoundError, StoreError
 from unet_core.storage import object_stores
-from unet_core.storage.object_stores import is_transient, retry_transient
+from unet_core.storage.object_stores import as_store_error, is_transient, retry_transient
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,12 @@ def answer(kind, **told):
     return error
 
 
+def refusal(status, code):
+    """An answer of S3 as s3fs raises it."""
+    told = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(told, "GetObject"))
+
+
 BUSY = OSError(16, "Please reduce your request rate.")
 AWAY = EndpointConnectionError(endpoint_url="http://store")
 
@@ -63,6 +73,11 @@ AWAY = EndpointConnectionError(endpoint_url="http://store")
         (OSError(22, "Bad Request"), False),
         (NoCredentialsError(), False),
         (ValueError("a bug"), False),
+        (refusal(403, "InvalidClientTokenId"), False),
+        (refusal(400, "KMS.DisabledException"), False),
+        (refusal(409, "ConditionalRequestConflict"), True),
+        (refusal(429, "TooManyRequests"), True),
+        (UnauthorizedSSOTokenError(), False),
         (answer(Exception, code=503), True),  # as gcsfs tells it
         (answer(Exception, code="429"), True),
         (answer(OSError, code=403), False),
@@ -110,7 +125,7 @@ def test_what_will_not_pass_is_asked_once(no_waiting):
     [
         (22, "400", "Bad Request", r"Bad Request; check the credentials, whether a token expired"),
         (22, "InvalidToken", None, r"InvalidToken; check the credentials, whether a token expired"),
-        (22, "InvalidRequest", None, r"InvalidRequest$"),
+        (22, "MalformedXML", None, r"MalformedXML$"),
         (16, "SlowDown", None, r"tried for 0 s, last: SlowDown; the same command continues"),
     ],
 )
@@ -119,3 +134,37 @@ def test_a_refusal_is_told_by_its_code_where_the_store_says_no_more(number, code
     error.__cause__ = ClientError({"Error": {"Code": code}}, "HeadObject")
     with pytest.raises(StoreError, match=told):
         retry_transient(failing([error]), "look at", "s3://b/x", 0)
+
+
+class Code(str, enum.Enum):  # noqa: UP042 # Azure's are none of StrEnum
+    """As Azure has them."""
+
+    BLOB_ARCHIVED = "BlobArchived"
+    AUTHORIZATION_FAILURE = "AuthorizationFailure"
+
+
+@pytest.mark.parametrize(
+    ("error", "verb", "kind"),
+    [
+        (refusal(403, "InvalidObjectState"), "read", ArchivedError),
+        (answer(Exception, status_code=409, error_code=Code.BLOB_ARCHIVED), "read", ArchivedError),
+        (refusal(403, "AccessDenied"), "read", ForbiddenError),
+        (refusal(403, "403"), "look at", ForbiddenError),
+        (refusal(400, "KMS.DisabledException"), "read", ForbiddenError),
+        (answer(Exception, status_code=403, error_code=Code.AUTHORIZATION_FAILURE), "read",
+         ForbiddenError),
+        (PermissionError(13, "Permission denied"), "open", ForbiddenError),
+        (refusal(403, "AccessDenied"), "list", StoreError),
+        (refusal(403, "AccessDenied"), "write", StoreError),
+        (refusal(400, "ExpiredToken"), "read", StoreError),
+        (refusal(403, "SignatureDoesNotMatch"), "read", StoreError),
+        (refusal(400, "TokenRefreshRequired"), "read", StoreError),
+        (IsADirectoryError(21, "Is a directory"), "read", NotFoundError),
+        (OSError(36, "File name too long"), "read", NotFoundError),
+        (OSError(36, "File name too long"), "write", StoreError),
+        (OSError(5, "Input/output error"), "read", StoreError),
+    ],
+)  # fmt: skip
+def test_what_one_object_may_suffer_is_told_by_code_from_what_a_store_suffers(error, verb, kind):
+    assert type(as_store_error(verb, "s3://b/x", error)) is kind
+    assert is_transient(error) is (str(error) == "[Errno 5] Input/output error")

@@ -66,6 +66,9 @@ def test_paths_are_split_into_bucket_and_key(fs):
     require(S3FileSystem, "split_path", "path", is_coroutine=False)
     assert fs.split_path(f"{BUCKET}/a/b") == (BUCKET, "a/b", None)
     assert fs.split_path(BUCKET)[:2] == (BUCKET, "")
+    for key in ("a//b", "/a", "a/", "a?versionId=b", f"{BUCKET}/a"):
+        assert fs.split_path(f"{BUCKET}/{key}") == fs.split_path(f"s3://{BUCKET}/{key}")
+        assert fs.split_path(f"{BUCKET}/{key}")[:2] == (BUCKET, key)
     assert fs.req_kw == {}, f"s3fs {version('s3fs')}: req_kw is given with every request"
     payer = object_stores.connect(f"s3://{BUCKET}", StorageConfig(requester_pays=True))[0]
     assert payer.req_kw == {"RequestPayer": "requester"}
