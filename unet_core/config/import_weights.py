@@ -8,7 +8,15 @@ from pydantic import (
     model_validator,
 )
 
-from unet_core.config.sections import Auto, Count, FactoryName, Section, StorageConfig, require_span
+from unet_core.config.sections import (
+    Auto,
+    Background,
+    Count,
+    FactoryName,
+    Section,
+    StorageConfig,
+    require_span,
+)
 from unet_core.config.uris import Uri
 
 
@@ -35,6 +43,8 @@ class ForeignConfig(Section):
     """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
     classes: list[str] = Field(default=[], max_length=65535)
     """Class names by id; empty: background and foreground, or numbers."""
+    background: Background = "first"
+    """``first``: class 0 is background; ``none``: it is a class like the others."""
 
     _span = model_validator(mode="after")(require_span)
 
