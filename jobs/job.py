@@ -63,6 +63,7 @@ class Job:
             config=self.config.model_dump(mode="json"),
             class_names=self.header.class_names,
             palette=self.header.palette,
+            background=self.header.background,
         )
 
     def replica_spec(self, cpus: float) -> ReplicaSpec:

@@ -206,12 +206,18 @@ class TrainProgress(Display):
             f"{escape(name)} {'–' if score.iou is None else f'{score.iou:.3f}'}"
             for name, score in zip(self._names, validation.scores, strict=True)
         )
-        self._value = f", val {self._best} {validation.of(self._best):.3f}"
+        value = validation.of(self._best)
+        self._value = f", val {self._best} {'–' if value is None else f'{value:.3f}'}"
         self.console.print(
             f"epoch {epoch.number + 1}/{self._epochs}  loss {epoch.loss:.4f}  val IoU: {scores}  "
             f"{self._rate()}  {epoch.seconds:.1f} s{'  best' if epoch.is_best else ''}"
         )
         self._crops, self._seconds, self._waiting_s = 0, 0.0, 0.0
+        if value is None and epoch.is_best:
+            self.console.print(
+                f"val {self._best} is undefined: no validation image has foreground in its truth "
+                "or mask, so there is no best; the newest weights are kept"
+            )
         only = validation.only_class
         if only is not None and epoch.number >= PATIENT_EPOCHS and not self._has_warned:
             self._has_warned = True

@@ -17,7 +17,7 @@ from jobs.commands.arguments import (
 from unet_core.config.sections import StorageConfig
 from unet_core.errors import ConfigError
 
-TRUTH = ("input.masks", "input.label_map", "input.ignore_index")
+TRUTH = ("input.masks", "input.label_map", "input.ignore_index", "input.on_missing_mask")
 """Keys that ``evaluate`` may override."""
 storage_argument = click.argument(
     "storage",
@@ -48,8 +48,8 @@ def status(run: str, storage: StorageConfig, as_json: bool) -> None:
             state=state,
             saved=f"{at.step:,} of {found.steps:,} steps",
             best=(
-                f"val {found.metric} {at.best:.4f} after step {at.best_step:,}"
-                if at.best is not None
+                f"val {found.metric} {show.score_text(at.best)} after step {at.best_step:,}"
+                if at.best_step
                 else ""
             ),
         )

@@ -76,10 +76,9 @@ def train(source: str, overrides: Arguments, out: str | None) -> None:
     if trained.was_finished:
         click.echo(f"{config.output.uri} is finished already; nothing was written")
     at = trained.position
-    value = "–" if at.best is None else f"{at.best:.4f}"
     show.lines(
         steps=f"{at.step:,}, the best after {at.best_step:,}",
-        best=f"{trained.best} (val {config.train.best} {value})",
+        best=f"{trained.best} (val {config.train.best} {show.score_text(at.best)})",
         report=trained.report,
         predict=f"unet-jobs predict IMAGES --model {trained.best} --out RUN",
     )

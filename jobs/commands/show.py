@@ -30,6 +30,7 @@ go on with a larger budget, e.g. errors.max_failed_images={enough} (a share; or 
 if the cause is gone (what was missing is back, memory is free): --retry-failed
 if images were mended: they are others now, and need a new run"""
 SCORES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+UNDEFINED = "–: the class is in no truth (recall), in no mask (precision), or in neither"
 WITHOUT_SCORE = {
     "without_truth": "without truth",
     "failed": "failed when they were segmented",
@@ -203,8 +204,8 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
     if totals.with_truth:
         lines(truth=f"{totals.with_truth:,} of {totals.ok:,} images")
         for name, score in zip(class_names, totals.scores, strict=True):
-            if score.iou is not None and score.dice is not None:
-                line("", f"{name}: Dice {score.dice:.4f}, IoU {score.iou:.4f}")
+            both = f"Dice {score_text(score.dice)}, IoU {score_text(score.iou)}"
+            line("", f"{name}: {'– (in no truth and no mask)' if score.iou is None else both}")
 
 
 def warn_of_one_class(totals: "Totals", class_names: tuple[str, ...]) -> None:
@@ -224,6 +225,8 @@ def scored(document: dict[str, Any]) -> None:
         images=f"{counts['compared']:,} of {counts['ok']:,} compared with truth in "
         f"{document['of']['truth']}"
     )
+    if background := counts.get("as_background"):
+        line("", f"{background:,} of them without a mask, as background")
     _show_left_out(document, WITHOUT_SCORE)
     if document["classes"]:
         _show_scores(document)
@@ -234,6 +237,8 @@ def scored(document: dict[str, Any]) -> None:
         )
     if "warning" in document:
         click.echo(harmless(f"warning: {document['warning']}"), err=True)
+    if document["classes"] and not document["worst"]:
+        lines(worst="– (no image has foreground in its truth or mask)")
     for number, image in enumerate(document["worst"][:5]):
         line("" if number else "worst:", f"IoU {image['iou']:.4f} {image['image_id']}")
     _show_state(document)
@@ -250,11 +255,18 @@ def _show_scores(document: dict[str, Any]) -> None:
     line("", f"{'':{width}}" + (f"  {'micro':<6}  {'macro':<6}" * len(SCORES)).rstrip())
     for name, score, images in rows:
         values = (score[kind][ratio] for ratio in SCORES for kind in ("micro", "macro"))
-        line("", f"{name:<{width}}{''.join(map(_score, values))}  {images}".rstrip())
+        line("", f"{name:<{width}}{''.join(map(_cell, values))}  {images}".rstrip())
+    if any(None in score["micro"].values() for _, score, _ in rows):
+        line("", UNDEFINED)
 
 
-def _score(value: float | None) -> str:
-    return f"  {'–' if value is None else f'{value:.4f}':<6}"
+def score_text(value: float | None) -> str:
+    """Format with four decimals, or as a dash where it is undefined."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _cell(value: float | None) -> str:
+    return f"  {score_text(value):<6}"
 
 
 def changed(document: dict[str, Any]) -> None:
@@ -262,15 +274,20 @@ def changed(document: dict[str, Any]) -> None:
     lines(images=f"{document['images']['compared']:,} compared with {document['of']['against']}")
     _show_left_out(document, NOT_COMPARED)
     if document["classes"]:
-        lines(changed=f"{document['changed']:.4%} of {document['pixels']:,} pixels")
+        share = _share(document["changed"], 4)
+        lines(changed=f"{share} of {document['pixels']:,} pixels")
         width = max(len(score["class"]) for score in document["classes"])
         line("", f"{'':{width}}  before    after     IoU")
         for score in document["classes"]:
-            shares = f"  {score['before']:<8.3%}  {score['after']:<8.3%}"
-            line("", f"{score['class']:<{width}}{shares}{_score(score['iou'])}")
+            shares = "".join(f"  {_share(score[when], 3):<8}" for when in ("before", "after"))
+            line("", f"{score['class']:<{width}}{shares}{_cell(score['iou'])}".rstrip())
     for number, image in enumerate(document["flipped"]):
         line("" if number else "most:", f"{image['changed']:.3%} {image['image_id']}")
     _show_state(document)
+
+
+def _share(value: float | None, decimals: int) -> str:
+    return "–" if value is None else f"{value:.{decimals}%}"
 
 
 def _show_state(document: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ class EvaluationOutcome:
 def evaluate(results: Results, config: PredictConfig, name: str = "") -> EvaluationOutcome:
     """Compare a run with the truth that ``config.input.masks`` names; what is done stays done.
 
-    Raises ConfigError if no image has a truth of use, or images of two tars have the same.
+    Raises ConfigError if no image has a truth of use, if one has none and
+    ``input.on_missing_mask`` refuses that, or if images of two tars have the same.
     """
     classes = len(results.class_names)
     config.input.require_free_ignore_index(classes)
@@ -53,11 +54,19 @@ def evaluate(results: Results, config: PredictConfig, name: str = "") -> Evaluat
         "input.label_map": {str(k): v for k, v in sorted(config.input.label_map.items())},
         "input.ignore_index": config.input.ignore_index,
     }
-
+    if config.input.on_missing_mask == "background":  # the others leave the same parts
+        about["input.on_missing_mask"] = "background"
     evaluation = _prepared(results, truth, config.input.ignore_index, about, where, name)
     paths = {"--truth": where} if config.input.mask_folder else {"input.uri": source.root.uri()}
     set_aside, aggregate = _run_tasks(evaluation, results, config, paths)
     _require_some(set_aside, aggregate, _without_truth(results, truth, aggregate))
+    if config.input.on_missing_mask == "refuse" and aggregate.without.count:
+        raise ConfigError(
+            f"--truth: {aggregate.without.count} of {aggregate.totals.ok} images of "
+            f"{results.run.uri} have no truth in {where!r}: "
+            f"{', '.join(aggregate.without.examples)}; add it, or set input.on_missing_mask to "
+            '"skip" or "background"'
+        )
     found = scored(aggregate, results.class_names)
     found |= _hint(found, config.input.ignore_index)
     return _outcome(evaluation, results, set_aside, aggregate, found)
@@ -104,7 +113,8 @@ def _prepared(
         name = f"{prefix}{last or 'truth'}-{_digest(json.dumps(identity, sort_keys=True))}"
     run = results.run.store
     folder = Store(f"{run.uri()}/{FOLDER}/{name}", run.storage)
-    return Evaluation(run, folder, truth, len(results.class_names), ignore_index, identity)
+    first, classes = results.record.first_foreground, len(results.class_names)
+    return Evaluation(run, folder, truth, classes, ignore_index, identity, first)
 
 
 def _digest(text: str) -> str:
@@ -148,7 +158,8 @@ def _require_some(set_aside: dict[str, str], aggregate: Aggregate, without: str)
     reason, or as is said where all images are ``without`` a truth.
     """
     reasons = (*aggregate.unusable.examples, *aggregate.only_ok_here.examples)
-    if set_aside or aggregate.totals.with_truth or not aggregate.totals.ok:
+    with_truth = aggregate.totals.with_truth - aggregate.background.count
+    if set_aside or with_truth or not aggregate.totals.ok:
         return
     if not reasons:
         raise ConfigError(without)
@@ -168,7 +179,8 @@ def _without_truth(
     )
     return (
         f"--truth: none of {aggregate.totals.ok} images of {results.run.uri} has its truth in "
-        f"{where!r}{hint}; images: {', '.join(aggregate.without.examples)}{there}"
+        f"{where!r}{hint}; images: "
+        f"{', '.join((aggregate.without + aggregate.background).examples)}{there}"
     )
 
 

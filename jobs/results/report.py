@@ -77,7 +77,8 @@ def write_previews(
     if image_ids:
         picks = pick_ids(rows, image_ids)
     else:
-        measured = RunScores(rows, len(results.class_names), worst or 20)
+        first = results.record.first_foreground
+        measured = RunScores(rows, len(results.class_names), worst or 20, first)
         picks = measured.worst if worst else measured.picks[RANDOM]
     names = Names.among(".png", [pa.array([pick.image_id for pick in picks], pa.string())])
 

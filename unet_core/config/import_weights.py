@@ -9,7 +9,14 @@ from pydantic import (
 )
 
 from unet_core.config.normalization import NormalizationSection
-from unet_core.config.sections import Auto, Count, FactoryName, Section, StorageConfig
+from unet_core.config.sections import (
+    Auto,
+    Background,
+    Count,
+    FactoryName,
+    Section,
+    StorageConfig,
+)
 from unet_core.config.uris import Uri
 
 
@@ -31,6 +38,8 @@ class ForeignConfig(NormalizationSection):
     normalization: Literal["percentile", "range", "zscore", "standard"] = "range"
     classes: list[str] = Field(default=[], max_length=65535)
     """Class names by id; empty: background and foreground, or numbers."""
+    background: Background = "first"
+    """``first``: class 0 is background; ``none``: it is a class like the others."""
 
     @model_validator(mode="after")
     def _factory_goes_alone(self) -> "ForeignConfig":

@@ -27,6 +27,8 @@ FactoryName = Annotated[str, Field(pattern=r"^([\w.]+:\w+)?$")]
 
 PixelValues = Number32 | Annotated[list[Number32], Field(min_length=1)]
 IGNORE_INDEX = 255
+Background = Literal["first", "none"]
+"""Which class is background: the one with id 0, or none."""
 
 
 RENAMED = {"optimiser": "optimizer", "normalisation": "normalization"}
@@ -85,6 +87,10 @@ class InputConfig(Section):
     """Mask value → class id, applied to truth; values not named stay as they are."""
     ignore_index: Annotated[int, Field(ge=0, le=65535)] = IGNORE_INDEX
     """Truth pixels of this value (after ``label_map``) count nowhere."""
+    on_missing_mask: Literal["skip", "background", "refuse"] = "skip"
+    """With ``masks``, an image that has none: leave it out of every score, compare it with a truth
+    that is all class 0, or stop. Where only reading tells (tars, Parquet), ``refuse`` makes it a
+    failed row."""
     image_column: str = "image"
     """Parquet: the column of encoded images, binary or ``struct<bytes, path>``."""
     id_column: str = ""
@@ -131,6 +137,11 @@ class InputConfig(Section):
     def mask_folder(self) -> str:
         """Another folder, if that is where the truth lies."""
         return self.masks if "/" in self.masks else ""
+
+    @property
+    def missing_mask(self) -> str:
+        """``on_missing_mask`` where truth is to be read, else ``skip``."""
+        return self.on_missing_mask if self.masks else "skip"
 
     def require_free_ignore_index(self, classes: int) -> None:
         """Raises ConfigError where truth is to be read and the default means a class."""

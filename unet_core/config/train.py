@@ -8,6 +8,7 @@ from unet_core.config.normalization import NormalizationSection
 from unet_core.config.presets import Factory, NetworkSpec, UNetSpec, channels_of, preset
 from unet_core.config.sections import (
     Auto,
+    Background,
     Count,
     FactoryName,
     FolderConfig,
@@ -37,8 +38,9 @@ class LabelledConfig(InputConfig):
     high: None = None
     instances: bool = False
     """Mask values are object ids: 0 is background, every other value an object of class 1."""
-    on_missing_mask: Literal["refuse", "skip", "background"] = "refuse"
-    """An image without a mask: stop and name it, leave it out, or take it as all class 0."""
+    on_missing_mask: Literal["skip", "background", "refuse"] = "refuse"
+    """An image without a mask: name it before the first step and stop, leave it out, or take it as
+    all class 0."""
 
 
 class DataConfig(Section):
@@ -83,6 +85,9 @@ class NetworkConfig(NormalizationSection):
     normalization: Literal["percentile", "range", "zscore", "standard"] = "percentile"
     classes: list[str] = Field(default=["background", "foreground"], min_length=2, max_length=256)
     """Class names by id; two classes make a one-logit network."""
+    background: Background = "first"
+    """``first``: class 0 is background; ``none``: it counts like the others in the losses over
+    crops, in ``train.best``, and in the scores of images. The checkpoint keeps it."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 
     @property
@@ -145,8 +150,8 @@ class FitConfig(Section):
     compile: bool = False
     """Compile the network with torch.compile first: takes minutes, makes steps faster."""
     best: Literal["iou", "dice", "accuracy"] = "iou"
-    """Validation metric that selects the best weights: mean IoU or Dice of the foreground classes,
-    or the share of correct pixels."""
+    """Validation metric that selects the best weights: mean IoU or Dice of the foreground classes
+    (see ``model.background``), or the share of correct pixels."""
     checkpoint_minutes: Number = 10.0
     """Minutes between checkpoints within an epoch, beside the one at its end; 0: none within."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0

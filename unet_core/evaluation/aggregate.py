@@ -73,6 +73,8 @@ class Aggregate:
     totals: Totals = field(default_factory=Totals)
     without: Images = Images()
     unusable: Images = Images()
+    background: Images = Images()
+    """Images without a label image, compared with a truth that is all class 0."""
     only_ok_here: Images = Images()
     """Images that are ok here and failed in the other run, where one is the truth."""
     only_ok_there: Images = Images()
@@ -84,14 +86,16 @@ class Aggregate:
     counts: Array | int = 0
     """Numbers of images in each of the sums (RATIOS × K)."""
     worst: Extremes = Extremes()
-    """Images of the lowest IoU, the mean over their classes."""
+    """Images of the lowest IoU, the mean over the foreground classes in their truth or mask."""
     flipped: Extremes = Extremes()
     """Images of the largest share of pixels whose class is another one; negative."""
 
     __add__ = added
 
     @classmethod
-    def of_rows(cls, rows: pa.Table, images_seen: int, of_runs: bool) -> "Aggregate":
+    def of_rows(
+        cls, rows: pa.Table, images_seen: int, of_runs: bool, first_foreground: int
+    ) -> "Aggregate":
         """Aggregate of one part; ``of_runs``: ``truth`` is the image's status in another run."""
         told = cls(Totals.of_rows(rows, images_seen), **_without_comparison(rows, of_runs))
         compared = rows.filter(pc.is_valid(rows["tp"]))
@@ -108,7 +112,10 @@ class Aggregate:
             confusion=lists(compared["confusion"]).sum(axis=0) if has_confusion else 0,
             sums=np.stack([np.nansum(found_nK, axis=0) for found_nK in of_images.values()]),
             counts=np.stack([(~np.isnan(found_nK)).sum(axis=0) for found_nK in of_images.values()]),
-            worst=Extremes.of(means(of_images["iou"]), ids),
+            background=Images.of(
+                compared["image_id"].filter(pc.is_null(compared["truth"])).to_pylist()
+            ),
+            worst=Extremes.of(means(of_images["iou"][:, first_foreground:]), ids),
             flipped=Extremes.of(-flipped_n, ids),
         )
 
@@ -139,6 +146,7 @@ def counted(totals: Totals) -> list[Any]:
 def scored(aggregate: Aggregate, class_names: tuple[str, ...]) -> Row:
     """Document of an evaluation against truth, for JSON."""
     scores = aggregate.scores(class_names)
+    background = aggregate.background.count
     return {
         "images": {
             "seen": aggregate.totals.images_seen,
@@ -147,6 +155,7 @@ def scored(aggregate: Aggregate, class_names: tuple[str, ...]) -> Row:
             "compared": aggregate.totals.with_truth,
             "without_truth": aggregate.without.count,
             "unusable_truth": aggregate.unusable.count,
+            **({"as_background": background} if background else {}),
         },
         "ignored_pixels": aggregate.totals.ignored_pixels,
         "classes": scores,

@@ -45,6 +45,8 @@ class Evaluation:
     classes: int
     ignore_index: int
     identity: Identity
+    first_foreground: int
+    """Lowest id of a foreground class."""
 
     def begin(self) -> None:
         """Take the folder. Raises RunMismatchError if it holds another evaluation."""
@@ -106,7 +108,8 @@ class Evaluation:
             rows, footer = read_metrics(self.store, shard_id)
             owners = rows.filter(pc.field("truth").is_valid()).select(["truth", "image_id"])
             first = owners.group_by("truth").aggregate([("image_id", "min")])
-            return Aggregate.of_rows(rows, int(footer["images_seen"]), of_runs), first
+            seen = int(footer["images_seen"])
+            return Aggregate.of_rows(rows, seen, of_runs, self.first_foreground), first
 
         total, owners = Aggregate(), [OWNERS.empty_table()]
         for aggregate, first in map_in_order(read, sorted(shard_ids)):

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from unet_core.errors import ConfigError, ImageError, StoreError
 from unet_core.evaluation.aggregate import Row
-from unet_core.images.decoder import TruthDecoder
+from unet_core.images.decoder import TruthDecoder, all_background
 from unet_core.images.raster import Raster
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import LabelFiles
@@ -31,7 +31,8 @@ class Found:
     name: str | None = None
     """Name of the label image, member suffix or column; None if there is no truth."""
     labels: Raster | ImageError | None = None
-    """Class ids 1HW, or why they cannot be used; None also for an image that has no mask."""
+    """Class ids 1HW, or why they cannot be used; None also for an image that has no mask. An image
+    without a label image may be compared with background."""
 
 
 FoundIn = tuple[Sample | None, str | None, int, Row]
@@ -160,6 +161,7 @@ def _pages(source: Source, row: Row) -> dict[str, int]:
 
 def _decoded(decoder: TruthDecoder, pairs: Iterable[FoundIn]) -> Iterator[Found]:
     """Decode each file once, for all rows in turn whose truth it holds."""
+    is_background = decoder.config.missing_mask == "background"
     for sample, group in groupby(pairs, itemgetter(0)):
         found = list(group)
         ok = [(row, page) for _, _, page, row in found if row["status"] == "ok"]
@@ -168,4 +170,9 @@ def _decoded(decoder: TruthDecoder, pairs: Iterable[FoundIn]) -> Iterator[Found]
             decoder.decode(sample, [page for _, page in ok], is_large) if sample and ok else []
         )
         for _, name, _, row in found:
-            yield Found(name, next(labels, None) if row["status"] == "ok" else None)
+            if row["status"] != "ok":
+                yield Found(name)
+            elif sample is None and is_background:
+                yield Found(None, all_background((row["height"], row["width"])))
+            else:
+                yield Found(name, next(labels, None))

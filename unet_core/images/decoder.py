@@ -22,6 +22,11 @@ from unet_core.images.tiff import check_size, decoding
 from unet_core.storage.ranges import Ranged
 from unet_core.tiling.geometry import Box
 
+NO_MASK = (
+    "it has no mask, which input.on_missing_mask refuses; add the mask, or begin a run with "
+    '"skip" or "background"'
+)
+
 
 @dataclass(frozen=True)
 class DecodedImage:
@@ -126,6 +131,8 @@ class Decoder:
         try:
             if sample.failure is not None:
                 raise sample.failure
+            if sample.read_mask is None and self.config.missing_mask == "refuse":
+                raise ImageError("truth", NO_MASK)
             images = _opened(
                 sample.read,
                 sample.open,
@@ -166,8 +173,18 @@ class Decoder:
                 pixels = converted(colored, lambda window: fill(window, offset))
         except ImageError as failure:
             return Rejected(sample, failure)
+        if truth is None and self.config.missing_mask == "background":
+            truth = all_background(pixels.shape)
         truth = check_truth_shape(truth, pixels.shape)
         return DecodedImage(sample, pixels, offset, scale, truth, measured)
+
+
+def all_background(shape: tuple[int, int]) -> Raster:
+    """Make the truth of an image without a mask that is all class 0; it takes no memory."""
+    dtype = np.dtype(np.uint8)
+    return WindowRaster(
+        shape, 1, dtype, shape, 0, lambda window: Window(np.zeros((1, *window.shape), dtype))
+    )
 
 
 def unusable(why: object) -> ImageError:

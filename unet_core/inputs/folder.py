@@ -15,6 +15,7 @@ from unet_core.errors import (
     NotFoundError,
     ObjectError,
     StoreError,
+    few,
 )
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import EXTENSIONS, is_image
@@ -82,12 +83,18 @@ def samples_of(
 def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
     """Shards of loose images, without those that are known: ``input.shard_images`` each, or fewer
     that together have ``input.shard_mb``. Sizes that a list does not give count as 0.
+
+    Raises ConfigError for images without a mask if ``input.on_missing_mask`` refuses them.
     """
+    refuses, lonely, images = source.config.missing_mask == "refuse", list[str](), 0
     first, size = 0, 0
     group: list[Member] = []
     for member in members:
         if is_known(member, known):
             continue
+        images += 1
+        if refuses and member.mask is None:
+            lonely.append(member.key)
         is_full = len(group) == source.config.shard_images
         if group and (is_full or size + member.bytes > source.config.shard_mb * 10**6):
             yield make_shard("", size, None, first, len(group), tuple(group))
@@ -96,6 +103,12 @@ def group_into_shards(source: Source, members: Iterable[Member], known: Known) -
         size += member.bytes
     if group:
         yield make_shard("", size, None, first, len(group), tuple(group))
+    if lonely:
+        raise ConfigError(
+            f"input.masks: {len(lonely)} of {images} images have no mask in "
+            f"{source.config.masks!r}: {few(lonely, SHOWN)}; add the masks, or set "
+            'input.on_missing_mask to "skip" or "background"'
+        )
 
 
 def _pair_masks(source: Source) -> list[Member]:

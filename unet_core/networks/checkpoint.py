@@ -133,6 +133,8 @@ def serialize(network: "nn.Module", header: Header) -> bytes:
         "palette": json.dumps(header.palette or palette_of(header.classes)),
         "training": json.dumps(header.training, sort_keys=True),
     }
+    if header.background != "first":  # other files keep the bytes that they had before this key
+        metadata["background"] = json.dumps(header.background)
     return pack(tensors, metadata)
 
 

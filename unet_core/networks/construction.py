@@ -85,7 +85,8 @@ def header_of(
     if model.color == "auto":
         by_channels = {channels: color for color, channels in COLORS.items()}
         given["color"] = by_channels.get(spec.in_channels, spec.in_channels)
-    return Header(spec, tiling, names, Preprocessing.model_validate(given))
+    preprocessing = Preprocessing.model_validate(given)
+    return Header(spec, tiling, names, preprocessing, background=model.background)
 
 
 def origin(spec: Factory) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from unet_core.config.presets import Factory, NetworkSpec, UNetSpec
-from unet_core.config.sections import StorageConfig
+from unet_core.config.sections import Background, StorageConfig
 from unet_core.errors import CheckpointError, ConfigError, StoreError, one_line
 from unet_core.images.guard import Stretch
 from unet_core.images.preprocessing import Preprocessing
@@ -24,8 +24,11 @@ FORMAT = "unet-jobs/2"
 KEYS = {
     "network": "model", "tiling": "tiling", "class_names": "classes",
     "preprocessing": "preprocessing", "palette": "palette", "training": "training",
+    "background": "background",
 }  # fmt: skip
 """Metadata key of each header field."""
+DEFAULTS = {"training": "{}", "background": '"first"'}
+"""JSON of the metadata that files may lack."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Longest safetensors header that is read: far above real ones, harmless in memory."""
 MAX_SIZE = 2**16
@@ -52,6 +55,8 @@ class Header:
     """RGB of each class id; empty: default colours."""
     training: dict[str, Any] = field(default_factory=dict)
     """Provenance: config, steps, scores or source."""
+    background: Background = "first"
+    """Whether class 0 is background."""
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.classes:
@@ -70,6 +75,11 @@ class Header:
     def classes(self) -> int:
         """Number of class ids in masks: 2 for a network with one logit."""
         return max(2, self.network.classes)
+
+    @property
+    def first_foreground(self) -> int:
+        """Lowest id of a foreground class."""
+        return int(self.background == "first")
 
 
 HEADERS = TypeAdapter(Header)
@@ -141,7 +151,7 @@ def read_header(
             "`unet-jobs import-weights`"
         )
     try:
-        texts = {"training": "{}", **metadata}
+        texts = DEFAULTS | metadata
         table = {name: json.loads(texts[key]) for name, key in KEYS.items()}
         header = HEADERS.validate_json(json.dumps(table), strict=True)
         _check_sizes(header)

@@ -32,8 +32,8 @@ MOST_CLASSES = 64
 TIMING_FILES = 2880
 """About two days at work."""
 DISTRIBUTIONS = {
-    "iou": "IoU of an image, mean over its classes",
-    "dice": "Dice of an image, mean over its classes",
+    "iou": "IoU of an image, mean over its foreground classes",
+    "dice": "Dice of an image, mean over its foreground classes",
     "confidence": "Mean confidence of an image",
     "foreground": "Foreground share of an image",
 }
@@ -46,7 +46,9 @@ class RunFacts:
 
     def __init__(self, results: Results) -> None:
         run, record, totals = results.run, results.record, results.totals
-        measured = RunScores(batches(run.store), len(results.class_names), SHOWN)
+        measured = RunScores(
+            batches(run.store), len(results.class_names), SHOWN, record.first_foreground
+        )
         self.uri, self.is_finished, self.totals = run.uri, run.is_finished, totals
         self.shards, self.class_count = len(run.manifest() or []), len(results.class_names)
         self.classes = classes_of(results, totals)
@@ -117,7 +119,8 @@ def sheets(measured: RunScores) -> dict[str, list[Pick]]:
     drawn = measured.picks[RANDOM]
     if measured.values.num_rows <= SHOWN:
         return {"all": drawn} if drawn else {}
-    return {"random": drawn, "worst": measured.worst, "largest": measured.picks[LARGEST]}
+    found = {"random": drawn, "worst": measured.worst, "largest": measured.picks[LARGEST]}
+    return {name: picks for name, picks in found.items() if picks}
 
 
 def _panels(

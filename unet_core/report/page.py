@@ -59,12 +59,12 @@ def _literal(value: Any) -> str:
 
 def score(value: float | None) -> str:
     """Format with four decimals, or as a dash where it is undefined."""
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def share(value: float | None, decimals: int = 1) -> str:
     """Format as percent, or a dash."""
-    return "–" if value is None else f"{100 * value:.{decimals}f} %"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{decimals}f} %"
 
 
 def span(seconds: float) -> str:

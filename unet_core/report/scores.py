@@ -36,27 +36,37 @@ class Pick(NamedTuple):
     height: int
     width: int
     iou: float
-    """Mean over the classes that occur in it."""
+    """Mean over the foreground classes in its truth or mask."""
     dice: float
     confidence: float
     foreground: float
-    """1 minus the share of class 0 among valid pixels."""
+    """1 minus the share of class 0 among valid pixels; undefined where that is no background."""
 
 
 PLACE, VALUES = list(Pick._fields[:4]), list(Pick._fields[2:])
 
 
 class RunScores:
-    """Summary of a run's rows; ``most`` images are picked of each kind."""
+    """Summary of a run's rows; ``most`` images are picked of each kind.
 
-    def __init__(self, tables: Iterable[pa.Table], classes: int, most: int = 8) -> None:
+    ``first_foreground``: lowest id of a foreground class.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[pa.Table],
+        classes: int,
+        most: int = 8,
+        first_foreground: int = 1,
+    ) -> None:
         random = np.random.default_rng(0)
         kept: list[pa.Table] = []
         best: dict[str, list[pa.Table]] = {kind: [] for kind in ORDERS}
         confusion: Array | int = 0
         for table in chain([COMPACTED.empty_table()], tables):
             ok = _ok(table)
-            images = _scored(ok).append_column(RANDOM, pa.array(random.random(ok.num_rows)))
+            images = _scored(ok, first_foreground)
+            images = images.append_column(RANDOM, pa.array(random.random(ok.num_rows)))
             kept.append(images.select(VALUES))
             matrices = lists(ok["confusion"])
             confusion = confusion + matrices.sum(axis=0) if matrices.size else confusion
@@ -79,7 +89,7 @@ class RunScores:
 
     @property
     def worst(self) -> list[Pick]:
-        """Images of the lowest IoU, or without truth of the lowest confidence."""
+        """Images of the lowest IoU, or of the lowest confidence if none has an IoU."""
         return self.picks[LOWEST_IOU if self.has_truth else LOWEST_CONFIDENCE]
 
 
@@ -94,7 +104,7 @@ def _ok(table: pa.Table) -> pa.Table:
     return table.filter(pc.equal(table["status"], "ok")).select(NEEDED).combine_chunks()
 
 
-def _scored(ok: pa.Table) -> pa.Table:
+def _scored(ok: pa.Table, first_foreground: int = 1) -> pa.Table:
     """Compute the fields of ``Pick``; scores are float32, nan where they are not defined."""
     pixels = lists(ok["class_pixels"]).sum(axis=1).astype(np.float64)  # those that are valid
     pixels[pixels == 0] = np.nan  # nothing is defined
@@ -103,12 +113,12 @@ def _scored(ok: pa.Table) -> pa.Table:
         "iou": np.full(len(pixels), np.nan),
         "dice": np.full(len(pixels), np.nan),
         "confidence": ok["confidence_sum"].to_numpy() / (pixels * CONFIDENCE_UNIT),
-        "foreground": 1 - background / pixels,
+        "foreground": 1 - background / (pixels if first_foreground else np.nan),
     }
     has_truth = pc.is_valid(ok["tp"]).to_numpy()
     counts_nK = [lists(ok[name]) for name in ("tp", "fp", "fn")]
     for name in ("iou", "dice"):
-        found[name][has_truth] = means(ratios(name, *counts_nK))
+        found[name][has_truth] = means(ratios(name, *counts_nK)[:, first_foreground:])
     columns = {name: ok[name] for name in PLACE}
     return pa.table(columns | {n: values.astype(np.float32) for n, values in found.items()})
 

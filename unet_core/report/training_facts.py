@@ -38,7 +38,10 @@ class TrainingFacts:
         self.absent = [name for name, count in pixels.items() if not count]
         """Classes without a pixel in the training images."""
         self.is_best_last = (
-            run.is_finished and len(losses) > 2 and position.best_step >= losses[-1][0]
+            run.is_finished
+            and len(losses) > 2
+            and position.best is not None
+            and position.best_step >= losses[-1][0]
         )
         """True where more epochs may help."""
         self.best = f"{self.uri}/{BEST}"

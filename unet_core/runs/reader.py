@@ -36,22 +36,22 @@ PLACE = ["image_id", "y", "x", "height", "width", "image_height", "image_width",
 
 @dataclass(frozen=True)
 class StoredMask:
-    """The mask of one image in an open masks part."""
+    """The mask of one image in an open masks part, or its probabilities."""
 
     image_id: str
     height: int
     width: int
     windows: Mapping[Box, Callable[[], Array]]
-    """Functions that read class ids HW of each mask window; the windows cover the image."""
+    """Functions that read class ids HW, or probabilities KHW, of each mask window; the windows
+    cover the image."""
 
     def whole(self) -> Array:
-        """Read class ids HW of the image."""
+        """Read class ids HW, or probabilities KHW, of the image."""
         return self.cut(Box(0, 0, self.height, self.width))
 
     def cut(self, wanted: Box) -> Array:
-        """Read class ids HW of a window of the image; only mask windows that meet it are read.
-
-        Raises ValueError if it leaves the image.
+        """Read class ids HW, or probabilities KHW, of a window of the image; only mask windows that
+        meet it are read. Raises ValueError if it leaves the image.
         """
         below, right = wanted.y + wanted.height, wanted.x + wanted.width
         is_inside = min(wanted.y, wanted.x) >= 0 and min(wanted.shape) > 0
@@ -61,17 +61,17 @@ class StoredMask:
             )
         if wanted in self.windows:
             return self.windows[wanted]()
-        cut_HW: Array | None = None
+        found: Array | None = None
         for box, read in self.windows.items():
             here, there = wanted.intersection(*box.slices)
             if any(side.start == side.stop for side in here):
                 continue
-            window_HW = read()
-            if cut_HW is None:
-                cut_HW = np.empty(wanted.shape, window_HW.dtype)
-            cut_HW[here] = window_HW[there]
-        assert cut_HW is not None  # the windows cover the image
-        return cut_HW
+            window = read()
+            if found is None:
+                found = np.empty((*window.shape[:-2], *wanted.shape), window.dtype)
+            found[..., *here] = window[..., *there]
+        assert found is not None  # the windows cover the image
+        return found
 
 
 class OpenMasks:
@@ -87,27 +87,50 @@ class OpenMasks:
         for group in range(file.num_row_groups):
             for number, row in enumerate(islice(places, file.metadata.row_group(group).num_rows)):
                 self._rows.setdefault(row["image_id"], []).append((group, number, row))
-        self._held: tuple[int, Any] = (-1, None)
+        self._held: tuple[tuple[str, int], Any] = ("", -1), None
 
     def mask(self, image_id: str) -> StoredMask | None:
         """Return the mask of one image; None if there is none."""
+        return self._stored(image_id, self._read_mask)
+
+    def probabilities(self, image_id: str) -> StoredMask | None:
+        """Return the probabilities of one image, float32 KHW; None if it has no mask.
+
+        The part must have them.
+        """
+        return self._stored(image_id, self._read_probabilities)
+
+    def _stored(
+        self, image_id: str, read: Callable[[int, int, dict[str, Any]], Array]
+    ) -> StoredMask | None:
         if (rows := self._rows.get(image_id)) is None:
             return None
         windows = {
-            Box(*(row[side] for side in Box._fields)): partial(self._read, group, number, row)
+            Box(*(row[side] for side in Box._fields)): partial(read, group, number, row)
             for group, number, row in rows
         }
         *_, any_row = rows[0]
         return StoredMask(image_id, any_row["image_height"], any_row["image_width"], windows)
 
-    def _read(self, group: int, number: int, row: dict[str, Any]) -> Array:
-        if self._held[0] != group:
-            self._held = (-1, None)
-            with whole_parquet(self._uri):  # the caller has left the one of open_parquet
-                self._held = (group, self._file.read_row_group(group, columns=["mask"])["mask"])
-        mask = self._held[1][number].as_py()
+    def _read_mask(self, group: int, number: int, row: dict[str, Any]) -> Array:
+        mask = self._cell("mask", group, number)
         payload = mask if isinstance(mask, bytes) else mask["bytes"]
         return decode_mask(payload, row["encoding"], row["height"], row["width"])
+
+    def _read_probabilities(self, group: int, number: int, row: dict[str, Any]) -> Array:
+        payload = self._cell("probabilities", group, number)
+        is_uint8 = self._file.schema_arrow.metadata[b"probabilities"] == b"uint8"
+        stored = np.frombuffer(payload, np.uint8 if is_uint8 else np.float16)
+        stored_KHW = stored.reshape(-1, row["height"], row["width"]).astype(np.float32)
+        return stored_KHW / np.float32(255) if is_uint8 else stored_KHW
+
+    def _cell(self, column: str, group: int, number: int) -> Any:
+        if self._held[0] != (column, group):
+            self._held = ("", -1), None
+            with whole_parquet(self._uri):  # the caller has left the one of open_parquet
+                cells = self._file.read_row_group(group, columns=[column])[column]
+            self._held = (column, group), cells
+        return self._held[1][number].as_py()
 
 
 class Results:
@@ -164,8 +187,32 @@ class Results:
         Raises NotFoundError with the reason if the run has no mask of that image, and ValueError
         for a window that leaves the image.
         """
+        return self._cut(OpenMasks.mask, image_id, window)
+
+    def probabilities(
+        self, image_id: str, window: tuple[int, int, int, int] | None = None
+    ) -> Array:
+        """Read probabilities of one image, or of a window (y, x, height, width) of it: float32 KHW,
+        one plane for each logit; a single one is the probability of class 1.
+
+        Decodes only the mask windows that meet it. Raises NotFoundError if the run kept none, and
+        what ``mask`` raises.
+        """
+        if self.record.identity.get("output.probabilities", "none") == "none":
+            raise NotFoundError(
+                f"{self.run.uri} kept no probabilities; segment the images into a new folder with "
+                'output.probabilities = "uint8" or "float16"'
+            )
+        return self._cut(OpenMasks.probabilities, image_id, window)
+
+    def _cut(
+        self,
+        of: Callable[[OpenMasks, str], StoredMask | None],
+        image_id: str,
+        window: tuple[int, int, int, int] | None,
+    ) -> Array:
         with open_masks(self.run.store, self._shard_of(image_id)) as masks:
-            if (mask := masks.mask(image_id)) is None:
+            if (mask := of(masks, image_id)) is None:
                 raise NotFoundError(f"{self.run.uri} has no mask of {image_id}")
             return mask.cut(Box(*(window or (0, 0, mask.height, mask.width))))
 
@@ -208,7 +255,8 @@ def decoded_images(
     """
     color = Preprocessing.model_validate(results.record.identity["model.preprocessing"]).color
     wanted = Preprocessing(color=color, normalization="range")  # nothing has to be counted
-    decoder = Decoder(wanted, len(results.class_names), source.config)
+    config = source.config if has_truth else source.config.model_copy(update={"masks": ""})
+    decoder = Decoder(wanted, len(results.class_names), config)
     files = ids | {image_id.rpartition("#")[0] for image_id in ids}  # pages of one file
     for sample in read_shard(source, with_members(results.run.store, shard)):
         if sample.image_id in files:

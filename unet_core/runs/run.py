@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from unet_core import __version__
 from unet_core.concurrency import map_in_order
 from unet_core.config.predict import PredictConfig
-from unet_core.config.sections import StorageConfig
+from unet_core.config.sections import Background, StorageConfig
 from unet_core.errors import RunMismatchError, StoreError
 from unet_core.inputs.shards import Shard, Source, masks_at
 from unet_core.metrics import Totals
@@ -82,6 +82,12 @@ class Record(BaseModel):
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     version: str = __version__
+    background: Background = "first"
+
+    @property
+    def first_foreground(self) -> int:
+        """Lowest id of a foreground class."""
+        return int(self.background == "first")
 
 
 def fingerprint(identity: Identity, compute: Compute) -> str:

@@ -14,7 +14,12 @@ from unet_core.storage.store import Store
 
 Identity = dict[str, Any]
 """Resolved values by config key; two folders are for the same if all are equal."""
-NEUTRAL: Identity = {"input.nodata": "none", "input.statistics": "image"}
+NEUTRAL: Identity = {
+    "input.nodata": "none",
+    "input.statistics": "image",
+    "input.on_missing_mask": "skip",
+    "model.background": "first",
+}
 """What the code did before a key of the identity existed, so that folders made before still match a
 config that does not use the key. Keys of a training's data are looked up as those of ``input``."""
 SUCCESS = "_SUCCESS"

@@ -31,10 +31,13 @@ def whole_parquet(uri: str) -> Iterator[None]:
 def decode_parquet(data: bytes) -> pa.Table:
     """Read the rows of a Parquet file.
 
-    ``pq.read_table`` has threads that may still hold Python objects when it returns, and abort a
-    process that ends just then.
+    Arrow's threads may still hold buffers when a reader returns. To release one of Python's just as
+    the interpreter ends aborts the process ("terminate called without an active exception"), so the
+    bytes are copied into Arrow's memory.
     """
-    return pq.ParquetFile(io.BytesIO(data)).read()
+    copy = pa.BufferOutputStream()
+    copy.write(data)
+    return pq.ParquetFile(pa.BufferReader(copy.getvalue())).read()
 
 
 def encode_parquet(table: pa.Table, **how: Any) -> bytes:

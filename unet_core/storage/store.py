@@ -154,7 +154,9 @@ class Store:
         with (
             self.open_raw(name, size, etag) as raw,
             whole_parquet(self.uri(name)),
-            pq.ParquetFile(pa.PythonFile(raw, "r"), metadata=metadata, pre_buffer=True) as file,
+            # where it can be, a file that is no Python object, for the reason in decode_parquet
+            pa.OSFile(self._path(name)) if self.is_local else pa.PythonFile(raw, "r") as source,
+            pq.ParquetFile(source, metadata=metadata, pre_buffer=True) as file,
         ):
             yield file
 

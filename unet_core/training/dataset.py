@@ -63,7 +63,8 @@ class LabelledInput:
     ) -> None:
         self.name = f"data.{name}"
         self.config = config
-        single = config.model_copy(update={"shard_images": 1})  # loose images are shuffled singly
+        # loose images are shuffled singly; the scan tells of missing masks, with all that is wrong
+        single = config.model_copy(update={"shard_images": 1, "on_missing_mask": "skip"})
         try:
             self.source = open_source(single, whole.storage)
             self.shards = list(list_shards(self.source))
@@ -102,11 +103,8 @@ class LabelledInput:
                 f"{self.name}: {image.sample.image_id} has {height} × {width} pixels, too large to "
                 f"train on; cut it, or raise {self.name}.max_pixels"
             )
-        stored_HW = (
-            image.truth.whole().pixels_CHW[0]
-            if isinstance(image.truth, Raster)
-            else np.zeros((height, width), dtype=np.uint8)
-        )
+        assert isinstance(image.truth, Raster)  # without a mask it is skipped, or all class 0
+        stored_HW = image.truth.whole().pixels_CHW[0]
         pixels = image.pixels.whole()
         labels_HW = self._classes_of(stored_HW, pixels.valid_HW)
         boundary_HW = None

@@ -154,6 +154,7 @@ class TrainingLoop:
             config.loss,
             config.data.train.ignore_index,
             class_weights(config.loss, len(header.class_names), data["class_pixels"]),
+            header.first_foreground,
         )
         self.learner = Learner(network, loss, config.train, device, ranks)
         shape = CropShape.of(config.train.crop, header.tiling.margin, config.augment)
@@ -174,7 +175,7 @@ class TrainingLoop:
         if newest is not None:
             self.position, tensors = self.ranks.on_all(lambda: self.run.load(newest))
             self.ranks.on_all(lambda: self.learner.load_state_dict(tensors))
-            if self.position.best is not None and self.position.best_step == self.position.step:
+            if 0 < self.position.best_step == self.position.step:
                 self.ranks.on_first(lambda: self._publish(BEST))
         return Started(
             class_names=self.header.class_names,
@@ -215,7 +216,8 @@ class TrainingLoop:
         validation, position = self._validate(), self.position
         number, loss = position.epoch, position.loss_sum / position.step_in_epoch
         value = validation.of(self.config.train.best)
-        is_best = position.best is None or value > position.best
+        # where the value is undefined so far, the newest weights are the best
+        is_best = position.best is None or (value is not None and value > position.best)
         if is_best:
             position.best, position.best_step = value, position.step
         self._record(loss, validation)

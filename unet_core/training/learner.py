@@ -222,6 +222,8 @@ def _loaded(config: TrainConfig) -> tuple[nn.Module, Header]:
         model.checkpoint, storage=config.storage, factory=model.factory
     )
     names = tuple(model.classes) if "classes" in model.model_fields_set else header.class_names
+    if "background" in model.model_fields_set:
+        header = replace(header, background=model.background)
     if len(names) == len(header.class_names):
         return network, replace(header, class_names=names, training={})
     if not isinstance(header.network, UNetSpec):

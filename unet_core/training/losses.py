@@ -42,14 +42,21 @@ def focal(logits_NKHW: Tensor, labels_NHW: Tensor, gamma: float) -> Tensor:
 
 
 def tversky(
-    logits_NKHW: Tensor, labels_NHW: Tensor, is_valid_NHW: Tensor, alpha: float, beta: float
-) -> Tensor:
+    logits_NKHW: Tensor, labels_NHW: Tensor, is_valid_NHW: Tensor, alpha: float, beta: float,
+    first_foreground: int = 1,
+) -> Tensor:  # fmt: skip
     """Compute 1 − mean over foreground classes of TP / (TP + α FP + β FN) with soft counts for each
     crop, N (Salehi et al. 2017, arXiv 1706.05721, eq. 3). α = β = ½ is Dice, α = β = 1 is IoU.
+
+    The foreground are the classes from ``first_foreground`` on.
     """
-    is_one = logits_NKHW.shape[1] == 1
-    p_NKHW = torch.sigmoid(logits_NKHW) if is_one else torch.softmax(logits_NKHW, dim=1)[:, 1:]
-    target_NKHW = one_hot(logits_NKHW, labels_NHW)[:, 0 if is_one else 1 :]
+    if logits_NKHW.shape[1] == 1:  # the softmax of 0 and a logit is its sigmoid
+        p_NKHW = torch.sigmoid(logits_NKHW)
+        p_NKHW = torch.cat([1 - p_NKHW, p_NKHW], dim=1)
+    else:
+        p_NKHW = torch.softmax(logits_NKHW, dim=1)
+    target_NKHW = one_hot(p_NKHW, labels_NHW)[:, first_foreground:]
+    p_NKHW = p_NKHW[:, first_foreground:]
     p_NKHW, target_NKHW = p_NKHW * is_valid_NHW[:, None], target_NKHW * is_valid_NHW[:, None]
     overlap_NK = (p_NKHW * target_NKHW).sum(dim=(2, 3))
     fp_NK = p_NKHW.sum(dim=(2, 3)) - overlap_NK
@@ -85,6 +92,8 @@ class Loss:
     ignore_index: int
     class_weights: list[float] | None
     """Weight of the pixels of each class; None: 1 for all."""
+    first_foreground: int = 1
+    """Lowest id of a foreground class."""
 
     def counts(self, micro_batch: MicroBatch) -> BatchCounts:
         """Count the valid pixels, the crops with valid pixels, and all crops."""
@@ -117,7 +126,9 @@ class Loss:
             (config.tversky, config.tversky_alpha, config.tversky_beta),
         ):
             if weight:
-                each_N = tversky(logits_NKHW, labels_NHW, is_valid_NHW, alpha, beta)
+                each_N = tversky(
+                    logits_NKHW, labels_NHW, is_valid_NHW, alpha, beta, self.first_foreground
+                )
                 total = total + weight * (each_N * has_valid_N).sum() / max(batch.valid_crops, 1)
         return total
 

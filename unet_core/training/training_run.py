@@ -42,8 +42,9 @@ class TrainingState:
     loss_sum: float = 0.0
     """Sum of the losses of this epoch's steps."""
     best: float | None = None
-    """Best value of ``train.best`` so far."""
+    """Best value of ``train.best`` so far; None if it was undefined in every validation."""
     best_step: int = 0
+    """Step of the best weights; 0 before the first validation."""
 
 
 def identity(config: TrainConfig) -> Identity:
@@ -65,8 +66,10 @@ def identity(config: TrainConfig) -> Identity:
     del table["model"]["device"], table["train"]["checkpoint_minutes"]
     if initial := config.model.checkpoint:
         table["model"]["checkpoint"] = checkpoint_digest(initial, config.storage)
-        if "classes" not in config.model.model_fields_set:
-            table["model"]["classes"] = list(read_header(initial, config.storage).class_names)
+        header = read_header(initial, config.storage)
+        of_header = {"classes": list(header.class_names), "background": header.background}
+        given = config.model.model_fields_set
+        table["model"] |= {key: value for key, value in of_header.items() if key not in given}
     return _flat(table)
 
 

@@ -36,6 +36,8 @@ class Validation:
 
     confusion_KK: Array
     """Pixel counts, int64: truth × prediction."""
+    first_foreground: int = 1
+    """Lowest id of a foreground class."""
 
     @property
     def scores(self) -> list[Scores]:
@@ -53,11 +55,13 @@ class Validation:
         predicted, true = (np.flatnonzero(self.confusion_KK.sum(axis=axis)) for axis in (0, 1))
         return int(predicted[0]) if len(predicted) == 1 < len(true) else None
 
-    def of(self, metric: str) -> float:
-        """Return the value that ``train.best`` compares; 0 where it is undefined."""
+    def of(self, metric: str) -> float | None:
+        """Return the value that ``train.best`` compares; None where it is undefined: no foreground
+        class is in the truth or predicted, or for ``accuracy`` no pixel counts.
+        """
         if metric == "accuracy":
-            return self.accuracy or 0.0
-        return mean(getattr(score, metric) for score in self.scores[1:]) or 0.0
+            return self.accuracy
+        return mean(getattr(score, metric) for score in self.scores[self.first_foreground :])
 
 
 def validate(
@@ -93,7 +97,8 @@ def validate(
 
     # the engine sets cudnn flags for repeatable results; this restores those of training
     with torch.backends.cudnn.flags(enabled=True):
-        return Validation(sum(ranks.all_gather(ranks.on_all(count))))
+        counted = sum(ranks.all_gather(ranks.on_all(count)))
+        return Validation(counted, header.first_foreground)
 
 
 def _items_of_rank(split: Split, ranks: Ranks) -> Iterator[Item]:

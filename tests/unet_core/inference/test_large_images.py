@@ -1,5 +1,6 @@
 """Images that are never in memory as a whole: the same rows as if they had been."""
 
+import numpy as np
 import pytest
 import tifffile
 
@@ -7,6 +8,7 @@ from jobs.predict import predict
 from tests.support.data import write_slides
 from tests.support.runs import masks_of, table
 from unet_core import open_run
+from unet_core.runs.reader import OpenMasks
 
 SHAPE = (700, 530)
 
@@ -77,3 +79,26 @@ def test_what_is_read_by_window_is_bounded_too(make_config, tmp_path, small_is_l
     source = write_slides(tmp_path / "slides", tile=(64, 64)) | {"max_pixels": 1000}
     outcome = predict(make_config(input=source))
     assert outcome.totals.errors == {"too_large": 3}
+
+
+def test_probabilities_of_a_large_image_are_put_together_of_the_windows_that_they_meet(
+    make_config, tmp_path, monkeypatch, small_is_large
+):
+    source = write_slides(tmp_path / "slides", tile=(64, 48))
+    run = predict(make_config(input=source, output={"probabilities": "float16"})).run.uri
+    whole_KHW = np.full((1, *SHAPE), np.nan, np.float32)
+    for row in table(tmp_path / "run", "masks"):
+        if row["image_id"] == "0.tif":
+            y, x, height, width = (row[side] for side in ("y", "x", "height", "width"))
+            kept = np.frombuffer(row["probabilities"], np.float16).reshape(1, height, width)
+            whole_KHW[:, y : y + height, x : x + width] = kept
+    results = open_run(run)
+    assert np.array_equal(results.probabilities("0.tif"), whole_KHW)
+    shapes = []
+    read = OpenMasks._read_probabilities
+    monkeypatch.setattr(
+        OpenMasks, "_read_probabilities", lambda *given: shapes.append(1) or read(*given)
+    )
+    found_KHW = results.probabilities("0.tif", (100, 200, 100, 77))
+    assert np.array_equal(found_KHW, whole_KHW[:, 100:200, 200:277])
+    assert len(shapes) == 4  # of 30

@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tests.support.data import rewritten
 from unet_core.errors import CheckpointError
 from unet_core.networks import checkpoint
-from unet_core.networks.header import checkpoint_digest, locate, read_header
+from unet_core.networks.header import checkpoint_digest, locate, read_header, read_metadata
 
 
 def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
@@ -19,6 +20,16 @@ def test_a_checkpoint_gives_back_its_network_and_header(tiny_model):
     with torch.inference_mode():
         assert torch.equal(network(x), again(x))
     assert not network.training
+
+
+def test_a_checkpoint_keeps_whether_class_0_is_background(tiny_model, tmp_path):
+    network, header = checkpoint.load(tiny_model)
+    assert (header.background, header.first_foreground) == ("first", 1)
+    assert "background" not in read_metadata(tiny_model)
+    path = tmp_path / "none.safetensors"
+    path.write_bytes(checkpoint.serialize(network, replace(header, background="none")))
+    assert read_header(str(path)) == replace(header, background="none")
+    assert read_header(str(path)).first_foreground == 0
 
 
 def test_the_built_in_checkpoint_is_small_and_loads():
@@ -55,6 +66,7 @@ def test_foreign_files_are_refused_without_torch(tmp_path, data, reason):
         ("model", '{"width": 4, "nonsense": 1}', "metadata is damaged"),
         ("preprocessing", '{"color": "rgb", "normalization": "range"}', "takes 1"),
         ("preprocessing", '{"color": "purple"}', "metadata is damaged"),
+        ("background", '"last"', "metadata is damaged"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(tiny_model, tmp_path, key, value, reason):

@@ -1,9 +1,11 @@
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
 from jobs.predict import predict
+from tests.support.runs import table
 from unet_core import open_run
-from unet_core.errors import ParquetDamagedError
+from unet_core.errors import NotFoundError, ParquetDamagedError
 from unet_core.runs import compact
 from unet_core.runs.compact import COMPACTED
 from unet_core.runs.parts import masks_name
@@ -98,3 +100,32 @@ def test_a_file_of_many_parts_is_made_in_groups(run, monkeypatch):
     compact.compact(run.store, run.record)
     with run.store.open_parquet(METRICS) as file:
         assert file.num_row_groups == 6
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float16"])
+def test_probabilities_are_read_by_image_and_by_window(make_config, tmp_path, kind):
+    run = predict(make_config(output={"probabilities": kind})).run
+    results = open_run(run.uri)
+    stored = {row["image_id"]: row for row in table(tmp_path / "run", "masks")}
+    for image_id, row in stored.items():
+        found_KHW = results.probabilities(image_id)
+        assert found_KHW.dtype == np.float32
+        kept = np.frombuffer(row["probabilities"], kind).reshape(1, row["height"], row["width"])
+        wanted_KHW = kept.astype(np.float32) / np.float32(255 if kind == "uint8" else 1)
+        assert np.array_equal(found_KHW, wanted_KHW)
+        assert np.array_equal(
+            results.probabilities(image_id, (3, 5, 20, 17)), wanted_KHW[:, 3:23, 5:22]
+        )
+    with pytest.raises(ValueError, match="leaves the image"):
+        results.probabilities(image_id, (0, 0, 10**6, 1))
+    with pytest.raises(NotFoundError, match="has no image another"):
+        results.probabilities("another")
+
+
+def test_a_run_without_probabilities_says_how_to_keep_them(run):
+    results = open_run(run.uri)
+    image_id = results.metrics["image_id"][0].as_py()
+    with pytest.raises(
+        NotFoundError, match=r'kept no probabilities.* output.probabilities = "uint8'
+    ):
+        results.probabilities(image_id)

@@ -63,6 +63,27 @@ def test_losses_are_those_of_their_definitions(logits):
     assert both.item() == pytest.approx(0.5 * expected["dice"] + 2 * entropy.mean().item())
 
 
+@pytest.mark.parametrize("logits", [1, 3])
+@pytest.mark.parametrize("name", ["dice", "jaccard", "tversky"])
+def test_without_a_background_class_0_counts_like_the_others(logits, name):
+    x, labels = scene(logits)
+    config = LossConfig(**{"cross_entropy": 0.0, "dice": 0.0, name: 1.0})
+    micro_batch = micro_batch_of(labels)
+    loss = Loss(config, IGNORE, None, first_foreground=0)
+    found = loss.share(x, micro_batch, loss.counts(micro_batch)).item()
+    alpha, beta = {"dice": (0.5, 0.5), "jaccard": (1, 1), "tversky": (0.3, 0.7)}[name]
+    of_class_1 = torch.sigmoid(x)
+    p = torch.cat([1 - of_class_1, of_class_1], 1) if logits == 1 else torch.softmax(x, 1)
+    wanted = 0.0
+    for crop, inside in enumerate(labels != IGNORE):
+        for k in range(p.shape[1]):
+            pk, tk = p[crop, k][inside].double(), (labels[crop] == k)[inside].double()
+            tp, fp, fn = (pk * tk).sum(), (pk * (1 - tk)).sum(), ((1 - pk) * tk).sum()
+            index = (tp + 0.5) / (tp + alpha * fp + beta * fn + 0.5)
+            wanted += (1 - index).item() / p.shape[1] / len(x)
+    assert found == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("logits", [1, 3])
 def test_pixels_that_are_certain_have_a_gradient(logits, gamma):
