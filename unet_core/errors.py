@@ -9,8 +9,8 @@ Circumstance = Literal["worker_died", "timeout", "out_of_memory", "missing", "ch
 """Codes of failures that one attempt may meet and another not."""
 ErrorCode = Literal[
     Circumstance,
-    "empty", "decode", "too_large", "frames", "mode", "channels", "axes", "not_finite", "labels",
-    "duplicate_id", "not_a_file", "tar", "parquet",
+    "empty", "decode", "unsupported", "too_large", "frames", "mode", "channels", "axes",
+    "not_finite", "labels", "duplicate_id", "not_a_file", "tar", "parquet",
 ]  # fmt: skip
 """Why an image failed; ``labels``, of a mask, becomes ``truth`` in the row of its image."""
 
