@@ -117,7 +117,7 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     if is_done and not totals.images_seen:
         raise nothing_inside(job.source, shards)
     if without_images:
-        log.warning("%d shards hold no image: %s", len(without_images), few(without_images))
+        log.warning("shards without images: %s", few(without_images))
     exceeded = (
         errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
         if is_done

@@ -273,10 +273,11 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
             for row in _inventory_rows(home, file, columns):
                 is_old = str(row.get("IsLatest")).lower() == "false"
                 is_deleted = str(row.get("IsDeleteMarker")).lower() == "true"
-                if is_old or is_deleted or any(map(is_hidden, row["Key"].split("/"))):
+                *folders, name = row["Key"].split("/")
+                if is_old or is_deleted or not name or any(map(is_hidden, (*folders, name))):
                     continue
-                if not is_image(row["Key"]):
-                    source.passed_over[ending_of(row["Key"])] += 1
+                if not is_image(name):
+                    source.passed_over[ending_of(name)] += 1
                 else:
                     yield Line(
                         f"s3://{bucket}/{row['Key']}",
