@@ -125,12 +125,14 @@ def _decode_pnm(data: bytes, max_pixels: int) -> tuple[Any, int]:
     row, dtype = width * channels, np.dtype(np.uint8 if highest < 256 else ">u2")
     shape = (height, width) if channels == 1 else (height, width, channels)
     if kind in b"123":
-        packed = re.sub(rb"[01]", rb"\g<0> ", data[start:]) if kind == b"1" else data[start:]
-        values = np.fromstring(packed, np.int32, height * row, sep=" ")
-        if len(values) < height * row or values.max() > highest or values.min() < 0:
-            raise ImageError("decode", "the PNM has too few values, or others than its header says")
-        values = values.astype(dtype)
-        return (1 - values if kind == b"1" else values).reshape(shape), highest
+        text = data[start:].strip()
+        text = re.sub(rb"[01]", rb"\g<0> ", text) if kind == b"1" else text
+        is_text = re.fullmatch(rb"[\d\s]*", text)  # NumPy takes a sign alone for a number
+        values = np.fromstring(text if is_text else "", np.int64, sep=" ")
+        if len(values) != height * row or values.max() > highest:
+            raise ImageError("decode", "the PNM holds other values than its header says")
+        pixels = values.astype(dtype).reshape(shape)
+        return 1 - pixels if kind == b"1" else pixels, highest
     row_bytes = (width + 7) // 8 if kind == b"4" else row * dtype.itemsize
     rows = np.frombuffer(data, np.uint8, height * row_bytes, start).reshape(height, row_bytes)
     if data[start + rows.size : start + rows.size + 64].lstrip().startswith(PNM_MAGICS):
