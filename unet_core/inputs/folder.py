@@ -18,6 +18,7 @@ from unet_core.errors import (
     few,
 )
 from unet_core.images import sample as sample_module
+from unet_core.images import unsupported
 from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
@@ -73,11 +74,24 @@ def samples_of(
             image_id=member.key,
             key=PurePosixPath(member.key).stem,
             source_uri=member.uri or source.root.uri(member.key),
-            read=image.read,
+            read=partial(_read_image, image, member.bytes),
             read_mask=mask.read if mask is not None else None,
-            open=image.open if may_be_large else None,
+            open=image.open if may_be_large and not unsupported.has_kind(image.name) else None,
             open_mask=mask.open if mask is not None else None,
         )
+
+
+def _read_image(image: "ListedFile", size: int) -> bytes:
+    """Read a file whole; of a kind that is not read, only its beginning, where its size is known.
+
+    Raises ImageError (``unsupported``).
+    """
+    if unsupported.has_kind(image.name):
+        is_longer = size > unsupported.HEAD_BYTES
+        head = image.read(0, unsupported.HEAD_BYTES) if is_longer else image.read()
+        if (refusal := unsupported.by_name(image.name, head)) is not None:
+            raise refusal
+    return image.read()
 
 
 def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
@@ -118,7 +132,7 @@ def _pair_masks(source: Source) -> list[Member]:
     """
     masks = source.config.masks
     # a key may end with a slash and still be an image
-    entries = [entry for entry in source.entries() if is_image(entry.name.rstrip("/"))]
+    entries = source.entries(lambda name: is_image(name.rstrip("/")))
     if not masks:
         return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
     if source.config.mask_folder:
@@ -182,7 +196,9 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
     suffix = "" if "/" in masks else masks
     by_stem: dict[str, Entry] = {}
     for entry in entries:
-        if not is_image(entry.name) or not (stem := stem_of(entry.name)).endswith(suffix):
+        if not entry.name.lower().endswith(EXTENSIONS) or not (
+            stem := stem_of(entry.name)
+        ).endswith(suffix):
             continue
         other = by_stem.setdefault(stem.removesuffix(suffix), entry)
         if other is not entry:
