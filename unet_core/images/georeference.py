@@ -1,4 +1,4 @@
-"""Where the pixels of an image lie: on Earth, or on a slide."""
+"""Coordinates and size of pixels: on Earth, or on a slide."""
 
 import math
 from typing import NamedTuple

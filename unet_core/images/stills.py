@@ -15,13 +15,13 @@ import numpy as np
 from unet_core.errors import ImageError
 from unet_core.images.tiff import VALUES_PER_PIXEL, check_size
 
-JPEG2000_START = b"\xff\x4f\xff\x51"
-JPEGXL_START = b"\xff\x0a"
+JPEG2000_START = b"\xff\x4f\xff\x51"  # SOC and SIZ: a bare codestream
+JPEGXL_START = b"\xff\x0a"  # of a bare codestream
 JPEG2000_MAGICS = (b"\0\0\0\x0cjP  \r\n\x87\n", JPEG2000_START)
 JPEGXL_MAGICS = (b"\0\0\0\x0cJXL \r\n\x87\n", JPEGXL_START)
 PNM_MAGICS = tuple(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n")
 STRETCHES = {1: 255, 3: 85, 15: 17}
-"""By the largest value: factors that make 1-, 2- and 4-bit gray 8 bits, as in PNG."""
+"""Factors by the largest value that make 1-, 2- and 4-bit gray 8 bits, as in PNG."""
 MAX_BOXES = 2**16
 """Boxes in a file; real ones have a few, and each takes a microsecond to pass over."""
 JPEGXL_HEADER_BYTES = 64

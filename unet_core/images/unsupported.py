@@ -46,7 +46,7 @@ KINDS = {
     "convert it to PNG, e.g. with ImageMagick": {".tga": "a Targa image", ".pam": "a PAM image"},
     "convert it to PNG or TIFF, e.g. with `JxrDecApp`": {".jxr .wdp .hdp": "a JPEG XR image"},
 }
-"""By what to do with them: files of these endings, and what they are."""
+"""Endings and names of kinds, by the advice for them."""
 BY_ENDING = {
     ending: (what, advice)
     for advice, kinds in KINDS.items()
@@ -57,9 +57,9 @@ ENDINGS = tuple(BY_ENDING)
 OF_TIFF = (".ndpi", ".scn", ".bif", ".lsm", ".stk", ".dng", ".cr2", ".nef", ".arw", ".pef")
 """Their content is TIFF, but the first page is not the image."""
 STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"\0\0\0\x0cj", b"\0\0\0\x0cJ")
-"""How images begin whose content is decoded, whatever their name is."""
+"""First bytes of images that are decoded, whatever their name is."""
 
-AGAIN = "download it again"
+AGAIN = "download it again"  # what was saved is an answer of a server
 CONTENTS: tuple[tuple[int, bytes, ErrorCode, str, str], ...] = (
     (0, b"version https://git-lfs", "decode", "a Git LFS pointer", "fetch it with `git lfs pull`"),
     (0, b"<!doctype html", "decode", "an HTML page", AGAIN),
@@ -84,7 +84,7 @@ CONTENTS: tuple[tuple[int, bytes, ErrorCode, str, str], ...] = (
 
 
 def has_kind(name: str) -> bool:
-    """Whether a file's extension is one of a kind that is not read."""
+    """Tell whether a file's extension is one of a kind that is not read."""
     return name.lower().endswith(ENDINGS)
 
 

@@ -30,7 +30,7 @@ FORMATS: dict[str, Container] = {
     "list": listing.CONTAINER,
 }
 """By ``input.format``, in the order in which messages name them."""
-SHOWN_NAMES = 3
+SHOWN_NAMES = 3  # enough to recognize what lies there
 
 
 def open_source(

@@ -1,4 +1,4 @@
-"""Fields in which there is nothing are not stretched to objects; fields with nuclei stay as they are."""
+"""Fields in which there is nothing are not stretched to objects; nuclei stay as they are."""
 
 import numpy as np
 import pytest
