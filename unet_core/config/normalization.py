@@ -23,14 +23,15 @@ class NormalizationSection(Section):
 
     color: Any
     normalization: Literal["percentile", "range", "zscore", "standard"]
-    """Limits of each image and channel: percentiles (``percentile``), or mean and standard deviation
-    (``zscore``). Fixed: pixel values (``range``), or mean and deviation (``standard``)."""
+    """Limits of each image and channel: percentiles (``percentile``), or mean and standard
+    deviation (``zscore``). Fixed: pixel values (``range``), or mean and deviation (``standard``)."""
     low: PerChannel | None = None
     """Value that becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
     high: PerChannel | None = None
-    """Value that becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    """Value that becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for
+    floats)."""
     mean: PerChannel | None = None
-    """``standard``: the value that becomes 0, in shares of the type's largest value, as ImageNet's are."""
+    """``standard``: the value that becomes 0, in shares of the type's largest, like ImageNet's."""
     std: PerChannel | None = None
     """``standard``: the value that becomes 1 if added to the mean, in the same shares."""
 
