@@ -24,7 +24,8 @@ class NormalizationSection(Section):
     color: Any
     normalization: Literal["percentile", "range", "zscore", "standard"]
     """Limits of each image and channel: percentiles (``percentile``), or mean and standard
-    deviation (``zscore``). Fixed: pixel values (``range``), or mean and deviation (``standard``)."""
+    deviation (``zscore``). Fixed: pixel values (``range``), ``mean`` and ``std`` (``standard``).
+    """
     low: PerChannel | None = None
     """Value that becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
     high: PerChannel | None = None
