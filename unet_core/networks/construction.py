@@ -9,13 +9,15 @@ import sys
 from dataclasses import replace
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from unet_core.config.import_weights import ForeignConfig
+from unet_core.config.messages import sentences
 from unet_core.config.normalization import NormalizationSection
 from unet_core.config.presets import COLORS, Factory, NetworkSpec, UNetSpec
 from unet_core.config.train import NetworkConfig
-from unet_core.errors import CheckpointError, one_line
+from unet_core.errors import CheckpointError, ConfigError, one_line
 from unet_core.images.preprocessing import Preprocessing
 from unet_core.networks.header import Header
 from unet_core.networks.reach import tiling_of, tiling_of_module
@@ -85,7 +87,10 @@ def header_of(
     if model.color == "auto":
         by_channels = {channels: color for color, channels in COLORS.items()}
         given["color"] = by_channels.get(spec.in_channels, spec.in_channels)
-    preprocessing = Preprocessing.model_validate(given)
+    try:
+        preprocessing = Preprocessing.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"model: {sentences(Preprocessing, error)[0]}") from error
     return Header(spec, tiling, names, preprocessing, background=model.background)
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data import reading
+from tests.support.data import reading, tiff
 from tests.support.rasters import measured
 from unet_core.images.decoder import Decoder, Rejected
 from unet_core.images.preprocessing import Preprocessing, to_color
@@ -45,6 +45,40 @@ def test_range_is_the_full_scale_of_the_type():
     np.testing.assert_allclose(normalized(np.uint8([[[0, 255]]]), "range"), [[[0, 1]]])
     np.testing.assert_allclose(normalized(np.uint16([[[0, 65535]]]), "range"), [[[0, 1]]])
     np.testing.assert_allclose(normalized(np.float32([[[0.25, 1]]]), "range"), [[[0.25, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.uint8, 255), (np.uint16, 65535), (np.int16, 32767), (np.int32, 2**31 - 1),
+     (np.uint32, 2**32 - 1), (np.float32, 1)],
+)  # fmt: skip
+def test_range_and_standard_are_shares_of_the_stored_type(dtype, scale):
+    stored = (np.arange(12).reshape(3, 4) * (scale / 11)).astype(dtype)
+    (image,) = Decoder(Preprocessing(color="gray", normalization="range"), 2, reading(99)).decode(
+        Sample("a", "a", "a.tif", lambda: tiff(stored))
+    )
+    shares = stored.astype(np.float64) / scale
+    pixels_HW = image.pixels.whole().pixels_CHW[0]
+    np.testing.assert_allclose((pixels_HW - image.offset) * image.scale, shares, rtol=1e-6)
+    wanted = Preprocessing(color="gray", normalization="standard", mean=0.4, std=0.2)
+    (image,) = Decoder(wanted, 2, reading(99)).decode(
+        Sample("a", "a", "a.tif", lambda: tiff(stored))
+    )
+    np.testing.assert_allclose(
+        (pixels_HW - image.offset) * image.scale, (shares - 0.4) / 0.2, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_channels_have_limits_of_their_own():
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    wanted = Preprocessing(color="rgb", normalization="standard", mean=mean, std=std)
+    offset, scale = measured(ArrayRaster(RGB.transpose(2, 0, 1)), wanted)
+    np.testing.assert_allclose(offset, np.array(mean) * 255, rtol=1e-6)
+    np.testing.assert_allclose(scale, 1 / (np.array(std) * 255), rtol=1e-6)
+    wanted = Preprocessing(color="rgb", normalization="percentile", low=[0, 5, 10], high=99)
+    offset, _ = measured(ArrayRaster(RGB.transpose(2, 0, 1)), wanted)
+    exact = [np.percentile(RGB[..., n], q, method="inverted_cdf") for n, q in enumerate((0, 5, 10))]
+    assert offset.tolist() == exact
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

@@ -232,9 +232,18 @@ def test_classes_have_names(logits, classes, names, bring):
     assert (header.preprocessing.normalization, header.preprocessing.low) == ("range", None)
 
 
+def test_the_normalization_of_imagenet_is_kept(bring):
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    weights = milesial(3, 1, 2, 1).state_dict()
+    _, header = bring(weights, normalization="standard", mean=mean, std=std)
+    assert (header.preprocessing.mean, header.preprocessing.std) == (mean, std)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        ({"normalization": "standard", "mean": 0.5}, "mean and std to standard, which needs both"),
+        ({"mean": [0.5, 0.5], "std": 1, "normalization": "standard"}, "one for each channel"),
         ({"classes": ["a", "b", "c"]}, "model.classes: got 3 names, but the network has 2"),
         ({"color": "rgb"}, "model.color: rgb images have 3 channels, but the network takes 1"),
         ({"color": 2}, "model.color: 2 images have 2 channels, but the network takes 1"),
