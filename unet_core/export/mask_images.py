@@ -118,10 +118,10 @@ def _nodata_tag(nodata: int | None) -> list[Tag]:
 
 
 def _resolution(where: Georeference) -> dict[str, Any]:
-    """Return the size of pixels as TIFF tells it: pixels per centimetre."""
-    if where.pixel_unit != "µm" or where.pixel_size is None:
+    """Return the size of pixels as TIFF tells it: pixels per centimetre, fractions of 32 bits."""
+    height, width = where.pixel_size or (0, 0)
+    if where.pixel_unit != "µm" or not 1e-5 < min(height, width) <= max(height, width) < 1e12:
         return {}
-    height, width = where.pixel_size
     return {"resolution": (1e4 / width, 1e4 / height), "resolutionunit": "CENTIMETER"}
 
 

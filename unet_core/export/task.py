@@ -70,20 +70,12 @@ class Export:
         """Options that exports of one folder share, by the names that people know them by."""
         known = {**asdict(self.options), "mean_intensity": self.has_input}
         return {
-            "export_version": self._version,
+            # 2: files keep the extension of their image; 3: with nodata, georeference, overviews
+            "export_version": "3" if self.names.extension else "1",
             "fingerprint": self.results.record.fingerprint,
             "names": self.names.digest,
             **{key: str(value) for key, value in known.items()},
         }
-
-    @property
-    def _version(self) -> str:
-        """Version of the files: 1, 2 with the extension of their image in the name, 3 with nodata,
-        georeference and overviews.
-        """
-        if not self.names.extension:
-            return "1"
-        return "2" if self.results.nodata is None else "3"
 
     def create_or_join(self) -> None:
         """Publish the identity of the export, or join the one that is there.
