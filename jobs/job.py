@@ -40,7 +40,7 @@ class Job:
     tile_grid: TileGrid
     identity: Identity
     statistics: Statistics
-    """Where the limits of normalization come from."""
+    """Source of the limits of normalization."""
 
     def with_sampled_limits(self, draft: Draft) -> "Job":
         """Measure the limits of groups or of the dataset, if a new run needs them."""

@@ -1,5 +1,6 @@
 """``unet-jobs predict``, top to bottom: the same code on a laptop and on a cluster."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
 from jobs.backends.start import start_workers
@@ -9,12 +10,15 @@ from jobs.scheduler.dispatch import dispatch
 from jobs.scheduler.events import Done
 from jobs.scheduler.scheduler import Scheduler
 from unet_core.config.predict import PredictConfig
-from unet_core.errors import RunMismatchError
+from unet_core.errors import RunMismatchError, few
+from unet_core.inputs.formats import nothing_inside
 from unet_core.metrics import Totals
 from unet_core.runs.compute import Compute, RunSettings
 from unet_core.runs.run import Run
 from unet_core.runs.shard_plan import ShardPlan, plan_shards
 from unet_core.runs.timings import TimingsLog
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Outcome:
     """Shards of objects that were new in the input."""
     too_many_failed: bool = False
     """More images failed than ``errors.max_failed_images`` allows; the run is not finished."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Files of the input that are no images of its format, by their endings."""
     report: str = ""
     """Path of the HTML report, if one was written."""
 
@@ -54,7 +60,8 @@ def predict(config: PredictConfig, retry_failed: bool = False, refresh: bool = F
         job.run.require_current_schema()
     with plan_shards(job.run, job.source, retry_failed, refresh) as plan:
         if plan.is_finished:
-            outcome = Outcome(job.run, job.run.finished_totals(), was_finished=True)
+            totals, passed_over = job.run.finished_totals(), plan.passed_over
+            outcome = Outcome(job.run, totals, was_finished=True, passed_over=passed_over)
         else:
             job.run.require_current_schema()
             if plan.draft is not None:
@@ -75,6 +82,7 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
     if run.is_finished:
         run.reopen()  # commits were removed by hand
     totals = run.totals({s.shard_id for s in shards} - {s.shard_id for s in left})
+    without_images: list[str] = []
     scheduler = Scheduler.of(left, errors, job.config.storage)
     if errors.are_too_many(totals.failed, totals.images_seen):
         scheduler.stop()
@@ -94,6 +102,8 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
         def on_done(done: Done) -> None:
             nonlocal totals
             totals += done.result.totals
+            if not done.result.totals.images_seen:
+                without_images.append(done.attempt.shard.name)
             timings.add(done.result, done.attempt.number, done.worker)
             progress.on_done(done.attempt.shard, done.result.totals)
             if errors.are_too_many(totals.failed, totals.images_seen):
@@ -106,6 +116,10 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
         ):
             dispatch(scheduler, backend, on_done, lambda: progress.tick(len(scheduler.workers)))
     is_done = totals.shards == len(shards)
+    if is_done and not totals.images_seen:
+        raise nothing_inside(job.source, shards)
+    if without_images:
+        log.warning("shards without images: %s", few(without_images))
     exceeded = (
         errors.are_too_many(totals.failed, totals.images_seen, at_end=True)
         if is_done
@@ -127,4 +141,5 @@ def segment(job: Job, plan: ShardPlan) -> Outcome:
         retried=plan.retried,
         added=plan.added,
         too_many_failed=exceeded,
+        passed_over=plan.passed_over,
     )

@@ -12,8 +12,8 @@ Circumstance = Literal[
 """Codes of failures that one attempt may meet and another not."""
 ErrorCode = Literal[
     Circumstance,
-    "empty", "decode", "too_large", "frames", "mode", "channels", "axes", "not_finite", "labels",
-    "statistics", "duplicate_id", "not_a_file", "tar", "parquet",
+    "empty", "decode", "unsupported", "too_large", "frames", "mode", "channels", "axes",
+    "not_finite", "labels", "statistics", "duplicate_id", "not_a_file", "tar", "parquet",
 ]  # fmt: skip
 """Why an image failed; ``labels``, of a mask, becomes ``truth`` in the row of its image."""
 

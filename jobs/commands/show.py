@@ -80,6 +80,8 @@ def checks(checks: "list[Check]") -> None:
 
 def plan(plan: "Plan") -> None:
     """Print the plan of a run."""
+    from unet_core.inputs.shards import described
+
     lines(
         run=plan.uri + (" (finished)" if plan.is_finished else ""),
         input=f"{plan.input} ({plan.format})",
@@ -87,6 +89,7 @@ def plan(plan: "Plan") -> None:
         images="known when the tars are read" if plan.images is None else f"{plan.images:,}",
         bytes=f"{plan.bytes / 1e9:.3f} GB, {plan.bytes_left / 1e9:.3f} GB left",
         workers=plan.workers,
+        passed_over=described(plan.passed_over),
     )
 
 
@@ -141,6 +144,8 @@ def _span(values: tuple[float, float], factor: float = 1.0) -> str:
 
 def outcome(outcome: "Outcome") -> None:
     """Print the state of a run after ``predict``."""
+    from unet_core.inputs.shards import described
+
     run, record = outcome.run.uri, outcome.run.record
     if outcome.was_finished:
         click.echo(f"{run} is finished already; nothing was written")
@@ -153,6 +158,7 @@ def outcome(outcome: "Outcome") -> None:
         masks=f"{run}/masks/*.parquet",
         metrics=f"{run}/metrics/*.parquet",
         report=outcome.report,
+        passed_over=described(outcome.passed_over),
     )
     problems(outcome.set_aside.items(), "not committed: shard", most=None)
 

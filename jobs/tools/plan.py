@@ -26,6 +26,8 @@ class Plan:
     bytes: int
     bytes_left: int
     is_finished: bool
+    passed_over: dict[str, int]
+    """Files that are no images of the format, by their endings, when the input was listed."""
     workers: str
 
 
@@ -43,6 +45,7 @@ def plan(config: PredictConfig) -> Plan:
             bytes=sum(shard.bytes for shard in made.shards),
             bytes_left=sum(shard.bytes for shard in made.left),
             is_finished=made.is_finished,
+            passed_over=made.passed_over,
             workers=_describe_workers(config),
         )
 

@@ -12,7 +12,7 @@ TOTALS = {
 }  # fmt: skip
 PLAN = {
     "uri", "input", "format", "shards", "shards_left", "images", "bytes", "bytes_left",
-    "is_finished", "workers", "cost",
+    "is_finished", "passed_over", "workers", "cost",
 }  # fmt: skip
 COST = {
     "device", "images", "shards", "images_per_s", "spread", "images_left", "is_counted", "hours",

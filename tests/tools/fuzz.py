@@ -71,6 +71,27 @@ def _saved(mode: str, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def stills() -> list[bytes]:
+    gray16, rgb16 = GRAY.astype(np.uint16) * 257, RGB.astype(np.uint16) * 257
+    found = [_saved(mode, "PPM") for mode in ("1", "L", "RGB")]
+    for pixels in (GRAY, RGB, np.dstack([RGB, GRAY]), gray16, rgb16):
+        found += [imagecodecs.jpeg2k_encode(pixels, codecformat=kind) for kind in ("jp2", "j2k")]
+        found += [imagecodecs.jpegxl_encode(pixels, usecontainer=packs) for packs in (False, True)]
+        bits = 8 if pixels.itemsize == 1 else 12
+        found.append(imagecodecs.avif_encode(pixels >> (16 - bits) % 8, bitspersample=bits))
+    movie = np.stack([RGB, RGB])
+    return [
+        *found,
+        _saved("RGB", "AVIF"),
+        imagecodecs.avif_encode(movie),
+        imagecodecs.jpegxl_encode(movie),
+        imagecodecs.jpeg2k_encode(GRAY, codecformat="jp2", reversible=False),
+        b"P1\n#c\n4 2\n0110 1001",
+        b"P2 4 2 65535\n0 1 2 3 4 5 6 65535",
+        b"P5 48 40 4095 " + gray16.astype(">u2").tobytes(),
+    ]
+
+
 def tiffs() -> list[bytes]:
     stack = RANDOM.integers(0, 65536, (3, 40, 48), dtype=np.uint16)
     tiles = {"tile": (16, 16)}
@@ -162,6 +183,7 @@ def read_list(data: bytes) -> int:
 
 DOORS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], object]]] = {
     "images": (images, doors.picture),
+    "stills": (stills, doors.picture),
     "tiffs": (tiffs, doors.picture),
     "tars": (tars, functools.partial(_read := doors.rows, "t.tar", keys={"masks": "mask.png"})),
     "parquet": (parquets, functools.partial(_read, "t.parquet", keys={"id_column": "id"})),
@@ -169,7 +191,7 @@ DOORS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], object]]] = 
     "lists": (lists, read_list),
 }
 """Valid examples, and what reads them."""
-ROWS_ALONE = ("images", "tiffs")
+ROWS_ALONE = ("images", "stills", "tiffs")
 
 
 # --- damage ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from unet_core.config.sections import Section
 PerChannel = float | Annotated[list[float], Field(min_length=1)]
 """A number, or one for each channel of the network."""
 SPANS = {"percentile": (0, 1, 99.8, 100), "range": (-3.4e38, 0, 3.4e38, 3.4e38)}
-"""By ``normalization``: the least ``low``; ``low`` and ``high`` where they are not given (of
+"""Bounds by ``normalization``: the least ``low``; ``low`` and ``high`` where they are not given (of
 ``range``, ``high`` is at most that, the largest pixel value); the largest ``high``.
 """
 BELONGS = {"zscore": [], "standard": ["mean", "std"]}
@@ -23,16 +23,17 @@ class NormalizationSection(Section):
 
     color: Any
     normalization: Literal["percentile", "range", "zscore", "standard"]
-    """Of each image and channel: percentiles (``percentile``), or mean and standard deviation
-    (``zscore``). Fixed: pixel values (``range``), or mean and deviation (``standard``)."""
+    """Limits of each image and channel: percentiles (``percentile``), or mean and standard
+    deviation (``zscore``). Fixed: pixel values (``range``), or mean and deviation (``standard``)."""
     low: PerChannel | None = None
-    """What becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
+    """Value that becomes 0: a percentile (1), or for ``range`` a pixel value (0)."""
     high: PerChannel | None = None
-    """What becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for floats)."""
+    """Value that becomes 1: a percentile (99.8), or a pixel value (the type's largest; 1 for
+    floats)."""
     mean: PerChannel | None = None
-    """``standard``: what becomes 0, in shares of the type's largest value, as ImageNet's are."""
+    """``standard``: the value that becomes 0, in shares of the type's largest, like ImageNet's."""
     std: PerChannel | None = None
-    """``standard``: what becomes 1 if added to the mean, in the same shares."""
+    """``standard``: the value that becomes 1 if added to the mean, in the same shares."""
 
     @model_validator(mode="after")
     def _values_fit(self) -> "NormalizationSection":

@@ -26,7 +26,7 @@ GDAL_NODATA = 42113
 
 @dataclass(frozen=True)
 class Appearance:
-    """What an exported image tells beside its values."""
+    """Palette, nodata and place of an exported image."""
 
     palette: Palette | None = None
     """Colors of 8-bit class ids; None for gray."""

@@ -1,8 +1,9 @@
 """Bytes to pixels and masks to bytes: right, or an ImageError that says why; never silent garbage.
 
-Pillow opens (its lazy header gives the size before anything is decoded) and decodes what it
-keeps faithfully; imagecodecs decodes PNG with several channels (Pillow cuts 16-bit RGB to 8 bits),
-tifffile decodes TIFF. EXIF orientation is never applied: image and mask stay in the stored frame.
+Pillow opens (its lazy header gives the size before anything is decoded) and decodes what it keeps
+faithfully. imagecodecs decodes PNG with several channels and AVIF, of which Pillow keeps 8 bits,
+tifffile decodes TIFF, and ``stills`` decodes JPEG 2000, JPEG XL and PNM. EXIF orientation is never
+applied: image and mask stay in the stored frame.
 """
 
 import io
@@ -15,25 +16,28 @@ from PIL import Image, UnidentifiedImageError
 from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
+from unet_core.images import unsupported
 from unet_core.images.raster import ArrayRaster, Raster, Window, full_scale_of
+from unet_core.images.stills import decode_still
 from unet_core.images.tiff import check_size, decode_tiff, decoding, of_each
 from unet_core.images.validity import Stored, known_samples, nodata_value, opaque, split_alpha
 
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF")
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 EXTENSIONS = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif",
-    ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif", ".heic", ".svs",
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".svs",
+    ".webp", ".bmp", ".gif", ".avif", ".jp2", ".j2k", ".j2c", ".jpf", ".jpx", ".jph", ".jxl",
+    ".pbm", ".pgm", ".ppm", ".pnm",
 )  # fmt: skip
-"""File extensions of images; files that cannot be decoded become failed rows, not gaps."""
+"""File extensions of images that are decoded; those of ``unsupported`` become failed rows."""
 MAX_ENCODED_BYTES = 2**31 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the config's own limit
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's extension is one that is decoded."""
-    return name.lower().endswith(EXTENSIONS)
+    """Whether a file's extension is one of an image, decoded or not."""
+    return name.lower().endswith((*EXTENSIONS, *unsupported.ENDINGS))
 
 
 def decode_images(data: bytes, config: InputConfig) -> list[Raster | ImageError]:
@@ -174,10 +178,7 @@ def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     with decoding():
         if data.startswith(TIFF_MAGICS):
             return decode_tiff(data, config, as_labels)
-        try:
-            pixels = _decode_single(data, config, as_labels)
-        except UnidentifiedImageError as error:
-            raise ImageError("decode", f"not a TIFF, {', '.join(PILLOW_FORMATS)}") from error
+        pixels = _decode_single(data, config, as_labels)
     known = known_samples(pixels, None if as_labels else nodata_value(None, config))
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     if not has_alpha:
@@ -190,12 +191,25 @@ def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
 
 
 def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:
-    """Whatever Pillow opens."""
-    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+    """Decode what is no TIFF, alpha included. Raises ImageError that names what else it is."""
+    if (pixels := decode_still(data, config.max_pixels, as_labels)) is not None:
+        return pixels
+    if (refusal := unsupported.by_content(data)) is not None:
+        raise refusal
+    try:
+        opened = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            "decode",
+            f"not a TIFF, {', '.join(PILLOW_FORMATS)}, JPEG 2000, JPEG XL or PNM, or a damaged one",
+        ) from error
+    with opened as image:
         check_size(image.width, image.height, config.max_pixels)
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
             raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
+        if image.format == "AVIF":  # of which Pillow keeps 8 bits of 10 or 12
+            return imagecodecs.avif_decode(data, numthreads=1)
         is_colour_png = image.format == "PNG" and image.mode in ("RGB", "RGBA")
         if is_colour_png and (data[24] == 16 or not data[28]):  # Pillow keeps 8 of 16 bits
             return imagecodecs.png_decode(data)  # faster too, but not for what is interlaced

@@ -13,6 +13,7 @@ from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError
 from unet_core.images import sample as sample_module
 from unet_core.images.codec import class_ids, decode_images, decode_labels
+from unet_core.images.georeference import NOWHERE, Georeference, from_world_file
 from unet_core.images.large_tiff import TiffRaster, open_large
 from unet_core.images.preprocessing import Preprocessing, fill, in_color, offset_and_scale
 from unet_core.images.raster import ArrayRaster, Raster, Window, WindowRaster, converted
@@ -40,6 +41,7 @@ class DecodedImage:
     scale: Array
     truth: Raster | ImageError | None = None
     """Class ids and ``ignore_index`` (1HW), or why they cannot be used; None if there are none."""
+    georeference: Georeference = NOWHERE
     measured: Measured = NOT_MEASURED
     """Limits of each channel, from which offset and scale are made."""
 
@@ -140,6 +142,7 @@ class Decoder:
                 lambda data: decode_images(data, self.config),
                 as_labels=False,
             )
+            world = from_world_file(sample.read_world()) if sample.read_world else NOWHERE
         except ImageError as failure:
             return [Rejected(sample.bare, failure)]
         bare = sample.bare  # many small images wait for a batch, and not their files
@@ -149,13 +152,15 @@ class Decoder:
         truths = TruthDecoder(self.classes, self.config).decode(
             sample, range(len(images)), is_large
         )
-        return [self._decoded(*one, on_step) for one in zip(samples, images, truths, strict=True)]
+        both = zip(samples, images, truths, strict=True)
+        return [self._decoded(*one, world, on_step) for one in both]
 
     def _decoded(
         self,
         sample: Sample,
         image: Raster | ImageError,
         truth: Raster | ImageError | None,
+        world: Georeference,
         on_step: Callable[[], None],
     ) -> DecodedImage | Rejected:
         try:
@@ -176,7 +181,9 @@ class Decoder:
         if truth is None and self.config.missing_mask == "background":
             truth = all_background(pixels.shape)
         truth = check_truth_shape(truth, pixels.shape)
-        return DecodedImage(sample, pixels, offset, scale, truth, measured)
+        where = image.georeference or NOWHERE
+        where = where if where.transform else world if world.transform else where
+        return DecodedImage(sample, pixels, offset, scale, truth, where, measured)
 
 
 def all_background(shape: tuple[int, int]) -> Raster:

@@ -1,6 +1,9 @@
-"""Where the pixels of an image lie: on Earth, or on a slide."""
+"""Coordinates and size of pixels: on Earth, or on a slide."""
 
+import math
 from typing import NamedTuple
+
+from unet_core.errors import ImageError
 
 DEFINED = "GEOTIFF:"
 """Begin of a ``crs`` without a code: then come the GeoTIFF keys that define it, as JSON with
@@ -23,3 +26,16 @@ class Georeference(NamedTuple):
 
 
 NOWHERE = Georeference()
+
+
+def from_world_file(text: bytes) -> Georeference:
+    """Read the transform of a world file: six numbers a line, for the centre of the first pixel.
+
+    Raises ImageError (``decode``).
+    """
+    try:
+        a, d, b, e, c, f = map(float, text.decode().replace(",", ".").split())
+    except ValueError as error:
+        raise ImageError("decode", "its world file does not hold six numbers") from error
+    corner = (a, b, c - (a + b) / 2, d, e, f - (d + e) / 2)
+    return Georeference(None, corner, (math.hypot(b, e), math.hypot(a, d)), None)

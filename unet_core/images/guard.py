@@ -30,12 +30,14 @@ EVIDENCE = 6
 MANY, LARGE = 0.04, 5
 """An image shows something, too, if this share of differences is larger than so many deviations."""
 EMPTY = 0.1
-"""Where the brightest pixel of an image lies that shows nothing: the background of images on which
-networks are trained lies there."""
+"""Value of the brightest pixel, after normalization, of an image that shows nothing: about that of
+the background of images with objects."""
 
 
 class Stretch(NamedTuple):
-    """How far images were stretched: noise and variation of the background after normalization."""
+    """Noise and variation of the background after normalization: larger, the more an image was
+    stretched.
+    """
 
     noise: float = 0.0
     background: float = 0.0
@@ -49,7 +51,7 @@ NO_STRETCH = Stretch()
 
 
 class Content(NamedTuple):
-    """What a channel shows, in pixel values."""
+    """Noise, contrast and background of a channel, in pixel values."""
 
     noise: float
     """Standard deviation of the noise."""

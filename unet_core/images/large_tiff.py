@@ -121,7 +121,7 @@ class TiffRaster(Raster):
 
     @cached_property
     def _is_seen(self) -> bool:
-        """Whether alpha is not 0 everywhere; reads segments until one says so."""
+        """True if alpha is not 0 everywhere; reads segments until one says so."""
         at = next(at for at in self._alpha if at not in self._config.channels)
         return self._planes.has_nonzero(*divmod(at, self._planes.samples))
 

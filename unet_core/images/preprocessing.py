@@ -17,8 +17,8 @@ from unet_core.images.raster import Window
 
 
 class Limits(NamedTuple):
-    """What becomes 0 in a channel, and the distance from there to what becomes 1, or the standard
-    deviation. A span of 0 makes the channel all zeros.
+    """Value that becomes 0 in a channel, and the distance from there to what becomes 1, or the
+    standard deviation. A span of 0 makes the channel all zeros.
     """
 
     offset: float

@@ -28,6 +28,8 @@ class Sample:
     open: Callable[[], Ranged] | None = None
     """Opens the image for range reads, if it is a file of its own."""
     open_mask: Callable[[], Ranged] | None = None
+    read_world: Callable[[], bytes] | None = None
+    """Reads the world file of the image, if there is one."""
     encoded_bytes: int = 0
     """Bytes of image and truth that are in memory before decoding: tars are streamed."""
 

@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the limits of an image are measured on, resolved for a run."""
+    """Source of the limits of images, resolved for a run: each by itself, or by group."""
 
     by_group: Mapping[str, list[Limits]] = field(default_factory=dict)
     """Limits of the groups of images, or under an empty name those of the whole dataset; without

@@ -38,7 +38,7 @@ class TiffImages(NamedTuple):
     series: list[Any]
     """The same as series with axes."""
     is_stack: bool
-    """Whether pages are planes of something whose axes are declared, or lie behind one page."""
+    """True if pages are planes of something whose axes are declared, or lie behind one page."""
     masks: list[Any]
     """Pages that say which pixels of an image of their size are valid."""
 
@@ -110,12 +110,12 @@ def require_numbers(page: Any) -> None:
 
 
 def is_slide(tiff: Any) -> bool:
-    """Whether a file is of a slide scanner."""
+    """Tell whether a file is of a slide scanner."""
     return any(getattr(tiff, f"is_{kind}") for kind in SLIDES)
 
 
 def is_full_size(page: Any) -> bool:
-    """Whether a page is neither a mask nor an overview."""
+    """Tell whether a page is neither a mask nor an overview."""
     page = page.keyframe
     return not (page.is_subifd or page.subfiletype & REDUCED or _is_mask(page))
 
@@ -205,7 +205,7 @@ def stack_axes(series: Any, number_of_series: int, config: InputConfig) -> str:
 
 
 def is_plain(page: Any) -> bool:
-    """Whether each sample of a page is a channel of its own, as it is."""
+    """Tell whether each sample of a page is a channel of its own, as it is."""
     return name_of(page.photometric) in ("MINISBLACK", "RGB", "0")
 
 

@@ -8,7 +8,6 @@ from unet_core.arrays import Array
 from unet_core.errors import ImageError
 from unet_core.images.codec import encode_mask
 from unet_core.images.decoder import DecodedImage, Rejected
-from unet_core.images.georeference import NOWHERE
 from unet_core.images.sample import Sample
 from unet_core.inference.mask_assembler import MaskAssembler, MaskWindow
 from unet_core.metrics import class_pixels, confusion, truth_columns
@@ -99,7 +98,7 @@ class Encoder:
             "invalid_pixels": height * width - valid,
             "normalization": self._normalization(decoded),
             "is_extrapolated": decoded.measured.is_extrapolated,
-            **(decoded.pixels.georeference or NOWHERE)._asdict(),
+            **decoded.georeference._asdict(),
             "confidence_sum": image.confidence_sum
             + sum(window.confidence_sum for window in windows),
         }

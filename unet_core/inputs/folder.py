@@ -18,6 +18,7 @@ from unet_core.errors import (
     few,
 )
 from unet_core.images import sample as sample_module
+from unet_core.images import unsupported
 from unet_core.images.codec import EXTENSIONS, is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
@@ -39,6 +40,12 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 SHOWN = 3
+WORLD = "world file"
+"""``channel`` of a member's file that holds coordinates and no pixels."""
+WORLD_FILES = (
+    ".tfw", ".tifw", ".tiffw", ".jgw", ".jpgw", ".jpegw", ".pgw", ".pngw", ".bpw", ".bmpw", ".gfw",
+    ".gifw", ".j2w", ".jp2w", ".wld",
+)  # fmt: skip
 REREAD = "then predict --retry-failed reads it again (masks: evaluate)"
 """What follows when one object can be read again."""
 
@@ -73,11 +80,32 @@ def samples_of(
             image_id=member.key,
             key=PurePosixPath(member.key).stem,
             source_uri=member.uri or source.root.uri(member.key),
-            read=image.read,
+            read=partial(_read_image, image, member.bytes),
             read_mask=mask.read if mask is not None else None,
-            open=image.open if may_be_large else None,
+            open=image.open if may_be_large and not unsupported.has_kind(image.name) else None,
             open_mask=mask.open if mask is not None else None,
+            read_world=_world_file(member, image_at),
         )
+
+
+def _world_file(
+    member: Member, image_at: Callable[[str, str], "ListedFile"]
+) -> Callable[[], bytes] | None:
+    worlds = (file for file in member.files or () if file["channel"] == WORLD)
+    return next((image_at(file["key"], file["etag"]).read for file in worlds), None)
+
+
+def _read_image(image: "ListedFile", size: int) -> bytes:
+    """Read a file whole; of a kind that is not read, only its beginning, where its size is known.
+
+    Raises ImageError (``unsupported``).
+    """
+    if unsupported.has_kind(image.name):
+        is_longer = size > unsupported.HEAD_BYTES
+        head = image.read(0, unsupported.HEAD_BYTES) if is_longer else image.read()
+        if (refusal := unsupported.by_name(image.name, head)) is not None:
+            raise refusal
+    return image.read()
 
 
 def group_into_shards(source: Source, members: Iterable[Member], known: Known) -> Iterator[Shard]:
@@ -118,9 +146,11 @@ def _pair_masks(source: Source) -> list[Member]:
     """
     masks = source.config.masks
     # a key may end with a slash and still be an image
-    entries = [entry for entry in source.entries() if is_image(entry.name.rstrip("/"))]
+    found = source.entries(lambda name: is_image(name.rstrip("/")) or is_world_file(name))
+    worlds = {entry.name.lower(): entry for entry in found if is_world_file(entry.name)}
+    entries = [entry for entry in found if entry.name.lower() not in worlds]
     if not masks:
-        return [Member(entry.name, entry.bytes, entry.etag) for entry in entries]
+        return [_member(entry, None, worlds) for entry in entries]
     if source.config.mask_folder:
         store, root = source.mask_root, f"{source.root.uri()}/"
         if store.uri().startswith(root):
@@ -135,12 +165,27 @@ def _pair_masks(source: Source) -> list[Member]:
         entries = [entry for entry in entries if entry not in labels]
     # or the mask as it is exported
     truths = (by_stem.get(stem_of(entry.name)) or by_stem.get(entry.name) for entry in entries)
-    members = [
-        Member(entry.name, entry.bytes, entry.etag, *((label.name, label.etag) if label else ()))
-        for entry, label in zip(entries, truths, strict=True)
-    ]
+    members = [_member(entry, label, worlds) for entry, label in zip(entries, truths, strict=True)]
     _report_unmatched(members, [label.name for label in by_stem.values()], masks)
     return members
+
+
+def _member(entry: Entry, label: Entry | None, worlds: dict[str, Entry]) -> Member:
+    """Make the member of an image with its truth and its world file."""
+    mask, mask_etag = (label.name, label.etag) if label else (None, None)
+    stem, dot, ending = entry.name.lower().rpartition(".")
+    names = (f"{stem}.{ending[:1]}{ending[-1:]}w", f"{stem}.{ending}w", f"{stem}.wld")
+    world = next((worlds[name] for name in names if dot and name in worlds), None)
+    files = None
+    if world:
+        file = {"channel": WORLD, "key": world.name, "bytes": world.bytes, "etag": world.etag}
+        files = (file,)
+    return Member(entry.name, entry.bytes, entry.etag, mask, mask_etag, files=files)
+
+
+def is_world_file(name: str) -> bool:
+    """Whether a file's extension is one of files with the coordinates of an image."""
+    return name.lower().endswith(WORLD_FILES)
 
 
 def list_labels(source: Source) -> dict[str, tuple[str, str | None]]:
@@ -182,7 +227,9 @@ def labels_by_stem(entries: Iterable[Entry], masks: str) -> dict[str, Entry]:
     suffix = "" if "/" in masks else masks
     by_stem: dict[str, Entry] = {}
     for entry in entries:
-        if not is_image(entry.name) or not (stem := stem_of(entry.name)).endswith(suffix):
+        if not entry.name.lower().endswith(EXTENSIONS) or not (
+            stem := stem_of(entry.name)
+        ).endswith(suffix):
             continue
         other = by_stem.setdefault(stem.removesuffix(suffix), entry)
         if other is not entry:

@@ -2,7 +2,9 @@
 module of this room, and a row of ``FORMATS``.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.errors import (
@@ -12,11 +14,13 @@ from unet_core.errors import (
     ObjectError,
     ShardError,
     StoreError,
+    few,
 )
+from unet_core.images.codec import is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs import folder, listing, parquet, webdataset
 from unet_core.inputs.container import Container, LabelFiles
-from unet_core.inputs.shards import Known, Shard, Source, readable_name
+from unet_core.inputs.shards import Known, Shard, Source, described, ending_of, readable_name
 from unet_core.storage.store import Store, split
 
 FORMATS: dict[str, Container] = {
@@ -26,6 +30,7 @@ FORMATS: dict[str, Container] = {
     "list": listing.CONTAINER,
 }
 """By ``input.format``, in the order in which messages name them."""
+SHOWN_NAMES = 3  # enough to recognize what lies there
 
 
 def open_source(
@@ -66,7 +71,19 @@ def list_shards(source: Source, known: Known | None = None) -> Iterator[Shard]:
         is_empty = False
         yield shard
     if is_empty:
-        raise StoreError(f"input.uri: nothing of format {source.format!r} at {source.config.uri}")
+        raise StoreError(
+            f"input.uri: nothing of format {source.format!r} at {source.config.uri}"
+            f"{_instead(source.passed_over)}"
+        )
+
+
+def nothing_inside(source: Source, shards: list[Shard]) -> StoreError:
+    """The error of tars that hold no image: only reading tells, so all of them were read."""
+    inside = list(islice(webdataset.names(source, shards[0]), SHOWN_NAMES + 1))
+    return StoreError(
+        f"input.uri: no image in any tar at {source.config.uri} ({len(shards)} read); "
+        f"{shards[0].uri} holds {few(inside, SHOWN_NAMES) or 'no files'}"
+    )
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Sample]:
@@ -107,6 +124,10 @@ def is_there(source: Source, shard: Shard) -> bool:
         return False
 
 
+def _instead(endings: Counter[str]) -> str:
+    return f"; it holds {described(endings)}" if endings else ""
+
+
 def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
     """The format whose files are there, if it is only one."""
     there = {
@@ -117,11 +138,14 @@ def _detect(config: InputConfig, names: tuple[str, ...]) -> str:
     if len(there) > 1:
         shown = ", ".join(f"{len(m)} for {kind!r} ({m[0]})" for kind, m in there.items())
         raise ConfigError(f"input.format: {config.uri} holds files {shown}; say which to read")
+    if not there and any(map(is_image, names)):
+        return "folder"  # of kinds that are not read, whose rows will say so
     if not there:
         endings = ", ".join(end for container in FORMATS.values() for end in container.extensions)
         is_list = any(name.lower().endswith((*listing.CSV, "manifest.json")) for name in names)
         hint = "; to read a list or S3 Inventory, set input.format = 'list'" if is_list else ""
         raise StoreError(
             f"input.uri: no images, tars or Parquet files ({endings}) at {config.uri}{hint}"
+            f"{_instead(Counter(map(ending_of, names)))}"
         )
     return next(iter(there))

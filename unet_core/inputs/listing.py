@@ -24,8 +24,8 @@ from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container, LabelFiles
 from unet_core.inputs.folder import ListedFile, group_into_shards, label_sample, samples_of
 from unet_core.inputs.parquet import EXTENSIONS
-from unet_core.inputs.shards import Known, Member, Shard, Source, member_ids
-from unet_core.storage.store import Store, split
+from unet_core.inputs.shards import Known, Member, Shard, Source, ending_of, member_ids
+from unet_core.storage.store import Store, is_hidden, split
 
 INVENTORY_COLUMNS = {"key": "Key", "size": "Size", "e_tag": "ETag", "is_latest": "IsLatest",
                      "is_delete_marker": "IsDeleteMarker"}  # fmt: skip
@@ -162,12 +162,13 @@ def _is_plain(path: str, prefix: str) -> bool:
 
 
 def _lines(source: Source) -> Iterator[Line]:
-    for entry in source.entries():
+    endings = (*EXTENSIONS, *CSV, "manifest.json")
+    for entry in source.entries(lambda name: name.lower().endswith(endings)):
         if entry.name.lower().endswith(EXTENSIONS):
             yield from _parquet_lines(source, entry.name, entry.bytes)
         elif entry.name.lower().endswith(CSV):
             yield from _csv_lines(source, entry.name)
-        elif entry.name.endswith("manifest.json"):
+        else:
             yield from _inventory_lines(source, entry.name)
 
 
@@ -274,7 +275,12 @@ def _inventory_lines(source: Source, name: str) -> Iterator[Line]:
             for row in _inventory_rows(home, file, columns):
                 is_old = str(row.get("IsLatest")).lower() == "false"
                 is_deleted = str(row.get("IsDeleteMarker")).lower() == "true"
-                if is_image(row["Key"]) and not is_old and not is_deleted:
+                *folders, name = row["Key"].split("/")
+                if is_old or is_deleted or not name or any(map(is_hidden, (*folders, name))):
+                    continue
+                if not is_image(name):
+                    source.passed_over[ending_of(name)] += 1
+                else:
                     yield Line(
                         f"s3://{bucket}/{row['Key']}",
                         bytes=int(row.get("Size") or 0),

@@ -29,11 +29,8 @@ def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     Raises ConfigError for a column that is not there, StoreError for a file that is no Parquet or
     has row groups that do not fit memory.
     """
-    files = [
-        entry
-        for entry in source.entries()
-        if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known
-    ]
+    entries = source.entries(lambda name: name.lower().endswith(EXTENSIONS))
+    files = [entry for entry in entries if entry.name not in known]
     with ThreadPoolExecutor(16) as pool:
         for entry, footer in zip(files, pool.map(lambda e: _footer(source, e), files), strict=True):
             yield from _ranges(source, entry, footer)

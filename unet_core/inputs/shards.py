@@ -7,7 +7,9 @@ row range and members with their masks: never of a rank, a position or an attemp
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Set
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from unet_core.config.sections import InputConfig, StorageConfig
 from unet_core.storage.store import ZARR, Entry, Store, split
 
 log = logging.getLogger(__name__)
+
+ENDING = re.compile(r"(?<=.)\.[a-z0-9]{1,8}(\.gz)?$")
 
 
 class Member(NamedTuple):
@@ -89,6 +93,8 @@ class Source:
     """The only names of the root that count, if ``input.uri`` is itself a file."""
     listing: list[Entry] = field(default_factory=list, compare=False, repr=False)
     """Entries found while the format was detected; used once, and not pickled."""
+    passed_over: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """Files that are not of the format, by their endings, as far as the input has been listed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Source, (self.config.with_absolute_paths(), self.format, self.root, self.names)
@@ -99,8 +105,8 @@ class Source:
         folder = self.config.mask_folder
         return Store(folder, self.root.storage) if folder else self.root
 
-    def entries(self) -> list[Entry]:
-        """All files of the input, by name; an input is listed once."""
+    def entries(self, is_wanted: Callable[[str], bool] = bool) -> list[Entry]:
+        """Files of the input with wanted names, by name; counts others. An input is listed once."""
         if self.names:
             return [self.root.entry(name) for name in self.names]
         listed = self.listing.copy() or self.root.list()
@@ -111,7 +117,24 @@ class Source:
                 len(of_zarr),
                 of_zarr[0],
             )
-        return listed
+        wanted = [entry for entry in listed if is_wanted(entry.name)]
+        if len(wanted) < len(listed):
+            self.passed_over.update(ending_of(e.name) for e in listed if not is_wanted(e.name))
+        return wanted
+
+
+def ending_of(name: str) -> str:
+    """Ending of a file's name in lower case, for counting."""
+    found = ENDING.search(name.rpartition("/")[2].lower())
+    return found[0] if found else "without ending"
+
+
+def described(endings: Mapping[str, int], shown: int = 8) -> str:
+    """Numbers of files by their endings as text, the most frequent first."""
+    ranked = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    more = sum(count for _, count in ranked[shown:])
+    texts = [f"{count:,} {ending}" for ending, count in ranked[:shown]]
+    return ", ".join(texts + [f"{more:,} others"] * (more > 0))
 
 
 def masks_at(config: InputConfig, storage: StorageConfig) -> str:

@@ -4,12 +4,13 @@ import contextlib
 import gzip
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from unet_core.errors import ConfigError, ImageError, StoreError, one_line
+from unet_core.images import unsupported
 from unet_core.images.codec import MAX_ENCODED_BYTES, is_image
 from unet_core.images.sample import Sample
 from unet_core.inputs.container import Container
@@ -28,8 +29,8 @@ MAX_HEADER_BYTES = 2**20
 def list_shards(source: Source, known: Known) -> Iterator[Shard]:
     """A shard for every tar, by name, unopened; raises ConfigError for odd ``input.masks``."""
     _mask_suffix(source)
-    for entry in source.entries():
-        if entry.name.lower().endswith(EXTENSIONS) and entry.name not in known:
+    for entry in source.entries(lambda name: name.lower().endswith(EXTENSIONS)):
+        if entry.name not in known:
             yield make_shard(entry.name, entry.bytes, entry.etag)
 
 
@@ -98,34 +99,59 @@ def read(source: Source, shard: Shard) -> Iterator[Sample]:
     """
     uri = source.root.uri(shard.uri)
     mask_suffix = _mask_suffix(source)
-    key, held, images, masks = "", 0, list[Content](), list[Content]()
-    failure: ImageError | None = None
     with source.root.open(shard.uri, shard.bytes, shard.etag) as stream:
         try:
-            for name, data in _members(stream, uri):
-                named, suffix = _split_member(name, mask_suffix)
-                if named != key:
-                    yield from _samples_of(f"{shard.uri}/{key}", uri, images, masks)
-                    key, held, images, masks = named, 0, [], []
-                held += _size_of(data)  # a tar may hold the same name any number of times
-                refusal = ImageError("too_large", f"its names hold {held} bytes together")
-                if suffix in ("", mask_suffix):
-                    content = data if held <= MAX_ENCODED_BYTES else refusal
-                    (masks if suffix else images).append(content)
-        except ImageError as error:
-            failure = error
-    yield from _samples_of(f"{shard.uri}/{key}", uri, images, masks)
-    if failure is not None:
-        yield Sample(shard.uri, "", uri, bytes, failure=failure)
+            for key, images, masks in _groups(_members(stream, uri), mask_suffix):
+                yield from _samples_of(f"{shard.uri}/{key}", uri, images, masks)
+        except ImageError as failure:
+            yield Sample(shard.uri, "", uri, bytes, failure=failure)
 
 
 def recount(source: Source, shard: Shard) -> Iterator[str]:
     """Image ids of a tar by its members alone, none of which is kept; those before its damage."""
     with contextlib.suppress(StoreError, ImageError), source.root.open(shard.uri) as stream:
-        for name, _ in _members(stream, source.root.uri(shard.uri), is_kept=False):
-            key, suffix = _split_member(name, _mask_suffix(source))
-            if not suffix:
-                yield f"{shard.uri}/{key}"
+        members = _members(stream, source.root.uri(shard.uri), is_kept=False)
+        for key, images, _ in _groups(members, _mask_suffix(source)):
+            yield from [f"{shard.uri}/{key}"] * len(images)
+
+
+def names(source: Source, shard: Shard) -> Iterator[str]:
+    """Names of all files in a tar, up to its damage; raises StoreError if storage fails."""
+    with contextlib.suppress(ImageError), source.root.open(shard.uri) as stream:
+        for name, _ in _members(stream, source.root.uri(shard.uri), False, lambda name: True):
+            yield name
+
+
+def _groups(
+    members: Iterator[tuple[str, Content]], mask_suffix: str
+) -> Iterator[tuple[str, list[Content], list[Content]]]:
+    """Images and masks of each key. A file of a kind that is not read counts as its image only if
+    there is no other. Raises ImageError where the tar is damaged, after what comes before.
+    """
+    key, held, images, masks = "", 0, list[Content](), list[Content]()
+    failure: ImageError | None = None
+    try:
+        for name, data in members:
+            named, suffix = _split_member(name, mask_suffix)
+            if named != key:
+                yield key, _readable(images), masks
+                key, held, images, masks = named, 0, [], []
+            held += _size_of(data)  # a tar may hold the same name any number of times
+            refusal = ImageError("too_large", f"its names hold {held} bytes together")
+            if suffix in ("", mask_suffix):
+                content = data if held <= MAX_ENCODED_BYTES else refusal
+                (masks if suffix else images).append(content)
+    except ImageError as error:
+        failure = error
+    yield key, _readable(images), masks
+    if failure is not None:
+        raise failure
+
+
+def _readable(images: list[Content]) -> list[Content]:
+    """Images of one key without those of kinds that are not read, unless there are no others."""
+    others = [i for i in images if not isinstance(i, ImageError) or i.code != "unsupported"]
+    return others or images[:1]
 
 
 def _mask_suffix(source: Source) -> str:
@@ -140,7 +166,12 @@ def _mask_suffix(source: Source) -> str:
     return suffix
 
 
-def _members(stream: BinaryIO, uri: str, is_kept: bool = True) -> Iterator[tuple[str, Content]]:
+def _members(
+    stream: BinaryIO,
+    uri: str,
+    is_kept: bool = True,
+    is_wanted: Callable[[str], bool] = is_image,
+) -> Iterator[tuple[str, Content]]:
     """Names and contents of the image members; contents are read and dropped unless they are kept.
 
     Raises ImageError where the tar is damaged.
@@ -159,8 +190,8 @@ def _members(stream: BinaryIO, uri: str, is_kept: bool = True) -> Iterator[tuple
             for info in tar:
                 name = readable_name(info.name.removeprefix("./"))
                 parts = (part for part in name.split("/") if part not in (".", ".."))
-                if not info.isdir() and is_image(name) and not any(map(is_hidden, parts)):
-                    yield name, _content(tar, info, is_kept)
+                if not info.isdir() and is_wanted(name) and not any(map(is_hidden, parts)):
+                    yield name, _content(tar, info, is_kept, name)
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
             if not getattr(tar, "has_end_mark", False):
                 raise tarfile.ReadError("it has no end mark")
@@ -174,14 +205,18 @@ def _members(stream: BinaryIO, uri: str, is_kept: bool = True) -> Iterator[tuple
         raise ImageError("tar", f"the tar is cut short or damaged: {one_line(error)}") from error
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, is_kept: bool) -> Content:
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, is_kept: bool, name: str) -> Content:
     if not info.isreg():
         return ImageError("not_a_file", "the tar member is a link or a device, not a file")
     if info.size > MAX_ENCODED_BYTES:
         return ImageError("too_large", f"{info.size} encoded bytes, allowed: {MAX_ENCODED_BYTES}")
     file = tar.extractfile(info)
     assert file is not None
+    head = file.read(unsupported.HEAD_BYTES)
+    if (refusal := unsupported.by_name(name, head)) is not None:
+        return refusal
     content = io.BytesIO()  # grows in place; reading at once would take twice the memory
+    content.write(head)
     while piece := file.read(2**20):
         if is_kept:
             content.write(piece)

@@ -4,7 +4,8 @@ Each listing writes one file, row group by row group. The driver reads it withou
 worker that segments a shard reads the members of that shard.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -48,22 +49,27 @@ class Draft:
 
 
 @contextmanager
-def draft(shards: Iterable[Shard], generation: int = 0) -> Iterator[Draft]:
-    """Write shards, as they come, into a temporary file, for a manifest's ``generation``.
+def draft(
+    shards: Iterable[Shard], generation: int = 0, passed_over: Mapping[str, int] | None = None
+) -> Iterator[Draft]:
+    """Write shards, as they come, into a temporary file, for a manifest's ``generation``; its
+    footer keeps the numbers of files that were ``passed_over`` by then.
 
     Raises ConfigError if two shards are the same, StoreError if there is no room for it.
     """
     file = spooled()
     try:
         with reports_full_disk():
-            heads = _write(iter(shards), file, generation)
+            heads = _write(iter(shards), file, generation, passed_over)
             file.flush()
         yield Draft(heads, file, generation)
     finally:
         drop(file)
 
 
-def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Shard]:
+def _write(
+    shards: Iterator[Shard], file: BinaryIO, generation: int, passed_over: Mapping[str, int] | None
+) -> list[Shard]:
     """Write all shards; returns their heads."""
     heads: dict[str, Shard] = {}
     with pq.ParquetWriter(file, MANIFEST, compression="zstd", use_dictionary=False) as writer:
@@ -81,6 +87,8 @@ def _write(shards: Iterator[Shard], file: BinaryIO, generation: int) -> list[Sha
                 heads[shard.shard_id] = replace(
                     shard, members=(), generation=generation, row=len(heads)
                 )
+        if passed_over:
+            writer.add_key_value_metadata({"passed_over": json.dumps(passed_over)})
     return list(heads.values())
 
 
@@ -108,6 +116,12 @@ def read_heads(store: Store, generation: int) -> list[Shard]:
     with store.open_parquet(manifest_name(generation)) as file:
         heads = chain.from_iterable(b.to_pylist() for b in file.iter_batches(columns=HEADS))
         return [Shard(**head, generation=generation, row=row) for row, head in enumerate(heads)]
+
+
+def passed_over(store: Store, generation: int) -> dict[str, int]:
+    """Numbers of files that a listing passed over, by their endings."""
+    footer = _metadata(store, manifest_name(generation)).metadata or {}
+    return dict(json.loads(footer.get(b"passed_over", b"{}")))
 
 
 def with_members(store: Store, shard: Shard) -> Shard:

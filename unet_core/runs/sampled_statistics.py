@@ -31,7 +31,7 @@ MOST_GROUPS = 1000
 GRID, SIDE = 8, 64
 """Windows along an axis, and their side in pixels, that are read of an image larger than these
 together: a sample of 262,144 pixels, without reading all of a large image."""
-READ_THREADS = 16
+READ_THREADS = 16  # a store answers them side by side
 
 
 def sample_limits(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from unet_core.inputs.formats import is_there, list_shards
@@ -26,6 +26,8 @@ class ShardPlan:
     """Shards whose commits were removed because images in them had failed."""
     added: int = 0
     """Shards of objects that were new in the input."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Files of the input that are no images of its format, by their endings, when it was listed."""
 
 
 @contextmanager
@@ -39,14 +41,17 @@ def plan_shards(
     """
     known = run.manifest()
     if known is None:
-        with manifest.draft(list_shards(source)) as draft:
-            yield ShardPlan(draft.heads, _left(run, draft.heads), draft)
+        with manifest.draft(list_shards(source), passed_over=source.passed_over) as draft:
+            left = _left(run, draft.heads)
+            yield ShardPlan(draft.heads, left, draft, passed_over=dict(source.passed_over))
         return
     retried = run.uncommit_failed(known, partial(is_there, source)) if retry_failed else 0
     new = _add_new_shards(run, source, known) if refresh else []
     shards = [*known, *new]
     left = _left(run, shards)
-    yield ShardPlan(shards, left, None, not left and run.is_finished, retried, len(new))
+    is_finished = not left and run.is_finished
+    passed_over = manifest.passed_over(run.store, max(shard.generation for shard in shards))
+    yield ShardPlan(shards, left, None, is_finished, retried, len(new), passed_over)
 
 
 def _left(run: Run, shards: list[Shard]) -> list[Shard]:
@@ -61,7 +66,7 @@ def _add_new_shards(run: Run, source: Source, known: list[Shard]) -> list[Shard]
     """
     names = manifest.names(run.store, known)
     generation = 1 + max(shard.generation for shard in known)
-    with manifest.draft(list_shards(source, names), generation) as draft:
+    with manifest.draft(list_shards(source, names), generation, source.passed_over) as draft:
         if draft.heads:
             run.reopen()
             run.publish_manifest(draft)

@@ -35,6 +35,11 @@ COPY_BYTES = 16 * 2**20
 """Bytes per request of streams: large enough that latency does not count."""
 ZARR = {"zarr.json", ".zattrs", ".zarray"}
 """A folder that directly holds a file of one of these names is a Zarr store."""
+HIDDEN = {
+    "@eadir", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "desktop.ini", "lost+found",
+    "system volume information", "thumbs.db",
+}  # fmt: skip
+"""Files and folders that systems leave between those of people, in lower case."""
 TEMPORARY = ".tmp"
 """Suffix of files that are not published yet; their names begin with ``_``."""
 
@@ -161,7 +166,7 @@ class Store:
             yield file
 
     def list(self, folder: str = "") -> list[Entry]:
-        """List objects below a folder at any depth, by name; skips hidden ones (``.name``).
+        """List objects below a folder at any depth, by name; skips hidden ones.
 
         Of a Zarr store, a folder that directly holds a file of ``ZARR``, it gives one such file
         alone: a store may have millions of chunks, and no reader knows it yet.
@@ -377,8 +382,8 @@ class Store:
 
 
 def is_hidden(part: str) -> bool:
-    """Whether files of this name, or what lies in a folder of it, are passed over in inputs."""
-    return part.startswith(".")
+    """Whether files of this name, or what lies in a folder of it, are no part of an input."""
+    return part.startswith(".") or part.lower() in HIDDEN
 
 
 def is_temporary(name: str) -> bool:

@@ -114,7 +114,6 @@ def test_exif_orientation_is_left_alone():
         (saved(RGB8, "JPEG")[:-200], "decode"),
         (tiff(GRAY8)[:-100], "decode"),
         (saved(GRAY8, "TGA"), "decode"),
-        (saved(GRAY8, "PPM"), "decode"),
         (saved(np.zeros((200, 200), np.uint8)), "too_large"),
         (tiff(np.zeros((200, 200), np.uint8)), "too_large"),
         (tiff(np.zeros((3, 24, 31), np.uint8), photometric="minisblack"), "frames"),
