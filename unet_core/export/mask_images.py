@@ -33,6 +33,8 @@ class Appearance:
     nodata: int | None = None
     """Class id of pixels that are not valid."""
     georeference: Georeference = NOWHERE
+    has_overviews: bool = True
+    """Large TIFFs have them."""
 
     @property
     def colors(self) -> Array:
@@ -82,7 +84,8 @@ def encode_tiff(shape: tuple[int, int], bands: Iterable[Array], look: Appearance
     }
     if look.palette is not None and dtype == np.uint8:
         how |= {"photometric": "palette", "colormap": look.colors.T.astype(np.uint16) * 257}
-    shapes, nodata = level_shapes(shape), _nodata_tag(look.nodata)
+    shapes = level_shapes(shape) if look.has_overviews else []
+    nodata = _nodata_tag(look.nodata)
     file, levels = spooled(), [spooled() for _ in shapes]
 
     def tiles(bands: Iterable[Array], level: int) -> Iterator[Array]:

@@ -4,7 +4,7 @@ is the commit.
 
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -70,12 +70,20 @@ class Export:
         """Options that exports of one folder share, by the names that people know them by."""
         known = {**asdict(self.options), "mean_intensity": self.has_input}
         return {
-            # 2: files keep the extension of their image; 3: with nodata, georeference, overviews
-            "export_version": "3" if self.names.extension else "1",
+            "export_version": self._version,
             "fingerprint": self.results.record.fingerprint,
             "names": self.names.digest,
             **{key: str(value) for key, value in known.items()},
         }
+
+    @property
+    def _version(self) -> str:
+        """Version of the files: 1, 2 with the extension of their image in the name, 3 with nodata,
+        georeference and overviews, which runs of schema 1 do not get.
+        """
+        if not self.names.extension:
+            return "1"
+        return "2" if self.results.nodata is None else "3"
 
     def create_or_join(self) -> None:
         """Publish the identity of the export, or join the one that is there.
@@ -202,9 +210,9 @@ class Export:
         """Write a mask's classes, or the objects that were found in it; what the index says of it:
         its file, or annotations.
         """
-        look = Appearance(georeference=where)
+        look = Appearance(None, None, where, self._version == "3")
         if found is None:
-            look = Appearance(self.results.palette, self.results.nodata, where)
+            look = replace(look, palette=self.results.palette, nodata=self.results.nodata)
         size = mask.height, mask.width
         name = self.names.of(mask.image_id) if self.names.extension else ""
         match self.options.format:

@@ -109,3 +109,9 @@ def test_a_resolution_that_tiff_cannot_tell_is_left_out(size, tmp_path):
 def test_small_images_have_no_overviews():
     assert level_shapes((4096, 4096)) == []
     assert level_shapes((4097, 10))[0] == (2049, 5)
+
+
+def test_exports_of_earlier_versions_have_no_overviews(tmp_path):
+    look = Appearance(palette_of(3), has_overviews=False)
+    with tifffile.TiffFile(written(ids_with_nodata(100, 4200), look, tmp_path)) as tiff:
+        assert len(tiff.pages) == 1
