@@ -46,4 +46,5 @@ def _defined_tags(crs: dict[str, Any]) -> list[Tag]:
     tags: list[Tag] = [(KEYS, "H", len(crs["keys"]), crs["keys"], True)]
     if crs["doubles"]:
         tags.append((DOUBLES, "d", len(crs["doubles"]), crs["doubles"], True))
-    return [*tags, (TEXTS, "s", 0, crs["texts"], True)] if crs["texts"] else tags
+    texts = crs["texts"].encode()  # names of systems need not be ASCII
+    return [*tags, (TEXTS, "s", 0, texts, True)] if texts else tags

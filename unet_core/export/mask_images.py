@@ -33,6 +33,8 @@ class Appearance:
     nodata: int | None = None
     """Class id of pixels that are not valid."""
     georeference: Georeference = NOWHERE
+    has_overviews: bool = True
+    """Large TIFFs have them."""
 
     @property
     def colors(self) -> Array:
@@ -82,7 +84,8 @@ def encode_tiff(shape: tuple[int, int], bands: Iterable[Array], look: Appearance
     }
     if look.palette is not None and dtype == np.uint8:
         how |= {"photometric": "palette", "colormap": look.colors.T.astype(np.uint16) * 257}
-    shapes, nodata = level_shapes(shape), _nodata_tag(look.nodata)
+    shapes = level_shapes(shape) if look.has_overviews else []
+    nodata = _nodata_tag(look.nodata)
     file, levels = spooled(), [spooled() for _ in shapes]
 
     def tiles(bands: Iterable[Array], level: int) -> Iterator[Array]:
@@ -118,10 +121,10 @@ def _nodata_tag(nodata: int | None) -> list[Tag]:
 
 
 def _resolution(where: Georeference) -> dict[str, Any]:
-    """Return the size of pixels as TIFF tells it: pixels per centimetre."""
-    if where.pixel_unit != "µm" or where.pixel_size is None:
+    """Return the size of pixels as TIFF tells it: pixels per centimetre, fractions of 32 bits."""
+    height, width = where.pixel_size or (0, 0)
+    if where.pixel_unit != "µm" or not 1e-5 < min(height, width) <= max(height, width) < 1e12:
         return {}
-    height, width = where.pixel_size
     return {"resolution": (1e4 / width, 1e4 / height), "resolutionunit": "CENTIMETER"}
 
 

@@ -31,7 +31,8 @@ def reducing(bands: Iterable[Array], into: BinaryIO, nodata: int | None) -> Iter
     file.
     """
     for band_HW in bands:
-        into.write(most_frequent(band_HW, nodata).tobytes())
+        for y in range(0, len(band_HW), BAND_ROWS):
+            into.write(most_frequent(band_HW[y : y + BAND_ROWS], nodata).tobytes())
         yield band_HW
 
 
@@ -52,10 +53,15 @@ def most_frequent(ids_HW: Array, nodata: int | None) -> Array:
     """
     height, width = ids_HW.shape
     even_HW = np.pad(ids_HW, ((0, height % 2), (0, width % 2)), mode="edge")
-    blocks = np.stack([even_HW[y::2, x::2] for y in (0, 1) for x in (0, 1)])
-    blocks.sort(axis=0)
-    lowest, low, high, highest = blocks
-    is_pair = [low == high, high == highest]
-    if nodata is not None:
-        is_pair = [pair & (high != nodata) for pair in is_pair]
-    return np.select([lowest == low, *is_pair], [lowest, low, high], lowest)
+    a, b, c, d = (even_HW[y::2, x::2] for y in (0, 1) for x in (0, 1))
+    ends, middles = zip(_in_order(a, b), _in_order(c, d), strict=True)  # a sorting network
+    lowest, one = _in_order(*ends)
+    other, highest = _in_order(*middles)
+    low, high = _in_order(one, other)
+    for pair, is_pair in ((high, (high == highest) & (lowest != low)), (low, low == high)):
+        np.copyto(lowest, pair, where=is_pair if nodata is None else is_pair & (pair != nodata))
+    return lowest
+
+
+def _in_order(a: Array, b: Array) -> tuple[Array, Array]:
+    return np.minimum(a, b), np.maximum(a, b)

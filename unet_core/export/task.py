@@ -4,7 +4,7 @@ is the commit.
 
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -79,7 +79,7 @@ class Export:
     @property
     def _version(self) -> str:
         """Version of the files: 1, 2 with the extension of their image in the name, 3 with nodata,
-        georeference and overviews.
+        georeference and overviews, which runs of schema 1 do not get.
         """
         if not self.names.extension:
             return "1"
@@ -210,9 +210,9 @@ class Export:
         """Write a mask's classes, or the objects that were found in it; what the index says of it:
         its file, or annotations.
         """
-        look = Appearance(georeference=where)
+        look = Appearance(None, None, where, self._version == "3")
         if found is None:
-            look = Appearance(self.results.palette, self.results.nodata, where)
+            look = replace(look, palette=self.results.palette, nodata=self.results.nodata)
         size = mask.height, mask.width
         name = self.names.of(mask.image_id) if self.names.extension else ""
         match self.options.format:

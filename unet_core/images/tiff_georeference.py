@@ -14,8 +14,8 @@ from unet_core.images.tiff_pages import name_of
 
 PIXEL_SCALE, TIE_POINT, TRANSFORMATION = 33550, 33922, 34264
 KEYS, DOUBLES, TEXTS = 34735, 34736, 34737
-RASTER_TYPE, GEOGRAPHIC_TYPE, PROJECTED_TYPE, LINEAR_UNIT = 1025, 2048, 3072, 3076
-PIXEL_IS_AREA, PIXEL_IS_POINT = 1, 2
+MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC_TYPE, PROJECTED_TYPE, LINEAR_UNIT = 1024, 1025, 2048, 3072, 3076
+GEOGRAPHIC, PIXEL_IS_AREA, PIXEL_IS_POINT = 2, 1, 2
 USER_DEFINED = 32767  # a code of GeoTIFF for systems that have none
 LINEAR_UNITS = {9001: "m", 9002: "ft", 9003: "US ft"}
 """Units of projected systems by EPSG code."""
@@ -42,10 +42,12 @@ def georeference_of(tiff: Any, page: Any) -> Georeference | None:
         )
         is_projected = PROJECTED_TYPE in keys
         code = projected if is_projected else geographic
-        unit = LINEAR_UNITS.get(keys.get(LINEAR_UNIT, 9001)) if is_projected else "degree"
+        unit = LINEAR_UNITS.get(keys.get(LINEAR_UNIT, 9001)) if is_projected else None
+        if keys and not is_projected and keys.get(MODEL_TYPE, GEOGRAPHIC) == GEOGRAPHIC:
+            unit = "degree"  # other models are of projections without keys, or geocentric
         size = math.hypot(b, e), math.hypot(a, d)
         crs = f"EPSG:{code}" if code else _defined_crs(tags)
-        return Georeference(crs, transform, size, unit if keys else None)
+        return Georeference(crs, transform, size, unit)
     size_um = _ome_size(tiff) or _aperio_size(tags) or _resolution_size(tiff, tags)
     if size_um is None or not all(0 < side < math.inf for side in size_um):
         return None

@@ -1,15 +1,17 @@
 import io
-from collections import Counter
+import json
 
 import numpy as np
 import openslide
 import pytest
 import rasterio
+import tifffile
 from PIL import Image
 
+from tests.reference.overviews import halved
 from unet_core.export.mask_images import Appearance, encode_png, encode_tiff
 from unet_core.export.overviews import level_shapes, most_frequent
-from unet_core.images.georeference import Georeference
+from unet_core.images.georeference import DEFINED, Georeference
 from unet_core.networks.header import palette_of
 
 RANDOM = np.random.default_rng(0)
@@ -34,24 +36,14 @@ def written(ids_HW, look, tmp_path, rows=1024):
     return path
 
 
-def twin(ids_HW, nodata):
-    """Count each block by itself."""
-    height, width = ids_HW.shape
-    small = np.zeros((-(-height // 2), -(-width // 2)), ids_HW.dtype)
-    for y, x in np.ndindex(small.shape):
-        rows = [2 * y, min(2 * y + 1, height - 1)]
-        columns = [2 * x, min(2 * x + 1, width - 1)]
-        counts = Counter(ids_HW[np.ix_(rows, columns)].ravel().tolist())
-        counts.pop(nodata, None)
-        small[y, x] = min(counts, key=lambda i: (-counts[i], i)) if counts else nodata
-    return small
-
-
-@pytest.mark.parametrize("nodata", [255, None])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (40, 31), (33, 64)])
-def test_an_overview_has_the_most_frequent_ids(shape, nodata):
-    ids_HW = RANDOM.choice(np.array([0, 1, 2, nodata or 3], np.uint8), shape)
-    np.testing.assert_array_equal(most_frequent(ids_HW, nodata), twin(ids_HW, nodata))
+@pytest.mark.parametrize(
+    ("nodata", "kind"), [(255, "u1"), (None, "u1"), (65535, "<u2"), (None, "u4")]
+)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (7, 9), (40, 31), (33, 64)])
+def test_an_overview_has_the_most_frequent_ids(shape, nodata, kind):
+    ids_HW = RANDOM.choice(np.array([0, 1, 2, nodata or 3], kind), shape)
+    small_HW = most_frequent(ids_HW, nodata)
+    np.testing.assert_array_equal(small_HW, halved(ids_HW, nodata), strict=True)
 
 
 def test_nodata_of_a_png_is_transparent_and_reads_back(tmp_path):
@@ -93,6 +85,33 @@ def test_slide_viewers_read_size_resolution_and_levels(tmp_path):
         assert (shown == colors[ids_HW[16:80, :64]]).all()
 
 
+def test_names_of_systems_need_not_be_ascii(tmp_path):
+    """French, Portuguese … citations are UTF-8."""
+    name, wanted = "Réseau géodésique|", 3857
+    keys = [1, 1, 0, 4, 1024, 0, 1, 1, 1025, 0, 1, 1, 1026, 34737, len(name.encode()), 0]
+    document = {"keys": [*keys, 3072, 0, 1, wanted], "doubles": [], "texts": name}
+    where = UTM._replace(crs=DEFINED + json.dumps(document))
+    path = written(ids_with_nodata(32, 32), Appearance(palette_of(3), 255, where), tmp_path)
+    with rasterio.open(path) as opened:
+        assert opened.crs.to_epsg() == wanted
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages[0].tags[34737].value == name
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e12, 1e15])
+def test_a_resolution_that_tiff_cannot_tell_is_left_out(size, tmp_path):
+    where = SLIDE._replace(pixel_size=(0.5, size))
+    path = written(ids_with_nodata(32, 32), Appearance(palette_of(3), 255, where), tmp_path)
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages[0].tags["ResolutionUnit"].value == 1  # none
+
+
 def test_small_images_have_no_overviews():
     assert level_shapes((4096, 4096)) == []
     assert level_shapes((4097, 10))[0] == (2049, 5)
+
+
+def test_exports_of_earlier_versions_have_no_overviews(tmp_path):
+    look = Appearance(palette_of(3), has_overviews=False)
+    with tifffile.TiffFile(written(ids_with_nodata(100, 4200), look, tmp_path)) as tiff:
+        assert len(tiff.pages) == 1

@@ -54,6 +54,14 @@ def test_coordinates_are_those_that_gdal_reads(epsg, unit, transform, monkeypatc
     assert where.pixel_size == pytest.approx(size.tolist())
 
 
+@pytest.mark.parametrize("name", ["ESRI:54009", "+proj=geos +h=35785831 +lon_0=0", "EPSG:4978"])
+def test_a_unit_that_keys_do_not_tell_is_no_degree(name, monkeypatch):
+    where = place(geotiff(crs=rasterio.CRS.from_string(name), transform=NORTH_UP), monkeypatch)
+    assert where.crs.startswith("GEOTIFF:")
+    assert where.pixel_unit is None
+    assert where.pixel_size == (0.25, 0.5)
+
+
 def test_coordinates_of_centres_become_those_of_corners(monkeypatch):
     with rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", width=48, height=64, count=1, dtype="uint16", crs=UTM,

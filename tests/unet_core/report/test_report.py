@@ -1,7 +1,9 @@
+import base64
 import copy
 import dataclasses
 import datetime
 import html
+import io
 import itertools
 import re
 import shutil
@@ -12,6 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from jobs.predict import predict
 from tests.support.runs import config_of
@@ -21,12 +24,13 @@ from unet_core.config.predict import PredictConfig
 from unet_core.images.decoder import DecodedImage
 from unet_core.images.raster import ArrayRaster
 from unet_core.images.sample import Sample
+from unet_core.networks.header import palette_of
 from unet_core.report import facts as facts_of
 from unet_core.report.activity import Activity
 from unet_core.report.charts import histogram
 from unet_core.report.facts import RunFacts
 from unet_core.report.page import render, toml
-from unet_core.report.panels import PANEL, panels
+from unet_core.report.panels import NO_DATA, PANEL, overlay, panels
 from unet_core.report.scores import LARGEST, LOWEST_CONFIDENCE, RANDOM, RunScores, pick_ids
 from unet_core.runs.compact import COMPACTED
 from unet_core.runs.timings import TIMINGS
@@ -235,6 +239,49 @@ def test_many_rows_and_classes_and_noise_make_a_page_below_5_megabytes(facts):
         )
     )
     assert len(page) < 5e6
+
+
+def shown(panel):
+    with Image.open(io.BytesIO(base64.b64decode(panel.uri.partition(",")[2]))) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("has_truth", [False, True])
+@pytest.mark.parametrize(("classes", "nodata"), [(2, 255), (255, 255), (256, 65535)])
+@pytest.mark.filterwarnings("error")
+def test_pixels_that_are_no_data_have_a_color_of_their_own_in_every_panel(
+    classes, nodata, has_truth
+):
+    gray_HW = np.full((90, 80), 9, np.uint16)
+    gray_HW[:, 20:60] = np.arange(40) + 1000
+    truth_HW = np.zeros((90, 80), np.uint16)
+    truth_HW[40:] = classes - 1
+    valid_HW = np.zeros((90, 80), bool)
+    valid_HW[:, 20:60] = True
+    mask_HW = np.where(valid_HW, truth_HW, nodata).astype(np.uint16)
+    one, truth = np.ones(1, np.float32), ArrayRaster(truth_HW[None]) if has_truth else None
+    pixels, sample = ArrayRaster(gray_HW[None], valid_HW), Sample("a", "", "", bytes)
+    decoded = DecodedImage(sample, pixels, one, one, truth)
+    made = panels(decoded, mask_HW, palette_of(classes), ignore_index=999)
+    drawn = {panel.title: shown(panel) for panel in made}
+    assert len(drawn) == 3 + has_truth
+    for title, rgb_HWC in drawn.items():
+        distance_HW = np.abs(rgb_HWC - NO_DATA).sum(axis=2)
+        assert distance_HW[:, :12].max() < 20, title
+        assert distance_HW[:, 68:].max() < 20, title
+        assert np.median(distance_HW[:, 24:56]) > 60, title
+    assert np.ptp(drawn["image"][45, 24:56]) > 150  # stretched by what is valid
+    with Image.open(io.BytesIO(overlay(decoded, mask_HW, palette_of(classes)))) as image:
+        assert (np.asarray(image)[~valid_HW] == NO_DATA).all()
+
+
+def test_a_page_says_how_much_is_no_data(run, facts):
+    assert "no data" not in render(facts).decode().replace("or no data", "")
+    some = dataclasses.replace(facts.totals, invalid_pixels=facts.totals.pixels // 4)
+    for mean in (facts.mean, {}):
+        page = render(other(facts, totals=some, mean=mean)).decode()
+        assert "no data</li>" in page
+        assert f"{some.invalid_pixels:,} that are no data" if mean else "25.00 % of all" in page
 
 
 def test_what_cannot_be_shown_says_so_in_its_place(folder, tiny_model, tmp_path):
