@@ -149,3 +149,18 @@ def test_what_a_checkpoint_cannot_use_is_refused(plates, tiny_model, tmp_path):
     (row, *_) = table(tmp_path / "moments", "metrics")
     assert row["normalization"]["low"] is None
     assert row["normalization"]["std"][0] > 0
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_sample(plates, tiny_model, tmp_path):
+    errors = {"max_failed_images": 1.0}
+    before = run_with(plates, tiny_model, tmp_path / "before", statistics="dataset")
+    (plates / "a" / "damaged.png").write_bytes(b"not an image")
+    predict(config_of(plates, tiny_model, tmp_path / "run", input={"statistics": "dataset"},
+                      errors=errors))  # fmt: skip
+    rows = {row["image_id"]: row for row in table(tmp_path / "run", "metrics")}
+    assert rows["a/damaged.png"]["error_code"] == "decode"
+    assert rows["a/0.png"]["normalization"]["high"] == [before["a/0.png"][1]]
+    for path in plates.rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(ConfigError, match=r"none of 12 sampled images can be read; [ab]/.*png: not"):
+        predict(config_of(plates, tiny_model, tmp_path / "none", input={"statistics": "dataset"}))

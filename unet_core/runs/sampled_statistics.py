@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from heapq import nsmallest
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 
 from unet_core.arrays import Array
 from unet_core.concurrency import map_in_order
-from unet_core.errors import ConfigError
-from unet_core.images.decoder import DecodedImage, Decoder
+from unet_core.errors import ConfigError, ImageError, few
+from unet_core.images.decoder import DecodedImage, Decoder, Rejected
 from unet_core.images.preprocessing import Limits, Preprocessing
-from unet_core.images.raster import Raster
 from unet_core.images.sample import Sample
 from unet_core.images.statistics import group_of, known_values
 from unet_core.inputs.formats import read_shard
@@ -34,6 +34,30 @@ together: a sample of 262,144 pixels, without reading all of a large image."""
 READ_THREADS = 16  # a store answers them side by side
 
 
+class Sampled(NamedTuple):
+    """A part of the pixels of an image."""
+
+    image_id: str
+    full_scale: float
+    values: list[Array]
+    """Known values of each channel, in a grid of windows."""
+
+    @classmethod
+    def of(cls, image: DecodedImage) -> "Sampled":
+        """Read the part. Raises ImageError."""
+        pixels = image.pixels
+        starts = [
+            [0]
+            if length <= GRID * SIDE
+            else np.linspace(0, length - SIDE, GRID, dtype=int).tolist()
+            for length in pixels.shape
+        ]
+        sides = [length if length <= GRID * SIDE else SIDE for length in pixels.shape]
+        windows = [pixels.read(Box(y, x, *sides)) for y in starts[0] for x in starts[1]]
+        values = [*map(np.concatenate, zip(*map(known_values, windows), strict=True))]
+        return cls(image.sample.image_id, pixels.full_scale, values)
+
+
 def sample_limits(
     source: Source,
     shards: list[Shard],
@@ -47,14 +71,20 @@ def sample_limits(
     and for groups that are too many or not known from listing.
     """
     color = Preprocessing(color=wanted.color, normalization="range")  # nothing has to be counted
-    decoder = Decoder(color, 2, source.config)
+    without_truth = source.config.model_copy(update={"masks": ""})
+    decoder = Decoder(color, 2, without_truth)
 
-    def decode(sample: Sample) -> list[DecodedImage | str]:
-        bare = replace(sample, read_mask=None, open_mask=None)
-        return [
-            image if isinstance(image, DecodedImage) else str(image.failure)
-            for image in decoder.decode(bare)
-        ]
+    def sample_image(sample: Sample) -> list[Sampled | str]:
+        """Decode the images of a file and keep a part of each, or the reason why it fails."""
+        found: list[Sampled | str] = []
+        for image in decoder.decode(replace(sample, read_mask=None, open_mask=None)):
+            try:
+                if isinstance(image, Rejected):
+                    raise image.failure
+                found.append(Sampled.of(image))
+            except ImageError as failure:  # also from pixels that are only read now
+                found.append(f"{image.sample.image_id}: {failure}")
+        return found
 
     if by_group:
         grouped = _of_groups(source, shards, with_members)
@@ -62,13 +92,14 @@ def sample_limits(
         grouped = {"": _of_dataset(source, shards, with_members)}
     limits, failures = dict[str, list[Limits]](), list[str]()
     for group, samples in grouped.items():
-        images = [*chain.from_iterable(map_in_order(decode, samples, READ_THREADS))]
+        images = [*chain.from_iterable(map_in_order(sample_image, samples, READ_THREADS))]
         failures += (image for image in images if isinstance(image, str))
-        if decoded := [image for image in images if isinstance(image, DecodedImage)]:
-            limits[group] = _limits(decoded, wanted)
+        if sampled := [image for image in images if isinstance(image, Sampled)]:
+            limits[group] = _limits(sampled, wanted)
     if not limits:
         raise ConfigError(
-            f"input.statistics: none of {len(failures)} sampled images can be read: {failures[:1]}"
+            f"input.statistics: none of {len(failures)} sampled images can be read; "
+            f"{few(failures, 1)}"
         )
     return limits
 
@@ -121,16 +152,16 @@ def _order(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
-def _limits(images: list[DecodedImage], wanted: Preprocessing) -> list[Limits]:
+def _limits(images: list[Sampled], wanted: Preprocessing) -> list[Limits]:
     """Measure the limits of each channel over the sampled pixels of all images."""
-    scales = {image.pixels.full_scale: image.sample.image_id for image in images}
+    scales = {image.full_scale: image.image_id for image in images}
     if len(scales) > 1:
         raise ConfigError(
             "input.statistics: values of different types have no common limits: "
             + ", ".join(f"{image_id} reaches {scale:g}" for scale, image_id in scales.items())
             + "; use 'image'"
         )
-    by_channel = zip(*(_sampled_values(image.pixels) for image in images), strict=True)
+    by_channel = zip(*(image.values for image in images), strict=True)
     return [
         _limits_of(np.concatenate(values), ends, wanted.normalization == "zscore")
         for values, ends in zip(by_channel, wanted.ends(1.0, 99.8), strict=True)
@@ -147,16 +178,3 @@ def _limits_of(values: Array, ends: tuple[float, float], has_moments: bool) -> L
     ranks = [max(1, math.ceil(values.size * end / 100)) - 1 for end in ends]
     low, high = np.partition(values, ranks)[ranks].tolist()
     return Limits(low, high - low)
-
-
-def _sampled_values(pixels: Raster) -> list[Array]:
-    """Read the known values of each channel in a grid of windows."""
-    starts = [
-        range(0, length, length)
-        if length <= GRID * SIDE
-        else np.linspace(0, length - SIDE, GRID).astype(int).tolist()
-        for length in pixels.shape
-    ]
-    sides = [length if length <= GRID * SIDE else SIDE for length in pixels.shape]
-    windows = [pixels.read(Box(y, x, *sides)) for y in starts[0] for x in starts[1]]
-    return [*map(np.concatenate, zip(*map(known_values, windows), strict=True))]
