@@ -162,5 +162,5 @@ def test_images_that_cannot_be_read_are_left_out_of_the_sample(plates, tiny_mode
     assert rows["a/0.png"]["normalization"]["high"] == [before["a/0.png"][1]]
     for path in plates.rglob("*.png"):
         path.write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"none of 12 sampled images can be read; [ab]/.*png: not"):
+    with pytest.raises(ConfigError, match=r"none of 12 sampled images can be read; [ab]/"):
         predict(config_of(plates, tiny_model, tmp_path / "none", input={"statistics": "dataset"}))
