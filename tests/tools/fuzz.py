@@ -28,6 +28,7 @@ import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tifffile
 import torch
 from PIL import Image
 
@@ -110,7 +111,27 @@ def tiffs() -> list[bytes]:
         tiff(stack, photometric="minisblack", byteorder=">"),
         tiff(stack, ome=True, metadata={"axes": "CYX"}),
         tiff(stack, imagej=True, metadata={"axes": "ZYX"}, truncate=True),
+        tiff(GRAY, metadata=None, extratags=[(42113, 2, 0, "7", True)], **tiles),
+        _with_mask(description="Aperio Image Library v1\r\n|MPP = 0.5", **tiles),
+        tiff(RGB, compression=33003, photometric="rgb", metadata=None, **tiles),
     ]
+
+
+def _with_mask(**options: Any) -> bytes:
+    """A geographic image with alpha, a mask and an overview."""
+    buffer = io.BytesIO()
+    geo = [
+        (33550, 12, 3, (0.3, 0.3, 0.0), True),
+        (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True),
+        (34735, 3, 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633), True),
+    ]
+    with tifffile.TiffWriter(buffer) as writer:
+        rgba = np.dstack([RGB, GRAY // 200])
+        about = {"photometric": "rgb", "extrasamples": ["unassalpha"], "metadata": None}
+        writer.write(rgba, extratags=geo, **about, **options)
+        writer.write(GRAY > 99, subfiletype=4, photometric="mask", metadata=None)
+        writer.write(rgba[::2, ::2], subfiletype=1, **about)
+    return buffer.getvalue()
 
 
 def tars() -> list[bytes]:

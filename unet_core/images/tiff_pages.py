@@ -165,7 +165,7 @@ def _series_of(tiff: Any) -> list[Any]:
 
 def _is_stack(tiff: Any, pages: int, series: list[Any], config: InputConfig) -> bool:
     is_declared = config.axes or tiff.is_ome or tiff.is_imagej or is_slide(tiff)
-    if pages > 1 and is_declared:
+    if pages > 1 and is_declared and series:
         return True
     beside = sum(not is_full_size(page) for one in series for page in one if page is not None)
     return sum(count_planes(s.shape, s.axes, "YXS") for s in series) > pages + beside

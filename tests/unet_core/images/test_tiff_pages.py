@@ -152,3 +152,8 @@ def test_a_mask_may_be_a_label_image():
         pixels_of(labels, RULES)
     stored = decode_tiff(labels, RULES, as_labels=True)[0]
     np.testing.assert_array_equal(stored.pixels, GRAY > 9)
+
+
+def test_a_file_without_pages_is_refused():
+    with pytest.raises(ImageError, match="no page"):
+        pixels_of(b"II*\0" + (2**20).to_bytes(4, "little") + bytes(100), RULES)
