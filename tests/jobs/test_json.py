@@ -7,8 +7,9 @@ from jobs.predict import predict
 from unet_core.metrics import Totals
 
 TOTALS = {
-    "shards", "images_seen", "ok", "failed", "pixels", "valid_pixels", "invalid_pixels", "with_truth",
-    "ignored_pixels", "extrapolated", "confidence_sum", "class_pixels", "tp", "fp", "fn", "errors", "is_reconciled", "scores",
+    "shards", "images_seen", "ok", "failed", "pixels", "valid_pixels", "invalid_pixels",
+    "extrapolated", "with_truth", "ignored_pixels", "confidence_sum", "class_pixels", "tp", "fp",
+    "fn", "errors", "is_reconciled", "scores",
 }  # fmt: skip
 PLAN = {
     "uri", "input", "format", "shards", "shards_left", "images", "bytes", "bytes_left",
