@@ -15,6 +15,7 @@ from unet_core.arrays import Array
 from unet_core.config.sections import InputConfig
 from unet_core.errors import ImageError, UnetJobsError, one_line
 from unet_core.images.raster import full_scale_of
+from unet_core.images.tiff_codecs import JPEG_2000, decode_to_rgb
 from unet_core.images.tiff_georeference import georeference_of
 from unet_core.images.tiff_pages import images_of, name_of, require_allowed, stack_axes
 from unet_core.images.validity import Stored, known_samples, nodata_value, opaque, split_alpha
@@ -29,10 +30,6 @@ MIXED = ("PALETTE", "SEPARATED")
 """Photometric interpretations whose channels are each made of all samples."""
 SNIFFED = ("JPEG", "JPEG2000", "PNG", "WEBP")
 """Codecs that take sizes from their own stream, which Pillow can read without decoding."""
-ADOBE = b"\xff\xee\x00\x0eAdobe"
-"""Begin of the marker that tells the colors of a JPEG stream, in the 12th byte of its content."""
-MARKER_BYTES = 4096
-"""Bytes of a stream in which the marker is looked for; it comes before the pixels."""
 GDAL_NODATA = 42113
 """Tag that holds a nodata value as text."""
 
@@ -190,25 +187,8 @@ def prepare(page: Any, config: InputConfig, as_labels: bool) -> None:
     """Correct what the decoder takes from the tags of a page: its colors, and what segments hold
     that the file does not hold.
     """
-    _trust_stream(page)
+    decode_to_rgb(page)
     _fill_unwritten(page, config, as_labels)
-
-
-def _trust_stream(page: Any) -> None:
-    """Take JPEG as YCbCr if its stream says so, in Adobe's marker, although the tag says RGB."""
-    layout = page.keyframe
-    if name_of(layout.compression) != "JPEG" or name_of(layout.photometric) != "RGB":
-        return
-    written = (
-        at for at, count in zip(page.dataoffsets, page.databytecounts, strict=False) if count
-    )
-    if start := next(written, 0):
-        file = page.parent.filehandle
-        file.seek(start)
-        marker = file.read(MARKER_BYTES).find(ADOBE)
-        file.seek(start + max(0, marker) + len(ADOBE) + 6)
-        if marker >= 0 and file.read(1) == b"\1":
-            layout.photometric = tifffile.PHOTOMETRIC.YCBCR
 
 
 def _fill_unwritten(page: Any, config: InputConfig, as_labels: bool) -> None:
@@ -272,8 +252,6 @@ def stored_page(
 def _colors(page: Any, pixels: Any) -> Any:
     """Convert stored values without alpha to gray, RGB or channels as they are."""
     bits, is_whole = page.bitspersample, page.planarconfig == 1 and not page.extrasamples
-    if name_of(page.compression) == "APERIO_JP2000_YCBC":  # whatever else its tags say
-        return np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB"))
     match name_of(page.photometric):
         case "MINISBLACK" | "RGB" | "0":
             pass
@@ -282,8 +260,8 @@ def _colors(page: Any, pixels: Any) -> Any:
         case "PALETTE":
             indices_HW = pixels[..., 0] if pixels.ndim == 3 else pixels
             return (np.moveaxis(page.colormap, 0, -1)[indices_HW] >> 8).astype(np.uint8)
-        case "YCBCR" if is_whole and name_of(page.compression) == "JPEG":
-            pass  # each segment says by itself that it is YCbCr, so its decoder has made RGB of it
+        case "YCBCR" if is_whole and name_of(page.compression) in ("JPEG", *JPEG_2000):
+            pass  # its segments are decoded to RGB
         case "SEPARATED" if pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             return np.asarray(Image.fromarray(pixels, "CMYK").convert("RGB"))
         case other:
