@@ -178,22 +178,24 @@ def _decode(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     with decoding():
         if data.startswith(TIFF_MAGICS):
             return decode_tiff(data, config, as_labels)
-        pixels = _decode_single(data, config, as_labels)
+        pixels, full_scale = _decode_single(data, config, as_labels)
     known = known_samples(pixels, None if as_labels else nodata_value(None, config))
     has_alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     if not has_alpha:
-        return [Stored(pixels, None, known)]
+        return [Stored(pixels, None, known, full_scale)]
     alpha = [pixels.shape[2] - 1]
     samples, alpha_HW = split_alpha(pixels, alpha, config)
     known = known if known is None or config.channels else np.delete(known, alpha, axis=-1)
     is_opaque_HW = None if config.nodata == "none" else opaque(alpha_HW)
-    return [Stored(samples, is_opaque_HW, known)]
+    return [Stored(samples, is_opaque_HW, known, full_scale)]
 
 
-def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:
-    """Decode what is no TIFF, alpha included. Raises ImageError that names what else it is."""
-    if (pixels := decode_still(data, config.max_pixels, as_labels)) is not None:
-        return pixels
+def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> tuple[Any, float | None]:
+    """Decode what is no TIFF, alpha included, and find the largest value that it can store; None if
+    that is the one of its type. Raises ImageError that names what else it is.
+    """
+    if (found := decode_still(data, config.max_pixels, as_labels)) is not None:
+        return found
     if (refusal := unsupported.by_content(data)) is not None:
         raise refusal
     try:
@@ -209,11 +211,13 @@ def _decode_single(data: bytes, config: InputConfig, as_labels: bool) -> Any:
         if frames > 1 and image.format != "MPO":  # phones add previews to a JPEG
             raise ImageError("frames", f"the file holds {frames} frames; give them one by one")
         if image.format == "AVIF":  # of which Pillow keeps 8 bits of 10 or 12
-            return imagecodecs.avif_decode(data, numthreads=1)
+            flags = data[data.find(b"av1C") + 6]
+            bits = 12 if flags & 0x20 else 10 if flags & 0x40 else 8
+            return imagecodecs.avif_decode(data, numthreads=1), 2.0**bits - 1
         is_colour_png = image.format == "PNG" and image.mode in ("RGB", "RGBA")
         if is_colour_png and (data[24] == 16 or not data[28]):  # Pillow keeps 8 of 16 bits
-            return imagecodecs.png_decode(data)  # faster too, but not for what is interlaced
-        return _labels_of(image, data) if as_labels else _pixels_of(image)
+            return imagecodecs.png_decode(data), None  # faster, but not for what is interlaced
+        return _labels_of(image, data) if as_labels else _pixels_of(image), None
 
 
 def _pixels_of(image: Image.Image) -> Any:

@@ -31,8 +31,9 @@ RATIOS = ((0, 1), (1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 PNM_NUMBER = re.compile(rb"(?:\s|#[^\n]*\n)+(\d{1,9})")
 
 
-def decode_still(data: bytes, max_pixels: int, as_labels: bool) -> Any:
-    """Decode a file of one of these kinds to HW or HWC, alpha included; None for another kind.
+def decode_still(data: bytes, max_pixels: int, as_labels: bool) -> tuple[Any, float | None] | None:
+    """Decode a file of one of these kinds to HW or HWC, alpha included, and the largest value that
+    it can store, if that is not the one of its type; None for another kind.
 
     Values are as stored, but 1-, 2- and 4-bit gray is stretched unless it holds labels. Raises
     ImageError with code ``decode``, ``too_large`` or ``frames``.
@@ -46,7 +47,7 @@ def decode_still(data: bytes, max_pixels: int, as_labels: bool) -> Any:
         if data.startswith(magics):
             pixels, highest = decode(data, max_pixels)
             stretch = 1 if as_labels else STRETCHES.get(highest, 1)
-            return pixels * np.uint8(stretch) if stretch > 1 else pixels
+            return pixels * np.uint8(stretch) if stretch > 1 else pixels, highest * stretch or None
     return None
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.support.data import reading
 from tests.support.rasters import labels_of, pixels_of
 from unet_core.errors import ImageError
+from unet_core.images.codec import decode_images
 
 LIMIT = 10_000
 RANDOM = np.random.default_rng(0)
@@ -161,3 +162,19 @@ def test_what_cannot_be_decoded_is_refused_with_a_code(data, code):
     with pytest.raises(ImageError) as caught:
         pixels_of(data, reading(LIMIT))
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("data", "highest"),
+    [
+        (jp2(GRAY12, bitspersample=12), 4095),
+        (pnm(5, GRAY12.clip(0, 1000), 1000), 1000),
+        (avif(GRAY12[..., None].repeat(3, 2), 12), 4095),
+        (avif(RGB8, 8), 255),
+        (jxl(GRAY16), 65535),
+    ],
+    ids=["JPEG 2000", "PNM", "AVIF of 12 bits", "AVIF of 8 bits", "JPEG XL"],
+)
+def test_the_full_scale_is_that_of_the_bits(data, highest):
+    (image,) = decode_images(data, reading(LIMIT))
+    assert image.full_scale == highest
