@@ -150,7 +150,7 @@ class Totals:
     """Pixels of ``ok`` images, valid or not."""
     invalid_pixels: int = 0
     extrapolated: int = 0
-    """Images whose own limits stretch them beyond what the network was trained on."""
+    """Images whose own limits stretch them far beyond what the network was trained on."""
     with_truth: int = 0
     ignored_pixels: int = 0
     confidence_sum: int = 0

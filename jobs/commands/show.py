@@ -203,8 +203,8 @@ def totals(totals: "Totals", class_names: tuple[str, ...]) -> None:
         lines(nodata=f"{share:.2%} of all pixels are no data: nodata values, alpha or masks")
     if totals.extrapolated:
         lines(
-            extrapolated=f"{totals.extrapolated:,} images have a stretch beyond those of training, "
-            "as empty ones have; see is_extrapolated and normalization in the metrics"
+            extrapolated=f"{totals.extrapolated:,} of {totals.ok:,} images: a stretch far beyond "
+            "those of training, as empty ones have (is_extrapolated in the metrics)"
         )
     warn_of_one_class(totals, class_names)
     if totals.with_truth:

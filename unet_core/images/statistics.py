@@ -23,6 +23,9 @@ BAND_BYTES = 64 * 2**20
 """Most bytes of such a band; wide images are read in fewer rows."""
 NOTHING = Limits(0.0, 0.0)
 """Limits of a channel of which no sample is known."""
+FAR = 2.0
+"""Factor by which limits would have to be widened for a stretch to be far beyond the trained ones:
+fields without objects need 3 and more; of 236 images with some, one needs 2.3, the others less."""
 PIECE = 2**20
 """Values that are counted at once, which bounds the copies made of them."""
 
@@ -34,7 +37,7 @@ class Measured(NamedTuple):
     stretch: Stretch | None = None
     """Largest stretch of a channel by its own limits; None if it was not measured."""
     is_extrapolated: bool | None = None
-    """True if that is beyond the stretches that the network was trained on; None: not known."""
+    """True if that is far beyond those that the network was trained on; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Statistics:
             content.guarded(own, self.trained)
             for content, own in zip(contents, limits, strict=True)
         ]
-        return Measured(guarded if self.is_guarded else limits, stretch, guarded != limits)
+        is_far = any(g.span > FAR * own.span for g, own in zip(guarded, limits, strict=True))
+        return Measured(guarded if self.is_guarded else limits, stretch, is_far)
 
     def _of_group(self, group: str) -> list[Limits]:
         if group not in self.by_group:
