@@ -80,8 +80,7 @@ def decode_tiff(data: bytes, config: InputConfig, as_labels: bool) -> list[Any]:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         images = images_of(tiff, config)
         has_validity = not as_labels and config.nodata != "none"
-        masks = [images.mask_of(page) for page in images.pages if has_validity]
-        checked = images.pages + [mask for mask in masks if mask]
+        checked = images.pages + [*chain(*images.masks.values())] * has_validity
         for page in checked:
             check_size(page.imagewidth, page.imagelength * page.imagedepth, config.max_pixels)
             _check_segments(page, data, config)

@@ -39,12 +39,12 @@ class TiffImages(NamedTuple):
     """The same as series with axes."""
     is_stack: bool
     """True if pages are planes of something whose axes are declared, or lie behind one page."""
-    masks: list[Any]
-    """Pages that say which pixels of an image of their size are valid."""
+    masks: dict[tuple[int, int], list[Any]]
+    """Pages that say which pixels of images of a size are valid, by height and width."""
 
     def mask_of(self, page: Any, number: int = 0) -> Any | None:
         """Find the mask of an image; the first image takes the first mask of its size."""
-        masks = [one for one in self.masks if _size(one) == _size(page)]
+        masks = self.masks.get(_size(page))
         return masks[min(number, len(masks) - 1)] if masks else None
 
 
@@ -73,12 +73,11 @@ def images_of(tiff: Any, config: InputConfig) -> TiffImages:
         others += [one for one in series if _is_extra(one) and one not in full]
         beside = {page.offset for one in others for page in one if page is not None}
         pages = [p for p in chain if is_full_size(p) and p.offset not in beside] or chain[:1]
-    return TiffImages(
-        pages,
-        full,
-        _is_stack(tiff, len(pages), full, config),
-        [page for page in chain if _is_mask(page) and page is not pages[0]],
-    )
+    masks: dict[tuple[int, int], list[Any]] = {_size(page): [] for page in pages}
+    for page in chain:
+        if _is_mask(page) and page is not pages[0] and _size(page) in masks:
+            masks[_size(page)].append(page)
+    return TiffImages(pages, full, _is_stack(tiff, len(pages), full, config), masks)
 
 
 class Chain(list[int]):
@@ -164,8 +163,9 @@ def _series_of(tiff: Any) -> list[Any]:
 
 
 def _is_stack(tiff: Any, pages: int, series: list[Any], config: InputConfig) -> bool:
-    is_declared = config.axes or tiff.is_ome or tiff.is_imagej or is_slide(tiff)
-    if pages > 1 and is_declared and series:
+    is_declared = config.axes or tiff.is_ome or tiff.is_imagej
+    has_channels = is_slide(tiff) and any("C" in one.axes for one in series)
+    if pages > 1 and (is_declared or has_channels) and series:
         return True
     beside = sum(not is_full_size(page) for one in series for page in one if page is not None)
     return sum(count_planes(s.shape, s.axes, "YXS") for s in series) > pages + beside

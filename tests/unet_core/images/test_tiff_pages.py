@@ -121,6 +121,17 @@ def test_several_images_are_refused_by_both(data, monkeypatch):
     assert len(pixels_of(data, reading(10**6, pages="expand"))) == 2
 
 
+def test_focal_planes_of_a_slide_are_pages(monkeypatch):
+    planes = [(array, TILES | {"description": APERIO}) for array in (RGB, RGB[::-1])]
+    data = pages(planes[0], SLIDE[1], planes[1], SLIDE[2])
+    with pytest.raises(ImageError, match="holds 2 pages"):
+        both(data, monkeypatch)
+    images, in_windows = both(data, monkeypatch, reading(10**6, pages="expand"))
+    assert in_windows is None
+    for image, (plane, _) in zip(images, planes, strict=True):
+        np.testing.assert_array_equal(image, plane)
+
+
 def test_pictures_beside_an_ome_slide_are_none(monkeypatch):
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer, ome=True) as writer:
