@@ -17,7 +17,7 @@ KEYS, DOUBLES, TEXTS = 34735, 34736, 34737
 MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC_TYPE, PROJECTED_TYPE, LINEAR_UNIT = 1024, 1025, 2048, 3072, 3076
 GEOGRAPHIC, PIXEL_IS_AREA, PIXEL_IS_POINT = 2, 1, 2
 USER_DEFINED = 32767  # a code of GeoTIFF for systems that have none
-LINEAR_UNITS = {9001: "m", 9002: "ft", 9003: "US ft"}
+LINEAR_UNITS = {9001: "m", 9002: "ft", 9003: "US survey foot"}
 """Units of projected systems by EPSG code."""
 MICROMETERS = {
     "nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "mm": 1e3, "cm": 1e4,
