@@ -43,7 +43,9 @@ def geotiff(**options):
 
 
 @pytest.mark.parametrize("transform", [NORTH_UP, TURNED])
-@pytest.mark.parametrize(("epsg", "unit"), [(32633, "m"), (2263, "US survey foot"), (4326, "degree")])
+@pytest.mark.parametrize(
+    ("epsg", "unit"), [(32633, "m"), (2263, "US survey foot"), (4326, "degree")]
+)
 def test_coordinates_are_those_that_gdal_reads(epsg, unit, transform, monkeypatch):
     data = geotiff(crs=rasterio.CRS.from_epsg(epsg), transform=transform)
     where = place(data, monkeypatch)
