@@ -78,7 +78,7 @@ class Content(NamedTuple):
             (self.lightest - self.darkest) / trained.background,
         )
         shows = self.contrast >= EVIDENCE * self.noise or self.difference >= LARGE * self.noise
-        if not shows:
+        if not shows or not self.noise:
             span = max(span, (self.top - limits.offset) / EMPTY)
         return Limits(limits.offset, span)
 
@@ -119,63 +119,88 @@ def _content(plane_HW: Array, known_HW: Array | None) -> Content | None:
     known_HW = np.broadcast_to(True, plane_HW.shape) if known_HW is None else known_HW
     if not known_HW.any():
         return None
-    noise, difference = _noise(plane_HW, known_HW)
-    lows, highs = _patches(plane_HW, known_HW)
-    # patches begin at every 4th row and at every column
-    lows = _of_blocks(np.minimum, lows, BLOCK // 4, BLOCK)
-    contrast = float((_of_blocks(np.maximum, highs, BLOCK // 4, BLOCK) - lows).max(initial=0))
-    coarse = _of_blocks(np.minimum, lows, *(max(2, side // COARSE) for side in lows.shape))
-    backgrounds = coarse[np.isfinite(coarse)] if np.isfinite(coarse).any() else np.zeros(1)
+    noise, difference = _noise(plane_HW[::LAG], known_HW[::LAG])
+    floors = _floors(plane_HW, known_HW)
+    regions = _of_blocks(np.minimum, floors, *(max(2, side // COARSE) for side in floors.shape))
+    backgrounds = regions[np.isfinite(regions)] if np.isfinite(regions).any() else np.zeros(1)
+    contrast = math.inf
+    if not difference >= LARGE * noise > 0:  # else patches have nothing to add
+        highest = _highest_patches(plane_HW, known_HW, floors.shape)
+        contrast = float(np.max(highest - floors, initial=0.0, where=np.isfinite(floors)))
     top = plane_HW.max(where=known_HW, initial=plane_HW.dtype.type(0))
     return Content(
         noise, difference, contrast, float(backgrounds.min()), float(backgrounds.max()), float(top)
     )
 
 
-def _noise(plane_HW: Array, known_HW: Array) -> tuple[float, float]:
-    """Estimate the deviation of the noise by differences of pixels ``LAG`` apart, in every
-    ``LAG``-th row; also return the difference that ``MANY`` of them exceed.
+def _noise(rows_HW: Array, known_HW: Array) -> tuple[float, float]:
+    """Estimate the deviation of the noise by differences of pixels ``LAG`` apart, in rows that lie
+    ``LAG`` apart; also return the difference that ``MANY`` of them exceed.
 
     Noise is at least that of rounding: half of the least difference.
     """
-    rows_HW, known_HW = plane_HW[::LAG], known_HW[::LAG]
     noise, step, many = 0.0, math.inf, 0.0
-    for far, near in (np.s_[:, LAG:], np.s_[:, :-LAG]), (np.s_[1:], np.s_[:-1]):
+    along, down = (np.s_[::2, LAG:], np.s_[::2, :-LAG]), (np.s_[1::2], np.s_[:-1:2])
+    for far, near in (along, down):
         a, b = rows_HW[far], rows_HW[near]
         is_known = known_HW[far] & known_HW[near]
         found = (np.maximum(a, b) - np.minimum(a, b))[is_known]  # unsigned types have no signs
         if found.size:
-            ranks = (found.size - 1) // 2, found.size - 1 - int(MANY * found.size)
-            middle, large = np.partition(found, ranks)[[*ranks]].tolist()
+            ranks = [(found.size - 1) // 2, found.size - 1 - int(MANY * found.size)]
+            middle, large = np.partition(found, ranks)[ranks].tolist()
             noise, many = max(noise, middle), max(many, large)
             if found.any():
                 step = min(step, float(found[found > 0].min()))
     return max(noise, 0.0 if step == math.inf else step / 2) / SIGMAS, many
 
 
-def _patches(plane_HW: Array, known_HW: Array) -> tuple[Array, Array]:
-    """Find the darkest 2 × 2 pixels of each patch, in float32 means; where all of a patch is known,
-    else infinity and minus infinity.
+def _quads(upper: Array, lower: Array, known_upper: Array, known_lower: Array) -> Array:
+    """Compute means of 2 × 2 pixels, which quiet the noise; NaN where one is not known."""
+    sums = upper.astype(np.float32) + lower.astype(np.float32)
+    sums[~(known_upper & known_lower)] = np.nan
+    return (sums[:, :-1] + sums[:, 1:]) / 4
+
+
+def _floors(plane_HW: Array, known_HW: Array) -> Array:
+    """Find the background of each block: the second smallest of the minima of every ``LAG``-th row,
+    so that one dead pixel does not count; infinite where too little is known.
     """
-    height = plane_HW.shape[0] // 2 * 2
-    rows = plane_HW[:height].astype(np.float32)
-    rows[~known_HW[:height]] = np.nan
-    quads = rows[::2] + rows[1::2]
-    quads = (quads[:, :-1] + quads[:, 1:]) / 4
+    end = plane_HW.shape[0] - 1
+    if end < 1 or plane_HW.shape[1] < 2:
+        return np.full((1, 1), np.inf)
+    upper, lower = slice(0, end, LAG), slice(1, end + 1, LAG)
+    rows = _quads(plane_HW[upper], plane_HW[lower], known_HW[upper], known_HW[lower])
+    rows[np.isnan(rows)] = np.inf
+    per, width = min(BLOCK // LAG, rows.shape[0]), min(BLOCK, rows.shape[1])
+    down, across = rows.shape[0] // per, rows.shape[1] // width  # a rest at an end is left out
+    blocks = rows[: down * per, : across * width].reshape(down, per, across, width)
+    return np.sort(blocks.min(axis=3), axis=1)[:, min(1, per - 1)]
+
+
+def _highest_patches(plane_HW: Array, known_HW: Array, shape: tuple[int, ...]) -> Array:
+    """Find the lightest patch that begins in each block, by its darkest 2 × 2 pixels; minus
+    infinity where none is known.
+    """
+    highest = np.full(shape, -np.inf, np.float32)
     if min(plane_HW.shape) < PATCH:
-        return quads[:0], quads[:0]
-    quads = np.minimum(quads[:-1], quads[1:])
-    quads = np.minimum(quads[:-2], quads[2:])[::2]
-    quads = np.minimum(quads[:, :-2], quads[:, 2:])
-    quads = np.minimum(quads[:, :-4], quads[:, 4:])
-    is_known = np.isfinite(quads)
-    return np.where(is_known, quads, np.inf), np.where(is_known, quads, -np.inf)
+        return highest
+    end = plane_HW.shape[0] // 2 * 2
+    upper, lower = slice(0, end, 2), slice(1, end, 2)
+    least = _quads(plane_HW[upper], plane_HW[lower], known_HW[upper], known_HW[lower])
+    least = np.minimum(least[:-1], least[1:])
+    least = np.minimum(least[:-2], least[2:])[::2]  # of patches that begin at every 4th row
+    for step in (1, 2, 3):
+        least = np.minimum(least[:, :-step], least[:, step:])
+    least[np.isnan(least)] = -np.inf
+    for axis, side in enumerate((BLOCK // 4, BLOCK)):
+        starts = np.arange(shape[axis]) * side
+        least = np.maximum.reduceat(least, starts[starts < least.shape[axis]], axis=axis)
+    highest[: least.shape[0], : least.shape[1]] = least
+    return highest
 
 
 def _of_blocks(extreme: np.ufunc, values: Array, rows: int, columns: int) -> Array:
     """Reduce blocks of an array to their extremes; the rest at an end belongs to the last block."""
-    if not values.size:
-        return values
     for axis, side in enumerate((rows, columns)):
         starts = np.arange(max(1, values.shape[axis] // side)) * side
         values = extreme.reduceat(values, starts, axis=axis)
