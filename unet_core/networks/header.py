@@ -84,9 +84,9 @@ class Header:
 
 HEADERS = TypeAdapter(Header)
 BUILTIN_STRETCHES = {"builtin:nuclei": Stretch(noise=1 / 15, background=1 / 6)}
-"""Stretches of training images by builtin checkpoint, which itself never changes. Of ``nuclei``: the
-noise of its images is at most 0.065 spans, and the background of all but two in a hundred varies by
-less than 0.12; the network finds nothing in noise up to 0.1 and gradients up to 0.3."""
+"""Stretches of training images by builtin checkpoint, which itself never changes. Of ``nuclei``:
+the noise of its images is at most 0.065 spans, and the background of all but two in a hundred
+varies by less than 0.12; the network finds nothing in noise up to 0.1 and gradients up to 0.3."""
 
 
 def trained_stretch(checkpoint: str, header: Header) -> Stretch | None:
